@@ -1,0 +1,154 @@
+"""Files of weights and runs: written atomically, read without running code from them."""
+
+import json
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from safetensors.torch import save as safetensors_bytes
+
+from util.errors import InputError
+
+POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
+DECODER_KEYS = ("mask_token", "decoder_")
+HEAD_KEYS = ("distill_head.",)
+
+
+def write_atomic(file: str | Path, write) -> None:
+    """`write(binary file)` under a temporary name, then fsync and rename: whole or not at all.
+
+    Raises:
+        InputError: the disk is full or the folder not writable; an older file stays as it was.
+    """
+    file = Path(file)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as opened:
+            write(opened)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(temporary, file)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"cannot write {file}: {error.strerror or error}") from error
+
+
+def write_json(file: str | Path, value) -> None:
+    """JSON with a final newline, atomically."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomic(file, lambda opened: opened.write(text.encode()))
+
+
+def write_torch(file: str | Path, value) -> None:
+    """torch.save, atomically; the caller passes tensors, numbers, strings and containers only."""
+    write_atomic(file, lambda opened: torch.save(value, opened))
+
+
+def write_safetensors(file: str | Path, tensors: dict, metadata: dict[str, str]) -> None:
+    """safetensors with a string header, atomically."""
+    data = safetensors_bytes({k: v.contiguous() for k, v in tensors.items()}, metadata)
+    write_atomic(file, lambda opened: opened.write(data))
+
+
+def read_checkpoint(file: str | Path) -> dict:
+    """Load a .pth or .safetensors to the CPU, tensors and plain values only.
+
+    Returns:
+        The file's dict; a bare state dict comes as {"model": state dict}.
+    Raises:
+        InputError: missing, truncated, holding Python objects, or no dict of tensors.
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise InputError(f"checkpoint {file} does not exist")
+    try:
+        if file.suffix == ".safetensors":
+            content = load_file(file)
+        else:
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
+            raise InputError(f"checkpoint {file} is damaged or no checkpoint: {error}") from error
+        raise InputError(
+            f"checkpoint {file} holds Python objects, which could run code, and is refused: load it "
+            "once where you trust it and save its weights alone, "
+            "torch.save({'model': checkpoint['model']}, FILE)"
+        ) from error
+    except (RuntimeError, EOFError, OSError, SafetensorError, zipfile.BadZipFile, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"checkpoint {file} ({file.stat().st_size} bytes) is truncated or damaged: {reason}"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(f"checkpoint {file} holds a {type(content).__name__}, not a dict of weights")
+    if "model" not in content and all(isinstance(v, torch.Tensor) for v in content.values()):
+        content = {"model": content}
+    if not isinstance(content.get("model"), dict):
+        keys = ", ".join(map(str, list(content)[:8]))
+        raise InputError(f"checkpoint {file} has no entry 'model': it has {keys or 'nothing'}")
+    return content
+
+
+def read_safetensors_header(file: str | Path) -> dict[str, str]:
+    """The string header of a safetensors file that `read_checkpoint` has accepted."""
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata() or {}
+
+
+def encoder_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The encoder's tensors alone (150 for ViT-B/16): no decoder, no distillation head."""
+    return {k: v for k, v in state.items() if not k.startswith(DECODER_KEYS + HEAD_KEYS)}
+
+
+def load_weights(model: torch.nn.Module, state: dict, file, *, needed: str) -> str:
+    """Copy weights by name and say what matched.
+
+    Args:
+        model: receives the weights.
+        state: tensors by name, from `read_checkpoint(file)["model"]`.
+        needed: "encoder": every encoder tensor must be there, decoder and distillation head may be
+            missing; "all": nothing of the MAE may be missing.
+    Returns:
+        A table of one line a part: loaded / new (kept at its initial value) / ignored.
+    Raises:
+        InputError: a needed tensor is missing or has another shape.
+    """
+    own = model.state_dict()
+    # position tables of MAE are fixed and follow from the input size: another size keeps its own
+    state = {k: v for k, v in state.items() if k not in POSITION_TABLES or v.shape == own.get(k, v).shape}
+    head = {k for k in own if k.startswith(HEAD_KEYS)}
+    optional = set(own) - set(encoder_state(own)) if needed == "encoder" else head
+    wrong_shape = [k for k in own if k in state and state[k].shape != own[k].shape]
+    fatal = [k for k in wrong_shape if k not in head]
+    if fatal:
+        k = fatal[0]
+        raise InputError(
+            f"{file} holds another architecture: {k} is {tuple(state[k].shape)}, the model wants "
+            f"{tuple(own[k].shape)} ({len(fatal)} tensors differ); check --model and --input_size"
+        )
+    optional |= set(POSITION_TABLES)
+    missing = [k for k in own if k not in state and k not in optional]
+    if missing:
+        raise InputError(
+            f"{file} lacks {len(missing)} of the {len(own)} tensors this model needs, first "
+            f"{missing[0]}; it holds {', '.join(list(state)[:3])}, ...: is it a file of this "
+            "architecture?"
+        )
+    loaded = {k: v for k, v in state.items() if k in own and k not in wrong_shape}
+    model.load_state_dict(loaded, strict=False)
+    new = [k for k in own if k not in loaded]
+    ignored = [k for k in state if k not in own]
+    return "\n".join(
+        f"  {title:8s} {len(keys):4d} tensors{_parts(keys)}"
+        for title, keys in (("loaded", loaded), ("new", new), ("ignored", ignored))
+    )
+
+
+def _parts(keys) -> str:
+    parts = dict.fromkeys(key.split(".")[0] for key in keys)
+    return ": " + ", ".join(parts) if parts else ""
