@@ -1,0 +1,59 @@
+"""Augmentation as a pure function of (seed, epoch, index): no global random state anywhere."""
+
+import math
+
+import numpy as np
+from PIL import Image
+
+CROP_STREAM, MASK_STREAM = 0, 1  # independent random streams of one (seed, epoch, index)
+CROP_TRIES = 10
+
+
+def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:
+    """The random numbers of one image in one epoch (a counter-based generator, Philox)."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, index]))
+
+
+def mask_noise(seed: int, epoch: int, index: int, num_patches: int) -> np.ndarray:
+    """[L] float32 in [0, 1): the noise by which MAE orders the patches of one image."""
+    return sample_rng(seed, epoch, index, MASK_STREAM).random(num_patches, dtype=np.float32)
+
+
+def random_crop_box(
+    rng: np.random.Generator, width: int, height: int, min_area: float
+) -> tuple[tuple[int, int, int, int], bool]:
+    """MAE's random-resized-crop box (left, upper, right, lower) in px, and whether to flip.
+
+    Area uniform in [min_area, 1] of the image, aspect log-uniform in [3/4, 4/3], ten tries, then
+    the largest central crop of allowed aspect (torchvision's RandomResizedCrop rule).
+    """
+    draws = rng.random((CROP_TRIES, 4))
+    flip = bool(rng.random() < 0.5)
+    low, high = math.log(3 / 4), math.log(4 / 3)
+    for area_draw, aspect_draw, x_draw, y_draw in draws.tolist():
+        area = width * height * (min_area + (1 - min_area) * area_draw)
+        aspect = math.exp(low + (high - low) * aspect_draw)
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = int(x_draw * (width - w + 1)), int(y_draw * (height - h + 1))
+            return (left, upper, left + w, upper + h), flip
+    w = min(width, round(height * 4 / 3))
+    h = min(height, round(width * 4 / 3))
+    left, upper = (width - w) // 2, (height - h) // 2
+    return (left, upper, left + w, upper + h), flip
+
+
+def crop_resize(
+    image: Image.Image, box: tuple[int, int, int, int], size: tuple[int, int], flip: bool
+) -> np.ndarray:
+    """Box of an RGB image, bicubic to (H, W) -> [3, H, W] uint8."""
+    height, width = size
+    image = image.resize((width, height), Image.Resampling.BICUBIC, box=box)
+    if flip:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def whole_image(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
+    """The evaluation view: the whole picture, bicubic to (H, W), no crop -> [3, H, W] uint8."""
+    return crop_resize(image, (0, 0, *image.size), size, flip=False)
