@@ -1,0 +1,188 @@
+"""The frozen CLIP teacher: any open_clip model, in its own normalisation and resolution."""
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from util.errors import InputError
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """What a text bank or a cache must have been made with; kept in headers as plain values.
+
+    `tau` is the teacher's own temperature, 1 / exp(logit_scale).
+    """
+
+    model: str
+    weights_sha256: str
+    embed_dim: int
+    tau: float
+
+
+class FrozenTeacher(nn.Module):
+    """Image tower of a CLIP model; never trained, never in a checkpoint.
+
+    Args:
+        clip: an open_clip model.
+        identity: who it is.
+        dtype: dtype of weights and activations; the embeddings come out as float32.
+    """
+
+    def __init__(self, clip: nn.Module, identity: TeacherIdentity, dtype: torch.dtype):
+        super().__init__()
+        preprocess = open_clip.get_model_preprocess_cfg(clip)
+        self.identity = identity
+        self.size: tuple[int, int] = _as_pair(preprocess["size"])
+        self.visual = clip.visual.to(dtype).eval().requires_grad_(False)
+        self.dtype = dtype
+        for name in ("mean", "std"):
+            values = torch.tensor(preprocess[name], dtype=torch.float32).view(1, 3, 1, 1)
+            self.register_buffer(name, values, persistent=False)
+
+    def train(self, mode: bool = True):
+        """Stays in evaluation mode: dropout and batch statistics are part of the frozen function."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, imgs: torch.Tensor) -> torch.Tensor:
+        """uint8 [N, 3, H, W] of any size -> [N, D_t] float32, unit rows."""
+        x = imgs.float() / 255
+        if x.shape[-2:] != self.size:
+            x = F.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0, 1)
+        x = ((x - self.mean) / self.std).to(self.dtype)
+        if x.device.type == "cpu":
+            x = x.contiguous(memory_format=torch.channels_last)
+        return F.normalize(self.visual(x).float(), dim=1)
+
+
+def load_clip(clip_model: str, clip_pretrained: str) -> tuple[nn.Module, object, TeacherIdentity]:
+    """Load an open_clip model with both towers, on the CPU in float32.
+
+    Args:
+        clip_model: an open_clip model name, or the path of an open_clip JSON config.
+        clip_pretrained: a pretrained tag (may be downloaded by open_clip), or a weight file
+            (.pt, .bin, .safetensors; then no network call is made).
+    Returns:
+        (model, tokenizer, identity).
+    Raises:
+        InputError: unknown name or tag, missing file, weights that do not fit or cannot be had.
+    """
+    name = _register_config(clip_model)
+    weights = _find_weights(name, clip_pretrained)
+    tag_config = open_clip.pretrained.get_pretrained_cfg(name, clip_pretrained) or {}
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # open_clip logs each step on the root logger
+    try:
+        model = open_clip.create_model(
+            name,
+            pretrained=str(weights),
+            # OpenAI's weights were trained with QuickGELU although the plain names build GELU
+            force_quick_gelu=bool(tag_config.get("quick_gelu")),
+            force_preprocess_cfg={k: tag_config[k] for k in ("mean", "std") if k in tag_config},
+        )
+        tokenizer = open_clip.get_tokenizer(name)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"the teacher weights {weights} do not load into --clip_model {clip_model}: {reason}"
+        ) from error
+    finally:
+        logging.disable(level)
+    model.eval().requires_grad_(False)
+    identity = TeacherIdentity(
+        name, _hash_weights(model), _embed_dim(model), 1 / model.logit_scale.exp().item()
+    )
+    return model, tokenizer, identity
+
+
+@torch.no_grad()
+def encode_texts(clip: nn.Module, tokenizer, texts: list[str], batch_size: int = 256):
+    """Texts -> [T, D_t] float32 on the model's device, unit rows."""
+    device = clip.logit_scale.device
+    rows = [
+        F.normalize(clip.encode_text(tokenizer(texts[i : i + batch_size]).to(device)).float(), dim=1)
+        for i in range(0, len(texts), batch_size)
+    ]
+    return torch.cat(rows)
+
+
+def _register_config(clip_model: str) -> str:
+    path = Path(clip_model)
+    if path.suffix == ".json":
+        if not path.is_file():
+            raise InputError(f"--clip_model {path} does not exist: give an open_clip JSON config")
+        open_clip.add_model_config(path)
+        if open_clip.get_model_config(path.stem) is None:
+            raise InputError(
+                f"--clip_model {path} is no open_clip config: it needs embed_dim, vision_cfg and text_cfg"
+            )
+        return path.stem
+    name = clip_model.replace("/", "-")
+    if open_clip.get_model_config(name) is None:
+        near = [known for known in open_clip.list_models() if known[:5] == name[:5]][:8]
+        raise InputError(
+            f"--clip_model {clip_model} is unknown to open_clip {open_clip.__version__}; "
+            f"similar: {', '.join(near) or 'none'} (all: open_clip.list_models())"
+        )
+    return name
+
+
+def _find_weights(name: str, clip_pretrained: str) -> Path:
+    path = Path(clip_pretrained)
+    if path.is_file():
+        return path
+    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or len(path.parts) > 1:
+        raise InputError(
+            f"teacher weights not found: no file {path.absolute()}. " + _three_ways(name, "openai")
+        )
+    config = open_clip.pretrained.get_pretrained_cfg(name, clip_pretrained)
+    if not config:
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        raise InputError(
+            f"--clip_pretrained {clip_pretrained} is neither a file nor a tag of {name}: its tags are "
+            f"{', '.join(tags) or 'none, so give a weight file'}"
+        )
+    wanted = config.get("hf_hub") or config.get("url")
+    try:
+        return Path(open_clip.download_pretrained(config))
+    except Exception as error:
+        raise InputError(
+            f"teacher weights not available: looked for {wanted} (tag {clip_pretrained} of {name}) in "
+            f"the local caches and on the network ({type(error).__name__}). "
+            + _three_ways(name, clip_pretrained)
+        ) from error
+
+
+def _three_ways(name: str, tag: str) -> str:
+    return (
+        'Three ways to supply them: (1) with a network, run once: python -c "import open_clip; '
+        f"open_clip.create_model('{name}', pretrained='{tag}')\"; (2) copy that machine's "
+        "~/.cache/huggingface and ~/.cache/clip to this one; (3) pass the weight file itself: "
+        "--clip_pretrained /path/to/weights.safetensors"
+    )
+
+
+def _hash_weights(model: nn.Module) -> str:
+    """sha256 over names and float32 values: the same for every file format of the same weights."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().float().numpy().data)
+    return digest.hexdigest()
+
+
+def _embed_dim(model: nn.Module) -> int:
+    with torch.no_grad():
+        height, width = _as_pair(open_clip.get_model_preprocess_cfg(model)["size"])
+        return model.encode_image(torch.zeros(1, 3, height, width)).shape[1]
+
+
+def _as_pair(size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else tuple(size)
