@@ -1,0 +1,256 @@
+"""One epoch of pre-training: batches in, weights and meters changed."""
+
+import contextlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from util.dist import all_reduce_mean, get_world_size, is_main_process
+from util.errors import InputError
+from util.lr_sched import cosine_lr, ramp, set_lr
+from util.meter import Meter, means
+from util.progress import Progress
+from util.stop import StopGuard
+
+
+@dataclass
+class PretrainRun:
+    """What one run holds; `epoch` and `batches_done` say which updates are in the weights."""
+
+    model: nn.Module  # bare, compiled or wrapped in DDP: what the loop calls
+    teacher: nn.Module | None
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler | None  # fp16 only
+    loader: torch.utils.data.DataLoader
+    device: torch.device
+    amp_dtype: torch.dtype | None  # None: float32
+    guard: StopGuard
+    output_dir: Path
+    save_if_due: Callable[["PretrainRun"], None]
+    epoch: int = 0
+    batches_done: int = 0  # global micro-batches of `epoch` that are in the weights
+    meter: Meter = field(default_factory=Meter)
+    bad_steps_in_row: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "data": 0.0})
+
+
+def train_one_epoch(run: PretrainRun, args) -> None:
+    """Train the rest of `run.epoch` (MAE, Sec. 3 and A.1; the loss is L_pixel + w_s L_sim + w_k L_kl).
+
+    Args:
+        run: changed in place, always from one complete update to the next.
+        args: reads accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs, sim_weight, kl_weight,
+            clip_grad, print_freq, max_bad_steps, max_bad_ratio, save_minutes.
+    Raises:
+        InputError: too many unreadable images, or `max_bad_steps` non-finite updates in a row.
+    """
+    batches = run.loader.batch_sampler
+    num_batches = batches.batches_per_epoch
+    batches.set_epoch(run.epoch, run.batches_done)
+    watch = StepWatch(run, args, num_batches)
+    model = run.model
+    model.train()
+    update_terms, problems = [], []
+    clock = time.perf_counter()
+    for step, batch in enumerate(run.loader, run.batches_done):
+        data_seconds = time.perf_counter() - clock
+        group_start = step - step % args.accum_iter
+        group_size = min(args.accum_iter, num_batches - group_start)
+        is_last = step == group_start + group_size - 1
+        epoch = run.epoch + group_start / num_batches
+        if step == group_start:
+            lr = cosine_lr(epoch, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+            set_lr(run.optimizer, lr)
+            weights = {name: w * ramp(epoch, args.warmup_epochs) for name, w in args.weights.items()}
+
+        terms = forward_batch(run, batch, args.mask_ratio, sync=is_last, weights=weights)
+        loss = terms["loss"] / group_size
+        (run.scaler.scale(loss) if run.scaler else loss).backward()
+        update_terms.append({k: v.detach().float() for k, v in terms.items()})
+        problems += [problem for problem in batch["problem"] if problem]
+
+        if is_last:
+            apply_update(run, args, update_terms, problems, watch, lr, step + 1)
+            update_terms, problems = [], []
+        watch.count_batch(data_seconds, time.perf_counter() - clock)
+        if is_last:
+            watch.after_update(step + 1, lr)
+        clock = time.perf_counter()
+    watch.close()
+
+
+def forward_batch(run: PretrainRun, batch: dict, mask_ratio: float, sync: bool, weights: dict) -> dict:
+    """One micro-batch through teacher and student -> its terms and the weighted sum `loss`.
+
+    Gradients are exchanged between ranks only where `sync` says that this batch ends an update.
+    """
+    device = run.device
+    imgs = batch["imgs"].to(device, non_blocking=True)  # [N, 3, H, W] uint8
+    noise = batch["noise"].to(device, non_blocking=True)  # [N, L]
+    teacher_embed = None
+    if "teacher_embed" in batch:
+        teacher_embed = batch["teacher_embed"].to(device, non_blocking=True)
+    elif run.teacher is not None:
+        view = batch["teacher_imgs"].to(device, non_blocking=True) if "teacher_imgs" in batch else imgs
+        teacher_embed = run.teacher(view)  # [N, D_t]
+    with contextlib.ExitStack() as stack:
+        if not sync and hasattr(run.model, "no_sync"):
+            stack.enter_context(run.model.no_sync())
+        if run.amp_dtype is not None:
+            stack.enter_context(torch.autocast(device.type, run.amp_dtype))
+        terms = run.model(imgs, mask_ratio, noise, teacher_embed)
+    loss = terms["pixel"]
+    for name, weight in weights.items():
+        loss = loss + weight * terms[name]
+    return {"loss": loss} | terms
+
+
+def apply_update(run, args, update_terms, problems, watch, lr: float, batches_done: int) -> None:
+    """Average over micro-batches and ranks, then step; a non-finite update is skipped everywhere.
+
+    The decision is made on the device from numbers that all ranks share, so nobody waits for the
+    host and no rank can decide otherwise.
+    """
+    terms = {k: torch.stack([t[k] for t in update_terms]).mean(dim=0) for k in update_terms[0]}
+    if run.scaler:
+        run.scaler.unscale_(run.optimizer)
+    parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    terms["grad_norm"] = grad_norm.float()
+    terms["bad_images"] = torch.tensor(float(len(problems)), device=run.device)
+    flat = all_reduce_mean(torch.cat([v.reshape(-1) for v in terms.values()]))
+    terms = dict(zip(terms, flat.split([v.numel() for v in terms.values()])))
+    loss_ok = torch.isfinite(terms["loss"]).all()
+    ok = loss_ok & torch.isfinite(terms["grad_norm"]).all()
+    if args.clip_grad:
+        nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, grad_norm)
+
+    with run.guard.committing():
+        # a fused optimiser leaves weights and state alone where found_inf is 1
+        run.optimizer.grad_scale = None
+        run.optimizer.found_inf = (~ok).float()
+        run.optimizer.step()
+        run.optimizer.zero_grad(set_to_none=True)
+        if run.scaler:
+            run.scaler.update()
+        run.meter.update(terms, ok)
+        run.batches_done = batches_done
+    # with fp16 an infinite gradient alone is the scaler finding its scale
+    watch.add(batches_done, lr, terms, loss_ok if run.scaler else ok, problems)
+
+
+class StepWatch:
+    """Everything the host looks at between updates: log lines, bad images, bad steps, saving."""
+
+    def __init__(self, run: PretrainRun, args, num_batches: int):
+        self.run, self.args = run, args
+        self.batches = run.loader.batch_sampler
+        self.bar = Progress(f"epoch {run.epoch}", num_batches, run.batches_done, is_main_process())
+        self.pending: list[tuple] = []  # (batches done, lr, terms, ok) not looked at yet
+        self.problems: list[str] = []
+        self.seconds = {"total": 0.0, "data": 0.0}
+        self.images = 0
+        self.last_count, self.last_sums = run.meter.read()
+        self.last_look = 0.0
+
+    def count_batch(self, data_seconds: float, total_seconds: float) -> None:
+        self.seconds["data"] += data_seconds
+        self.seconds["total"] += total_seconds
+        self.run.seconds["data"] += data_seconds
+        self.run.seconds["total"] += total_seconds
+        self.images += self.batches.batch_size * get_world_size()
+
+    def add(self, batches_done: int, lr: float, terms: dict, ok: torch.Tensor, problems) -> None:
+        scalars = {k: v for k, v in terms.items() if v.numel() == 1}
+        self.pending.append((batches_done, lr, scalars, ok))
+        self.problems += problems
+
+    def after_update(self, batches_done: int, lr: float) -> None:
+        """Look every `print_freq` updates, and at the first and last of an epoch."""
+        is_first = self.last_look == 0
+        is_last = batches_done == self.bar.total
+        if not (is_first or is_last or len(self.pending) >= self.args.print_freq):
+            return
+        self.last_look = time.perf_counter()
+        self._check_steps()
+        self._check_images()
+        count, sums = self.run.meter.read()
+        if count > self.last_count:
+            window = {k: v - self.last_sums.get(k, 0) for k, v in sums.items()}
+            values = means(count - self.last_count, window)
+            self.last_count, self.last_sums = count, sums
+            self.bar.update(batches_done, self._line(values, lr))
+        self.seconds = {"total": 0.0, "data": 0.0}
+        self.images = 0
+        self.run.save_if_due(self.run)
+
+    def _line(self, values: dict[str, float], lr: float) -> str:
+        parts = [f"lr {lr:.3g}", f"loss {values['loss']:.4f}", f"pixel {values['pixel']:.4f}"]
+        if "sim" in values:
+            parts += [f"cos {1 - values['sim']:.3f}", f"kl {values['kl']:.3f}"]
+        speed = self.images / max(self.seconds["total"], 1e-9)
+        wait = self.seconds["data"] / max(self.seconds["total"], 1e-9)
+        return "  ".join(parts + [f"{speed:.0f} img/s", f"data wait {wait:.0%}"])
+
+    def _check_images(self) -> None:
+        """Write down unreadable files; stop where they are too many of this epoch's images."""
+        if self.problems:
+            with open(self.run.output_dir / "bad_images.txt", "a") as opened:
+                opened.write("".join(f"{self.run.epoch}\t{p}\n" for p in self.problems))
+            first, self.problems = self.problems[0], []
+            if is_main_process():
+                self.bar.print(f"unreadable, another image stands in: {first}")
+        count, sums = self.run.meter.read()
+        bad = round(sums["bad_images"].item() * get_world_size()) if count else 0
+        limit = self.args.max_bad_ratio * self.batches.num_images
+        if bad > limit:
+            raise InputError(
+                f"{bad} of {self.batches.num_images} images could not be read in this epoch (limit "
+                f"{self.args.max_bad_ratio:.2%}); they are listed in "
+                f"{self.run.output_dir / 'bad_images.txt'}: repair or remove them, or raise "
+                "--max_bad_ratio"
+            )
+
+    def _check_steps(self) -> None:
+        """Report updates that were skipped for a non-finite value; stop after too many in a row."""
+        pending, self.pending = self.pending, []
+        oks = torch.stack([ok for *_, ok in pending]).tolist()
+        for (batches_done, lr, terms, _), ok in zip(pending, oks):
+            self.run.bad_steps_in_row = 0 if ok else self.run.bad_steps_in_row + 1
+            if not ok and is_main_process():
+                self._report_bad_step(batches_done, lr, terms)
+        if self.run.bad_steps_in_row >= self.args.max_bad_steps:
+            raise InputError(
+                f"{self.run.bad_steps_in_row} updates in a row had a non-finite loss or gradient and "
+                f"were skipped (epoch {self.run.epoch}); the weights are those of the last good "
+                f"update, files and loss terms are in {self.run.output_dir / 'bad_steps.jsonl'}: "
+                "lower --blr, set --clip_grad 1 or use --amp none, then --resume auto"
+            )
+
+    def _report_bad_step(self, batches_done: int, lr: float, terms: dict) -> None:
+        accum = self.args.accum_iter
+        first = (batches_done - 1) // accum * accum
+        paths = self.run.loader.dataset.paths
+        record = {
+            "epoch": self.run.epoch,
+            "batches": [first, batches_done],
+            "lr": lr,
+            "terms": {k: repr(v.item()) for k, v in terms.items()},
+            "files": [
+                paths.relative(int(i))
+                for step in range(first, batches_done)
+                for i in self.batches.global_batch(self.run.epoch, step)
+            ],
+        }
+        with open(self.run.output_dir / "bad_steps.jsonl", "a") as opened:
+            opened.write(json.dumps(record) + "\n")
+        bad = [k for k, v in record["terms"].items() if v in ("nan", "inf", "-inf")]
+        self.bar.print(f"update {batches_done} skipped: {', '.join(bad)} not finite")
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,95 @@
+"""Processes: start and end of the group, ranks, and what only rank 0 says."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from util.errors import InputError
+
+
+def get_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def get_world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main_process() -> bool:
+    return get_rank() == 0
+
+
+def print_main(*lines: object) -> None:
+    """Print on rank 0 only, at once."""
+    if is_main_process():
+        print(*lines, flush=True)
+
+
+def pick_device(name: str) -> torch.device:
+    """`auto`, `cuda` or `cpu` -> the device of this process, CUDA bound to LOCAL_RANK."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cpu":
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError(
+            "--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver "
+            "with nvidia-smi"
+        )
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank >= torch.cuda.device_count():
+        raise InputError(
+            f"process {local_rank} of this machine has no GPU: torch sees "
+            f"{torch.cuda.device_count()}; lower torchrun's --nproc_per_node"
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def init_distributed(device: torch.device, timeout_s: float) -> None:
+    """Join torchrun's group if there is one: NCCL for CUDA, gloo for CPU.
+
+    The device is bound before the group exists, and the first collective is waited for with
+    `timeout_s`, so that a missing rank ends in a report rather than a hang.
+
+    Raises:
+        InputError: not every rank arrived in time.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    try:
+        dist.init_process_group(
+            backend,
+            timeout=datetime.timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
+        )
+        dist.monitored_barrier(group=_gloo_group(device), timeout=datetime.timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise InputError(
+            f"rank {rank} of {world} on {os.uname().nodename} ({device}, {backend}) waited "
+            f"{timeout_s:.0f} s at {where} and not every rank came: {reason}. Check that the command "
+            "runs on every node with the same --nnodes and --rdzv settings, or raise --dist_timeout"
+        ) from error
+
+
+def _gloo_group(device: torch.device):
+    return dist.new_group(backend="gloo") if device.type == "cuda" else None
+
+
+def end_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
+    """Mean of x over ranks, in place; x is float on the group's device."""
+    if get_world_size() > 1:
+        dist.all_reduce(x)
+        x /= get_world_size()
+    return x

@@ -1,0 +1,47 @@
+"""Precision and attention by device; on the CPU by a measurement of a few milliseconds."""
+
+import time
+
+import torch
+
+from util.errors import InputError
+
+
+def matmul_gflops(dtype: torch.dtype, size: int = 384, seconds: float = 0.05) -> float:
+    """Rate of a square matrix product on the CPU."""
+    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    a @ b  # first call sets up kernels
+    done, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        a @ b
+        done += 1
+    return 2e-9 * size**3 * done / (time.perf_counter() - started)
+
+
+def pick_amp_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """`--amp` -> (autocast dtype or None for float32, the reason in words).
+
+    auto: bf16 on GPUs that have it, else fp16; on a CPU bf16 only where its matrix product is
+    measured to be 1.3 times as fast as float32 (without hardware support it is hundreds of times
+    slower).
+    """
+    if amp == "none":
+        return None, "fp32 (asked for)"
+    if amp in ("bf16", "fp16"):
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[amp], f"{amp} (asked for)"
+    if amp != "auto":
+        raise InputError(f"--amp {amp}: choose auto, bf16, fp16 or none")
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "bf16 (this GPU has it)"
+        return torch.float16, "fp16 with loss scaling (this GPU has no bf16)"
+    ratio = matmul_gflops(torch.bfloat16) / matmul_gflops(torch.float32)
+    if ratio > 1.3:
+        return torch.bfloat16, f"bf16 ({ratio:.1f} x the speed of fp32 on this CPU)"
+    return None, f"fp32 (bf16 runs at {ratio:.2g} x its speed on this CPU)"
+
+
+def pick_fused_attention(device: torch.device) -> bool:
+    """scaled_dot_product_attention on CUDA; explicit products on the CPU, where it was measured to
+    be as fast or faster at MAE's short sequences (docs/PERFORMANCE.md)."""
+    return device.type == "cuda"

@@ -1,0 +1,87 @@
+"""How good frozen embeddings are: nearest neighbours and a linear classifier."""
+
+import torch
+import torch.nn.functional as F
+
+
+def knn_predict(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    queries: torch.Tensor,
+    num_classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+) -> torch.Tensor:
+    """Weighted vote of the k nearest by cosine, weight exp(cos / temperature) (Wu et al., 2018).
+
+    Args:
+        train: [M, D] float; train_labels: [M] int64; queries: [Q, D] float.
+    Returns:
+        [Q, num_classes] float32 votes.
+    """
+    train, queries = F.normalize(train.float(), dim=1), F.normalize(queries.float(), dim=1)
+    votes = []
+    for block in queries.split(1024):  # never the full Q x M matrix
+        cosine, nearest = (block @ train.T).topk(min(k, len(train)), dim=1)
+        weight = ((cosine - 1) / temperature).exp()
+        vote = torch.zeros(len(block), num_classes, device=block.device)
+        votes.append(vote.scatter_add_(1, train_labels[nearest], weight))
+    return torch.cat(votes)
+
+
+def linear_fit(
+    features: torch.Tensor, labels: torch.Tensor, num_classes: int, l2: float, steps: int = 60
+) -> torch.Tensor:
+    """Multinomial logistic regression, full batch, L-BFGS.
+
+    Args:
+        features: [M, D] float32, standardised; labels: [M] int64; l2: weight of the mean squared
+            weights.
+    Returns:
+        [D + 1, num_classes] float32, the last row is the bias.
+    """
+    x = F.pad(features, (0, 1), value=1.0)
+    weight = torch.zeros(x.shape[1], num_classes, device=x.device, requires_grad=True)
+    optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(x @ weight, labels) + l2 * weight[:-1].square().sum() / 2
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return weight.detach()
+
+
+def linear_predict(
+    train: torch.Tensor,
+    train_labels: torch.Tensor,
+    queries: torch.Tensor,
+    num_classes: int,
+    l2_grid: tuple[float, ...] = (1e-3, 1e-2, 1e-1),
+) -> tuple[torch.Tensor, float]:
+    """Linear probe on frozen features; the L2 weight is chosen on a fifth of the training rows.
+
+    Returns:
+        ([Q, num_classes] logits, the chosen weight).
+    """
+    mean, std = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
+    train, queries = (train - mean) / std, (queries - mean) / std
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
+    held, kept = order[: len(order) // 5], order[len(order) // 5 :]
+
+    def held_out_accuracy(l2: float) -> float:
+        weight = linear_fit(train[kept], train_labels[kept], num_classes, l2)
+        guess = (F.pad(train[held], (0, 1), value=1.0) @ weight).argmax(dim=1)
+        return (guess == train_labels[held]).float().mean().item()
+
+    best = max(l2_grid, key=held_out_accuracy)
+    weight = linear_fit(train, train_labels, num_classes, best)
+    return F.pad(queries, (0, 1), value=1.0) @ weight, best
+
+
+def topk_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
+    """Share of rows whose label is among the k highest scores, in [0, 1]."""
+    k = min(k, scores.shape[1])
+    return (scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean().item()

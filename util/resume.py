@@ -1,0 +1,167 @@
+"""The files of a pre-training run: saving, finding and continuing it, exporting the encoder."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from util.checkpoint import (
+    encoder_state,
+    load_weights,
+    read_checkpoint,
+    write_atomic,
+    write_safetensors,
+    write_torch,
+)
+from util.dist import is_main_process
+from util.errors import InputError
+
+LAST = "checkpoint-last.pth"
+# what makes a continuation another run; --allow_change NAME lets one through
+FIXED_ON_RESUME = (
+    "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha "
+    "images_sha effective_batch epochs warmup_epochs lr min_lr weight_decay sim_weight kl_weight tau "
+    "crop_min teacher_view seed"
+).split()
+
+
+class RunFiles:
+    """Checkpoints of one run in `output_dir`.
+
+    Args:
+        output_dir: folder of the run.
+        bare_model: the MAE, neither compiled nor wrapped.
+        args: resolved settings as plain values, kept in every checkpoint.
+        config: what is needed to build the model again, plain values.
+        save_minutes: time between saves of `checkpoint-last.pth`.
+        keep: how many `checkpoint-<epoch>.pth` stay.
+    """
+
+    def __init__(self, output_dir: Path, bare_model, args: dict, config: dict, save_minutes, keep: int):
+        self.output_dir = output_dir
+        self.bare_model = bare_model
+        self.args = args
+        self.config = config
+        self.save_seconds = 60 * save_minutes
+        self.keep = keep
+        self.saved_at = time.monotonic()
+
+    def save(self, run, name: str = LAST) -> None:
+        """Write the state of the last update; whole or not at all.
+
+        `epoch` is the last finished epoch, as in MAE; `batches_done` counts global micro-batches of
+        the next one. Nothing random is kept: order, crops and masks follow from (seed, epoch, index).
+        """
+        content = {
+            "model": self.bare_model.state_dict(),
+            "optimizer": run.optimizer.state_dict(),
+            "epoch": run.epoch - 1,
+            "scaler": run.scaler.state_dict() if run.scaler else {},
+            "args": self.args,
+            "config": self.config,
+            "batches_done": run.batches_done,
+            "meter": run.meter.state_dict(),
+            "bad_steps_in_row": run.bad_steps_in_row,
+            "seconds": dict(run.seconds),
+        }
+        write_torch(self.output_dir / name, content)
+        self.saved_at = time.monotonic()
+
+    def save_if_due(self, run) -> None:
+        if is_main_process() and time.monotonic() - self.saved_at >= self.save_seconds:
+            self.save(run)
+
+    def save_epoch(self, run) -> None:
+        """`checkpoint-<finished epoch>.pth`; the oldest beyond `keep` go."""
+        self.save(run, f"checkpoint-{run.epoch - 1}.pth")
+        for file in self._epoch_files()[self.keep :]:
+            file.unlink()
+
+    def _epoch_files(self) -> list[Path]:
+        """Newest epoch first."""
+        files = self.output_dir.glob("checkpoint-*.pth")
+        numbered = [f for f in files if f.stem.split("-")[1].isdigit()]
+        return sorted(numbered, key=lambda f: -int(f.stem.split("-")[1]))
+
+    def resume(self, run, wanted: str, allow_change: list[str]) -> str:
+        """Continue from a file, or with "auto" from the newest readable one in `output_dir`.
+
+        Returns:
+            One line that says what was decided.
+        Raises:
+            InputError: the file is unusable, or settings differ that make it another run.
+        """
+        if not wanted:
+            return "fresh start (no --resume)"
+        if wanted != "auto":
+            return self._restore(run, Path(wanted), read_checkpoint(wanted), allow_change)
+        found = [f for f in [self.output_dir / LAST, *self._epoch_files()] if f.is_file()]
+        skipped = []
+        for file in found:
+            try:
+                content = read_checkpoint(file)
+            except InputError as error:
+                skipped.append(f"skipped: {error}")
+                continue
+            return "; ".join([*skipped, self._restore(run, file, content, allow_change)])
+        if skipped:
+            raise InputError(
+                "; ".join(skipped) + ": no readable checkpoint is left; remove --resume to start anew"
+            )
+        return f"fresh start (--resume auto found no checkpoint in {self.output_dir})"
+
+    def _restore(self, run, file: Path, content: dict, allow_change: list[str]) -> str:
+        needed = ("optimizer", "epoch", "args", "batches_done", "meter")
+        missing = [key for key in needed if key not in content]
+        if missing:
+            raise InputError(
+                f"{file} holds weights without {', '.join(missing)}, so a run cannot continue from "
+                f"it: use --init {file} to start a new run from these weights"
+            )
+        old, new = content["args"], self.args
+        changed = [k for k in FIXED_ON_RESUME if old.get(k) != new.get(k) and k not in allow_change]
+        if changed:
+            differences = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in changed)
+            raise InputError(
+                f"{file} belongs to a run with other settings ({differences}): set them back, or pass "
+                f"--allow_change {' '.join(changed)}"
+            )
+        load_weights(self.bare_model, content["model"], file, needed="all")
+        run.optimizer.load_state_dict(content["optimizer"])
+        if run.scaler and content["scaler"]:
+            run.scaler.load_state_dict(content["scaler"])
+        run.epoch = content["epoch"] + 1
+        run.bad_steps_in_row = content["bad_steps_in_row"]
+        run.seconds = dict(content["seconds"])
+        # a changed batch or list of images moves the batch borders: then the epoch starts again
+        same_batches = all(old.get(k) == new.get(k) for k in ("global_batch", "images_sha"))
+        run.batches_done = content["batches_done"] if same_batches else 0
+        if same_batches:
+            run.meter.load_state_dict(content["meter"], run.device)
+        return f"resuming {file} at epoch {run.epoch}, batch {run.batches_done}"
+
+    def cut_log(self, epoch: int) -> None:
+        """Drop log lines of epochs that will be trained again."""
+        log = self.output_dir / "log.txt"
+        if log.is_file():
+            lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
+            if len(kept) < len(lines):
+                write_atomic(log, lambda opened: opened.write("".join(kept).encode()))
+
+    def export_encoder(self) -> None:
+        """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors`."""
+        state = {
+            k: v.detach().float().cpu().contiguous()
+            for k, v in encoder_state(self.bare_model.state_dict()).items()
+        }
+        write_torch(self.output_dir / "encoder.pth", {"model": state})
+        header = {"format": "pt", "config": json.dumps(self.config)}
+        write_safetensors(self.output_dir / "encoder.safetensors", state, header)
+
+
+def initialise_from(bare_model: torch.nn.Module, file: str) -> str:
+    """`--init`: weights of ours or facebook's MAE, full or encoder only; returns what matched."""
+    content = read_checkpoint(file)
+    return load_weights(bare_model, content["model"], file, needed="encoder")
