@@ -17,12 +17,15 @@ from util.meter import Meter, means
 from util.progress import Progress
 from util.stop import StopGuard
 
+QUIET_SECONDS = 30
+
 
 @dataclass
 class PretrainRun:
     """What one run holds; `epoch` and `batches_done` say which updates are in the weights."""
 
-    model: nn.Module  # bare, compiled or wrapped in DDP: what the loop calls
+    bare: nn.Module  # the MAE itself: what is saved
+    model: nn.Module  # what the loop calls: bare, or bare wrapped in DDP
     teacher: nn.Module | None
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler | None  # fp16 only
@@ -44,8 +47,8 @@ def train_one_epoch(run: PretrainRun, args) -> None:
 
     Args:
         run: changed in place, always from one complete update to the next.
-        args: reads accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs, sim_weight, kl_weight,
-            clip_grad, print_freq, max_bad_steps, max_bad_ratio, save_minutes.
+        args: reads accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs, weights,
+            clip_grad, micro_batch, print_freq, max_bad_steps, max_bad_ratio.
     Raises:
         InputError: too many unreadable images, or `max_bad_steps` non-finite updates in a row.
     """
@@ -68,46 +71,56 @@ def train_one_epoch(run: PretrainRun, args) -> None:
             set_lr(run.optimizer, lr)
             weights = {name: w * ramp(epoch, args.warmup_epochs) for name, w in args.weights.items()}
 
-        terms = forward_batch(run, batch, args.mask_ratio, sync=is_last, weights=weights)
-        loss = terms["loss"] / group_size
-        (run.scaler.scale(loss) if run.scaler else loss).backward()
-        update_terms.append({k: v.detach().float() for k, v in terms.items()})
+        terms = forward_backward(run, batch, args, is_last, weights, 1 / group_size)
+        update_terms.append(terms)
         problems += [problem for problem in batch["problem"] if problem]
 
         if is_last:
             apply_update(run, args, update_terms, problems, watch, lr, step + 1)
             update_terms, problems = [], []
-        watch.count_batch(data_seconds, time.perf_counter() - clock)
+        watch.count_batch(step + 1, data_seconds, time.perf_counter() - clock)
         if is_last:
             watch.after_update(step + 1, lr)
         clock = time.perf_counter()
     watch.close()
 
 
-def forward_batch(run: PretrainRun, batch: dict, mask_ratio: float, sync: bool, weights: dict) -> dict:
-    """One micro-batch through teacher and student -> its terms and the weighted sum `loss`.
+def forward_backward(run: PretrainRun, batch: dict, args, is_last: bool, weights: dict, share: float):
+    """One batch through teacher and student and back, in pieces of at most `args.micro_batch` images.
 
-    Gradients are exchanged between ranks only where `sync` says that this batch ends an update.
+    Gradients and terms are those of the whole batch: every term is a mean over images. They are
+    exchanged between ranks with the last piece of an update.
+
+    Returns:
+        The batch's terms and their weighted sum `loss`, detached float32.
     """
-    device = run.device
-    imgs = batch["imgs"].to(device, non_blocking=True)  # [N, 3, H, W] uint8
-    noise = batch["noise"].to(device, non_blocking=True)  # [N, L]
-    teacher_embed = None
-    if "teacher_embed" in batch:
-        teacher_embed = batch["teacher_embed"].to(device, non_blocking=True)
-    elif run.teacher is not None:
-        view = batch["teacher_imgs"].to(device, non_blocking=True) if "teacher_imgs" in batch else imgs
-        teacher_embed = run.teacher(view)  # [N, D_t]
-    with contextlib.ExitStack() as stack:
-        if not sync and hasattr(run.model, "no_sync"):
-            stack.enter_context(run.model.no_sync())
-        if run.amp_dtype is not None:
-            stack.enter_context(torch.autocast(device.type, run.amp_dtype))
-        terms = run.model(imgs, mask_ratio, noise, teacher_embed)
-    loss = terms["pixel"]
-    for name, weight in weights.items():
-        loss = loss + weight * terms[name]
-    return {"loss": loss} | terms
+    device, total = run.device, len(batch["imgs"])
+    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    collected: dict[str, torch.Tensor] = {}
+    for start in range(0, total, args.micro_batch):
+        piece = {k: v[start : start + args.micro_batch] for k, v in batch.items()}
+        sync = is_last and start + args.micro_batch >= total
+        with contextlib.nullcontext() if sync or run.model is run.bare else run.model.no_sync():
+            terms = forward_piece(run, piece, args.mask_ratio)
+            loss = terms["pixel"]
+            for name, weight in weights.items():
+                loss = loss + weight * terms[name]
+            part = len(piece["imgs"]) / total
+            scaled = loss * (share * part)
+            (run.scaler.scale(scaled) if run.scaler else scaled).backward()
+        for name, value in ({"loss": loss} | terms).items():
+            value = value.detach().float() * part
+            collected[name] = collected[name] + value if start else value
+    return collected
+
+
+def forward_piece(run: PretrainRun, piece: dict, mask_ratio: float) -> dict[str, torch.Tensor]:
+    """imgs [N, 3, H, W] uint8 and noise [N, L] on the device -> the student's terms."""
+    imgs, teacher_embed = piece["imgs"], piece.get("teacher_embed")
+    if teacher_embed is None and run.teacher is not None:
+        teacher_embed = run.teacher(piece.get("teacher_imgs", imgs))  # [N, D_t]
+    with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
+        return run.model(imgs, mask_ratio, piece["noise"], teacher_embed)
 
 
 def apply_update(run, args, update_terms, problems, watch, lr: float, batches_done: int) -> None:
@@ -157,13 +170,17 @@ class StepWatch:
         self.images = 0
         self.last_count, self.last_sums = run.meter.read()
         self.last_look = 0.0
+        self.said = 0.0  # seconds of this window at the last line
 
-    def count_batch(self, data_seconds: float, total_seconds: float) -> None:
+    def count_batch(self, batches_done: int, data_seconds: float, total_seconds: float) -> None:
         self.seconds["data"] += data_seconds
         self.seconds["total"] += total_seconds
         self.run.seconds["data"] += data_seconds
         self.run.seconds["total"] += total_seconds
         self.images += self.batches.batch_size * get_world_size()
+        if self.seconds["total"] - self.said > QUIET_SECONDS:  # a long update: say that it moves
+            self.said = self.seconds["total"]
+            self.bar.update(batches_done, f"update in progress  {self._speed()}")
 
     def add(self, batches_done: int, lr: float, terms: dict, ok: torch.Tensor, problems) -> None:
         scalars = {k: v for k, v in terms.items() if v.numel() == 1}
@@ -186,6 +203,7 @@ class StepWatch:
             self.last_count, self.last_sums = count, sums
             self.bar.update(batches_done, self._line(values, lr))
         self.seconds = {"total": 0.0, "data": 0.0}
+        self.said = 0.0
         self.images = 0
         self.run.save_if_due(self.run)
 
@@ -193,9 +211,11 @@ class StepWatch:
         parts = [f"lr {lr:.3g}", f"loss {values['loss']:.4f}", f"pixel {values['pixel']:.4f}"]
         if "sim" in values:
             parts += [f"cos {1 - values['sim']:.3f}", f"kl {values['kl']:.3f}"]
-        speed = self.images / max(self.seconds["total"], 1e-9)
-        wait = self.seconds["data"] / max(self.seconds["total"], 1e-9)
-        return "  ".join(parts + [f"{speed:.0f} img/s", f"data wait {wait:.0%}"])
+        return "  ".join([*parts, self._speed()])
+
+    def _speed(self) -> str:
+        total = max(self.seconds["total"], 1e-9)
+        return f"{self.images / total:.3g} img/s  data wait {self.seconds['data'] / total:.0%}"
 
     def _check_images(self) -> None:
         """Write down unreadable files; stop where they are too many of this epoch's images."""

@@ -8,6 +8,7 @@ One process runs with plain `python main_pretrain.py ...`.
 """
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
@@ -30,6 +31,8 @@ from models_teacher import FrozenTeacher, load_clip
 from models_vit import ENCODER_SIZES, check_img_size
 from util.checkpoint import write_json
 from util.dist import (
+    agree,
+    barrier,
     end_distributed,
     get_rank,
     get_world_size,
@@ -38,13 +41,13 @@ from util.dist import (
     pick_device,
 )
 from util.errors import InputError, run_or_explain
-from util.meter import means, trivial_distillation
+from util.meter import Meter, means, trivial_distillation
 from util.optim import build_adamw
 from util.panels import save_panels
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.resolve import parse_input_size
 from util.resume import RunFiles, initialise_from
-from util.stop import StopGuard, init_worker
+from util.stop import StopGuard, end_with_launcher, init_worker, run_lock
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -60,6 +63,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", default=64, type=int, help="images per process and micro-batch (default 64)")
+    add("--micro_batch", default=None, type=int,
+        help="images in memory at once, same result (default: --batch_size on CUDA, at most 32 on CPU)")
     add("--accum_iter", default=1, type=int, help="micro-batches per update (default 1)")
     add("--epochs", default=400, type=int, help="length of the schedule in epochs (default 400)")
     add("--start_epoch", default=0, type=int, help="first epoch of a fresh run (default 0)")
@@ -199,9 +204,13 @@ def main(args) -> dict[str, float]:
     started = time.time()
     check_args(args)
     device = pick_device(args.device)
+    args.device = device.type
+    end_with_launcher()
     init_distributed(device, args.dist_timeout)
     try:
-        return train(args, device, started)
+        lock = run_lock(Path(args.output_dir)) if is_main_process() else contextlib.nullcontext()
+        with lock:
+            return train(args, device, started)
     finally:
         end_distributed()
 
@@ -244,7 +253,7 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
     bare.to(device)
     optimizer = build_adamw(bare, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
-    files = RunFiles(output_dir, bare, facts, config, args.save_minutes, args.keep_checkpoints)
+    files = RunFiles(output_dir, facts, config, args.save_minutes, args.keep_checkpoints)
 
     dataset = PretrainDataset(
         paths,
@@ -260,6 +269,7 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
     )
     run = PretrainRun(
         bare,
+        bare,
         teacher,
         optimizer,
         scaler,
@@ -271,7 +281,13 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
         save_if_due=files.save_if_due,
         epoch=args.start_epoch,
     )
+    barrier()  # rank 0 holds the folder now: nobody else writes to what is read here
     decision = files.resume(run, args.resume, args.allow_change)
+    if not agree((run.epoch, run.batches_done)):
+        raise InputError(
+            f"the ranks did not find the same checkpoint in {output_dir} (rank {get_rank()}: {decision}): "
+            "put --output_dir on a file system that all nodes share"
+        )
     if args.compile:
         bare.compile()
         if teacher:
@@ -306,7 +322,7 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
             train_one_epoch(run, args)
             record = finish_epoch(run, args, files, writer)
     if is_main_process():
-        files.export_encoder()
+        files.export_encoder(bare)
         writer.close()
         write_json(output_dir / "metrics.json", record)
         print(json.dumps(record))
@@ -363,6 +379,8 @@ def resolve(args, paths, batches: EpochBatches) -> dict:
     args.effective_batch = global_batch * args.accum_iter
     if args.lr is None:
         args.lr = args.blr * args.effective_batch / 256
+    if args.micro_batch is None:
+        args.micro_batch = args.batch_size if args.device == "cuda" else min(args.batch_size, 32)
     if args.num_workers is None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         args.num_workers = min(10, max(1, (os.cpu_count() or 1) // local))
@@ -418,26 +436,25 @@ def finish_epoch(run: PretrainRun, args, files: RunFiles, writer) -> dict[str, f
         "skipped_updates": files.args["updates_per_epoch"] - count,
         "epoch": run.epoch,
     }
-    with run.guard.committing():
-        finished = run.epoch
-        run.epoch, run.batches_done = finished + 1, 0
-        run.meter = type(run.meter)()
-        run.seconds = {"total": 0.0, "data": 0.0}
-    if is_main_process():
-        is_last = run.epoch == args.epochs
+    is_main, finished, is_last = is_main_process(), run.epoch, run.epoch + 1 == args.epochs
+    if is_main:  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
         with open(run.output_dir / "log.txt", "a") as opened:
             opened.write(json.dumps(record) + "\n")
+    with run.guard.committing():
+        run.epoch, run.batches_done = finished + 1, 0
+        run.meter = Meter()
+        run.seconds = {"total": 0.0, "data": 0.0}
+    if is_main:
         for name, value in record.items():
             writer.add_scalar(name, value, run.epoch * 1000)
         if args.vis_epochs and (is_last or run.epoch % args.vis_epochs == 0):
-            panel = save_panels(
-                files.bare_model, run.loader.dataset, run.device, run.output_dir, finished, args.mask_ratio
-            )
+            panel = save_panels(run.bare, run.loader.dataset, run, finished, args.mask_ratio)
             writer.add_image("reconstruction", panel, run.epoch * 1000, dataformats="HWC")
         if finished % args.save_freq == 0 or is_last:
             files.save_epoch(run)
         files.save(run)
-        print(f"epoch {finished}: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items()), flush=True)
+        summary = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch")
+        print(f"epoch {finished}: {summary}", flush=True)
     return record
 
 

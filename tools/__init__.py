@@ -1,0 +1,1 @@
+"""Conveniences around the method: run them with `python -m tools.NAME --help`."""

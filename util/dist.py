@@ -93,3 +93,17 @@ def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
         dist.all_reduce(x)
         x /= get_world_size()
     return x
+
+
+def barrier() -> None:
+    if get_world_size() > 1:
+        dist.barrier()
+
+
+def agree(value: object) -> bool:
+    """Whether all ranks have an equal value; the same answer on all of them."""
+    if get_world_size() == 1:
+        return True
+    values = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return all(other == values[0] for other in values)

@@ -1,12 +1,10 @@
 """Reconstruction pictures: input, masked, reconstruction, reconstruction over the visible."""
 
-from pathlib import Path
-
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from datasets.images import open_rgb
+from datasets.images import UNREADABLE, open_rgb
 from datasets.transforms import mask_noise, whole_image
 
 TITLES = ("input", "masked", "reconstruction", "reconstruction + visible")
@@ -59,19 +57,30 @@ def panel_caption(model, mask_ratio: float, title: str) -> str:
     return text
 
 
-def save_panels(model, dataset, device, output_dir: Path, epoch: int, mask_ratio: float, count: int = 6):
-    """Panels of the first images of the training list, the same masks each time.
+def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int = 6) -> np.ndarray:
+    """Panels of the first readable images of the training list, the same masks each time.
 
     Returns:
-        [H, W, 3] uint8 array; also written to `panels/epoch_<epoch>.png`.
+        [H, W, 3] uint8 array; also written to `panels/epoch_<epoch>.png` of the run.
     """
-    count = min(count, len(dataset))
-    imgs = np.stack([whole_image(open_rgb(dataset.paths[i]), dataset.input_size) for i in range(count)])
-    noise = np.stack([mask_noise(dataset.seed, 0, i, dataset.num_patches) for i in range(count)])
-    imgs, noise = torch.from_numpy(imgs).to(device), torch.from_numpy(noise).to(device)
+    imgs = np.stack(_first_readable(dataset, count))
+    noise = np.stack([mask_noise(dataset.seed, 0, i, dataset.num_patches) for i in range(len(imgs))])
+    imgs, noise = torch.from_numpy(imgs).to(run.device), torch.from_numpy(noise).to(run.device)
     columns = reconstruction_columns(model, imgs, mask_ratio, noise)
     sheet = draw_panel(columns, panel_caption(model, mask_ratio, f"epoch {epoch}"))
-    file = output_dir / "panels" / f"epoch_{epoch:04d}.png"
+    file = run.output_dir / "panels" / f"epoch_{epoch:04d}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
     return np.asarray(sheet)
+
+
+def _first_readable(dataset, count: int) -> list[np.ndarray]:
+    found: list[np.ndarray] = []
+    for path in (dataset.paths[i] for i in range(len(dataset))):
+        try:
+            found.append(whole_image(open_rgb(path), dataset.input_size))
+        except UNREADABLE:
+            continue  # the loop has already counted and listed it
+        if len(found) == count:
+            break
+    return found

@@ -1,6 +1,7 @@
 """The files of a pre-training run: saving, finding and continuing it, exporting the encoder."""
 
 import json
+import threading
 import time
 from pathlib import Path
 
@@ -31,21 +32,20 @@ class RunFiles:
 
     Args:
         output_dir: folder of the run.
-        bare_model: the MAE, neither compiled nor wrapped.
         args: resolved settings as plain values, kept in every checkpoint.
         config: what is needed to build the model again, plain values.
         save_minutes: time between saves of `checkpoint-last.pth`.
         keep: how many `checkpoint-<epoch>.pth` stay.
     """
 
-    def __init__(self, output_dir: Path, bare_model, args: dict, config: dict, save_minutes, keep: int):
+    def __init__(self, output_dir: Path, args: dict, config: dict, save_minutes, keep: int):
         self.output_dir = output_dir
-        self.bare_model = bare_model
         self.args = args
         self.config = config
         self.save_seconds = 60 * save_minutes
         self.keep = keep
         self.saved_at = time.monotonic()
+        self._writing = threading.Lock()  # the loop and the StopGuard's thread may both save
 
     def save(self, run, name: str = LAST) -> None:
         """Write the state of the last update; whole or not at all.
@@ -53,8 +53,13 @@ class RunFiles:
         `epoch` is the last finished epoch, as in MAE; `batches_done` counts global micro-batches of
         the next one. Nothing random is kept: order, crops and masks follow from (seed, epoch, index).
         """
-        content = {
-            "model": self.bare_model.state_dict(),
+        with self._writing:
+            write_torch(self.output_dir / name, self._content(run))
+            self.saved_at = time.monotonic()
+
+    def _content(self, run) -> dict:
+        return {
+            "model": run.bare.state_dict(),
             "optimizer": run.optimizer.state_dict(),
             "epoch": run.epoch - 1,
             "scaler": run.scaler.state_dict() if run.scaler else {},
@@ -65,8 +70,6 @@ class RunFiles:
             "bad_steps_in_row": run.bad_steps_in_row,
             "seconds": dict(run.seconds),
         }
-        write_torch(self.output_dir / name, content)
-        self.saved_at = time.monotonic()
 
     def save_if_due(self, run) -> None:
         if is_main_process() and time.monotonic() - self.saved_at >= self.save_seconds:
@@ -127,7 +130,7 @@ class RunFiles:
                 f"{file} belongs to a run with other settings ({differences}): set them back, or pass "
                 f"--allow_change {' '.join(changed)}"
             )
-        load_weights(self.bare_model, content["model"], file, needed="all")
+        load_weights(run.bare, content["model"], file, needed="all")
         run.optimizer.load_state_dict(content["optimizer"])
         if run.scaler and content["scaler"]:
             run.scaler.load_state_dict(content["scaler"])
@@ -150,18 +153,17 @@ class RunFiles:
             if len(kept) < len(lines):
                 write_atomic(log, lambda opened: opened.write("".join(kept).encode()))
 
-    def export_encoder(self) -> None:
+    def export_encoder(self, bare: torch.nn.Module) -> None:
         """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors`."""
         state = {
-            k: v.detach().float().cpu().contiguous()
-            for k, v in encoder_state(self.bare_model.state_dict()).items()
+            k: v.detach().float().cpu().contiguous() for k, v in encoder_state(bare.state_dict()).items()
         }
         write_torch(self.output_dir / "encoder.pth", {"model": state})
         header = {"format": "pt", "config": json.dumps(self.config)}
         write_safetensors(self.output_dir / "encoder.safetensors", state, header)
 
 
-def initialise_from(bare_model: torch.nn.Module, file: str) -> str:
+def initialise_from(bare: torch.nn.Module, file: str) -> str:
     """`--init`: weights of ours or facebook's MAE, full or encoder only; returns what matched."""
     content = read_checkpoint(file)
-    return load_weights(bare_model, content["model"], file, needed="encoder")
+    return load_weights(bare, content["model"], file, needed="encoder")

@@ -1,14 +1,19 @@
 """Stopping without losing work: Ctrl-C, SIGTERM and crashes leave a resumable checkpoint."""
 
+import ctypes
+import fcntl
 import os
 import signal
 import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from pathlib import Path
 
-SIGNALS = {signal.SIGINT, signal.SIGTERM}
-FINISH = signal.SIGUSR1
+from util.errors import InputError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+FINISHED = 0  # written into the pipe when the guard is left without a signal
 
 
 class StopGuard:
@@ -40,7 +45,11 @@ class StopGuard:
             self._torn = False
 
     def __enter__(self):
-        self._old_mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS | {FINISH})
+        # Python's own handlers wait for the main thread to leave C code; the wake-up pipe does not
+        self._read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._old_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        self._old_handlers = {s: signal.signal(s, lambda *_: None) for s in SIGNALS}
         self._thread = threading.Thread(target=self._wait, daemon=True)
         self._thread.start()
         return self
@@ -48,22 +57,28 @@ class StopGuard:
     def __exit__(self, kind, error, trace):
         if self._stopping.is_set():
             self._thread.join()  # it ends the process; errors of dying peers do not matter now
-        signal.pthread_kill(self._thread.ident, FINISH)
+        signal.set_wakeup_fd(self._old_fd)
+        for number, handler in self._old_handlers.items():
+            signal.signal(number, handler)
+        os.write(self._write_end, bytes([FINISHED]))
         self._thread.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._old_mask)
+        os.close(self._read_end)
+        os.close(self._write_end)
         if error is not None and self._is_main and not self._torn:
             self._save()
         return False
 
     def _wait(self):
-        received = signal.sigwait(SIGNALS | {FINISH})
-        if received == FINISH:
+        received = None
+        while received not in (FINISHED, *SIGNALS):  # children's deaths arrive here too
+            received = os.read(self._read_end, 1)[0]
+        if received == FINISHED:
             return
         self._stopping.set()
-        name = signal.Signals(received).name
         if self._is_main:
             with self._lock:
                 if not self._torn:
+                    name = signal.Signals(received).name
                     print(f"\n{name}: saving the state of the last update", flush=True)
                     self._save()
         else:
@@ -76,6 +91,45 @@ def init_worker(worker_id: int) -> None:
     thread each, since there is one worker a core."""
     import torch
 
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS | {FINISH})
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if threading.current_thread() is threading.main_thread():
+        signal.set_wakeup_fd(-1)  # the pipe belongs to the parent's StopGuard
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
+
+
+def end_with_launcher() -> None:
+    """Under torchrun: get SIGTERM when the launcher dies, even by kill -9, instead of training on as
+    an orphan beside the run that replaces it."""
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.uname().sysname == "Linux":
+        parent_death_signal = 1  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(parent_death_signal, int(signal.SIGTERM))
+
+
+@contextmanager
+def run_lock(folder: Path, wait_s: float = 45.0):
+    """One run at a time in a folder; the lock ends with the process, however it ends.
+
+    Raises:
+        InputError: another process held it for all of `wait_s`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "a+") as opened:
+        deadline = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    opened.seek(0)
+                    holder = opened.read().strip() or "unknown"
+                    raise InputError(
+                        f"another run (process {holder}) is writing to {folder}: stop it, or choose "
+                        "another --output_dir"
+                    ) from None
+                time.sleep(0.5)
+        opened.truncate(0)
+        opened.write(f"{os.getpid()} on {os.uname().nodename}")
+        opened.flush()
+        yield

@@ -1,0 +1,322 @@
+"""The run as users start it: learning, resuming, ranks, signals, bad steps."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, parse, read_log, run_command, small_flags
+
+import main_pretrain
+from util.checkpoint import read_checkpoint
+from util.errors import InputError
+
+
+def run_main(flags: list[str]) -> dict:
+    return main_pretrain.main(parse(main_pretrain.get_args_parser(), flags))
+
+
+def teacher_flags(teacher_files, texts_file) -> list[str]:
+    config, weights = teacher_files
+    return f"--clip_model {config} --clip_pretrained {weights} --text_bank {texts_file}".split()
+
+
+def curve(output) -> list[float]:
+    """Every number of the log that is not a speed."""
+    speeds = ("images_per_s", "data_wait")
+    return [v for row in read_log(output) for k, v in row.items() if k not in speeds]
+
+
+def test_run_with_distillation(pictures, teacher_files, texts_file, tmp_path):
+    out = tmp_path / "run"
+    flags = small_flags(pictures, out, *teacher_flags(teacher_files, texts_file), "--vis_epochs", "1")
+    record = run_main(flags)
+    assert json.loads((out / "metrics.json").read_text()) == record
+    log = read_log(out)
+    assert [row["epoch"] for row in log] == [0, 1]
+    wanted = "train_loss train_lr train_loss_pixel train_loss_sim train_loss_kl train_cos train_cos_baseline"
+    wanted += " train_kl_baseline train_pixel_baseline train_grad_norm images_per_s data_wait bad_images"
+    assert set(wanted.split()) <= set(log[0])
+    assert all(math.isfinite(v) for row in log for v in row.values())
+    for name in ("checkpoint-1.pth", "checkpoint-last.pth", "encoder.pth", "encoder.safetensors",
+                 "args.json", "env.json", "text_bank.safetensors", "panels/epoch_0001.png"):  # fmt: skip
+        assert (out / name).is_file(), name
+    encoder = torch.load(out / "encoder.pth", weights_only=True)
+    assert set(encoder) == {"model"} and len(encoder["model"]) == 150
+    content = torch.load(out / "checkpoint-last.pth", weights_only=True)
+    assert {"model", "optimizer", "epoch", "scaler", "args"} <= set(content)
+    assert content["epoch"] == 1 and isinstance(content["args"], dict)
+    assert any(k.startswith("distill_head.") for k in content["model"])
+
+
+def test_trivial_baselines_are_what_a_constant_answer_reaches(pictures, teacher_files, texts_file, tmp_path):
+    out = tmp_path / "run"
+    run_main(small_flags(pictures, out, *teacher_flags(teacher_files, texts_file), "--epochs", "1"))
+    row = read_log(out)[0]
+    # a random untrained teacher answers nearly the same for every picture
+    assert 0.5 < row["train_cos_baseline"] <= 1
+    assert 0 <= row["train_kl_baseline"] < 0.5
+
+
+def test_no_distill_is_plain_mae_bit_for_bit(pictures, tmp_path):
+    """The loop against a few lines of MAE with torch's own AdamW: same losses, same weights."""
+    from datasets.manifest import list_images
+    from datasets.pretrain import EpochBatches, PretrainDataset
+    from models_mae import MODELS
+    from util.lr_sched import cosine_lr
+    from util.optim import adamw_groups
+
+    out = tmp_path / "run"
+    run_main(small_flags(pictures, out, "--no_distill"))
+    torch.manual_seed(0)
+    model = MODELS["mae_vit_tiny_patch16"](img_size=(32, 32), norm_pix_loss=True, fused_attn=False)
+    optimizer = torch.optim.AdamW(adamw_groups(model, 0.05), lr=0.0, betas=(0.9, 0.95), fused=True)
+    dataset = PretrainDataset(list_images(pictures), (32, 32), 4, seed=0, min_area=0.2)
+    batches = EpochBatches(40, 8, 0, 1, 0)
+    for epoch in range(2):
+        batches.set_epoch(epoch)
+        for step, items in enumerate(batches):
+            samples = [dataset[item] for item in items]
+            for group in optimizer.param_groups:
+                group["lr"] = cosine_lr(epoch + step / 5, 1e-3 * 8 / 256, 0, 1, 2)
+            loss = model(
+                torch.stack([s["imgs"] for s in samples]), 0.75, torch.stack([s["noise"] for s in samples])
+            )["pixel"]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    trained = torch.load(out / "checkpoint-last.pth", weights_only=True)["model"]
+    assert set(trained) == set(model.state_dict())
+    for key, value in model.state_dict().items():
+        assert torch.equal(trained[key], value), key
+
+
+@pytest.mark.parametrize("accum", [1, 2])
+def test_two_ranks_equal_one(pictures, teacher_files, texts_file, tmp_path, accum):
+    teacher = teacher_flags(teacher_files, texts_file)
+    one, two = tmp_path / "one", tmp_path / "two"
+    more = [*teacher, "--accum_iter", str(accum), "--blr", "0.05"]
+    run_main(small_flags(pictures, one, *more))
+    words = small_flags(pictures, two, *more, "--batch_size", "4")
+    done = run_command(command("main_pretrain.py", *words, processes=2))
+    assert done.returncode == 0, done.stderr
+    assert curve(two) == pytest.approx(curve(one), rel=1e-5, abs=1e-7)
+
+
+def test_leftover_micro_batches_are_used(pictures, tmp_path):
+    """5 micro-batches an epoch, accumulated by 2: three updates, the last from one batch."""
+    out = tmp_path / "run"
+    run_main(small_flags(pictures, out, "--no_distill", "--accum_iter", "2"))
+    state = torch.load(out / "checkpoint-last.pth", weights_only=True)["optimizer"]["state"]
+    assert {int(s["step"]) for s in state.values()} == {6}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_path, processes):
+    teacher = teacher_flags(teacher_files, texts_file)
+    more = [*teacher, "--epochs", "6", "--batch_size", str(4 // processes), "--save_minutes", "0.001",
+            "--save_freq", "2"]  # fmt: skip
+    straight, killed = tmp_path / "straight", tmp_path / "killed"
+    words = small_flags(pictures, straight, *more)
+    done = run_command(command("main_pretrain.py", *words, processes=processes))
+    assert done.returncode == 0, done.stderr
+    words = command("main_pretrain.py", *small_flags(pictures, killed, *more, "--resume", "auto"),
+                    processes=processes)  # fmt: skip
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    rng = np.random.default_rng(processes)
+    for kill in range(3):
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        for line in process.stdout:
+            if line.startswith("epoch") and rng.random() < 0.12 + 0.1 * kill:
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = run_command(words)
+    assert done.returncode == 0, done.stderr
+    assert "resuming" in done.stdout
+    a = torch.load(straight / "checkpoint-last.pth", weights_only=True)
+    b = torch.load(killed / "checkpoint-last.pth", weights_only=True)
+    for key in a["model"]:
+        assert torch.equal(a["model"][key], b["model"][key]), key
+    for key, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(state[k], b["optimizer"]["state"][key][k]) for k in state)
+    assert curve(straight) == curve(killed)
+
+
+@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGINT)])
+def test_stopping_leaves_a_resumable_checkpoint(pictures, tmp_path, processes, number):
+    out = tmp_path / "run"
+    flags = small_flags(pictures, out, "--no_distill", "--epochs", "300", "--num_workers", "1",
+                        "--batch_size", str(8 // processes))  # fmt: skip
+    process = subprocess.Popen(
+        command("main_pretrain.py", *flags, processes=processes), cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    for line in process.stdout:
+        if line.startswith("epoch 1  3/5"):
+            break
+    os.killpg(process.pid, number)
+    rest = process.stdout.read()
+    assert process.wait(timeout=60) != 0
+    assert "saving the state of the last update" in rest
+    content = read_checkpoint(out / "checkpoint-last.pth")
+    steps = {int(s["step"]) for s in content["optimizer"]["state"].values()}
+    assert steps == {(content["epoch"] + 1) * 5 + content["batches_done"]} and min(steps) >= 8
+
+
+def test_non_finite_steps_are_skipped_and_reported(pictures, tmp_path, monkeypatch):
+    from models_mae import MaskedAutoencoderViT
+
+    forward, calls = MaskedAutoencoderViT.forward, []
+
+    def poisoned(self, *args, **kwargs):
+        terms = forward(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 3:
+            terms["pixel"] = terms["pixel"] * float("nan")
+        return terms
+
+    monkeypatch.setattr(MaskedAutoencoderViT, "forward", poisoned)
+    out = tmp_path / "run"
+    run_main(small_flags(pictures, out, "--no_distill"))
+    log = read_log(out)
+    assert [row["skipped_updates"] for row in log] == [1, 0]
+    assert all(math.isfinite(v) for row in log for v in row.values())
+    (report,) = [json.loads(line) for line in (out / "bad_steps.jsonl").read_text().splitlines()]
+    assert report["batches"] == [2, 3] and len(report["files"]) == 8
+    assert report["terms"]["pixel"] == "nan"
+    state = torch.load(out / "checkpoint-last.pth", weights_only=True)
+    assert {int(s["step"]) for s in state["optimizer"]["state"].values()} == {9}
+    assert all(torch.isfinite(v).all() for v in state["model"].values())
+
+
+def test_too_many_bad_steps_stop_with_good_weights(pictures, tmp_path, monkeypatch):
+    from models_mae import MaskedAutoencoderViT
+
+    forward = MaskedAutoencoderViT.forward
+    calls = []
+
+    def poisoned(self, *args, **kwargs):
+        calls.append(1)
+        terms = forward(self, *args, **kwargs)
+        return terms | {"pixel": terms["pixel"] * (math.inf if len(calls) > 5 else 1)}
+
+    monkeypatch.setattr(MaskedAutoencoderViT, "forward", poisoned)
+    out = tmp_path / "run"
+    with pytest.raises(InputError, match="3 updates in a row"):
+        run_main(small_flags(pictures, out, "--no_distill", "--max_bad_steps", "3"))
+    content = read_checkpoint(out / "checkpoint-last.pth")
+    assert all(torch.isfinite(v).all() for v in content["model"].values())
+
+
+def test_unreadable_images_are_replaced_counted_and_limited(tmp_path):
+    from conftest import write_pictures
+
+    data = write_pictures(tmp_path / "data", 40)
+    (data / "0007.png").write_bytes(b"not a picture")
+    out = tmp_path / "run"
+    run_main(small_flags(data, out, "--no_distill", "--max_bad_ratio", "0.05"))
+    assert [row["bad_images"] for row in read_log(out)] == [1, 1]
+    assert "0007.png" in (out / "bad_images.txt").read_text()
+    for index in range(12):
+        (data / f"{index:04d}.png").write_bytes(b"broken")
+    done = run_command(command("main_pretrain.py", *small_flags(data, tmp_path / "run2", "--no_distill")))
+    assert done.returncode == 2
+    assert "could not be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_init_from_an_encoder_starts_anew(pictures, tmp_path, capsys):
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_main(small_flags(pictures, first, "--no_distill"))
+    run_main(small_flags(pictures, second, "--no_distill", "--init", str(first / "encoder.safetensors"),
+                         "--epochs", "1", "--lr", "0"))  # fmt: skip
+    assert "loaded    150 tensors" in capsys.readouterr().out
+    a = torch.load(first / "encoder.pth", weights_only=True)["model"]
+    b = torch.load(second / "encoder.pth", weights_only=True)["model"]
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_resume_refuses_another_run(pictures, tmp_path):
+    out = tmp_path / "run"
+    run_main(small_flags(pictures, out, "--no_distill", "--epochs", "1"))
+    flags = small_flags(pictures, out, "--no_distill", "--resume", "auto")
+    with pytest.raises(InputError, match=r"epochs 1 -> 2.*--allow_change"):
+        run_main(flags)
+    run_main([*flags, "--allow_change", "epochs"])
+    assert [row["epoch"] for row in read_log(out)] == [0, 1]
+
+
+def test_resume_auto_passes_over_a_truncated_file(pictures, tmp_path, capsys):
+    out = tmp_path / "run"
+    run_main(small_flags(pictures, out, "--no_distill"))
+    last = out / "checkpoint-last.pth"
+    last.write_bytes(last.read_bytes()[:1000])
+    run_main(small_flags(pictures, out, "--no_distill", "--resume", "auto"))
+    assert "truncated or damaged" in capsys.readouterr().out
+
+
+def test_compiled_run_has_the_same_curve(pictures, tmp_path):
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    run_main(small_flags(pictures, eager, "--no_distill", "--blr", "0.05"))
+    run_main(small_flags(pictures, compiled, "--no_distill", "--blr", "0.05", "--compile"))
+    assert curve(compiled) == pytest.approx(curve(eager), rel=1e-4)
+
+
+BAD = {
+    "no such folder": ("--data_path /no/such/folder", "does not exist"),
+    "patch does not divide": ("--input_size 100", "multiple of the patch size 16"),
+    "size is no number": ("--input_size big", "one side or H,W"),
+    "accumulation never updates": ("--accum_iter 9", "--accum_iter 5 or less"),
+    "batch larger than data": ("--batch_size 50", "at most 40"),
+    "warm-up longer than run": ("--warmup_epochs 3", "longer than --epochs"),
+    "nothing to distil": ("--sim_weight 0 --kl_weight 0", "use --no_distill"),
+    "resume and init": ("--resume auto --init x.pth", "only one of them"),
+    "bank without teacher": ("--no_distill --text_bank x.txt", "no use with --no_distill"),
+    "unknown teacher": ("--clip_model ViT-Q-99", "unknown to open_clip"),
+    "teacher file missing": ("--clip_model ViT-B-32 --clip_pretrained /no/w.pt", "Three ways"),
+    "mask everything": ("--no_distill --mask_ratio 1.0", "keeps 0 of 4"),
+    "missing init": ("--no_distill --init /no/such.pth", "does not exist"),
+    "missing resume": ("--no_distill --resume /no/such.pth", "does not exist"),
+    "bad crop": ("--no_distill --crop_min 0", "must be in (0, 1]"),
+}
+
+
+@pytest.mark.parametrize("flags, message", BAD.values(), ids=list(BAD))
+def test_bad_flags(pictures, tmp_path, flags, message):
+    given = small_flags(pictures, tmp_path / "run", *flags.split())
+    if "clip_model" not in flags and "--no_distill" not in flags and "weight" not in flags:
+        given.append("--no_distill")
+    with pytest.raises(InputError) as caught:
+        run_main(given)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_missing_rank_is_reported_not_waited_for(pictures, tmp_path):
+    env = os.environ | {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+                        "MASTER_PORT": "29741"}  # fmt: skip
+    words = small_flags(pictures, tmp_path / "run", "--no_distill", "--dist_timeout", "5")
+    started = time.monotonic()
+    done = subprocess.run(
+        command("main_pretrain.py", *words), cwd=ROOT, env=env, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2 and time.monotonic() - started < 90
+    assert "rank 0 of 2" in done.stderr and "not every rank came" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+def test_cuda_run(pictures, teacher_files, texts_file, tmp_path, amp):
+    teacher = teacher_flags(teacher_files, texts_file)
+    flags = small_flags(pictures, tmp_path / "run", *teacher, "--device", "cuda", "--amp", amp)
+    run_main(flags)
+    assert all(math.isfinite(v) for row in read_log(tmp_path / "run") for v in row.values())

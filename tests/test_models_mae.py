@@ -1,0 +1,284 @@
+"""MAE parity against published numbers and an independent NumPy forward pass; the context readings."""
+
+import numpy as np
+import numpy_mae
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from models_mae import CONTEXTS, MODELS, GlobalContextHead, count_kept
+from models_vit import VisionTransformer, load_encoder
+from util.checkpoint import encoder_state
+from util.errors import InputError
+from util.pos_embed import resize_pos_embed, sincos_pos_embed
+
+TINY = MODELS["mae_vit_tiny_patch16"]
+
+
+def unit_rows(rows: int, dim: int, seed: int = 0) -> torch.Tensor:
+    return F.normalize(torch.randn(rows, dim, generator=torch.Generator().manual_seed(seed)), dim=1)
+
+
+def distill(context: str, **more) -> dict:
+    return {"context": context, "bank": unit_rows(7, 24), "tau": 0.07} | more
+
+
+@pytest.fixture(scope="module")
+def base():
+    torch.manual_seed(0)
+    return MODELS["mae_vit_base_patch16"](norm_pix_loss=True, fused_attn=False)
+
+
+def test_published_loss_and_gradient(base):
+    torch.manual_seed(1)
+    imgs = torch.randn(2, 3, 224, 224)
+    torch.manual_seed(2)
+    terms = base(imgs)
+    terms["pixel"].backward()
+    grads = {k: p.grad for k, p in base.named_parameters() if p.requires_grad}
+    assert all(g is not None and g.abs().sum() > 0 for g in grads.values())
+    assert terms["pixel"].item() == pytest.approx(1.85783231, abs=1e-5)
+    assert nn.utils.get_total_norm(list(grads.values())).item() == pytest.approx(4.24847269, abs=1e-5)
+
+
+def test_keys_and_sizes(base):
+    state = base.state_dict()
+    assert len(state) == 254
+    assert sum(p.numel() for p in base.parameters()) == 111_907_840
+    assert list(state)[:5] == [
+        "cls_token",
+        "pos_embed",
+        "mask_token",
+        "decoder_pos_embed",
+        "patch_embed.proj.weight",
+    ]
+    encoder = encoder_state(state)
+    assert len(encoder) == 150
+    assert sum(v.numel() for v in encoder.values()) == 85_798_656
+
+
+class PlainViT(nn.Module):
+    """An independent ViT-B/16 encoder with the usual key names, as peers write it."""
+
+    class Block(nn.Module):
+        def __init__(self, dim, heads):
+            super().__init__()
+            self.heads = heads
+            self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
+            self.attn = nn.ModuleDict({"qkv": nn.Linear(dim, 3 * dim), "proj": nn.Linear(dim, dim)})
+            self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, 4 * dim), "fc2": nn.Linear(4 * dim, dim)})
+
+        def forward(self, x):
+            N, T, D = x.shape
+            q, k, v = self.attn["qkv"](self.norm1(x)).chunk(3, dim=2)
+            q, k, v = (t.view(N, T, self.heads, -1).transpose(1, 2) for t in (q, k, v))
+            a = (q @ k.transpose(2, 3) * (D // self.heads) ** -0.5).softmax(-1)
+            x = x + self.attn["proj"]((a @ v).transpose(1, 2).reshape(N, T, D))
+            return x + self.mlp["fc2"](F.gelu(self.mlp["fc1"](self.norm2(x))))
+
+    def __init__(self, dim=768, depth=12, heads=12):
+        super().__init__()
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 197, dim))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, 16, 16)})
+        self.blocks = nn.ModuleList(self.Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, imgs):
+        x = self.patch_embed["proj"](imgs).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+def test_encoder_loads_strictly_into_an_independent_vit(base, tmp_path):
+    plain = PlainViT()
+    plain.load_state_dict(encoder_state(base.state_dict()), strict=True)
+    torch.save({"model": base.state_dict()}, tmp_path / "full.pth")
+    ours, _ = load_encoder(tmp_path / "full.pth")
+    imgs = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        assert torch.allclose(plain(imgs), ours.forward_features(imgs), atol=2e-5)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("img_size, norm_pix", [((64, 64), True), ((96, 48), False)])
+def test_against_numpy(img_size, norm_pix, fused):
+    torch.manual_seed(3)
+    model = TINY(img_size=img_size, norm_pix_loss=norm_pix, fused_attn=fused)
+    for p in model.parameters():  # away from the zeros and ones of the initial biases and norms
+        p.data += 0.05 * torch.randn_like(p)
+    imgs, noise = torch.randn(3, 3, *img_size), torch.rand(3, model.num_patches)
+    keep = count_kept(model.num_patches, 0.75)
+    state = {k: v.double().numpy() for k, v in model.state_dict().items()}
+    loss, pred, mask = numpy_mae.mae_loss(
+        imgs.double().numpy(), noise.double().numpy(), state, p=16, depth=12, heads=3,
+        decoder_depth=8, decoder_heads=4, keep=keep, norm_pix=norm_pix,
+    )  # fmt: skip
+    with torch.no_grad():
+        terms = model(imgs, 0.75, noise)
+        ours_pred, ours_mask = model.reconstruct(imgs, 0.75, noise)
+    assert terms["pixel"].item() == pytest.approx(loss, rel=1e-5)
+    assert np.array_equal(ours_mask.numpy(), mask)
+    assert np.allclose(ours_pred.numpy(), pred, atol=2e-4)
+
+
+def test_uint8_equals_normalised_float():
+    torch.manual_seed(0)
+    model = TINY(img_size=(64, 64), norm_pix_loss=True)
+    imgs = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    noise = torch.rand(2, 16)
+    with torch.no_grad():
+        a = model(imgs, 0.75, noise)["pixel"]
+        b = model(model.normalize(imgs), 0.75, noise)["pixel"]
+    assert a.item() == pytest.approx(b.item(), rel=1e-5)
+
+
+def test_patchify_roundtrip_and_order():
+    model = TINY(img_size=(32, 48))
+    imgs = torch.randn(2, 3, 32, 48)
+    patches = model.patchify(imgs)
+    assert torch.equal(model.unpatchify(patches), imgs)
+    assert torch.equal(patches[1, 4, 7 * 48 + 5 * 3 + 2], imgs[1, 2, 16 + 7, 16 + 5])
+
+
+def test_pixel_baseline_is_the_patch_mean_predictor():
+    model = TINY(img_size=(64, 64), norm_pix_loss=False)
+    imgs, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 16)
+    removed = noise.argsort(1)[:, 4:]
+    patches = model.patchify(imgs)[torch.arange(2)[:, None], removed]
+    expected = (patches - patches.mean(-1, keepdim=True)).square().mean()
+    assert model(imgs, 0.75, noise)["pixel_baseline"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_trains(name):
+    patch = 14 if name.endswith("14") else 16
+    with torch.device("meta"):
+        shapes = MODELS[name](img_size=(patch * 2, patch * 2)).state_dict()
+    assert len(shapes) > 200
+    if "large" in name or "huge" in name:
+        return  # built above; too large for a quick backward pass
+    model = MODELS[name](img_size=(patch * 2, patch * 2))
+    model(torch.randn(1, 3, patch * 2, patch * 2))["pixel"].backward()
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_contexts(context):
+    torch.manual_seed(0)
+    plain = TINY(img_size=(64, 64), norm_pix_loss=True)
+    torch.manual_seed(0)
+    model = TINY(img_size=(64, 64), norm_pix_loss=True, distill=distill(context))
+    for key, value in plain.state_dict().items():  # the head never disturbs the MAE's initialisation
+        assert torch.equal(value, model.state_dict()[key])
+    added = set(model.state_dict()) - set(plain.state_dict())
+    assert added and all(key.startswith("distill_head.") for key in added)
+    assert set(encoder_state(model.state_dict())) == set(encoder_state(plain.state_dict()))
+
+    imgs, noise, f = torch.randn(4, 3, 64, 64), torch.rand(4, 16), unit_rows(4, 24, 5)
+    terms = model(imgs, 0.75, noise, f)
+    assert terms["pixel"].item() == plain(imgs, 0.75, noise)["pixel"].item()
+    assert 0 <= terms["sim"].item() <= 2 and terms["kl"].item() >= 0
+    (terms["pixel"] + terms["sim"] + terms["kl"]).backward()
+    trained = {k: p for k, p in model.named_parameters() if p.requires_grad}
+    assert all(p.grad is not None for p in trained.values())
+    encoder_grad = trained["blocks.0.attn.qkv.weight"].grad
+    assert encoder_grad.abs().sum() > 0
+
+
+def head_for(context="cls", **more):
+    return GlobalContextHead(embed_dim=24, decoder_dim=16, num_patches=9, **distill(context, **more))
+
+
+def test_losses_are_zero_when_student_equals_teacher():
+    head = head_for()
+    head.proj = nn.Identity()
+    f = unit_rows(5, 24, 1)
+    latent = torch.cat([3 * f[:, None], torch.randn(5, 4, 24)], dim=1)
+    terms = head(latent, None, None, f)
+    assert terms["sim"].item() == pytest.approx(0, abs=1e-6)
+    assert terms["kl"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_distillation_terms_by_hand():
+    head = head_for("mean")
+    latent, f = torch.randn(5, 6, 24), unit_rows(5, 24, 1)
+    terms = head(latent, None, None, f)
+    z = F.linear(latent[:, 1:].mean(1), head.proj.weight, head.proj.bias).double().detach()
+    z = (z / z.norm(dim=1, keepdim=True)).numpy()
+    U, t = head.bank.double().numpy(), f.double().numpy()
+
+    def softmax(x):
+        e = np.exp(x - x.max(1, keepdims=True))
+        return e / e.sum(1, keepdims=True)
+
+    P, Q = softmax(t @ U.T / 0.07), softmax(z @ U.T / 0.07)
+    assert terms["sim"].item() == pytest.approx((1 - (z * t).sum(1)).mean(), abs=1e-6)
+    assert terms["kl"].item() == pytest.approx((P * np.log(P / Q)).sum(1).mean(), rel=1e-4)
+    assert terms["teacher_entropy"].item() == pytest.approx(-(P * np.log(P)).sum(1).mean(), rel=1e-4)
+    assert np.allclose(terms["teacher_marginal"].numpy(), P.mean(0), atol=1e-6)
+
+
+def test_attention_pools_where_the_key_points():
+    head = head_for("attention")
+    nn.init.zeros_(head.key.weight)
+    head.key.weight.data[0, 0] = 100.0
+    nn.init.normal_(head.transform[-1].weight)
+    latent = torch.zeros(1, 5, 24)
+    latent[0, 3] = torch.randn(24)
+    latent[0, 3, 0] = 5.0  # the only token with a large first channel
+    expected = latent[0, 0] + head.transform(latent[0, 3])
+    assert torch.allclose(head.pool(latent, None, None)[0], expected, atol=1e-5)
+
+
+def test_decoder_context_follows_positions_not_the_shuffle():
+    head = head_for("decoder")
+    head.position_weight.data = torch.randn(9)
+    in_image_order = torch.randn(2, 9, 16)
+    outs = []
+    for seed in (0, 1):
+        ids = torch.rand(2, 9, generator=torch.Generator().manual_seed(seed)).argsort(1)
+        shuffled = in_image_order[torch.arange(2)[:, None], ids]
+        outs.append(head.pool(None, torch.cat([torch.zeros(2, 1, 16), shuffled], 1), ids))
+    assert torch.allclose(outs[0], outs[1], atol=1e-5)
+    expected = (head.position_weight[:, None] * in_image_order).sum(1)
+    assert torch.allclose(outs[0], expected, atol=1e-5)
+
+
+def test_position_table():
+    table = sincos_pos_embed(8, (2, 3)).numpy()
+    assert table.shape == (7, 8) and not table[0].any()
+    row, column = 1, 2  # token 1 + row * 3 + column
+    expected = [np.sin(column), np.sin(column / 100), np.cos(column), np.cos(column / 100)]
+    expected += [np.sin(row), np.sin(row / 100), np.cos(row), np.cos(row / 100)]
+    assert np.allclose(table[1 + row * 3 + column], expected, atol=1e-6)
+
+
+def test_position_table_is_resized_with_its_class_row():
+    table = sincos_pos_embed(16, (4, 6))[None]
+    resized = resize_pos_embed(table, (4, 6), (8, 12))
+    assert resized.shape == (1, 97, 16) and torch.equal(resized[:, 0], table[:, 0])
+    assert torch.equal(resize_pos_embed(table, (4, 6), (4, 6)), table)
+
+
+def test_encode_is_unmasked_and_repeatable():
+    model = VisionTransformer((32, 48), embed_dim=192, depth=2, num_heads=3).eval()
+    imgs = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
+    with torch.no_grad():
+        first, second = model.encode(imgs), model.encode(imgs)
+    assert first["tokens"].shape == (2, 6, 192)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert torch.allclose(first["mean"], first["tokens"].mean(1))
+
+
+@pytest.mark.parametrize("bad", [0.0, 0.99, 1.0])
+def test_useless_mask_ratios_are_refused(bad):
+    with pytest.raises(InputError, match="mask_ratio"):
+        count_kept(16, bad)
+
+
+def test_size_that_the_patch_does_not_divide():
+    with pytest.raises(InputError, match="208 or 224"):
+        TINY(img_size=(220, 224))

@@ -1,0 +1,185 @@
+"""Images -> embeddings: OUTPUT.npy (float32, rows in input order) and OUTPUT.csv (path, problem).
+
+    python -m tools.extract --checkpoint output_dir/encoder.pth --data_path PHOTOS --output features
+
+Under torchrun the ranks share the work; a run that was stopped goes on where it was. Rows of unreadable
+images are NaN and named in the table.
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from datasets.manifest import PathList, list_images
+from engine_extract import POOLS, extract_batches
+from models_vit import load_encoder
+from util.checkpoint import write_atomic, write_json
+from util.dist import (
+    barrier,
+    end_distributed,
+    get_rank,
+    get_world_size,
+    init_distributed,
+    is_main_process,
+    pick_device,
+    print_main,
+)
+from util.errors import InputError, run_or_explain
+from util.precision import pick_amp_dtype, pick_fused_attention
+from util.progress import Progress
+from util.resolve import parse_input_size
+
+PART_IMAGES = 4096
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "tools.extract",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("--checkpoint", required=True, help="encoder: ours or facebook's MAE, .pth or .safetensors")
+    add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
+    add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
+    add("--output", required=True, help="name of the files to write, without ending")
+    add("--pool", default="mean", choices=POOLS,
+        help="mean of the patch tokens, class token, or all patch tokens (default mean)")
+    add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
+    add("--batch_size", default=128, type=int, help="images at a time (default 128)")
+    add("--num_workers", default=2, type=int, help="data processes per rank (default 2)")
+    add("--device", default="auto", help="auto, cuda or cpu (default auto)")
+    add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"),
+        help="precision (default none: fp32)")
+    # fmt: on
+    return parser
+
+
+def main(args) -> dict:
+    device = pick_device(args.device)
+    init_distributed(device, timeout_s=600)
+    try:
+        return extract(args, device)
+    finally:
+        end_distributed()
+
+
+def extract(args, device) -> dict:
+    output = Path(args.output)
+    output = output.with_suffix("") if output.suffix == ".npy" else output
+    amp_dtype, _ = pick_amp_dtype(args.amp, device)
+    size = parse_input_size(args.input_size) if args.input_size else None
+    model, report = load_encoder(args.checkpoint, size, device, pick_fused_attention(device))
+    print_main(f"encoder {args.checkpoint}:\n{report}")
+    paths = list_images(args.data_path, args.split)
+    job = {
+        "checkpoint_sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        "images_sha256": paths.sha256(),
+        "images": len(paths),
+        "pool": args.pool,
+        "img_size": list(model.img_size),
+        "amp": str(amp_dtype),
+    }
+    parts = output.with_name(output.name + ".parts")
+    claim_parts(parts, job)
+
+    starts = range(0, len(paths), PART_IMAGES)
+    todo = [s for s in starts if not part_file(parts, s).is_file()][get_rank() :: get_world_size()]
+    total = sum(min(PART_IMAGES, len(paths) - s) for s in todo)
+    progress = Progress("images", total, shown=is_main_process())
+    done = 0
+    for start in todo:
+        indices = np.arange(start, min(start + PART_IMAGES, len(paths)))
+        rows, problems = [], {}
+        for index, features, bad in extract_batches(
+            model,
+            paths,
+            indices,
+            (args.pool,),
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            amp_dtype=amp_dtype,
+        ):
+            rows.append(features[args.pool])
+            problems |= bad
+            done += len(index)
+            progress.update(done)
+        values = np.concatenate(rows)
+        write_json(part_file(parts, start).with_suffix(".json"), problems)
+        write_atomic(part_file(parts, start), lambda opened, v=values: np.save(opened, v))
+    progress.close()
+    barrier()
+    if not is_main_process():
+        return {}
+    shape, problems = join_parts(parts, starts, output, len(paths))
+    write_table(output, paths, problems)
+    shutil.rmtree(parts)
+    return {"images": len(paths), "unreadable": len(problems), "shape": list(shape), "pool": args.pool}
+
+
+def part_file(parts: Path, start: int) -> Path:
+    return parts / f"part_{start:09d}.npy"
+
+
+def claim_parts(parts: Path, job: dict) -> None:
+    """Start the folder of parts, or make sure the one there belongs to the same job."""
+    header = parts / "job.json"
+    if header.is_file():
+        old = json.loads(header.read_text())
+        different = [key for key in job if old.get(key) != job[key]]
+        if different:
+            raise InputError(
+                f"{parts} holds an unfinished extraction with another {', '.join(different)}: remove it or "
+                "choose another --output"
+            )
+    elif is_main_process():
+        write_json(header, job)
+
+
+def join_parts(parts: Path, starts, output: Path, count: int) -> tuple[tuple[int, ...], dict[int, str]]:
+    """Parts -> one .npy, without holding more than one part in memory."""
+    first = np.load(part_file(parts, 0), mmap_mode="r")
+    shape = (count, *first.shape[1:])
+    temporary = output.with_name(f".{output.name}.tmp.npy")
+    joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
+    problems: dict[int, str] = {}
+    for start in starts:
+        values = np.load(part_file(parts, start), mmap_mode="r")
+        joined[start : start + len(values)] = values
+        problems |= {
+            int(k): v for k, v in json.loads(part_file(parts, start).with_suffix(".json").read_text()).items()
+        }
+    joined.flush()
+    temporary.replace(output.with_name(output.name + ".npy"))
+    return shape, problems
+
+
+def write_table(output: Path, paths: PathList, problems: dict[int, str]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "problem"])
+    for index in range(len(paths)):
+        writer.writerow([paths.relative(index), problems.get(index, "")])
+    write_atomic(
+        output.with_name(output.name + ".csv"), lambda opened: opened.write(text.getvalue().encode())
+    )
+
+
+def entry():
+    args = get_args_parser().parse_args()
+    result = main(args)
+    if result:
+        write_json(Path(args.output).with_suffix(".metrics.json"), result)
+        print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_or_explain(entry)

@@ -1,0 +1,103 @@
+"""Reconstruction panels of given images as one PNG.
+
+python -m tools.visualize a.jpg b.jpg --checkpoint output_dir/checkpoint-last.pth --output panels.png
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from datasets.images import UNREADABLE, open_rgb
+from datasets.manifest import list_images
+from datasets.transforms import mask_noise, whole_image
+from models_mae import MODELS, count_kept
+from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_atomic, write_json
+from util.errors import InputError, run_or_explain
+from util.panels import draw_panel, panel_caption, reconstruction_columns
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "tools.visualize",
+        description=__doc__,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    # fmt: off
+    add("images", nargs="+", help="image files, or one folder or manifest (its first --count images)")
+    add("--checkpoint", required=True, help="checkpoint with a decoder: checkpoint-*.pth of a run, or "
+        "facebook's mae_visualize_*.pth or *_full.pth with --model")
+    add("--model", default=None, choices=list(MODELS), metavar="NAME",
+        help="architecture, for files without a config (default: the file's)")
+    add("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=None,
+        help="the file was trained with per-patch normalisation (default: the file's config)")
+    add("--mask_ratio", default=0.75, type=float, help="fraction of patches removed (default 0.75)")
+    add("--count", default=8, type=int, help="images taken of a folder or manifest (default 8)")
+    add("--seed", default=0, type=int, help="seed of the masks (default 0)")
+    add("--output", default="panels.png", help="PNG to write (default panels.png)")
+    # fmt: on
+    return parser
+
+
+def load_autoencoder(file: str, model_name: str | None, norm_pix_loss: bool | None):
+    """The MAE of a checkpoint, decoder included; InputError where there is none."""
+    content = read_checkpoint(file)
+    state, config = content["model"], content.get("config", {})
+    name = model_name or config.get("model")
+    if name is None:
+        raise InputError(f"{file} does not say its architecture: pass --model, one of {', '.join(MODELS)}")
+    if len(encoder_state(state)) == len(state):
+        raise InputError(
+            f"{file} holds an encoder only; a reconstruction needs the decoder: use checkpoint-last.pth of "
+            "the run, or a *_full.pth"
+        )
+    if norm_pix_loss is None:
+        norm_pix_loss = config.get("norm_pix_loss")
+    if norm_pix_loss is None:
+        raise InputError(f"{file} does not say its target: pass --norm_pix_loss or --no-norm_pix_loss")
+    model = MODELS[name](
+        img_size=tuple(config.get("img_size", (224, 224))), norm_pix_loss=norm_pix_loss, fused_attn=False
+    )
+    load_weights(model, state, file, needed="all")
+    return model.eval()
+
+
+def main(args) -> dict:
+    model = load_autoencoder(args.checkpoint, args.model, args.norm_pix_loss)
+    count_kept(model.num_patches, args.mask_ratio)
+    first = Path(args.images[0])
+    files = [Path(name) for name in args.images]
+    if len(files) == 1 and (first.is_dir() or first.suffix in (".csv", ".tsv", ".jsonl", ".txt")):
+        paths = list_images(first)
+        files = [paths[i] for i in range(min(args.count, len(paths)))]
+    imgs, problems = [], {}
+    for file in files:
+        try:
+            imgs.append(whole_image(open_rgb(file), model.img_size))
+        except UNREADABLE as error:
+            problems[str(file)] = f"{type(error).__name__}: {error}"
+            print(f"unreadable, left out: {file}: {problems[str(file)]}")
+    if not imgs:
+        raise InputError(f"none of the {len(files)} given images could be read")
+    noise = np.stack([mask_noise(args.seed, 0, i, model.num_patches) for i in range(len(imgs))])
+    batch = torch.from_numpy(np.stack(imgs))
+    columns = reconstruction_columns(model, batch, args.mask_ratio, torch.from_numpy(noise))
+    error = (columns[:, 0].float() - columns[:, 3].float()).square().mean().item()
+    sheet = draw_panel(columns, panel_caption(model, args.mask_ratio, Path(args.checkpoint).name))
+    write_atomic(args.output, lambda opened: sheet.save(opened, format="PNG"))
+    return {"images": len(imgs), "unreadable": len(problems), "mse_255": error, "output": args.output}
+
+
+def entry():
+    args = get_args_parser().parse_args()
+    result = main(args)
+    write_json(Path(args.output).with_suffix(".metrics.json"), result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    run_or_explain(entry)
