@@ -1,0 +1,180 @@
+"""Small pictures of parametric vehicles, so that everything runs without gated data.
+
+A vehicle is two to four solid slabs, each a side outline in metres extruded over the width, seen
+through a pinhole camera and painted back to front with Pillow at two to three times the final
+size. Body type, paint, make and small marks belong to the identity (`pid`); backdrop, light, lens
+height, noise and JPEG quality belong to the camera (`camid`).
+
+Every random number comes from a Philox stream keyed by the seed and the ids of the thing drawn:
+a picture depends on (seed, pid, camid, viewid, shot, size) alone, and not on the number of
+processes or pictures. Bytes are repeatable for one version of Pillow and numpy.
+
+    python -m datasets.demo --output demo --num_images 3000
+"""
+
+import argparse
+import csv
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from functools import partial
+from pathlib import Path
+
+from datasets.demo_render import render, sheet
+from datasets.demo_vehicle import BODIES, CAMERAS, VIEWS, captions, demo_rng, vehicle
+
+VERSION = 1  # raise when the pictures change, so that an older folder is not taken for this one
+COLUMNS = ("path", "split", "body", "colour", "make", "pid", "camid", "viewid", "caption")
+
+
+def _plan(num_images: int, seed: int, val_ratio: float) -> list[dict]:
+    """The rows of labels.csv, each with the number of its shot.
+
+    Picture k shows identity k modulo P, where P is about a twelfth of the pictures, at least 20
+    and at most a third of them: every identity is seen by three cameras or more.
+    """
+    people = max(1, min(num_images // 3, max(20, num_images // 12)))
+    rows = []
+    for k in range(num_images):
+        shot, pid = divmod(k, people)
+        attrs = vehicle(seed, pid)
+        rng = demo_rng(seed, "plan", pid)
+        cameras, views = rng.permutation(len(CAMERAS))[:5], rng.permutation(len(VIEWS))
+        # five cameras and six views: thirty shots until a pair comes back
+        camid, viewid = int(cameras[shot % 5]), int(views[shot % len(views)])
+        place, total = pid // len(BODIES), len(range(pid % len(BODIES), people, len(BODIES)))
+        held = min(total - 1, max(1, round(total * val_ratio))) if val_ratio else 0
+        split = "val" if place >= total - held else "train"
+        rows.append(
+            {
+                "path": f"images/{split}/{attrs['body']}/{k:05d}.jpg",
+                "split": split,
+                **{key: attrs[key] for key in ("body", "colour", "make")},
+                "pid": pid,
+                "camid": camid,
+                "viewid": viewid,
+                "shot": shot,
+                "caption": captions(attrs, viewid, camid)[shot % 3],
+            }
+        )
+    return rows
+
+
+def _write_picture(row: dict, folder: Path, seed: int, size: int):
+    picture = render(seed, row["pid"], row["camid"], row["viewid"], row["shot"], size)
+    picture.save(folder / row["path"], quality=CAMERAS[row["camid"]].quality)
+
+
+def write_demo(
+    output: Path,
+    num_images: int = 3000,
+    size: int = 96,
+    seed: int = 0,
+    val_ratio: float = 0.25,
+    processes: int | None = None,
+) -> dict:
+    """Write images/<split>/<body>/NNNNN.jpg, labels.csv and demo.json into a new folder.
+
+    Splits part the identities of each body type: about `val_ratio` of them (0..1, exclusive) go to
+    val, at least one where a body has two. A folder that already holds this very set is left as it
+    is ("written": False). `processes` (default: all cores) changes the speed only.
+
+    Returns images, train, val, identities, cameras and written. Raises ValueError for a number out
+    of range and for an `output` that holds something else.
+    """
+    output = Path(output).absolute()
+    if num_images < 1 or size < 16 or not 0 <= val_ratio < 1:
+        raise ValueError(
+            f"num_images must be 1 or more, size 16 or more and val_ratio in [0, 1), "
+            f"got {num_images}, {size} and {val_ratio}"
+        )
+    about = (
+        json.dumps(
+            {"num_images": num_images, "size": size, "seed": seed, "val_ratio": val_ratio, "version": VERSION}
+        )
+        + "\n"
+    )
+    rows = _plan(num_images, seed, val_ratio)
+    splits = Counter(row["split"] for row in rows)
+    counts = {
+        "images": len(rows),
+        "train": splits["train"],
+        "val": splits["val"],
+        "identities": len({row["pid"] for row in rows}),
+        "cameras": len({row["camid"] for row in rows}),
+        "written": False,
+    }
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        stamp = output / "demo.json"
+        if stamp.is_file() and stamp.read_text(encoding="utf-8") == about:
+            return counts
+        raise ValueError(
+            f"{output} exists and does not hold this demo set: name another output folder or remove it first."
+        )
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        part.chmod(0o755)  # mkdtemp keeps others out; a data folder need not
+        for folder in {(part / row["path"]).parent for row in rows}:
+            folder.mkdir(parents=True, exist_ok=True)
+        job = partial(_write_picture, folder=part, seed=seed, size=size)
+        processes = min(processes or os.cpu_count() or 1, len(rows))
+        if processes > 1:
+            # spawned, not forked: the caller may have torch threads running
+            with multiprocessing.get_context("spawn").Pool(processes) as pool:
+                for _ in pool.imap_unordered(job, rows, chunksize=16):
+                    pass
+        else:
+            for row in rows:
+                job(row)
+        with open(part / "labels.csv", "w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows)
+        (part / "demo.json").write_text(about, encoding="utf-8")
+        part.rename(output)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    return {**counts, "written": True}
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        prog="python -m datasets.demo",
+        description="Write a small set of drawn vehicle pictures.",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write; no default")
+    add("--num_images", type=int, default=3000, help="number of pictures")
+    add("--size", type=int, default=96, help="side of a picture in pixels")
+    add("--seed", type=int, default=0, help="seed of every random choice")
+    add("--val_ratio", type=float, default=0.25, help="share of the identities held out, 0 to 1")
+    add("--processes", type=int, default=None, help="number of workers, None: one per core")
+    add("--sheet", type=Path, default=None, help="PNG file for a contact sheet, None: no sheet")
+    args = parser.parse_args()
+    start = time.perf_counter()
+    try:
+        counts = write_demo(
+            args.output, args.num_images, args.size, args.seed, args.val_ratio, args.processes
+        )
+    except ValueError as error:
+        parser.error(str(error))
+    if not counts["written"]:
+        print(f"{args.output} already holds this demo set: left as it is", file=sys.stderr)
+    if args.sheet:
+        sheet(args.seed, args.size).save(args.sheet)
+    print(
+        json.dumps({"output": str(args.output), **counts, "seconds": round(time.perf_counter() - start, 1)})
+    )
+
+
+if __name__ == "__main__":
+    main()
