@@ -10,6 +10,7 @@ published CLIP.
 
 import argparse
 import json
+import logging
 import time
 from pathlib import Path
 
@@ -77,7 +78,9 @@ def main(args) -> dict:
     write_json(config, CONFIG)
     open_clip.add_model_config(config)
     torch.manual_seed(args.seed)
+    logging.disable(logging.WARNING)  # open_clip warns that the weights are random: they are meant to be
     model = open_clip.create_model(config.stem, device=device, output_dict=True)
+    logging.disable(logging.NOTSET)
     tokenizer = open_clip.get_tokenizer(config.stem)
     criterion = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1)

@@ -1,0 +1,108 @@
+"""Files: atomic, safe to load, refused with a reason."""
+
+import argparse
+
+import pytest
+import torch
+
+from models_mae import MODELS
+from models_vit import load_encoder
+from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_atomic, write_safetensors
+from util.errors import InputError
+from util.resume import initialise_from
+
+TINY = MODELS["mae_vit_tiny_patch16"]
+
+
+@pytest.fixture(scope="module")
+def state():
+    torch.manual_seed(0)
+    return TINY(img_size=(32, 32)).state_dict()
+
+
+def test_write_is_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "x.bin"
+    write_atomic(file, lambda opened: opened.write(b"old"))
+
+    def fails(opened):
+        opened.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(InputError, match="No space left"):
+        write_atomic(file, fails)
+    assert file.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+class Payload:
+    ran = False
+
+    def __reduce__(self):
+        return (exec, ("import test_checkpoint; test_checkpoint.Payload.ran = True",))
+
+
+def test_bad_files_are_refused_with_one_sentence(tmp_path, state):
+    torch.save({"model": state}, tmp_path / "whole.pth")
+    data = (tmp_path / "whole.pth").read_bytes()
+    (tmp_path / "cut.pth").write_bytes(data[: len(data) // 2])
+    (tmp_path / "empty.pth").write_bytes(b"")
+    (tmp_path / "text.pth").write_text("hello world, this is no checkpoint")
+    (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
+    torch.save({"model": state, "args": argparse.Namespace(lr=1)}, tmp_path / "namespace.pth")
+    torch.save({"model": Payload()}, tmp_path / "payload.pth")
+    torch.save([1, 2], tmp_path / "list.pth")
+    torch.save({"epoch": 3}, tmp_path / "nomodel.pth")
+    wanted = {
+        "cut.pth": "truncated or damaged",
+        "empty.pth": "damaged",
+        "text.pth": "damaged|refused",
+        "cut.safetensors": "truncated or damaged",
+        "namespace.pth": "holds Python objects.*refused",
+        "payload.pth": "holds Python objects.*refused",
+        "list.pth": "holds a list",
+        "nomodel.pth": "no entry 'model': it has epoch",
+        "absent.pth": "does not exist",
+    }
+    for name, message in wanted.items():
+        with pytest.raises(InputError, match=message) as caught:
+            read_checkpoint(tmp_path / name)
+        assert "\n" not in str(caught.value) and name in str(caught.value)
+    assert not Payload.ran
+
+
+def test_facebook_files_full_and_encoder_only(tmp_path, state):
+    other = TINY(img_size=(32, 32))
+    torch.save({"model": state}, tmp_path / "full.pth")
+    torch.save({"model": encoder_state(state)}, tmp_path / "encoder.pth")
+    report = initialise_from(other, tmp_path / "full.pth")
+    assert "loaded    254 tensors" in report
+    assert all(torch.equal(other.state_dict()[k], state[k]) for k in state)
+    another = TINY(img_size=(64, 48))  # fixed tables follow the input size
+    report = initialise_from(another, tmp_path / "encoder.pth")
+    assert "loaded    149 tensors" in report and another.pos_embed.shape[1] == 13
+    assert torch.equal(another.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
+
+
+def test_other_architectures_are_refused_by_name(tmp_path, state):
+    small = MODELS["mae_vit_small_patch16"](img_size=(32, 32))
+    with pytest.raises(InputError, match=r"cls_token is \(1, 1, 192\), the model wants \(1, 1, 384\)"):
+        load_weights(small, state, "tiny.pth", needed="encoder")
+    renamed = {k.replace("blocks.5.", "block_five."): v for k, v in state.items()}
+    with pytest.raises(InputError, match="first blocks.5.norm1.weight"):
+        load_weights(TINY(img_size=(32, 32)), renamed, "renamed.pth", needed="encoder")
+
+
+def test_load_encoder_kinds(tmp_path, state):
+    torch.save({"model": encoder_state(state)}, tmp_path / "encoder.pth")
+    write_safetensors(tmp_path / "e.safetensors", encoder_state(state),
+                      {"config": '{"img_size": [32, 32], "mean": [0.5, 0.5, 0.5]}'})  # fmt: skip
+    plain, _ = load_encoder(tmp_path / "encoder.pth")
+    ours, _ = load_encoder(tmp_path / "e.safetensors")
+    assert plain.img_size == ours.img_size == (32, 32)
+    assert ours.pixel_mean.flatten().tolist() == [0.5, 0.5, 0.5]
+    imgs = torch.randn(1, 3, 32, 32)
+    assert torch.equal(plain.forward_features(imgs), ours.forward_features(imgs))
+    resized, _ = load_encoder(tmp_path / "encoder.pth", (64, 48))
+    assert resized.pos_embed.shape == (1, 13, 192)
+    torch.save({"model": {"fc.weight": torch.zeros(3)}}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="no ViT encoder"):
+        load_encoder(tmp_path / "other.pth")

@@ -1,0 +1,232 @@
+"""Lists of images, decoding, augmentation, the training stream."""
+
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pictures
+from PIL import Image
+
+from datasets.images import UNREADABLE, open_rgb
+from datasets.labelled import list_labelled
+from datasets.manifest import PathList, list_images
+from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
+from datasets.transforms import crop_resize, random_crop_box, sample_rng, whole_image
+from util.errors import InputError
+from util.stop import init_worker
+
+
+def test_path_list_gives_back_what_it_was_given(tmp_path):
+    names = ["a.jpg", "b/ü c.png", "d/e/f.webp", "/abs/g.bmp"]
+    paths = PathList(tmp_path, names)
+    assert [paths.relative(i) for i in range(4)] == names
+    assert paths[1] == tmp_path / "b/ü c.png" and paths[3] == Path("/abs/g.bmp")
+    assert paths.sha256() == PathList("/elsewhere", names).sha256()
+    assert paths.sha256() != PathList(tmp_path, names[::-1]).sha256()
+
+
+def test_folder_is_searched_and_train_preferred(tmp_path):
+    write_pictures(tmp_path / "x" / "deep" / "er", 2)
+    write_pictures(tmp_path / "x", 1)
+    (tmp_path / "x" / "notes.txt").write_text("no picture")
+    (tmp_path / "x" / "UPPER.JPG").write_bytes(b"")
+    assert len(list_images(tmp_path / "x")) == 4
+    write_pictures(tmp_path / "x" / "train" / "classA", 3)
+    assert len(list_images(tmp_path / "x")) == 3
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "txt"])
+def test_manifests(tmp_path, ending):
+    write_pictures(tmp_path / "pics", 3)
+    names = [f"pics/{i:04d}.png" for i in range(3)]
+    rows = [{"path": n, "split": "train" if i else "val"} for i, n in enumerate(names)]
+    comma = "\t" if ending == "tsv" else ","
+    text = {
+        "txt": "\n".join(names),
+        "jsonl": "\n".join(json.dumps(row) for row in rows),
+    }.get(ending, "\n".join([f"path{comma}split"] + [f"{r['path']}{comma}{r['split']}" for r in rows]))
+    file = tmp_path / f"list.{ending}"
+    file.write_text("\ufeff" + text if ending == "csv" else text)  # Excel writes a byte order mark
+    paths = list_images(file)
+    assert [paths.relative(i) for i in range(3)] == names and paths[0].is_file()
+    if ending != "txt":
+        assert len(list_images(file, "train")) == 2
+        with pytest.raises(InputError, match="no row with split 'test'"):
+            list_images(file, "test")
+
+
+def test_bad_lists_have_one_clear_sentence(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.md").write_text("x")
+    files = {
+        "nocolumn.csv": "file,split\na.png,train\n",
+        "hole.csv": "path,split\n,train\n",
+        "broken.jsonl": '{"path": "a.png"}\nnot json\n',
+        "nokey.jsonl": '{"file": "a.png"}\n',
+        "nothing.csv": "path\n",
+        "elsewhere.csv": "path\n/no/such/1.png\n/no/such/2.png\n",
+        "odd.xlsx": "",
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "latin.csv").write_bytes("path\nAutoblöcke.png\n".encode("latin-1"))
+    wanted = {
+        "empty": "it is empty",
+        "texts": r"other endings: \.md \(1\)",
+        "nocolumn.csv": "no column 'path'",
+        "hole.csv": "line 2: the column 'path' is empty",
+        "broken.jsonl": "line 2 is not JSON",
+        "nokey.jsonl": "no key 'path'",
+        "nothing.csv": "no row",
+        "elsewhere.csv": "none of the first 2 images",
+        "odd.xlsx": "neither a folder nor a manifest",
+        "latin.csv": "not UTF-8",
+        "absent": "does not exist",
+    }
+    for name, message in wanted.items():
+        with pytest.raises(InputError, match=message) as caught:
+            list_images(tmp_path / name)
+        assert "\n" not in str(caught.value)
+
+
+def save_modes(folder: Path) -> dict[str, tuple[int, int, int]]:
+    """One file a format and mode, each of one colour; returns the RGB expected at the centre."""
+    red = (200, 40, 30)
+    rgb = Image.new("RGB", (40, 24), red)
+    rgb.save(folder / "rgb.png")
+    rgb.save(folder / "rgb.bmp")
+    rgb.save(folder / "rgb.webp", lossless=True)
+    rgb.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "palette.png")
+    Image.new("L", (40, 24), 90).save(folder / "grey.png")
+    Image.new("1", (40, 24), 1).save(folder / "bilevel.png")
+    Image.new("LA", (40, 24), (90, 255)).save(folder / "grey_alpha.png")
+    Image.new("RGBA", (40, 24), (*red, 0)).save(folder / "transparent.png")
+    Image.fromarray(np.full((24, 40), 90 * 257, dtype=np.uint16)).save(folder / "sixteen.png")
+    Image.new("CMYK", (40, 24), (0, 255, 255, 0)).save(folder / "cmyk.jpg", quality=100)
+    return {
+        "rgb.png": red, "rgb.bmp": red, "rgb.webp": red, "palette.png": red, "grey.png": (90,) * 3,
+        "bilevel.png": (255,) * 3, "grey_alpha.png": (90,) * 3, "transparent.png": (255,) * 3,
+        "sixteen.png": (90,) * 3, "cmyk.jpg": Image.new("CMYK", (1, 1), (0, 255, 255, 0))
+        .convert("RGB").getpixel((0, 0)),
+    }  # fmt: skip
+
+
+def test_every_mode_becomes_rgb(tmp_path):
+    for name, colour in save_modes(tmp_path).items():
+        image = open_rgb(tmp_path / name)
+        assert image.mode == "RGB" and image.size == (40, 24), name
+        assert np.allclose(image.getpixel((20, 12)), colour, atol=3), name
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    picture = Image.new("RGB", (40, 20), "blue")
+    exif = picture.getexif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    picture.save(tmp_path / "turned.jpg", exif=exif)
+    assert open_rgb(tmp_path / "turned.jpg").size == (20, 40)
+
+
+def test_damaged_files_raise_what_the_loader_catches(tmp_path):
+    write_pictures(tmp_path, 1, size=(200, 150))
+    whole = (tmp_path / "0000.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("hello")
+    for name in ("cut.png", "empty.jpg", "text.jpg", "absent.jpg"):
+        with pytest.raises(UNREADABLE), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            open_rgb(tmp_path / name)
+
+
+def test_crop_boxes_have_the_published_distribution():
+    areas, aspects, flips = [], [], []
+    for index in range(4000):
+        box, flip = random_crop_box(sample_rng(0, 0, index, 0), 1000, 1000, 0.2)
+        w, h = box[2] - box[0], box[3] - box[1]
+        assert 0 <= box[0] and 0 <= box[1] and box[2] <= 1000 and box[3] <= 1000
+        areas.append(w * h / 1e6)
+        aspects.append(np.log(w / h))
+        flips.append(flip)
+    assert min(areas) > 0.19 and 0.55 < np.mean(areas) < 0.61  # large narrow boxes are drawn again
+    assert abs(np.mean(aspects)) < 0.01 and max(aspects) <= np.log(4 / 3) + 0.01
+    assert 0.47 < np.mean(flips) < 0.53
+
+
+def test_long_images_fall_back_to_the_centre():
+    box, _ = random_crop_box(sample_rng(0, 0, 0, 0), 3000, 100, 0.9)
+    assert box == ((3000 - 133) // 2, 0, (3000 - 133) // 2 + 133, 100)
+
+
+def test_crop_matches_plain_pillow(pictures):
+    image = open_rgb(pictures / "0000.png")
+    ours = crop_resize(image, (5, 4, 41, 36), (32, 48), flip=True)
+    plain = image.crop((5, 4, 41, 36)).resize((48, 32), Image.Resampling.BICUBIC)
+    plain = np.asarray(plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT)).transpose(2, 0, 1)
+    assert ours.shape == (3, 32, 48) and ours.dtype == np.uint8
+    assert np.abs(ours.astype(int) - plain).mean() < 2
+    assert np.abs(whole_image(image, (40, 48)).astype(int) - np.asarray(image).transpose(2, 0, 1)).max() == 0
+
+
+def test_stream_does_not_depend_on_workers_or_history(pictures):
+    dataset = PretrainDataset(list_images(pictures), (32, 32), 4, seed=3, min_area=0.2)
+    streams = []
+    for workers in (0, 2):
+        batches = EpochBatches(40, 8, 0, 1, 3)
+        loader = build_loader(dataset, batches, workers, False, init_worker)
+        batches.set_epoch(1)
+        streams.append([b for _ in range(2) for b in loader][-5:])
+    batches.set_epoch(1, start=3)
+    resumed = list(build_loader(dataset, batches, 0, False, init_worker))
+    for a, b in zip(*streams):
+        assert torch.equal(a["imgs"], b["imgs"]) and torch.equal(a["noise"], b["noise"])
+    assert all(torch.equal(a["imgs"], b["imgs"]) for a, b in zip(resumed, streams[0][3:]))
+    item, other = dataset[0, 5], dataset[1, 5]
+    assert not torch.equal(item["imgs"], other["imgs"]) and not torch.equal(item["noise"], other["noise"])
+
+
+def test_ranks_share_one_permutation():
+    one = EpochBatches(103, 8, 0, 1, 0)
+    ranks = [EpochBatches(103, 4, r, 2, 0) for r in range(2)]
+    for epoch in range(2):
+        for batches in (one, *ranks):
+            batches.set_epoch(epoch)
+        halves = [a + b for a, b in zip(*ranks)]
+        assert halves == list(one) and len(halves) == 12
+        seen = [index for batch in one for _, index in batch]
+        assert len(set(seen)) == 96
+        assert [index for _, index in halves[3]] == one.global_batch(epoch, 3).tolist()
+
+
+def test_replacement_is_the_next_readable_image(tmp_path):
+    write_pictures(tmp_path, 6)
+    for index in (2, 3):
+        (tmp_path / f"{index:04d}.png").write_bytes(b"x")
+    dataset = PretrainDataset(list_images(tmp_path), (32, 32), 4, seed=0, min_area=0.2)
+    bad, stand_in = dataset[0, 2], dataset[0, 4]
+    assert bad["problem"].startswith("0002.png\tUnidentifiedImageError") and stand_in["problem"] == ""
+    assert torch.equal(bad["imgs"], stand_in["imgs"])
+
+
+def test_labelled_images(tmp_path):
+    for split, count in (("train", 2), ("val", 1)):
+        for name in ("bus", "car"):
+            write_pictures(tmp_path / "tree" / split / name, count)
+    tree = list_labelled(tmp_path / "tree")
+    assert tree.classes == ["bus", "car"] and len(tree.splits["train"]) == 4
+    assert tree.labels[tree.splits["val"]].tolist() == [0, 1] and tree.paths[0].is_file()
+    table = tmp_path / "table.csv"
+    table.write_text("path,split,make\na.png,train,Audi\nb.png,val,BMW\n")
+    assert list_labelled(table, "make").classes == ["Audi", "BMW"]
+    for content, message in (
+        ("path,split\na,train\n", "no column 'label'"),
+        ("path,label\na,x\n", "no column 'split'"),
+        ("path,split,label\na,train,x\nb,train,y\n", "no row with split 'val'"),
+        ("path,split,label\na,train,x\nb,val,x\n", "nothing to tell apart"),
+    ):
+        table.write_text(content)
+        with pytest.raises(InputError, match=message):
+            list_labelled(table)

@@ -1,0 +1,174 @@
+"""The frozen teacher, its text bank and its stored embeddings."""
+
+import socket
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import command, parse, read_log, run_command, small_flags
+
+import main_pretrain
+from datasets.teacher_cache import TeacherCache
+from datasets.text_bank import build_bank, built_in_texts, load_bank, save_bank
+from models_teacher import FrozenTeacher, encode_texts, load_clip
+from util.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def clip(teacher_files):
+    return load_clip(str(teacher_files[0]), str(teacher_files[1]))
+
+
+def test_embeddings_are_open_clips_own(clip):
+    model, _, identity = clip
+    teacher = FrozenTeacher(model, identity, torch.float32)
+    imgs = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    mean, std = (torch.tensor(x).view(1, 3, 1, 1) for x in (open_clip.OPENAI_DATASET_MEAN,
+                                                            open_clip.OPENAI_DATASET_STD))  # fmt: skip
+    with torch.no_grad():
+        expected = F.normalize(model.encode_image((imgs / 255 - mean) / std), dim=1)
+    assert torch.allclose(teacher(imgs), expected, atol=1e-6)
+    assert teacher(torch.zeros(2, 3, 50, 70, dtype=torch.uint8)).shape == (2, identity.embed_dim)
+    assert identity.tau == pytest.approx(1 / model.logit_scale.exp().item())
+
+
+def test_teacher_is_frozen(clip):
+    teacher = FrozenTeacher(clip[0], clip[2], torch.float32)
+    teacher.train()
+    assert not teacher.visual.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert not teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).requires_grad
+
+
+def test_no_network_with_files(teacher_files, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("a network call was made")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    model, tokenizer, _ = load_clip(str(teacher_files[0]), str(teacher_files[1]))
+    assert encode_texts(model, tokenizer, ["a car", "a van"]).shape == (2, 24)
+
+
+def test_missing_weights_say_what_was_looked_for(monkeypatch):
+    def offline(*_, **__):
+        raise OSError("no network")
+
+    monkeypatch.setattr(open_clip, "download_pretrained", offline)
+    with pytest.raises(InputError) as caught:
+        load_clip("ViT-L-14", "openai")
+    message = str(caught.value)
+    assert "ViT-L-14" in message and all(f"({n})" in message for n in (1, 2, 3))
+    assert "--clip_pretrained /path/to" in message and "\n" not in message
+
+
+def test_openai_weights_get_quickgelu(monkeypatch, tmp_path):
+    seen = {}
+
+    def create_model(name, **kwargs):
+        seen.update(kwargs)
+        raise RuntimeError("seen enough")
+
+    weights = tmp_path / "w.pt"
+    weights.write_bytes(b"x")
+    monkeypatch.setattr(open_clip, "download_pretrained", lambda config: weights)
+    monkeypatch.setattr(open_clip, "create_model", create_model)
+    with pytest.raises(InputError):
+        load_clip("ViT-L-14", "openai")
+    assert seen["force_quick_gelu"] is True
+
+
+@pytest.mark.parametrize(
+    "model, pretrained, message",
+    [
+        ("ViT-L-14", "no_such_tag", "neither a file nor a tag of ViT-L-14"),
+        ("no/such.json", "x.pt", "does not exist"),
+        ("ViT-L-99", "openai", "similar: ViT-L-14"),
+    ],
+)
+def test_wrong_teachers(model, pretrained, message):
+    with pytest.raises(InputError, match=message):
+        load_clip(model, pretrained)
+
+
+def test_weights_of_another_teacher_do_not_load(teacher_files, tmp_path):
+    torch.save({"visual.proj": torch.zeros(2, 2)}, tmp_path / "w.pt")
+    with pytest.raises(InputError, match="do not load into"):
+        load_clip(str(teacher_files[0]), str(tmp_path / "w.pt"))
+
+
+def test_built_in_vocabulary():
+    texts = built_in_texts()
+    assert 1000 < len(texts) < 5000 and len(set(texts)) == len(texts)
+    assert "a photo of a red sedan." in texts and "a photo of an orange SUV." in texts
+    assert not any("{" in t or " a a" in t for t in texts)
+    tokenizer = open_clip.get_tokenizer("ViT-B-32")
+    assert (tokenizer(texts) != 0).sum(dim=1).max() < 77  # none is cut off
+
+
+def test_bank_files(clip, texts_file, tmp_path):
+    model, tokenizer, identity = clip
+    bank, texts, _ = build_bank(str(texts_file), model, tokenizer, identity)
+    assert bank.shape == (5, 24) and torch.allclose(bank.norm(dim=1), torch.ones(5), atol=1e-5)
+    save_bank(tmp_path / "bank.safetensors", bank, texts, identity)
+    again, same_texts = load_bank(tmp_path / "bank.safetensors", identity)
+    assert torch.equal(bank, again) and texts == same_texts
+    stranger = identity.__class__("other", "0" * 64, 24, 0.07)
+    with pytest.raises(InputError, match="made by teacher MiniClip-test"):
+        load_bank(tmp_path / "bank.safetensors", stranger)
+    (tmp_path / "one.txt").write_text("a car\na car\n")
+    with pytest.raises(InputError, match="holds 1 texts"):
+        build_bank(str(tmp_path / "one.txt"), model, tokenizer, identity)
+    (tmp_path / "bad.jsonl").write_text('{"caption": "x"}\n')
+    with pytest.raises(InputError, match="key 'text'"):
+        build_bank(str(tmp_path / "bad.jsonl"), model, tokenizer, identity)
+
+
+@pytest.fixture(scope="module")
+def cache(pictures, teacher_files, texts_file, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cache") / "crops"
+    words = (
+        f"-m tools.reinforce --data_path {pictures} --output {folder} --views 2 --input_size 32 --device cpu"
+    )
+    words += f" --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --text_bank {texts_file}"
+    done = run_command(command(*words.split()))
+    assert done.returncode == 0, done.stderr
+    return folder, words
+
+
+def test_cache_stands_in_for_the_teacher(cache, pictures, teacher_files, texts_file, tmp_path):
+    """Two epochs on two stored views follow the online run within fp16 storage."""
+    online, stored = tmp_path / "online", tmp_path / "stored"
+    teacher = f"--clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --text_bank {texts_file}"
+    for out, flags in ((online, teacher), (stored, f"--teacher_cache {cache[0]}")):
+        main_pretrain.main(
+            parse(
+                main_pretrain.get_args_parser(), small_flags(pictures, out, *flags.split(), "--blr", "0.02")
+            )
+        )
+    for a, b in zip(read_log(online), read_log(stored)):
+        for key in ("train_loss", "train_loss_sim", "train_loss_kl", "train_cos_baseline"):
+            assert b[key] == pytest.approx(a[key], rel=1e-3), key
+
+
+def test_cache_is_checked_resumed_and_verified(cache, pictures, tmp_path):
+    folder, words = cache
+    with pytest.raises(InputError, match="seed 0 in the cache, 1 here"):
+        main_pretrain.main(
+            parse(
+                main_pretrain.get_args_parser(),
+                small_flags(pictures, tmp_path / "run", "--teacher_cache", str(folder), "--seed", "1"),
+            )
+        )
+    lost = next(folder.glob("view001*.npy"))
+    kept = lost.read_bytes()
+    lost.unlink()
+    with pytest.raises(InputError, match="unfinished: 1 of 2"):
+        TeacherCache(folder)
+    assert run_command(command(*words.split())).returncode == 0
+    assert lost.read_bytes() == kept
+    done = run_command(command(*words.split(), "--verify", "16"))
+    assert done.returncode == 0 and '"verified": 16' in done.stdout
+    other = run_command(command(*words.split(), "--seed", "5"))
+    assert other.returncode == 2 and "seed differ" in other.stderr
