@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import write_pictures
 from PIL import Image
+from torchvision.transforms import RandomResizedCrop
 
 from datasets.images import UNREADABLE, open_rgb
 from datasets.labelled import list_labelled
@@ -143,17 +144,21 @@ def test_damaged_files_raise_what_the_loader_catches(tmp_path):
 
 
 def test_crop_boxes_have_the_published_distribution():
-    areas, aspects, flips = [], [], []
-    for index in range(4000):
-        box, flip = random_crop_box(sample_rng(0, 0, index, 0), 1000, 1000, 0.2)
-        w, h = box[2] - box[0], box[3] - box[1]
-        assert 0 <= box[0] and 0 <= box[1] and box[2] <= 1000 and box[3] <= 1000
-        areas.append(w * h / 1e6)
-        aspects.append(np.log(w / h))
-        flips.append(flip)
-    assert min(areas) > 0.19 and 0.55 < np.mean(areas) < 0.61  # large narrow boxes are drawn again
-    assert abs(np.mean(aspects)) < 0.01 and max(aspects) <= np.log(4 / 3) + 0.01
-    assert 0.47 < np.mean(flips) < 0.53
+    """Against torchvision's RandomResizedCrop, an independent implementation of the same rule."""
+    torch.manual_seed(0)
+    for width, height in ((1000, 1000), (900, 400)):
+        ours, theirs, flips = [], [], []
+        blank = Image.new("L", (width, height))
+        for index in range(4000):
+            box, flip = random_crop_box(sample_rng(0, 0, index, 0), width, height, 0.2)
+            assert 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
+            ours.append((box[0], box[1], box[2] - box[0], box[3] - box[1]))
+            top, left, h, w = RandomResizedCrop.get_params(blank, (0.2, 1.0), (3 / 4, 4 / 3))
+            theirs.append((left, top, w, h))
+            flips.append(flip)
+        for a, b in zip(np.array(ours).T, np.array(theirs).T):
+            assert abs(a.mean() - b.mean()) < 0.01 * width and abs(a.std() - b.std()) < 0.01 * width
+        assert 0.47 < np.mean(flips) < 0.53
 
 
 def test_long_images_fall_back_to_the_centre():

@@ -58,12 +58,12 @@ def panel_caption(model, mask_ratio: float, title: str) -> str:
 
 
 def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int = 6) -> np.ndarray:
-    """Panels of the first readable images of the training list, the same masks each time.
+    """Panels of a few images spread over the training list, the same masks each time.
 
     Returns:
         [H, W, 3] uint8 array; also written to `panels/epoch_<epoch>.png` of the run.
     """
-    imgs = np.stack(_first_readable(dataset, count))
+    imgs = np.stack(_some_readable(dataset, count))
     noise = np.stack([mask_noise(dataset.seed, 0, i, dataset.num_patches) for i in range(len(imgs))])
     imgs, noise = torch.from_numpy(imgs).to(run.device), torch.from_numpy(noise).to(run.device)
     columns = reconstruction_columns(model, imgs, mask_ratio, noise)
@@ -74,11 +74,13 @@ def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int =
     return np.asarray(sheet)
 
 
-def _first_readable(dataset, count: int) -> list[np.ndarray]:
+def _some_readable(dataset, count: int) -> list[np.ndarray]:
+    """`count` pictures spread over the list; a neighbour stands in for an unreadable one."""
     found: list[np.ndarray] = []
-    for path in (dataset.paths[i] for i in range(len(dataset))):
+    order = np.linspace(0, len(dataset), count, endpoint=False).astype(int).tolist()
+    for index in dict.fromkeys([*order, *range(min(len(dataset), 100))]):
         try:
-            found.append(whole_image(open_rgb(path), dataset.input_size))
+            found.append(whole_image(open_rgb(dataset.paths[index]), dataset.input_size))
         except UNREADABLE:
             continue  # the loop has already counted and listed it
         if len(found) == count:
