@@ -289,7 +289,8 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
             "put --output_dir on a file system that all nodes share"
         )
     if args.compile:
-        bare.compile()
+        for block in [*bare.blocks, *bare.decoder_blocks]:
+            block.compile()  # one compilation serves all blocks of a shape: seconds, not minutes
         if teacher:
             teacher.compile()
     if get_world_size() > 1:

@@ -28,8 +28,8 @@ from pathlib import Path
 from datasets.demo_render import render, sheet
 from datasets.demo_vehicle import BODIES, CAMERAS, VIEWS, captions, demo_rng, vehicle
 
-VERSION = 1  # raise when the pictures change, so that an older folder is not taken for this one
-COLUMNS = ("path", "split", "body", "colour", "make", "pid", "camid", "viewid", "caption")
+VERSION = 2  # raise when the pictures change, so that an older folder is not taken for this one
+COLUMNS = ("path", "split", "body", "colour", "make", "pid", "camid", "viewid", "caption", "short_caption")
 
 
 def _plan(num_images: int, seed: int, val_ratio: float) -> list[dict]:
@@ -60,6 +60,7 @@ def _plan(num_images: int, seed: int, val_ratio: float) -> list[dict]:
                 "viewid": viewid,
                 "shot": shot,
                 "caption": captions(attrs, viewid, camid)[shot % 3],
+                "short_caption": captions(attrs, viewid, camid)[3],
             }
         )
     return rows

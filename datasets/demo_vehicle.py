@@ -353,7 +353,8 @@ def vehicle(seed: int, pid: int) -> dict:
 
 
 def captions(attrs: dict, viewid: int, camid: int) -> list[str]:
-    """Three captions of one picture: plain, with the make, with the marks."""
+    """Four captions of one picture: plain, with the make, with the marks, and short: without the
+    place, so that whoever learns from it must look at the vehicle."""
     body, colour, make = BODIES[attrs["body"]].word, attrs["colour"], attrs["make"]
     view, place = VIEWS[viewid], CAMERAS[camid].place
     seen = f"in {view} view" if "three" in view else f"seen from the {view}"
@@ -363,4 +364,5 @@ def captions(attrs: dict, viewid: int, camid: int) -> list[str]:
         f"a photo of {start} {body} {seen} {place}",
         f"{make} {body}, {colour}, {view} view, {place}",
         f"{start} {make} {body} with {marks}, {seen} {place}",
+        f"{start} {body} {seen}",
     ]

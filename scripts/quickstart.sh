@@ -11,7 +11,8 @@ python -m datasets.demo --output "$out/demo" --num_images 3000 --size 96
 
 echo "== 2/4  training a miniature CLIP on their captions (stands in for the real teacher, a 900 MB download)"
 if [ ! -f "$out/teacher/texts.txt" ]; then
-    python -m tools.train_teacher --data_path "$out/demo/labels.csv" --output "$out/teacher" --epochs 6
+    python -m tools.train_teacher --data_path "$out/demo/labels.csv" --caption_column short_caption \
+        --output "$out/teacher" --epochs 8
 fi
 
 echo "== 3/4  pre-training CGD-MAE against it"
@@ -22,5 +23,5 @@ python main_pretrain.py --data_path "$out/demo/labels.csv" --split train --outpu
     --text_bank "$out/teacher/texts.txt"
 
 echo "== 4/4  what was learned"
-python -m tools.report "$out/run" --data_path "$out/demo/labels.csv" --label_column body colour
+python -m tools.report "$out/run" --data_path "$out/demo/labels.csv" --label_column body colour viewid --pool cls
 echo "Open $out/run/report.html. Next: your own photos with --data_path (README.md)."

@@ -43,7 +43,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     # fmt: off
-    add("--data_path", required=True, help="table with columns path, caption and, optionally, split")
+    add("--data_path", required=True, help="table with columns path, captions and, optionally, split")
+    add("--caption_column", default="caption", help="column of the captions (default caption)")
     add("--output", required=True, help="folder to write")
     add("--epochs", default=8, type=int, help="passes over the captioned pictures (default 8)")
     add("--batch_size", default=128, type=int, help="pairs per step (default 128)")
@@ -54,18 +55,18 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def read_pairs(file: Path) -> tuple[list, list[str]]:
+def read_pairs(file: Path, column: str) -> tuple[list, list[str]]:
     """-> (RGB pictures, captions) of the training rows; unreadable pictures are named and left out."""
     rows = read_manifest(file)
-    if "caption" not in rows[0]:
-        raise InputError(f"{file} has no column 'caption': it has {', '.join(rows[0])}")
+    if column not in rows[0]:
+        raise InputError(f"{file} has no column '{column}' (--caption_column): it has {', '.join(rows[0])}")
     rows = [row for row in rows if row.get("split", "train") == "train"]
     paths = PathList(file.parent, [row["path"] for row in rows])
     pictures, captions = [], []
     for index, row in enumerate(rows):
         try:
             pictures.append(open_rgb(paths[index]))
-            captions.append(row["caption"])
+            captions.append(row[column])
         except UNREADABLE as error:
             print(f"unreadable, left out: {paths[index]}: {error}")
     return pictures, captions
@@ -85,7 +86,7 @@ def main(args) -> dict:
     criterion = open_clip.ClipLoss()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.1)
 
-    pictures, captions = read_pairs(Path(args.data_path))
+    pictures, captions = read_pairs(Path(args.data_path), args.caption_column)
     if len(pictures) < args.batch_size:
         raise InputError(
             f"{args.data_path} has {len(pictures)} readable training pairs: lower --batch_size "
