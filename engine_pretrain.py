@@ -71,7 +71,7 @@ def train_one_epoch(run: PretrainRun, args) -> None:
             set_lr(run.optimizer, lr)
             weights = {name: w * ramp(epoch, args.warmup_epochs) for name, w in args.weights.items()}
 
-        terms = forward_backward(run, batch, args, is_last, weights, 1 / group_size)
+        terms = forward_backward(run, batch, args, is_last, weights, 1 / group_size, watch)
         update_terms.append(terms)
         problems += [problem for problem in batch["problem"] if problem]
 
@@ -85,7 +85,7 @@ def train_one_epoch(run: PretrainRun, args) -> None:
     watch.close()
 
 
-def forward_backward(run: PretrainRun, batch: dict, args, is_last: bool, weights: dict, share: float):
+def forward_backward(run, batch: dict, args, is_last: bool, weights: dict, share: float, watch):
     """One batch through teacher and student and back, in pieces of at most `args.micro_batch` images.
 
     Gradients and terms are those of the whole batch: every term is a mean over images. They are
@@ -111,6 +111,7 @@ def forward_backward(run: PretrainRun, batch: dict, args, is_last: bool, weights
         for name, value in ({"loss": loss} | terms).items():
             value = value.detach().float() * part
             collected[name] = collected[name] + value if start else value
+        watch.piece(start + len(piece["imgs"]), total)
     return collected
 
 
@@ -170,7 +171,7 @@ class StepWatch:
         self.images = 0
         self.last_count, self.last_sums = run.meter.read()
         self.last_look = 0.0
-        self.said = 0.0  # seconds of this window at the last line
+        self.said = time.perf_counter()  # when the last line was printed
 
     def count_batch(self, batches_done: int, data_seconds: float, total_seconds: float) -> None:
         self.seconds["data"] += data_seconds
@@ -178,9 +179,15 @@ class StepWatch:
         self.run.seconds["data"] += data_seconds
         self.run.seconds["total"] += total_seconds
         self.images += self.batches.batch_size * get_world_size()
-        if self.seconds["total"] - self.said > QUIET_SECONDS:  # a long update: say that it moves
-            self.said = self.seconds["total"]
+        if time.perf_counter() - self.said > QUIET_SECONDS:
+            self.said = time.perf_counter()
             self.bar.update(batches_done, f"update in progress  {self._speed()}")
+
+    def piece(self, images: int, total: int) -> None:
+        """A long batch: say that it moves."""
+        if time.perf_counter() - self.said > QUIET_SECONDS:
+            self.said = time.perf_counter()
+            self.bar.print(f"  batch in progress: {images} of {total} images on this rank")
 
     def add(self, batches_done: int, lr: float, terms: dict, ok: torch.Tensor, problems) -> None:
         scalars = {k: v for k, v in terms.items() if v.numel() == 1}
@@ -203,7 +210,7 @@ class StepWatch:
             self.last_count, self.last_sums = count, sums
             self.bar.update(batches_done, self._line(values, lr))
         self.seconds = {"total": 0.0, "data": 0.0}
-        self.said = 0.0
+        self.said = time.perf_counter()
         self.images = 0
         self.run.save_if_due(self.run)
 

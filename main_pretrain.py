@@ -11,6 +11,7 @@ import argparse
 import contextlib
 import datetime
 import hashlib
+import inspect
 import json
 import os
 import platform
@@ -294,10 +295,7 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
         if teacher:
             teacher.compile()
     if get_world_size() > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        run.model = DistributedDataParallel(
-            bare, device_ids=ids, gradient_as_bucket_view=True, broadcast_buffers=False
-        )
+        run.model = wrap_ddp(bare, device)
     print_header(
         args,
         facts,
@@ -332,6 +330,14 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
             f"{output_dir / 'encoder.pth'} holds the encoder"
         )
     return record
+
+
+def wrap_ddp(bare: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
+    """DDP that exchanges gradients only: the buffers (pixel statistics, text bank) never change."""
+    has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    never = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(bare, device_ids=ids, gradient_as_bucket_view=True, **never)
 
 
 def build_teacher(args, device, amp_dtype, output_dir: Path, cache: TeacherCache | None):
