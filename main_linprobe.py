@@ -62,7 +62,7 @@ def main(args) -> dict[str, float]:
     device = pick_device(args.device)
     amp_dtype, _ = pick_amp_dtype(args.amp, device)
     size = parse_input_size(args.input_size) if args.input_size else None
-    model, report = load_encoder(args.checkpoint, size, device, pick_fused_attention(device))
+    model, report = load_encoder(args.checkpoint, size, device, pick_fused_attention(device, amp_dtype))
     print(f"encoder {args.checkpoint}:\n{report}", flush=True)
     tables = {column: list_labelled(args.data_path, column) for column in args.label_column}
     paths = next(iter(tables.values())).paths

@@ -238,7 +238,7 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
     facts = resolve(args, paths, batches) | teacher_facts
 
     torch.manual_seed(args.seed)
-    fused = pick_fused_attention(device)
+    fused = pick_fused_attention(device, amp_dtype)
     config = {
         "model": args.model,
         "img_size": list(args.img_size),

@@ -91,8 +91,8 @@ class Variant:
         size = parse_input_size(args.input_size)
         fused = {
             "reference": False,
-            "ours": pick_fused_attention(self.device),
-            "ours-alt": not pick_fused_attention(self.device),
+            "ours": pick_fused_attention(self.device, self.dtype),
+            "ours-alt": not pick_fused_attention(self.device, self.dtype),
         }[kind]
         torch.manual_seed(0)
         self.model = MODELS[args.model](img_size=size, norm_pix_loss=True, fused_attn=fused)

@@ -77,7 +77,7 @@ def extract(args, device) -> dict:
     output = output.with_suffix("") if output.suffix == ".npy" else output
     amp_dtype, _ = pick_amp_dtype(args.amp, device)
     size = parse_input_size(args.input_size) if args.input_size else None
-    model, report = load_encoder(args.checkpoint, size, device, pick_fused_attention(device))
+    model, report = load_encoder(args.checkpoint, size, device, pick_fused_attention(device, amp_dtype))
     print_main(f"encoder {args.checkpoint}:\n{report}")
     paths = list_images(args.data_path, args.split)
     job = {

@@ -41,7 +41,7 @@ def pick_amp_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, 
     return None, f"fp32 (bf16 runs at {ratio:.2g} x its speed on this CPU)"
 
 
-def pick_fused_attention(device: torch.device) -> bool:
-    """scaled_dot_product_attention on CUDA; explicit products on the CPU, where it was measured to
-    be as fast or faster at MAE's short sequences (docs/PERFORMANCE.md)."""
-    return device.type == "cuda"
+def pick_fused_attention(device: torch.device, amp_dtype: torch.dtype | None) -> bool:
+    """scaled_dot_product_attention on CUDA and for float32 on the CPU, explicit products for half
+    precision on the CPU, where the fused kernel was seen to be slower (docs/PERFORMANCE.md)."""
+    return device.type == "cuda" or amp_dtype is None
