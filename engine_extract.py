@@ -27,7 +27,7 @@ class WholeImages(Dataset):
     def __getitem__(self, item: int):
         index = int(self.indices[item])
         try:
-            return torch.from_numpy(whole_image(open_rgb(self.paths[index]), self.size)), index, ""
+            return whole_image(open_rgb(self.paths[index]), self.size), index, ""
         except UNREADABLE as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             return torch.zeros(3, *self.size, dtype=torch.uint8), index, reason

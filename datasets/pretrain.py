@@ -7,11 +7,12 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from datasets.images import UNREADABLE, open_rgb
+from datasets.images import UNREADABLE, open_reduced
 from datasets.manifest import PathList
 from datasets.transforms import (
     CROP_STREAM,
     crop_resize,
+    jpeg_reduction,
     mask_noise,
     random_crop_box,
     sample_rng,
@@ -61,33 +62,45 @@ class PretrainDataset(Dataset):
         the file was readable; else what was wrong, and the next readable image stands in), and
         `teacher_imgs` [3, H, W] uint8 or `teacher_embed` [D_t] float16 where asked for."""
         epoch, index = item
-        image, used, problem = self._open(index)
         view = self.teacher_cache.view_of(epoch) if self.teacher_cache else epoch
-        box, flip = random_crop_box(
-            sample_rng(self.seed, view, used, CROP_STREAM), *image.size, self.min_area
-        )
+        image, full_size, used, problem = self._open(view, index)
+        box, flip = self._box(view, used, *full_size)
         sample = {
-            "imgs": torch.from_numpy(crop_resize(image, box, self.input_size, flip)),
+            "imgs": crop_resize(image, box, self.input_size, flip, full_size),
             "noise": torch.from_numpy(mask_noise(self.seed, epoch, index, self.num_patches)),
             "problem": problem,
         }
         if self.teacher_cache is not None:
             sample["teacher_embed"] = self.teacher_cache.read(epoch, used)
         elif self.teacher_size is not None:
-            sample["teacher_imgs"] = torch.from_numpy(whole_image(image, self.teacher_size))
+            sample["teacher_imgs"] = whole_image(image, self.teacher_size)
         return sample
 
-    def _open(self, index: int):
+    def _box(self, view: int, index: int, width: int, height: int):
+        rng = sample_rng(self.seed, view, index, CROP_STREAM)
+        return random_crop_box(rng, width, height, self.min_area)
+
+    def _open(self, view: int, index: int):
+        """-> (RGB picture, its full (width, height), index it comes from, problem)."""
         problem = ""
         for used in range(index, index + REPLACEMENT_TRIES):
             used %= len(self.paths)
             try:
-                return open_rgb(self.paths[used]), used, problem
+                image, full_size = open_reduced(
+                    self.paths[used], lambda width, height, i=used: self._reduction(view, i, width, height)
+                )
+                return image, full_size, used, problem
             except UNREADABLE as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 problem = problem or f"{self.paths.relative(index)}\t{reason}"
         # a run this full of bad files is stopped by --max_bad_ratio; until then it gets grey
-        return Image.new("RGB", self.input_size[::-1], "grey"), index, problem
+        return Image.new("RGB", self.input_size[::-1], "grey"), self.input_size[::-1], index, problem
+
+    def _reduction(self, view: int, index: int, width: int, height: int) -> int:
+        factor = jpeg_reduction(self._box(view, index, width, height)[0], self.input_size)
+        if self.teacher_size is not None and self.teacher_cache is None:
+            factor = min(factor, jpeg_reduction((0, 0, width, height), self.teacher_size))
+        return factor
 
 
 class EpochBatches(Sampler):

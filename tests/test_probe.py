@@ -60,7 +60,7 @@ def test_extract(run_dir, tmp_path, processes):
     from datasets.transforms import whole_image
 
     model, _ = load_encoder(run_dir / "encoder.safetensors", fused_attn=False)
-    imgs = torch.from_numpy(whole_image(open_rgb(data / "0007.png"), (32, 32)))[None]
+    imgs = whole_image(open_rgb(data / "0007.png"), (32, 32))[None]
     with torch.no_grad():
         assert np.allclose(rows[7], model.encode(imgs)["mean"][0].numpy(), atol=1e-5)
     assert not (tmp_path / "features.parts").exists()

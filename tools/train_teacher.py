@@ -104,7 +104,7 @@ def main(args) -> dict:
         order = np.random.Generator(np.random.Philox(key=[args.seed, epoch])).permutation(len(pictures))
         for step in range(steps):
             chosen = order[step * args.batch_size : (step + 1) * args.batch_size]
-            imgs = torch.from_numpy(np.stack([crop(pictures[i], args.seed, epoch, i) for i in chosen]))
+            imgs = torch.stack([crop(pictures[i], args.seed, epoch, i) for i in chosen])
             set_lr(optimizer, cosine_lr(epoch + step / steps, args.lr, 0.0, 1.0, args.epochs))
             x = (imgs.to(device).float() / 255 - mean) / std
             out = model(x, tokens[torch.from_numpy(chosen).to(device)])
@@ -135,7 +135,7 @@ def main(args) -> dict:
     }
 
 
-def crop(picture, seed: int, epoch: int, index: int) -> np.ndarray:
+def crop(picture, seed: int, epoch: int, index: int) -> torch.Tensor:
     """A large random crop at the teacher's size, [3, H, W] uint8; never flipped: sides are in the texts."""
     rng = sample_rng(seed, epoch, int(index), CROP_STREAM)
     box, _ = random_crop_box(rng, *picture.size, min_area=0.6)

@@ -84,7 +84,7 @@ def main(args) -> dict:
     if not imgs:
         raise InputError(f"none of the {len(files)} given images could be read")
     noise = np.stack([mask_noise(args.seed, 0, i, model.num_patches) for i in range(len(imgs))])
-    batch = torch.from_numpy(np.stack(imgs))
+    batch = torch.stack(imgs)
     columns = reconstruction_columns(model, batch, args.mask_ratio, torch.from_numpy(noise))
     error = (columns[:, 0].float() - columns[:, 3].float()).square().mean().item()
     sheet = draw_panel(columns, panel_caption(model, args.mask_ratio, Path(args.checkpoint).name))

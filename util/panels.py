@@ -63,10 +63,9 @@ def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int =
     Returns:
         [H, W, 3] uint8 array; also written to `panels/epoch_<epoch>.png` of the run.
     """
-    imgs = np.stack(_some_readable(dataset, count))
+    imgs = torch.stack(_some_readable(dataset, count)).to(run.device)
     noise = np.stack([mask_noise(dataset.seed, 0, i, dataset.num_patches) for i in range(len(imgs))])
-    imgs, noise = torch.from_numpy(imgs).to(run.device), torch.from_numpy(noise).to(run.device)
-    columns = reconstruction_columns(model, imgs, mask_ratio, noise)
+    columns = reconstruction_columns(model, imgs, mask_ratio, torch.from_numpy(noise).to(run.device))
     sheet = draw_panel(columns, panel_caption(model, mask_ratio, f"epoch {epoch}"))
     file = run.output_dir / "panels" / f"epoch_{epoch:04d}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -74,9 +73,9 @@ def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int =
     return np.asarray(sheet)
 
 
-def _some_readable(dataset, count: int) -> list[np.ndarray]:
+def _some_readable(dataset, count: int) -> list[torch.Tensor]:
     """`count` pictures spread over the list; a neighbour stands in for an unreadable one."""
-    found: list[np.ndarray] = []
+    found: list[torch.Tensor] = []
     order = np.linspace(0, len(dataset), count, endpoint=False).astype(int).tolist()
     for index in dict.fromkeys([*order, *range(min(len(dataset), 100))]):
         try:
