@@ -7,7 +7,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import UNREADABLE, open_rgb
-from datasets.manifest import PathList
+from datasets.path_list import PathList
 from datasets.transforms import whole_image
 from models_vit import VisionTransformer
 from util.stop import init_worker

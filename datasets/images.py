@@ -8,7 +8,6 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
-
 EXIF_ORIENTATION = 0x0112
 
 
@@ -38,8 +37,7 @@ def open_reduced(
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and palettes, image by image
         with Image.open(file) as image:
-            turned = "exif" in image.info and image.getexif().get(EXIF_ORIENTATION, 1) != 1
-            if image.format == "JPEG" and not turned:
+            if image.format == "JPEG" and not is_turned(image):
                 full_size = image.size
                 factor = reduction(*full_size)
                 if factor > 1:
@@ -50,6 +48,11 @@ def open_reduced(
                 image = ImageOps.exif_transpose(image)
                 full_size = image.size
         return to_rgb(image), full_size
+
+
+def is_turned(image: Image.Image) -> bool:
+    """Whether EXIF asks for a rotation or mirroring before display."""
+    return "exif" in image.info and image.getexif().get(EXIF_ORIENTATION, 1) != 1
 
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)

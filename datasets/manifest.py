@@ -1,50 +1,22 @@
 """What to train on: a folder or a manifest -> a list of image paths."""
 
 import csv
-import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
-
+from datasets.packed import PackedImages, is_packed
+from datasets.path_list import PathList
 from util.errors import InputError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".txt")
 
 
-class PathList:
-    """Paths in one contiguous buffer: a million paths are two arrays, shared by forked workers."""
-
-    def __init__(self, root: Path, paths: Iterable[str]):
-        """Paths are relative to `root` or absolute."""
-        encoded = [os.fsencode(path) for path in paths]
-        self.root = Path(root)
-        self._ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
-        self._bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def relative(self, index: int) -> str:
-        start = self._ends[index - 1] if index else 0
-        return os.fsdecode(self._bytes[start : self._ends[index]].tobytes())
-
-    def __getitem__(self, index: int) -> Path:
-        return self.root / self.relative(index)
-
-    def sha256(self) -> str:
-        """Identity of the list: the relative paths and their order, not the root."""
-        digest = hashlib.sha256(self._ends.tobytes())
-        digest.update(self._bytes.tobytes())
-        return digest.hexdigest()
-
-
-def list_images(data_path: str | Path, split: str | None = None) -> PathList:
-    """All images of a folder (recursively; its `train/` if there is one) or of a manifest.
+def list_images(data_path: str | Path, split: str | None = None) -> PathList | PackedImages:
+    """All images of a folder (recursively; its `train/` if there is one), a manifest or a packed set.
 
     Args:
         data_path: a folder, or a .csv/.tsv (column `path`), .jsonl (key `path`) or .txt (one a
@@ -60,26 +32,37 @@ def list_images(data_path: str | Path, split: str | None = None) -> PathList:
             f"({', '.join(MANIFEST_ENDINGS)})"
         )
     if data_path.is_dir():
+        if is_packed(data_path) and split is None:
+            return PackedImages(data_path)
         if split is not None:
             raise InputError(
                 f"--split {split} needs a manifest with a column 'split', but --data_path {data_path} "
                 "is a folder: point --data_path at the sub-folder instead"
             )
         return _list_folder(data_path)
-    rows = read_manifest(data_path)
-    if split is not None:
-        found = Counter(row.get("split") for row in rows)
-        rows = [row for row in rows if row.get("split") == split]
-        if not rows:
-            known = ", ".join(sorted(str(name) for name in found if name)) or "no column 'split'"
-            raise InputError(f"{data_path} has no row with split '{split}': it has {known}")
-    paths = PathList(data_path.parent, [row["path"] for row in rows])
+    found: Counter[str | None] = Counter()
+
+    def chosen() -> Iterator[str]:
+        for row in iterate_manifest(data_path):
+            found[row.get("split")] += 1
+            if split is None or row.get("split") == split:
+                yield row["path"]
+
+    paths = PathList(data_path.parent, chosen())
+    if not len(paths):
+        known = ", ".join(sorted(str(name) for name in found if name)) or "no column 'split'"
+        raise InputError(f"{data_path} has no row with split '{split}': it has {known}")
     _check_first_exist(paths, data_path)
     return paths
 
 
 def read_manifest(file: str | Path) -> list[dict[str, str]]:
-    """Rows of a manifest as dicts that all have a non-empty `path`.
+    """Rows of a manifest as dicts that all have a non-empty `path`; raises as `iterate_manifest`."""
+    return list(iterate_manifest(file))
+
+
+def iterate_manifest(file: str | Path) -> Iterator[dict[str, str]]:
+    """The rows of a manifest, one at a time: a million rows are never in memory together.
 
     Raises:
         InputError: unknown ending, no column `path`, a broken or empty row, no rows.
@@ -90,31 +73,32 @@ def read_manifest(file: str | Path) -> list[dict[str, str]]:
         raise InputError(
             f"{file} is neither a folder nor a manifest: manifests end in {', '.join(MANIFEST_ENDINGS)}"
         )
+    count = 0
     try:
-        text = file.read_text(encoding="utf-8-sig")
+        with open(file, encoding="utf-8-sig", newline="") as opened:
+            for row in _rows(file, ending, opened):
+                count += 1
+                yield row
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
+    if not count:
+        raise InputError(f"{file} lists no image: it has no row")
+
+
+def _rows(file: Path, ending: str, opened) -> Iterator[dict[str, str]]:
     if ending == ".txt":
-        rows = [{"path": line.strip()} for line in text.splitlines() if line.strip()]
+        yield from ({"path": line.strip()} for line in opened if line.strip())
     elif ending == ".jsonl":
-        rows = [_read_json_row(file, number, line) for number, line in _numbered_lines(text)]
+        yield from (_read_json_row(file, n, line) for n, line in enumerate(opened, 1) if line.strip())
     else:
-        reader = csv.DictReader(text.splitlines(), delimiter="\t" if ending == ".tsv" else ",")
+        reader = csv.DictReader(opened, delimiter="\t" if ending == ".tsv" else ",")
         if "path" not in (reader.fieldnames or []):
             header = ", ".join(reader.fieldnames or ["nothing"])
             raise InputError(f"{file} has no column 'path': its first line holds {header}")
-        rows = []
         for row in reader:
             if not row["path"]:
                 raise InputError(f"{file}, line {reader.line_num}: the column 'path' is empty")
-            rows.append(row)
-    if not rows:
-        raise InputError(f"{file} lists no image: it has no row")
-    return rows
-
-
-def _numbered_lines(text: str):
-    return ((n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip())
+            yield row
 
 
 def _read_json_row(file: Path, number: int, line: str) -> dict:

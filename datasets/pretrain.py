@@ -8,7 +8,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.images import UNREADABLE, open_reduced
-from datasets.manifest import PathList
+from datasets.path_list import PathList
 from datasets.transforms import (
     CROP_STREAM,
     crop_resize,

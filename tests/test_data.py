@@ -13,7 +13,8 @@ from torchvision.transforms import RandomResizedCrop
 
 from datasets.images import UNREADABLE, open_reduced, open_rgb
 from datasets.labelled import list_labelled
-from datasets.manifest import PathList, list_images
+from datasets.manifest import list_images
+from datasets.path_list import PathList
 from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
 from datasets.transforms import (
     CROP_STREAM,

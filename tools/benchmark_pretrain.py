@@ -11,7 +11,6 @@ is measured in a process of its own.
 """
 
 import argparse
-import json
 import multiprocessing
 import platform
 import time
@@ -21,24 +20,19 @@ import torch
 import torch.nn.functional as F
 
 from models_mae import MODELS, MaskedAutoencoderViT, take_rows
-from util.checkpoint import write_json
 from util.dist import pick_device
-from util.errors import InputError, run_or_explain
+from util.errors import InputError
 from util.optim import build_adamw
 from util.precision import matmul_gflops, pick_amp_dtype, pick_fused_attention
 from util.resolve import parse_input_size
+from util.tool import run_tool, tool_parser
 
 KINDS = ("reference", "ours", "ours-alt")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "tools.benchmark_pretrain",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("tools.benchmark_pretrain", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--model", default="mae_vit_base_patch16", choices=list(MODELS), metavar="NAME",
@@ -187,12 +181,5 @@ def main(args) -> dict:
     }
 
 
-def entry():
-    args = get_args_parser().parse_args()
-    result = main(args)
-    write_json(Path(args.output), result)
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    run_or_explain(entry)
+    run_tool(get_args_parser(), main, lambda args: Path(args.output))

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.manifest import PathList, list_images
+from datasets.manifest import list_images
+from datasets.path_list import PathList
 from engine_extract import POOLS, extract_batches
 from models_vit import load_encoder
 from util.checkpoint import write_atomic, write_json
@@ -30,21 +31,17 @@ from util.dist import (
     pick_device,
     print_main,
 )
-from util.errors import InputError, run_or_explain
+from util.errors import InputError
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.progress import Progress
 from util.resolve import parse_input_size
+from util.tool import run_tool, tool_parser
 
 PART_IMAGES = 4096
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "tools.extract",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("tools.extract", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--checkpoint", required=True, help="encoder: ours or facebook's MAE, .pth or .safetensors")
@@ -173,13 +170,5 @@ def write_table(output: Path, paths: PathList, problems: dict[int, str]) -> None
     )
 
 
-def entry():
-    args = get_args_parser().parse_args()
-    result = main(args)
-    if result:
-        write_json(Path(args.output).with_suffix(".metrics.json"), result)
-        print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    run_or_explain(entry)
+    run_tool(get_args_parser(), main, lambda args: Path(args.output).with_suffix(".metrics.json"))

@@ -8,7 +8,6 @@ Under torchrun the ranks share the work. A build that was stopped goes on where 
 """
 
 import argparse
-import json
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -32,20 +31,16 @@ from datasets.text_bank import build_bank, save_bank
 from models_teacher import FrozenTeacher, load_clip
 from util.checkpoint import write_atomic, write_json
 from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
-from util.errors import InputError, run_or_explain
+from util.errors import InputError
 from util.precision import pick_amp_dtype
 from util.progress import Progress
 from util.resolve import parse_input_size
 from util.stop import init_worker
+from util.tool import run_tool, tool_parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "tools.reinforce",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("tools.reinforce", __doc__)
     add = parser.add_argument
     add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
@@ -118,7 +113,8 @@ def main(args) -> dict:
     device = pick_device(args.device)
     init_distributed(device, timeout_s=600)
     try:
-        return build_or_verify(args, device)
+        result = build_or_verify(args, device)
+        return result if get_rank() == 0 else {}
     finally:
         end_distributed()
 
@@ -243,12 +239,4 @@ def verify(args, folder: Path, teacher, source: PretrainDataset, device) -> dict
 
 
 if __name__ == "__main__":
-
-    def entry():
-        args = get_args_parser().parse_args()
-        result = main(args)
-        if get_rank() == 0:
-            write_json(Path(args.output) / "metrics.json", result)
-            print(json.dumps(result))
-
-    run_or_explain(entry)
+    run_tool(get_args_parser(), main, lambda args: Path(args.output) / "metrics.json")

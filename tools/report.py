@@ -21,22 +21,18 @@ from datasets.labelled import list_labelled
 from engine_extract import extract_features
 from models_mae import MODELS
 from models_vit import VisionTransformer, load_encoder
-from util.checkpoint import write_atomic, write_json
-from util.errors import InputError, run_or_explain
+from util.checkpoint import write_atomic
+from util.errors import InputError
 from util.probe import knn_predict, topk_accuracy
 from util.progress import Progress
+from util.tool import run_tool, tool_parser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "tools.report",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("tools.report", __doc__)
     add = parser.add_argument
     # fmt: off
     add("run_dir", help="output folder of main_pretrain.py")
@@ -162,12 +158,5 @@ def main(args) -> dict:
     return metrics | {"report": str(run_dir / "report.html")}
 
 
-def entry():
-    args = get_args_parser().parse_args()
-    result = main(args)
-    write_json(Path(args.run_dir) / "report_metrics.json", result)
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    run_or_explain(entry)
+    run_tool(get_args_parser(), main, lambda args: Path(args.run_dir) / "report_metrics.json")

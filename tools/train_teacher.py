@@ -9,7 +9,6 @@ published CLIP.
 """
 
 import argparse
-import json
 import logging
 import time
 from pathlib import Path
@@ -19,13 +18,15 @@ import open_clip
 import torch
 
 from datasets.images import UNREADABLE, open_rgb
-from datasets.manifest import PathList, read_manifest
+from datasets.manifest import read_manifest
+from datasets.path_list import PathList
 from datasets.transforms import CROP_STREAM, crop_resize, random_crop_box, sample_rng
 from util.checkpoint import write_atomic, write_json, write_safetensors
 from util.dist import pick_device
-from util.errors import InputError, run_or_explain
+from util.errors import InputError
 from util.lr_sched import cosine_lr, set_lr
 from util.progress import Progress
+from util.tool import run_tool, tool_parser
 
 CONFIG = {
     "embed_dim": 64,
@@ -35,12 +36,7 @@ CONFIG = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "tools.train_teacher",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("tools.train_teacher", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--data_path", required=True, help="table with columns path, captions and, optionally, split")
@@ -143,12 +139,5 @@ def crop(picture, seed: int, epoch: int, index: int) -> torch.Tensor:
     return crop_resize(picture, box, (size, size), flip=False)
 
 
-def entry():
-    args = get_args_parser().parse_args()
-    result = main(args)
-    write_json(Path(args.output) / "metrics.json", result)
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    run_or_explain(entry)
+    run_tool(get_args_parser(), main, lambda args: Path(args.output) / "metrics.json")

@@ -4,7 +4,6 @@ python -m tools.visualize a.jpg b.jpg --checkpoint output_dir/checkpoint-last.pt
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,18 +13,14 @@ from datasets.images import UNREADABLE, open_rgb
 from datasets.manifest import list_images
 from datasets.transforms import mask_noise, whole_image
 from models_mae import MODELS, count_kept
-from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_atomic, write_json
-from util.errors import InputError, run_or_explain
+from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_atomic
+from util.errors import InputError
 from util.panels import draw_panel, panel_caption, reconstruction_columns
+from util.tool import run_tool, tool_parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        "tools.visualize",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser("tools.visualize", __doc__)
     add = parser.add_argument
     # fmt: off
     add("images", nargs="+", help="image files, or one folder or manifest (its first --count images)")
@@ -92,12 +87,5 @@ def main(args) -> dict:
     return {"images": len(imgs), "unreadable": len(problems), "mse_255": error, "output": args.output}
 
 
-def entry():
-    args = get_args_parser().parse_args()
-    result = main(args)
-    write_json(Path(args.output).with_suffix(".metrics.json"), result)
-    print(json.dumps(result))
-
-
 if __name__ == "__main__":
-    run_or_explain(entry)
+    run_tool(get_args_parser(), main, lambda args: Path(args.output).with_suffix(".metrics.json"))

@@ -9,10 +9,14 @@ class InputError(ValueError):
 
 
 def run_or_explain(main: Callable[[], object]) -> None:
-    """Run a command-line entry; an InputError becomes one line on stderr and exit status 2."""
+    """Run a command-line entry; an InputError becomes one line on stderr and exit status 2,
+    Ctrl-C exit status 130."""
     try:
         main()
     except InputError as error:
         sys.stdout.flush()
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr, flush=True)
+        sys.exit(130)

@@ -1,0 +1,164 @@
+"""Packed sets and WebDataset shards."""
+
+import io
+import json
+import signal
+import subprocess
+import tarfile
+import time
+
+import numpy as np
+import pytest
+from conftest import ROOT, command, run_command, write_pictures
+from PIL import Image
+
+from datasets.manifest import list_images
+from datasets.packed import PackedImages
+from datasets.pretrain import PretrainDataset
+from tools import pack
+from util.errors import InputError
+
+
+def flags(data, output, *more):
+    return pack.get_args_parser().parse_args(["--data_path", str(data), "--output", str(output), *more])
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """30 pictures: PNG, small JPEG, big JPEG, a turned one, a truncated one and one that is text."""
+    folder = write_pictures(tmp_path_factory.mktemp("photos"), 24, size=(90, 60))
+    big = Image.open(folder / "0000.png").resize((900, 600))
+    big.save(folder / "big.jpg", quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    big.save(folder / "turned.jpg", exif=exif)
+    big.convert("L").save(folder / "grey.jpg")
+    big.resize((80, 60)).save(folder / "small.jpg")
+    (folder / "cut.jpg").write_bytes((folder / "big.jpg").read_bytes()[:9000])
+    (folder / "text.jpg").write_text("no picture")
+    return folder
+
+
+def test_packed_set_reads_like_the_folder(photos, tmp_path, capsys):
+    result = pack.main(flags(photos, tmp_path / "p", "--shard_images", "8", "--num_workers", "2"))
+    assert (result["images"], result["unreadable"], result["shards"]) == (28, 2, 4)
+    assert result["copied"] == 1, "only small.jpg is stored as it is"
+    listed = (tmp_path / "p" / "bad_images.txt").read_text()
+    assert "cut.jpg" in listed and "text.jpg" in listed and len(listed.splitlines()) == 2
+
+    plain, packed = list_images(photos), list_images(tmp_path / "p")
+    assert isinstance(packed, PackedImages) and len(packed) == 28
+    names = [packed.relative(i) for i in range(28)]
+    good = [i for i in range(len(plain)) if plain.relative(i) not in ("cut.jpg", "text.jpg")]
+    assert names == [plain.relative(i) for i in good]
+    assert packed.read(names.index("small.jpg")) == (photos / "small.jpg").read_bytes()
+    with Image.open(packed[names.index("big.jpg")]) as image:
+        assert image.size == (384, 256) and image.mode == "RGB"
+    with Image.open(packed[names.index("turned.jpg")]) as image:
+        assert image.size == (256, 384), "stored upright"
+    ours = PretrainDataset(packed, (64, 64), 16, seed=0, min_area=0.2)
+    theirs = PretrainDataset(plain, (64, 64), 16, seed=0, min_area=0.2)
+    for position in (0, 5):  # same position in both lists, hence the same crop
+        a, b = ours[3, position]["imgs"].float(), theirs[3, position]["imgs"].float()
+        assert (a - b).abs().mean() < 6, "JPEG of the picture itself"
+
+
+def test_killed_packing_goes_on_and_ends_the_same(tmp_path):
+    photos = write_pictures(tmp_path / "photos", 400, size=(500, 400))
+    words = ["-m", "tools.pack", "--data_path", str(photos), "--shard_images", "20", "--num_workers", "1"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert run_command(command(*words, "--output", str(whole))).returncode == 0
+    process = subprocess.Popen(command(*words, "--output", str(killed)), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while len(list(killed.glob("shard*.bin"))) < 3 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    before = {file.name: file.stat().st_mtime_ns for file in killed.glob("shard*.bin")}
+    assert 3 <= len(before) < 20
+    with pytest.raises(InputError, match="unfinished packed set"):
+        list_images(killed)
+    done = run_command(command(*words, "--output", str(killed)))
+    assert done.returncode == 0 and json.loads(done.stdout.splitlines()[-1])["written"] == 20 - len(before)
+    assert all((killed / name).stat().st_mtime_ns == stamp for name, stamp in before.items())
+    for file in whole.glob("shard*.bin"):
+        assert (killed / file.name).read_bytes() == file.read_bytes()
+    assert PackedImages(killed).sha256() == PackedImages(whole).sha256()
+
+
+def test_other_settings_are_refused(photos, tmp_path):
+    pack.main(flags(photos, tmp_path / "p"))
+    with pytest.raises(InputError, match="its short_side differ"):
+        pack.main(flags(photos, tmp_path / "p", "--short_side", "128"))
+    with pytest.raises(InputError, match="--quality 200: must be from 1 to 100"):
+        pack.main(flags(photos, tmp_path / "q", "--quality", "200"))
+    with pytest.raises(InputError, match="needs a manifest"):
+        list_images(tmp_path / "p", "train")
+
+
+def test_damage_is_found(photos, tmp_path):
+    pack.main(flags(photos, tmp_path / "p"))
+    shard = tmp_path / "p" / "shard00000.bin"
+    data = bytearray(shard.read_bytes())
+    packed = PackedImages(tmp_path / "p")
+    position = len(packed.read(0)) // 2
+    data[position] ^= 1
+    shard.write_bytes(data)
+    item = PretrainDataset(PackedImages(tmp_path / "p"), (32, 32), 4, seed=0, min_area=0.2)[0, 0]
+    assert "checksum differs" in item["problem"], "one bit: counted like any unreadable image"
+    shard.write_bytes(data[:-10])
+    with pytest.raises(InputError, match="where its index says"):
+        list_images(tmp_path / "p")
+
+
+def write_tar(file, first, count):
+    with tarfile.open(file, "w") as opened:
+        for index in range(first, first + count):
+            image = io.BytesIO()
+            Image.new("RGB", (40, 30), (index * 9 % 256, 80, 40)).save(image, "JPEG", quality=95)
+            for name, data in (("jpg", image.getvalue()), ("cls", b"3"), ("json", b"{}")):
+                info = tarfile.TarInfo(f"{index:05d}.{name}")
+                info.size = len(data)
+                opened.addfile(info, io.BytesIO(data))
+
+
+def test_webdataset_shards(tmp_path):
+    for shard in range(3):
+        write_tar(tmp_path / f"s-{shard:03d}.tar", shard * 5, 5)
+    result = pack.main(flags(f"{tmp_path}/s-{{000..002}}.tar", tmp_path / "p"))
+    assert (result["images"], result["shards"], result["copied"]) == (15, 3, 15)
+    packed = list_images(tmp_path / "p")
+    assert packed.relative(6) == "s-001/00006.jpg"
+    with Image.open(packed[6]) as image:
+        assert abs(np.asarray(image)[0, 0, 0].astype(int) - 54) < 4
+
+
+def test_webdataset_errors_are_one_sentence(tmp_path):
+    write_tar(tmp_path / "s-000.tar", 0, 30)
+    with pytest.raises(InputError, match="1 of 2 shards do not exist"):
+        pack.main(flags(f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p"))
+    data = (tmp_path / "s-000.tar").read_bytes()
+    (tmp_path / "s-001.tar").write_bytes(data[: len(data) // 2 + 300])
+    with pytest.raises(InputError, match="s-001.tar is cut off"):
+        pack.main(flags(f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p"))
+    with tarfile.open(tmp_path / "s-001.tar", "w") as opened:
+        info = tarfile.TarInfo("a.jpg")
+        info.size = 90_000
+        opened.addfile(info, io.BytesIO(bytes(info.size)))
+    (tmp_path / "s-001.tar").write_bytes((tmp_path / "s-001.tar").read_bytes()[:40_000])
+    with pytest.raises(InputError, match="s-001.tar could not be read to its end"):
+        pack.main(flags(f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p"))
+    write_tar(tmp_path / "s-001.tar", 30, 4)
+    result = pack.main(flags(f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p"))
+    assert (result["images"], result["written"]) == (34, 1), "the finished shard was kept"
+
+
+def test_training_on_a_packed_set(photos, tmp_path):
+    from conftest import read_log, small_flags
+
+    pack.main(flags(photos, tmp_path / "p"))
+    done = run_command(
+        command("main_pretrain.py", *small_flags(tmp_path / "p", tmp_path / "run", "--no_distill"))
+    )
+    assert done.returncode == 0, done.stderr
+    assert [row["bad_images"] for row in read_log(tmp_path / "run")] == [0, 0]

@@ -1,0 +1,227 @@
+"""Pack images into a few big files of JPEGs with a short side of 256 px, which train faster and copy well.
+
+    python -m tools.pack --data_path PHOTOS --output packed
+    python main_pretrain.py --data_path packed ...
+    python -m tools.pack --data_path "https://host/shard-{000..099}.tar" --output packed   # WebDataset
+
+JPEGs that are small enough are stored byte for byte. A run that was stopped goes on at the first shard that
+is missing. Unreadable images are left out, counted and listed in bad_images.txt.
+"""
+
+import argparse
+import io
+import json
+import os
+import time
+import zlib
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from datasets.images import UNREADABLE, is_turned, open_reduced
+from datasets.manifest import list_images
+from datasets.packed import HEADER, is_packed, read_header, shard_file
+from datasets.path_list import PathList
+from datasets.webshards import WebShards, is_webdataset
+from util.checkpoint import write_atomic, write_json
+from util.errors import InputError
+from util.progress import Progress
+from util.stop import init_worker
+from util.tool import run_tool, tool_parser
+
+CHUNK = 64  # images a worker takes at a time
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = tool_parser("tools.pack", __doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("--data_path", required=True,
+        help="folder, manifest, or WebDataset: .tar files or URLs, {000..099} for a range")
+    add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
+    add("--output", required=True, help="folder of the packed set")
+    add("--short_side", default=256, type=int, help="pixels of the shorter side; smaller stay (default 256)")
+    add("--quality", default=90, type=int, help="JPEG quality of what is re-encoded (default 90)")
+    add("--shard_images", default=8192, type=int,
+        help="images a file; a WebDataset keeps its own shards (default 8192)")
+    add("--num_workers", default=None, type=int, help="processes (default: the cores of this machine)")
+    # fmt: on
+    return parser
+
+
+def main(args) -> dict:
+    for name, low, high in (("short_side", 16, 65_500), ("quality", 1, 100), ("shard_images", 1, 10**9)):
+        if not low <= getattr(args, name) <= high:
+            raise InputError(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
+    started, folder = time.perf_counter(), Path(args.output)
+    if is_webdataset(args.data_path):
+        source = WebShards(args.data_path)
+    else:
+        source = FileShards(list_images(args.data_path, args.split), args.shard_images)
+    header = {
+        "kind": "cgd-mae packed images",
+        "version": 1,
+        "source_sha256": source.sha256(),
+        "short_side": args.short_side,
+        "quality": args.quality,
+        "shards": len(source),
+    }
+    claim_folder(folder, header)
+    progress = Progress(source.unit, source.total)
+    todo = [k for k in range(len(source)) if not shard_file(folder, k).is_file()]
+    done = 0 if source.unit == "shards" else source.total - sum(source.size(k) for k in todo)
+    progress.update(len(source) - len(todo) if source.unit == "shards" else done, "packed before")
+    encode = partial(encode_chunk, short_side=args.short_side, quality=args.quality)
+    workers = args.num_workers or os.cpu_count() or 1
+    with ProcessPoolExecutor(workers, initializer=init_worker, initargs=(0,)) as pool:
+        for shard in todo:
+            write_shard(folder, shard, map_in_order(pool, encode, source.items(shard), workers))
+            done += 1 if source.unit == "shards" else source.size(shard)
+            progress.update(done)
+    progress.close()
+    totals = finish(folder, len(source))
+    if not totals["images"]:
+        raise InputError(f"no image of {args.data_path} could be read: {folder / 'bad_images.txt'} says why")
+    return totals | {"shards": len(source), "written": len(todo), "seconds": time.perf_counter() - started}
+
+
+class FileShards:
+    """A list of files, cut into shards of `shard_images`."""
+
+    unit = "images"
+
+    def __init__(self, paths: PathList, shard_images: int):
+        self.paths, self.shard_images, self.total = paths, shard_images, len(paths)
+
+    def __len__(self) -> int:
+        return -(-len(self.paths) // self.shard_images)
+
+    def size(self, shard: int) -> int:
+        return min(self.shard_images, len(self.paths) - shard * self.shard_images)
+
+    def items(self, shard: int) -> Iterator[tuple[str, Path]]:
+        first = shard * self.shard_images
+        return ((self.paths.relative(i), self.paths[i]) for i in range(first, first + self.size(shard)))
+
+    def sha256(self) -> str:
+        return f"{self.paths.sha256()} / {self.shard_images}"
+
+
+def claim_folder(folder: Path, header: dict) -> None:
+    """Write the header, or make sure that what is there comes from the same images and settings."""
+    if is_packed(folder):
+        old = read_header(folder)
+        different = [k for k in header if old.get(k) != header[k]]
+        if different:
+            raise InputError(
+                f"{folder} holds another packed set (its {', '.join(different)} differ): choose another "
+                "--output or remove it"
+            )
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / HEADER, header)
+
+
+def map_in_order(pool: ProcessPoolExecutor, function, items: Iterator, workers: int) -> Iterator:
+    """`pool.map` by chunks that reads its input only a few chunks ahead, so that memory stays bounded."""
+    pending: deque = deque()
+    while chunk := list(islice(items, CHUNK)):
+        pending.append(pool.submit(function, chunk))
+        if len(pending) > 2 * workers:
+            yield from pending.popleft().result()
+    while pending:
+        yield from pending.popleft().result()
+
+
+def encode_chunk(chunk, short_side: int, quality: int) -> list[tuple[str, bytes, str]]:
+    """[(name, file or encoded bytes)] -> [(name, JPEG or b"", how: "copied", "encoded" or the problem)]."""
+    rows = []
+    for name, source in chunk:
+        try:
+            data = source.read_bytes() if isinstance(source, Path) else source
+            rows.append((name, *encode_image(data, short_side, quality)))
+        except UNREADABLE as error:
+            rows.append((name, b"", " ".join(f"{type(error).__name__}: {error}".split())))
+    return rows
+
+
+def encode_image(data: bytes, short_side: int, quality: int) -> tuple[bytes, str]:
+    """Encoded image -> (upright RGB or grey JPEG with at most `short_side` px on its shorter side, how)."""
+    with Image.open(io.BytesIO(data)) as image:
+        fits = min(image.size) <= short_side
+        if image.format == "JPEG" and fits and image.mode in ("RGB", "L") and not is_turned(image):
+            image.load()  # a truncated file must not get into the set
+            return data, "copied"
+
+    def reduction(width: int, height: int) -> int:
+        room = min(width, height) / (2 * short_side)
+        return max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
+
+    image, _ = open_reduced(io.BytesIO(data), reduction)
+    scale = short_side / min(image.size)
+    if scale < 1:
+        size = tuple(max(round(side * scale), 1) for side in image.size)
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    encoded = io.BytesIO()
+    image.save(encoded, "JPEG", quality=quality)
+    return encoded.getvalue(), "encoded"
+
+
+def write_shard(folder: Path, shard: int, rows: Iterable[tuple[str, bytes, str]]) -> None:
+    """One shard and, before it appears, all that is told about it: what exists is complete."""
+    file = shard_file(folder, shard)
+    names, problems, index = [], [], []
+    counts = {"copied": 0, "encoded": 0}
+
+    def write(opened) -> None:
+        position = 0
+        for name, data, how in rows:
+            if not data:
+                problems.append([name, how])
+                continue
+            opened.write(data)
+            index.append((position, len(data), zlib.crc32(data)))
+            names.append(name)
+            counts[how] += 1
+            position += len(data)
+        table = np.array(index, dtype=np.int64).reshape(-1, 3)
+        write_atomic(file.with_suffix(".npy"), lambda f: np.save(f, table))
+        write_json(file.with_suffix(".json"), {"names": names, "problems": problems, **counts})
+
+    write_atomic(file, write)
+
+
+def finish(folder: Path, shards: int) -> dict:
+    """Join the names; what a reader needs is then all there."""
+    totals = {"images": 0, "copied": 0, "encoded": 0, "unreadable": 0, "bytes": 0}
+    ends, blocks, problems = [np.zeros(0, np.int64)], [], []
+    length = 0
+    for shard in range(shards):
+        file = shard_file(folder, shard)
+        about = json.loads(file.with_suffix(".json").read_text())
+        part = PathList(folder, about["names"])
+        ends.append(part.ends + length)
+        blocks.append(part.bytes)
+        length += len(part.bytes)
+        problems += about["problems"]
+        totals["images"] += len(part)
+        totals["bytes"] += file.stat().st_size
+        for how in ("copied", "encoded"):
+            totals[how] += about[how]
+    totals["unreadable"] = len(problems)
+    if problems:
+        text = "".join(f"{name}\t{problem}\n" for name, problem in problems)
+        write_atomic(folder / "bad_images.txt", lambda f: f.write(text.encode()))
+    write_atomic(folder / "name_ends.npy", lambda f: np.save(f, np.concatenate(ends)))
+    write_atomic(folder / "names.npy", lambda f: np.save(f, np.concatenate([*blocks, np.zeros(0, np.uint8)])))
+    return totals
+
+
+if __name__ == "__main__":
+    run_tool(get_args_parser(), main, lambda args: Path(args.output) / "metrics.json")
