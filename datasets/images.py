@@ -30,29 +30,27 @@ def open_reduced(
     their entropy decoding.
 
     Args:
-        reduction: (width, height) in px of the upright picture -> allowed factor: 1, 2, 4 or 8.
+        reduction: called once, (width, height) in px of the upright picture -> factor: 1, 2, 4 or 8.
     Returns:
         The RGB picture and the (width, height) it has when not reduced.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and palettes, image by image
         with Image.open(file) as image:
-            if image.format == "JPEG" and not is_turned(image):
-                full_size = image.size
-                factor = reduction(*full_size)
-                if factor > 1:
-                    image.draft(None, (full_size[0] // factor, full_size[1] // factor))
-                image.load()
-            else:
+            if is_turned(image):
                 image.load()
                 image = ImageOps.exif_transpose(image)
-                full_size = image.size
+            full_size = image.size
+            factor = reduction(*full_size)
+            if image.format == "JPEG" and factor > 1:  # a turned picture has lost its format
+                image.draft(None, (full_size[0] // factor, full_size[1] // factor))
+            image.load()
         return to_rgb(image), full_size
 
 
 def is_turned(image: Image.Image) -> bool:
     """Whether EXIF asks for a rotation or mirroring before display."""
-    return "exif" in image.info and image.getexif().get(EXIF_ORIENTATION, 1) != 1
+    return ("exif" in image.info or image.format != "JPEG") and image.getexif().get(EXIF_ORIENTATION, 1) != 1
 
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)

@@ -1,6 +1,7 @@
 """The training stream: which images make up step s of epoch e, and what a worker returns of each."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -63,44 +64,56 @@ class PretrainDataset(Dataset):
         `teacher_imgs` [3, H, W] uint8 or `teacher_embed` [D_t] float16 where asked for."""
         epoch, index = item
         view = self.teacher_cache.view_of(epoch) if self.teacher_cache else epoch
-        image, full_size, used, problem = self._open(view, index)
-        box, flip = self._box(view, used, *full_size)
+        picture, problem = self._open(view, index)
         sample = {
-            "imgs": crop_resize(image, box, self.input_size, flip, full_size),
+            "imgs": crop_resize(picture.image, picture.box, self.input_size, picture.flip, picture.full_size),
             "noise": torch.from_numpy(mask_noise(self.seed, epoch, index, self.num_patches)),
             "problem": problem,
         }
         if self.teacher_cache is not None:
-            sample["teacher_embed"] = self.teacher_cache.read(epoch, used)
+            sample["teacher_embed"] = self.teacher_cache.read(epoch, picture.index)
         elif self.teacher_size is not None:
-            sample["teacher_imgs"] = whole_image(image, self.teacher_size)
+            sample["teacher_imgs"] = whole_image(picture.image, self.teacher_size)
         return sample
 
-    def _box(self, view: int, index: int, width: int, height: int):
-        rng = sample_rng(self.seed, view, index, CROP_STREAM)
-        return random_crop_box(rng, width, height, self.min_area)
-
-    def _open(self, view: int, index: int):
-        """-> (RGB picture, its full (width, height), index it comes from, problem)."""
+    def _open(self, view: int, index: int) -> tuple["Picture", str]:
+        """The picture of (view, index), or the next readable one and what is wrong with the first."""
         problem = ""
         for used in range(index, index + REPLACEMENT_TRIES):
             used %= len(self.paths)
+            picture = Picture(used)
             try:
-                image, full_size = open_reduced(
-                    self.paths[used], lambda width, height, i=used: self._reduction(view, i, width, height)
+                picture.image, picture.full_size = open_reduced(
+                    self.paths[used],
+                    lambda *full_size, chosen=picture: self._draw_crop(chosen, view, full_size),
                 )
-                return image, full_size, used, problem
+                return picture, problem
             except UNREADABLE as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 problem = problem or f"{self.paths.relative(index)}\t{reason}"
         # a run this full of bad files is stopped by --max_bad_ratio; until then it gets grey
-        return Image.new("RGB", self.input_size[::-1], "grey"), self.input_size[::-1], index, problem
+        grey = Image.new("RGB", self.input_size[::-1], "grey")
+        return Picture(index, grey, grey.size, (0, 0, *grey.size)), problem
 
-    def _reduction(self, view: int, index: int, width: int, height: int) -> int:
-        factor = jpeg_reduction(self._box(view, index, width, height)[0], self.input_size)
+    def _draw_crop(self, picture: "Picture", view: int, full_size: tuple[int, int]) -> int:
+        """Draw the crop of a picture of this (width, height); returns the reduction it allows."""
+        rng = sample_rng(self.seed, view, picture.index, CROP_STREAM)
+        picture.box, picture.flip = random_crop_box(rng, *full_size, self.min_area)
+        factor = jpeg_reduction(picture.box, self.input_size)
         if self.teacher_size is not None and self.teacher_cache is None:
-            factor = min(factor, jpeg_reduction((0, 0, width, height), self.teacher_size))
+            factor = min(factor, jpeg_reduction((0, 0, *full_size), self.teacher_size))
         return factor
+
+
+@dataclass
+class Picture:
+    """A decoded image, perhaps smaller than its `full_size` (width, height), and the crop to take of it."""
+
+    index: int
+    image: Image.Image | None = None
+    full_size: tuple[int, int] = (0, 0)
+    box: tuple[int, int, int, int] = (0, 0, 0, 0)
+    flip: bool = False
 
 
 class EpochBatches(Sampler):
