@@ -1,7 +1,9 @@
 """One epoch of pre-training: batches in, weights and meters changed."""
 
 import contextlib
+import dataclasses
 import json
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,14 +12,18 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from datasets.device_decode import decode_batch
 from util.dist import all_reduce_mean, get_world_size, is_main_process
 from util.errors import InputError
 from util.lr_sched import cosine_lr, ramp, set_lr
+from util.memory import largest_that_fits
 from util.meter import Meter, means
 from util.progress import Progress
-from util.stop import StopGuard
+from util.step_profile import StepProfile, part
+from util.stop import NoGuard, StopGuard
 
 QUIET_SECONDS = 30
+DATA_WAIT_ADVICE = 0.2
 
 
 @dataclass
@@ -32,13 +38,14 @@ class PretrainRun:
     loader: torch.utils.data.DataLoader
     device: torch.device
     amp_dtype: torch.dtype | None  # None: float32
-    guard: StopGuard
+    guard: StopGuard | NoGuard
     output_dir: Path
     save_if_due: Callable[["PretrainRun"], None]
     epoch: int = 0
     batches_done: int = 0  # global micro-batches of `epoch` that are in the weights
     meter: Meter = field(default_factory=Meter)
     bad_steps_in_row: int = 0
+    profile: StepProfile | None = None
     seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "data": 0.0})
 
 
@@ -50,7 +57,8 @@ def train_one_epoch(run: PretrainRun, args) -> None:
         args: reads accum_iter, mask_ratio, lr, min_lr, warmup_epochs, epochs, weights,
             clip_grad, micro_batch, print_freq, max_bad_steps, max_bad_ratio.
     Raises:
-        InputError: too many unreadable images, or `max_bad_steps` non-finite updates in a row.
+        InputError: too many unreadable images, `max_bad_steps` non-finite updates in a row, or a batch
+            that does not fit into memory.
     """
     batches = run.loader.batch_sampler
     num_batches = batches.batches_per_epoch
@@ -60,8 +68,10 @@ def train_one_epoch(run: PretrainRun, args) -> None:
     model.train()
     update_terms, problems = [], []
     clock = time.perf_counter()
-    for step, batch in enumerate(run.loader, run.batches_done):
+    for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):
         data_seconds = time.perf_counter() - clock
+        if run.profile:
+            run.profile.wait(data_seconds)
         group_start = step - step % args.accum_iter
         group_size = min(args.accum_iter, num_batches - group_start)
         is_last = step == group_start + group_size - 1
@@ -71,6 +81,8 @@ def train_one_epoch(run: PretrainRun, args) -> None:
             set_lr(run.optimizer, lr)
             weights = {name: w * ramp(epoch, args.warmup_epochs) for name, w in args.weights.items()}
 
+        with part("copy"):
+            batch = to_device(run, batch)
         terms = forward_backward(run, batch, args, is_last, weights, 1 / group_size, watch)
         update_terms.append(terms)
         problems += [problem for problem in batch["problem"] if problem]
@@ -81,8 +93,18 @@ def train_one_epoch(run: PretrainRun, args) -> None:
         watch.count_batch(step + 1, data_seconds, time.perf_counter() - clock)
         if is_last:
             watch.after_update(step + 1, lr)
+            if run.profile and run.profile.step():
+                break
         clock = time.perf_counter()
     watch.close()
+
+
+def to_device(run: PretrainRun, batch: dict) -> dict:
+    """Tensors of a batch on the device, decoded there where the workers sent files."""
+    dataset = run.loader.dataset
+    if "data" in batch:
+        return decode_batch(batch, dataset.input_size, dataset.teacher_size, run.device)
+    return {k: v.to(run.device, non_blocking=True) if k != "problem" else v for k, v in batch.items()}
 
 
 def forward_backward(run, batch: dict, args, is_last: bool, weights: dict, share: float, watch):
@@ -93,9 +115,18 @@ def forward_backward(run, batch: dict, args, is_last: bool, weights: dict, share
 
     Returns:
         The batch's terms and their weighted sum `loss`, detached float32.
+    Raises:
+        InputError: a piece does not fit into memory; says how many images do.
     """
-    device, total = run.device, len(batch["imgs"])
-    batch = {k: v.to(device, non_blocking=True) for k, v in batch.items() if isinstance(v, torch.Tensor)}
+    try:
+        return _forward_backward(run, batch, args, is_last, weights, share, watch)
+    except torch.OutOfMemoryError as error:
+        raise InputError(explain_out_of_memory(run, batch, args)) from error
+
+
+def _forward_backward(run, batch: dict, args, is_last: bool, weights: dict, share: float, watch):
+    total = len(batch["imgs"])
+    batch = {k: v for k, v in batch.items() if k != "problem"}
     collected: dict[str, torch.Tensor] = {}
     for start in range(0, total, args.micro_batch):
         piece = {k: v[start : start + args.micro_batch] for k, v in batch.items()}
@@ -105,11 +136,12 @@ def forward_backward(run, batch: dict, args, is_last: bool, weights: dict, share
             loss = terms["pixel"]
             for name, weight in weights.items():
                 loss = loss + weight * terms[name]
-            part = len(piece["imgs"]) / total
-            scaled = loss * (share * part)
-            (run.scaler.scale(scaled) if run.scaler else scaled).backward()
+            fraction = len(piece["imgs"]) / total
+            scaled = loss * (share * fraction)
+            with part("backward"):
+                (run.scaler.scale(scaled) if run.scaler else scaled).backward()
         for name, value in ({"loss": loss} | terms).items():
-            value = value.detach().float() * part
+            value = value.detach().float() * fraction
             collected[name] = collected[name] + value if start else value
         watch.piece(start + len(piece["imgs"]), total)
     return collected
@@ -119,9 +151,34 @@ def forward_piece(run: PretrainRun, piece: dict, mask_ratio: float) -> dict[str,
     """imgs [N, 3, H, W] uint8 and noise [N, L] on the device -> the student's terms."""
     imgs, teacher_embed = piece["imgs"], piece.get("teacher_embed")
     if teacher_embed is None and run.teacher is not None:
-        teacher_embed = run.teacher(piece.get("teacher_imgs", imgs))  # [N, D_t]
+        with part("teacher"):
+            teacher_embed = run.teacher(piece.get("teacher_imgs", imgs))  # [N, D_t]
     with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
         return run.model(imgs, mask_ratio, piece["noise"], teacher_embed)
+
+
+def explain_out_of_memory(run: PretrainRun, batch: dict, args) -> str:
+    """Find the largest piece that does fit, on this very batch, and say how to use it."""
+    tried = min(args.micro_batch, len(batch["imgs"]))
+    weights = dict.fromkeys(args.weights, 1.0)
+
+    def attempt(count: int) -> None:
+        run.optimizer.zero_grad(set_to_none=True)
+        piece = {k: v[:count] for k, v in batch.items() if k != "problem"}
+        bare = dataclasses.replace(run, model=run.bare)  # the other ranks do not take part
+        terms = forward_piece(bare, piece, args.mask_ratio)
+        (terms["pixel"] + sum(weight * terms[name] for name, weight in weights.items())).backward()
+
+    fits = largest_that_fits(attempt, tried, run.device)
+    if not fits:
+        return (
+            f"not even one image fits into the memory of {run.device} beside the model: take a smaller "
+            "--model or --input_size, or --grad_checkpoint"
+        )
+    return (
+        f"{tried} images at a time do not fit into the memory of {run.device}, about {fits} do: use "
+        f"--micro_batch {fits} (the result stays the same), or --grad_checkpoint for more"
+    )
 
 
 def apply_update(run, args, update_terms, problems, watch, lr: float, batches_done: int) -> None:
@@ -144,7 +201,7 @@ def apply_update(run, args, update_terms, problems, watch, lr: float, batches_do
     if args.clip_grad:
         nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, grad_norm)
 
-    with run.guard.committing():
+    with part("optimiser"), run.guard.committing():
         # a fused optimiser leaves weights and state alone where found_inf is 1
         run.optimizer.grad_scale = None
         run.optimizer.found_inf = (~ok).float()
@@ -171,6 +228,7 @@ class StepWatch:
         self.images = 0
         self.last_count, self.last_sums = run.meter.read()
         self.last_look = 0.0
+        self.steady = self.advised = False  # the first line of an epoch holds the start of the workers
         self.said = time.perf_counter()  # when the last line was printed
 
     def count_batch(self, batches_done: int, data_seconds: float, total_seconds: float) -> None:
@@ -182,6 +240,22 @@ class StepWatch:
         if time.perf_counter() - self.said > QUIET_SECONDS:
             self.said = time.perf_counter()
             self.bar.update(batches_done, f"update in progress  {self._speed()}")
+
+    def batches_of(self, loader):
+        """The loader's batches; says so when the first is long in coming."""
+        first = threading.Timer(
+            QUIET_SECONDS,
+            self.bar.print,
+            [f"  still waiting for the first batch ({loader.num_workers} workers are reading it)"],
+        )
+        first.daemon = True
+        first.start()
+        try:
+            for batch in loader:
+                first.cancel()
+                yield batch
+        finally:
+            first.cancel()
 
     def piece(self, images: int, total: int) -> None:
         """A long batch: say that it moves."""
@@ -212,6 +286,7 @@ class StepWatch:
         self.seconds = {"total": 0.0, "data": 0.0}
         self.said = time.perf_counter()
         self.images = 0
+        self.steady = True
         self.run.save_if_due(self.run)
 
     def _line(self, values: dict[str, float], lr: float) -> str:
@@ -222,7 +297,15 @@ class StepWatch:
 
     def _speed(self) -> str:
         total = max(self.seconds["total"], 1e-9)
-        return f"{self.images / total:.3g} img/s  data wait {self.seconds['data'] / total:.0%}"
+        share = self.seconds["data"] / total
+        if share > DATA_WAIT_ADVICE and self.steady and not self.advised:
+            self.advised = True
+            self.bar.print(
+                f"  {share:.0%} of the time is spent waiting for images: raise --num_workers (now "
+                f"{self.run.loader.num_workers} a rank), train from a packed set (python -m tools.pack), or "
+                "on CUDA try --decode gpu"
+            )
+        return f"{self.images / total:.3g} img/s  data wait {share:.0%}"
 
     def _check_images(self) -> None:
         """Write down unreadable files; stop where they are too many of this epoch's images."""

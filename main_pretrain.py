@@ -13,8 +13,6 @@ import datetime
 import hashlib
 import inspect
 import json
-import os
-import platform
 import time
 from pathlib import Path
 
@@ -27,9 +25,8 @@ from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
 from datasets.teacher_cache import TeacherCache
 from datasets.text_bank import build_bank, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch
-from models_mae import CONTEXTS, MODELS, count_kept
+from models_mae import CONTEXTS, MODELS
 from models_teacher import FrozenTeacher, load_clip
-from models_vit import ENCODER_SIZES, check_img_size
 from util.checkpoint import write_json
 from util.dist import (
     agree,
@@ -42,13 +39,15 @@ from util.dist import (
     pick_device,
 )
 from util.errors import InputError, run_or_explain
+from util.memory import peak_gigabytes
 from util.meter import Meter, means, trivial_distillation
 from util.optim import build_adamw
 from util.panels import save_panels
 from util.precision import pick_amp_dtype, pick_fused_attention
-from util.resolve import parse_input_size
 from util.resume import RunFiles, initialise_from
-from util.stop import StopGuard, end_with_launcher, init_worker, run_lock
+from util.settings import check_args, environment, print_header, resolve
+from util.step_profile import StepProfile, compile_counts, profile_table
+from util.stop import NoGuard, StopGuard, end_with_launcher, init_worker, run_lock
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -105,6 +104,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--crop_min", default=0.2, type=float, help="smallest crop, fraction of area (default 0.2)")
     add("--max_bad_ratio", default=0.01, type=float,
         help="stop above this fraction of unreadable images (default 0.01)")
+    add("--decode", default="cpu", choices=("cpu", "gpu"),
+        help="where JPEGs are decoded and cropped: in the workers, or by nvJPEG on CUDA (default cpu)")
     add("--num_workers", default=None, type=int,
         help="data processes per rank (default: cores / ranks on this machine, at most 10)")
     add("--pin_mem", action=argparse.BooleanOptionalAction, default=True,
@@ -117,6 +118,12 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
         help="precision (default auto: by device)")
     add("--compile", action="store_true", help="torch.compile student and teacher (default off)")
+    add("--channels_last", action="store_true",
+        help="channels-last memory for a convolutional teacher on CUDA; on the CPU always (default off)")
+    add("--grad_checkpoint", action="store_true",
+        help="compute activations again in the backward pass: less memory, a third slower (default off)")
+    add("--profile", default=0, type=int, metavar="N",
+        help="time N updates by part, write a trace to OUTPUT_DIR/profile and stop (default 0: train)")
     add("--seed", default=0, type=int, help="seed of weights, order, crops and masks (default 0)")
     add("--print_freq", default=20, type=int, help="updates between log lines (default 20)")
     add("--vis_epochs", default=20, type=int,
@@ -144,62 +151,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_args(args) -> None:
-    """Contradictions among flags, before anything is loaded; fills derived values.
-
-    Raises:
-        InputError: one sentence on the first contradiction.
-    """
-    args.img_size = parse_input_size(args.input_size)
-    patch_size = ENCODER_SIZES[args.model.split("_")[2]][3]
-    rows, columns = check_img_size(args.img_size, patch_size)
-    count_kept(rows * columns, args.mask_ratio)
-    for name in ("batch_size", "accum_iter", "epochs", "print_freq", "save_freq", "max_bad_steps"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in (
-        "blr",
-        "min_lr",
-        "warmup_epochs",
-        "weight_decay",
-        "clip_grad",
-        "sim_weight",
-        "kl_weight",
-        "max_bad_ratio",
-        "seed",
-        "vis_epochs",
-        "start_epoch",
-        "keep_checkpoints",
-        "distill_hidden",
-    ):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
-    if not 0 < args.crop_min <= 1:
-        raise InputError(f"--crop_min {args.crop_min}: must be in (0, 1]")
-    if args.kl_tau is not None and args.kl_tau <= 0:
-        raise InputError(f"--kl_tau {args.kl_tau}: must be positive")
-    if args.warmup_epochs > args.epochs:
-        raise InputError(
-            f"--warmup_epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}: the learning "
-            f"rate would never reach its value; use --warmup_epochs {max(args.epochs // 10, 1)}"
-        )
-    if args.start_epoch >= args.epochs:
-        raise InputError(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
-    if args.resume and args.init:
-        raise InputError("--resume continues a run and --init starts one: give only one of them")
-    if args.resume and args.start_epoch:
-        raise InputError("--start_epoch is for fresh runs: --resume takes the epoch from the checkpoint")
-    for name in ("text_bank", "teacher_cache"):
-        if args.no_distill and getattr(args, name):
-            raise InputError(f"--{name} has no use with --no_distill: drop one of them")
-    if not args.no_distill and args.sim_weight == 0 and args.kl_weight == 0:
-        raise InputError("--sim_weight 0 and --kl_weight 0 leave nothing to distil: use --no_distill")
-    args.weights = {}
-    if not args.no_distill:
-        terms = {"sim": args.sim_weight, "kl": args.kl_weight}
-        args.weights = {name: weight for name, weight in terms.items() if weight}
-
-
 def main(args) -> dict[str, float]:
     """Run the training that `args` describe; returns the last epoch's numbers."""
     started = time.time()
@@ -217,10 +168,41 @@ def main(args) -> dict[str, float]:
 
 
 def train(args, device: torch.device, started: float) -> dict[str, float]:
+    output_dir = Path(args.output_dir)
+    run, files, facts, lines = build_run(args, device)
+    print_header(args, facts, lines)
+    if args.profile:
+        return profile_run(run, args, facts)
+    writer = None
+    if is_main_process():
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / "args.json", facts)
+        write_json(output_dir / "env.json", environment())
+        files.cut_log(run.epoch)
+        writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch * 1000)
+    run.guard = StopGuard(lambda: files.save(run), is_main_process())
+    record: dict[str, float] = {}
+    with run.guard:
+        while run.epoch < args.epochs:
+            train_one_epoch(run, args)
+            record = finish_epoch(run, args, files, writer)
+    if is_main_process():
+        files.export_encoder(run.bare)
+        writer.close()
+        write_json(output_dir / "metrics.json", record)
+        print(json.dumps(record))
+        print(
+            f"done in {datetime.timedelta(seconds=int(time.time() - started))}: "
+            f"{output_dir / 'encoder.pth'} holds the encoder"
+        )
+    return record
+
+
+def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, list[str]]:
+    """Everything of a run that is ready to start or to go on: (run, its files, facts, header lines)."""
     torch.set_float32_matmul_precision("high")
     amp_dtype, amp_reason = pick_amp_dtype(args.amp, device)
     output_dir = Path(args.output_dir)
-
     cache = TeacherCache(args.teacher_cache) if args.teacher_cache else None
     teacher, distill, teacher_facts = build_teacher(args, device, amp_dtype, output_dir, cache)
     paths = list_images(args.data_path, args.split)
@@ -239,23 +221,24 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
 
     torch.manual_seed(args.seed)
     fused = pick_fused_attention(device, amp_dtype)
+    bare = MODELS[args.model](
+        img_size=args.img_size, norm_pix_loss=args.norm_pix_loss, fused_attn=fused, distill=distill
+    )
+    bare.grad_checkpoint = args.grad_checkpoint
+    lines = []
+    if args.init:
+        lines.append(f"weights from {args.init}:\n{initialise_from(bare, args.init)}")
+    bare.to(device)
     config = {
         "model": args.model,
         "img_size": list(args.img_size),
         "norm_pix_loss": args.norm_pix_loss,
         "kind": "CGD-MAE encoder",
         "mask_ratio": args.mask_ratio,
+        "mean": bare.pixel_mean.flatten().tolist(),
+        "std": bare.pixel_std.flatten().tolist(),
     }
-    bare = MODELS[args.model](
-        img_size=args.img_size, norm_pix_loss=args.norm_pix_loss, fused_attn=fused, distill=distill
-    )
-    config |= {"mean": bare.pixel_mean.flatten().tolist(), "std": bare.pixel_std.flatten().tolist()}
-    init_report = initialise_from(bare, args.init) if args.init else ""
-    bare.to(device)
-    optimizer = build_adamw(bare, args.lr, args.weight_decay)
-    scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     files = RunFiles(output_dir, facts, config, args.save_minutes, args.keep_checkpoints)
-
     dataset = PretrainDataset(
         paths,
         args.img_size,
@@ -264,20 +247,19 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
         min_area=args.crop_min,
         teacher_size=teacher.size if teacher and args.teacher_view == "full" else None,
         teacher_cache=cache,
+        decode=args.decode,
     )
-    loader = build_loader(
-        dataset, batches, args.num_workers, args.pin_mem and device.type == "cuda", init_worker
-    )
+    pin_memory = args.pin_mem and device.type == "cuda"
     run = PretrainRun(
         bare,
         bare,
         teacher,
-        optimizer,
-        scaler,
-        loader,
+        build_adamw(bare, args.lr, args.weight_decay),
+        torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
+        build_loader(dataset, batches, args.num_workers, pin_memory, init_worker),
         device,
         amp_dtype,
-        guard=None,
+        guard=NoGuard(),
         output_dir=output_dir,
         save_if_due=files.save_if_due,
         epoch=args.start_epoch,
@@ -295,49 +277,48 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
         if teacher:
             teacher.compile()
     if get_world_size() > 1:
-        run.model = wrap_ddp(bare, device)
-    print_header(
-        args,
-        facts,
-        init_report,
-        [
-            f"precision: {amp_reason}; attention: {'fused' if fused else 'explicit'}; device: {device}; "
-            f"{args.num_workers} data workers a rank",
-            f"start: {decision}",
-        ],
-    )
-    if is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "args.json", facts)
-        write_json(output_dir / "env.json", environment())
-        files.cut_log(run.epoch)
-    writer = None
-    if is_main_process():
-        writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch * 1000)
-    run.guard = StopGuard(lambda: files.save(run), is_main_process())
-    record: dict[str, float] = {}
-    with run.guard:
-        while run.epoch < args.epochs:
-            train_one_epoch(run, args)
-            record = finish_epoch(run, args, files, writer)
-    if is_main_process():
-        files.export_encoder(bare)
-        writer.close()
-        write_json(output_dir / "metrics.json", record)
-        print(json.dumps(record))
-        print(
-            f"done in {datetime.timedelta(seconds=int(time.time() - started))}: "
-            f"{output_dir / 'encoder.pth'} holds the encoder"
+        run.model = wrap_ddp(
+            bare, device, one_backward=args.accum_iter == 1 and args.micro_batch >= args.batch_size
         )
-    return record
+    lines += [
+        f"precision: {amp_reason}; attention: {'fused' if fused else 'explicit'}; device: {device}; "
+        f"{args.num_workers} data workers a rank, decoding on the {args.decode}",
+        f"start: {decision}",
+    ]
+    return run, files, facts, lines
 
 
-def wrap_ddp(bare: torch.nn.Module, device: torch.device) -> DistributedDataParallel:
-    """DDP that exchanges gradients only: the buffers (pixel statistics, text bank) never change."""
+def profile_run(run: PretrainRun, args, facts: dict) -> dict:
+    """`--profile N`: a few updates, a table and a trace; nothing is saved or changed on disk beside them."""
+    run.save_if_due = lambda _: None
+    run.profile = StepProfile(args.profile, run.output_dir / "profile", run.device)
+    while run.profile.seconds == 0:
+        train_one_epoch(run, args)
+        run.epoch, run.batches_done = run.epoch + 1, 0
+    result = run.profile.report(args.effective_batch)
+    result["peak_gigabytes"] = peak_gigabytes(run.device)
+    if args.compile:
+        result |= compile_counts()
+    if is_main_process():
+        write_json(run.output_dir / "profile" / "metrics.json", result)
+        print(profile_table(result))
+        print(json.dumps(result))
+        print(f"{run.output_dir / 'profile' / 'trace.json'}: open it in https://ui.perfetto.dev")
+    return result
+
+
+def wrap_ddp(bare: torch.nn.Module, device: torch.device, one_backward: bool) -> DistributedDataParallel:
+    """DDP that exchanges gradients only: the buffers (pixel statistics, text bank) never change.
+
+    The graph is declared static where each update has `one_backward`; DDP refuses it where the first of
+    several runs under `no_sync`.
+    """
     has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     never = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
     ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(bare, device_ids=ids, gradient_as_bucket_view=True, **never)
+    return DistributedDataParallel(
+        bare, device_ids=ids, gradient_as_bucket_view=True, static_graph=one_backward, **never
+    )
 
 
 def build_teacher(args, device, amp_dtype, output_dir: Path, cache: TeacherCache | None):
@@ -354,7 +335,7 @@ def build_teacher(args, device, amp_dtype, output_dir: Path, cache: TeacherCache
         clip.to(device)
         bank, texts, source = build_bank(args.text_bank, clip, tokenizer, identity)
         dtype = amp_dtype if device.type == "cuda" and amp_dtype else torch.float32
-        teacher = FrozenTeacher(clip, identity, dtype).to(device)
+        teacher = FrozenTeacher(clip, identity, dtype, args.channels_last or None).to(device)
     if is_main_process():
         save_bank(output_dir / "text_bank.safetensors", bank, texts, identity)
     tau = args.kl_tau or identity.tau
@@ -366,64 +347,6 @@ def build_teacher(args, device, amp_dtype, output_dir: Path, cache: TeacherCache
     }
     distill = {"context": args.context, "bank": bank, "tau": tau, "hidden": args.distill_hidden}
     return teacher, distill, facts
-
-
-def resolve(args, paths, batches: EpochBatches) -> dict:
-    """Everything derived from flags and data, as plain values; refuses runs that could not learn."""
-    global_batch = args.batch_size * get_world_size()
-    if batches.batches_per_epoch < 1:
-        raise InputError(
-            f"{len(paths)} images do not fill one batch of {global_batch} (--batch_size "
-            f"{args.batch_size} x {get_world_size()} processes): lower --batch_size to at most "
-            f"{max(len(paths) // get_world_size(), 1)}"
-        )
-    if args.accum_iter > batches.batches_per_epoch:
-        raise InputError(
-            f"--accum_iter {args.accum_iter} is more than the {batches.batches_per_epoch} batches of an "
-            f"epoch ({len(paths)} images, {global_batch} a batch), so the effective batch would never "
-            f"be reached: use --accum_iter {batches.batches_per_epoch} or less"
-        )
-    args.effective_batch = global_batch * args.accum_iter
-    if args.lr is None:
-        args.lr = args.blr * args.effective_batch / 256
-    if args.micro_batch is None:
-        args.micro_batch = args.batch_size if args.device == "cuda" else min(args.batch_size, 32)
-    if args.num_workers is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.num_workers = min(10, max(1, (os.cpu_count() or 1) // local))
-    updates = -(-batches.batches_per_epoch // args.accum_iter)
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | {
-        "world_size": get_world_size(),
-        "global_batch": global_batch,
-        "images": len(paths),
-        "images_sha": paths.sha256(),
-        "updates_per_epoch": updates,
-    }
-
-
-def print_header(args, facts: dict, init_report: str, lines: list[str]) -> None:
-    """What this run is going to do, before it does it (rank 0)."""
-    if not is_main_process():
-        return
-    is_scaled = args.lr == args.blr * args.effective_batch / 256
-    origin = f" = blr {args.blr:g} x {args.effective_batch} / 256" if is_scaled else " (--lr)"
-    updates = facts["updates_per_epoch"]
-    print(
-        f"effective batch: {args.effective_batch} = {args.batch_size} x {facts['world_size']} processes x "
-        f"{args.accum_iter} accumulated; lr {args.lr:.4g}{origin}\n"
-        f"images: {facts['images']} in {args.data_path}; {updates} updates an epoch, "
-        f"{updates * args.epochs} in {args.epochs} epochs, {args.warmup_epochs:g} of warm-up\n"
-        f"teacher: {facts['teacher']}"
-    )
-    if not args.no_distill:
-        print(
-            f"text bank: {facts['text_bank_used']}\n"
-            f"distillation: context {args.context}, sim x {args.sim_weight:g}, kl x {args.kl_weight:g} at "
-            f"tau {facts['tau']:.4g}, the teacher sees the {args.teacher_view}"
-        )
-    if init_report:
-        print(f"weights from {args.init}:\n{init_report}")
-    print("\n".join(lines), flush=True)
 
 
 def finish_epoch(run: PretrainRun, args, files: RunFiles, writer) -> dict[str, float]:
@@ -441,8 +364,11 @@ def finish_epoch(run: PretrainRun, args, files: RunFiles, writer) -> dict[str, f
         "data_wait": run.seconds["data"] / max(run.seconds["total"], 1e-9),
         "bad_images": bad_images,
         "skipped_updates": files.args["updates_per_epoch"] - count,
+        "peak_gigabytes": peak_gigabytes(run.device),
         "epoch": run.epoch,
     }
+    if args.compile:
+        record |= {f"compile_{name}": count for name, count in compile_counts().items()}
     is_main, finished, is_last = is_main_process(), run.epoch, run.epoch + 1 == args.epochs
     if is_main:  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
         with open(run.output_dir / "log.txt", "a") as opened:
@@ -463,23 +389,6 @@ def finish_epoch(run: PretrainRun, args, files: RunFiles, writer) -> dict[str, f
         summary = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch")
         print(f"epoch {finished}: {summary}", flush=True)
     return record
-
-
-def environment() -> dict[str, str]:
-    """Versions and machine, kept beside the log."""
-    import numpy
-    import open_clip
-    import timm
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "open_clip": open_clip.__version__,
-        "numpy": numpy.__version__,
-        "machine": f"{platform.node()}, {os.cpu_count()} cores, {device}",
-    }
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models_vit import ENCODER_SIZES, LayerNorm, VisionTransformer, build_blocks
+from models_vit import ENCODER_SIZES, LayerNorm, VisionTransformer, build_blocks, run_blocks
 from util.errors import InputError
 from util.pos_embed import sincos_pos_embed
+from util.step_profile import part
 
 CONTEXTS = ("attention", "cls", "mean", "decoder")
 
@@ -248,8 +249,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         x = F.linear(patches, weight, proj.bias) + self.pos_embed[0, 1:][ids_keep]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # [N, 1 + len_keep, D]
-        for block in self.blocks:
-            x = block(x)
+        x = run_blocks(self.blocks, x, self.grad_checkpoint)
         return self.norm(x)
 
     def forward_decoder(self, latent: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
@@ -260,9 +260,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         x = torch.cat([x, mask_tokens], dim=1)  # [N, 1 + L, D_dec]
         positions = F.pad(ids_shuffle + 1, (1, 0))  # the class token keeps row 0
         x = x + self.decoder_pos_embed[0][positions]
-        for block in self.decoder_blocks:
-            x = block(x)
-        return x
+        return run_blocks(self.decoder_blocks, x, self.grad_checkpoint)
 
     def forward(
         self,
@@ -290,22 +288,25 @@ class MaskedAutoencoderViT(VisionTransformer):
         patches = self.shuffled_patches(imgs, ids_shuffle)
         target = self.normalize_target(patches[:, len_keep:])  # [N, L - len_keep, p * p * 3]
 
-        latent = self.forward_encoder(patches[:, :len_keep], ids_shuffle[:, :len_keep])
-        decoded = self.forward_decoder(latent, ids_shuffle)
-        pooled_from_decoder = self.distill_head is not None and self.distill_head.context == "decoder"
-        if pooled_from_decoder:
-            decoded = self.decoder_norm(decoded)
-            removed = decoded[:, 1 + len_keep :]
-        else:
-            removed = self.decoder_norm(decoded[:, 1 + len_keep :])
-        pred = self.decoder_pred(removed).float()  # [N, L - len_keep, p * p * 3]
+        with part("encoder"):
+            latent = self.forward_encoder(patches[:, :len_keep], ids_shuffle[:, :len_keep])
+        with part("decoder"):
+            decoded = self.forward_decoder(latent, ids_shuffle)
+            pooled_from_decoder = self.distill_head is not None and self.distill_head.context == "decoder"
+            if pooled_from_decoder:
+                decoded = self.decoder_norm(decoded)
+                removed = decoded[:, 1 + len_keep :]
+            else:
+                removed = self.decoder_norm(decoded[:, 1 + len_keep :])
+            pred = self.decoder_pred(removed).float()  # [N, L - len_keep, p * p * 3]
 
         terms = {
             "pixel": F.mse_loss(pred, target),
             "pixel_baseline": target.var(dim=-1, correction=0).mean(),
         }
         if self.distill_head is not None:
-            terms |= self.distill_head(latent, decoded, ids_shuffle, teacher_embed)
+            with part("distill head"):
+                terms |= self.distill_head(latent, decoded, ids_shuffle, teacher_embed)
         return terms
 
     def reconstruct(

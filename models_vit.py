@@ -11,6 +11,7 @@ import torch
 from timm.layers import PatchEmbed, set_fused_attn
 from timm.models.vision_transformer import Block
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from util.checkpoint import encoder_state, load_weights, read_checkpoint, read_safetensors_header
 from util.errors import InputError
@@ -39,6 +40,14 @@ def check_img_size(img_size: tuple[int, int], patch_size: int) -> tuple[int, int
                 f"use --input_size {below} or {below + patch_size}"
             )
     return img_size[0] // patch_size, img_size[1] // patch_size
+
+
+def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, grad_checkpoint: bool) -> torch.Tensor:
+    """[N, T, D] through all blocks; with `grad_checkpoint` the backward pass computes each block again
+    instead of keeping its activations (Chen et al., 2016)."""
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if grad_checkpoint and x.requires_grad else block(x)
+    return x
 
 
 def build_blocks(dim: int, depth: int, num_heads: int, fused_attn: bool) -> nn.ModuleList:
@@ -85,6 +94,7 @@ class VisionTransformer(nn.Module):
         self.grid_size = check_img_size(self.img_size, patch_size)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.embed_dim = embed_dim
+        self.grad_checkpoint = False
 
         # timm's module holds the weights, so that keys and default initialisation are MAE's
         self.patch_embed = PatchEmbed(self.img_size, patch_size, 3, embed_dim)
@@ -118,8 +128,7 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(self.normalize(imgs)) + self.pos_embed[:, 1:]  # [N, L, D]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token, x], dim=1)  # [N, 1 + L, D]
-        for block in self.blocks:
-            x = block(x)
+        x = run_blocks(self.blocks, x, self.grad_checkpoint)
         return self.norm(x)
 
     def encode(self, imgs: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from datasets.device_decode import collate_encoded, encoded_or_pixels
 from datasets.images import UNREADABLE, open_reduced
 from datasets.path_list import PathList
 from datasets.transforms import (
@@ -34,6 +36,8 @@ class PretrainDataset(Dataset):
         min_area: smallest crop as a fraction of the image area.
         teacher_size: (H, W) in pixels of an extra whole-image view for the teacher, or None.
         teacher_cache: stored teacher embeddings, or None.
+        decode: "cpu", or "gpu": items hold the encoded file (`data`, `size`, `is_jpeg`) and its `box` and
+            `flip` in place of pixels, for `datasets.device_decode`.
     """
 
     def __init__(
@@ -46,6 +50,7 @@ class PretrainDataset(Dataset):
         min_area: float,
         teacher_size: tuple[int, int] | None = None,
         teacher_cache=None,
+        decode: str = "cpu",
     ):
         self.paths = paths
         self.input_size = input_size
@@ -54,6 +59,7 @@ class PretrainDataset(Dataset):
         self.min_area = min_area
         self.teacher_size = teacher_size
         self.teacher_cache = teacher_cache
+        self.decode = decode
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -66,14 +72,20 @@ class PretrainDataset(Dataset):
         view = self.teacher_cache.view_of(epoch) if self.teacher_cache else epoch
         picture, problem = self._open(view, index)
         sample = {
-            "imgs": crop_resize(picture.image, picture.box, self.input_size, picture.flip, picture.full_size),
             "noise": torch.from_numpy(mask_noise(self.seed, epoch, index, self.num_patches)),
             "problem": problem,
         }
+        if self.decode == "gpu":
+            sample |= {"data": picture.data, "size": picture.full_size, "is_jpeg": picture.is_jpeg}
+            sample |= {"box": picture.box, "flip": picture.flip}
+        else:
+            sample["imgs"] = crop_resize(
+                picture.image, picture.box, self.input_size, picture.flip, picture.full_size
+            )
+            if self.teacher_cache is None and self.teacher_size is not None:
+                sample["teacher_imgs"] = whole_image(picture.image, self.teacher_size)
         if self.teacher_cache is not None:
             sample["teacher_embed"] = self.teacher_cache.read(epoch, picture.index)
-        elif self.teacher_size is not None:
-            sample["teacher_imgs"] = whole_image(picture.image, self.teacher_size)
         return sample
 
     def _open(self, view: int, index: int) -> tuple["Picture", str]:
@@ -83,17 +95,23 @@ class PretrainDataset(Dataset):
             used %= len(self.paths)
             picture = Picture(used)
             try:
-                picture.image, picture.full_size = open_reduced(
-                    self.paths[used],
-                    lambda *full_size, chosen=picture: self._draw_crop(chosen, view, full_size),
-                )
+                if self.decode == "gpu":
+                    file = self.paths[used]
+                    data = file.read_bytes() if isinstance(file, Path) else file.getvalue()
+                    picture.data, picture.full_size, picture.is_jpeg = encoded_or_pixels(data)
+                    self._draw_crop(picture, view, picture.full_size)
+                else:
+                    picture.image, picture.full_size = open_reduced(
+                        self.paths[used], lambda *size, chosen=picture: self._draw_crop(chosen, view, size)
+                    )
                 return picture, problem
             except UNREADABLE as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())
                 problem = problem or f"{self.paths.relative(index)}\t{reason}"
         # a run this full of bad files is stopped by --max_bad_ratio; until then it gets grey
         grey = Image.new("RGB", self.input_size[::-1], "grey")
-        return Picture(index, grey, grey.size, (0, 0, *grey.size)), problem
+        data = torch.full((3 * grey.width * grey.height,), 128, dtype=torch.uint8)
+        return Picture(index, grey, data, False, grey.size, (0, 0, *grey.size)), problem
 
     def _draw_crop(self, picture: "Picture", view: int, full_size: tuple[int, int]) -> int:
         """Draw the crop of a picture of this (width, height); returns the reduction it allows."""
@@ -107,10 +125,13 @@ class PretrainDataset(Dataset):
 
 @dataclass
 class Picture:
-    """A decoded image, perhaps smaller than its `full_size` (width, height), and the crop to take of it."""
+    """A decoded image (perhaps smaller than its `full_size`, (width, height)) or the file it comes in, and
+    the crop to take of it."""
 
     index: int
     image: Image.Image | None = None
+    data: torch.Tensor | None = None
+    is_jpeg: bool = False
     full_size: tuple[int, int] = (0, 0)
     box: tuple[int, int, int, int] = (0, 0, 0, 0)
     flip: bool = False
@@ -163,7 +184,7 @@ class EpochBatches(Sampler):
             yield [(epoch, int(i)) for i in permutation[first : first + self.batch_size]]
 
 
-def build_loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool, init) -> DataLoader:
+def build_loader(dataset: PretrainDataset, batches, num_workers: int, pin_memory: bool, init) -> DataLoader:
     """Loader over (epoch, index) batches; `init` runs first in every worker."""
     return DataLoader(
         dataset,
@@ -172,4 +193,5 @@ def build_loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool, 
         pin_memory=pin_memory,
         persistent_workers=num_workers > 0,
         worker_init_fn=init,
+        collate_fn=collate_encoded if dataset.decode == "gpu" else None,
     )

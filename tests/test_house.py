@@ -11,6 +11,7 @@ from conftest import ROOT
 
 import main_linprobe
 import main_pretrain
+from util.settings import check_args
 
 PARSERS = {"main_pretrain.py": main_pretrain, "main_linprobe.py": main_linprobe}
 MAE_DEFAULTS = {
@@ -40,7 +41,7 @@ def test_the_published_command_parses():
     words = "--batch_size 256 --model mae_vit_base_patch16 --mask_ratio 0.75 --epochs 400 --warmup_epochs 40"
     words += " --blr 1.5e-4 --weight_decay 0.05 --accum_iter 8 --norm_pix_loss"
     args = main_pretrain.get_args_parser().parse_args(words.split())
-    main_pretrain.check_args(args)
+    check_args(args)
     assert args.img_size == (224, 224) and args.weights
 
 

@@ -27,9 +27,9 @@ def teacher_flags(teacher_files, texts_file) -> list[str]:
 
 
 def curve(output) -> list[float]:
-    """Every number of the log that is not a speed."""
-    speeds = ("images_per_s", "data_wait")
-    return [v for row in read_log(output) for k, v in row.items() if k not in speeds]
+    """Every number of the log that does not depend on the machine."""
+    machine = ("images_per_s", "data_wait", "peak_gigabytes", "compile_")
+    return [v for row in read_log(output) for k, v in row.items() if not k.startswith(machine)]
 
 
 def test_run_with_distillation(pictures, teacher_files, texts_file, tmp_path):
@@ -96,11 +96,13 @@ def test_no_distill_is_plain_mae_bit_for_bit(pictures, tmp_path):
         assert torch.equal(trained[key], value), key
 
 
-@pytest.mark.parametrize("accum", [1, 2])
-def test_two_ranks_equal_one(pictures, teacher_files, texts_file, tmp_path, accum):
+@pytest.mark.parametrize(
+    "speed_flags", [["--accum_iter", "1"], ["--accum_iter", "2", "--micro_batch", "2"], ["--compile"]]
+)
+def test_two_ranks_equal_one(pictures, teacher_files, texts_file, tmp_path, speed_flags):
     teacher = teacher_flags(teacher_files, texts_file)
     one, two = tmp_path / "one", tmp_path / "two"
-    more = [*teacher, "--accum_iter", str(accum), "--blr", "0.05"]
+    more = [*teacher, *speed_flags, "--blr", "0.05"]
     run_main(small_flags(pictures, one, *more))
     words = small_flags(pictures, two, *more, "--batch_size", "4")
     done = run_command(command("main_pretrain.py", *words, processes=2))
@@ -116,11 +118,11 @@ def test_leftover_micro_batches_are_used(pictures, tmp_path):
     assert {int(s["step"]) for s in state.values()} == {6}
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_path, processes):
+@pytest.mark.parametrize("processes, speed_flags", [(1, []), (2, []), (1, ["--compile"])])
+def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_path, processes, speed_flags):
     teacher = teacher_flags(teacher_files, texts_file)
-    more = [*teacher, "--epochs", "6", "--batch_size", str(4 // processes), "--save_minutes", "0.001",
-            "--save_freq", "2"]  # fmt: skip
+    more = [*teacher, *speed_flags, "--epochs", "6", "--batch_size", str(4 // processes),
+            "--save_minutes", "0.001", "--save_freq", "2"]  # fmt: skip
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     words = small_flags(pictures, straight, *more)
     done = run_command(command("main_pretrain.py", *words, processes=processes))
@@ -269,6 +271,17 @@ def test_compiled_run_has_the_same_curve(pictures, tmp_path):
     run_main(small_flags(pictures, eager, "--no_distill", "--blr", "0.05"))
     run_main(small_flags(pictures, compiled, "--no_distill", "--blr", "0.05", "--compile"))
     assert curve(compiled) == pytest.approx(curve(eager), rel=1e-4)
+    last = read_log(compiled)[-1]
+    assert last["compile_graphs"] >= 2 and last["compile_graph_breaks"] == 0
+
+
+def test_less_memory_same_run(pictures, teacher_files, texts_file, tmp_path):
+    """Activation checkpointing and channels-last change no number."""
+    teacher = teacher_flags(teacher_files, texts_file)
+    plain, saving = tmp_path / "plain", tmp_path / "saving"
+    run_main(small_flags(pictures, plain, *teacher))
+    run_main(small_flags(pictures, saving, *teacher, "--grad_checkpoint", "--channels_last"))
+    assert curve(saving) == pytest.approx(curve(plain), rel=1e-5, abs=1e-7)
 
 
 BAD = {

@@ -129,7 +129,7 @@ def test_bank_files(clip, texts_file, tmp_path):
 def cache(pictures, teacher_files, texts_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "crops"
     words = (
-        f"-m tools.reinforce --data_path {pictures} --output {folder} --views 2 --input_size 32 --device cpu"
+        f"-m tools.reinforce --data_path {pictures} --output {folder} --views 3 --input_size 32 --device cpu"
     )
     words += f" --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --text_bank {texts_file}"
     done = run_command(command(*words.split()))
@@ -137,17 +137,18 @@ def cache(pictures, teacher_files, texts_file, tmp_path_factory):
     return folder, words
 
 
-def test_cache_stands_in_for_the_teacher(cache, pictures, teacher_files, texts_file, tmp_path):
-    """Two epochs on two stored views follow the online run within fp16 storage."""
+@pytest.mark.parametrize("processes", [1, 2])
+def test_cache_stands_in_for_the_teacher(cache, pictures, teacher_files, texts_file, tmp_path, processes):
+    """Three epochs on three stored views follow the online run within fp16 storage."""
     online, stored = tmp_path / "online", tmp_path / "stored"
     teacher = f"--clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --text_bank {texts_file}"
+    more = f"--blr 0.02 --epochs 3 --batch_size {8 // processes}"
     for out, flags in ((online, teacher), (stored, f"--teacher_cache {cache[0]}")):
-        main_pretrain.main(
-            parse(
-                main_pretrain.get_args_parser(), small_flags(pictures, out, *flags.split(), "--blr", "0.02")
-            )
-        )
-    for a, b in zip(read_log(online), read_log(stored)):
+        words = small_flags(pictures, out, *flags.split(), *more.split())
+        done = run_command(command("main_pretrain.py", *words, processes=processes))
+        assert done.returncode == 0, done.stderr
+    assert len(read_log(online)) == 3
+    for a, b in zip(read_log(online), read_log(stored), strict=True):
         for key in ("train_loss", "train_loss_sim", "train_loss_kl", "train_cos_baseline"):
             assert b[key] == pytest.approx(a[key], rel=1e-3), key
 
@@ -164,7 +165,7 @@ def test_cache_is_checked_resumed_and_verified(cache, pictures, tmp_path):
     lost = next(folder.glob("view001*.npy"))
     kept = lost.read_bytes()
     lost.unlink()
-    with pytest.raises(InputError, match="unfinished: 1 of 2"):
+    with pytest.raises(InputError, match="unfinished: 1 of 3"):
         TeacherCache(folder)
     assert run_command(command(*words.split())).returncode == 0
     assert lost.read_bytes() == kept

@@ -16,6 +16,14 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FINISHED = 0  # written into the pipe when the guard is left without a signal
 
 
+class NoGuard:
+    """In place of a `StopGuard` where nothing is worth saving."""
+
+    @contextmanager
+    def committing(self):
+        yield
+
+
 class StopGuard:
     """Saves the state of the last update at once when the process is told to stop.
 

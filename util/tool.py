@@ -9,10 +9,11 @@ from util.checkpoint import write_json
 from util.errors import run_or_explain
 
 
-def tool_parser(name: str, description: str) -> argparse.ArgumentParser:
-    """Flags are never abbreviated; the module's docstring is the manual."""
+def tool_parser(name: str, description: str, parents=()) -> argparse.ArgumentParser:
+    """Flags are never abbreviated; the module's docstring is the manual; `parents` lend their flags."""
     return argparse.ArgumentParser(
         name,
+        parents=list(parents),
         description=description,
         allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
