@@ -118,8 +118,10 @@ def test_leftover_micro_batches_are_used(pictures, tmp_path):
     assert {int(s["step"]) for s in state.values()} == {6}
 
 
-@pytest.mark.parametrize("processes, speed_flags", [(1, []), (2, []), (1, ["--compile"])])
-def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_path, processes, speed_flags):
+@pytest.mark.parametrize("processes, kills, speed_flags", [(1, 3, []), (2, 3, []), (1, 1, ["--compile"])])
+def test_resume_after_kill_is_exact(
+    pictures, teacher_files, texts_file, tmp_path, processes, kills, speed_flags
+):
     teacher = teacher_flags(teacher_files, texts_file)
     more = [*teacher, *speed_flags, "--epochs", "6", "--batch_size", str(4 // processes),
             "--save_minutes", "0.001", "--save_freq", "2"]  # fmt: skip
@@ -131,7 +133,7 @@ def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_pat
                     processes=processes)  # fmt: skip
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     rng = np.random.default_rng(processes)
-    for kill in range(3):
+    for kill in range(kills):
         process = subprocess.Popen(
             words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
             start_new_session=True,

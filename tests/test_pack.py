@@ -6,6 +6,7 @@ import signal
 import subprocess
 import tarfile
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -72,8 +73,15 @@ def test_killed_packing_goes_on_and_ends_the_same(tmp_path):
     deadline = time.monotonic() + 120
     while len(list(killed.glob("shard*.bin"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert children
+    while any(Path(f"/proc/{pid}").exists() for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in children), "no orphans"
     before = {file.name: file.stat().st_mtime_ns for file in killed.glob("shard*.bin")}
     assert 3 <= len(before) < 20
     with pytest.raises(InputError, match="unfinished packed set"):

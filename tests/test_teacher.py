@@ -150,7 +150,7 @@ def test_cache_stands_in_for_the_teacher(cache, pictures, teacher_files, texts_f
     assert len(read_log(online)) == 3
     for a, b in zip(read_log(online), read_log(stored), strict=True):
         for key in ("train_loss", "train_loss_sim", "train_loss_kl", "train_cos_baseline"):
-            assert b[key] == pytest.approx(a[key], rel=1e-3), key
+            assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key  # fp16 moves a small term
 
 
 def test_cache_is_checked_resumed_and_verified(cache, pictures, tmp_path):

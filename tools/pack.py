@@ -32,7 +32,7 @@ from datasets.webshards import WebShards, is_webdataset
 from util.checkpoint import write_atomic, write_json
 from util.errors import InputError
 from util.progress import Progress
-from util.stop import init_worker
+from util.stop import end_with_parent, init_worker
 from util.tool import run_tool, tool_parser
 
 CHUNK = 64  # images a worker takes at a time
@@ -79,7 +79,7 @@ def main(args) -> dict:
     progress.update(len(source) - len(todo) if source.unit == "shards" else done, "packed before")
     encode = partial(encode_chunk, short_side=args.short_side, quality=args.quality)
     workers = args.num_workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, initializer=init_worker, initargs=(0,)) as pool:
+    with ProcessPoolExecutor(workers, initializer=init_pool_worker) as pool:
         for shard in todo:
             write_shard(folder, shard, map_in_order(pool, encode, source.items(shard), workers))
             done += 1 if source.unit == "shards" else source.size(shard)
@@ -126,6 +126,11 @@ def claim_folder(folder: Path, header: dict) -> None:
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / HEADER, header)
+
+
+def init_pool_worker() -> None:
+    init_worker(0)
+    end_with_parent()  # a killed run leaves no workers behind
 
 
 def map_in_order(pool: ProcessPoolExecutor, function, items: Iterator, workers: int) -> Iterator:

@@ -109,7 +109,13 @@ def init_worker(worker_id: int) -> None:
 def end_with_launcher() -> None:
     """Under torchrun: get SIGTERM when the launcher dies, even by kill -9, instead of training on as
     an orphan beside the run that replaces it."""
-    if "TORCHELASTIC_RUN_ID" in os.environ and os.uname().sysname == "Linux":
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        end_with_parent()
+
+
+def end_with_parent() -> None:
+    """Linux: get SIGTERM when the process that started this one dies."""
+    if os.uname().sysname == "Linux":
         parent_death_signal = 1  # PR_SET_PDEATHSIG
         ctypes.CDLL(None).prctl(parent_death_signal, int(signal.SIGTERM))
 
