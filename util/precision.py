@@ -7,14 +7,26 @@ import torch
 from util.errors import InputError
 
 
-def matmul_gflops(dtype: torch.dtype, size: int = 384, seconds: float = 0.05) -> float:
-    """Rate of a square matrix product on the CPU."""
-    a, b = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    a @ b  # first call sets up kernels
+def matmul_gflops(
+    dtype: torch.dtype, size: int = 384, seconds: float = 0.05, device: torch.device | str = "cpu"
+) -> float:
+    """Rate of a square matrix product, in GFLOP/s."""
+    device = torch.device(device)
+    size = size * 4 if device.type == "cuda" else size  # small products do not fill a GPU
+    a = torch.ones(size, size, dtype=dtype, device=device)
+    b, repeats = torch.ones_like(a), 1 if device.type == "cpu" else 20
+
+    def multiply() -> None:
+        for _ in range(repeats):
+            a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    multiply()  # the first call sets up kernels
     done, started = 0, time.perf_counter()
     while time.perf_counter() - started < seconds:
-        a @ b
-        done += 1
+        multiply()
+        done += repeats
     return 2e-9 * size**3 * done / (time.perf_counter() - started)
 
 
