@@ -9,7 +9,7 @@ from conftest import command, parse, run_command, small_flags
 
 import engine_pretrain
 import main_pretrain
-from tools import benchmark_data, estimate
+from tools import benchmark_data, benchmark_growth, benchmark_pretrain, estimate
 from util.errors import InputError
 from util.memory import largest_that_fits
 from util.step_profile import PARTS
@@ -124,3 +124,31 @@ def test_data_benchmark_counts_what_it_times(pictures, tmp_path, capsys):
     assert all(row["images_per_s"] > 0 for row in rows) and rows[0]["ratio"] == 1
     large = {row["variant"]: row for row in rows if row["set"] == "large"}
     assert large["packed"]["kilobytes"] < large["mae"]["kilobytes"] / 3
+
+
+def test_step_benchmark_compares_equal_work(pictures, tmp_path, monkeypatch, capsys):
+    """All variants start from the same loss; ratios are to MAE's formulation."""
+    monkeypatch.setattr(benchmark_pretrain, "peak_gigabytes", lambda *_: 0.0)
+    flags = "--model mae_vit_tiny_patch16 --input_size 32 --batch_size 2 --rounds 2 --precision fp32"
+    flags += " --device cpu"
+    parse_flags = benchmark_pretrain.get_args_parser().parse_args
+    result = benchmark_pretrain.main(parse_flags(flags.split()))
+    rows = result["rows"]
+    assert list(rows) == ["mae fp32", "ours fp32", "ours-alt fp32", "ours+cache fp32"]
+    losses = [row["loss"] for row in rows.values()]
+    assert max(losses) - min(losses) < 1e-5 and rows["mae fp32"]["ratio"] == 1
+    # 12 blocks of 192 on 2 tokens, 8 of 128 on 5, forward and twice backward: by hand within the embeddings
+    by_hand = 3 * 2 * (12 * 12 * 192**2 * 2 + 8 * 12 * 128**2 * 5) / 1e9
+    assert by_hand < result["gflop_per_image"]["student"] < 1.25 * by_hand
+    flags += f" --data_path {pictures} --num_workers 1 --variants mae ours"
+    result = benchmark_pretrain.main(parse_flags(flags.split()))
+    assert list(result["rows"]) == ["mae fp32", "ours fp32"]
+    with pytest.raises(InputError, match="open_clip knows"):
+        benchmark_pretrain.main(parse_flags([*flags.split(), "--teacher", "ViT-Q-1"]))
+
+
+def test_growth_benchmark_measures_every_stage(tmp_path, capsys):
+    flags = f"--images 1000 --stages manifest pack start --folder {tmp_path}"
+    rows = benchmark_growth.main(benchmark_growth.get_args_parser().parse_args(flags.split()))["rows"]
+    assert [row["stage"] for row in rows] == ["manifest", "pack", "start"]
+    assert all(row["seconds"] > 0 and row["peak_mb"] > 10 for row in rows) and rows[2]["worker_mb"] > 0
