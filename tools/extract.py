@@ -21,6 +21,7 @@ from datasets.path_list import PathList
 from engine_extract import POOLS, extract_batches
 from models_vit import load_encoder
 from util.checkpoint import write_atomic, write_json
+from util.claim import claim
 from util.dist import (
     barrier,
     end_distributed,
@@ -31,7 +32,6 @@ from util.dist import (
     pick_device,
     print_main,
 )
-from util.errors import InputError
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.progress import Progress
 from util.resolve import parse_input_size
@@ -86,7 +86,7 @@ def extract(args, device) -> dict:
         "amp": str(amp_dtype),
     }
     parts = output.with_name(output.name + ".parts")
-    claim_parts(parts, job)
+    claim(parts / "job.json", job, "unfinished extraction")
 
     starts = range(0, len(paths), PART_IMAGES)
     todo = [s for s in starts if not part_file(parts, s).is_file()][get_rank() :: get_world_size()]
@@ -124,21 +124,6 @@ def extract(args, device) -> dict:
 
 def part_file(parts: Path, start: int) -> Path:
     return parts / f"part_{start:09d}.npy"
-
-
-def claim_parts(parts: Path, job: dict) -> None:
-    """Start the folder of parts, or make sure the one there belongs to the same job."""
-    header = parts / "job.json"
-    if header.is_file():
-        old = json.loads(header.read_text())
-        different = [key for key in job if old.get(key) != job[key]]
-        if different:
-            raise InputError(
-                f"{parts} holds an unfinished extraction with another {', '.join(different)}: remove it or "
-                "choose another --output"
-            )
-    elif is_main_process():
-        write_json(header, job)
 
 
 def join_parts(parts: Path, starts, output: Path, count: int) -> tuple[tuple[int, ...], dict[int, str]]:

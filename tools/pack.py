@@ -26,10 +26,11 @@ from PIL import Image
 
 from datasets.images import UNREADABLE, is_turned, open_reduced
 from datasets.manifest import list_images
-from datasets.packed import HEADER, is_packed, read_header, shard_file
+from datasets.packed import HEADER, shard_file
 from datasets.path_list import PathList
 from datasets.webshards import WebShards, is_webdataset
 from util.checkpoint import write_atomic, write_json
+from util.claim import claim
 from util.errors import InputError
 from util.progress import Progress
 from util.stop import end_with_parent, init_worker
@@ -72,7 +73,7 @@ def main(args) -> dict:
         "quality": args.quality,
         "shards": len(source),
     }
-    claim_folder(folder, header)
+    claim(folder / HEADER, header, "packed set")
     progress = Progress(source.unit, source.total)
     todo = [k for k in range(len(source)) if not shard_file(folder, k).is_file()]
     done = 0 if source.unit == "shards" else source.total - sum(source.size(k) for k in todo)
@@ -111,21 +112,6 @@ class FileShards:
 
     def sha256(self) -> str:
         return f"{self.paths.sha256()} / {self.shard_images}"
-
-
-def claim_folder(folder: Path, header: dict) -> None:
-    """Write the header, or make sure that what is there comes from the same images and settings."""
-    if is_packed(folder):
-        old = read_header(folder)
-        different = [k for k in header if old.get(k) != header[k]]
-        if different:
-            raise InputError(
-                f"{folder} holds another packed set (its {', '.join(different)} differ): choose another "
-                "--output or remove it"
-            )
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / HEADER, header)
 
 
 def init_pool_worker() -> None:

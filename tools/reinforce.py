@@ -23,13 +23,13 @@ from datasets.teacher_cache import (
     SHARD_IMAGES,
     TeacherCache,
     cache_header,
-    read_header,
     shard_file,
     shard_files,
 )
 from datasets.text_bank import build_bank, save_bank
 from models_teacher import FrozenTeacher, load_clip
-from util.checkpoint import write_atomic, write_json
+from util.checkpoint import write_atomic
+from util.claim import claim
 from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
 from util.errors import InputError
 from util.precision import pick_amp_dtype
@@ -140,8 +140,8 @@ def build_or_verify(args, device) -> dict:
         images=len(paths),
     )
     folder = Path(args.output)
-    is_new = claim_folder(folder, header)
-    if get_rank() == 0 and is_new:
+    claim(folder / HEADER, header, "cache")
+    if get_rank() == 0 and not (folder / "text_bank.safetensors").is_file():
         bank, texts, _ = build_bank(args.text_bank, clip, tokenizer, identity)
         save_bank(folder / "text_bank.safetensors", bank, texts, identity)
     teacher = FrozenTeacher(clip, identity, amp_dtype or torch.float32).to(device)
@@ -158,23 +158,6 @@ def build_or_verify(args, device) -> dict:
     if args.verify:
         return verify(args, folder, teacher, source, device)
     return build(args, folder, header, teacher, source, device)
-
-
-def claim_folder(folder: Path, header: dict) -> bool:
-    """Write the header, or check that the one there is the same; True where it was written."""
-    if (folder / HEADER).is_file():
-        old = read_header(folder)
-        different = [k for k in header if old.get(k) != header[k]]
-        if different:
-            raise InputError(
-                f"{folder} holds another cache (its {', '.join(different)} differ): choose another "
-                "--output or remove it"
-            )
-        return not (folder / "text_bank.safetensors").is_file()
-    if get_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / HEADER, header)
-    return True
 
 
 def build(args, folder: Path, header: dict, teacher, source: PretrainDataset, device) -> dict:

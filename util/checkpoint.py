@@ -34,8 +34,9 @@ def write_atomic(file: str | Path, write) -> None:
             os.fsync(opened.fileno())
         os.replace(temporary, file)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise InputError(f"cannot write {file}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # gone where all went well
 
 
 def write_json(file: str | Path, value) -> None:
