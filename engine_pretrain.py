@@ -118,10 +118,10 @@ def forward_backward(run, batch: dict, args, is_last: bool, weights: dict, share
     Raises:
         InputError: a piece does not fit into memory; says how many images do.
     """
-    try:
+    with contextlib.suppress(torch.OutOfMemoryError):
         return _forward_backward(run, batch, args, is_last, weights, share, watch)
-    except torch.OutOfMemoryError as error:
-        raise InputError(explain_out_of_memory(run, batch, args)) from error
+    # out here the exception is gone, and with it the activations that its frames held
+    raise InputError(explain_out_of_memory(run, batch, args))
 
 
 def _forward_backward(run, batch: dict, args, is_last: bool, weights: dict, share: float, watch):

@@ -1,5 +1,6 @@
 """Memory: how much a run takes, and the largest batch that fits when one does not."""
 
+import contextlib
 import gc
 import resource
 import sys
@@ -36,12 +37,11 @@ def largest_that_fits(attempt: Callable[[int], None], too_many: int, device: tor
 
 
 def _fits(attempt: Callable[[int], None], count: int, device: torch.device) -> bool:
-    try:
+    done = False
+    with contextlib.suppress(torch.OutOfMemoryError):
         attempt(count)
-        return True
-    except torch.OutOfMemoryError:
-        return False
-    finally:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
+        done = True
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return done
