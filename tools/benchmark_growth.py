@@ -85,6 +85,7 @@ def measure(count: int, folder: Path, stages: list[str]) -> list[dict]:
 
 def run_stage(stage: str, count: int, folder: Path, send) -> None:
     """In a process of its own: sends {"seconds", "peak_mb", perhaps "worker_mb"}."""
+    multiprocessing.set_start_method("fork", force=True)  # as in a run; this process itself was spawned
     packed = folder / f"packed{count}"
     started = time.perf_counter()
     more = {}
