@@ -172,7 +172,7 @@ def train(args, device: torch.device, started: float) -> dict[str, float]:
     run, files, facts, lines = build_run(args, device)
     print_header(args, facts, lines)
     if args.profile:
-        return profile_run(run, args, facts)
+        return profile_run(run, args)
     writer = None
     if is_main_process():
         output_dir.mkdir(parents=True, exist_ok=True)
@@ -288,8 +288,8 @@ def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, 
     return run, files, facts, lines
 
 
-def profile_run(run: PretrainRun, args, facts: dict) -> dict:
-    """`--profile N`: a few updates, a table and a trace; nothing is saved or changed on disk beside them."""
+def profile_run(run: PretrainRun, args) -> dict:
+    """`--profile N`: a few updates, a table and the trace of rank 0; no checkpoint, no log."""
     run.save_if_due = lambda _: None
     run.profile = StepProfile(args.profile, run.output_dir / "profile", run.device)
     while run.profile.seconds == 0:

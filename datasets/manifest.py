@@ -32,7 +32,12 @@ def list_images(data_path: str | Path, split: str | None = None) -> PathList | P
             f"({', '.join(MANIFEST_ENDINGS)})"
         )
     if data_path.is_dir():
-        if is_packed(data_path) and split is None:
+        if is_packed(data_path):
+            if split is not None:
+                raise InputError(
+                    f"--split {split}: the packed set {data_path} has no splits; drop --split, or pack this "
+                    f"one alone with python -m tools.pack --split {split}"
+                )
             return PackedImages(data_path)
         if split is not None:
             raise InputError(

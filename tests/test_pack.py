@@ -100,7 +100,7 @@ def test_other_settings_are_refused(photos, tmp_path):
         pack.main(flags(photos, tmp_path / "p", "--short_side", "128"))
     with pytest.raises(InputError, match="--quality 200: must be from 1 to 100"):
         pack.main(flags(photos, tmp_path / "q", "--quality", "200"))
-    with pytest.raises(InputError, match="needs a manifest"):
+    with pytest.raises(InputError, match="has no splits"):
         list_images(tmp_path / "p", "train")
 
 

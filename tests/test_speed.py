@@ -12,7 +12,7 @@ import main_pretrain
 from tools import benchmark_data, benchmark_growth, benchmark_pretrain, estimate
 from util.errors import InputError
 from util.memory import largest_that_fits
-from util.step_profile import PARTS
+from util.step_profile import PARTS, compile_counts
 
 
 def run_main(flags):
@@ -100,6 +100,18 @@ def test_silent_start_is_broken(pictures, tmp_path, monkeypatch, capsys):
     )
     run_main(small_flags(pictures, tmp_path / "run", "--no_distill", "--epochs", "1"))
     assert "still waiting for the first batch" in capsys.readouterr().out
+
+
+def test_recompilations_are_counted():
+    """A new shape makes torch compile again; the counter sees it."""
+    block = torch.compile(torch.nn.Linear(4, 4), backend="eager", dynamic=False)
+    before = compile_counts()
+    block(torch.zeros(2, 4))
+    first = compile_counts()
+    block(torch.zeros(3, 4))
+    second = compile_counts()
+    assert first["graphs"] > before["graphs"] and first["recompiles"] == before["recompiles"]
+    assert second["recompiles"] == first["recompiles"] + 1
 
 
 def test_gpu_decoding_without_a_gpu_is_refused(pictures, tmp_path):

@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from util.dist import is_main_process
+
 PARTS = ("data wait", "copy", "teacher", "encoder", "decoder", "distill head", "backward", "optimiser")
 WARMUP_UPDATES = 2
 _active: list["StepProfile"] = []  # at most one: the profile that is recording
@@ -73,9 +75,10 @@ class StepProfile:
         return True
 
     def report(self, images_per_update: int) -> dict:
-        """Write the trace and return {"images_per_s", "update_ms", "parts_ms": {part: ms an update}}."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self._profile.export_chrome_trace(str(self.folder / "trace.json"))
+        """{"images_per_s", "update_ms", "parts_ms": {part: ms an update}}; rank 0 writes the trace."""
+        if is_main_process():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._profile.export_chrome_trace(str(self.folder / "trace.json"))
         spent = dict.fromkeys(PARTS, 0.0) | {"data wait": self.data_wait * 1e3}
         for name, started, ended in self.spans:
             spent[name] += (
@@ -105,10 +108,13 @@ def profile_table(result: dict) -> str:
 
 def compile_counts() -> dict[str, int]:
     """What torch.compile did so far in this process: graphs, graph breaks, recompilations."""
-    from torch._dynamo.utils import counters  # torch has no public name for them
+    # torch has no public name for these
+    from torch._dynamo.utils import counters, get_compilation_metrics
 
+    # a compile id is frame/attempt: an attempt after the first means that a guard had failed
+    ids = [str(metrics.compile_id).split("/") for metrics in get_compilation_metrics()]
     return {
         "graphs": counters["stats"]["unique_graphs"],
         "graph_breaks": sum(counters["graph_break"].values()),
-        "recompiles": sum(counters["recompiles"].values()),
+        "recompiles": sum(len(parts) == 2 and parts[1].split("_")[0] != "0" for parts in ids),
     }
