@@ -1,25 +1,38 @@
-"""Images through a frozen encoder: embeddings in input order."""
+"""Images through a frozen encoder: embeddings in input order, in memory or as a resumable file."""
 
+import json
+import shutil
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import UNREADABLE, open_rgb
-from datasets.path_list import PathList
 from datasets.transforms import whole_image
 from models_vit import VisionTransformer
+from util.checkpoint import write_atomic, write_json
+from util.claim import claim
+from util.dist import barrier, get_rank, get_world_size, is_main_process
+from util.progress import Progress
 from util.stop import init_worker
 
 POOLS = ("mean", "cls", "tokens")
+PART_IMAGES = 4096
 
 
 class WholeImages(Dataset):
-    """Item i -> ([3, H, W] uint8 of the whole picture, index, problem: '' or why it is black)."""
+    """Item i -> ([3, H, W] uint8 of the whole picture, index, problem: '' or why it is black).
 
-    def __init__(self, paths: PathList, indices: np.ndarray, size: tuple[int, int]):
-        self.paths, self.indices, self.size = paths, indices, size
+    Args:
+        paths: image files by number: a PathList, PackedImages, or anything like them.
+        boxes: [len(paths), 4] int32 (left, upper, right, lower) in px to cut out; an empty box is the whole
+        picture.
+    """
+
+    def __init__(self, paths, indices: np.ndarray, size: tuple[int, int], boxes: np.ndarray | None = None):
+        self.paths, self.indices, self.size, self.boxes = paths, indices, size, boxes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -27,7 +40,10 @@ class WholeImages(Dataset):
     def __getitem__(self, item: int):
         index = int(self.indices[item])
         try:
-            return whole_image(open_rgb(self.paths[index]), self.size), index, ""
+            image = open_rgb(self.paths[index])
+            if self.boxes is not None and self.boxes[index, 2] > 0:
+                image = image.crop(tuple(self.boxes[index].tolist()))
+            return whole_image(image, self.size), index, ""
         except UNREADABLE as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())
             return torch.zeros(3, *self.size, dtype=torch.uint8), index, reason
@@ -35,23 +51,20 @@ class WholeImages(Dataset):
 
 @torch.inference_mode()
 def extract_batches(
-    model: VisionTransformer,
-    paths: PathList,
-    indices: np.ndarray,
-    pools: tuple[str, ...],
+    encode: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    images: WholeImages,
+    device: torch.device,
     *,
     batch_size: int,
     num_workers: int,
     amp_dtype: torch.dtype | None = None,
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], dict[int, str]]]:
-    """Yield (indices [n], {pool: float32 [n, D] or [n, L, D]}, {index: problem}) batch by batch.
+    """Yield (indices [n], {name: float32 [n, D] or [n, L, D]}, {index: problem}) batch by batch.
 
-    The whole image is scaled to the model's (H, W), nothing is masked or cropped. Rows of unreadable
-    images are NaN, so that nobody takes them for embeddings.
+    Nothing is masked or cropped. Rows of unreadable images are NaN, so that nobody takes them for embeddings.
     """
-    device = model.pos_embed.device
     loader = DataLoader(
-        WholeImages(paths, indices, model.img_size),
+        images,
         batch_size,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
@@ -59,17 +72,93 @@ def extract_batches(
     )
     for imgs, index, problem in loader:
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            features = model.encode(imgs.to(device, non_blocking=True))
-        rows = {pool: features[pool].float().cpu().numpy() for pool in pools}
+            features = encode(imgs.to(device, non_blocking=True))
+        rows = {name: values.float().cpu().numpy() for name, values in features.items()}
         problems = {int(i): p for i, p in zip(index, problem) if p}
         for values in rows.values():
             values[[bool(p) for p in problem]] = np.nan
         yield index.numpy(), rows, problems
 
 
+def extract_to_file(
+    encode: Callable[[torch.Tensor], torch.Tensor],
+    images: WholeImages,
+    device: torch.device,
+    output: Path,
+    job: dict,
+    *,
+    dtype: type = np.float32,
+    batch_size: int = 128,
+    num_workers: int = 2,
+    amp_dtype: torch.dtype | None = None,
+) -> tuple[tuple[int, ...], dict[int, str]] | None:
+    """Embeddings of `images` as OUTPUT.npy, row for row; the ranks share the work, a killed run goes on.
+
+    Args:
+        encode: uint8 [n, 3, H, W] -> [n, D] or [n, L, D].
+        job: what the file depends on; parts of another job are refused.
+    Returns:
+        (shape, {index: problem}) on rank 0, None elsewhere.
+    """
+    parts = output.with_name(output.name + ".parts")
+    claim(parts / "job.json", job, "unfinished extraction")
+    starts = range(0, len(images), PART_IMAGES)
+    todo = [s for s in starts if not part_file(parts, s).is_file()][get_rank() :: get_world_size()]
+    total = sum(min(PART_IMAGES, len(images) - s) for s in todo)
+    progress = Progress("images", total, shown=is_main_process())
+    done = 0
+    for start in todo:
+        stop = min(start + PART_IMAGES, len(images))
+        part = WholeImages(images.paths, images.indices[start:stop], images.size, images.boxes)
+        rows, problems = [], {}
+        for index, features, bad in extract_batches(
+            lambda imgs: {"": encode(imgs)},
+            part,
+            device,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            amp_dtype=amp_dtype,
+        ):
+            rows.append(features[""])
+            problems |= bad
+            done += len(index)
+            progress.update(done)
+        values = np.concatenate(rows).astype(dtype)
+        write_json(part_file(parts, start).with_suffix(".json"), problems)
+        write_atomic(part_file(parts, start), lambda opened, v=values: np.save(opened, v))
+    progress.close()
+    barrier()
+    if not is_main_process():
+        return None
+    result = join_parts(parts, starts, output, len(images))
+    shutil.rmtree(parts)
+    return result
+
+
+def part_file(parts: Path, start: int) -> Path:
+    return parts / f"part_{start:09d}.npy"
+
+
+def join_parts(parts: Path, starts, output: Path, count: int) -> tuple[tuple[int, ...], dict[int, str]]:
+    """Parts -> OUTPUT.npy, without holding more than one part in memory."""
+    first = np.load(part_file(parts, 0), mmap_mode="r")
+    shape = (count, *first.shape[1:])
+    temporary = output.with_name(f".{output.name}.tmp.npy")
+    joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=first.dtype, shape=shape)
+    problems: dict[int, str] = {}
+    for start in starts:
+        values = np.load(part_file(parts, start), mmap_mode="r")
+        joined[start : start + len(values)] = values
+        bad = json.loads(part_file(parts, start).with_suffix(".json").read_text())
+        problems |= {int(index): problem for index, problem in bad.items()}
+    joined.flush()
+    temporary.replace(output.with_name(output.name + ".npy"))
+    return shape, problems
+
+
 def extract_features(
     model: VisionTransformer,
-    paths: PathList,
+    paths,
     pools: tuple[str, ...],
     *,
     batch_size: int = 128,
@@ -81,11 +170,11 @@ def extract_features(
     collected: dict[str, list[np.ndarray]] = {pool: [] for pool in pools}
     problems: dict[int, str] = {}
     done = 0
+    images = WholeImages(paths, np.arange(len(paths)), model.img_size)
     for index, rows, bad in extract_batches(
-        model,
-        paths,
-        np.arange(len(paths)),
-        pools,
+        lambda imgs: {pool: values for pool, values in model.encode(imgs).items() if pool in pools},
+        images,
+        model.pos_embed.device,
         batch_size=batch_size,
         num_workers=num_workers,
         amp_dtype=amp_dtype,

@@ -10,34 +10,19 @@ import argparse
 import csv
 import hashlib
 import io
-import json
-import shutil
 from pathlib import Path
 
 import numpy as np
 
 from datasets.manifest import list_images
 from datasets.path_list import PathList
-from engine_extract import POOLS, extract_batches
+from engine_extract import POOLS, WholeImages, extract_to_file
 from models_vit import load_encoder
-from util.checkpoint import write_atomic, write_json
-from util.claim import claim
-from util.dist import (
-    barrier,
-    end_distributed,
-    get_rank,
-    get_world_size,
-    init_distributed,
-    is_main_process,
-    pick_device,
-    print_main,
-)
+from util.checkpoint import write_atomic
+from util.dist import end_distributed, init_distributed, pick_device, print_main
 from util.precision import pick_amp_dtype, pick_fused_attention
-from util.progress import Progress
 from util.resolve import parse_input_size
 from util.tool import run_tool, tool_parser
-
-PART_IMAGES = 4096
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -85,63 +70,21 @@ def extract(args, device) -> dict:
         "img_size": list(model.img_size),
         "amp": str(amp_dtype),
     }
-    parts = output.with_name(output.name + ".parts")
-    claim(parts / "job.json", job, "unfinished extraction")
-
-    starts = range(0, len(paths), PART_IMAGES)
-    todo = [s for s in starts if not part_file(parts, s).is_file()][get_rank() :: get_world_size()]
-    total = sum(min(PART_IMAGES, len(paths) - s) for s in todo)
-    progress = Progress("images", total, shown=is_main_process())
-    done = 0
-    for start in todo:
-        indices = np.arange(start, min(start + PART_IMAGES, len(paths)))
-        rows, problems = [], {}
-        for index, features, bad in extract_batches(
-            model,
-            paths,
-            indices,
-            (args.pool,),
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            amp_dtype=amp_dtype,
-        ):
-            rows.append(features[args.pool])
-            problems |= bad
-            done += len(index)
-            progress.update(done)
-        values = np.concatenate(rows)
-        write_json(part_file(parts, start).with_suffix(".json"), problems)
-        write_atomic(part_file(parts, start), lambda opened, v=values: np.save(opened, v))
-    progress.close()
-    barrier()
-    if not is_main_process():
+    result = extract_to_file(
+        lambda imgs: model.encode(imgs)[args.pool],
+        WholeImages(paths, np.arange(len(paths)), model.img_size),
+        device,
+        output,
+        job,
+        batch_size=args.batch_size,
+        num_workers=args.num_workers,
+        amp_dtype=amp_dtype,
+    )
+    if result is None:
         return {}
-    shape, problems = join_parts(parts, starts, output, len(paths))
+    shape, problems = result
     write_table(output, paths, problems)
-    shutil.rmtree(parts)
     return {"images": len(paths), "unreadable": len(problems), "shape": list(shape), "pool": args.pool}
-
-
-def part_file(parts: Path, start: int) -> Path:
-    return parts / f"part_{start:09d}.npy"
-
-
-def join_parts(parts: Path, starts, output: Path, count: int) -> tuple[tuple[int, ...], dict[int, str]]:
-    """Parts -> one .npy, without holding more than one part in memory."""
-    first = np.load(part_file(parts, 0), mmap_mode="r")
-    shape = (count, *first.shape[1:])
-    temporary = output.with_name(f".{output.name}.tmp.npy")
-    joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-    problems: dict[int, str] = {}
-    for start in starts:
-        values = np.load(part_file(parts, start), mmap_mode="r")
-        joined[start : start + len(values)] = values
-        problems |= {
-            int(k): v for k, v in json.loads(part_file(parts, start).with_suffix(".json").read_text()).items()
-        }
-    joined.flush()
-    temporary.replace(output.with_name(output.name + ".npy"))
-    return shape, problems
 
 
 def write_table(output: Path, paths: PathList, problems: dict[int, str]) -> None:

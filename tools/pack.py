@@ -14,11 +14,8 @@ import json
 import os
 import time
 import zlib
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -33,10 +30,8 @@ from util.checkpoint import write_atomic, write_json
 from util.claim import claim
 from util.errors import InputError
 from util.progress import Progress
-from util.stop import end_with_parent, init_worker
 from util.tool import run_tool, tool_parser
-
-CHUNK = 64  # images a worker takes at a time
+from util.work import map_in_order, worker_pool
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -80,7 +75,7 @@ def main(args) -> dict:
     progress.update(len(source) - len(todo) if source.unit == "shards" else done, "packed before")
     encode = partial(encode_chunk, short_side=args.short_side, quality=args.quality)
     workers = args.num_workers or os.cpu_count() or 1
-    with ProcessPoolExecutor(workers, initializer=init_pool_worker) as pool:
+    with worker_pool(workers) as pool:
         for shard in todo:
             write_shard(folder, shard, map_in_order(pool, encode, source.items(shard), workers))
             done += 1 if source.unit == "shards" else source.size(shard)
@@ -112,22 +107,6 @@ class FileShards:
 
     def sha256(self) -> str:
         return f"{self.paths.sha256()} / {self.shard_images}"
-
-
-def init_pool_worker() -> None:
-    init_worker(0)
-    end_with_parent()  # a killed run leaves no workers behind
-
-
-def map_in_order(pool: ProcessPoolExecutor, function, items: Iterator, workers: int) -> Iterator:
-    """`pool.map` by chunks that reads its input only a few chunks ahead, so that memory stays bounded."""
-    pending: deque = deque()
-    while chunk := list(islice(items, CHUNK)):
-        pending.append(pool.submit(function, chunk))
-        if len(pending) > 2 * workers:
-            yield from pending.popleft().result()
-    while pending:
-        yield from pending.popleft().result()
 
 
 def encode_chunk(chunk, short_side: int, quality: int) -> list[tuple[str, bytes, str]]:

@@ -1,0 +1,118 @@
+"""Rows of an embedding file as float32 chunks on a device; each rank walks over its own share."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from util.dist import get_rank, get_world_size
+from util.errors import InputError
+
+CHUNK = 8192  # rows read at a time; the same grid for any number of ranks
+
+
+class Rows:
+    """[N, D] vectors for clustering, never more than one chunk of them converted at a time.
+
+    Vectors are shifted by their mean (`unit` off), because ||c||^2 - 2xc loses digits where all vectors
+    share a large component, as CLIP's do; or scaled to length 1 (`unit` on) for spherical clustering.
+
+    Args:
+        data: [M, D] float16 or float32, an array or a memory map.
+        index: [N] int64 rows of `data` to use, ascending for speed (default: all).
+        unit: scale rows to length 1 instead of shifting.
+        centre: [D] float32 shift; None: the mean of the rows, found in one float64 pass.
+        resident_bytes: rows of this rank are kept on the device where they fit into so many bytes.
+    Raises:
+        InputError: no rows, or a row that is not finite (the first few row numbers are named).
+    """
+
+    def __init__(
+        self,
+        data: np.ndarray,
+        device: torch.device,
+        index: np.ndarray | None = None,
+        unit: bool = False,
+        centre: torch.Tensor | None = None,
+        resident_bytes: float = 4e9,
+    ):
+        self.data, self.device, self.index, self.unit = data, device, index, unit
+        self.count = len(data) if index is None else len(index)
+        self.dim = data.shape[1]
+        if not self.count:
+            raise InputError("no vectors to cluster: the stages before have dropped every image")
+        chunks = -(-self.count // CHUNK)
+        world, rank = get_world_size(), get_rank()
+        self.first = min(chunks * rank // world * CHUNK, self.count)
+        self.last = min(chunks * (rank + 1) // world * CHUNK, self.count)
+        self.resident_bytes, self.kept = resident_bytes, None
+        self.centre = self._check_and_centre() if centre is None else centre.to(device)
+        if (self.last - self.first) * self.dim * 4 <= resident_bytes and self.last > self.first:
+            self.kept = torch.cat([x for _, x in self.chunks()])
+
+    def __len__(self) -> int:
+        return self.count
+
+    def numbers(self) -> np.ndarray:
+        """[N] rows of `data`."""
+        return np.arange(self.count) if self.index is None else self.index
+
+    def subset(self, positions: np.ndarray) -> "Rows":
+        """Some of these rows, shifted alike; positions: int64 among these rows."""
+        numbers = positions if self.index is None else self.index[positions]
+        return Rows(self.data, self.device, numbers, self.unit, self.centre, self.resident_bytes)
+
+    def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
+        """(position of the first row, [n, D] float32) over this rank's rows."""
+        for start in range(self.first, self.last, CHUNK):
+            stop = min(start + CHUNK, self.last)
+            if self.kept is not None:
+                yield start, self.kept[start - self.first : stop - self.first]
+            else:
+                yield start, self._prepare(self._raw(start, stop))
+
+    def take(self, positions: np.ndarray) -> torch.Tensor:
+        """[n, D] float32 of any rows, on every rank."""
+        numbers = positions if self.index is None else self.index[positions]
+        order = np.argsort(numbers, kind="stable")  # memory maps are read forwards
+        values = np.empty((len(numbers), self.dim), dtype=self.data.dtype)
+        values[order] = self.data[numbers[order]]
+        return self._prepare(torch.from_numpy(values))
+
+    def restore(self, centroids: torch.Tensor) -> np.ndarray:
+        """Centroids in the coordinates of `data`, [k, D] float32."""
+        return (centroids + self.centre).cpu().numpy()
+
+    def _raw(self, start: int, stop: int) -> torch.Tensor:
+        if self.index is None:
+            values = np.array(self.data[start:stop])
+        else:
+            values = self.data[self.index[start:stop]]
+        return torch.from_numpy(np.ascontiguousarray(values))
+
+    def _prepare(self, values: torch.Tensor) -> torch.Tensor:
+        x = values.to(self.device).float()
+        return torch.nn.functional.normalize(x, dim=1) if self.unit else x - self.centre
+
+    def _check_and_centre(self) -> torch.Tensor:
+        total = torch.zeros(self.dim + 1, dtype=torch.float64)
+        bad: list[int] = []
+        for start in range(self.first, self.last, CHUNK):
+            x = self._raw(start, min(start + CHUNK, self.last)).double()
+            finite = x.isfinite().all(dim=1)
+            bad += (start + (~finite).nonzero().flatten()).tolist()
+            total[:-1] += x[finite].sum(dim=0)
+        total[-1] = len(bad)
+        first_bad = torch.tensor([min(bad, default=2**60)])
+        if get_world_size() > 1:
+            total, first_bad = total.to(self.device), first_bad.to(self.device)
+            dist.all_reduce(total)
+            dist.all_reduce(first_bad, dist.ReduceOp.MIN)
+        if total[-1] > 0:
+            row = int(self.numbers()[int(first_bad)])
+            raise InputError(
+                f"{int(total[-1])} embeddings are not finite, first row {row}: embed these images again"
+            )
+        mean = torch.zeros(self.dim) if self.unit else (total[:-1] / self.count).float()
+        return mean.to(self.device)
