@@ -37,17 +37,18 @@ def load_benchmarks() -> dict[str, dict]:
 
 @cache
 def _pattern() -> tuple[re.Pattern[bytes], list[str]]:
-    """One alternation over lines, each hit taking the rest of its line, and the name of each group.
+    """One alternation for lower-case lines, each hit taking the rest of its line, and its groups' names.
 
-    A folder must be met whole, from a slash or the line's start; `*` stands for anything but a slash.
+    A folder must be met whole, after a slash or a line break; `*` stands for anything but a slash. That
+    each hit begins with one of two characters lets the search skip everything between.
     """
     names, groups = [], []
     for name, facts in load_benchmarks().items():
         if facts["folders"]:
             names.append(name)
-            folders = (re.escape(folder).replace(r"\*", r"[^/\n]*") for folder in facts["folders"])
+            folders = (re.escape(folder.lower()).replace(r"\*", r"[^/\n]*") for folder in facts["folders"])
             groups.append("(" + "|".join(folders) + ")")
-    return re.compile(f"(?mi:(?:^|/)(?:{'|'.join(groups)})[^\n]*$)".encode()), names
+    return re.compile(f"[\n/](?:{'|'.join(groups)})[^\n]*".encode()), names
 
 
 def recognise(path: str | Path) -> str | None:
@@ -56,7 +57,8 @@ def recognise(path: str | Path) -> str | None:
     Whole folder names decide, upper and lower case alike; either slash parts them.
     """
     pattern, names = _pattern()
-    found = pattern.search(os.fsencode(path).replace(b"\\", b"/").replace(b"\n", b" "))
+    line = os.fsencode(path).replace(b"\\", b"/").replace(b"\n", b" ")
+    found = pattern.search(b"\n" + line.lower())
     return names[found.lastindex - 1] if found else None
 
 
@@ -75,7 +77,7 @@ def count_by_benchmark(paths: PathList) -> Counter[str]:
 
 
 def _lines(paths: PathList, start: int, stop: int, root: bytes) -> bytes:
-    """The paths start..stop-1, each on a line of its own and after `root` unless absolute."""
+    """The paths start..stop-1 in lower case, each after a line break and, unless absolute, `root`."""
     first = int(paths.ends[start - 1]) if start else 0
     text = paths.bytes[first : paths.ends[stop - 1]].copy()
     text[text == ord("\n")] = ord(" ")  # a name with a line break stays one line
@@ -86,7 +88,7 @@ def _lines(paths: PathList, start: int, stop: int, root: bytes) -> bytes:
     used = np.ones((len(starts), len(head)), dtype=bool)
     used[~relative, 1:] = False
     inserted = np.broadcast_to(head, used.shape)[used]
-    return np.insert(text, np.repeat(starts, used.sum(axis=1)), inserted).tobytes()
+    return np.insert(text, np.repeat(starts, used.sum(axis=1)), inserted).tobytes().lower()
 
 
 def read_split(name: str, root: Path, split: str = "test") -> Iterator[str]:

@@ -89,7 +89,9 @@ if [ ${#attributes[@]} -gt 0 ]; then attributes=(--attributes "${attributes[@]}"
 run "$python" main_describe.py ${attributes[@]+"${attributes[@]}"} --images "$output/manifest.csv" \
     --output "$output/texts"
 
+accum_iter=$((4096 / (256 * gpus)))  # an update sees 4096 images
+if [ "$accum_iter" -lt 1 ]; then accum_iter=1; fi
 echo "Done. Pre-train with:"
 echo "torchrun --nproc_per_node=$gpus main_pretrain.py --batch_size 256 --model mae_vit_base_patch16 --mask_ratio 0.75 \\"
-echo "    --epochs 400 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --accum_iter $((4096 / (256 * gpus) > 0 ? 4096 / (256 * gpus) : 1)) --norm_pix_loss \\"
+echo "    --epochs 400 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --accum_iter $accum_iter --norm_pix_loss \\"
 echo "    --data_path $output/manifest.csv --text_bank $output/texts/texts.txt"
