@@ -13,23 +13,41 @@ processes or pictures. Bytes are repeatable for one version of Pillow and numpy.
 """
 
 import argparse
-import csv
 import json
-import multiprocessing
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
+from datasets.demo_folder import holds_set, write_folder, write_table
 from datasets.demo_render import render, sheet
 from datasets.demo_vehicle import BODIES, CAMERAS, VIEWS, captions, demo_rng, vehicle
+from util.errors import InputError
 
 VERSION = 2  # raise when the pictures change, so that an older folder is not taken for this one
 COLUMNS = ("path", "split", "body", "colour", "make", "pid", "camid", "viewid", "caption", "short_caption")
+
+
+def label_row(seed: int, pid: int, shot: int) -> dict:
+    """The columns of labels.csv but path and split, of the `shot`-th picture of an identity.
+
+    Five cameras and six views: thirty shots until a pair comes back.
+    """
+    attrs = vehicle(seed, pid)
+    rng = demo_rng(seed, "plan", pid)
+    cameras, views = rng.permutation(len(CAMERAS))[:5], rng.permutation(len(VIEWS))
+    camid, viewid = int(cameras[shot % 5]), int(views[shot % len(views)])
+    texts = captions(attrs, viewid, camid)
+    return {
+        **{key: attrs[key] for key in ("body", "colour", "make")},
+        "pid": pid,
+        "camid": camid,
+        "viewid": viewid,
+        "shot": shot,
+        "caption": texts[shot % 3],
+        "short_caption": texts[3],
+    }
 
 
 def _plan(num_images: int, seed: int, val_ratio: float) -> list[dict]:
@@ -42,27 +60,11 @@ def _plan(num_images: int, seed: int, val_ratio: float) -> list[dict]:
     rows = []
     for k in range(num_images):
         shot, pid = divmod(k, people)
-        attrs = vehicle(seed, pid)
-        rng = demo_rng(seed, "plan", pid)
-        cameras, views = rng.permutation(len(CAMERAS))[:5], rng.permutation(len(VIEWS))
-        # five cameras and six views: thirty shots until a pair comes back
-        camid, viewid = int(cameras[shot % 5]), int(views[shot % len(views)])
+        labels = label_row(seed, pid, shot)
         place, total = pid // len(BODIES), len(range(pid % len(BODIES), people, len(BODIES)))
         held = min(total - 1, max(1, round(total * val_ratio))) if val_ratio else 0
         split = "val" if place >= total - held else "train"
-        rows.append(
-            {
-                "path": f"images/{split}/{attrs['body']}/{k:05d}.jpg",
-                "split": split,
-                **{key: attrs[key] for key in ("body", "colour", "make")},
-                "pid": pid,
-                "camid": camid,
-                "viewid": viewid,
-                "shot": shot,
-                "caption": captions(attrs, viewid, camid)[shot % 3],
-                "short_caption": captions(attrs, viewid, camid)[3],
-            }
-        )
+        rows.append({"path": f"images/{split}/{labels['body']}/{k:05d}.jpg", "split": split, **labels})
     return rows
 
 
@@ -85,12 +87,12 @@ def write_demo(
     val, at least one where a body has two. A folder that already holds this very set is left as it
     is ("written": False). `processes` (default: all cores) changes the speed only.
 
-    Returns images, train, val, identities, cameras and written. Raises ValueError for a number out
+    Returns images, train, val, identities, cameras and written. Raises InputError for a number out
     of range and for an `output` that holds something else.
     """
     output = Path(output).absolute()
     if num_images < 1 or size < 16 or not 0 <= val_ratio < 1:
-        raise ValueError(
+        raise InputError(
             f"num_images must be 1 or more, size 16 or more and val_ratio in [0, 1), "
             f"got {num_images}, {size} and {val_ratio}"
         )
@@ -110,38 +112,14 @@ def write_demo(
         "cameras": len({row["camid"] for row in rows}),
         "written": False,
     }
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        stamp = output / "demo.json"
-        if stamp.is_file() and stamp.read_text(encoding="utf-8") == about:
-            return counts
-        raise ValueError(
-            f"{output} exists and does not hold this demo set: name another output folder or remove it first."
-        )
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        part.chmod(0o755)  # mkdtemp keeps others out; a data folder need not
-        for folder in {(part / row["path"]).parent for row in rows}:
-            folder.mkdir(parents=True, exist_ok=True)
-        job = partial(_write_picture, folder=part, seed=seed, size=size)
-        processes = min(processes or os.cpu_count() or 1, len(rows))
-        if processes > 1:
-            # spawned, not forked: the caller may have torch threads running
-            with multiprocessing.get_context("spawn").Pool(processes) as pool:
-                for _ in pool.imap_unordered(job, rows, chunksize=16):
-                    pass
-        else:
-            for row in rows:
-                job(row)
-        with open(part / "labels.csv", "w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows)
-        (part / "demo.json").write_text(about, encoding="utf-8")
-        part.rename(output)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+    if holds_set(output, "demo.json", about, "demo set"):
+        return counts
+
+    def finish(folder: Path) -> None:
+        write_table(folder / "labels.csv", COLUMNS, rows)
+        (folder / "demo.json").write_text(about, encoding="utf-8")
+
+    write_folder(output, rows, partial(_write_picture, seed=seed, size=size), processes, finish)
     return {**counts, "written": True}
 
 

@@ -558,6 +558,25 @@ def render(
     return _record(p, rng, (width, height), over)
 
 
+def render_place(seed: int, camid: int, shot: int, size: int | tuple[int, int] = 96) -> Image.Image:
+    """One RGB picture of where a camera hangs, without a vehicle; `size` as for `render`.
+
+    Raises ValueError for an unknown camid.
+    """
+    if not 0 <= camid < len(CAMERAS):
+        raise ValueError(f"camid must be 0..{len(CAMERAS) - 1}, got {camid}")
+    width, height = (size, size) if isinstance(size, int) else size
+    camera, rng = CAMERAS[camid], demo_rng(seed, "place shot", camid, shot)
+    over = 3 if max(width, height) <= 128 else 2
+    lens = _Lens(rng.uniform(0, 2 * math.pi), 14.0, camera.height, roll=rng.uniform(-0.02, 0.02))
+    lens.focal = width * over * rng.uniform(1.1, 2.0)
+    lens.cx, lens.cy = width * over * rng.uniform(0.3, 0.7), height * over * rng.uniform(0.35, 0.6)
+    p = _Painter(Image.new("RGB", (width * over, height * over)), lens, camera)
+    _backdrop(p, demo_rng(seed, "place", camid), rng.uniform(-6, 6))
+    _lines(p, 4.5)
+    return _record(p, rng, (width, height), over)
+
+
 def _record(p: _Painter, rng: np.random.Generator, size: tuple, over: int) -> Image.Image:
     """What the camera makes of the scene: scaling down, glow, blur, vignette and noise."""
     image = p.image.reduce(over)

@@ -1,0 +1,159 @@
+"""Test splits of known vehicle benchmarks, recognised by name: none of them may enter a pool.
+
+    python -m datasets.benchmarks --count FOLDER_OR_MANIFEST
+    python -m datasets.benchmarks --name VehicleID --root VehicleID_V1.0 --split train --output train.txt
+
+The first counts test images by their paths; the second turns the lists of a benchmark whose splits share one
+folder into a manifest of paths (--split test for --exclude, --split train for --pool). Names are the
+first sieve only: copies under other names need a comparison of contents. The facts and their doubts
+stand in benchmarks.json.
+"""
+
+import argparse
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+
+from datasets.manifest import list_images
+from datasets.path_list import PathList
+from util.checkpoint import write_atomic
+from util.errors import InputError, run_or_explain
+from util.tool import tool_parser
+
+CHUNK = 65536  # paths looked at in one go
+
+
+@cache
+def load_benchmarks() -> dict[str, dict]:
+    """benchmarks.json: name -> folders, lists, image, test_images (None: unknown), licence, note."""
+    return json.loads(Path(__file__).with_name("benchmarks.json").read_text(encoding="utf-8"))
+
+
+@cache
+def _pattern() -> tuple[re.Pattern[bytes], list[str]]:
+    """One alternation for lower-case lines, each hit taking the rest of its line, and its groups' names.
+
+    A folder must be met whole, after a slash or a line break; `*` stands for anything but a slash. That
+    each hit begins with one of two characters lets the search skip everything between.
+    """
+    names, groups = [], []
+    for name, facts in load_benchmarks().items():
+        if facts["folders"]:
+            names.append(name)
+            folders = (re.escape(folder.lower()).replace(r"\*", r"[^/\n]*") for folder in facts["folders"])
+            groups.append("(" + "|".join(folders) + ")")
+    return re.compile(f"[\n/](?:{'|'.join(groups)})[^\n]*".encode()), names
+
+
+def recognise(path: str | Path) -> str | None:
+    """The benchmark whose test, query, gallery or validation split a path lies in, or None.
+
+    Whole folder names decide, upper and lower case alike; either slash parts them.
+    """
+    pattern, names = _pattern()
+    line = os.fsencode(path).replace(b"\\", b"/").replace(b"\n", b" ")
+    found = pattern.search(b"\n" + line.lower())
+    return names[found.lastindex - 1] if found else None
+
+
+def count_by_benchmark(paths: PathList) -> Counter[str]:
+    """How many paths of a list lie in the test split of each benchmark; those without are not named.
+
+    Root and relative path count as one path. No string is made of a path that is not recognised.
+    """
+    pattern, names = _pattern()
+    root = os.fsencode(os.path.abspath(paths.root)).replace(b"\n", b" ") + b"/"
+    counts: Counter[str] = Counter()
+    for start in range(0, len(paths), CHUNK):
+        lines = _lines(paths, start, min(start + CHUNK, len(paths)), root)
+        counts.update(names[found.lastindex - 1] for found in pattern.finditer(lines))
+    return counts
+
+
+def _lines(paths: PathList, start: int, stop: int, root: bytes) -> bytes:
+    """The paths start..stop-1 in lower case, each after a line break and, unless absolute, `root`."""
+    first = int(paths.ends[start - 1]) if start else 0
+    text = paths.bytes[first : paths.ends[stop - 1]].copy()
+    text[text == ord("\n")] = ord(" ")  # a name with a line break stays one line
+    text[text == ord("\\")] = ord("/")
+    starts = np.concatenate([[0], paths.ends[start : stop - 1] - first])
+    relative = text[np.minimum(starts, len(text) - 1)] != ord("/")
+    head = np.frombuffer(b"\n" + root, dtype=np.uint8)
+    used = np.ones((len(starts), len(head)), dtype=bool)
+    used[~relative, 1:] = False
+    inserted = np.broadcast_to(head, used.shape)[used]
+    return np.insert(text, np.repeat(starts, used.sum(axis=1)), inserted).tobytes().lower()
+
+
+def read_split(name: str, root: Path, split: str = "test") -> Iterator[str]:
+    """Image paths relative to `root` that the lists of a benchmark name, each once, in their order.
+
+    Lists are looked for in all folders below `root`; their first column names the image, with or
+    without ending.
+
+    Args:
+        name: a key of benchmarks.json with lists of this split.
+        split: "test" (query, gallery and test together) or "train".
+    Raises:
+        InputError: unknown name, no list known for the split or none found, or an empty list.
+    """
+    known = {key for key, facts in load_benchmarks().items() if split in facts["image"]}
+    if name not in known:
+        raise InputError(f"{name} has no {split} list: choose one of {', '.join(sorted(known))}")
+    facts = load_benchmarks()[name]
+    files = [file for wanted in facts["lists"][split] for file in sorted(root.rglob(wanted))]
+    if not files:
+        raise InputError(
+            f"no {split} list of {name} below {root}: looked for {', '.join(facts['lists'][split])}"
+        )
+    image, ending = facts["image"][split], Path(facts["image"][split]).suffix
+    seen: set[str] = set()
+    for file in files:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        if not any(line.strip() for line in lines):
+            raise InputError(f"{file} is empty: unpack the benchmark again")
+        for words in (line.split() for line in lines if line.strip()):
+            path = image.format(words[0].removesuffix(ending) if ending else words[0])
+            if path not in seen:
+                seen.add(path)
+                yield path
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = tool_parser("datasets.benchmarks", __doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("--count", type=Path, help="folder or manifest to look through (default none)")
+    add("--name", choices=load_benchmarks(), help="benchmark whose lists become a manifest (default none)")
+    add("--root", type=Path, help="folder of that benchmark (default none)")
+    add("--split", choices=("test", "train"), default="test", help="which lists (default test)")
+    add("--output", type=Path, help="manifest .txt to write, absolute paths (default none)")
+    # fmt: on
+    return parser
+
+
+def main(args: argparse.Namespace) -> None:
+    if args.count is None and None in (args.name, args.root, args.output):
+        raise InputError("nothing to do: give --count PATH, or --name, --root and --output")
+    if args.count is not None:
+        paths = list_images(args.count)
+        if not isinstance(paths, PathList):
+            raise InputError(
+                f"{args.count} is a packed set, which has no names: count what it was packed from"
+            )
+        print(json.dumps({"images": len(paths), **count_by_benchmark(paths)}))
+    if args.name is not None:
+        root = args.root.absolute()
+        lines = [f"{root / path}\n" for path in read_split(args.name, root, args.split)]
+        write_atomic(args.output, lambda opened: opened.write("".join(lines).encode()))
+        print(json.dumps({"name": args.name, "split": args.split, "images": len(lines)}))
+
+
+if __name__ == "__main__":
+    run_or_explain(lambda: main(get_args_parser().parse_args()))

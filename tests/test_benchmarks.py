@@ -1,0 +1,163 @@
+"""Test splits recognised by name: the known folders, no false alarm, and lists."""
+
+import sys
+
+import pytest
+from conftest import ROOT, run_command
+
+from datasets import benchmarks
+from datasets.path_list import PathList
+from util.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("/data/VeRi/image_query/0002_c002_00030600_0.jpg", "VeRi-776"),
+        ("VeRi/image_test/0002_c002_00030600_0.jpg", "VeRi-776"),
+        ("pool/veri-776/IMAGE_TEST/a.jpg", "VeRi-776"),
+        ("D:\\data\\VeRi\\image_test\\a.jpg", "VeRi-776"),
+        ("stanford_cars/cars_test/00001.jpg", "StanfordCars"),
+        ("x/VRIC/gallery_images/1.jpg", "VRIC"),
+        ("AIC21_Track2_ReID/image_query/000345.jpg", "CityFlow-ReID"),
+        ("CityFlowV2-ReID/image_test/000345.jpg", "CityFlow-ReID"),
+        ("PartImageNet/images/val/n02814533_1.JPEG", "PartImageNet"),
+    ],
+)
+def test_known_folders(path, name):
+    assert benchmarks.recognise(path) == name
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "mytest/car.jpg",
+        "test/car.jpg",
+        "image_test/car.jpg",
+        "cars_test.jpg",
+        "my_cars_test/1.jpg",
+        "cars_testing/1.jpg",
+        "VeRi/image_train/0001_c001_00016450_0.jpg",
+        "notVeRi/image_test/1.jpg",
+        "VeRi/image_test_notes.jpg",
+        "cars_train/00001.jpg",
+        "AIC20_ReID_Simulation/image_train/1.jpg",
+        "CityFlow/a-ReID/image_test/1.jpg",
+        "PartImageNet/images/train/n02814533_1.JPEG",
+        "",
+    ],
+)
+def test_no_false_alarm(path):
+    assert benchmarks.recognise(path) is None
+
+
+def test_counting_agrees_with_one_by_one(monkeypatch):
+    monkeypatch.setattr(benchmarks, "CHUNK", 7)
+    names = ["VeRi/image_test/a.jpg", "b.jpg", "cars_test/cars_test/c.jpg", "/abs/VRIC/probe_images/d.jpg"]
+    names += [
+        "VeRi/image",
+        "_test/e.jpg",
+        "cars_",
+        "test/f.jpg",
+        "VRIC/probe_images/g\nh.jpg",
+        "ü/cars_test/i.jpg",
+    ]
+    paths = PathList("/data", names * 3)
+    counts = benchmarks.count_by_benchmark(paths)
+    assert counts == {"VeRi-776": 3, "StanfordCars": 6, "VRIC": 6}
+    alone = [benchmarks.recognise(paths[index]) for index in range(len(paths))]
+    assert counts == {name: alone.count(name) for name in set(alone) - {None}}
+
+
+def test_the_root_belongs_to_the_path():
+    names = ["image_query/a.jpg", "image_train/b.jpg", "/elsewhere/c.jpg"]
+    assert benchmarks.count_by_benchmark(PathList("/data/VeRi", names)) == {"VeRi-776": 1}
+    assert benchmarks.count_by_benchmark(PathList("/data/cars_test", names)) == {"StanfordCars": 2}
+    assert benchmarks.count_by_benchmark(PathList("/data", [])) == {}
+
+
+def test_counting_over_many_chunks():
+    names = [f"some/folder/{k}.jpg" for k in range(30_000)] + ["cars_test/1.jpg"]
+    paths = PathList("/data", names + ["VRIC/probe_images/2.jpg"] * 40_000)
+    assert len(paths) > benchmarks.CHUNK
+    assert benchmarks.count_by_benchmark(paths) == {"StanfordCars": 1, "VRIC": 40_000}
+
+
+def test_every_entry_is_complete():
+    for name, facts in benchmarks.load_benchmarks().items():
+        assert set(facts) == {"folders", "lists", "image", "test_images", "licence", "note"}, name
+        assert set(facts["image"]) <= set(facts["lists"]) <= {"test", "train"}
+        for folder in facts["folders"]:
+            assert folder.endswith("/") and benchmarks.recognise(folder.replace("*", "V2") + "1.jpg") == name
+        assert not any("train" in folder.lower() for folder in facts["folders"])
+
+
+def test_lists_become_paths(tmp_path):
+    lists = tmp_path / "train_test_split"
+    lists.mkdir()
+    (lists / "test_list_800.txt").write_text("0000012 7\n0000013 7\n")
+    (lists / "test_list_1600.txt").write_text("0000013 7\n0000014 9\n\n")
+    (lists / "train_list.txt").write_text("0000001 1\n")
+    test = list(benchmarks.read_split("VehicleID", tmp_path))
+    assert test == ["image/0000012.jpg", "image/0000013.jpg", "image/0000014.jpg"]
+    assert list(benchmarks.read_split("VehicleID", tmp_path, "train")) == ["image/0000001.jpg"]
+
+
+@pytest.mark.parametrize("line", ["00001/000001", "00001/000001.jpg 0 12"])
+def test_old_and_new_lists_name_the_same_image(tmp_path, line):
+    (tmp_path / "train_list.txt").write_text(line + "\n")
+    assert list(benchmarks.read_split("VERI-Wild", tmp_path, "train")) == ["images/00001/000001.jpg"]
+
+
+def test_missing_lists_are_named(tmp_path):
+    with pytest.raises(InputError, match="test_list_800.txt"):
+        list(benchmarks.read_split("VehicleID", tmp_path))
+    with pytest.raises(InputError, match="choose one of"):
+        list(benchmarks.read_split("StanfordCars", tmp_path))
+    (tmp_path / "train_list.txt").write_text("\n")
+    with pytest.raises(InputError, match="empty"):
+        list(benchmarks.read_split("VehicleID", tmp_path, "train"))
+
+
+def test_the_command_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "set" / "cars_test").mkdir(parents=True)
+    (tmp_path / "set" / "cars_test" / "1.jpg").write_bytes(b"x")
+    (tmp_path / "set" / "2.jpg").write_bytes(b"x")
+    (tmp_path / "name_query.txt").write_text("a.jpg\n")
+    output = tmp_path / "exclude.txt"
+    words = f"x --count {tmp_path / 'set'} --name VeRi-776 --root {tmp_path} --output {output}"
+    benchmarks.main(benchmarks.get_args_parser().parse_args(words.split()[1:]))
+    assert '{"images": 2, "StanfordCars": 1}' in capsys.readouterr().out
+    assert output.read_text() == f"{tmp_path / 'image_test' / 'a.jpg'}\n"
+    with pytest.raises(InputError, match="nothing to do"):
+        benchmarks.main(benchmarks.get_args_parser().parse_args([]))
+
+
+def test_the_recipe_names_what_is_missing(tmp_path):
+    """scripts/automobile1m.sh on an empty folder: one line a source, then it stops."""
+    script = ROOT / "scripts" / "automobile1m.sh"
+    done = run_command(["bash", str(script), str(tmp_path)])
+    assert done.returncode == 2
+    assert done.stdout.count("skipped") >= 10 and "VeRi" in done.stdout
+    assert "no source" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_prints_its_commands(tmp_path):
+    (tmp_path / "web").mkdir()
+    (tmp_path / "StanfordCars" / "cars_train").mkdir(parents=True)
+    (tmp_path / "StanfordCars" / "cars_test").mkdir()
+    done = run_command(
+        [
+            "env",
+            "DRY_RUN=1",
+            f"PYTHON={sys.executable}",
+            "bash",
+            str(ROOT / "scripts/automobile1m.sh"),
+            str(tmp_path),
+        ]
+    )
+    assert done.returncode == 0, done.stderr
+    for part in ("--pool web=", "--pool stanford_cars=", "--exclude stanford_cars=", "main_describe.py"):
+        assert part in done.stdout
+    assert "cars_test" in done.stdout.split("--exclude stanford_cars=")[1].split()[0]
