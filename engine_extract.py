@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.images import UNREADABLE, open_rgb
+from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from datasets.transforms import whole_image
 from models_vit import VisionTransformer
 from util.checkpoint import write_atomic, write_json
@@ -45,7 +45,7 @@ class WholeImages(Dataset):
                 image = image.crop(tuple(self.boxes[index].tolist()))
             return whole_image(image, self.size), index, ""
         except UNREADABLE as error:
-            reason = " ".join(f"{type(error).__name__}: {error}".split())
+            reason = why_unreadable(error)
             return torch.zeros(3, *self.size, dtype=torch.uint8), index, reason
 
 

@@ -154,7 +154,7 @@ def build_tree(
         if level == 1:
             distance = clusters.distance
         # the next level sees the centroids where the images are, and shifts them anew
-        rows = Rows(rows.restore(clusters.centroids), rows.device, unit=rows.unit)
+        rows = Rows(rows.restore(clusters.centroids), rows.device, unit=rows.unit, alone=rows.alone)
     return Tree(parents, sizes, distance)
 
 

@@ -8,7 +8,6 @@ import torch
 import torch.distributed as dist
 
 from curation.rows import CHUNK, Rows
-from util.dist import get_world_size
 from util.errors import InputError
 
 BLOCK = {"cpu": 2**22, "cuda": 2**28}  # distances held at a time; on a CPU they should stay in its cache
@@ -77,8 +76,8 @@ def kmeans(
             labels[here] = nearest
             sums[:, :-1].index_add_(0, nearest, x.double())
             sums[:, -1] += nearest.bincount(minlength=k)
-        _all_reduce(sums)
-        _all_reduce(changed)
+        _all_reduce(rows, sums)
+        _all_reduce(rows, changed)
         if not changed:
             break
         done += 1
@@ -170,12 +169,12 @@ def reseed(rows: Rows, centroids, empty, counts, labels, distance) -> int:
     farthest = torch.zeros(k, device=rows.device)
     own = labels.long()
     farthest.scatter_reduce_(0, own, distance, "amax")
-    _all_reduce(farthest, "max")
+    _all_reduce(rows, farthest, "max")
     row = torch.full((k,), 2**60, dtype=torch.int64, device=rows.device)
     here = (distance >= farthest[own]) & (distance > 0)
     positions = torch.arange(rows.first, rows.last, device=rows.device)
     row.scatter_reduce_(0, own[here], positions[here], "amin")
-    _all_reduce(row, "min")
+    _all_reduce(rows, row, "min")
     donors = donors[row[donors] < 2**60]  # a cluster of equal rows has nothing to give
     if len(donors):
         centroids[empty[: len(donors)]] = rows.take(row[donors].cpu().numpy())
@@ -191,15 +190,15 @@ def _check_distinct(rows: Rows, clusters: Clusters, k: int) -> None:
             raise InputError(f"{k} clusters, but only {distinct} distinct vectors: ask for fewer clusters")
 
 
-def _all_reduce(x: torch.Tensor, how: str = "sum") -> None:
-    if get_world_size() > 1:
+def _all_reduce(rows: Rows, x: torch.Tensor, how: str = "sum") -> None:
+    if not rows.alone:
         operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how]
         dist.all_reduce(x, operation)
 
 
 def _gather(rows: Rows, own: torch.Tensor) -> np.ndarray:
     """This rank's values -> [N] of all rows, on every rank."""
-    if get_world_size() == 1:
+    if rows.alone:
         return own.cpu().numpy()
     whole = torch.zeros(len(rows), dtype=own.dtype, device=own.device)
     whole[rows.first : rows.last] = own

@@ -24,6 +24,7 @@ class Rows:
         unit: scale rows to length 1 instead of shifting.
         centre: [D] float32 shift; None: the mean of the rows, found in one float64 pass.
         resident_bytes: rows of this rank are kept on the device where they fit into so many bytes.
+        alone: this rank clusters by itself, the others take no part.
     Raises:
         InputError: no rows, or a row that is not finite (the first few row numbers are named).
     """
@@ -36,6 +37,7 @@ class Rows:
         unit: bool = False,
         centre: torch.Tensor | None = None,
         resident_bytes: float = 4e9,
+        alone: bool = False,
     ):
         self.data, self.device, self.index, self.unit = data, device, index, unit
         self.count = len(data) if index is None else len(index)
@@ -43,7 +45,8 @@ class Rows:
         if not self.count:
             raise InputError("no vectors to cluster: the stages before have dropped every image")
         chunks = -(-self.count // CHUNK)
-        world, rank = get_world_size(), get_rank()
+        self.alone = alone or get_world_size() == 1
+        world, rank = (1, 0) if self.alone else (get_world_size(), get_rank())
         self.first = min(chunks * rank // world * CHUNK, self.count)
         self.last = min(chunks * (rank + 1) // world * CHUNK, self.count)
         self.resident_bytes, self.kept = resident_bytes, None
@@ -61,7 +64,7 @@ class Rows:
     def subset(self, positions: np.ndarray) -> "Rows":
         """Some of these rows, shifted alike; positions: int64 among these rows."""
         numbers = positions if self.index is None else self.index[positions]
-        return Rows(self.data, self.device, numbers, self.unit, self.centre, self.resident_bytes)
+        return Rows(self.data, self.device, numbers, self.unit, self.centre, self.resident_bytes, self.alone)
 
     def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """(position of the first row, [n, D] float32) over this rank's rows."""
@@ -105,7 +108,7 @@ class Rows:
             total[:-1] += x[finite].sum(dim=0)
         total[-1] = len(bad)
         first_bad = torch.tensor([min(bad, default=2**60)])
-        if get_world_size() > 1:
+        if not self.alone:
             total, first_bad = total.to(self.device), first_bad.to(self.device)
             dist.all_reduce(total)
             dist.all_reduce(first_bad, dist.ReduceOp.MIN)

@@ -1,5 +1,6 @@
 """One image file -> an RGB picture, whatever its format, mode and rotation."""
 
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -54,6 +55,12 @@ def is_turned(image: Image.Image) -> bool:
 
 
 UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+def why_unreadable(error: Exception) -> str:
+    """One line for lists and logs; the same for the same file, so without memory addresses."""
+    text = re.sub(r" ?<_io\.[^>]*>", "", f"{type(error).__name__}: {error}")
+    return " ".join(text.split())
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

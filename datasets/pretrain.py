@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from datasets.device_decode import collate_encoded, encoded_or_pixels
-from datasets.images import UNREADABLE, open_reduced
+from datasets.images import UNREADABLE, open_reduced, why_unreadable
 from datasets.path_list import PathList
 from datasets.transforms import (
     CROP_STREAM,
@@ -106,7 +106,7 @@ class PretrainDataset(Dataset):
                     )
                 return picture, problem
             except UNREADABLE as error:
-                reason = " ".join(f"{type(error).__name__}: {error}".split())
+                reason = why_unreadable(error)
                 problem = problem or f"{self.paths.relative(index)}\t{reason}"
         # a run this full of bad files is stopped by --max_bad_ratio; until then it gets grey
         grey = Image.new("RGB", self.input_size[::-1], "grey")

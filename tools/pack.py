@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.images import UNREADABLE, is_turned, open_reduced
+from datasets.images import UNREADABLE, is_turned, open_reduced, why_unreadable
 from datasets.manifest import list_images
 from datasets.packed import HEADER, shard_file
 from datasets.path_list import PathList
@@ -117,7 +117,7 @@ def encode_chunk(chunk, short_side: int, quality: int) -> list[tuple[str, bytes,
             data = source.read_bytes() if isinstance(source, Path) else source
             rows.append((name, *encode_image(data, short_side, quality)))
         except UNREADABLE as error:
-            rows.append((name, b"", " ".join(f"{type(error).__name__}: {error}".split())))
+            rows.append((name, b"", why_unreadable(error)))
     return rows
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.images import UNREADABLE, open_rgb
+from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from datasets.manifest import list_images
 from datasets.transforms import mask_noise, whole_image
 from models_mae import MODELS, count_kept
@@ -74,7 +74,7 @@ def main(args) -> dict:
         try:
             imgs.append(whole_image(open_rgb(file), model.img_size))
         except UNREADABLE as error:
-            problems[str(file)] = f"{type(error).__name__}: {error}"
+            problems[str(file)] = why_unreadable(error)
             print(f"unreadable, left out: {file}: {problems[str(file)]}")
     if not imgs:
         raise InputError(f"none of the {len(files)} given images could be read")

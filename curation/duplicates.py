@@ -1,0 +1,178 @@
+"""Copies of one picture within the pool, and copies of benchmark pictures."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from curation.index import Index
+from curation.near import Pairs, embedding_pairs, group, hash_pairs, mutual
+from curation.removal import Removal, Removals
+
+# alike by hash is only believed where the embeddings do not contradict, and the other way round: plain
+# backgrounds share hashes, and two cars of one model share embeddings
+COSINE_FLOOR = 0.5
+BITS_CEILING = 22
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """data: [n, D] memory map; rows: [n] int64, the index rows they belong to, ascending."""
+
+    data: np.ndarray
+    rows: np.ndarray
+
+    def place(self, rows: np.ndarray) -> np.ndarray:
+        """Index rows -> rows of `data`."""
+        return np.searchsorted(self.rows, rows)
+
+
+def near_pairs(
+    index: Index,
+    embedded: Embedded,
+    first: np.ndarray,
+    second: np.ndarray,
+    bits: int,
+    cosine: float,
+    device: torch.device,
+    seed: int,
+) -> Pairs:
+    """Near copies between two lists of index rows (or within one, given twice); value: the cosine.
+
+    A pair is near when the hashes differ in at most `bits` and the cosine is at least 0.5, or when the cosine
+    is at least `cosine`, each among the other's nearest (within one list), and the hashes differ in at most
+    22.
+    """
+    within = first is second
+    by_hash = hash_pairs(index.phash[first], index.phash[second], bits, within)
+    cosines = np.empty(len(by_hash), dtype=np.float32)
+    for start in range(0, len(by_hash), 65_536):
+        part = slice(start, start + 65_536)
+        x = embedded.data[embedded.place(first[by_hash.first[part]])].astype(np.float32)
+        y = embedded.data[embedded.place(second[by_hash.second[part]])].astype(np.float32)
+        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
+        cosines[part] = (x * y).sum(axis=1) / np.maximum(norms, 1e-12)
+    believed = cosines >= COSINE_FLOOR
+    a, b, value = by_hash.first[believed], by_hash.second[believed], cosines[believed]
+    alike = embedding_pairs(
+        embedded.data, embedded.place(first), embedded.place(second), cosine, device, seed=seed
+    )
+    if within:
+        alike = mutual(alike)
+    bits_apart = np.bitwise_count(index.phash[first[alike.first]] ^ index.phash[second[alike.second]])
+    kept = bits_apart <= BITS_CEILING
+    return Pairs(
+        np.concatenate([a, alike.first[kept]]),
+        np.concatenate([b, alike.second[kept]]),
+        np.concatenate([value, alike.value[kept]]),
+    )
+
+
+def _first_of_each(keys: np.ndarray) -> np.ndarray:
+    """[n, m] -> [n] int64, the first row that equals each row."""
+    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)]
+
+
+def find_leaks(
+    index: Index,
+    embedded: Embedded,
+    alive: np.ndarray,
+    benchmark_of: Callable[[int], str | None],
+    *,
+    bits: int,
+    cosine: float,
+    device: torch.device,
+    seed: int,
+) -> Removal:
+    """Pool rows that are a picture of an excluded source: the same bytes, the same pixels, or near; and rows
+    whose path says that they are a test image of a known benchmark.
+
+    Args:
+        alive: [n] int64 pool rows still in. benchmark_of: row -> the benchmark whose test split it lies in,
+        if any.
+    """
+    out = Removals(len(index))
+    named = [(int(row), name) for row in alive if (name := benchmark_of(int(row)))]
+    for name in dict.fromkeys(name for _, name in named):
+        rows = np.array([row for row, other in named if other == name], dtype=np.int64)
+        out.add(f"{name}: in a folder of its test images", rows)
+    excluded = np.flatnonzero(index.excluded & index.readable)
+    both = np.concatenate([excluded, alive])  # so that the first of equal ones is an excluded one
+    for reason, keys in (("same file", index.file_hash), ("same pixels", index.pixel_hash)):
+        first = both[_first_of_each(keys[both])]
+        hit = index.excluded[first[len(excluded) :]]
+        for number in np.unique(index.source[first[len(excluded) :][hit]]):
+            mine = hit & (index.source[first[len(excluded) :]] == number)
+            of = first[len(excluded) :][mine]
+            out.add(f"{index.sources[number]}: {reason}", alive[mine], of, 1.0)
+    rest = alive[~out.removed()[alive]]
+    pairs = near_pairs(index, embedded, rest, excluded, bits, cosine, device, seed)
+    order = np.lexsort((-pairs.value, pairs.first))
+    order = order[np.unique(pairs.first[order], return_index=True)[1]]  # the best match of each
+    rows, of = rest[pairs.first[order]], excluded[pairs.second[order]]
+    for number in np.unique(index.source[of]):
+        mine = index.source[of] == number
+        name = index.sources[number]
+        out.add(f"{name}: near (cosine)", rows[mine], of[mine], pairs.value[order][mine])
+    return out.finish()
+
+
+def find_duplicates(
+    index: Index,
+    embedded: Embedded,
+    alive: np.ndarray,
+    leaked: np.ndarray,
+    *,
+    bits: int,
+    cosine: float,
+    group_cap: int,
+    track_cap: int,
+    device: torch.device,
+    seed: int,
+) -> Removal:
+    """Of each group of copies the largest picture stays; of each (identity, camera) at most `track_cap` stay.
+
+    Args:
+        alive, leaked: int64 pool rows, ascending. Near copies of a leaked picture go with it.
+    """
+    out = Removals(len(index))
+    keys = np.concatenate([index.file_hash, index.box.astype(np.uint64)], axis=1)
+    for reason, values in (("same file", keys), ("same pixels", index.pixel_hash)):
+        rest = alive[~out.removed()[alive]]
+        first = rest[_first_of_each(values[rest])]
+        copies = first != rest
+        out.add(reason, rest[copies], first[copies], 1.0)
+    rest = np.sort(np.concatenate([alive[~out.removed()[alive]], leaked]))
+    pairs = near_pairs(index, embedded, rest, rest, bits, cosine, device, seed)
+    groups = group(len(rest), pairs, group_cap)
+    best_value = np.zeros(len(rest), dtype=np.float32)
+    np.maximum.at(best_value, pairs.first, pairs.value)
+    np.maximum.at(best_value, pairs.second, pairs.value)
+    is_leaked = np.isin(rest, leaked)
+    with_leak = np.isin(groups, groups[is_leaked])
+    area = index.width[rest].astype(np.int64) * index.height[rest]
+    order = np.lexsort((rest, -area, groups))
+    keeper = np.empty(len(rest), dtype=np.int64)
+    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
+    keeper[order] = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
+    copies = with_leak & ~is_leaked
+    out.add("copy of a leaked picture (cosine)", rest[copies], value=best_value[copies])
+    copies = (keeper != np.arange(len(rest))) & ~with_leak
+    out.add("near copy (cosine)", rest[copies], rest[keeper[copies]], best_value[copies])
+    rest = alive[~out.removed()[alive]]
+    known = rest[(index.identity[rest] >= 0) & (index.camera[rest] >= 0)]
+    pairs_of_ids = np.stack([index.identity[known], index.camera[known]], axis=1)
+    if len(known):
+        _, inverse, counts = np.unique(pairs_of_ids, axis=0, return_inverse=True, return_counts=True)
+        inverse = inverse.reshape(-1)
+        order = np.argsort(inverse, kind="stable")
+        place = np.arange(len(known)) - np.repeat(np.cumsum(counts) - counts, counts)
+        total = counts[inverse[order]]
+        # evenly spaced frames stay: the k-th that begins a new of `track_cap` equal stretches
+        cap = np.minimum(total, track_cap)
+        stays = (place * cap // total) != ((place - 1) * cap // total)
+        gone = known[order[~stays]]
+        out.add("beyond the cap of its identity and camera (images)", np.sort(gone), value=track_cap)
+    return out.finish()

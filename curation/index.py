@@ -1,0 +1,144 @@
+"""The first stage: every image of every source is opened once; what was seen is index.csv."""
+
+import csv
+import io
+import os
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from curation.measure import FIELDS, measure_image
+from curation.sources import JoinedImages
+from util.checkpoint import write_atomic
+from util.claim import claim
+from util.dist import barrier, get_rank, get_world_size, is_main_process
+from util.progress import Progress
+from util.work import map_in_order, worker_pool
+
+PART_IMAGES = 4096
+BLOCK_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class Index:
+    """Columns of index.csv as arrays [N]; texts of which only equality matters are numbers (-1: empty).
+
+    source: int32 (into `sources`), excluded: bool, width, height: int32 px, box: [N, 4] int32 px (zeros:
+    none), file_hash, pixel_hash: [N, 2] uint64 (their first 128 bits), phash: uint64, brightness, contrast,
+    sharpness: float32, identity, camera: int32, readable: bool.
+    """
+
+    sources: list[str]
+    source: np.ndarray
+    excluded: np.ndarray
+    width: np.ndarray
+    height: np.ndarray
+    box: np.ndarray
+    file_hash: np.ndarray
+    pixel_hash: np.ndarray
+    phash: np.ndarray
+    brightness: np.ndarray
+    contrast: np.ndarray
+    sharpness: np.ndarray
+    identity: np.ndarray
+    camera: np.ndarray
+    readable: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, workers: int | None) -> None:
+    """Write folder/index.csv; the ranks share the work, a killed run goes on at the first part that is
+    missing."""
+    parts = folder / "index.parts"
+    claim(parts / "job.json", job, "unfinished index")
+    starts = range(0, len(images), PART_IMAGES)
+    todo = [s for s in starts if not _part(parts, s).is_file()][get_rank() :: get_world_size()]
+    total = sum(min(PART_IMAGES, len(images) - s) for s in todo)
+    progress = Progress("opened", total, shown=is_main_process())
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: processes of this machine
+    workers = workers or max(1, (os.cpu_count() or 1) // local)
+    done = 0
+    with worker_pool(workers) as pool:
+        for start in todo:
+            numbers = range(start, min(start + PART_IMAGES, len(images)))
+            measure = partial(_measure_chunk, images=images, margin=margin)
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            for row in map_in_order(pool, measure, numbers, workers):
+                writer.writerow(row)
+                done += 1
+                if done % 512 == 0:
+                    progress.update(done)
+            write_atomic(
+                _part(parts, start), lambda f, t=text: f.write(t.getvalue().encode("utf-8", "replace"))
+            )
+        progress.update(done)
+    progress.close()
+    barrier()
+    if is_main_process():
+
+        def join(opened) -> None:
+            opened.write((",".join(FIELDS) + "\n").encode())
+            for start in starts:
+                opened.write(_part(parts, start).read_bytes())
+
+        write_atomic(folder / "index.csv", join)
+        for start in starts:
+            _part(parts, start).unlink()
+        (parts / "job.json").unlink()
+        parts.rmdir()
+    barrier()
+
+
+def _part(parts: Path, start: int) -> Path:
+    return parts / f"part_{start:09d}.csv"
+
+
+def _measure_chunk(numbers: list[int], images: JoinedImages, margin: float) -> list[list[str]]:
+    return [measure_image(images, number, margin) for number in numbers]
+
+
+def load_index(file: Path) -> Index:
+    """index.csv -> arrays, block by block: no more than a few rows are Python objects at a time."""
+    known: dict[str, dict[str, int]] = {column: {} for column in ("source", "identity", "camera")}
+    rows, blocks = read_rows(file), []
+    while block := list(islice(rows, BLOCK_ROWS)):
+        blocks.append(_columns(block, known))
+    joined = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return Index(list(known["source"]), **joined)
+
+
+def _columns(rows: list[dict[str, str]], known: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:
+    columns: dict[str, np.ndarray] = {
+        "excluded": np.array([row["role"] == "exclude" for row in rows]),
+        "readable": np.array([not row["problem"] for row in rows]),
+        "phash": np.array([int(row["phash"] or "0", 16) for row in rows], dtype=np.uint64),
+    }
+    for column, numbers in known.items():
+        # the same id in two sources is two vehicles
+        keys = [row[column] and (row["source"] + "\0" + row[column]) for row in rows]
+        if column == "source":
+            keys = [row[column] for row in rows]
+        values = [numbers.setdefault(key, len(numbers)) if key else -1 for key in keys]
+        columns[column] = np.array(values, dtype=np.int32)
+    for column in ("width", "height"):
+        columns[column] = np.array([int(row[column] or 0) for row in rows], dtype=np.int32)
+    for column in ("brightness", "contrast", "sharpness"):
+        columns[column] = np.array([float(row[column] or 0) for row in rows], dtype=np.float32)
+    boxes = [row["box"].split() or (0, 0, 0, 0) for row in rows]
+    columns["box"] = np.array(boxes, dtype=np.int32)
+    for column, text in (("file_hash", "sha256"), ("pixel_hash", "pixels")):
+        halves = [(int(row[text][:16] or "0", 16), int(row[text][16:32] or "0", 16)) for row in rows]
+        columns[column] = np.array(halves, dtype=np.uint64)
+    return columns
+
+
+def read_rows(file: Path):
+    """The rows of index.csv as dicts, one at a time."""
+    with open(file, encoding="utf-8", newline="") as opened:
+        yield from csv.DictReader(opened)

@@ -1,0 +1,143 @@
+"""Where a pool comes from: named folders, manifests and packed sets, joined into one numbered list of
+images."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from datasets.manifest import iterate_manifest, list_images
+from datasets.packed import PackedImages
+from datasets.path_list import PathList
+from util.errors import InputError
+
+TEST_SPLITS = ("val", "valid", "validation", "dev", "test", "query", "gallery")
+COLUMNS = ("identity", "camera", "box")
+
+
+@dataclass
+class Source:
+    """One `--pool` or `--exclude`. `columns` holds the values of a manifest's columns as texts, by their
+    role; left_out counts the rows that a manifest's own column `split` puts on the other side."""
+
+    name: str
+    role: str  # "pool" or "exclude"
+    paths: PathList | PackedImages
+    columns: dict[str, PathList] = field(default_factory=dict)
+    left_out: int = 0
+
+
+class JoinedImages:
+    """The images of all sources under running numbers; item i is what `open_rgb` opens."""
+
+    def __init__(self, sources: list[Source]):
+        self.sources = sources
+        self.ends = np.cumsum([len(source.paths) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def locate(self, number: int) -> tuple[int, int]:
+        """-> (which source, which of its images)."""
+        source = int(np.searchsorted(self.ends, number, side="right"))
+        return source, number - (int(self.ends[source - 1]) if source else 0)
+
+    def __getitem__(self, number: int):
+        source, index = self.locate(number)
+        return self.sources[source].paths[index]
+
+    def text(self, number: int, column: str) -> str:
+        """A manifest's value, or ''."""
+        source, index = self.locate(number)
+        values = self.sources[source].columns.get(column)
+        return values.relative(index) if values is not None else ""
+
+    def name(self, number: int) -> str:
+        """The absolute path of a file; for a packed image the folder and the name it had."""
+        source, index = self.locate(number)
+        paths = self.sources[source].paths
+        return str(Path(paths.root).absolute() / paths.relative(index))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Identity of what the sources list, by source."""
+        found = {}
+        for source in self.sources:
+            values = [source.columns[name].sha256() for name in sorted(source.columns)]
+            found[f"{source.role} {source.name}"] = " ".join([source.paths.sha256(), *values])
+        return found
+
+
+def open_sources(pools: list[str], excludes: list[str], column_names: dict[str, str]) -> JoinedImages:
+    """Read `NAME=PATH` flags.
+
+    Of a manifest with a column `split`, a pool takes all rows but validation and test ones, and an exclusion
+    all rows but `train`; so one labels.csv can be given to both.
+
+    Args:
+        column_names: role (`identity`, `camera`, `box`) -> the manifest's column of that meaning.
+    Raises:
+        InputError: no NAME=, a name given twice, nothing there, no row left.
+    """
+    sources: list[Source] = []
+    for role, specs in (("pool", pools), ("exclude", excludes)):
+        for spec in specs:
+            name, equals, path = spec.partition("=")
+            if not equals or not name or not path:
+                raise InputError(f"--{role} {spec}: write NAME=PATH, for example cars=/data/cars")
+            if any(other.name == name and other.role == role for other in sources):
+                raise InputError(f"--{role} {name} is given twice: choose another name for {path}")
+            sources.append(_open(name, role, Path(path), column_names))
+    return JoinedImages(sources)
+
+
+def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Source:
+    if not path.exists():
+        raise InputError(f"--{role} {name}={path} does not exist: give a folder, a manifest or a packed set")
+    if path.is_dir():
+        return Source(name, role, list_images(path))
+    kept: list[str] = []
+    values: dict[str, list[str]] = {column: [] for column in COLUMNS}
+    left_out = 0
+    for row in iterate_manifest(path):
+        split = (row.get("split") or "").lower()
+        if split in TEST_SPLITS if role == "pool" else split == "train":
+            left_out += 1
+            continue
+        kept.append(row["path"])
+        for column in COLUMNS:
+            value = row.get(column_names[column])
+            values[column].append("" if value is None else _as_text(value))
+    if not kept:
+        side = "validation or test" if role == "pool" else "training"
+        raise InputError(
+            f"--{role} {name}={path}: all {left_out} rows are {side} rows by their column 'split'"
+        )
+    columns = {column: PathList(Path(), texts) for column, texts in values.items() if any(texts)}
+    return Source(name, role, PathList(path.parent, kept), columns, left_out)
+
+
+def _as_text(value) -> str:
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def parse_box(text: str, width: int, height: int, margin: float) -> tuple[int, int, int, int]:
+    """`left upper right lower` in px (spaces, commas or semicolons), grown by `margin` of its size on each
+    side and cut to the picture.
+
+    Raises:
+        ValueError: not four numbers, or nothing of the box lies in the picture.
+    """
+    numbers = [float(part) for part in text.replace(",", " ").replace(";", " ").strip("[]() ").split()]
+    if len(numbers) != 4:
+        raise ValueError(f"the box '{text}' has {len(numbers)} numbers, not left upper right lower")
+    left, upper, right, lower = numbers
+    grow_x, grow_y = margin * (right - left), margin * (lower - upper)
+    box = (
+        max(0, round(left - grow_x)),
+        max(0, round(upper - grow_y)),
+        min(width, round(right + grow_x)),
+        min(height, round(lower + grow_y)),
+    )
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError(f"the box '{text}' leaves nothing of a picture of {width} x {height} px")
+    return box

@@ -1,0 +1,72 @@
+"""Named stages with a record each: a stage that was done with the same settings is not done again."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from util.checkpoint import write_json
+from util.dist import is_main_process, print_main
+
+
+class Stages:
+    """Runs stages in order. Each leaves `stages/NAME.json` with its settings, counts and seconds; its
+    fingerprint covers the settings of all stages before it, so a change redoes that stage and those after
+    it, no others."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.fingerprint = ""
+        self.records: dict[str, dict] = {}
+
+    def run(self, name: str, settings: dict, work: Callable[[str], dict], shared: bool = False) -> dict:
+        """Do the stage or recall it.
+
+        Args:
+            settings: everything its result depends on beside the stages before.
+            work: takes the fingerprint, returns the counts to record.
+            shared: all ranks work; otherwise rank 0 does, and the others wait for its record.
+        Returns:
+            The counts.
+        """
+        text = json.dumps([self.fingerprint, name, settings], sort_keys=True)
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
+        record = self._read(name)
+        if record is None:
+            print_main(f"== {name}")
+            started = time.perf_counter()
+            counts = work(self.fingerprint) if shared or is_main_process() else {}
+            if is_main_process():
+                seconds = round(time.perf_counter() - started, 2)
+                record = {
+                    "fingerprint": self.fingerprint,
+                    "settings": settings,
+                    "counts": counts,
+                    "seconds": seconds,
+                }
+                write_json(self._file(name), record)
+                print_main(f"{name}: {_short(counts)} ({seconds:.1f} s)")
+            while record is None:
+                time.sleep(0.2)
+                record = self._read(name)
+        else:
+            print_main(f"== {name}: done before, {_short(record['counts'])}")
+        self.records[name] = record
+        return record["counts"]
+
+    def _file(self, name: str) -> Path:
+        return self.folder / "stages" / f"{name}.json"
+
+    def _read(self, name: str) -> dict | None:
+        try:
+            record = json.loads(self._file(name).read_text())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return None
+        return record if record.get("fingerprint") == self.fingerprint else None
+
+
+def _short(counts: dict) -> str:
+    plain = {k: v for k, v in counts.items() if isinstance(v, (int, float, str))}
+    parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()]
+    return ", ".join(parts) or "nothing"

@@ -1,0 +1,385 @@
+"""main_curate.py on a pool whose flaws are known."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, parse, run_command
+from PIL import Image, ImageFilter
+
+import main_curate
+from curation.duplicates import Embedded, find_duplicates
+from curation.index import Index, load_index, read_rows
+from curation.measure import perceptual_hash, sharpness
+from curation.near import Pairs, embedding_pairs, group, hash_pairs, mutual
+from curation.sources import open_sources, parse_box
+from datasets.demo_pool import write_pool
+from datasets.manifest import list_images
+from tools import pack
+from util.errors import InputError
+
+CPU = torch.device("cpu")
+COLUMNS = {"identity": "pid", "camera": "camid", "box": "box"}
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("curate") / "pool"
+    write_pool(folder, 240, 64, 0, processes=1)
+    return folder
+
+
+def flags(pool: Path, teacher_files, output: Path, *more: str) -> list[str]:
+    config, weights = teacher_files
+    words = f"--pool demo={pool}/photos --exclude bench={pool}/benchmark --output {output} --device cpu"
+    words += f" --clip_model {config} --clip_pretrained {weights} --target_size 60 --num_workers 1"
+    # embeddings of random weights are all alike: only hashes may decide here
+    words += " --near_cosine 0.9999 --leak_cosine 0.9999 --min_side 40 --levels 30 6 --resampling 2"
+    return [*words.split(), *more]
+
+
+def curate(words: list[str]) -> dict:
+    return main_curate.main(parse(main_curate.get_args_parser(), words))
+
+
+@pytest.fixture(scope="module")
+def curated(pool, teacher_files, tmp_path_factory) -> tuple[Path, dict]:
+    output = tmp_path_factory.mktemp("curated") / "out"
+    return output, curate(flags(pool, teacher_files, output))
+
+
+def removed(output: Path) -> dict[str, dict]:
+    found = {}
+    for stage in main_curate.DROPS:
+        with open(output / f"{stage}.csv", newline="") as opened:
+            found |= {row["path"]: row | {"stage": stage} for row in csv.DictReader(opened)}
+    return found
+
+
+def truth_of(pool: Path) -> dict[str, dict]:
+    with open(pool / "truth.csv", newline="") as opened:
+        return {str((pool / row["path"]).absolute()): row for row in csv.DictReader(opened)}
+
+
+def origin(truth: dict, pool: Path, path: str) -> str:
+    """Copies of copies lead to one picture; a track is one thing."""
+    row = truth[path]
+    if not row["of"] or row["kind"].startswith("leak"):
+        return path
+    return origin(truth, pool, str((pool / row["of"]).absolute()))
+
+
+def test_planted_flaws_are_found(pool, curated):
+    output, _ = curated
+    truth, gone = truth_of(pool), removed(output)
+    kinds = {
+        kind: [p for p, row in truth.items() if row["kind"] == kind]
+        for kind in Counter(row["kind"] for row in truth.values())
+    }
+    for kind in ("corrupt", "small", "aspect", "exposure"):
+        assert kinds[kind] and all(gone[path]["stage"] == "quality" for path in kinds[kind]), kind
+    assert all(gone[path]["stage"] == "leaks" for path in kinds["leak_exact"])
+    for kind in ("exact_copy", "pixel_copy"):
+        pairs = [(path, str((pool / truth[path]["of"]).absolute())) for path in kinds[kind]]
+        assert pairs and not [pair for pair in pairs if pair[0] not in gone and pair[1] not in gone], kind
+    near = [(path, str((pool / truth[path]["of"]).absolute())) for path in kinds["near_copy"]]
+    found = sum(a in gone or b in gone for a, b in near)
+    assert found / len(near) >= 0.8
+    copies = [(path, row["of"]) for path, row in gone.items() if row["stage"] == "duplicates" and row["of"]]
+    right = sum(origin(truth, pool, a) == origin(truth, pool, b) for a, b in copies)
+    assert right / len(copies) >= 0.95
+
+
+def test_the_manifest_is_what_was_chosen(pool, curated):
+    output, counts = curated
+    paths = list_images(output / "manifest.csv")
+    selection = np.load(output / "selection.npy")
+    assert len(paths) == 60 == len(selection) == len(np.unique(selection))
+    index_rows = list(read_rows(output / "index.csv"))
+    with open(output / "manifest.csv", newline="") as opened:
+        rows = list(csv.DictReader(opened))
+    assert [row["path"] for row in rows] == [index_rows[i]["path"] for i in selection]
+    assert not {row["path"] for row in rows} & set(removed(output))
+    assert set(rows[0]) >= {"source", "sha256", "width", "height", "cluster1", "cluster2", "distance"}
+    # clusters in the manifest are those of the arrays on disk
+    tree = output / counts["cluster"]["folder"] / "all"
+    indices, offsets = np.load(tree / "indices1.npy"), np.load(tree / "offsets1.npy")
+    tree_rows = np.load(tree / "rows.npy")
+    for number, row in list(zip(selection, rows))[:10]:
+        j = int(row["cluster1"])
+        assert number in tree_rows[indices[offsets[j] : offsets[j + 1]]]
+    # water-filling over the top clusters: none that was cut is two below another
+    top = Counter(row["cluster2"] for row in rows)
+    assert len(top) == 6 and sum(top.values()) == 60
+
+
+def test_the_report_shows_it(curated):
+    output, counts = curated
+    page = (output / "report.html").read_text()
+    assert "{{" not in page and page.count("data:image/jpeg") > 60
+    for text in ("unreadable", "same file", "near copy", "60 of 240 images", "<polyline"):
+        assert text in page, text
+    written = json.loads((output / "curation.json").read_text())
+    assert written["stages"]["sample"]["counts"]["images"] == 60 and written["evidence"] == counts["evidence"]
+
+
+def test_stages_are_not_done_again_and_later_settings_keep_earlier_work(pool, teacher_files, curated, capsys):
+    output, _ = curated
+    before = (output / "manifest.csv").read_bytes()
+    curate(flags(pool, teacher_files, output))
+    said = capsys.readouterr().out
+    assert said.count("done before") == 9 and (output / "manifest.csv").read_bytes() == before
+    other = curate(flags(pool, teacher_files, output, "--target_size", "40"))
+    said = capsys.readouterr().out
+    assert said.count("done before") == 7 and other["sample"]["images"] == 40
+    assert len(list_images(output / "manifest.csv")) == 40
+    curate(flags(pool, teacher_files, output))
+    assert (output / "manifest.csv").read_bytes() == before
+
+
+def test_killed_anywhere_the_manifest_is_the_same(pool, teacher_files, curated, tmp_path):
+    """kill -9 as soon as each stage's record appears, hence somewhere in the next one."""
+    output, _ = curated
+    words = [*command("main_curate.py"), *flags(pool, teacher_files, tmp_path / "out")]
+    done = set()
+    for stage in ("index", "embed", "leaks", "cluster", "sample"):
+        process = subprocess.Popen(
+            words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        record = tmp_path / "out" / "stages" / f"{stage}.json"
+        deadline = time.monotonic() + 120
+        while not record.is_file() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        stamps = {file.name: file.stat().st_mtime_ns for file in record.parent.glob("*.json")}
+        assert done <= set(stamps.items()), "a finished stage was done again"
+        done = set(stamps.items())
+    last = run_command(words)
+    assert last.returncode == 0, last.stderr
+    assert (tmp_path / "out" / "manifest.csv").read_bytes() == (output / "manifest.csv").read_bytes()
+
+
+def test_an_index_goes_on_at_the_missing_part(pool, tmp_path, monkeypatch):
+    images = open_sources([f"demo={pool}/photos"], [], COLUMNS)
+    monkeypatch.setattr("curation.index.PART_IMAGES", 50)
+    from curation.index import build_index
+
+    build_index(images, tmp_path / "whole", {"job": "a"}, 0.0, 1)
+    real, calls = sys.modules["curation.index"].write_atomic, []
+
+    def failing(file, write):
+        calls.append(file)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return real(file, write)
+
+    monkeypatch.setattr("curation.index.write_atomic", failing)
+    with pytest.raises(KeyboardInterrupt):
+        build_index(images, tmp_path / "cut", {"job": "a"}, 0.0, 1)
+    monkeypatch.setattr("curation.index.write_atomic", real)
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "index.parts").glob("*.csv")}
+    assert len(kept) == 2
+    with pytest.raises(InputError, match="holds another unfinished index"):
+        build_index(images, tmp_path / "cut", {"job": "b"}, 0.0, 1)
+    build_index(images, tmp_path / "cut", {"job": "a"}, 0.0, 1)
+    assert (tmp_path / "cut" / "index.csv").read_bytes() == (tmp_path / "whole" / "index.csv").read_bytes()
+
+
+def test_two_ranks_choose_the_same(pool, teacher_files, curated, tmp_path):
+    words = flags(pool, teacher_files, tmp_path / "out")
+    done = run_command(command("main_curate.py", *words, processes=2))
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "manifest.csv").read_bytes() == (curated[0] / "manifest.csv").read_bytes()
+
+
+def test_packed_and_boxed_images_get_files_of_their_own(pool, teacher_files, tmp_path):
+    flags_of = pack.get_args_parser().parse_args
+    clean = [p for p, row in truth_of(pool).items() if row["kind"] == "clean"]
+    (tmp_path / "clean.txt").write_text("\n".join(clean[:40]))
+    pack.main(flags_of(["--data_path", str(tmp_path / "clean.txt"), "--output", str(tmp_path / "packed")]))
+    with open(tmp_path / "boxed.csv", "w") as opened:
+        opened.write(
+            "path,box,pid,camid\n"
+            + "".join(f"{p},10 5 60 50,{i % 5},0\n" for i, p in enumerate(clean[40:80]))
+        )
+    words = f"--pool packed={tmp_path}/packed boxed={tmp_path}/boxed.csv --output {tmp_path}/out --device cpu"
+    words += f" --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --target_size 20"
+    words += " --num_workers 1 --min_side 20 --levels 6 --resampling 1 --stratify source --quota packed=0.25"
+    words += " --box_margin 0 --track_cap 3 --near_cosine 1 --near_bits 0"
+    counts = curate(words.split())
+    assert counts["sample"] == {"images": 20, "from packed": 5, "from boxed": 15}
+    assert counts["write"]["written_images"] == 20
+    assert counts["duplicates"]["beyond the cap of its identity and camera (images)"] >= 20
+    paths = list_images(tmp_path / "out" / "manifest.csv")
+    sizes = {Image.open(paths[i]).size for i in range(20)}
+    assert (50, 45) in sizes and any(size != (50, 45) for size in sizes)
+
+
+def test_bad_input_has_one_sentence(pool, teacher_files, tmp_path):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (tmp_path / "test_only.csv").write_text("path,split\na.jpg,test\n")
+    (tmp_path / "prompts.json").write_text("{}")
+    for more, message in (
+        (["--pool", "photos"], "write NAME=PATH"),
+        (["--pool", f"demo={pool}/photos"], "given twice"),
+        (["--pool", f"a={tmp_path}/nothing"], "does not exist"),
+        (["--pool", f"a={empty}"], "it is empty"),
+        (["--pool", f"a={tmp_path}/test_only.csv"], "all 1 rows are validation or test rows"),
+        (["--near_bits", "9"], "must be from 0 to 7"),
+        (["--quota", "demo=0.5"], "--quota needs --stratify source"),
+        (["--stratify", "source", "--quota", "cars=0.5"], "one of demo"),
+        (["--stratify", "source", "--quota", "demo=0.5"], "raise a quota or lower the target"),
+        (["--checkpoint", "x.pth", "--vehicle_filter"], "drop one of them"),
+        (["--vehicle_filter", "--vehicle_prompts", f"{tmp_path}/prompts.json"], "vehicle"),
+        (["--target_size", "5000"], "images are left"),
+        (["--levels", "10", "20"], "level 2 makes 20 clusters of 10"),
+        (["--min_side", "1000"], "no image is left to choose from"),
+    ):
+        with pytest.raises(InputError, match=message):
+            curate([*flags(pool, teacher_files, tmp_path / "out"), *more])
+
+
+def test_boxes():
+    assert parse_box("10, 20 30;40", 100, 100, 0) == (10, 20, 30, 40)
+    assert parse_box("[10 20 30 40]", 35, 100, 0.5) == (0, 10, 35, 50)
+    for text in ("1 2 3", "200 200 300 300", "a b c d"):
+        with pytest.raises(ValueError):
+            parse_box(text, 100, 100, 0)
+
+
+def test_manifest_rows_of_the_other_split_stay_out(pool, tmp_path):
+    paths = list(truth_of(pool))[:9]
+    lines = [f"{p},{s}" for p, s in zip(paths, ("train", "val", "test") * 3)]
+    (tmp_path / "cars.csv").write_text("path,split\n" + "\n".join(lines))
+    images = open_sources([f"cars={tmp_path}/cars.csv"], [f"cars={tmp_path}/cars.csv"], COLUMNS)
+    assert [len(source.paths) for source in images.sources] == [3, 6]
+    assert [source.left_out for source in images.sources] == [6, 3]
+    assert images.name(0) == paths[0] and images.name(3) == paths[1]
+
+
+def plain_pairs(first, second, bits, same):
+    return {
+        (i, j)
+        for i, a in enumerate(first.tolist())
+        for j, b in enumerate(second.tolist())
+        if (a ^ b).bit_count() <= bits and (not same or i < j)
+    }
+
+
+@pytest.mark.parametrize("bits", [0, 3, 4, 7])
+def test_hash_pairs_miss_none(bits):
+    rng = np.random.default_rng(bits)
+    base = rng.integers(0, 2**64, 60, dtype=np.uint64)
+    near = base.copy()
+    for i in range(60):
+        for bit in rng.choice(64, i % 10, replace=False):
+            near[i] ^= np.uint64(1) << np.uint64(bit)
+    both = np.concatenate([base, near])
+    found = hash_pairs(both, both, bits, True)
+    assert set(zip(found.first.tolist(), found.second.tolist())) == plain_pairs(both, both, bits, True)
+    found = hash_pairs(near, base, bits, False)
+    assert set(zip(found.first.tolist(), found.second.tolist())) == plain_pairs(near, base, bits, False)
+    assert all(-v == (int(near[a]) ^ int(base[b])).bit_count() for a, b, v in zip(*vars(found).values()))
+
+
+def test_embedding_pairs_by_cells_find_what_comparing_all_finds(monkeypatch):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3000, 16)).astype(np.float32)
+    x[1500:1600] = x[:100] + 0.05 * rng.standard_normal((100, 16))
+    rows = np.arange(3000)
+    all_pairs = mutual(embedding_pairs(x, rows, rows, 0.97, CPU))
+    monkeypatch.setattr("curation.near.BRUTE_ROWS", 100)
+    cells = mutual(embedding_pairs(x, rows, rows, 0.97, CPU))
+    expected = set(zip(all_pairs.first.tolist(), all_pairs.second.tolist()))
+    found = set(zip(cells.first.tolist(), cells.second.tolist()))
+    assert len(expected) >= 95 and found <= expected and len(found) >= 0.97 * len(expected)
+
+
+def test_groups_are_capped_and_the_most_alike_come_first():
+    chain = Pairs(np.arange(9), np.arange(1, 10), np.linspace(0.9, 0.99, 9).astype(np.float32))
+    groups = group(10, chain, cap=4)
+    sizes = Counter(groups.tolist())
+    assert max(sizes.values()) == 4 and groups[9] == groups[8] == groups[7] == groups[6]
+    assert len(set(group(10, chain, cap=100).tolist())) == 1
+
+
+def fake_index(n: int, **columns) -> Index:
+    values = dict(
+        sources=["a"], source=np.zeros(n, np.int32), excluded=np.zeros(n, bool), width=np.full(n, 100),
+        height=np.full(n, 100), box=np.zeros((n, 4), np.int32),
+        file_hash=np.arange(2 * n, dtype=np.uint64).reshape(n, 2),
+        pixel_hash=np.arange(2 * n, dtype=np.uint64).reshape(n, 2),
+        phash=np.random.default_rng(0).integers(0, 2**64, n, dtype=np.uint64),
+        brightness=np.full(n, 100.0), contrast=np.full(n, 50.0), sharpness=np.full(n, 50.0),
+        identity=np.full(n, -1), camera=np.full(n, -1), readable=np.ones(n, bool),
+    )  # fmt: skip
+    return Index(**(values | columns))
+
+
+def test_the_largest_copy_stays_and_copies_of_leaks_go():
+    n = 8
+    phash = np.random.default_rng(1).integers(0, 2**64, n, dtype=np.uint64)
+    phash[1], phash[2], phash[5] = phash[0], phash[0], phash[4]
+    width = np.full(n, 100)
+    width[1] = 400
+    index = fake_index(n, phash=phash, width=width)
+    x = np.random.default_rng(2).standard_normal((n, 32)).astype(np.float32)
+    x[1], x[2], x[5] = x[0], x[0], x[4]
+    rows = np.arange(n)
+    removal = find_duplicates(
+        index, Embedded(x, rows), rows[rows != 4], np.array([4]), bits=6, cosine=0.97, group_cap=16,
+        track_cap=4, device=CPU, seed=0,
+    )  # fmt: skip
+    assert removal.rows.tolist() == [0, 2, 5] and removal.of.tolist() == [1, 1, -1]
+    assert removal.counts() == {"copy of a leaked picture (cosine)": 1, "near copy (cosine)": 2}
+
+
+def test_frames_of_a_track_are_spread():
+    n = 40
+    identity = np.where(np.arange(n) < 30, 7, -1)
+    index = fake_index(n, identity=identity, camera=np.zeros(n, np.int32))
+    x = np.random.default_rng(2).standard_normal((n, 32)).astype(np.float32)
+    rows = np.arange(n)
+    removal = find_duplicates(
+        index, Embedded(x, rows), rows, rows[:0], bits=0, cosine=1.0, group_cap=16, track_cap=3, device=CPU,
+        seed=0,
+    )  # fmt: skip
+    left = np.setdiff1d(rows, removal.rows)
+    assert (left < 30).sum() == 3 and (left >= 30).sum() == 10
+    assert np.diff(left[:3]).min() >= 9
+
+
+def test_hash_and_sharpness_measure_what_they_say(pool):
+    path = next(p for p, row in truth_of(pool).items() if row["kind"] == "clean")
+    image = Image.open(path).convert("L")
+    smaller = image.resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.BICUBIC)
+    apart = (perceptual_hash(image) ^ perceptual_hash(smaller)).bit_count()
+    turned = (
+        perceptual_hash(image) ^ perceptual_hash(image.transpose(Image.Transpose.ROTATE_90))
+    ).bit_count()
+    assert apart <= 6 < 16 <= turned
+    values = np.asarray(image, dtype=np.float32)
+    blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(4)), dtype=np.float32)
+    assert sharpness(blurred) < 0.3 * sharpness(values)
+
+
+def test_index_arrays_are_the_table(pool, curated):
+    index = load_index(curated[0] / "index.csv")
+    rows = list(read_rows(curated[0] / "index.csv"))
+    assert len(index) == len(rows) and index.excluded.sum() == sum(row["role"] == "exclude" for row in rows)
+    for i in (0, len(rows) // 2, len(rows) - 1):
+        assert index.sources[index.source[i]] == rows[i]["source"]
+        assert index.readable[i] == (rows[i]["problem"] == "")
+        assert index.phash[i] == int(rows[i]["phash"] or "0", 16)
