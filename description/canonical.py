@@ -73,6 +73,10 @@ def split_class_name(name: str) -> dict[str, str]:
     body = _ends_with("body", name)
     if body:
         found["body"] = body
+    else:  # "F-150 Regular Cab": the ending says the body and is part of the model's name
+        for word, endings in TABLE["body_hints"].items():
+            if name.lower().endswith(tuple(endings)):
+                found["body"] = word
     return found | ({"model": name} if name else {})
 
 

@@ -18,7 +18,8 @@ CHARACTERS = {1: "latin-1", 2: "latin-1", 4: "utf-16", 16: "utf-8", 17: "utf-16"
 
 
 def read_cell_strings(file: str | Path, variable: str) -> list[str | None]:
-    """The strings of one cell array in MATLAB's (column-major) order, None for empty cells.
+    """The strings of one cell array in MATLAB's (column-major) order, None for empty cells. A file with
+    only one cell array is read whatever its name.
 
     Raises:
         InputError: no such file or variable, another format (v7.3 is HDF5), damage.
@@ -34,21 +35,22 @@ def read_cell_strings(file: str | Path, variable: str) -> list[str | None]:
             "a line"
         )
     order = "<" if data[126:128] == b"IM" else ">"
-    found = []
+    found: dict[str, list[str | None] | None] = {}
     try:
         for kind, content in _elements(data[128:], order):
             if kind == MI_COMPRESSED:
                 [(kind, content)] = _elements(zlib.decompress(content), order)
             if kind == MI_MATRIX:
                 name, strings = _cell(content, order)
-                if name == variable and strings is not None:
-                    return strings
-                found.append(name)
-    except (struct.error, zlib.error, ValueError, KeyError) as error:
+                found[name] = strings
+    except (struct.error, zlib.error, ValueError, KeyError, IndexError) as error:
         raise InputError(f"{file} is damaged ({error}): copy it again") from error
-    raise InputError(
-        f"{file} has no cell array '{variable}': it holds {', '.join(filter(None, found)) or 'nothing'}"
-    )
+    cells = {name: strings for name, strings in found.items() if strings is not None}
+    if variable not in cells and len(cells) != 1:
+        raise InputError(
+            f"{file} has no cell array '{variable}': it holds {', '.join(filter(None, found)) or 'nothing'}"
+        )
+    return cells.get(variable) or next(iter(cells.values()))
 
 
 def _elements(data: bytes, order: str) -> Iterator[tuple[int, bytes]]:

@@ -33,7 +33,7 @@ def read_rows(args, columns: dict[str, str], templates: Templates, facts: dict) 
     facts["attributes"] = sorted({slot for row in rows for slot, _ in row})
     facts["invisible_columns"] = sorted(seen & set(INVISIBLE))
     for (slot, value), count in unknown.most_common(8):
-        kind = "kept as it is" if slot in CLOSED and not value.isdigit() else "left out"
+        kind = "kept as it is" if slot in CLOSED and any(c.isalpha() for c in value) else "left out"
         print(f"unknown {slot} '{value}' in {count} rows: {kind}")
     facts["unknown_values"] = len(unknown)
     return rows
