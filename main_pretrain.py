@@ -91,7 +91,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--clip_pretrained", default="openai",
         help="open_clip tag, or a weight file .pt .bin .safetensors (default openai)")
     add("--text_bank", default=None,
-        help="texts .txt or .jsonl, or an encoded bank .safetensors (default: built-in vocabulary)")
+        help="texts .txt or .jsonl, or encoded: .safetensors or a folder of main_describe.py "
+        "(default: built-in vocabulary)")
     add("--teacher_cache", default=None,
         help="folder of tools.reinforce: stored embeddings, no teacher runs (default none)")
     add("--teacher_view", default="crop", choices=("crop", "full"),

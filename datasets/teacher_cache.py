@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.text_bank import load_bank
+from datasets.text_bank import is_encoded, read_encoded
 from models_teacher import TeacherIdentity
 from util.errors import InputError
 
@@ -74,13 +74,13 @@ class TeacherCache:
     def bank(self, text_bank: str | None):
         """The encoded text bank: the one stored in the cache, or an encoded file of the same teacher."""
         file = Path(text_bank) if text_bank else self.folder / "text_bank.safetensors"
-        if file.suffix != ".safetensors":
+        if not is_encoded(file):
             raise InputError(
                 f"--text_bank {file} is not encoded and --teacher_cache brings no text tower: pass the "
-                "texts to tools.reinforce, or give an encoded bank (.safetensors)"
+                "texts to tools.reinforce, or give an encoded bank (.safetensors, or a folder of "
+                "main_describe.py)"
             )
-        embeddings, texts = load_bank(file, self.identity)
-        return embeddings, texts, f"{len(texts)} encoded texts of {file}"
+        return read_encoded(file, self.identity)
 
 
 def cache_header(teacher: dict, views: int, **transform) -> dict:

@@ -7,6 +7,7 @@ import re
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
@@ -15,6 +16,7 @@ from util.checkpoint import write_safetensors
 from util.errors import InputError
 
 VOCABULARY = Path(__file__).with_name("vocabulary.json")
+FOLDER_FILES = ("bank.json", "bank.npy", "texts.jsonl")
 
 
 def built_in_texts() -> list[str]:
@@ -49,37 +51,54 @@ def build_bank(text_bank: str | None, clip, tokenizer, identity: TeacherIdentity
     """The bank U of the distillation.
 
     Args:
-        text_bank: .txt or .jsonl of texts, an encoded bank (.safetensors), or None for the
-            built-in vehicle vocabulary.
+        text_bank: .txt or .jsonl of texts, an encoded bank (.safetensors, or a folder of
+            main_describe.py), or None for the built-in vehicle vocabulary.
         clip, tokenizer, identity: the teacher; only used to encode where the file is not encoded.
     Returns:
         (embeddings [T, D_t] float32 CPU unit rows, texts, one line that says what it is).
     Raises:
-        InputError: no such file, too few texts, or a bank that another teacher made.
+        InputError: no such file, too few texts, or a bank that is damaged or that another teacher made.
     """
     if text_bank is None:
         texts, source = built_in_texts(), "built-in vehicle vocabulary"
     else:
         file, source = Path(text_bank), str(text_bank)
-        if not file.is_file():
+        if not file.exists():
             raise InputError(f"--text_bank {file} does not exist: give texts, one a line (.txt)")
-        if file.suffix == ".safetensors":
-            embeddings, texts = load_bank(file, identity)
-            return embeddings, texts, f"{len(texts)} encoded texts of {source}"
+        if is_encoded(file):
+            return read_encoded(file, identity)
         if file.suffix not in (".txt", ".jsonl"):
-            raise InputError(f"--text_bank {file}: the ending must be .txt, .jsonl or .safetensors")
+            raise InputError(
+                f"--text_bank {file}: give .txt, .jsonl, .safetensors or a folder of main_describe.py"
+            )
         texts = read_texts(file)
     embeddings = encode_texts(clip, tokenizer, texts).cpu()
     return embeddings, texts, f"{len(texts)} texts of {source}"
 
 
+def is_encoded(text_bank: Path) -> bool:
+    """Whether a bank holds embeddings, so that no text tower is needed."""
+    return text_bank.suffix == ".safetensors" or text_bank.is_dir()
+
+
+def read_encoded(text_bank: Path, identity: TeacherIdentity):
+    """An encoded bank, file or folder -> what `build_bank` returns."""
+    load = load_bank_folder if text_bank.is_dir() else load_bank
+    embeddings, texts = load(text_bank, identity)
+    return embeddings, texts, f"{len(texts)} encoded texts of {text_bank}"
+
+
+def hash_texts(texts: list[str]) -> str:
+    """sha256 of the texts, one a line."""
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()
+
+
 def save_bank(file: Path, embeddings: torch.Tensor, texts: list[str], identity) -> None:
     """Write an encoded bank with the identity of its teacher (atomic)."""
-    joined = "\n".join(texts)
     header = {
         "kind": "cgd-mae text bank",
-        "texts": joined,
-        "texts_sha256": hashlib.sha256(joined.encode()).hexdigest(),
+        "texts": "\n".join(texts),
+        "texts_sha256": hash_texts(texts),
         "teacher": json.dumps(asdict(identity)),
     }
     write_safetensors(file, {"bank": embeddings}, header)
@@ -95,11 +114,56 @@ def load_bank(file: Path, identity: TeacherIdentity) -> tuple[torch.Tensor, list
             embeddings = opened.get_tensor("bank").float()
     except SafetensorError as error:
         raise InputError(f"--text_bank {file} is damaged ({error}): make it again") from error
-    made_by = json.loads(header["teacher"])
+    _check_teacher(file, json.loads(header["teacher"]), identity)
+    return embeddings, header["texts"].split("\n")
+
+
+def load_bank_folder(folder: Path, identity: TeacherIdentity) -> tuple[torch.Tensor, list[str]]:
+    """Read the output folder of main_describe.py: bank.json, bank.npy and texts.jsonl.
+
+    Raises:
+        InputError: a file is missing or damaged, the three do not belong together, another teacher.
+    """
+    for name in FOLDER_FILES:
+        if not (folder / name).is_file():
+            raise InputError(
+                f"--text_bank {folder} has no {name}: give the --output of a finished main_describe.py"
+            )
+    try:
+        header = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
+        made_by, texts_sha256, bank_sha256 = (header[k] for k in ("teacher", "texts_sha256", "bank_sha256"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"--text_bank {folder}/bank.json is damaged ({error}): run main_describe.py again"
+        ) from error
+    _check_teacher(folder, made_by, identity)
+    texts = read_texts(folder / "texts.jsonl")
+    if hash_texts(texts) != texts_sha256:
+        raise InputError(
+            f"--text_bank {folder}/texts.jsonl has changed since bank.npy was made: run main_describe.py "
+            "again, or pass texts.jsonl itself to have it encoded"
+        )
+    try:
+        bank = np.load(folder / "bank.npy", allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        raise InputError(
+            f"--text_bank {folder}/bank.npy is damaged ({error}): run main_describe.py again"
+        ) from error
+    if hashlib.sha256(bank.tobytes()).hexdigest() != bank_sha256 or bank.shape != (
+        len(texts),
+        identity.embed_dim,
+    ):
+        raise InputError(
+            f"--text_bank {folder}/bank.npy is not the one that bank.json describes: run main_describe.py "
+            "again"
+        )
+    return torch.from_numpy(bank).float(), texts
+
+
+def _check_teacher(source: Path, made_by: dict, identity: TeacherIdentity) -> None:
     if made_by != asdict(identity):
         raise InputError(
-            f"--text_bank {file} was made by teacher {made_by['model']} with weights "
-            f"{made_by['weights_sha256'][:12]}, but this run uses {identity.model} with "
+            f"--text_bank {source} was made by teacher {made_by.get('model')} with weights "
+            f"{str(made_by.get('weights_sha256'))[:12]}, but this run uses {identity.model} with "
             f"{identity.weights_sha256[:12]}: encode the texts again with this teacher"
         )
-    return embeddings, header["texts"].split("\n")

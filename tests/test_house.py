@@ -9,11 +9,13 @@ import sys
 import pytest
 from conftest import ROOT
 
+import main_describe
 import main_linprobe
 import main_pretrain
 from util.settings import check_args
 
-PARSERS = {"main_pretrain.py": main_pretrain, "main_linprobe.py": main_linprobe}
+PARSERS = {"main_pretrain.py": main_pretrain, "main_linprobe.py": main_linprobe,
+           "main_describe.py": main_describe}  # fmt: skip
 MAE_DEFAULTS = {
     "batch_size": 64, "epochs": 400, "accum_iter": 1, "mask_ratio": 0.75, "norm_pix_loss": False,
     "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0.0, "warmup_epochs": 40, "seed": 0,
@@ -23,7 +25,8 @@ MAE_DEFAULTS = {
 
 @pytest.mark.parametrize("name", PARSERS)
 def test_every_flag_has_help_and_is_read(name):
-    source = "".join(file.read_text() for file in [*ROOT.glob("*.py"), *ROOT.glob("util/*.py")])
+    files = [*ROOT.glob("*.py"), *ROOT.glob("util/*.py"), *ROOT.glob("description/*.py")]
+    source = "".join(file.read_text() for file in files)
     for action in PARSERS[name].get_args_parser()._actions:
         if action.help == "==SUPPRESS==":
             continue
@@ -64,7 +67,7 @@ def test_one_image_names_resolve():
 
 
 def test_documented_commands_parse():
-    """Every main_pretrain.py and main_linprobe.py command of README and docs has only known flags."""
+    """Every command of a main_*.py in README and docs has only known flags."""
     commands = 0
     for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("*.sh")]:
         text = file.read_text().replace("\\\n", " ")

@@ -1,0 +1,1 @@
+"""From structured vehicle attributes to the texts of a CLIP bank."""

@@ -1,0 +1,187 @@
+"""Visual grounding: which texts do the images know? Only unpaired embeddings are compared."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+HUB_FAIR = 5  # a hub is used at least this many times as often as an average text of its rank list
+CORRECTIONS = ("inverted_softmax", "mean", "none")
+REASONS = ("ungrounded", "hub", "generic")
+
+
+@dataclass
+class Grounding:
+    """What grounding found for T texts and N images.
+
+    Attributes:
+        usage: [T] int64, images that have the text among their nearest.
+        corrected: [T] int64, the same after the correction of hubs.
+        gap: [T] float32, mean cosine advantage over the generic prompt on the images of `usage`; NaN
+            where there are none.
+        limit: [T] float32, share of images above which the text is a hub.
+        best_images: [T, m] int64, the images most similar to each text, nearest first.
+        reasons: per text "" (kept) or one of `REASONS`.
+    """
+
+    usage: torch.Tensor
+    corrected: torch.Tensor
+    gap: torch.Tensor
+    limit: torch.Tensor
+    best_images: torch.Tensor
+    reasons: list[str]
+
+
+@torch.no_grad()
+def ground(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    generic: torch.Tensor,
+    kinds: torch.Tensor,
+    *,
+    tau: float,
+    topk: int = 5,
+    n_min: int = 3,
+    hub_share: float = 0.02,
+    margin: float = 0.01,
+    correction: str = "inverted_softmax",
+    show: int = 4,
+    block: int = 1024,
+) -> Grounding:
+    """Judge every text by the images.
+
+    Each image takes its `topk` nearest texts of every kind, by cosine, but at most a tenth of the kind's
+    texts. A text is removed, in this order, if
+
+    - fewer than `n_min` images take it (ungrounded);
+    - more than `hub_share` of the images and more than five times the fair share would take it even after
+      the correction of hubs (hub): "mean" subtracts a text's mean cosine over the images (Dinu et al.,
+      2015), "inverted_softmax" divides exp(cosine / tau) by its sum over the images (Smith et al., 2017);
+    - on the images that take it, its cosine exceeds the generic prompt's by less than `margin` on average
+      (generic).
+
+    Args:
+        images: V [N, D] float32 unit rows; texts: U [T, D]; generic: [D], unit.
+        kinds: [T] int64, number of the kind within which a text is ranked.
+        tau: temperature of the inverted softmax, the teacher's own.
+        show: m of `best_images`.
+        block: images at a time; memory is a few times block x T x 4 bytes.
+    """
+    N, T = len(images), len(texts)
+    shift = _hub_correction(images, texts, correction, tau, block)
+    members = [torch.nonzero(kinds == kind).flatten() for kind in kinds.unique()]
+    usage, corrected = torch.zeros(2, T, dtype=torch.int64)
+    gap = torch.zeros(T, dtype=torch.float64)
+    limit = torch.zeros(T)
+    show = min(show, N)
+    best = torch.full((T, show), -math.inf)
+    best_images = torch.zeros(T, show, dtype=torch.int64)
+    for start in range(0, N, block):
+        cosine = images[start : start + block] @ texts.T  # [b, T]
+        advantage = cosine - (images[start : start + block] @ generic)[:, None]
+        for ids in members:
+            k = _neighbours(topk, len(ids))
+            chosen = ids[cosine[:, ids].topk(k, dim=1).indices]  # [b, k]
+            usage += torch.bincount(chosen.flatten(), minlength=T)
+            gap.index_add_(0, chosen.flatten(), advantage.gather(1, chosen).flatten().double())
+            chosen = ids[(cosine[:, ids] - shift[ids]).topk(k, dim=1).indices]
+            corrected += torch.bincount(chosen.flatten(), minlength=T)
+        candidates = torch.cat([best, cosine.T], dim=1)
+        numbers = torch.arange(start, start + len(cosine)).expand(T, -1)
+        best, order = candidates.topk(show, dim=1)
+        best_images = torch.cat([best_images, numbers], dim=1).gather(1, order)
+    for ids in members:
+        limit[ids] = max(hub_share, HUB_FAIR * _neighbours(topk, len(ids)) / len(ids))
+    gap = (gap / usage).float()
+    reasons = [""] * T
+    for j in range(T):
+        if usage[j] < n_min:
+            reasons[j] = "ungrounded"
+        elif corrected[j] > limit[j] * N:
+            reasons[j] = "hub"
+        elif not gap[j] >= margin:
+            reasons[j] = "generic"
+    return Grounding(usage, corrected, gap, limit, best_images, reasons)
+
+
+def _neighbours(topk: int, members: int) -> int:
+    return min(topk, -(-members // 10))
+
+
+def _hub_correction(images, texts, correction: str, tau: float, block: int) -> torch.Tensor:
+    """[T]: what to subtract from the cosines of each text, in units of cosine."""
+    if correction == "none":
+        return torch.zeros(len(texts))
+    if correction == "mean":
+        return texts @ images.mean(dim=0)
+    total = torch.full((len(texts),), -math.inf)
+    for part in images.split(block):
+        total = torch.logaddexp(total, (part @ texts.T / tau).logsumexp(dim=0))
+    return tau * total
+
+
+@torch.no_grad()
+def bank_statistics(
+    images: torch.Tensor, texts: torch.Tensor, kept: torch.Tensor, tau: float, block: int = 1024
+) -> dict[str, float]:
+    """How the kept texts serve the images, by plain cosine as in training.
+
+    Args:
+        images: [N, D]; texts: [T, D], unit rows; kept: [T] bool; tau: temperature of the softmax.
+    Returns:
+        coverage: share of images whose nearest text of all is kept; usage_entropy: entropy of the kept
+        texts' shares as nearest text, over log of their number; teacher_entropy: mean entropy of
+        softmax(V U^T / tau) over the kept texts, over the same: near 0 is a hard label, near 1 says nothing.
+    """
+    covered, entropy = 0, 0.0
+    count = int(kept.sum())
+    nearest = torch.zeros(count, dtype=torch.float64)
+    for part in images.split(block):
+        cosine = part @ texts.T
+        covered += int(kept[cosine.argmax(dim=1)].sum())
+        logits = cosine[:, kept] / tau
+        nearest += torch.bincount(logits.argmax(dim=1), minlength=count)
+        log_p = logits.double().log_softmax(dim=1)
+        entropy -= (log_p.exp() * log_p).sum().item()
+    share = nearest / nearest.sum()
+    usage = -(share * share.clamp_min(1e-300).log()).sum().item()
+    scale = math.log(count) if count > 1 else 1.0
+    return {
+        "coverage": covered / len(images),
+        "usage_entropy": usage / scale,
+        "teacher_entropy": entropy / len(images) / scale,
+    }
+
+
+@torch.no_grad()
+def near_duplicates(texts: torch.Tensor, lengths: list[int], threshold: float, block: int = 512):
+    """Greedy de-duplication in the text space, shorter texts first.
+
+    Args:
+        texts: [T, D] float32 unit rows; lengths: characters of each; threshold: cosine above which the
+            later text goes.
+    Returns:
+        {index of a removed text: index of the kept text it repeats}.
+    """
+    order = sorted(range(len(texts)), key=lambda i: (lengths[i], i))
+    kept: list[int] = []
+    removed: dict[int, int] = {}
+    for start in range(0, len(order), block):
+        ids = order[start : start + block]
+        part = texts[ids]
+        if kept:
+            value, place = (part @ texts[kept].T).max(dim=1)
+            removed |= {i: kept[p] for i, v, p in zip(ids, value.tolist(), place.tolist()) if v > threshold}
+        inner = part @ part.T
+        fresh: list[int] = []  # places within the block
+        for place, i in enumerate(ids):
+            if i in removed:
+                continue
+            if fresh:
+                value, nearest = inner[place, fresh].max(dim=0)
+                if value > threshold:
+                    removed[i] = ids[fresh[nearest]]
+                    continue
+            fresh.append(place)
+        kept += [ids[place] for place in fresh]
+    return removed

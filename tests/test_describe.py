@@ -1,0 +1,599 @@
+"""Attributes -> texts -> a grounded bank."""
+
+import base64
+import json
+import math
+import zlib
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, command, parse, read_log, run_command, small_flags, write_pictures
+
+import description.encode
+import main_describe
+import main_pretrain
+from datasets.text_bank import build_bank, read_encoded
+from description.canonical import canonical_row, with_articles
+from description.encode import mean_of_wordings
+from description.grounding import bank_statistics, ground, near_duplicates
+from description.readers import read_attributes
+from description.texts import DEFAULT_TEMPLATES, Templates, Text, cap, fill, invisible_reason, read_templates
+from models_teacher import load_clip
+from util.errors import InputError
+
+# written by scipy.io.savemat: column cells make_names, model_names (compressed); a row cell `types`;
+# a row cell class_names beside a numeric array (compressed)
+MAT_NAMES = "eNrzdQzxcXRSMNUzUPB1DNFNy8xJVQjISSxJyy/KtVIoyC/OrNBRcC5KTSxJTVHIz7NS8M3PU/DLL1MwMlYwMLAyMrEyMlUwMjAyYyADMHr68gMpHyCumPM4OSEhgvFIjsMZxiM9PAIHuJ4aOx51mMHdUSy8OfjxZ6Hi4G7FVz8abjB42nPPqnNbIXEmhlHh/EYT1ckStWc0fs2QnHOoVpJB+RqHO8jMJLiZPxhQzHQGmindUfw5OKj4EdjQgyBDmSCGmhSzLqg5fmmKD6u7sPyEOmaVvzkZvxIZls0X9hJO1peetVdhX/CO9U4tmszMDFEO3JIAZjZf3g=="  # noqa: E501
+MAT_TYPES = "eNrzdQzxcXRSMNUzUPB1DNFNy8xJVQjISSxJyy/KtVIoyC/OrNBRcC5KTSxJTVHIz7NS8M3PU/DLL1MwMlYwMLAyMrEyMlUwMjAyYyADMHr68gGpB0DMBsQcICGoFCsSnxlKg8RKKgtSi4E0SJ8Bkj4WPPpAQADI8w0II0tfcChEnwUBfawo+iD84tSUxDwgDQBXfh51"  # noqa: E501
+MAT_CARS = "eNrzdQzxcXRSMNUzUPB1DNFNy8xJVQjISSxJyy/KtVIoyC/OrNBRcC5KTSxJTVHIz7NS8M3PU/DLL1MwMlYwMLAyMrEyMlUwMjAyYyADMHr68gOpEiCumPM4OSGhguFIjsMZxiM9PAIHuo6kN1264zBnzuSIGJn502fMjuIJO85+hNHjV+SGF9OdjMIZTpV/CS3wP+ut63Um8IPG2bO+ukEcfLzBBkYGBgkNs187HohJNCl2rDl+aYpP64QJCazP/1xqClnQ2OaWUMlgukNkDchuI7jdHAxJZgrPGJLs2DgSWj9JNs6Q9Go+8snbKKi7wYRfwNtAgUF5SlrTJYbGt0y3AaKKXdw="  # noqa: E501
+
+
+def mat(text: str) -> bytes:
+    return zlib.decompress(base64.b64decode(text))
+
+
+def write(file, content):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return file
+
+
+def rows_of(*rows: dict[str, str]) -> Counter:
+    return Counter(tuple(sorted(canonical_row(row).items())) for row in rows)
+
+
+# ---- canonical words and templates
+
+
+@pytest.mark.parametrize(
+    "raw, canonical",
+    [
+        ({"colour": "GRAY", "body": "Saloon"}, {"colour": "grey", "body": "sedan"}),
+        ({"make": "FIAT", "model": "fiat 500", "year": "2012.0"}, {"make": "Fiat", "model": "500", "year": "2012", "decade": "2010s"}),  # noqa: E501
+        ({"make": "vw", "model": "VW Golf Hatchback", "body": "hatchback"}, {"make": "Volkswagen", "model": "Golf", "body": "hatchback"}),  # noqa: E501
+        ({"body": "other", "colour": "7", "year": "12"}, {}),
+        ({"view": "315", "doors": "2"}, {"view": "the front corner", "doors": "two-door"}),
+        ({"view": "0", "colour": "Seafoam"}, {"view": "the front", "colour": "seafoam"}),
+        ({"class_name": "Aston Martin V8 Vantage Convertible 2012"}, {"make": "Aston Martin", "model": "V8 Vantage", "body": "convertible", "year": "2012", "decade": "2010s"}),  # noqa: E501
+        ({"class_name": "Bentley Continental Supersports Conv. Convertible 2012"}, {"make": "Bentley", "model": "Continental Supersports", "body": "convertible", "year": "2012", "decade": "2010s"}),  # noqa: E501
+    ],
+)  # fmt: skip
+def test_canonical_values(raw, canonical):
+    assert canonical_row(raw) == canonical
+
+
+def test_articles_follow_the_sound():
+    words = {
+        "Audi": "an",
+        "SUV": "an",
+        "BMW": "a",
+        "MAN truck": "a",
+        "MG": "an",
+        "X5": "an",
+        "M3": "an",
+        "Z4": "a",
+    }
+    words |= {
+        "Hyundai": "a",
+        "European van": "a",
+        "orange bus": "an",
+        "GMC": "a",
+        "2012 Audi": "a",
+        "Fiat": "a",
+    }
+    for word, article in words.items():
+        assert with_articles(f"a photo of a {word}.") == f"a photo of {article} {word}."
+
+
+def test_only_combinations_of_the_rows():
+    rows = rows_of(
+        {"make": "Audi", "model": "TTS Coupe", "body": "coupe", "colour": "red"},
+        {"make": "Audi", "model": "TTS Coupe", "body": "coupe", "colour": "red"},
+        {"make": "Ram", "model": "Pickup 3500", "body": "pickup", "length": "4850"},
+        {"make": "Kia", "body": "convertible"},
+    )
+    phrases = [
+        "a {make} {model} {body}",
+        "a {colour} {make}",
+        "a {body} of {length} mm",
+        "a {scene} {year} {make}",
+    ]
+    own = {"phrase": "a {body} with {part}", "words": ["part"]}
+    templates = Templates(
+        [{"phrase": p} for p in phrases] + [own, {"phrase": "a {body}", "unless": ["model"]}],
+        ["a photo of {phrase}."],
+        {"part": ["a sun roof", "an open door"]},
+        [{"body": "convertible", "part": "a sun roof"}],
+    )
+    texts, unused = fill(templates, rows)
+    assert {t.text: t.count for t in texts} == {
+        "a photo of an Audi TTS coupe.": 2,
+        "a photo of a red Audi.": 2,
+        "a photo of a pickup truck of 4850 mm.": 1,
+        "a photo of a coupe with a sun roof.": 0,
+        "a photo of a coupe with an open door.": 0,
+        "a photo of a pickup truck with a sun roof.": 0,
+        "a photo of a pickup truck with an open door.": 0,
+        "a photo of a convertible with an open door.": 0,
+        "a photo of a convertible.": 1,
+    }  # no "Ram Pickup 3500 pickup truck"
+    assert unused == ["a {scene} {year} {make}"]
+    assert [t.text for t in texts if invisible_reason(t)] == ["a photo of a pickup truck of 4850 mm."]
+    assert all("with" not in t.text for t in fill(templates, rows, use_words=False)[0])
+
+
+def test_measures_are_invisible():
+    def says(text):
+        return invisible_reason(Text(text, text, "", "", {}, 1)) is not None
+
+    for text in (
+        "a car of 150 hp",
+        "a 4,850 mm long van",
+        "a car for $20,000",
+        "a 2.0 litre sedan",
+        "a 90kW bus",
+    ):
+        assert says(text), text
+    for text in (
+        "a 2012 Mazda 3",
+        "a Mercedes-Benz C 200",
+        "an Audi 100 sedan",
+        "a Land Rover LR2",
+        "a Volvo 240",
+    ):
+        assert not says(text), text
+
+
+def test_default_templates_read_well():
+    rows = rows_of(
+        {"class_name": "Audi TTS Coupe 2012", "colour": "red"}, {"class_name": "Ford F-150 Regular Cab 2012"}
+    )
+    texts = [t.text for t in fill(read_templates(DEFAULT_TEMPLATES), rows)[0]]
+    assert "a photo of a red Audi coupe." in texts and "a photo of a 2012 Ford F-150 Regular Cab." in texts
+    for text in texts:
+        words = text.rstrip(".").lower().split()
+        assert text.endswith(".") and "{" not in text and all(a != b for a, b in zip(words, words[1:])), text
+
+
+def test_caps_keep_the_frequent_and_the_rare_kinds():
+    texts = [Text(f"t{i}", "", "make", "", {"make": "Audi"}, i) for i in range(6)]
+    texts += [Text("body", "", "body", "", {}, 0)]
+    assert set(cap(texts, 0, 2)) == {0, 1, 2, 3}
+    assert set(cap(texts, 3, 0)) == {0, 1, 2, 3}  # the only text of its kind stays
+    assert cap(texts, 0, 0) == {}
+
+
+# ---- readers
+
+
+def read_all(path, **more):
+    return list(read_attributes(path, **more))
+
+
+def test_veri(tmp_path):
+    items = '<Item imageName="a.jpg" vehicleID="1" cameraID="c001" colorID="5" typeID="4"/>\n'
+    items += '<Item imageName="b.jpg" vehicleID="2" camID="c002" colorID="10" typeID="9"/>\n'
+    head = '<?xml version="1.0" encoding="gb2312"?>\n<TrainingImages Version="1.0">\n<Items number="2">\n'
+    write(tmp_path / "train_label.xml", head + items + "</Items>\n</TrainingImages>\n")
+    assert read_all(tmp_path) == [
+        {"colour": "red", "body": "hatchback"},
+        {"colour": "black", "body": "station wagon"},
+    ]
+    write(tmp_path / "list_color.txt", "5 pink\n10 white\n")
+    assert [row["colour"] for row in read_all(tmp_path)] == ["pink", "white"]
+    write(tmp_path / "train_label.xml", head + items.replace('"9"', '"12"') + "</Items></TrainingImages>")
+    with pytest.raises(InputError, match="b.jpg has typeID '12', known are 1 to 9"):
+        read_all(tmp_path)
+    write(tmp_path / "train_label.xml", head.split("\n", 1)[1] + "<Item\n")
+    with pytest.raises(InputError, match="line [34] is not well-formed XML"):
+        read_all(tmp_path)
+
+
+def test_vehicleid(tmp_path):
+    folder = tmp_path / "attribute"
+    write(folder / "color_attr.txt", "0000017 1\n0000019 0\n")
+    write(folder / "model_attr.txt", "0000017 1\n")
+    with pytest.raises(InputError, match="color_names.txt"):
+        read_all(tmp_path)
+    write(folder / "color_names.txt", "black 0\nwhite 1\n")
+    write(folder / "model_names.txt", "0 BMW_X5\n1 Audi_A6L\n")
+    assert read_all(tmp_path) == [{"colour": "white", "model": "Audi A6L"}, {"colour": "black"}]
+    write(folder / "model_attr.txt", "0000017 1\n0000019\n")
+    with pytest.raises(InputError, match="model_attr.txt, line 2"):
+        read_all(tmp_path)
+
+
+def test_compcars(tmp_path):
+    write(tmp_path / "misc/attributes.txt", "model_id maximum_speed displacement door_number seat_number type\n1 235 1.8 4 5 3\n3 0 0.0 5 5 2\n")  # fmt: skip  # noqa: E501
+    write(tmp_path / "misc/make_model_name.mat", mat(MAT_NAMES))
+    write(tmp_path / "misc/car_type.mat", mat(MAT_TYPES))
+    first = canonical_row(read_all(tmp_path)[0])
+    assert {k: first[k] for k in ("model", "body", "doors")} == {
+        "model": "Audi A4L",
+        "body": "sedan",
+        "doors": "four-door",
+    }
+    write(tmp_path / "label/2/3/2014/x.txt", "4\n1\n1 1 9 9\n")
+    write(tmp_path / "label/2/3/2014/y.txt", "-1\n1\n1 1 9 9\n")
+    rows = [canonical_row(row) for row in read_all(tmp_path)]
+    assert len(rows) == 2 and rows[0]["view"] == "the front corner" and "view" not in rows[1]
+    assert rows[1] | {"maximum_speed": "", "displacement": ""} == {
+        "make": "BMW", "model": "X5", "body": "SUV", "year": "2014", "decade": "2010s", "doors": "five-door",
+        "seats": "5", "maximum_speed": "", "displacement": "",
+    }  # fmt: skip
+
+
+def test_stanford(tmp_path):
+    write(tmp_path / "devkit/cars_meta.mat", mat(MAT_CARS))
+    names = [row["class_name"] for row in read_all(tmp_path)]
+    assert names == ["AM General Hummer SUV 2000", "Audi TTS Coupe 2012"]
+    assert canonical_row({"class_name": names[0]})["make"] == "AM General"
+    assert read_all(write(tmp_path / "names.txt", "\n".join(names) + "\n\n")) == [
+        {"class_name": n} for n in names
+    ]
+    with pytest.raises(InputError, match="damaged"):
+        read_all(write(tmp_path / "cut.mat", mat(MAT_CARS)[:-40]))
+    with pytest.raises(InputError, match="no MATLAB 5 file"):
+        read_all(write(tmp_path / "new.mat", b"MATLAB 7.3 MAT-file" + bytes(200)))
+
+
+def test_dvm(tmp_path):
+    write(tmp_path / "Ad_table.csv", "Maker, Genmodel, Genmodel_ID, Adv_ID, Adv_year, Color, Reg_year, Bodytype, Price\n"  # noqa: E501
+          "Ford,Focus,29_1,29_1$$4,2018,Blue,2013,Hatchback,5000\nKia,Rio,40_2,40_2$$1,2018,,2010,Hatchback,Uknown\n")  # fmt: skip  # noqa: E501
+    assert [row["make"] for row in read_all(tmp_path)] == ["Ford", "Kia"]
+    write(tmp_path / "Image_table.csv", "Genmodel_ID, Image_ID, Image_name, Predicted_viewpoint, Quality_check\n"  # noqa: E501
+          "29_1,29_1$$4$$0,x.jpg,0,P\n29_1,29_1$$4$$1,y.jpg,225,\n")  # fmt: skip
+    rows = [canonical_row(row) for row in read_all(tmp_path)]
+    assert [(r["make"], r.get("view")) for r in rows] == [
+        ("Ford", "the front"),
+        ("Ford", "the rear corner"),
+        ("Kia", None),
+    ]
+    assert rows[0]["year"] == "2013" and rows[0]["colour"] == "blue"
+
+
+def test_tables(tmp_path):
+    table = write(tmp_path / "a.csv", "path,split,Brand,Lack,kW\nx,train,audi,rot,90\ny,val,kia,weiss,80\n")
+    assert read_all(table, columns={"colour": "Lack"}, split="train") == [{"make": "audi", "colour": "rot"}]
+    lines = write(tmp_path / "a.jsonl", '{"make": "Audi", "year": 2012}\n{"colour": "red", "make": null}\n')
+    assert read_all(lines) == [{"make": "Audi", "year": "2012"}, {"colour": "red"}]
+    both = write(tmp_path / "b.tsv", "make\tclass_name\nAudi\tAudi TTS Coupe 2012\n")
+    assert read_all(both) == [{"make": "Audi"}]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("a.csv", "make,make\nx,y\n", "two columns 'make'"),
+        ("a.csv", "color,colour\nx,y\n", "'color' and 'colour' both hold the colour"),
+        ("a.csv", "path,split\nx,y\n", "no usable column"),
+        ("a.csv", "make,model\nAudi,A4\nAudi\n", "line 3 has 1 fields"),
+        ("a.csv", "make\n", "has no row"),
+        ("a.csv", b"make\nCitro\xebn\n", "is not UTF-8"),
+        ("a.jsonl", '{"make": "x"}\n{"make"\n', "line 2 is not JSON"),
+        ("a.jsonl", '{"make": "x", "make": "y"}\n', "line 1 has two keys 'make'"),
+        ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
+        ("a.pdf", "x", "a table ends in"),
+    ],
+)
+def test_broken_tables(tmp_path, name, content, message):
+    with pytest.raises(InputError, match=message):
+        read_all(write(tmp_path / name, content))
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("t.txt", "a photo of a {corolla}.\n", "unknown placeholder {corolla}"),
+        ("t.txt", "a photo of a car.\n", "needs slots in braces"),
+        ("t.txt", "a {make car\n", "needs slots in braces"),
+        ("t.txt", "", "holds no template"),
+        ("t.json", '{"templates":\n[}', "line 2 is not JSON"),
+        ("t.json", '{"texts": []}', "needs 'templates'"),
+        ("t.json", '{"templates": ["a {make}"], "wordings": ["a photo"]}', "has no {phrase}"),
+        ("t.json", '{"templates": [{"phrase": "a {part}", "words": ["part"]}]}', "asks for words of 'part'"),
+    ],
+)
+def test_broken_templates(tmp_path, capsys, name, content, message):
+    table = write(tmp_path / "a.csv", "make\nAudi\n")
+    flags = f"--attributes {table} --templates {write(tmp_path / name, content)} --output {tmp_path / 'o'}"
+    with pytest.raises(InputError, match=message.replace("{", r"\{")):
+        main_describe.main(parse(main_describe.get_args_parser(), flags.split()))
+
+
+# ---- grounding
+
+
+def units(*shape, seed=0):
+    return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
+
+
+def plain_grounding(V, U, g, kinds, tau, topk, n_min, hub_share, margin, correction):
+    """The rule once more, with loops over single numbers."""
+    N, T = len(V), len(U)
+    S = [[float(sum(a * b for a, b in zip(V[i], U[j]))) for j in range(T)] for i in range(N)]
+    shift = [0.0] * T
+    for j in range(T):
+        column = [S[i][j] for i in range(N)]
+        if correction == "mean":
+            shift[j] = sum(column) / N
+        elif correction == "inverted_softmax":
+            shift[j] = tau * math.log(sum(math.exp(s / tau) for s in column))
+    near, corrected, gaps = [0] * T, [0] * T, [[] for _ in range(T)]
+    for i in range(N):
+        generic = float(sum(a * b for a, b in zip(V[i], g)))
+        for kind in set(kinds):
+            members = [j for j in range(T) if kinds[j] == kind]
+            k = min(topk, math.ceil(len(members) / 10))
+            for j in sorted(members, key=lambda j: -S[i][j])[:k]:
+                near[j] += 1
+                gaps[j].append(S[i][j] - generic)
+            for j in sorted(members, key=lambda j: -(S[i][j] - shift[j]))[:k]:
+                corrected[j] += 1
+    reasons = []
+    for j in range(T):
+        size = kinds.count(kinds[j])
+        limit = max(hub_share, 5 * min(topk, math.ceil(size / 10)) / size)
+        if near[j] < n_min:
+            reasons.append("ungrounded")
+        elif corrected[j] > limit * N:
+            reasons.append("hub")
+        else:
+            reasons.append("" if sum(gaps[j]) / len(gaps[j]) >= margin else "generic")
+    return near, corrected, reasons
+
+
+@pytest.mark.parametrize("correction", ["inverted_softmax", "mean", "none"])
+def test_grounding_equals_plain_loops(correction):
+    V, U, g = units(37, 6), units(45, 6, seed=1), units(6, seed=2)
+    U[3] = F.normalize(V.mean(dim=0), dim=0)  # near to all images
+    kinds = [0] * 30 + [1] * 12 + [2] * 3
+    settings = {"tau": 0.1, "topk": 3, "n_min": 3, "hub_share": 0.1, "margin": 0.3, "correction": correction}
+    expected = plain_grounding(
+        V.numpy().astype(float), U.numpy().astype(float), g.numpy().astype(float), kinds, **settings
+    )
+    for block in (5, 1024):
+        found = ground(V, U, g, torch.tensor(kinds), **settings, block=block)
+        assert (found.usage.tolist(), found.corrected.tolist(), found.reasons) == expected
+    assert {"", "ungrounded", "generic"} <= set(expected[2])
+    assert torch.equal(found.best_images[:, 0], (U @ V.T).argmax(dim=1))
+
+
+def test_planted_texts_get_their_reasons():
+    """Ten clusters of images, a text for each; a text of nothing, one of everything, a generic one."""
+    centres, scatter = torch.eye(16)[:10], 0.1 * units(200, 16)
+    images = F.normalize(centres.repeat_interleave(20, dim=0) + torch.eye(16)[10] + scatter, dim=1)
+    generic = torch.eye(16)[10]  # every image is a vehicle
+    texts = torch.stack([F.normalize(c + torch.eye(16)[10], dim=0) for c in centres])
+    nothing, everything = torch.eye(16)[15], F.normalize(texts.sum(dim=0), dim=0)
+    bank = torch.cat([texts, nothing[None], everything[None], generic[None]])
+    kinds = torch.tensor([0] * 11 + [1, 2])  # the last two stand alone in their kinds
+    found = ground(images, bank, generic, kinds, tau=0.05, topk=1, margin=0.05)
+    assert found.usage[:10].tolist() == [20] * 10
+    # "everything" has cosine 11 / sqrt(110 * 2) = 0.742 to an image, the generic prompt 0.707
+    assert found.reasons == [""] * 10 + ["ungrounded", "generic", "generic"]
+    near = ground(images, bank, generic, kinds, tau=0.05, topk=1, margin=0.02)
+    assert near.reasons == [""] * 10 + ["ungrounded", "", "generic"]
+    assert sorted(found.best_images[4].tolist()) == sorted((images @ bank[4]).topk(4).indices.tolist())
+    assert all(80 <= i < 100 for i in found.best_images[4].tolist())
+
+
+def test_a_hub_is_found():
+    """Ninety texts of random directions and one that most images prefer: without correction it is a hub."""
+    images = F.normalize(units(300, 32, seed=3) + 2 * torch.eye(32)[0], dim=1)
+    texts = torch.cat([units(90, 32, seed=4), F.normalize(torch.eye(32)[:1] + 0.1 * units(1, 32), dim=1)])
+    kinds = torch.zeros(91, dtype=torch.int64)
+    plain = ground(images, texts, -torch.eye(32)[0], kinds, tau=0.1, topk=1, correction="none")
+    assert plain.reasons[90] == "hub" and plain.usage[90] > 200
+    mean = ground(images, texts, -torch.eye(32)[0], kinds, tau=0.1, topk=1, correction="mean")
+    assert mean.corrected[90] < plain.corrected[90] / 5
+
+
+def test_near_duplicates_equal_brute_force():
+    base = units(40, 5, seed=5)
+    texts = F.normalize(torch.cat([base, base + 0.05 * units(40, 5, seed=6), base[:7]]), dim=1)
+    lengths = [20 + (7 * i) % 11 for i in range(len(texts))]
+    kept, expected = [], {}
+    for i in sorted(range(len(texts)), key=lambda i: (lengths[i], i)):
+        cosines = [float(texts[i] @ texts[j]) for j in kept]
+        if cosines and max(cosines) > 0.98:
+            expected[i] = None
+        else:
+            kept.append(i)
+    for block in (3, 512):
+        found = near_duplicates(texts, lengths, 0.98, block)
+        assert set(found) == set(expected) and len(found) >= 40
+        for i, j in found.items():
+            assert j in kept and texts[i] @ texts[j] > 0.98 and (lengths[j], j) < (lengths[i], i)
+
+
+def test_bank_statistics():
+    V, U = units(50, 8, seed=7), units(20, 8, seed=8)
+    kept = torch.arange(20) % 3 > 0
+    S = (V @ U.T).double().numpy()
+    p = np.exp(S[:, kept.numpy()] / 0.1)
+    p /= p.sum(axis=1, keepdims=True)
+    count = int(kept.sum())
+    share = np.bincount(p.argmax(axis=1), minlength=count) / 50
+    share = share[share > 0]
+    found = bank_statistics(V, U, kept, 0.1, block=7)
+    assert found["coverage"] == np.mean([bool(kept[j]) for j in S.argmax(axis=1)])
+    assert found["teacher_entropy"] == pytest.approx(
+        -(p * np.log(p)).sum(axis=1).mean() / math.log(count), abs=1e-5
+    )
+    assert found["usage_entropy"] == pytest.approx(-(share * np.log(share)).sum() / math.log(count), abs=1e-6)
+
+
+def test_ensemble_is_the_renormalised_mean():
+    rows = units(5, 4)
+    found = mean_of_wordings(rows, [2, 3])
+    assert torch.allclose(found[0], (rows[0] + rows[1]) / (rows[0] + rows[1]).norm(), atol=1e-6)
+    assert torch.allclose(found.norm(dim=1), torch.ones(2))
+
+
+# ---- the whole
+
+
+@pytest.fixture(scope="module")
+def made(teacher_files, tmp_path_factory):
+    """(flags without --output, output of a finished run, its printed numbers)."""
+    folder = tmp_path_factory.mktemp("describe")
+    pictures = write_pictures(folder / "pictures", 30)
+    (pictures / "broken.png").write_bytes(b"no picture")
+    table = write(
+        folder / "a.csv", "make,model,body,color,price\nAudi,TT Coupe,coupe,Red,9\nKia,Rio,hatchback,gray,5\n"
+    )
+    flags = f"--attributes {table} --images {pictures} --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]}"  # noqa: E501
+    flags += " --device cpu --num_workers 0 --n_min 1 --margin -2 --dedup_cos 0.9999"
+    done = run_command(command("main_describe.py", *flags.split(), "--output", str(folder / "out")))
+    assert done.returncode == 0, done.stderr
+    return flags, folder / "out", json.loads(done.stdout.splitlines()[-1]), done.stdout
+
+
+def run_describe(flags: str, output) -> dict:
+    return main_describe.main(
+        parse(main_describe.get_args_parser(), [*flags.split(), "--output", str(output)])
+    )
+
+
+def lines_of(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_files_of_a_run(made, teacher_files):
+    _, out, numbers, printed = made
+    assert numbers == json.loads((out / "metrics.json").read_text())
+    assert numbers["images"] == 30 and numbers["unreadable"] == 1 and "broken.png" in printed
+    kept, removed = lines_of(out / "texts.jsonl"), lines_of(out / "removed.jsonl")
+    assert len(kept) == numbers["kept"] > 20
+    assert len(kept) + len(removed) == numbers["candidates"]
+    by_reason = Counter(row["reason"] for row in removed)
+    assert by_reason == {
+        k.removeprefix("removed_"): v for k, v in numbers.items() if k.startswith("removed_")
+    }
+    assert not any("price" in row["text"] for row in kept) and numbers["invisible_columns"] == ["price"]
+    model, tokenizer, identity = load_clip(*map(str, teacher_files))
+    bank, texts, source = build_bank(str(out), model, tokenizer, identity)
+    assert texts == [row["text"] for row in kept] and f"{len(kept)} encoded texts" in source
+    again, _, _ = build_bank(str(out / "texts.jsonl"), model, tokenizer, identity)
+    assert torch.allclose(bank, again, atol=1e-5)
+    page = (out / "report.html").read_text()
+    assert "data:image/jpeg;base64," in page and "src=" not in page and "http" not in page
+    assert all(row["text"] in page for row in kept) and page.count("<tr>") > len(kept) + len(removed)
+
+
+def test_second_run_computes_nothing_again(made, tmp_path, monkeypatch, capsys):
+    flags, out, first, _ = made
+
+    def refuse(*_, **__):
+        raise AssertionError("embedded again")
+
+    before = (out / "bank.npy").read_bytes()
+    monkeypatch.setattr(description.encode, "encode_texts", refuse)
+    monkeypatch.setattr(description.encode, "DataLoader", refuse)
+    second = run_describe(flags, out)
+    assert {**second, "seconds": 0} == {**first, "seconds": 0} and (out / "bank.npy").read_bytes() == before
+    assert "broken.png" in capsys.readouterr().out
+    part = next((out / "embeddings").glob("texts-*/part*.npy"))
+    data = part.read_bytes()
+    part.write_bytes(data[:-9])
+    with pytest.raises(InputError, match="damaged"):
+        run_describe(flags, out)
+    part.write_bytes(data)
+
+
+def test_ensemble_and_limits(made, tmp_path):
+    flags, _, _, _ = made
+    with pytest.raises(InputError, match="0 texts are left and a bank needs 2"):
+        run_describe(flags.replace("--margin -2", "--margin 2") + " --rows_only", tmp_path / "none")
+    flags = flags.split(" --images")[0] + " --clip" + flags.split("--clip", 1)[1]
+    numbers = run_describe(flags + " --rows_only --ensemble --max_per_make 3", tmp_path / "e")
+    kept = lines_of(tmp_path / "e" / "texts.jsonl")
+    assert all(len(row["wordings"]) == 5 and row["text"] == row["wordings"][0] for row in kept)
+    assert (
+        "coverage" not in numbers
+        and max(Counter(r["attrs"].get("make", i) for i, r in enumerate(kept)).values()) == 3
+    )
+    assert json.loads((tmp_path / "e" / "bank.json").read_text())["ensemble"] is True
+
+
+def test_too_many_tokens_are_named(made, tmp_path):
+    flags = made[0] + f" --templates {write(tmp_path / 't.txt', 'a {make} ' + 'very ' * 20 + '{body}')}"
+    with pytest.raises(
+        InputError, match=r"'an Audi very very.* has 2\d tokens where the teacher reads 16 \(2 of 3"
+    ):
+        run_describe(flags, tmp_path / "o")
+
+
+def test_invisible_on_request(made, tmp_path):
+    templates = write(tmp_path / "t.txt", "a {body} for {price}\na {body}\na {make}\n")
+    flags = (
+        made[0].split(" --images")[0]
+        + " --clip"
+        + made[0].split("--clip", 1)[1]
+        + f" --templates {templates}"
+    )
+    assert run_describe(flags, tmp_path / "without")["removed_invisible"] == 2
+    assert "price" in [
+        row["reason"] and row["detail"].split()[0] for row in lines_of(tmp_path / "without/removed.jsonl")
+    ]
+    assert run_describe(flags + " --keep_invisible", tmp_path / "with")["kept"] == 6
+
+
+def test_folder_banks_are_checked(made, teacher_files, tmp_path):
+    _, out, _, _ = made
+    identity = load_clip(*map(str, teacher_files))[2]
+    stranger = identity.__class__("other", "0" * 64, identity.embed_dim, 0.07)
+    with pytest.raises(InputError, match="made by teacher MiniClip-test with weights"):
+        read_encoded(out, stranger)
+    damages = {
+        "bank.json": (b"{", "bank.json is damaged"),
+        "texts.jsonl": (b'{"text": "a"}\n{"text": "b"}\n', "has changed since"),
+        "bank.npy": ((out / "bank.npy").read_bytes()[:-4], "bank.npy is damaged"),
+    }
+    for name, (content, message) in damages.items():
+        copy = tmp_path / name.replace(".", "_")
+        for file in ("bank.json", "bank.npy", "texts.jsonl"):
+            write(copy / file, content if file == name else (out / file).read_bytes())
+        with pytest.raises(InputError, match=message):
+            read_encoded(copy, identity)
+        (copy / name).unlink()
+        with pytest.raises(InputError, match=f"has no {name}"):
+            read_encoded(copy, identity)
+    other = np.load(out / "bank.npy")
+    np.save(tmp_path / "bank_npy" / "bank.npy", -other)
+    with pytest.raises(InputError, match="not the one that bank.json describes"):
+        read_encoded(tmp_path / "bank_npy", identity)
+
+
+def test_another_teacher_may_not_share_the_folder(made, tmp_path, teacher_files):
+    state = torch.load(teacher_files[1], weights_only=True)
+    torch.save({k: v + 0.01 if v.is_floating_point() else v for k, v in state.items()}, tmp_path / "w.pt")
+    flags = made[0].replace(str(teacher_files[1]), str(tmp_path / "w.pt"))
+    with pytest.raises(InputError, match="its teacher differ"):
+        run_describe(flags, made[1])
+
+
+def test_pretraining_takes_the_folder(made, pictures, teacher_files, tmp_path):
+    teacher = f"--clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --text_bank {made[1]}"
+    flags = small_flags(pictures, tmp_path / "run", *teacher.split(), "--epochs", "1")
+    main_pretrain.main(parse(main_pretrain.get_args_parser(), flags))
+    assert math.isfinite(read_log(tmp_path / "run")[0]["train_loss_kl"])
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--attributes no.csv", "no.csv does not exist"),
+        ("--attributes . --column tyre=x", "write SLOT=NAME"),
+        ("--attributes . --n_min 0", "--n_min 0: must be at least 1"),
+        ("--attributes . --dedup_cos 2", "--dedup_cos 2.0: must be above 0"),
+        (f"--attributes {ROOT / 'datasets'}", "none of train_label.xml, .* is in this folder"),
+    ],
+)
+def test_wrong_flags(tmp_path, flags, message):
+    with pytest.raises(InputError, match=message):
+        run_describe(flags, tmp_path / "o")
