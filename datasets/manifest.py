@@ -16,7 +16,8 @@ MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".txt")
 
 
 def list_images(data_path: str | Path, split: str | None = None) -> PathList | PackedImages:
-    """All images of a folder (recursively; its `train/` if there is one), a manifest or a packed set.
+    """All images of a folder (recursively; its `train/` if there is one), a manifest, a packed or curated
+    set.
 
     Args:
         data_path: a folder, or a .csv/.tsv (column `path`), .jsonl (key `path`) or .txt (one a
@@ -39,6 +40,8 @@ def list_images(data_path: str | Path, split: str | None = None) -> PathList | P
                     f"one alone with python -m tools.pack --split {split}"
                 )
             return PackedImages(data_path)
+        if is_curated(data_path):
+            return list_images(data_path / "manifest.csv", split)
         if split is not None:
             raise InputError(
                 f"--split {split} needs a manifest with a column 'split', but --data_path {data_path} "
@@ -59,6 +62,11 @@ def list_images(data_path: str | Path, split: str | None = None) -> PathList | P
         raise InputError(f"{data_path} has no row with split '{split}': it has {known}")
     _check_first_exist(paths, data_path)
     return paths
+
+
+def is_curated(folder: Path) -> bool:
+    """Whether a folder is the output of main_curate.py, whose images are those of its manifest.csv."""
+    return (folder / "curation.json").is_file() and (folder / "manifest.csv").is_file()
 
 
 def read_manifest(file: str | Path) -> list[dict[str, str]]:

@@ -81,17 +81,21 @@ echo "== 2/3  curating"
 launch=("$python")
 if [ "$gpus" -gt 1 ]; then launch=(torchrun --standalone "--nproc_per_node=$gpus"); fi
 run "${launch[@]}" main_curate.py "${pools[@]}" ${excludes[@]+"${excludes[@]}"} --output "$output" \
-    --target_size "${TARGET_SIZE:-1000000}" --stratify source --clip_model ViT-L-14 --clip_pretrained openai
+    --target_size "${TARGET_SIZE:-1000000}" --stratify source --vehicle_filter --clip_model ViT-L-14 --clip_pretrained openai
 
 echo "== 3/3  describing"
 read -r -a attributes <<< "${ATTRIBUTES:-}"
-if [ ${#attributes[@]} -gt 0 ]; then attributes=(--attributes "${attributes[@]}"); fi
-run "$python" main_describe.py ${attributes[@]+"${attributes[@]}"} --images "$output/manifest.csv" \
-    --output "$output/texts"
+bank=()
+if [ ${#attributes[@]} -gt 0 ]; then
+    run "$python" main_describe.py --attributes "${attributes[@]}" --images "$output" --output "$output/texts"
+    bank=(--text_bank "$output/texts")
+else
+    echo "skipped: no ATTRIBUTES given, so training uses the built-in vocabulary"
+fi
 
 accum_iter=$((4096 / (256 * gpus)))  # an update sees 4096 images
 if [ "$accum_iter" -lt 1 ]; then accum_iter=1; fi
 echo "Done. Pre-train with:"
 echo "torchrun --nproc_per_node=$gpus main_pretrain.py --batch_size 256 --model mae_vit_base_patch16 --mask_ratio 0.75 \\"
 echo "    --epochs 400 --warmup_epochs 40 --blr 1.5e-4 --weight_decay 0.05 --accum_iter $accum_iter --norm_pix_loss \\"
-echo "    --data_path $output/manifest.csv --text_bank $output/texts/texts.txt"
+echo "    --data_path $output ${bank[*]-}"

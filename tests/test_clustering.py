@@ -12,6 +12,7 @@ from curation.hierarchy import build_tree, members_by_cluster, plan_levels, step
 from curation.kmeans import assign, kmeans, plus_plus
 from curation.rows import Rows
 from curation.sample import sample_tree, water_fill
+from tools import benchmark_kmeans
 from util.errors import InputError
 
 CPU = torch.device("cpu")
@@ -231,3 +232,19 @@ def test_assignment_is_exact_for_any_block_size(monkeypatch):
     whole = assign(rows, centroids)
     monkeypatch.setitem(__import__("curation.kmeans").kmeans.BLOCK, "cpu", 64)
     assert (assign(rows, centroids).assignment == whole.assignment).all()
+
+
+def test_memory_stays_within_the_formula(tmp_path, capsys):
+    """A hierarchy over a memory map, nothing kept: far from N x k, near what is printed."""
+    flags = f"--growth 60000 --dim 32 --iterations 2 --output {tmp_path}/b.json".split()
+    (row,) = benchmark_kmeans.main(benchmark_kmeans.get_args_parser().parse_args(flags))["rows"]
+    assert row["formula_mb"] < row["matrix_mb"] and row["peak_mb"] < 1.3 * row["formula_mb"] + 60
+
+
+def test_the_comparison_measures_all_alike(tmp_path, capsys):
+    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    flags = "--points 3000 --dim 16 --clusters 40 --iterations 5 --rounds 1".split()
+    rows = benchmark_kmeans.main(benchmark_kmeans.get_args_parser().parse_args(flags))["rows"]
+    ratio = {row["variant"]: row["inertia_ratio"] for row in rows}
+    assert ratio["faiss"] == 1 and 0.9 < ratio["ours"] < 1.05

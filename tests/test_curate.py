@@ -101,7 +101,8 @@ def test_planted_flaws_are_found(pool, curated):
 
 def test_the_manifest_is_what_was_chosen(pool, curated):
     output, counts = curated
-    paths = list_images(output / "manifest.csv")
+    paths = list_images(output)  # the folder itself is a --data_path
+    assert paths.sha256() == list_images(output / "manifest.csv").sha256()
     selection = np.load(output / "selection.npy")
     assert len(paths) == 60 == len(selection) == len(np.unique(selection))
     index_rows = list(read_rows(output / "index.csv"))
