@@ -80,8 +80,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--no_distill", action="store_true", help="plain MAE, no teacher (default off)")
     add("--context", default="attention", choices=CONTEXTS,
         help="the student's global token (default attention)")
-    add("--sim_weight", default=2.0, type=float, help="weight of 1 - cosine (default 2)")
-    add("--kl_weight", default=0.05, type=float, help="weight of the KL over the text bank (default 0.05)")
+    add("--sim_weight", default=8.0, type=float, help="weight of 1 - cosine (default 8)")
+    add("--kl_weight", default=0.0, type=float,
+        help="weight of the KL over the text bank; at 0 it is only logged (default 0)")
     add("--kl_tau", default=None, type=float,
         help="temperature of both softmaxes (default: the teacher's own, 1/exp(logit_scale))")
     add("--distill_hidden", default=0, type=int,

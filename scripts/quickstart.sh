@@ -18,7 +18,7 @@ fi
 echo "== 3/4  pre-training CGD-MAE against it"
 python main_pretrain.py --data_path "$out/demo/labels.csv" --split train --output_dir "$out/run" --resume auto \
     --model mae_vit_tiny_patch16 --input_size 96 --batch_size 32 --epochs 7 --warmup_epochs 1 --blr 4e-3 \
-    --norm_pix_loss --crop_min 0.5 --sim_weight 8 --vis_epochs 7 --print_freq 35 \
+    --norm_pix_loss --crop_min 0.5 --vis_epochs 7 --print_freq 35 \
     --clip_model "$out/teacher/MiniCLIP.json" --clip_pretrained "$out/teacher/weights.safetensors" \
     --text_bank "$out/teacher/texts.txt"
 

@@ -23,7 +23,9 @@ def run_main(flags: list[str]) -> dict:
 
 def teacher_flags(teacher_files, texts_file) -> list[str]:
     config, weights = teacher_files
-    return f"--clip_model {config} --clip_pretrained {weights} --text_bank {texts_file}".split()
+    return (
+        f"--clip_model {config} --clip_pretrained {weights} --text_bank {texts_file} --kl_weight 0.05".split()
+    )
 
 
 def curve(output) -> list[float]:

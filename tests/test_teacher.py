@@ -142,7 +142,7 @@ def test_cache_stands_in_for_the_teacher(cache, pictures, teacher_files, texts_f
     """Three epochs on three stored views follow the online run within fp16 storage."""
     online, stored = tmp_path / "online", tmp_path / "stored"
     teacher = f"--clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --text_bank {texts_file}"
-    more = f"--blr 0.02 --epochs 3 --batch_size {8 // processes}"
+    more = f"--blr 0.02 --epochs 3 --batch_size {8 // processes} --kl_weight 0.05"
     for out, flags in ((online, teacher), (stored, f"--teacher_cache {cache[0]}")):
         words = small_flags(pictures, out, *flags.split(), *more.split())
         done = run_command(command("main_pretrain.py", *words, processes=processes))

@@ -144,7 +144,7 @@ def grow(args) -> list[dict]:
         rows.append(row)
         print(
             f"{count:9d} vectors, levels {row['levels']}: {row['seconds']:.1f} s, {row['peak_mb']:.0f} MB "
-            f"beside the program, formula {row['formula_mb']:.0f} MB, an N x k matrix {row['matrix_mb']:.0f} MB",
+            f"beside the program, formula {row['formula_mb']:.0f} MB, N x k {row['matrix_mb']:.0f} MB",
             flush=True,
         )
     return rows

@@ -120,8 +120,9 @@ def print_header(args, facts: dict, lines: list[str]) -> None:
         f"teacher: {facts['teacher']}"
     )
     if not args.no_distill:
+        use = "" if args.kl_weight else ", logged only: --kl_weight is 0"
         print(
-            f"text bank: {facts['text_bank_used']}\n"
+            f"text bank: {facts['text_bank_used']}{use}\n"
             f"distillation: context {args.context}, sim x {args.sim_weight:g}, kl x {args.kl_weight:g} at "
             f"tau {facts['tau']:.4g}, the teacher sees the {args.teacher_view}"
         )
