@@ -116,7 +116,7 @@ def test_bad_input_has_one_sentence():
 
 
 def test_two_ranks_find_the_same_clusters(tmp_path):
-    x = blobs(40_000, 30, dim=16)
+    x = blobs(20_000, 30, dim=8)
     np.save(tmp_path / "x.npy", x)
     code = f"""
 from pathlib import Path
@@ -126,7 +126,7 @@ from curation.rows import Rows
 from curation.hierarchy import build_tree, plan_levels
 init_distributed(torch.device("cpu"), 60)
 rows = Rows(np.load("{tmp_path}/x.npy", mmap_mode="r"), torch.device("cpu"))
-tree = build_tree(rows, plan_levels(40_000, [60, 8], [20, 3], 2), Path(out), seed=3, iterations=15)
+tree = build_tree(rows, plan_levels(20_000, [60, 8], [20, 3], 2), Path(out), seed=3, iterations=10)
 if get_rank() == 0:
     np.save(out + "/path.npy", tree.path())
 end_distributed()
@@ -140,7 +140,7 @@ end_distributed()
         done = run_command(words)
         assert done.returncode == 0, done.stderr
     one, two = (np.load(tmp_path / str(ranks) / "path.npy") for ranks in (1, 2))
-    assert one.shape == (40_000, 2) and (one == two).all()
+    assert one.shape == (20_000, 2) and (one == two).all()
 
 
 def test_steps_on_disk_are_not_done_again(tmp_path, monkeypatch):
@@ -188,13 +188,13 @@ def test_the_sample_covers_rings_by_area(tmp_path):
     def off(levels: list[int], resampling: int) -> float:
         plan = plan_levels(len(x), levels, None, resampling)
         folder = tmp_path / "_".join(map(str, levels))
-        tree = build_tree(rows, plan, folder, seed=0, iterations=20)
+        tree = build_tree(rows, plan, folder, seed=0, iterations=8)
         chosen, _ = sample_tree(tree, 600, seed=0)
         assert len(chosen) == 600 == len(np.unique(chosen))
         share = np.bincount(ring[chosen], minlength=4) / 600
         return float(0.5 * np.abs(share - area).sum())  # total variation
 
-    flat, deep = off([300], 0), off([1000, 300, 60], 5)
+    flat, deep = off([300], 0), off([1000, 300, 60], 3)
     at_random = 0.5 * np.abs(np.bincount(ring, minlength=4) / len(x) - area).sum()
     print(json.dumps({"random": at_random, "flat": flat, "hierarchical": deep}))
     assert deep < 0.12 and deep < 0.5 * flat and flat < at_random
