@@ -1,7 +1,6 @@
 """Images through a frozen encoder: embeddings in input order, in memory or as a resumable file."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from datasets.transforms import whole_image
 from models_vit import VisionTransformer
 from util.checkpoint import write_atomic, write_json
-from util.claim import claim
-from util.dist import barrier, get_rank, get_world_size, is_main_process
+from util.dist import is_main_process
+from util.parts import Parts
 from util.progress import Progress
 from util.stop import init_worker
 
@@ -100,20 +99,16 @@ def extract_to_file(
     Returns:
         (shape, {index: problem}) on rank 0, None elsewhere.
     """
-    parts = output.with_name(output.name + ".parts")
-    claim(parts / "job.json", job, "unfinished extraction")
-    starts = range(0, len(images), PART_IMAGES)
-    todo = [s for s in starts if not part_file(parts, s).is_file()][get_rank() :: get_world_size()]
-    total = sum(min(PART_IMAGES, len(images) - s) for s in todo)
-    progress = Progress("images", total, shown=is_main_process())
+    folder = output.with_name(output.name + ".parts")
+    parts = Parts(folder, job, "unfinished extraction", len(images), PART_IMAGES, ".npy")
+    progress = Progress("images", parts.items_to_do(), shown=is_main_process())
     done = 0
-    for start in todo:
-        stop = min(start + PART_IMAGES, len(images))
-        part = WholeImages(images.paths, images.indices[start:stop], images.size, images.boxes)
+    for start in parts.todo:
+        chosen = images.indices[start : parts.stop(start)]
         rows, problems = [], {}
         for index, features, bad in extract_batches(
             lambda imgs: {"": encode(imgs)},
-            part,
+            WholeImages(images.paths, chosen, images.size, images.boxes),
             device,
             batch_size=batch_size,
             num_workers=num_workers,
@@ -124,32 +119,27 @@ def extract_to_file(
             done += len(index)
             progress.update(done)
         values = np.concatenate(rows).astype(dtype)
-        write_json(part_file(parts, start).with_suffix(".json"), problems)
-        write_atomic(part_file(parts, start), lambda opened, v=values: np.save(opened, v))
+        write_json(parts.file(start).with_suffix(".json"), problems)
+        write_atomic(parts.file(start), lambda opened, v=values: np.save(opened, v))
     progress.close()
-    barrier()
-    if not is_main_process():
+    if not parts.complete():
         return None
-    result = join_parts(parts, starts, output, len(images))
-    shutil.rmtree(parts)
+    result = join_parts(parts, output)
+    parts.remove()
     return result
 
 
-def part_file(parts: Path, start: int) -> Path:
-    return parts / f"part_{start:09d}.npy"
-
-
-def join_parts(parts: Path, starts, output: Path, count: int) -> tuple[tuple[int, ...], dict[int, str]]:
+def join_parts(parts: Parts, output: Path) -> tuple[tuple[int, ...], dict[int, str]]:
     """Parts -> OUTPUT.npy, without holding more than one part in memory."""
-    first = np.load(part_file(parts, 0), mmap_mode="r")
-    shape = (count, *first.shape[1:])
+    first = np.load(parts.file(0), mmap_mode="r")
+    shape = (parts.total, *first.shape[1:])
     temporary = output.with_name(f".{output.name}.tmp.npy")
     joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=first.dtype, shape=shape)
     problems: dict[int, str] = {}
-    for start in starts:
-        values = np.load(part_file(parts, start), mmap_mode="r")
+    for start in parts.starts:
+        values = np.load(parts.file(start), mmap_mode="r")
         joined[start : start + len(values)] = values
-        bad = json.loads(part_file(parts, start).with_suffix(".json").read_text())
+        bad = json.loads(parts.file(start).with_suffix(".json").read_text())
         problems |= {int(index): problem for index, problem in bad.items()}
     joined.flush()
     temporary.replace(output.with_name(output.name + ".npy"))

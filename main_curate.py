@@ -7,10 +7,14 @@ the files.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+import open_clip
 import torch
 
 from curation.cluster import build_trees, domains, draw_sample, load_tree
@@ -34,6 +38,7 @@ from util.dist import end_distributed, init_distributed, is_main_process, pick_d
 from util.errors import InputError, run_or_explain
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.progress import Progress
+from util.stop import end_with_launcher, run_lock
 
 DROPS = ("quality", "vehicle", "leaks", "duplicates")
 
@@ -155,6 +160,7 @@ class Curation:
         args, run = self.args, self.stages.run
         counts = {"index": run("index", self.index_settings(), self.make_index, shared=True)}
         self.index = load_index(self.folder / "index.csv")
+        self.check_excluded()
         quality = ("min_side", "aspect", "brightness", "min_contrast", "min_sharpness")
         counts["quality"] = run("quality", self.settings(*quality), self.drop_poor)
         counts["embed"] = run("embed", self.encoder_settings(), self.embed, shared=True)
@@ -208,6 +214,17 @@ class Curation:
                 counts[f"{source.role} {source.name}, rows of the other split"] = source.left_out
         return counts
 
+    def check_excluded(self) -> None:
+        """An exclusion that cannot be read would pass every leak."""
+        number_of = {name: number for number, name in enumerate(self.index.sources)}
+        for source in self.images.sources:
+            mine = self.index.excluded & (self.index.source == number_of[source.name])
+            if source.role == "exclude" and not self.index.readable[mine].any():
+                raise InputError(
+                    f"--exclude {source.name}: none of its {len(source.paths)} images can be read, so no "
+                    f"copy of them could be found; {self.folder / 'index.csv'} says why"
+                )
+
     def drop(self, name: str, removal) -> dict:
         save_removal(self.folder, name, removal, self.images.name)
         return {"removed": len(removal.rows)} | removal.counts()
@@ -238,8 +255,15 @@ class Curation:
 
     def encoder_settings(self) -> dict:
         if self.args.checkpoint:
-            return self.settings("checkpoint", "input_size")
-        return {"clip": self.clip()[2].weights_sha256}
+            file = Path(self.args.checkpoint)
+            if not file.is_file():
+                raise InputError(
+                    f"--checkpoint {file} does not exist: give an encoder, or drop the flag for CLIP"
+                )
+            digest = hashlib.sha256(file.read_bytes()).hexdigest()
+            return {"sha256": digest} | self.settings("input_size")
+        clip, _, identity = self.clip()
+        return {"clip": asdict(identity), "preprocess": open_clip.get_model_preprocess_cfg(clip)}
 
     def embed(self, job: str) -> dict:
         a = self.args
@@ -296,7 +320,7 @@ class Curation:
         wanted, other = read_prompts(self.args.vehicle_prompts)
         pool = self.alive(before="vehicle")
         removal = not_vehicles(
-            self.embedded.data[self.embedded.place(pool)], pool, len(self.index),
+            self.embedded, pool, len(self.index),
             encode_texts(clip, tokenizer, [*wanted, *other]), len(wanted), identity.tau,
             self.args.vehicle_threshold, self.device,
         )  # fmt: skip
@@ -349,7 +373,10 @@ class Curation:
         selection = np.load(self.folder / "selection.npy")
         clusters, distance = self.clusters_of(selection)
         progress = Progress("written", len(selection))
-        counts = write_manifest(self.folder, self.images, selection, clusters, distance, progress.update)
+        cut_folder = self.stages.records["index"]["fingerprint"][:12]
+        counts = write_manifest(
+            self.folder, cut_folder, self.images, selection, clusters, distance, progress.update
+        )
         progress.close()
         return counts
 
@@ -370,9 +397,11 @@ class Curation:
 def main(args) -> dict:
     check_args(args)
     device = pick_device(args.device)
+    end_with_launcher()
     init_distributed(device, timeout_s=600)
     try:
-        return Curation(args, device).run()
+        with run_lock(Path(args.output)) if is_main_process() else contextlib.nullcontext():
+            return Curation(args, device).run()
     finally:
         end_distributed()
 

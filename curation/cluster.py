@@ -45,6 +45,7 @@ def quotas(found: list[Domain], target: int, wanted: list[str], seed: int) -> di
     """
     sizes = {domain.name: len(domain.rows) for domain in found}
     fixed: dict[str, int] = {}
+    total_share = 0.0
     for spec in wanted:
         name, _, text = spec.partition("=")
         try:
@@ -55,14 +56,18 @@ def quotas(found: list[Domain], target: int, wanted: list[str], seed: int) -> di
             raise InputError(
                 f"--quota {spec}: write NAME=SHARE, a share of 0 to 1 of one of {', '.join(sizes)}"
             )
-        fixed[name] = round(share * target)
+        fixed[name] = int(share * target)
+        total_share += share
         if fixed[name] > sizes[name]:
             raise InputError(
                 f"--quota {spec} asks for {fixed[name]} images, but {name} has {sizes[name]} left: "
                 "lower the share or --target_size"
             )
-    if sum(fixed.values()) > target:
-        raise InputError(f"--quota: the shares add up to {sum(fixed.values()) / target:.3f}, more than 1")
+    if total_share > 1 + 1e-9:
+        raise InputError(f"--quota: the shares add up to {total_share:.3f}, more than 1")
+    if total_share > 1 - 1e-9:  # what rounding down has left over
+        for name in [name for name in fixed if fixed[name] < sizes[name]][: target - sum(fixed.values())]:
+            fixed[name] += 1
     others = [name for name in sizes if name not in fixed]
     left = target - sum(fixed.values())
     room = sum(sizes[name] for name in others)
@@ -84,7 +89,7 @@ def build_trees(
     trees = []
     for number, domain in enumerate(found):
         here = folder / domain.name
-        plan = plan_levels(len(domain.rows), args.levels, args.members, args.resampling)
+        plan = plan_levels(len(domain.rows), args.levels, args.members, args.resampling, clip=len(found) > 1)
         rows = Rows(
             embedded.data,
             device,

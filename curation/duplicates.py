@@ -152,6 +152,8 @@ def find_duplicates(
     np.maximum.at(best_value, pairs.second, pairs.value)
     is_leaked = np.isin(rest, leaked)
     with_leak = np.isin(groups, groups[is_leaked])
+    with_leak[pairs.first[is_leaked[pairs.second]]] = True  # also beyond the cap of a group
+    with_leak[pairs.second[is_leaked[pairs.first]]] = True
     area = index.width[rest].astype(np.int64) * index.height[rest]
     order = np.lexsort((rest, -area, groups))
     keeper = np.empty(len(rest), dtype=np.int64)

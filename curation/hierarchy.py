@@ -17,7 +17,7 @@ from util.checkpoint import write_atomic
 from util.dist import barrier, is_main_process, print_main
 from util.errors import InputError
 
-AUTO_PLUS_PLUS = 5000  # clusters up to which a CPU seeds by k-means++ when asked for `auto`
+AUTO_PLUS_PLUS = {"cpu": 5_000, "cuda": 50_000}  # clusters up to which `auto` seeds by k-means++
 
 
 @dataclass(frozen=True)
@@ -57,23 +57,33 @@ def members_by_cluster(assignment: np.ndarray, k: int) -> tuple[np.ndarray, np.n
     return indices, offsets
 
 
-def plan_levels(count: int, ks: list[int] | None, members: list[int] | None, resampling: int):
+def plan_levels(
+    count: int, ks: list[int] | None, members: list[int] | None, resampling: int, clip: bool = False
+) -> list[LevelPlan]:
     """Levels from the flags, or from the number of images.
 
     Default sizes: an image in forty (in twenty below 500,000) becomes a cluster, then a tenth of them on each
     level, down to no fewer than 10 clusters and at most three levels; half a cluster's mean size is
     resampled.
 
+    Args:
+        clip: drop levels that such a small domain cannot have, rather than refuse.
     Raises:
         InputError: sizes that do not shrink, or more clusters than images.
     """
     if not ks:
-        ks = [max(2, count // (40 if count >= 500_000 else 20))]
+        ks = [max(1, min(count, 2), count // (40 if count >= 500_000 else 20))]
+        if ks[0] == count:  # one or two images
+            ks = [1]
         while len(ks) < 3 and ks[-1] // 10 >= 10:
             ks.append(ks[-1] // 10)
+    elif clip:
+        kept = [level for level, k in enumerate(ks) if k < count]
+        members = members and ([members[level] for level in kept] or [1])
+        ks = [ks[level] for level in kept] or [1]
     above = [count, *ks]
     for level, (outer, k) in enumerate(zip(above, ks), start=1):
-        if not 1 <= k < outer:
+        if not 1 <= k < outer and count > 1:
             raise InputError(
                 f"--levels {' '.join(map(str, ks))}: level {level} makes {k} clusters of {outer} "
                 f"{'images' if level == 1 else 'clusters'}; every level must be smaller than what it clusters"
@@ -116,7 +126,7 @@ def build_tree(
 
     Args:
         tree_number: which of several trees (one a domain); only changes the random numbers.
-        init: `random`, `kmeans++`, or `auto`: k-means++ on CUDA and for up to 5,000 clusters.
+        init: `random`, `kmeans++`, or `auto`: k-means++ up to 5,000 clusters on a CPU, 50,000 on CUDA.
         resample: which members of a cluster are clustered again, `closest` (as published) or `random`.
     """
     parents, sizes = [], []
@@ -124,7 +134,7 @@ def build_tree(
     for level, step in enumerate(plan, start=1):
         chosen = init
         if init == "auto":
-            chosen = "kmeans++" if rows.device.type == "cuda" or step.k <= AUTO_PLUS_PLUS else "random"
+            chosen = "kmeans++" if step.k <= AUTO_PLUS_PLUS[rows.device.type] else "random"
         print_main(
             f"level {level}: {step.k} clusters of {len(rows)}, {step.resampling} resampling steps of "
             f"{step.members} a cluster, {chosen} start, {memory_bytes(rows, step.k) / 1e9:.2f} GB of memory"

@@ -4,7 +4,6 @@ import csv
 import io
 import os
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -13,10 +12,10 @@ import numpy as np
 from curation.measure import FIELDS, measure_image
 from curation.sources import JoinedImages
 from util.checkpoint import write_atomic
-from util.claim import claim
-from util.dist import barrier, get_rank, get_world_size, is_main_process
+from util.dist import is_main_process
+from util.parts import Parts
 from util.progress import Progress
-from util.work import map_in_order, worker_pool
+from util.work import map_in_order, shared, worker_pool
 
 PART_IMAGES = 4096
 BLOCK_ROWS = 65_536
@@ -54,52 +53,37 @@ class Index:
 def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, workers: int | None) -> None:
     """Write folder/index.csv; the ranks share the work, a killed run goes on at the first part that is
     missing."""
-    parts = folder / "index.parts"
-    claim(parts / "job.json", job, "unfinished index")
-    starts = range(0, len(images), PART_IMAGES)
-    todo = [s for s in starts if not _part(parts, s).is_file()][get_rank() :: get_world_size()]
-    total = sum(min(PART_IMAGES, len(images) - s) for s in todo)
-    progress = Progress("opened", total, shown=is_main_process())
+    parts = Parts(folder / "index.parts", job, "unfinished index", len(images), PART_IMAGES, ".csv")
+    progress = Progress("opened", parts.items_to_do(), shown=is_main_process())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: processes of this machine
     workers = workers or max(1, (os.cpu_count() or 1) // local)
     done = 0
-    with worker_pool(workers) as pool:
-        for start in todo:
-            numbers = range(start, min(start + PART_IMAGES, len(images)))
-            measure = partial(_measure_chunk, images=images, margin=margin)
+    with worker_pool(workers, (images, margin)) as pool:
+        for start in parts.todo:
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
-            for row in map_in_order(pool, measure, numbers, workers):
+            for row in map_in_order(pool, _measure_chunk, range(start, parts.stop(start)), workers):
                 writer.writerow(row)
                 done += 1
                 if done % 512 == 0:
                     progress.update(done)
-            write_atomic(
-                _part(parts, start), lambda f, t=text: f.write(t.getvalue().encode("utf-8", "replace"))
-            )
+            data = text.getvalue().encode("utf-8", "replace")
+            write_atomic(parts.file(start), lambda opened, d=data: opened.write(d))
         progress.update(done)
     progress.close()
-    barrier()
-    if is_main_process():
+    if parts.complete():
 
         def join(opened) -> None:
             opened.write((",".join(FIELDS) + "\n").encode())
-            for start in starts:
-                opened.write(_part(parts, start).read_bytes())
+            for start in parts.starts:
+                opened.write(parts.file(start).read_bytes())
 
         write_atomic(folder / "index.csv", join)
-        for start in starts:
-            _part(parts, start).unlink()
-        (parts / "job.json").unlink()
-        parts.rmdir()
-    barrier()
+        parts.remove()
 
 
-def _part(parts: Path, start: int) -> Path:
-    return parts / f"part_{start:09d}.csv"
-
-
-def _measure_chunk(numbers: list[int], images: JoinedImages, margin: float) -> list[list[str]]:
+def _measure_chunk(numbers: list[int]) -> list[list[str]]:
+    images, margin = shared()
     return [measure_image(images, number, margin) for number in numbers]
 
 

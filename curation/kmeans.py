@@ -46,6 +46,7 @@ def kmeans(
     rng: np.random.Generator,
     init: str = "random",
     start: torch.Tensor | None = None,
+    strict: bool = True,
 ) -> Clusters:
     """Lloyd's algorithm; spherical where `rows.unit`.
 
@@ -53,6 +54,7 @@ def kmeans(
         rng: the same on every rank.
         init: `random` (k rows without repeats) or `kmeans++` (greedy, on 8k random rows).
         start: [k, D] float32 centroids to begin with instead.
+        strict: too few distinct rows are an error; otherwise some clusters stay empty.
     Returns:
         Clusters that belong to the last centroids; stops early when no label changes. An empty cluster takes
         the farthest member of the largest one, so none ends empty unless there are too few distinct rows.
@@ -90,7 +92,8 @@ def kmeans(
         if len(empty):
             reseeded += reseed(rows, centroids, empty, counts, labels, distance)
     final = assign(rows, centroids)
-    _check_distinct(rows, final, k)
+    if strict:
+        _check_distinct(rows, final, k)
     return Clusters(final.centroids, final.assignment, final.distance, final.inertia, done, reseeded)
 
 

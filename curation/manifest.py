@@ -17,6 +17,7 @@ COLUMNS = ("path", "source", "sha256", "width", "height", "box", "identity", "ca
 
 def write_manifest(
     folder: Path,
+    cut_folder: str,
     images: JoinedImages,
     selection: np.ndarray,
     clusters: np.ndarray,
@@ -30,6 +31,7 @@ def write_manifest(
     are.
 
     Args:
+        cut_folder: name of the folder in folder/images, another one for another index.
         selection: [n] int64 index rows, ascending. clusters: [n, levels] int32. distance: [n] float32,
         squared.
     Returns:
@@ -48,9 +50,9 @@ def write_manifest(
         for row_number, row in enumerate(read_rows(folder / "index.csv")):
             if row_number != number:
                 continue
-            file = own_file(folder, images, number, row["box"])
+            file = own_file(folder / "images" / cut_folder, images, number, row["box"])
             if file is not None:
-                row = row | {"path": str(file.relative_to(folder))}
+                row = row | {"path": str(file.relative_to(folder)), "box": ""}  # it is cut already
                 written += 1
             writer.writerow([*(row[name] for name in COLUMNS), *path_of_clusters, f"{away:.6g}"])
             count += 1
@@ -72,7 +74,7 @@ def own_file(folder: Path, images: JoinedImages, number: int, box: str) -> Path 
     packed = isinstance(paths, PackedImages)
     if not box and not packed:
         return None
-    file = folder / "images" / images.sources[source].name / f"{number:09d}.jpg"
+    file = folder / images.sources[source].name / f"{number:09d}.jpg"
     if not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
         if box:

@@ -24,6 +24,7 @@ def measure_image(images: JoinedImages, number: int, margin: float) -> list[str]
     row |= {"source": source.name, "role": source.role, "path": images.name(number)}
     row |= {"identity": images.text(number, "identity"), "camera": images.text(number, "camera")}
     try:
+        row["path"].encode("utf-8")  # names that are not UTF-8 fit into no table
         opened = images[number]
         data = opened.read_bytes() if isinstance(opened, Path) else opened.read()
         row |= {"bytes": str(len(data)), "sha256": hashlib.sha256(data).hexdigest()}

@@ -12,7 +12,7 @@ from curation.rows import Rows
 BANDS = 4  # of 16 bits each
 MAX_BITS = 2 * BANDS - 1  # with one flipped bit allowed in a band, no pair up to this distance is missed
 PAIR_BLOCK = 4_000_000  # candidate pairs held at a time
-BRUTE_ROWS = 20_000  # up to so many rows all are compared with all
+BRUTE_ROWS = 20_000  # a base of up to so many rows is compared with all queries
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ def embedding_pairs(
 ) -> Pairs:
     """(query, base) pairs with at least this cosine, among the nearest `neighbours` of each query.
 
-    Up to 20,000 rows all are compared; beyond, the base is cut into cells of about a thousand by k-means and
-    a query looks into its nearest four.
+    With a base of up to 20,000 rows all are compared; beyond, the base is cut into cells of about a
+    thousand by k-means and a query looks into its nearest four.
 
     Args:
         data: [N, D] embeddings; queries, base: int64 rows of it. A row is no neighbour of itself.
@@ -98,13 +98,13 @@ def embedding_pairs(
     """
     if not len(queries) or not len(base):
         return Pairs(*(np.zeros(0, dtype=t) for t in (np.int64, np.int64, np.float32)))
-    if max(len(base), len(queries)) <= BRUTE_ROWS:
+    if len(base) <= BRUTE_ROWS:
         return _compare(
             data, queries, base, np.arange(len(queries)), np.arange(len(base)), cosine, device, neighbours
         )
     rows = Rows(data, device, base, unit=True, alone=True)
     cells = max(2, len(base) // 1000)
-    clusters = kmeans(rows, cells, iterations=8, rng=step_rng(seed, 2000))
+    clusters = kmeans(rows, cells, iterations=8, rng=step_rng(seed, 2000), strict=False)
     centroids = clusters.centroids
     members, offsets = members_by_cluster(clusters.assignment, cells)
     visits = [np.zeros((0, probes), dtype=np.int64)]

@@ -52,7 +52,10 @@ class Rows:
         self.resident_bytes, self.kept = resident_bytes, None
         self.centre = self._check_and_centre() if centre is None else centre.to(device)
         if (self.last - self.first) * self.dim * 4 <= resident_bytes and self.last > self.first:
-            self.kept = torch.cat([x for _, x in self.chunks()])
+            kept = torch.empty(self.last - self.first, self.dim, device=device)
+            for start, x in self.chunks():
+                kept[start - self.first : start - self.first + len(x)] = x
+            self.kept = kept
 
     def __len__(self) -> int:
         return self.count

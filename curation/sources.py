@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.manifest import iterate_manifest, list_images
+from datasets.manifest import check_first_exist, iterate_manifest, list_images
 from datasets.packed import PackedImages
 from datasets.path_list import PathList
 from util.errors import InputError
 
-TEST_SPLITS = ("val", "valid", "validation", "dev", "test", "query", "gallery")
+TEST_SPLITS = ("val", "dev", "test", "query", "gallery", "probe")  # beginnings of a split's name
 COLUMNS = ("identity", "camera", "box")
 
 
@@ -58,12 +58,13 @@ class JoinedImages:
         paths = self.sources[source].paths
         return str(Path(paths.root).absolute() / paths.relative(index))
 
-    def fingerprint(self) -> dict[str, str]:
-        """Identity of what the sources list, by source."""
-        found = {}
+    def fingerprint(self) -> list[list[str]]:
+        """Identity of what the sources list, in their order: rows of the index are numbered by it."""
+        found = []
         for source in self.sources:
-            values = [source.columns[name].sha256() for name in sorted(source.columns)]
-            found[f"{source.role} {source.name}"] = " ".join([source.paths.sha256(), *values])
+            columns = [f"{name} {source.columns[name].sha256()}" for name in sorted(source.columns)]
+            root = str(Path(source.paths.root).absolute())
+            found.append([source.role, source.name, root, source.paths.sha256(), *columns])
         return found
 
 
@@ -94,13 +95,17 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
     if not path.exists():
         raise InputError(f"--{role} {name}={path} does not exist: give a folder, a manifest or a packed set")
     if path.is_dir():
+        if role == "exclude" and (path / "train").is_dir():
+            raise InputError(
+                f"--exclude {name}={path} holds a folder train/: give the folder of its test images instead"
+            )
         return Source(name, role, list_images(path))
     kept: list[str] = []
     values: dict[str, list[str]] = {column: [] for column in COLUMNS}
     left_out = 0
     for row in iterate_manifest(path):
-        split = (row.get("split") or "").lower()
-        if split in TEST_SPLITS if role == "pool" else split == "train":
+        split = str(row.get("split") or "").strip().lower()
+        if split.startswith(TEST_SPLITS) if role == "pool" else split == "train":
             left_out += 1
             continue
         kept.append(row["path"])
@@ -112,8 +117,10 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
         raise InputError(
             f"--{role} {name}={path}: all {left_out} rows are {side} rows by their column 'split'"
         )
+    paths = PathList(path.parent, kept)
+    check_first_exist(paths, path)
     columns = {column: PathList(Path(), texts) for column, texts in values.items() if any(texts)}
-    return Source(name, role, PathList(path.parent, kept), columns, left_out)
+    return Source(name, role, paths, columns, left_out)
 
 
 def _as_text(value) -> str:

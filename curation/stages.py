@@ -35,6 +35,8 @@ class Stages:
         record = self._read(name)
         if record is None:
             print_main(f"== {name}")
+            if is_main_process():
+                self._file(name).unlink(missing_ok=True)  # it must not vouch for files that are now rewritten
             started = time.perf_counter()
             counts = work(self.fingerprint) if shared or is_main_process() else {}
             if is_main_process():

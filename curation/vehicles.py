@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from curation.duplicates import Embedded
 from curation.removal import Removal, Removals
 from util.errors import InputError
 
@@ -30,7 +31,7 @@ def read_prompts(file: str | Path | None) -> tuple[list[str], list[str]]:
 
 
 def not_vehicles(
-    embeddings: np.ndarray,
+    embedded: Embedded,
     rows: np.ndarray,
     count: int,
     texts: torch.Tensor,
@@ -42,14 +43,14 @@ def not_vehicles(
     """Remove images to which the teacher gives the wanted prompts less than `threshold` of the probability.
 
     Args:
-        embeddings: [n, D_t] of the teacher, one for each of `rows` (int64, of an index of `count`).
+        embedded: of the teacher. rows: int64, of an index of `count`.
         texts: [T, D_t] unit rows, the `wanted` first ones being the wanted prompts. tau: the teacher's
         temperature.
     """
     out = Removals(count)
     texts = texts.to(device)
     for start in range(0, len(rows), 65_536):
-        x = torch.from_numpy(np.ascontiguousarray(embeddings[start : start + 65_536])).to(device).float()
+        x = torch.from_numpy(embedded.data[embedded.place(rows[start : start + 65_536])]).to(device).float()
         share = (torch.nn.functional.normalize(x, dim=1) @ texts.t() / tau).softmax(dim=1)[:, :wanted]
         # the best prompt of each side speaks for it, so that the numbers of prompts do not matter
         probability = share.sum(dim=1).cpu().numpy()

@@ -1,6 +1,7 @@
 """One image file -> an RGB picture, whatever its format, mode and rotation."""
 
 import re
+import struct
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,9 @@ def is_turned(image: Image.Image) -> bool:
     return ("exif" in image.info or image.format != "JPEG") and image.getexif().get(EXIF_ORIENTATION, 1) != 1
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, EOFError, OverflowError, struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 
 def why_unreadable(error: Exception) -> str:

@@ -60,7 +60,7 @@ def list_images(data_path: str | Path, split: str | None = None) -> PathList | P
     if not len(paths):
         known = ", ".join(sorted(str(name) for name in found if name)) or "no column 'split'"
         raise InputError(f"{data_path} has no row with split '{split}': it has {known}")
-    _check_first_exist(paths, data_path)
+    check_first_exist(paths, data_path)
     return paths
 
 
@@ -146,7 +146,7 @@ def _list_folder(folder: Path) -> PathList:
     return PathList(root, found)
 
 
-def _check_first_exist(paths: PathList, manifest: Path) -> None:
+def check_first_exist(paths: PathList, manifest: Path) -> None:
     """A manifest moved away from its images is found now, not image by image."""
     first = range(min(len(paths), 50))
     if not any(paths[index].exists() for index in first):

@@ -5,6 +5,8 @@ import sys
 import pytest
 from conftest import ROOT, run_command
 
+import main_curate
+import main_describe
 from datasets import benchmarks
 from datasets.path_list import PathList
 from util.errors import InputError
@@ -151,6 +153,7 @@ def test_the_recipe_prints_its_commands(tmp_path):
         [
             "env",
             "DRY_RUN=1",
+            "ATTRIBUTES=makes.csv",
             f"PYTHON={sys.executable}",
             "bash",
             str(ROOT / "scripts/automobile1m.sh"),
@@ -161,3 +164,7 @@ def test_the_recipe_prints_its_commands(tmp_path):
     for part in ("--pool web=", "--pool stanford_cars=", "--exclude stanford_cars=", "main_describe.py"):
         assert part in done.stdout
     assert "cars_test" in done.stdout.split("--exclude stanford_cars=")[1].split()[0]
+    assert "--text_bank data/automobile1m/texts" in done.stdout
+    for name, module in (("main_curate.py", main_curate), ("main_describe.py", main_describe)):
+        words = next(line for line in done.stdout.splitlines() if name in line).split(f"{name} ")[1].split()
+        assert module.get_args_parser().parse_args(words).output.startswith("data/automobile1m")

@@ -17,15 +17,21 @@ from conftest import ROOT, command, parse, run_command
 from PIL import Image, ImageFilter
 
 import main_curate
+from curation.cluster import Domain, quotas
 from curation.duplicates import Embedded, find_duplicates
+from curation.hierarchy import build_tree, plan_levels
 from curation.index import Index, load_index, read_rows
 from curation.measure import perceptual_hash, sharpness
 from curation.near import Pairs, embedding_pairs, group, hash_pairs, mutual
+from curation.rows import Rows
+from curation.sample import sample_tree
 from curation.sources import open_sources, parse_box
+from curation.stages import Stages
 from datasets.demo_pool import write_pool
 from datasets.manifest import list_images
 from tools import pack
 from util.errors import InputError
+from util.parts import Parts
 
 CPU = torch.device("cpu")
 COLUMNS = {"identity": "pid", "camera": "camid", "box": "box"}
@@ -193,6 +199,7 @@ def test_an_index_goes_on_at_the_missing_part(pool, tmp_path, monkeypatch):
     assert len(kept) == 2
     with pytest.raises(InputError, match="holds another unfinished index"):
         build_index(images, tmp_path / "cut", {"job": "b"}, 0.0, 1)
+    (tmp_path / "cut" / "index.parts" / ".part_9.csv.123.tmp").write_text("what a kill -9 left")
     build_index(images, tmp_path / "cut", {"job": "a"}, 0.0, 1)
     assert (tmp_path / "cut" / "index.csv").read_bytes() == (tmp_path / "whole" / "index.csv").read_bytes()
 
@@ -232,8 +239,15 @@ def test_bad_input_has_one_sentence(pool, teacher_files, tmp_path):
     empty.mkdir()
     (tmp_path / "test_only.csv").write_text("path,split\na.jpg,test\n")
     (tmp_path / "prompts.json").write_text("{}")
+    (tmp_path / "gone.csv").write_text("path\na.jpg\nb.jpg\n")
+    (tmp_path / "text.csv").write_text("path\ntext.csv\n")
+    (tmp_path / "with_train" / "train").mkdir(parents=True)
     for more, message in (
         (["--pool", "photos"], "write NAME=PATH"),
+        (["--exclude", f"b={tmp_path}/gone.csv"], "none of the first 2 images"),
+        (["--exclude", f"b={tmp_path}/with_train"], "holds a folder train/"),
+        (["--exclude", f"b={tmp_path}/text.csv"], "--exclude b: none of its 1 images can be read"),
+        (["--checkpoint", f"{tmp_path}/none.pth"], "none.pth does not exist"),
         (["--pool", f"demo={pool}/photos"], "given twice"),
         (["--pool", f"a={tmp_path}/nothing"], "does not exist"),
         (["--pool", f"a={empty}"], "it is empty"),
@@ -262,12 +276,57 @@ def test_boxes():
 
 def test_manifest_rows_of_the_other_split_stay_out(pool, tmp_path):
     paths = list(truth_of(pool))[:9]
-    lines = [f"{p},{s}" for p, s in zip(paths, ("train", "val", "test") * 3)]
+    lines = [f"{p},{s}" for p, s in zip(paths, ("train", "val", " Test_easy ") * 3)]
     (tmp_path / "cars.csv").write_text("path,split\n" + "\n".join(lines))
     images = open_sources([f"cars={tmp_path}/cars.csv"], [f"cars={tmp_path}/cars.csv"], COLUMNS)
     assert [len(source.paths) for source in images.sources] == [3, 6]
     assert [source.left_out for source in images.sources] == [6, 3]
     assert images.name(0) == paths[0] and images.name(3) == paths[1]
+
+
+def test_the_order_and_place_of_sources_are_part_of_their_identity(pool, tmp_path):
+    photos, benchmark = f"a={pool}/photos", f"b={pool}/benchmark"
+    one = open_sources([photos, benchmark], [], COLUMNS).fingerprint()
+    assert one != open_sources([benchmark, photos], [], COLUMNS).fingerprint()
+    (tmp_path / "elsewhere").symlink_to(pool / "photos")
+    assert one != open_sources([f"a={tmp_path}/elsewhere", benchmark], [], COLUMNS).fingerprint()
+
+
+def test_a_stage_that_fails_leaves_no_record_of_the_run_before(tmp_path):
+    def fail(_):
+        raise InputError("no")
+
+    Stages(tmp_path).run("embed", {"v": 1}, lambda _: {"n": 1})
+    with pytest.raises(InputError):
+        Stages(tmp_path).run("embed", {"v": 2}, fail)
+    again = []
+    Stages(tmp_path).run("embed", {"v": 1}, lambda _: again.append(1) or {"n": 1})
+    assert again == [1]
+
+
+def test_ranks_that_look_at_different_moments_leave_no_part_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("util.parts.get_world_size", lambda: 2)
+    done = set()
+    for rank in (0, 1):
+        monkeypatch.setattr("util.parts.get_rank", lambda rank=rank: rank)
+        parts = Parts(tmp_path / "p", {"job": 1}, "work", 50, 10, ".txt")
+        done |= set(parts.todo)
+        if rank == 0:  # rank 1 comes when this one has begun
+            parts.file(parts.todo[0]).write_text("done")
+    assert done == {0, 10, 20, 30, 40}
+
+
+def test_tiny_and_empty_domains(tmp_path):
+    for count in (1, 2, 3):
+        (plan,) = plan_levels(count, None, None, 2)
+        assert plan.k == 1 or plan.k < count
+    assert [step.k for step in plan_levels(7, [5000, 500, 5], [9, 9, 3], 2, clip=True)] == [5]
+    assert [step.k for step in plan_levels(3, [5000, 500], None, 2, clip=True)] == [1]
+    x = np.random.default_rng(0).standard_normal((1, 4)).astype(np.float32)
+    tree = build_tree(Rows(x, CPU), plan_levels(1, None, None, 2), tmp_path, seed=0)
+    assert sample_tree(tree, 1, seed=0)[0].tolist() == [0]
+    halves = [Domain("a", np.arange(600)), Domain("b", np.arange(600, 1200))]
+    assert sum(quotas(halves, 1001, ["a=0.5", "b=0.5"], 0).values()) == 1001
 
 
 def plain_pairs(first, second, bits, same):
@@ -345,6 +404,18 @@ def test_the_largest_copy_stays_and_copies_of_leaks_go():
     )  # fmt: skip
     assert removal.rows.tolist() == [0, 2, 5] and removal.of.tolist() == [1, 1, -1]
     assert removal.counts() == {"copy of a leaked picture (cosine)": 1, "near copy (cosine)": 2}
+
+
+def test_copies_of_a_leak_go_beyond_the_cap_of_groups():
+    n = 40
+    index = fake_index(n, phash=np.full(n, 12345, dtype=np.uint64))
+    x = np.ones((n, 8), dtype=np.float32)
+    rows = np.arange(n)
+    removal = find_duplicates(
+        index, Embedded(x, rows), rows[1:], rows[:1], bits=6, cosine=0.97, group_cap=16, track_cap=4,
+        device=CPU, seed=0,
+    )  # fmt: skip
+    assert removal.rows.tolist() == list(range(1, n))
 
 
 def test_frames_of_a_track_are_spread():

@@ -169,7 +169,8 @@ def build(args, folder: Path, header: dict, teacher, source: PretrainDataset, de
     )
     shards = -(-images // SHARD_IMAGES)
     jobs = [(v, s) for v in range(views) for s in range(shards)]
-    todo = [job for job in jobs if not shard_file(folder, *job).is_file()][get_rank() :: get_world_size()]
+    # shared out before looking what is there: ranks that look at different moments must not disagree
+    todo = [job for job in jobs[get_rank() :: get_world_size()] if not shard_file(folder, *job).is_file()]
     total = sum(min(SHARD_IMAGES, images - s * SHARD_IMAGES) for _, s in todo)
     progress = Progress("teacher", total, shown=get_rank() == 0)
     started, done, bad = time.perf_counter(), 0, set()

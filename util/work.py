@@ -10,12 +10,25 @@ from util.stop import end_with_parent, init_worker
 CHUNK = 64  # items a worker takes at a time
 
 
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that leave Ctrl-C to their parent and end with it, also when it is killed."""
-    return ProcessPoolExecutor(workers, initializer=_init_pool_worker)
+_shared: object = None
 
 
-def _init_pool_worker() -> None:
+def worker_pool(workers: int, for_all: object = None) -> ProcessPoolExecutor:
+    """Processes that leave Ctrl-C to their parent and end with it, also when it is killed.
+
+    `for_all` reaches every worker once, as `shared()`; what goes with a chunk is pickled every time.
+    """
+    return ProcessPoolExecutor(workers, initializer=_init_pool_worker, initargs=(for_all,))
+
+
+def shared() -> object:
+    """In a worker: what `worker_pool` was given for all."""
+    return _shared
+
+
+def _init_pool_worker(for_all: object) -> None:
+    global _shared
+    _shared = for_all
     init_worker(0)
     end_with_parent()
 
