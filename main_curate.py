@@ -9,7 +9,6 @@ the files.
 import argparse
 import contextlib
 import hashlib
-import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -35,10 +34,11 @@ from models_teacher import FrozenTeacher, encode_texts, load_clip
 from models_vit import load_encoder
 from util.checkpoint import write_atomic, write_json
 from util.dist import end_distributed, init_distributed, is_main_process, pick_device
-from util.errors import InputError, run_or_explain
+from util.errors import InputError
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.progress import Progress
 from util.stop import end_with_launcher, run_lock
+from util.tool import run_tool, tool_parser
 
 DROPS = ("quality", "vehicle", "leaks", "duplicates")
 
@@ -406,19 +406,9 @@ def main(args) -> dict:
         end_distributed()
 
 
-def entry() -> None:
-    parser = argparse.ArgumentParser(
-        parents=[get_args_parser()],
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    args = parser.parse_args()
-    result = main(args)
-    if result:
-        write_json(Path(args.output) / "metrics.json", result)
-        print(json.dumps(result), flush=True)
-
-
 if __name__ == "__main__":
-    run_or_explain(entry)
+    run_tool(
+        tool_parser("main_curate.py", __doc__, parents=[get_args_parser()]),
+        main,
+        lambda args: Path(args.output) / "metrics.json",
+    )

@@ -9,7 +9,6 @@ text stays only if the images know it. Embeddings are stored, so that other thre
 """
 
 import argparse
-import json
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -24,10 +23,10 @@ from description.rows import read_rows
 from description.selection import Candidates, encode, ground_candidates
 from description.texts import DEFAULT_TEMPLATES, fill, invisible_reason, read_templates
 from models_teacher import load_clip
-from util.checkpoint import write_json
 from util.claim import claim
 from util.dist import pick_device
-from util.errors import InputError, run_or_explain
+from util.errors import InputError
+from util.tool import run_tool, tool_parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -189,17 +188,8 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-
-    def entry():
-        parser = argparse.ArgumentParser(
-            parents=[get_args_parser()],
-            allow_abbrev=False,
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        args = parser.parse_args()
-        metrics = main(args)
-        write_json(Path(args.output) / "metrics.json", metrics)
-        print(json.dumps(metrics))
-
-    run_or_explain(entry)
+    run_tool(
+        tool_parser("main_describe.py", __doc__, parents=[get_args_parser()]),
+        main,
+        lambda args: Path(args.output) / "metrics.json",
+    )

@@ -5,7 +5,6 @@
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +13,13 @@ import torch
 from datasets.labelled import list_labelled
 from engine_extract import extract_features
 from models_vit import load_encoder
-from util.checkpoint import write_json
 from util.dist import pick_device
-from util.errors import InputError, run_or_explain
+from util.errors import InputError
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.probe import knn_predict, linear_predict, topk_accuracy
 from util.progress import Progress
 from util.resolve import parse_input_size
+from util.tool import run_tool, tool_parser
 
 PROTOCOLS = ("knn", "linear")
 
@@ -106,19 +105,10 @@ def probe(features, table, readable, args, name: str, device) -> dict[str, float
     return metrics | {f"majority_{name}": (y["val"] == majority).float().mean().item()}
 
 
+def metrics_file(args) -> Path:
+    folder = Path(args.output_dir) if args.output_dir else Path(args.checkpoint).parent / "linprobe"
+    return folder / "metrics.json"
+
+
 if __name__ == "__main__":
-
-    def entry():
-        parser = argparse.ArgumentParser(
-            parents=[get_args_parser()],
-            allow_abbrev=False,
-            description=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        args = parser.parse_args()
-        metrics = main(args)
-        folder = Path(args.output_dir) if args.output_dir else Path(args.checkpoint).parent / "linprobe"
-        write_json(folder / "metrics.json", metrics)
-        print(json.dumps(metrics))
-
-    run_or_explain(entry)
+    run_tool(tool_parser("main_linprobe.py", __doc__, parents=[get_args_parser()]), main, metrics_file)
