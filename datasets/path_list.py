@@ -8,6 +8,11 @@ from pathlib import Path
 import numpy as np
 
 
+def printable(name: str) -> str:
+    """A file name for tables and messages: bytes that are not UTF-8 become \\xNN."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
+
+
 class PathList:
     """Paths in one contiguous buffer: a million paths are two arrays, shared by forked workers."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from models_teacher import TeacherIdentity, encode_texts
+from models_teacher import TeacherIdentity, check_tokens, encode_texts
 from util.checkpoint import write_safetensors
 from util.errors import InputError
 
@@ -33,7 +33,12 @@ def built_in_texts() -> list[str]:
 
 def read_texts(file: Path) -> list[str]:
     """Texts of a .txt (one a line) or .jsonl (key `text`), duplicates removed, order kept."""
-    lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"--text_bank {file} is not UTF-8 text ({error.reason}): save it as UTF-8"
+        ) from error
     if file.suffix == ".jsonl":
         try:
             lines = [str(json.loads(line)["text"]).strip() for line in lines if line]
@@ -72,6 +77,7 @@ def build_bank(text_bank: str | None, clip, tokenizer, identity: TeacherIdentity
                 f"--text_bank {file}: give .txt, .jsonl, .safetensors or a folder of main_describe.py"
             )
         texts = read_texts(file)
+        check_tokens(tokenizer, texts, getattr(tokenizer, "context_length", None) or clip.context_length)
     embeddings = encode_texts(clip, tokenizer, texts).cpu()
     return embeddings, texts, f"{len(texts)} texts of {source}"
 

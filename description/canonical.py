@@ -10,6 +10,7 @@ SLOTS = ("make", "model", "year", "body", "colour", "view", "doors", "scene", "p
 DERIVED = ("decade",)
 INVISIBLE = tuple(TABLE["invisible"])
 CLOSED = ("body", "colour", "view", "doors")  # a number here is a code that nobody has explained
+WORDED = ("make", "scene", "part")  # the same, but any word will do
 MEASURE = re.compile(TABLE["measure"])
 
 
@@ -65,13 +66,15 @@ def canonical_row(raw: dict[str, str], unknown: Counter | None = None) -> dict[s
 def split_class_name(name: str) -> dict[str, str]:
     """ "Audi TTS Coupe 2012" -> {make, model, body, year}; what is not found is left out."""
     found = {}
+    if name.lower() in WORDS["body"]:
+        return {"body": name}
     year = re.search(r"\s+((?:19|20)\d\d)$", name)
     if year:
         found["year"], name = year[1], name[: year.start()]
     make = _starts_with("make", name) or name.split(" ")[0]
     found["make"], name = make, name[len(make) :].strip()
     body = _ends_with("body", name)
-    if body:
+    if body and not name.lower().endswith((" sport", " sports")):  # "Discovery Sport" is a model
         found["body"] = body
     else:  # "F-150 Regular Cab": the ending says the body and is part of the model's name
         for word, endings in TABLE["body_hints"].items():
@@ -114,10 +117,14 @@ def _canonical(slot: str, value: str, unknown: Counter | None) -> str | None:
         if not year and unknown is not None:
             unknown[slot, value] += 1
         return year[1] if year else None
-    if slot in CLOSED:
-        if unknown is not None:
+    if slot in (*CLOSED, *WORDED):
+        is_code = not any(c.isalpha() for c in value)
+        if unknown is not None and (is_code or slot in CLOSED):
             unknown[slot, value] += 1
-        return None if re.fullmatch(r"[-\d.]+", value) else key
+        if is_code:
+            return None
+        if slot in CLOSED:
+            return key
     if slot in ("make", "model") and value == key and not any(c.isdigit() for c in value):
         return value.title()
     return value

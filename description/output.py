@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import open_clip
 
+from datasets.path_list import printable
 from datasets.text_bank import hash_texts
 from description.report import page
 from description.texts import wordings_of
@@ -21,7 +22,6 @@ def write_folder(args, candidates, templates, identity, facts: dict, paths) -> N
     bank.json is written last: it describes the others, and a folder without it is refused.
     """
     output = Path(args.output)
-    (output / "bank.json").unlink(missing_ok=True)
     kept = []
     for number, (text, note) in enumerate(zip(candidates.texts, candidates.notes)):
         row = {
@@ -35,12 +35,15 @@ def write_folder(args, candidates, templates, identity, facts: dict, paths) -> N
             row["wordings"] = wordings_of(text, templates, True)
         kept.append(row | {"rows": text.count} | note)
     bank = candidates.embeddings.numpy().astype(np.float32)
+    title = f"Texts for {identity.model}: {len(kept)} kept, {len(candidates.removed)} removed"
+    text = page(title, facts, kept, candidates.removed, paths, args.report_texts)
+    (output / "bank.json").unlink(missing_ok=True)
     write_lines(output / "texts.jsonl", [_named(row, paths) for row in kept])
     write_lines(output / "removed.jsonl", [_named(row, paths) for row in candidates.removed])
     write_atomic(output / "bank.npy", lambda opened: np.save(opened, bank))
-    title = f"Texts for {identity.model}: {len(kept)} kept, {len(candidates.removed)} removed"
-    text = page(title, facts, kept, candidates.removed, paths, args.report_texts)
-    write_atomic(output / "report.html", lambda opened: opened.write(text.encode()))
+    write_atomic(
+        output / "report.html", lambda opened: opened.write(text.encode("utf-8", "backslashreplace"))
+    )
     write_json(
         output / "bank.json",
         {
@@ -71,4 +74,4 @@ def _named(row: dict, paths) -> dict:
     """Images by name rather than by number: numbers mean nothing without the list."""
     if "images" not in row:
         return row
-    return row | {"images": [paths.relative(index) for index in row["images"]]}
+    return row | {"images": [printable(paths.relative(index)) for index in row["images"]]}

@@ -163,7 +163,12 @@ def read_compcars(path: Path) -> Rows:
 def read_stanford(path: Path) -> Rows:
     """StanfordCars: `cars_meta.mat` (class_names) or a .txt of "Make Model Body Year" lines."""
     if path.is_dir():
-        path = next(p for p in (path / "devkit" / "cars_meta.mat", path / "cars_meta.mat") if p.is_file())
+        places = (path / "devkit" / "cars_meta.mat", path / "cars_meta.mat")
+        if not any(place.is_file() for place in places):
+            raise InputError(
+                f"--attributes {path} holds no cars_meta.mat (nor devkit/cars_meta.mat): name the file"
+            )
+        path = next(place for place in places if place.is_file())
     if path.suffix.lower() == ".mat":
         names = read_cell_strings(path, "class_names")
     else:

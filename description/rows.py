@@ -11,7 +11,7 @@ from util.errors import InputError
 
 def read_rows(args, columns: dict[str, str], templates: Templates, facts: dict) -> Counter:
     """Canonical rows with their counts: {sorted tuple of (slot, value): rows}."""
-    extra = tuple(templates.slots() - {*SLOTS, *INVISIBLE, "decade", *templates.words})
+    extra = tuple(templates.slots() - {*SLOTS, *INVISIBLE, "decade"})
     rows: Counter[tuple] = Counter()
     unknown: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()

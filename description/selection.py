@@ -5,10 +5,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from description.encode import check_tokens, embed_images, embed_texts, mean_of_wordings
+from datasets.path_list import printable
+from description.encode import embed_images, embed_texts, mean_of_wordings
 from description.grounding import bank_statistics, ground, near_duplicates
 from description.texts import Text, cap, wordings_of
-from models_teacher import FrozenTeacher, encode_texts
+from models_teacher import FrozenTeacher, check_tokens, encode_texts
 from util.errors import InputError
 from util.precision import pick_amp_dtype
 
@@ -70,14 +71,16 @@ def ground_candidates(args, candidates: Candidates, paths, clip, tokenizer, iden
         batch_size=args.batch_size, num_workers=args.num_workers,
     )  # fmt: skip
     for row, problem in problems.items():
-        print(f"unreadable, left out: {paths.relative(int(indices[row]))}: {problem}")
+        print(f"unreadable, left out: {printable(paths.relative(int(indices[row])))}: {problem}")
+    if problems:
+        print(f"this is remembered: remove {args.output}/embeddings to try these images again")
     readable = torch.isfinite(rows[:, 0])
     images, indices = rows[readable], indices[readable.numpy()]
     facts |= {"images": len(images), "unreadable": len(problems)}
     if len(images) < args.n_min:
         raise InputError(
             f"--images {args.images}: {len(images)} of {len(rows)} images could be read, fewer "
-            f"than --n_min {args.n_min}"
+            f"than --n_min {args.n_min}; if they have come back since, remove {args.output}/embeddings"
         )
     generic = encode_texts(clip, tokenizer, [args.generic])[0].float().cpu()
     names = [text.kind if args.rank_in == "kind" else "" for text in candidates.texts]

@@ -195,7 +195,11 @@ def _from_json(file: Path, content) -> Templates:
     phrases = [{"phrase": t} if isinstance(t, str) else t for t in content["templates"]]
     if not all(isinstance(p, dict) and isinstance(p.get("phrase"), str) for p in phrases):
         raise InputError(f"--templates {file}: {shape}")
-    words = {column_key(slot): list(values) for slot, values in content.get("words", {}).items()}
+    lists = content.get("words", {})
+    values = list(lists.values()) if isinstance(lists, dict) else [None]
+    if not all(isinstance(v, list) and all(isinstance(word, str) for word in v) for v in values):
+        raise InputError(f"--templates {file}: 'words' must hold a list of texts for each slot")
+    words = {column_key(slot): list(values) for slot, values in lists.items()}
     for p in phrases:
         lacking = [slot for slot in p.get("words", ()) if slot not in words]
         if lacking:

@@ -3,6 +3,7 @@
 import base64
 import json
 import math
+import os
 import zlib
 from collections import Counter
 
@@ -15,8 +16,9 @@ from conftest import ROOT, command, parse, read_log, run_command, small_flags, w
 import description.encode
 import main_describe
 import main_pretrain
+from datasets.path_list import printable
 from datasets.text_bank import build_bank, read_encoded
-from description.canonical import canonical_row, with_articles
+from description.canonical import canonical_row, split_class_name, with_articles
 from description.encode import mean_of_wordings
 from description.grounding import bank_statistics, ground, near_duplicates
 from description.readers import read_attributes
@@ -597,3 +599,26 @@ def test_pretraining_takes_the_folder(made, pictures, teacher_files, tmp_path):
 def test_wrong_flags(tmp_path, flags, message):
     with pytest.raises(InputError, match=message):
         run_describe(flags, tmp_path / "o")
+
+
+def test_codes_are_no_words_and_endings_are_read_with_care():
+    unknown = Counter()
+    row = canonical_row({"make": "12", "scene": "3", "doors": "4/5", "colour": "red"}, unknown)
+    assert row == {"colour": "red"} and {slot for slot, _ in unknown} == {"make", "scene", "doors"}
+    assert split_class_name("truck") == {"body": "truck"}
+    sport = split_class_name("Land Rover Discovery Sport 2016")
+    assert sport["model"] == "Discovery Sport" and "body" not in sport
+
+
+def test_texts_that_the_teacher_would_cut_are_refused(teacher_files, tmp_path):
+    clip, tokenizer, identity = load_clip(str(teacher_files[0]), str(teacher_files[1]))
+    (tmp_path / "texts.txt").write_text("a red car\n" + "a very " * 60 + "long car\n")
+    with pytest.raises(InputError, match="tokens where the teacher reads"):
+        build_bank(str(tmp_path / "texts.txt"), clip, tokenizer, identity)
+    (tmp_path / "latin.txt").write_bytes(b"a red Citro\xebn\na blue car\n")
+    with pytest.raises(InputError, match="is not UTF-8 text"):
+        build_bank(str(tmp_path / "latin.txt"), clip, tokenizer, identity)
+
+
+def test_names_that_are_not_utf8_can_be_printed():
+    assert printable(os.fsdecode(b"v\xe9.jpg")) == "v\\xe9.jpg" and printable("\u00e9.jpg") == "\u00e9.jpg"
