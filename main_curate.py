@@ -107,8 +107,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="which images of a cluster are clustered again (default closest)")
     add("--iterations", default=50, type=int, help="of k-means, at most (default 50)")
     add("--init", default="auto", choices=("auto", "random", "kmeans++"),
-        help="first centroids; auto is k-means++ on CUDA and up to 5,000 clusters, else random "
-             "(default auto)")
+        help="first centroids; auto is k-means++ up to 5,000 clusters on a CPU, 50,000 on CUDA, "
+             "else random (default auto)")
     add("--spherical", action="store_true", help="cluster unit vectors, with unit centroids (default off)")
     add("--sample", default="random", choices=("random", "closest"),
         help="which images of a cluster are chosen (default random)")

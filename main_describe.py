@@ -1,7 +1,7 @@
 """Turn vehicle attributes into a bank of texts for the distillation.
 
     python main_describe.py --attributes labels.csv --images labels.csv --split train --output texts
-    python main_pretrain.py --text_bank texts ...
+    python main_pretrain.py --text_bank texts --kl_weight 0.05 ...
 
 Attributes (a table with whatever columns exist, or the files of VeRi-776, VehicleID, CompCars, StanfordCars,
 DVM-CAR) become canonical words, fill templates, and are encoded by the frozen teacher. With --images a

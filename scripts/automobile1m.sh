@@ -88,7 +88,7 @@ read -r -a attributes <<< "${ATTRIBUTES:-}"
 bank=()
 if [ ${#attributes[@]} -gt 0 ]; then
     run "$python" main_describe.py --attributes "${attributes[@]}" --images "$output" --output "$output/texts"
-    bank=(--text_bank "$output/texts")
+    bank=(--text_bank "$output/texts" --kl_weight 0.05)  # at weight 0, the default, a bank is only logged
 else
     echo "skipped: no ATTRIBUTES given, so training uses the built-in vocabulary"
 fi

@@ -164,7 +164,7 @@ def test_the_recipe_prints_its_commands(tmp_path):
     for part in ("--pool web=", "--pool stanford_cars=", "--exclude stanford_cars=", "main_describe.py"):
         assert part in done.stdout
     assert "cars_test" in done.stdout.split("--exclude stanford_cars=")[1].split()[0]
-    assert "--text_bank data/automobile1m/texts" in done.stdout
+    assert "--text_bank data/automobile1m/texts --kl_weight" in done.stdout  # at weight 0 it would be idle
     for name, module in (("main_curate.py", main_curate), ("main_describe.py", main_describe)):
         words = next(line for line in done.stdout.splitlines() if name in line).split(f"{name} ")[1].split()
         assert module.get_args_parser().parse_args(words).output.startswith("data/automobile1m")
