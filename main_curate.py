@@ -16,11 +16,13 @@ import numpy as np
 import open_clip
 import torch
 
+from curation.align import Aligner
 from curation.cluster import build_trees, domains, draw_sample, load_tree
-from curation.duplicates import Embedded, find_duplicates, find_leaks
+from curation.duplicates import Embedded, Likeness, find_duplicates, find_leaks
 from curation.evidence import judge
 from curation.index import build_index, load_index
 from curation.manifest import write_manifest
+from curation.measure import SIDE
 from curation.near import MAX_BITS
 from curation.quality import poor_images
 from curation.removal import Removals, load_removal, save_removal
@@ -86,8 +88,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--near_bits", default=6, type=int,
         help=f"perceptual hashes that differ in at most so many of 64 bits are near copies, 0 to {MAX_BITS} "
              "(default 6)")
+    add("--near_correlation", default=0.95, type=float,
+        help="pixels that correlate at least so, once a crop or mirror is undone, make near copies "
+             "(default 0.95)")
     add("--near_cosine", default=0.97, type=float,
-        help="embeddings at least so alike are near copies, if their hashes do not contradict (default 0.97)")
+        help="embeddings at least so alike are near copies, if their pixels do not contradict (default 0.97)")
     add("--leak_cosine", default=0.95, type=float, help="the same between pool and --exclude (default 0.95)")
     add("--group_cap", default=16, type=int, help="images that may count as copies of one (default 16)")
     add("--track_cap", default=4, type=int, help="images of one (identity, camera), if known (default 4)")
@@ -128,6 +133,7 @@ def check_args(args) -> None:
     """Values that no stage could use stop the run before it touches an image."""
     for name, low, high in (
         ("target_size", 1, 10**10), ("near_bits", 0, MAX_BITS), ("near_cosine", 0.5, 1.0),
+        ("near_correlation", 0.7, 1.0),
         ("leak_cosine", 0.5, 1.0), ("group_cap", 1, 10**9), ("track_cap", 1, 10**9), ("resampling", 0, 1000),
         ("iterations", 1, 10_000), ("box_margin", 0.0, 2.0), ("vehicle_threshold", 0.0, 1.0),
         ("batch_size", 1, 10**6),
@@ -169,7 +175,7 @@ class Curation:
         )
         vehicle = self.settings("vehicle_filter", "vehicle_threshold") | {"prompts": self.prompts()}
         counts["vehicle"] = run("vehicle", vehicle, self.drop_others)
-        copies = ("near_bits", "seed")
+        copies = ("near_bits", "near_correlation", "seed")
         counts["leaks"] = run("leaks", self.settings(*copies, "leak_cosine"), self.drop_leaks)
         names = (*copies, "near_cosine", "group_cap", "track_cap")
         counts["duplicates"] = run("duplicates", self.settings(*names), self.drop_duplicates)
@@ -203,7 +209,7 @@ class Curation:
     # index
 
     def index_settings(self) -> dict:
-        return {"sources": self.images.fingerprint(), "box_margin": self.args.box_margin}
+        return {"sources": self.images.fingerprint(), "thumbnails": SIDE} | self.settings("box_margin")
 
     def make_index(self, job: str) -> dict:
         build_index(self.images, self.folder, {"job": job}, self.args.box_margin, self.args.num_workers)
@@ -326,12 +332,16 @@ class Curation:
         )  # fmt: skip
         return self.drop("vehicle", removal)
 
+    def aligner(self) -> Aligner:
+        return Aligner(np.load(self.folder / "thumbnails.npy", mmap_mode="r"), self.device)
+
     def drop_leaks(self, job: str) -> dict:
         a = self.args
         removal = find_leaks(
             self.index, self.embedded, self.alive(before="leaks"),
             lambda row: recognise(self.images.name(row)),
-            bits=a.near_bits, cosine=a.leak_cosine, device=self.device, seed=a.seed,
+            like=Likeness(a.near_bits, a.leak_cosine, a.near_correlation), aligner=self.aligner(),
+            seed=a.seed,
         )  # fmt: skip
         return self.drop("leaks", removal)
 
@@ -340,8 +350,8 @@ class Curation:
         removal = find_duplicates(
             self.index, self.embedded, self.alive(before="duplicates"),
             load_removal(self.folder, "leaks").rows,
-            bits=a.near_bits, cosine=a.near_cosine, group_cap=a.group_cap, track_cap=a.track_cap,
-            device=self.device, seed=a.seed,
+            like=Likeness(a.near_bits, a.near_cosine, a.near_correlation), aligner=self.aligner(),
+            group_cap=a.group_cap, track_cap=a.track_cap, seed=a.seed,
         )  # fmt: skip
         return self.drop("duplicates", removal)
 

@@ -1,4 +1,4 @@
-"""How evenly a set is spread over clusters."""
+"""How evenly a set is spread over clusters or cells."""
 
 import numpy as np
 

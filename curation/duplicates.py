@@ -4,16 +4,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
+from curation.align import Aligner
 from curation.index import Index
-from curation.near import Pairs, embedding_pairs, group, hash_pairs, mutual
+from curation.near import Pairs, embedding_pairs, group, hash_pairs, once
 from curation.removal import Removal, Removals
 
-# alike by hash is only believed where the embeddings do not contradict, and the other way round: plain
-# backgrounds share hashes, and two cars of one model share embeddings
+# alike by hash is only believed where the embeddings do not contradict, and by embedding where the pixels do
+# not: plain backgrounds share hashes, and two cars of one model share embeddings
 COSINE_FLOOR = 0.5
-BITS_CEILING = 22
+CORRELATION_FLOOR = 0.7
+CANDIDATE_COSINE = 0.65  # of the nearest neighbours, those at least so alike are laid over each other
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """When two images are near copies: `bits` of their hashes differ at most, or the cosine of their
+    embeddings or the correlation of their aligned pixels is at least so high."""
+
+    bits: int
+    cosine: float
+    correlation: float
 
 
 @dataclass(frozen=True)
@@ -33,19 +44,20 @@ def near_pairs(
     embedded: Embedded,
     first: np.ndarray,
     second: np.ndarray,
-    bits: int,
-    cosine: float,
-    device: torch.device,
+    like: Likeness,
+    aligner: Aligner,
     seed: int,
 ) -> Pairs:
-    """Near copies between two lists of index rows (or within one, given twice); value: the cosine.
+    """Near copies between two lists of index rows (or within one, given twice); value: the correlation of
+    their aligned pixels.
 
-    A pair is near when the hashes differ in at most `bits` and the cosine is at least 0.5, or when the cosine
-    is at least `cosine`, each among the other's nearest (within one list), and the hashes differ in at most
-    22.
+    A pair is near when (1) the hashes differ in at most `like.bits` and the cosine is at least 0.5, or, among
+    the nearest neighbours, (2) the correlation is at least `like.correlation`, or (3) the cosine is at
+    least `like.cosine`, each among the other's nearest (within one list), and the correlation at least
+    0.7.
     """
     within = first is second
-    by_hash = hash_pairs(index.phash[first], index.phash[second], bits, within)
+    by_hash = hash_pairs(index.phash[first], index.phash[second], like.bits, within)
     cosines = np.empty(len(by_hash), dtype=np.float32)
     for start in range(0, len(by_hash), 65_536):
         part = slice(start, start + 65_536)
@@ -54,18 +66,21 @@ def near_pairs(
         norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
         cosines[part] = (x * y).sum(axis=1) / np.maximum(norms, 1e-12)
     believed = cosines >= COSINE_FLOOR
-    a, b, value = by_hash.first[believed], by_hash.second[believed], cosines[believed]
+    a, b = by_hash.first[believed], by_hash.second[believed]
+    floor = min(CANDIDATE_COSINE, like.cosine)
     alike = embedding_pairs(
-        embedded.data, embedded.place(first), embedded.place(second), cosine, device, seed=seed
+        embedded.data, embedded.place(first), embedded.place(second), floor, aligner.device, seed=seed
     )
+    both_ways = np.ones(len(alike), dtype=bool)
     if within:
-        alike = mutual(alike)
-    bits_apart = np.bitwise_count(index.phash[first[alike.first]] ^ index.phash[second[alike.second]])
-    kept = bits_apart <= BITS_CEILING
+        alike, both_ways = once(alike)
+    fits = aligner.correlate(first[alike.first], second[alike.second])
+    near = fits >= like.correlation
+    near |= (alike.value >= like.cosine) & both_ways & (fits >= CORRELATION_FLOOR)
     return Pairs(
-        np.concatenate([a, alike.first[kept]]),
-        np.concatenate([b, alike.second[kept]]),
-        np.concatenate([value, alike.value[kept]]),
+        np.concatenate([a, alike.first[near]]),
+        np.concatenate([b, alike.second[near]]),
+        np.concatenate([aligner.correlate(first[a], second[b]), fits[near]]),
     )
 
 
@@ -81,9 +96,8 @@ def find_leaks(
     alive: np.ndarray,
     benchmark_of: Callable[[int], str | None],
     *,
-    bits: int,
-    cosine: float,
-    device: torch.device,
+    like: Likeness,
+    aligner: Aligner,
     seed: int,
 ) -> Removal:
     """Pool rows that are a picture of an excluded source: the same bytes, the same pixels, or near; and rows
@@ -108,14 +122,14 @@ def find_leaks(
             of = first[len(excluded) :][mine]
             out.add(f"{index.sources[number]}: {reason}", alive[mine], of, 1.0)
     rest = alive[~out.removed()[alive]]
-    pairs = near_pairs(index, embedded, rest, excluded, bits, cosine, device, seed)
+    pairs = near_pairs(index, embedded, rest, excluded, like, aligner, seed)
     order = np.lexsort((-pairs.value, pairs.first))
     order = order[np.unique(pairs.first[order], return_index=True)[1]]  # the best match of each
     rows, of = rest[pairs.first[order]], excluded[pairs.second[order]]
     for number in np.unique(index.source[of]):
         mine = index.source[of] == number
         name = index.sources[number]
-        out.add(f"{name}: near (cosine)", rows[mine], of[mine], pairs.value[order][mine])
+        out.add(f"{name}: near (correlation)", rows[mine], of[mine], pairs.value[order][mine])
     return out.finish()
 
 
@@ -125,11 +139,10 @@ def find_duplicates(
     alive: np.ndarray,
     leaked: np.ndarray,
     *,
-    bits: int,
-    cosine: float,
+    like: Likeness,
+    aligner: Aligner,
     group_cap: int,
     track_cap: int,
-    device: torch.device,
     seed: int,
 ) -> Removal:
     """Of each group of copies the largest picture stays; of each (identity, camera) at most `track_cap` stay.
@@ -145,7 +158,7 @@ def find_duplicates(
         copies = first != rest
         out.add(reason, rest[copies], first[copies], 1.0)
     rest = np.sort(np.concatenate([alive[~out.removed()[alive]], leaked]))
-    pairs = near_pairs(index, embedded, rest, rest, bits, cosine, device, seed)
+    pairs = near_pairs(index, embedded, rest, rest, like, aligner, seed)
     groups = group(len(rest), pairs, group_cap)
     best_value = np.zeros(len(rest), dtype=np.float32)
     np.maximum.at(best_value, pairs.first, pairs.value)
@@ -160,9 +173,9 @@ def find_duplicates(
     starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
     keeper[order] = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
     copies = with_leak & ~is_leaked
-    out.add("copy of a leaked picture (cosine)", rest[copies], value=best_value[copies])
+    out.add("copy of a leaked picture (correlation)", rest[copies], value=best_value[copies])
     copies = (keeper != np.arange(len(rest))) & ~with_leak
-    out.add("near copy (cosine)", rest[copies], rest[keeper[copies]], best_value[copies])
+    out.add("near copy (correlation)", rest[copies], rest[keeper[copies]], best_value[copies])
     rest = alive[~out.removed()[alive]]
     known = rest[(index.identity[rest] >= 0) & (index.camera[rest] >= 0)]
     pairs_of_ids = np.stack([index.identity[known], index.camera[known]], axis=1)

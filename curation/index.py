@@ -1,4 +1,5 @@
-"""The first stage: every image of every source is opened once; what was seen is index.csv."""
+"""The first stage: every image of every source is opened once; what was seen is index.csv and
+thumbnails.npy."""
 
 import csv
 import io
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from curation.measure import FIELDS, measure_image
+from curation.measure import FIELDS, SIDE, measure_image
 from curation.sources import JoinedImages
 from util.checkpoint import write_atomic
 from util.dist import is_main_process
@@ -51,8 +52,8 @@ class Index:
 
 
 def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, workers: int | None) -> None:
-    """Write folder/index.csv; the ranks share the work, a killed run goes on at the first part that is
-    missing."""
+    """Write folder/index.csv and folder/thumbnails.npy, [N, 32, 32] uint8 grey; the ranks share the work, a
+    killed run goes on at the first part that is missing."""
     parts = Parts(folder / "index.parts", job, "unfinished index", len(images), PART_IMAGES, ".csv")
     progress = Progress("opened", parts.items_to_do(), shown=is_main_process())
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: processes of this machine
@@ -62,11 +63,17 @@ def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, wo
         for start in parts.todo:
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
-            for row in map_in_order(pool, _measure_chunk, range(start, parts.stop(start)), workers):
+            thumbnails = []
+            for row, thumbnail in map_in_order(
+                pool, _measure_chunk, range(start, parts.stop(start)), workers
+            ):
                 writer.writerow(row)
+                thumbnails.append(thumbnail)
                 done += 1
                 if done % 512 == 0:
                     progress.update(done)
+            pixels = np.stack(thumbnails).tobytes()  # before the table: a table that exists is a part done
+            write_atomic(parts.file(start).with_suffix(".pixels"), lambda opened, d=pixels: opened.write(d))
             data = text.getvalue().encode("utf-8", "replace")
             write_atomic(parts.file(start), lambda opened, d=data: opened.write(d))
         progress.update(done)
@@ -78,11 +85,19 @@ def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, wo
             for start in parts.starts:
                 opened.write(parts.file(start).read_bytes())
 
+        def join_thumbnails(opened) -> None:
+            shape = (len(images), SIDE, SIDE)
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(opened, header)
+            for start in parts.starts:
+                opened.write(parts.file(start).with_suffix(".pixels").read_bytes())
+
+        write_atomic(folder / "thumbnails.npy", join_thumbnails)
         write_atomic(folder / "index.csv", join)
         parts.remove()
 
 
-def _measure_chunk(numbers: list[int]) -> list[list[str]]:
+def _measure_chunk(numbers: list[int]) -> list[tuple[list[str], np.ndarray]]:
     images, margin = shared()
     return [measure_image(images, number, margin) for number in numbers]
 

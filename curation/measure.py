@@ -1,4 +1,4 @@
-"""What is measured of one image: hashes, size, light, sharpness; one decode an image."""
+"""What is measured of one image: hashes, size, light, sharpness, a thumbnail; one decode an image."""
 
 import hashlib
 import io
@@ -14,11 +14,15 @@ FIELDS = (
     "source", "role", "path", "identity", "camera", "bytes", "width", "height", "box", "sha256", "pixels",
     "phash", "brightness", "contrast", "sharpness", "problem",
 )  # fmt: skip
-HASH_SIDE = 32
+SIDE = 32  # px of a thumbnail
 
 
-def measure_image(images: JoinedImages, number: int, margin: float) -> list[str]:
-    """One row of index.csv, the values of `FIELDS` as texts; `problem` says why an image is unreadable."""
+def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[list[str], np.ndarray]:
+    """One row of index.csv, the values of `FIELDS` as texts, and its thumbnail, [32, 32] uint8 grey.
+
+    `problem` says why an image is unreadable; its thumbnail is black.
+    """
+    thumbnail = np.zeros((SIDE, SIDE), dtype=np.uint8)
     source = images.sources[images.locate(number)[0]]
     row = dict.fromkeys(FIELDS, "")
     row |= {"source": source.name, "role": source.role, "path": images.name(number)}
@@ -34,16 +38,17 @@ def measure_image(images: JoinedImages, number: int, margin: float) -> list[str]
             cut = parse_box(box, *image.size, margin)
             image = image.crop(cut)
             row["box"] = " ".join(map(str, cut))
-        row |= measure_pixels(image)
+        grey = image.convert("L")
+        thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX))
+        row |= measure_pixels(image, grey, thumbnail)
     except UNREADABLE as error:
         row["problem"] = why_unreadable(error)
-    return list(row.values())
+    return list(row.values()), thumbnail
 
 
-def measure_pixels(image: Image.Image) -> dict[str, str]:
-    """RGB picture -> size (px), hash of the pixels, perceptual hash, and of the grey picture at no more than
-    256 px: mean and standard deviation (0 to 255) and the deviation of its Laplacian."""
-    grey = image.convert("L")
+def measure_pixels(image: Image.Image, grey: Image.Image, thumbnail: np.ndarray) -> dict[str, str]:
+    """RGB and grey picture -> size (px), hash of the pixels, perceptual hash, and of the grey picture at no
+    more than 256 px: mean and standard deviation (0 to 255) and the deviation of its Laplacian."""
     small = grey.copy()
     small.thumbnail((256, 256), Image.Resampling.BOX)
     values = np.asarray(small, dtype=np.float32)
@@ -52,7 +57,7 @@ def measure_pixels(image: Image.Image) -> dict[str, str]:
         "width": str(image.width),
         "height": str(image.height),
         "pixels": hashlib.sha256(size + image.tobytes()).hexdigest(),
-        "phash": f"{perceptual_hash(grey):016x}",
+        "phash": f"{perceptual_hash(thumbnail):016x}",
         "brightness": f"{values.mean():.1f}",
         "contrast": f"{values.std():.1f}",
         "sharpness": f"{sharpness(values):.2f}",
@@ -70,16 +75,15 @@ def sharpness(grey: np.ndarray) -> float:
 
 def _cosines() -> np.ndarray:
     """[8, 32] the lowest rows of the cosine transform (type II), without the constant one: 1 to 8."""
-    k, n = np.arange(1, 9)[:, None], np.arange(HASH_SIDE)[None]
-    return np.cos(np.pi * k * (2 * n + 1) / (2 * HASH_SIDE))
+    k, n = np.arange(1, 9)[:, None], np.arange(SIDE)[None]
+    return np.cos(np.pi * k * (2 * n + 1) / (2 * SIDE))
 
 
 COSINES = _cosines()
 
 
-def perceptual_hash(grey: Image.Image) -> int:
-    """64 bits: which of 8 x 8 low frequencies of the 32 x 32 picture lie above their median."""
-    small = np.asarray(grey.resize((HASH_SIDE, HASH_SIDE), Image.Resampling.BOX), dtype=np.float64)
-    low = COSINES @ small @ COSINES.T
+def perceptual_hash(thumbnail: np.ndarray) -> int:
+    """64 bits: which of 8 x 8 low frequencies of the [32, 32] uint8 grey picture lie above their median."""
+    low = COSINES @ thumbnail.astype(np.float64) @ COSINES.T
     bits = (low > np.median(low)).ravel()
     return int.from_bytes(np.packbits(bits).tobytes(), "big")

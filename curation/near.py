@@ -151,12 +151,12 @@ def _nearest(first, second, value, neighbours: int) -> Pairs:
     return Pairs(first[kept], second[kept], value[kept])
 
 
-def mutual(pairs: Pairs) -> Pairs:
-    """Of pairs within one set, those that hold in both directions, once each, first < second."""
-    count = int(max(pairs.first.max(initial=-1), pairs.second.max(initial=-1))) + 1
-    forward, backward = pairs.first * count + pairs.second, pairs.second * count + pairs.first
-    kept = np.isin(forward, backward) & (pairs.first < pairs.second)
-    return Pairs(pairs.first[kept], pairs.second[kept], pairs.value[kept])
+def once(pairs: Pairs) -> tuple[Pairs, np.ndarray]:
+    """Pairs within one set, once each, first < second, and [P] bool whether they hold in both directions."""
+    low, high = np.minimum(pairs.first, pairs.second), np.maximum(pairs.first, pairs.second)
+    codes = low * (int(high.max(initial=-1)) + 1) + high
+    _, first, counts = np.unique(codes, return_index=True, return_counts=True)
+    return Pairs(low[first], high[first], pairs.value[first]), counts == 2
 
 
 def _unit(data, rows, device) -> torch.Tensor:

@@ -96,12 +96,12 @@ def funnel(run, counts: dict) -> str:
 def evidence_table(evidence: dict[str, dict[str, float]]) -> str:
     """One row a number, one column a set."""
     titles = {
-        "entropy": "entropy of the cluster sizes (1: all equal)",
+        "entropy": "entropy of the images over the cells (1: all equal)",
         "gini": "Gini coefficient (0: all equal)",
-        "effective": "effective number of clusters",
-        "coverage": "clusters with at least one image",
-        "tail_coverage": "of the rarest tenth of clusters, those with at least one image",
-        "top_share": "share of the images in the largest 1% of clusters",
+        "effective": "effective number of cells",
+        "coverage": "cells with at least one image",
+        "tail_coverage": "of the rarest tenth of cells, those with at least one image",
+        "top_share": "share of the images in the largest 1% of cells",
     }
     head = "".join(f"<th>{name}</th>" for name in evidence)
     body = "".join(
@@ -114,7 +114,7 @@ def evidence_table(evidence: dict[str, dict[str, float]]) -> str:
 
 
 def size_curves(sizes: dict[str, np.ndarray]) -> str:
-    """Cluster sizes, largest first, of each set relative to its mean; logarithmic upwards; as SVG."""
+    """Cell sizes, largest first, of each set relative to its mean; logarithmic upwards; as SVG."""
     width, height, floor, top = 720, 260, 0.03, 30.0
     colours = {"pool": "#888", "random": "#d80", "selection": "#06c"}
 

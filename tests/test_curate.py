@@ -17,12 +17,14 @@ from conftest import ROOT, command, parse, run_command
 from PIL import Image, ImageFilter
 
 import main_curate
+from curation.align import Aligner
 from curation.cluster import Domain, quotas
-from curation.duplicates import Embedded, find_duplicates
+from curation.duplicates import Embedded, Likeness, find_duplicates
+from curation.evidence import judge
 from curation.hierarchy import build_tree, plan_levels
 from curation.index import Index, load_index, read_rows
 from curation.measure import perceptual_hash, sharpness
-from curation.near import Pairs, embedding_pairs, group, hash_pairs, mutual
+from curation.near import Pairs, embedding_pairs, group, hash_pairs, once
 from curation.rows import Rows
 from curation.sample import sample_tree
 from curation.sources import open_sources, parse_box
@@ -187,7 +189,7 @@ def test_an_index_goes_on_at_the_missing_part(pool, tmp_path, monkeypatch):
 
     def failing(file, write):
         calls.append(file)
-        if len(calls) == 3:
+        if len(calls) == 6:  # tables of two parts are there, and thumbnails of three
             raise KeyboardInterrupt
         return real(file, write)
 
@@ -201,7 +203,15 @@ def test_an_index_goes_on_at_the_missing_part(pool, tmp_path, monkeypatch):
         build_index(images, tmp_path / "cut", {"job": "b"}, 0.0, 1)
     (tmp_path / "cut" / "index.parts" / ".part_9.csv.123.tmp").write_text("what a kill -9 left")
     build_index(images, tmp_path / "cut", {"job": "a"}, 0.0, 1)
-    assert (tmp_path / "cut" / "index.csv").read_bytes() == (tmp_path / "whole" / "index.csv").read_bytes()
+    for name in ("index.csv", "thumbnails.npy"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    thumbnails = np.load(tmp_path / "whole" / "thumbnails.npy", mmap_mode="r")
+    rows = list(read_rows(tmp_path / "whole" / "index.csv"))
+    assert thumbnails.shape == (240, 32, 32) and thumbnails.dtype == np.uint8
+    for number, row in enumerate(rows):
+        assert bool(thumbnails[number].any()) == (not row["problem"])
+        if not row["problem"]:
+            assert f"{perceptual_hash(thumbnails[number]):016x}" == row["phash"]
 
 
 def test_two_ranks_choose_the_same(pool, teacher_files, curated, tmp_path):
@@ -224,7 +234,7 @@ def test_packed_and_boxed_images_get_files_of_their_own(pool, teacher_files, tmp
     words = f"--pool packed={tmp_path}/packed boxed={tmp_path}/boxed.csv --output {tmp_path}/out --device cpu"
     words += f" --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --target_size 20"
     words += " --num_workers 1 --min_side 20 --levels 6 --resampling 1 --stratify source --quota packed=0.25"
-    words += " --box_margin 0 --track_cap 3 --near_cosine 1 --near_bits 0"
+    words += " --box_margin 0 --track_cap 3 --near_cosine 1 --near_bits 0 --near_correlation 1"
     counts = curate(words.split())
     assert counts["sample"] == {"images": 20, "from packed": 5, "from boxed": 15}
     assert counts["write"]["written_images"] == 20
@@ -354,14 +364,19 @@ def test_hash_pairs_miss_none(bits):
     assert all(-v == (int(near[a]) ^ int(base[b])).bit_count() for a, b, v in zip(*vars(found).values()))
 
 
+def both_ways(pairs: Pairs) -> Pairs:
+    pairs, both = once(pairs)
+    return Pairs(*(values[both] for values in vars(pairs).values()))
+
+
 def test_embedding_pairs_by_cells_find_what_comparing_all_finds(monkeypatch):
     rng = np.random.default_rng(0)
     x = rng.standard_normal((3000, 16)).astype(np.float32)
     x[1500:1600] = x[:100] + 0.05 * rng.standard_normal((100, 16))
     rows = np.arange(3000)
-    all_pairs = mutual(embedding_pairs(x, rows, rows, 0.97, CPU))
+    all_pairs = both_ways(embedding_pairs(x, rows, rows, 0.97, CPU))
     monkeypatch.setattr("curation.near.BRUTE_ROWS", 100)
-    cells = mutual(embedding_pairs(x, rows, rows, 0.97, CPU))
+    cells = both_ways(embedding_pairs(x, rows, rows, 0.97, CPU))
     expected = set(zip(all_pairs.first.tolist(), all_pairs.second.tolist()))
     found = set(zip(cells.first.tolist(), cells.second.tolist()))
     assert len(expected) >= 95 and found <= expected and len(found) >= 0.97 * len(expected)
@@ -373,6 +388,59 @@ def test_groups_are_capped_and_the_most_alike_come_first():
     sizes = Counter(groups.tolist())
     assert max(sizes.values()) == 4 and groups[9] == groups[8] == groups[7] == groups[6]
     assert len(set(group(10, chain, cap=100).tolist())) == 1
+
+
+LIKE = Likeness(bits=6, cosine=0.97, correlation=0.95)
+
+
+def noise_aligner(n: int) -> Aligner:
+    """Thumbnails of which no two correlate."""
+    return Aligner(np.random.default_rng(3).integers(0, 256, (n, 32, 32), dtype=np.uint8), CPU)
+
+
+def small(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture.convert("L").resize((32, 32), Image.Resampling.BOX))
+
+
+def test_alignment_undoes_crops_and_mirrors_and_tells_vehicles_apart(pool):
+    clean = [path for path, row in truth_of(pool).items() if row["kind"] == "clean"][:24]
+    rng = np.random.default_rng(0)
+    originals, crops = [], []
+    for number, path in enumerate(clean):
+        picture = Image.open(path)
+        width, height = (round(side * rng.uniform(0.88, 0.98)) for side in picture.size)
+        left, top = rng.integers(0, picture.width - width + 1), rng.integers(0, picture.height - height + 1)
+        crop = picture.crop((left, top, left + width, top + height))
+        if number % 3 == 0:
+            crop = crop.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        originals.append(small(picture))
+        crops.append(small(crop))
+    aligner = Aligner(np.stack(originals + crops), CPU)
+    n = np.arange(24)
+    copies = aligner.correlate(n, n + 24)
+    assert (copies == pytest.approx(aligner.correlate(n + 24, n), abs=1e-4)) and np.median(copies) > 0.97
+    assert (copies >= 0.95).mean() >= 0.9
+    others = aligner.correlate(n, 24 + (n + 1) % 24)
+    assert others.max() < 0.95 and np.median(others) < 0.7
+
+
+def test_one_colour_correlates_with_nothing():
+    thumbnails = np.stack([np.full((32, 32), 90), np.full((32, 32), 90), np.arange(1024).reshape(32, 32) / 4])
+    found = Aligner(thumbnails.astype(np.uint8), CPU).correlate(np.array([0, 0, 2]), np.array([1, 2, 2]))
+    assert found[0] == pytest.approx(0) and found[1] == pytest.approx(0) and found[2] > 0.999
+
+
+def test_cells_show_what_clusters_of_equal_size_hide():
+    """900 images in a crowd, 100 spread widely: a draw of 100 from the crowd is not even."""
+    rng = np.random.default_rng(0)
+    crowd = np.array([1.0] + [0.0] * 15) + 0.05 * rng.standard_normal((900, 16))
+    x = np.concatenate([crowd, rng.standard_normal((100, 16))]).astype(np.float32)
+    rows = np.arange(1000)
+    chosen = np.concatenate([rows[:900:18], rows[900::2]])
+    numbers, sizes = judge(Embedded(x, rows), rows, chosen, CPU, seed=0)
+    assert 45 <= len(sizes["pool"]) <= 55 and sizes["selection"].sum() == sizes["random"].sum() == 100
+    assert numbers["selection"]["effective"] > 2 * numbers["random"]["effective"]
+    assert numbers["selection"]["coverage"] > numbers["random"]["coverage"]
 
 
 def fake_index(n: int, **columns) -> Index:
@@ -399,11 +467,11 @@ def test_the_largest_copy_stays_and_copies_of_leaks_go():
     x[1], x[2], x[5] = x[0], x[0], x[4]
     rows = np.arange(n)
     removal = find_duplicates(
-        index, Embedded(x, rows), rows[rows != 4], np.array([4]), bits=6, cosine=0.97, group_cap=16,
-        track_cap=4, device=CPU, seed=0,
+        index, Embedded(x, rows), rows[rows != 4], np.array([4]), like=LIKE, aligner=noise_aligner(n),
+        group_cap=16, track_cap=4, seed=0,
     )  # fmt: skip
     assert removal.rows.tolist() == [0, 2, 5] and removal.of.tolist() == [1, 1, -1]
-    assert removal.counts() == {"copy of a leaked picture (cosine)": 1, "near copy (cosine)": 2}
+    assert removal.counts() == {"copy of a leaked picture (correlation)": 1, "near copy (correlation)": 2}
 
 
 def test_copies_of_a_leak_go_beyond_the_cap_of_groups():
@@ -412,8 +480,8 @@ def test_copies_of_a_leak_go_beyond_the_cap_of_groups():
     x = np.ones((n, 8), dtype=np.float32)
     rows = np.arange(n)
     removal = find_duplicates(
-        index, Embedded(x, rows), rows[1:], rows[:1], bits=6, cosine=0.97, group_cap=16, track_cap=4,
-        device=CPU, seed=0,
+        index, Embedded(x, rows), rows[1:], rows[:1], like=LIKE, aligner=noise_aligner(n),
+        group_cap=16, track_cap=4, seed=0,
     )  # fmt: skip
     assert removal.rows.tolist() == list(range(1, n))
 
@@ -425,8 +493,8 @@ def test_frames_of_a_track_are_spread():
     x = np.random.default_rng(2).standard_normal((n, 32)).astype(np.float32)
     rows = np.arange(n)
     removal = find_duplicates(
-        index, Embedded(x, rows), rows, rows[:0], bits=0, cosine=1.0, group_cap=16, track_cap=3, device=CPU,
-        seed=0,
+        index, Embedded(x, rows), rows, rows[:0], like=Likeness(0, 1.0, 1.0), aligner=noise_aligner(n),
+        group_cap=16, track_cap=3, seed=0,
     )  # fmt: skip
     left = np.setdiff1d(rows, removal.rows)
     assert (left < 30).sum() == 3 and (left >= 30).sum() == 10
@@ -437,10 +505,12 @@ def test_hash_and_sharpness_measure_what_they_say(pool):
     path = next(p for p, row in truth_of(pool).items() if row["kind"] == "clean")
     image = Image.open(path).convert("L")
     smaller = image.resize((image.width * 3 // 4, image.height * 3 // 4), Image.Resampling.BICUBIC)
-    apart = (perceptual_hash(image) ^ perceptual_hash(smaller)).bit_count()
-    turned = (
-        perceptual_hash(image) ^ perceptual_hash(image.transpose(Image.Transpose.ROTATE_90))
-    ).bit_count()
+
+    def hash_of(picture: Image.Image) -> int:
+        return perceptual_hash(np.asarray(picture.resize((32, 32), Image.Resampling.BOX)))
+
+    apart = (hash_of(image) ^ hash_of(smaller)).bit_count()
+    turned = (hash_of(image) ^ hash_of(image.transpose(Image.Transpose.ROTATE_90))).bit_count()
     assert apart <= 6 < 16 <= turned
     values = np.asarray(image, dtype=np.float32)
     blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(4)), dtype=np.float32)
