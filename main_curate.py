@@ -86,13 +86,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("copies").add_argument
     add("--near_bits", default=6, type=int,
-        help=f"perceptual hashes that differ in at most so many of 64 bits are near copies, 0 to {MAX_BITS} "
-             "(default 6)")
-    add("--near_correlation", default=0.95, type=float,
-        help="pixels that correlate at least so, once a crop or mirror is undone, make near copies "
-             "(default 0.95)")
+        help=f"perceptual hashes that differ in at most so many of 64 bits are near copies if their "
+             f"agreement is 0.7, 0 to {MAX_BITS} (default 6)")
+    add("--near_agreement", default=0.88, type=float,
+        help="agreement of the pixels, once a crop or mirror is undone, that makes near copies: the "
+             "correlation that three quarters of the tiles reach (default 0.88)")
     add("--near_cosine", default=0.97, type=float,
-        help="embeddings at least so alike are near copies, if their pixels do not contradict (default 0.97)")
+        help="with embeddings so alike an agreement of 0.8 is enough (default 0.97)")
     add("--leak_cosine", default=0.95, type=float, help="the same between pool and --exclude (default 0.95)")
     add("--group_cap", default=16, type=int, help="images that may count as copies of one (default 16)")
     add("--track_cap", default=4, type=int, help="images of one (identity, camera), if known (default 4)")
@@ -133,7 +133,7 @@ def check_args(args) -> None:
     """Values that no stage could use stop the run before it touches an image."""
     for name, low, high in (
         ("target_size", 1, 10**10), ("near_bits", 0, MAX_BITS), ("near_cosine", 0.5, 1.0),
-        ("near_correlation", 0.7, 1.0),
+        ("near_agreement", 0.8, 1.0),
         ("leak_cosine", 0.5, 1.0), ("group_cap", 1, 10**9), ("track_cap", 1, 10**9), ("resampling", 0, 1000),
         ("iterations", 1, 10_000), ("box_margin", 0.0, 2.0), ("vehicle_threshold", 0.0, 1.0),
         ("batch_size", 1, 10**6),
@@ -175,7 +175,7 @@ class Curation:
         )
         vehicle = self.settings("vehicle_filter", "vehicle_threshold") | {"prompts": self.prompts()}
         counts["vehicle"] = run("vehicle", vehicle, self.drop_others)
-        copies = ("near_bits", "near_correlation", "seed")
+        copies = ("near_bits", "near_agreement", "seed")
         counts["leaks"] = run("leaks", self.settings(*copies, "leak_cosine"), self.drop_leaks)
         names = (*copies, "near_cosine", "group_cap", "track_cap")
         counts["duplicates"] = run("duplicates", self.settings(*names), self.drop_duplicates)
@@ -340,7 +340,7 @@ class Curation:
         removal = find_leaks(
             self.index, self.embedded, self.alive(before="leaks"),
             lambda row: recognise(self.images.name(row)),
-            like=Likeness(a.near_bits, a.leak_cosine, a.near_correlation), aligner=self.aligner(),
+            like=Likeness(a.near_bits, a.leak_cosine, a.near_agreement), aligner=self.aligner(),
             seed=a.seed,
         )  # fmt: skip
         return self.drop("leaks", removal)
@@ -350,7 +350,7 @@ class Curation:
         removal = find_duplicates(
             self.index, self.embedded, self.alive(before="duplicates"),
             load_removal(self.folder, "leaks").rows,
-            like=Likeness(a.near_bits, a.near_cosine, a.near_correlation), aligner=self.aligner(),
+            like=Likeness(a.near_bits, a.near_cosine, a.near_agreement), aligner=self.aligner(),
             group_cap=a.group_cap, track_cap=a.track_cap, seed=a.seed,
         )  # fmt: skip
         return self.drop("duplicates", removal)

@@ -2,7 +2,8 @@
 other.
 
 Global descriptors cannot tell: cropping a few percent moves a quarter of the bits of a perceptual hash, and
-to CLIP another car of the model is as near as the crop. Pixels that coincide once a crop is undone can.
+to CLIP another car of the model is as near as the crop. Pixels that coincide once a crop is undone can; they
+are compared tile by tile, for another car before the same wall has most of its pixels in common.
 """
 
 import itertools
@@ -17,7 +18,9 @@ COARSE = 16  # px for the first search
 SCALES = (1.0, 0.95, 0.9)  # of a window's side, in each direction, at the start, middle and end
 WORTH_TRYING = 0.3  # correlation without moving anything; two photos of cars have 0.2, crops 0.45 at least
 WORTH_REFINING = 0.8  # correlation of the best window
-STEPS = (0.025, 0.0125, 0.00625)  # of scale and centre in the refinement, fractions of the side
+STEPS = (0.025, 0.0125, 0.00625)  # of side and centre in the refinement, fractions of the side
+TILE = 8  # px of a tile of the thumbnail
+TEXTURE = 4.0  # deviation of grey values from which a tile has something to compare
 BLOCK = 2048  # pairs at a time
 
 
@@ -45,6 +48,19 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-3)
 
 
+def _tiles_agree(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[p] the lower quartile of the correlations of the tiles of [p, 32, 32] that have texture in x or y."""
+
+    def tiles(imgs):
+        n = SIDE // TILE
+        return imgs.reshape(-1, n, TILE, n, TILE).transpose(2, 3).reshape(len(imgs), n * n, TILE * TILE)
+
+    x, y = tiles(x), tiles(y)
+    alike = (_unit(x) * _unit(y)).sum(dim=-1)
+    alike[torch.maximum(x.std(dim=-1), y.std(dim=-1)) < TEXTURE] = torch.nan
+    return alike.nanquantile(0.25, dim=1).nan_to_num(0.0)
+
+
 class Aligner:
     """thumbnails: [N, 32, 32] uint8 grey, may be a memory map."""
 
@@ -52,17 +68,18 @@ class Aligner:
         self.thumbnails, self.device = thumbnails, device
         self.windows = torch.tensor(_windows(), device=device)
         self.resampling = _resampling().to(device)
-        moves = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=4)), device=device)
-        self.moves = moves  # [81, 4] of scale and centre, x and y
+        moves = list(itertools.product((-1.0, 0.0, 1.0), repeat=2))
+        self.moves = torch.tensor(moves, device=device)  # [9, 2] of side and centre
         self.line = (torch.arange(SIDE, device=device) + 0.5) / SIDE - 0.5
 
-    def correlate(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Correlation of the pixels of each pair, once the better of the two is cut and mirrored to fit.
+    def agreement(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """How well the pictures of each pair agree once one of them is cut and mirrored to fit the other:
+        the correlation that three quarters of the tiles with texture reach at least.
 
         Args:
             first, second: [P] int64 rows of the thumbnails.
         Returns:
-            [P] float32, -1 to 1. Pairs that do not begin to fit keep a rough, lower value.
+            [P] float32, 0 to 1; 0 where they do not even roughly fit.
         """
         result = np.empty(len(first), dtype=np.float32)
         for start in range(0, len(first), BLOCK):
@@ -75,26 +92,22 @@ class Aligner:
 
     def _block(self, first: np.ndarray, second: np.ndarray) -> torch.Tensor:
         a, b = self._load(first), self._load(second)
-        best = torch.full((len(a),), -1.0, device=self.device)
-        for mirrored in (False, True):
-            x = a.flip(-1) if mirrored else a
-            for whole, cut in ((b, x), (x, b)):
-                best = torch.maximum(best, self._fit(cut, whole))
-        return best
-
-    def _fit(self, cut: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
-        """[p] the best correlation of a window of `cut` with all of `whole`, both [p, 32, 32]."""
-        best = (_unit(cut.flatten(1)) * _unit(whole.flatten(1))).sum(dim=1)
-        tried = (best >= WORTH_TRYING).nonzero()[:, 0]
-        if not len(tried):
-            return best
-        score, window = self._coarse(cut[tried], whole[tried])
-        best[tried] = torch.maximum(best[tried], score)
-        good = score >= WORTH_REFINING
-        if good.any():
-            tried, window = tried[good], window[good]
-            best[tried] = torch.maximum(best[tried], self._refine(cut[tried], whole[tried], window))
-        return best
+        ways = [(a, b), (b, a), (a.flip(-1), b), (b, a.flip(-1))]  # which is cut, and which is whole
+        score = torch.zeros(len(ways), len(a), device=self.device)
+        window = torch.zeros(len(ways), len(a), dtype=torch.long, device=self.device)
+        for way, (cut, whole) in enumerate(ways):
+            plain = (_unit(cut.flatten(1)) * _unit(whole.flatten(1))).sum(dim=1)
+            tried = (plain >= WORTH_TRYING).nonzero()[:, 0]
+            if len(tried):
+                score[way, tried], window[way, tried] = self._coarse(cut[tried], whole[tried])
+        best, way = score.max(dim=0)
+        result = torch.zeros(len(a), device=self.device)
+        for number, (cut, whole) in enumerate(ways):
+            good = ((way == number) & (best >= WORTH_REFINING)).nonzero()[:, 0]
+            for some in good.split(BLOCK // 8) if len(good) else ():
+                view = self._refine(cut[some], whole[some], window[number, some])
+                result[some] = _tiles_agree(view, whole[some]).clamp_min(0)
+        return result
 
     def _coarse(self, cut: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """([p] correlation, [p] int64 which of the windows (y, x) it is), at COARSE px."""
@@ -105,20 +118,17 @@ class Aligner:
         return torch.einsum("pvd,pd->pv", _unit(views), target).max(dim=1)
 
     def _refine(self, cut: torch.Tensor, whole: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-        """[p] the correlation after moving the edges of the window in ever smaller steps."""
+        """[p, 32, 32] the window after its edges were moved in ever smaller steps to fit better."""
         y, x = self.windows[window // len(self.windows)], self.windows[window % len(self.windows)]
         place = torch.stack([x[:, 0], x[:, 1] + x[:, 0] / 2, y[:, 0], y[:, 1] + y[:, 0] / 2], dim=1)
-        best = torch.full((len(cut),), -1.0, device=self.device)
         target = _unit(whole.flatten(1))
         for step in STEPS:
-            for start in range(0, len(cut), BLOCK // 8):
-                part = slice(start, start + BLOCK // 8)
-                tried = place[part, None] + self.moves * step
-                score = torch.einsum("pmd,pd->pm", _unit(self._cut(cut[part], tried)), target[part])
-                value, move = score.max(dim=1)
-                place[part] = tried[torch.arange(len(move), device=self.device), move]
-                best[part] = torch.maximum(best[part], value)
-        return best
+            for axis in (0, 2):  # x, then y
+                tried = place[:, None].repeat(1, len(self.moves), 1)
+                tried[..., axis : axis + 2] += self.moves * step
+                score = torch.einsum("pmd,pd->pm", _unit(self._cut(cut, tried)), target)
+                place = tried[torch.arange(len(tried), device=self.device), score.argmax(dim=1)]
+        return self._cut(cut, place[:, None]).view_as(whole)
 
     def _cut(self, imgs: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """[p, m, 1024] windows of [p, 32, 32]; place: [p, m, 4] side and centre in x, then in y."""

@@ -7,24 +7,24 @@ import numpy as np
 
 from curation.align import Aligner
 from curation.index import Index
-from curation.near import Pairs, embedding_pairs, group, hash_pairs, once
+from curation.near import Pairs, embedding_pairs, hash_pairs, once, stars
 from curation.removal import Removal, Removals
 
-# alike by hash is only believed where the embeddings do not contradict, and by embedding where the pixels do
-# not: plain backgrounds share hashes, and two cars of one model share embeddings
-COSINE_FLOOR = 0.5
-CORRELATION_FLOOR = 0.7
+# alike by hash or embedding is only believed where the pixels do not contradict: plain backgrounds share
+# hashes, and two cars of one model share embeddings
+HASH_FLOOR = 0.7
+EMBEDDING_FLOOR = 0.8  # of the agreement
 CANDIDATE_COSINE = 0.65  # of the nearest neighbours, those at least so alike are laid over each other
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """When two images are near copies: `bits` of their hashes differ at most, or the cosine of their
-    embeddings or the correlation of their aligned pixels is at least so high."""
+    """When two images are near copies: at most `bits` of their hashes differ, or the cosine of their
+    embeddings or the agreement of their aligned pixels is at least so high."""
 
     bits: int
     cosine: float
-    correlation: float
+    agreement: float
 
 
 @dataclass(frozen=True)
@@ -48,25 +48,15 @@ def near_pairs(
     aligner: Aligner,
     seed: int,
 ) -> Pairs:
-    """Near copies between two lists of index rows (or within one, given twice); value: the correlation of
-    their aligned pixels.
+    """Near copies between two lists of index rows (or within one, given twice); value: their
+    agreement (`Aligner.agreement`).
 
-    A pair is near when (1) the hashes differ in at most `like.bits` and the cosine is at least 0.5, or, among
-    the nearest neighbours, (2) the correlation is at least `like.correlation`, or (3) the cosine is at
-    least `like.cosine`, each among the other's nearest (within one list), and the correlation at least
-    0.7.
+    A pair is near when (1) the hashes differ in at most `like.bits` and the agreement is at least 0.7, or,
+    among the nearest neighbours, (2) the agreement is at least `like.agreement`, or (3) the cosine is at
+    least `like.cosine`, each among the other's nearest (within one list), and the agreement at least 0.8.
     """
     within = first is second
     by_hash = hash_pairs(index.phash[first], index.phash[second], like.bits, within)
-    cosines = np.empty(len(by_hash), dtype=np.float32)
-    for start in range(0, len(by_hash), 65_536):
-        part = slice(start, start + 65_536)
-        x = embedded.data[embedded.place(first[by_hash.first[part]])].astype(np.float32)
-        y = embedded.data[embedded.place(second[by_hash.second[part]])].astype(np.float32)
-        norms = np.linalg.norm(x, axis=1) * np.linalg.norm(y, axis=1)
-        cosines[part] = (x * y).sum(axis=1) / np.maximum(norms, 1e-12)
-    believed = cosines >= COSINE_FLOOR
-    a, b = by_hash.first[believed], by_hash.second[believed]
     floor = min(CANDIDATE_COSINE, like.cosine)
     alike = embedding_pairs(
         embedded.data, embedded.place(first), embedded.place(second), floor, aligner.device, seed=seed
@@ -74,13 +64,15 @@ def near_pairs(
     both_ways = np.ones(len(alike), dtype=bool)
     if within:
         alike, both_ways = once(alike)
-    fits = aligner.correlate(first[alike.first], second[alike.second])
-    near = fits >= like.correlation
-    near |= (alike.value >= like.cosine) & both_ways & (fits >= CORRELATION_FLOOR)
+    hash_fits = aligner.agreement(first[by_hash.first], second[by_hash.second])
+    fits = aligner.agreement(first[alike.first], second[alike.second])
+    near_hash = hash_fits >= HASH_FLOOR
+    near = fits >= like.agreement
+    near |= (alike.value >= like.cosine) & both_ways & (fits >= EMBEDDING_FLOOR)
     return Pairs(
-        np.concatenate([a, alike.first[near]]),
-        np.concatenate([b, alike.second[near]]),
-        np.concatenate([aligner.correlate(first[a], second[b]), fits[near]]),
+        np.concatenate([by_hash.first[near_hash], alike.first[near]]),
+        np.concatenate([by_hash.second[near_hash], alike.second[near]]),
+        np.concatenate([hash_fits[near_hash], fits[near]]),
     )
 
 
@@ -129,7 +121,7 @@ def find_leaks(
     for number in np.unique(index.source[of]):
         mine = index.source[of] == number
         name = index.sources[number]
-        out.add(f"{name}: near (correlation)", rows[mine], of[mine], pairs.value[order][mine])
+        out.add(f"{name}: near (agreement)", rows[mine], of[mine], pairs.value[order][mine])
     return out.finish()
 
 
@@ -145,7 +137,8 @@ def find_duplicates(
     track_cap: int,
     seed: int,
 ) -> Removal:
-    """Of each group of copies the largest picture stays; of each (identity, camera) at most `track_cap` stay.
+    """Of copies the largest picture stays, and those that are no direct copies of one that stays; of each
+    (identity, camera) at most `track_cap` stay.
 
     Args:
         alive, leaked: int64 pool rows, ascending. Near copies of a leaked picture go with it.
@@ -159,23 +152,22 @@ def find_duplicates(
         out.add(reason, rest[copies], first[copies], 1.0)
     rest = np.sort(np.concatenate([alive[~out.removed()[alive]], leaked]))
     pairs = near_pairs(index, embedded, rest, rest, like, aligner, seed)
-    groups = group(len(rest), pairs, group_cap)
-    best_value = np.zeros(len(rest), dtype=np.float32)
-    np.maximum.at(best_value, pairs.first, pairs.value)
-    np.maximum.at(best_value, pairs.second, pairs.value)
     is_leaked = np.isin(rest, leaked)
-    with_leak = np.isin(groups, groups[is_leaked])
-    with_leak[pairs.first[is_leaked[pairs.second]]] = True  # also beyond the cap of a group
-    with_leak[pairs.second[is_leaked[pairs.first]]] = True
+    leak = np.full(len(rest), -1, dtype=np.int64)  # a leaked picture takes all its copies, beyond any cap
+    likeness = np.zeros(len(rest), dtype=np.float32)
+    for one, other in ((pairs.first, pairs.second), (pairs.second, pairs.first)):
+        hit = is_leaked[one] & ~is_leaked[other]
+        better = np.argsort(pairs.value[hit], kind="stable")  # the most alike is written last
+        leak[other[hit][better]], likeness[other[hit][better]] = one[hit][better], pairs.value[hit][better]
+    gone = leak >= 0
+    out.add("copy of a leaked picture (agreement)", rest[gone], rest[leak[gone]], likeness[gone])
+    inside = ~is_leaked & ~gone
+    kept = inside[pairs.first] & inside[pairs.second]
     area = index.width[rest].astype(np.int64) * index.height[rest]
-    order = np.lexsort((rest, -area, groups))
-    keeper = np.empty(len(rest), dtype=np.int64)
-    starts = np.flatnonzero(np.diff(groups[order], prepend=-1))
-    keeper[order] = np.repeat(order[starts], np.diff(np.append(starts, len(order))))
-    copies = with_leak & ~is_leaked
-    out.add("copy of a leaked picture (correlation)", rest[copies], value=best_value[copies])
-    copies = (keeper != np.arange(len(rest))) & ~with_leak
-    out.add("near copy (correlation)", rest[copies], rest[keeper[copies]], best_value[copies])
+    order = np.lexsort((rest, -area))
+    of, likeness = stars(order, Pairs(pairs.first[kept], pairs.second[kept], pairs.value[kept]), group_cap)
+    gone = of != np.arange(len(rest))
+    out.add("near copy (agreement)", rest[gone], rest[of[gone]], likeness[gone])
     rest = alive[~out.removed()[alive]]
     known = rest[(index.identity[rest] >= 0) & (index.camera[rest] >= 0)]
     pairs_of_ids = np.stack([index.identity[known], index.camera[known]], axis=1)

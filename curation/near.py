@@ -164,27 +164,35 @@ def _unit(data, rows, device) -> torch.Tensor:
     return torch.nn.functional.normalize(x, dim=1)
 
 
-def group(count: int, pairs: Pairs, cap: int) -> np.ndarray:
-    """Join alike images, the most alike first, but no group above `cap`.
+def stars(order: np.ndarray, pairs: Pairs, cap: int) -> tuple[np.ndarray, np.ndarray]:
+    """Which images go, and which one stays for each: every image that goes is itself alike to the one that
+    stays, so that a chain of small steps (a surveillance track) does not end as one image.
 
-    Without the cap a long surveillance track, where each frame resembles the next, would end as one image.
-
+    Args:
+        order: [n] int64, images in order of preference: an image stays unless an earlier one that stays
+            stands for it.
+        cap: images that one may stand for, itself counted, the most alike first.
     Returns:
-        [count] int64, the smallest member of each one's group.
+        ([n] int64, the image that stands for each (itself if it stays), [n] float32 value of that pair).
     """
-    parent = np.arange(count)
-    size = np.ones(count, dtype=np.int64)
-
-    def root(i: int) -> int:
-        while parent[i] != i:
-            parent[i] = parent[parent[i]]
-            i = parent[i]
-        return i
-
-    for k in np.lexsort((pairs.second, pairs.first, -pairs.value)).tolist():
-        a, b = root(int(pairs.first[k])), root(int(pairs.second[k]))
-        if a != b and size[a] + size[b] <= cap:
-            low, high = min(a, b), max(a, b)
-            parent[high] = low
-            size[low] += size[high]
-    return np.array([root(i) for i in range(count)], dtype=np.int64)
+    keeper = np.arange(len(order))
+    value = np.ones(len(order), dtype=np.float32)
+    free = np.ones(len(order), dtype=bool)
+    ends = np.concatenate([pairs.first, pairs.second])
+    others = np.concatenate([pairs.second, pairs.first])
+    values = np.concatenate([pairs.value, pairs.value])
+    by_end = np.lexsort((others, -values, ends))
+    others, values = others[by_end], values[by_end]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(ends, minlength=len(order)))])
+    for image in order[np.diff(offsets)[order] > 0].tolist():
+        if not free[image]:
+            continue
+        free[image] = False
+        mine = slice(offsets[image], offsets[image + 1])
+        near, alike = others[mine], values[mine]
+        still = free[near]
+        near, first = np.unique(near[still], return_index=True)  # a pair may have been found twice
+        alike = alike[still][first]
+        chosen = np.argsort(-alike, kind="stable")[: cap - 1]
+        keeper[near[chosen]], value[near[chosen]], free[near[chosen]] = image, alike[chosen], False
+    return keeper, value

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from util.dist import is_main_process, print_main
 
 class Stages:
     """Runs stages in order. Each leaves `stages/NAME.json` with its settings, counts and seconds; its
-    fingerprint covers the settings of all stages before it, so a change redoes that stage and those after
-    it, no others."""
+    fingerprint covers the settings and runs of all stages before it, so a change, or a record that was
+    removed, redoes that stage and those after it, no others."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -43,6 +44,7 @@ class Stages:
                 seconds = round(time.perf_counter() - started, 2)
                 record = {
                     "fingerprint": self.fingerprint,
+                    "run": uuid.uuid4().hex,
                     "settings": settings,
                     "counts": counts,
                     "seconds": seconds,
@@ -55,6 +57,7 @@ class Stages:
         else:
             print_main(f"== {name}: done before, {_short(record['counts'])}")
         self.records[name] = record
+        self.fingerprint += record["run"]  # what comes after belongs to this very run of the stage
         return record["counts"]
 
     def _file(self, name: str) -> Path:

@@ -40,7 +40,8 @@ def not_vehicles(
     threshold: float,
     device: torch.device,
 ) -> Removal:
-    """Remove images to which the teacher gives the wanted prompts less than `threshold` of the probability.
+    """Remove images to which the teacher gives the best wanted prompt, against the best of the others, a
+    probability below `threshold`.
 
     Args:
         embedded: of the teacher. rows: int64, of an index of `count`.
@@ -51,9 +52,10 @@ def not_vehicles(
     texts = texts.to(device)
     for start in range(0, len(rows), 65_536):
         x = torch.from_numpy(embedded.data[embedded.place(rows[start : start + 65_536])]).to(device).float()
-        share = (torch.nn.functional.normalize(x, dim=1) @ texts.t() / tau).softmax(dim=1)[:, :wanted]
+        logits = torch.nn.functional.normalize(x, dim=1) @ texts.t() / tau
         # the best prompt of each side speaks for it, so that the numbers of prompts do not matter
-        probability = share.sum(dim=1).cpu().numpy()
+        margin = logits[:, :wanted].amax(dim=1) - logits[:, wanted:].amax(dim=1)
+        probability = margin.sigmoid().cpu().numpy()
         low = probability < threshold
         out.add("not a vehicle (probability)", rows[start : start + 65_536][low], value=probability[low])
     return out.finish()

@@ -8,6 +8,7 @@ writes
     truth.csv        path, kind, of, body, colour, make, pid, camid, how; `of` is the original
     labels.csv       the columns of the demo set, for good vehicle pictures and their copies
     captions.csv     path, split and captions of the same and of the pictures without a vehicle
+    prompts.json     their short captions as prompts for --vehicle_prompts, vehicles and others apart
     benchmark/       the test split of another set, with labels.csv: some of it has leaked into photos/
     pool.json        the settings and the number of files of each kind
 
@@ -32,7 +33,7 @@ from datasets.demo_plan import GOOD, plan
 from datasets.demo_sheet import pool_sheet
 from util.errors import InputError
 
-VERSION = 1  # raise when the files change, so that an older folder is not taken for this one
+VERSION = 2  # raise when the files change, so that an older folder is not taken for this one
 TRUTH = ("path", "kind", "of", "body", "colour", "make", "pid", "camid", "how")
 CAPTIONS = ("path", "split", "caption", "short_caption")
 
@@ -82,6 +83,11 @@ def write_pool(
         write_table(folder / "truth.csv", TRUTH, map(truth_row, rows))
         write_table(folder / "labels.csv", COLUMNS, good)
         write_table(folder / "captions.csv", CAPTIONS, good + others)
+        prompts = {
+            "vehicle": sorted({row["short_caption"] for row in good}),
+            "other": sorted({row["short_caption"] for row in others}),
+        }
+        (folder / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n", encoding="utf-8")
         inside = ({**row, "path": row["path"].removeprefix("benchmark/")} for row in test)
         write_table(folder / "benchmark" / "labels.csv", COLUMNS, inside)
         (folder / "pool.json").write_text(about, encoding="utf-8")
