@@ -5,23 +5,32 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 out="${1:-runs/quickstart}"
 source scripts/venv.sh requirements.txt
+teacher=(--clip_model "$out/teacher/MiniCLIP.json" --clip_pretrained "$out/teacher/weights.safetensors")
 
-echo "== 1/4  drawing 3,000 small vehicle pictures"
-python -m datasets.demo --output "$out/demo" --num_images 3000 --size 96
+echo "== 1/6  drawing a pool of 3,000 small pictures: vehicles, copies, rubbish, leaked test pictures"
+python -m datasets.demo_pool --output "$out/pool" --num_images 3000
 
-echo "== 2/4  training a miniature CLIP on their captions (stands in for the real teacher, a 900 MB download)"
+echo "== 2/6  training a miniature CLIP on their captions (stands in for the real teacher, a 900 MB download)"
 if [ ! -f "$out/teacher/texts.txt" ]; then
-    python -m tools.train_teacher --data_path "$out/demo/labels.csv" --caption_column short_caption \
+    python -m tools.train_teacher --data_path "$out/pool/captions.csv" --caption_column short_caption \
         --output "$out/teacher" --epochs 8
 fi
 
-echo "== 3/4  pre-training CGD-MAE against it"
-python main_pretrain.py --data_path "$out/demo/labels.csv" --split train --output_dir "$out/run" --resume auto \
-    --model mae_vit_tiny_patch16 --input_size 96 --batch_size 32 --epochs 7 --warmup_epochs 1 --blr 4e-3 \
-    --norm_pix_loss --crop_min 0.5 --vis_epochs 7 --print_freq 35 \
-    --clip_model "$out/teacher/MiniCLIP.json" --clip_pretrained "$out/teacher/weights.safetensors" \
-    --text_bank "$out/teacher/texts.txt"
+echo "== 3/6  choosing 1,000 pictures to train on; those of the test and val rows leave the pool, with their copies"
+python main_curate.py --pool "demo=$out/pool/photos" --exclude "test=$out/pool/benchmark" "val=$out/pool/labels.csv" \
+    --vehicle_filter --vehicle_prompts "$out/pool/prompts.json" --target_size 1000 "${teacher[@]}" --output "$out/data"
 
-echo "== 4/4  what was learned"
-python -m tools.report "$out/run" --data_path "$out/demo/labels.csv" --label_column body colour viewid --pool cls
-echo "Open $out/run/report.html. Next: your own photos with --data_path (README.md)."
+echo "== 4/6  texts from the attributes of the pictures, kept where the pictures show them"
+python main_describe.py --attributes "$out/pool/labels.csv" --split train --images "$out/pool/labels.csv" \
+    "${teacher[@]}" --output "$out/texts"
+
+echo "== 5/6  pre-training CGD-MAE"
+python main_pretrain.py --data_path "$out/data" --output_dir "$out/run" --resume auto \
+    --model mae_vit_tiny_patch16 --input_size 96 --batch_size 32 --epochs 16 --warmup_epochs 2 --blr 4e-3 \
+    --norm_pix_loss --crop_min 0.5 --vis_epochs 16 --print_freq 31 "${teacher[@]}" \
+    --text_bank "$out/texts" --kl_weight 0.05
+
+echo "== 6/6  what was learned"
+python -m tools.report "$out/run" --data_path "$out/pool/labels.csv" --label_column body colour viewid --pool cls
+echo "Open $out/run/report.html, $out/data/report.html (what was chosen, and why) and $out/texts/report.html."
+echo "Next: your own photos with --data_path (README.md)."

@@ -1,5 +1,6 @@
 """main_curate.py on a pool whose flaws are known."""
 
+import contextlib
 import csv
 import json
 import os
@@ -160,7 +161,7 @@ def test_killed_anywhere_the_manifest_is_the_same(pool, teacher_files, curated, 
     output, _ = curated
     words = [*command("main_curate.py"), *flags(pool, teacher_files, tmp_path / "out")]
     done = set()
-    for stage in ("index", "leaks", "cluster"):
+    for stage in ("index", "duplicates"):
         process = subprocess.Popen(
             words, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL, start_new_session=True,
@@ -177,6 +178,36 @@ def test_killed_anywhere_the_manifest_is_the_same(pool, teacher_files, curated, 
     last = run_command(words)
     assert last.returncode == 0, last.stderr
     assert (tmp_path / "out" / "manifest.csv").read_bytes() == (output / "manifest.csv").read_bytes()
+
+
+def test_broken_off_at_any_write_the_manifest_is_the_same(
+    pool, teacher_files, curated, tmp_path, monkeypatch
+):
+    """The n-th run breaks off at its n-th rename of a finished file, until one gets through."""
+    words = flags(pool, teacher_files, tmp_path / "out")
+    rename, left, interrupted = os.replace, 0, []
+
+    def breaking(source, target):
+        nonlocal left
+        left -= 1
+        if left == 0:
+            interrupted.append(Path(target).name)
+            raise KeyboardInterrupt
+        return rename(source, target)
+
+    monkeypatch.setattr("util.checkpoint.os.replace", breaking)
+    done = set()
+    for n in range(1, 30):
+        left = n
+        with contextlib.suppress(KeyboardInterrupt):
+            curate(words)
+            break
+        records = (tmp_path / "out" / "stages").glob("*.json")
+        stamps = {(file.name, file.stat().st_mtime_ns) for file in records}
+        assert done <= stamps, "a finished stage was done again"
+        done = stamps
+    assert len(interrupted) >= 6 and left > 0
+    assert (tmp_path / "out" / "manifest.csv").read_bytes() == (curated[0] / "manifest.csv").read_bytes()
 
 
 def test_an_index_goes_on_at_the_missing_part(pool, tmp_path, monkeypatch):
