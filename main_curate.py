@@ -13,7 +13,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
-import open_clip
 import torch
 
 from curation.align import Aligner
@@ -268,8 +267,8 @@ class Curation:
                 )
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             return {"sha256": digest} | self.settings("input_size")
-        clip, _, identity = self.clip()
-        return {"clip": asdict(identity), "preprocess": open_clip.get_model_preprocess_cfg(clip)}
+        _, _, identity = self.clip()
+        return {"clip": asdict(identity)}
 
     def embed(self, job: str) -> dict:
         a = self.args

@@ -166,6 +166,11 @@ def main(args) -> dict:
     facts["candidates"] = len(texts)
     for phrase in unused:
         print(f"unused template (an attribute is missing): {phrase}")
+    if len(texts) < 2:
+        raise InputError(
+            f"the attributes give {len(texts)} texts and a bank needs 2: add rows or columns, or templates "
+            "for the columns there are"
+        )
     candidates = Candidates(texts)
     if not args.keep_invisible:
         reasons = {i: reason for i, text in enumerate(texts) if (reason := invisible_reason(text))}

@@ -1,6 +1,7 @@
 """The frozen CLIP teacher: any open_clip model, in its own normalisation and resolution."""
 
 import hashlib
+import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,8 @@ from util.errors import InputError
 class TeacherIdentity:
     """What a text bank or a cache must have been made with; kept in headers as plain values.
 
-    `tau` is the teacher's own temperature, 1 / exp(logit_scale).
+    `weights_sha256` also covers what else changes its answers: the activation, size, mean and standard
+    deviation of its input. `tau` is the teacher's own temperature, 1 / exp(logit_scale).
     """
 
     model: str
@@ -204,8 +206,16 @@ def _three_ways(name: str, tag: str) -> str:
 
 
 def _hash_weights(model: nn.Module) -> str:
-    """sha256 over names and float32 values: the same for every file format of the same weights."""
-    digest = hashlib.sha256()
+    """sha256 over names and float32 values, QuickGELU or not, and the preprocessing: the same for every file
+    format of the same weights, another where the same weights would answer otherwise."""
+    preprocess = open_clip.get_model_preprocess_cfg(model)
+    settings = {
+        "size": _as_pair(preprocess["size"]),
+        "mean": [float(value) for value in preprocess["mean"]],
+        "std": [float(value) for value in preprocess["std"]],
+        "quick_gelu": any(type(module).__name__ == "QuickGELU" for module in model.modules()),
+    }
+    digest = hashlib.sha256(json.dumps(settings).encode())
     for name, value in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().float().numpy().data)

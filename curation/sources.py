@@ -12,7 +12,8 @@ from datasets.path_list import PathList
 from util.errors import InputError
 
 TEST_SPLITS = ("val", "dev", "test", "query", "gallery", "probe")  # beginnings of a split's name
-COLUMNS = ("identity", "camera", "box")
+DEFAULT_COLUMNS = {"identity": "pid", "camera": "camid", "box": "box"}
+COLUMNS = tuple(DEFAULT_COLUMNS)
 
 
 @dataclass
@@ -88,6 +89,10 @@ def open_sources(pools: list[str], excludes: list[str], column_names: dict[str, 
             if any(other.name == name and other.role == role for other in sources):
                 raise InputError(f"--{role} {name} is given twice: choose another name for {path}")
             sources.append(_open(name, role, Path(path), column_names))
+    for column, name in column_names.items():
+        known = any(column in source.columns for source in sources)
+        if name != DEFAULT_COLUMNS[column] and not known:
+            raise InputError(f"--{column}_column {name}: no manifest of --pool or --exclude has values in it")
     return JoinedImages(sources)
 
 

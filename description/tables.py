@@ -38,6 +38,8 @@ def iterate_table(
     if file.suffix.lower() not in ENDINGS:
         raise InputError(f"--attributes {file}: a table ends in {', '.join(ENDINGS)}")
     mapping: dict[str, str] | None = None
+    missing = dict(columns)  # of a .jsonl, whose rows need not all have the same keys
+    usable = False
     try:
         with open(file, encoding="utf-8-sig", newline="") as opened:
             is_json = file.suffix.lower() == ".jsonl"
@@ -45,6 +47,8 @@ def iterate_table(
             for header, row in source:
                 if mapping is None or is_json:
                     mapping = map_columns(file, header, columns, extra, strict=not is_json)
+                    missing = {slot: name for slot, name in missing.items() if name not in header}
+                    usable = usable or bool(mapping)
                 if split is not None and "split" in row and row["split"] != split:
                     continue
                 yield {slot: row[name] for name, slot in mapping.items() if row.get(name) not in (None, "")}
@@ -54,6 +58,10 @@ def iterate_table(
         raise InputError(f"cannot read {file}: {error.strerror}") from error
     if mapping is None:
         raise InputError(f"{file} has no row")
+    for slot, name in missing.items():
+        raise InputError(f"--column {slot}={name}: no row of {file} has this key")
+    if not usable:
+        raise InputError(f"{file} has no usable key in any row: name them with --column make=NAME body=NAME")
 
 
 def map_columns(
@@ -127,5 +135,11 @@ def _json_rows(file: Path, opened) -> Iterator[tuple[list[str], dict]]:
             raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
         if not isinstance(row, dict):
             raise InputError(f"{file}, line {number} is not a JSON object")
-        plain = {k: str(v) for k, v in row.items() if isinstance(v, (str, int, float))}
+        nested = next((k for k, v in row.items() if isinstance(v, (list, dict)) and slot_of(k)), None)
+        if nested is not None:
+            raise InputError(
+                f"{file}, line {number}: '{nested}' holds {json.dumps(row[nested])[:60]}, not one text: "
+                "write a row for each value"
+            )
+        plain = {k: "" if v is None else str(v) for k, v in row.items() if not isinstance(v, (list, dict))}
         yield list(plain), plain

@@ -293,6 +293,7 @@ def test_bad_input_has_one_sentence(pool, teacher_files, tmp_path):
         (["--pool", f"a={tmp_path}/nothing"], "does not exist"),
         (["--pool", f"a={empty}"], "it is empty"),
         (["--pool", f"a={tmp_path}/test_only.csv"], "all 1 rows are validation or test rows"),
+        (["--identity_column", "plate"], "no manifest of --pool or --exclude has values in it"),
         (["--near_bits", "9"], "must be from 0 to 7"),
         (["--quota", "demo=0.5"], "--quota needs --stratify source"),
         (["--stratify", "source", "--quota", "cars=0.5"], "one of demo"),

@@ -278,12 +278,28 @@ def test_tables(tmp_path):
         ("a.jsonl", '{"make": "x"}\n{"make"\n', "line 2 is not JSON"),
         ("a.jsonl", '{"make": "x", "make": "y"}\n', "line 1 has two keys 'make'"),
         ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
+        ("a.jsonl", '{"make": "x", "colour": ["red", "black"]}\n', "not one text"),
+        ("a.jsonl", '{"wheels": 4}\n', "no usable key in any row"),
         ("a.pdf", "x", "a table ends in"),
     ],
 )
 def test_broken_tables(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         read_all(write(tmp_path / name, content))
+
+
+def test_a_key_that_no_line_has(tmp_path):
+    lines = write(tmp_path / "a.jsonl", '{"brand": "Audi"}\n{"brand": "Kia", "tint": "red"}\n')
+    assert read_all(lines, columns={"colour": "tint"}) == [{"make": "Audi"}, {"make": "Kia", "colour": "red"}]
+    with pytest.raises(InputError, match="--column colour=lack: no row"):
+        read_all(lines, columns={"colour": "lack"})
+
+
+def test_one_text_is_no_bank(tmp_path):
+    table, text = write(tmp_path / "a.csv", "make\nAudi\n"), write(tmp_path / "t.txt", "a {make} car\n")
+    flags = f"--attributes {table} --templates {text} --keep_invisible --output {tmp_path / 'o'}"
+    with pytest.raises(InputError, match="the attributes give 1 texts and a bank needs 2"):
+        main_describe.main(parse(main_describe.get_args_parser(), flags.split()))
 
 
 @pytest.mark.parametrize(

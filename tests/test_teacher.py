@@ -1,5 +1,6 @@
 """The frozen teacher, its text bank and its stored embeddings."""
 
+import json
 import socket
 
 import open_clip
@@ -123,6 +124,15 @@ def test_bank_files(clip, texts_file, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"caption": "x"}\n')
     with pytest.raises(InputError, match="key 'text'"):
         build_bank(str(tmp_path / "bad.jsonl"), model, tokenizer, identity)
+
+
+def test_the_same_weights_with_another_activation_are_another_teacher(teacher_files, tmp_path):
+    config = json.loads(teacher_files[0].read_text())
+    (tmp_path / "MiniClip-quick.json").write_text(json.dumps({**config, "quick_gelu": True}))
+    (tmp_path / "MiniClip-same.json").write_text(json.dumps(config))
+    first = load_clip(str(teacher_files[0]), str(teacher_files[1]))[2].weights_sha256
+    assert load_clip(str(tmp_path / "MiniClip-same.json"), str(teacher_files[1]))[2].weights_sha256 == first
+    assert load_clip(str(tmp_path / "MiniClip-quick.json"), str(teacher_files[1]))[2].weights_sha256 != first
 
 
 @pytest.fixture(scope="module")
