@@ -85,8 +85,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("copies").add_argument
     add("--near_bits", default=6, type=int,
-        help=f"perceptual hashes that differ in at most so many of 64 bits are near copies if their "
-             f"agreement is 0.7, 0 to {MAX_BITS} (default 6)")
+        help=f"perceptual hashes that differ in at most so many of 64 bits are near copies from "
+             f"an agreement of 0.8, 0 to {MAX_BITS} (default 6)")
     add("--near_agreement", default=0.88, type=float,
         help="agreement of the pixels, once a crop or mirror is undone, that makes near copies: the "
              "correlation that three quarters of the tiles reach (default 0.88)")
@@ -196,7 +196,7 @@ class Curation:
         if not is_main_process():
             return {}
         evidence, sizes = judge(
-            self.embedded, self.alive(), np.load(self.folder / "selection.npy"), self.device, args.seed
+            self.embedded, self.domains(), np.load(self.folder / "selection.npy"), self.device, args.seed
         )
         counts["evidence"] = evidence
         write_json(

@@ -12,8 +12,7 @@ from curation.removal import Removal, Removals
 
 # alike by hash or embedding is only believed where the pixels do not contradict: plain backgrounds share
 # hashes, and two cars of one model share embeddings
-HASH_FLOOR = 0.7
-EMBEDDING_FLOOR = 0.8  # of the agreement
+FLOOR = 0.8  # of the agreement
 CANDIDATE_COSINE = 0.65  # of the nearest neighbours, those at least so alike are laid over each other
 
 
@@ -51,9 +50,9 @@ def near_pairs(
     """Near copies between two lists of index rows (or within one, given twice); value: their
     agreement (`Aligner.agreement`).
 
-    A pair is near when (1) the hashes differ in at most `like.bits` and the agreement is at least 0.7, or,
-    among the nearest neighbours, (2) the agreement is at least `like.agreement`, or (3) the cosine is at
-    least `like.cosine`, each among the other's nearest (within one list), and the agreement at least 0.8.
+    A pair is near when, among the nearest neighbours, (1) the agreement is at least `like.agreement`; an
+    agreement of 0.8 is enough where (2) the hashes differ in at most `like.bits`, or (3) the cosine is at
+    least `like.cosine`, each among the other's nearest (within one list).
     """
     within = first is second
     by_hash = hash_pairs(index.phash[first], index.phash[second], like.bits, within)
@@ -66,9 +65,9 @@ def near_pairs(
         alike, both_ways = once(alike)
     hash_fits = aligner.agreement(first[by_hash.first], second[by_hash.second])
     fits = aligner.agreement(first[alike.first], second[alike.second])
-    near_hash = hash_fits >= HASH_FLOOR
+    near_hash = hash_fits >= FLOOR
     near = fits >= like.agreement
-    near |= (alike.value >= like.cosine) & both_ways & (fits >= EMBEDDING_FLOOR)
+    near |= (alike.value >= like.cosine) & both_ways & (fits >= FLOOR)
     return Pairs(
         np.concatenate([by_hash.first[near_hash], alike.first[near]]),
         np.concatenate([by_hash.second[near_hash], alike.second[near]]),

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 
 from curation.balance import balance, tail_coverage
+from curation.cluster import Domain
 from curation.duplicates import Embedded
 from curation.hierarchy import step_rng
 from curation.rows import Rows
@@ -47,34 +48,41 @@ def _net(x: torch.Tensor, cosine: float, most: int) -> torch.Tensor:
 
 
 def judge(
-    embedded: Embedded, pool: np.ndarray, selection: np.ndarray, device: torch.device, seed: int
+    embedded: Embedded, domains: list[Domain], selection: np.ndarray, device: torch.device, seed: int
 ) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """Compare sets on cells of equal radius (about one for 20 images, 10 to 1,000).
+    """Compare sets on cells of equal radius (about one for 20 images, 10 to 1,000), found in each domain by
+    itself.
 
     Args:
-        pool: int64 index rows that could have been chosen; selection: those that were.
+        domains: what could have been chosen, one tree each. selection: int64 index rows that were.
     Returns:
         ({"pool" | "random" | "selection": numbers of `balance`, plus tail_coverage}, {same: [K] int64
-        sizes}); "random" is a random draw from the pool of the selection's size.
+        sizes}); "random" draws as many of each domain as the selection has.
     """
     rng = step_rng(seed, 3000)
-    place = embedded.place(pool)
-    if len(place) > MAX_ROWS:
-        place = np.sort(rng.choice(place, MAX_ROWS, replace=False))
-    rows = Rows(embedded.data, device, place, unit=True, alone=True)
-    net = np.sort(rng.choice(len(place), min(len(place), NET_ROWS), replace=False))
-    wanted = min(int(np.clip(len(pool) // 20, 10, 1000)), len(net))
-    centres = cell_centres(rows.take(net), wanted, rng)
-    cell = np.concatenate([(x @ centres.t()).argmax(dim=1).cpu().numpy() for _, x in rows.chunks()])
-    numbers = embedded.rows[place]
-    drawn = np.isin(numbers, rng.choice(pool, min(len(selection), len(pool)), replace=False))
-    chosen = np.isin(numbers, selection)
-    sizes = {
-        name: np.bincount(cell[mask], minlength=len(centres))
-        for name, mask in (("pool", np.ones(len(place), bool)), ("random", drawn), ("selection", chosen))
+    sizes: dict[str, list[np.ndarray]] = {"pool": [], "random": [], "selection": []}
+    for domain in domains:
+        chosen = np.intersect1d(domain.rows, selection)
+        drawn = rng.choice(domain.rows, len(chosen), replace=False)
+        rows = domain.rows
+        if len(rows) > MAX_ROWS:
+            rows = np.sort(rng.choice(rows, MAX_ROWS, replace=False))
+        cell, count = _cells(embedded, rows, device, rng)
+        for name, mine in (("pool", rows), ("random", drawn), ("selection", chosen)):
+            sizes[name].append(np.bincount(cell[np.isin(rows, mine)], minlength=count))
+    joined = {name: np.concatenate(parts) for name, parts in sizes.items()}
+    numbers = {
+        name: balance(values) | {"tail_coverage": tail_coverage(joined["pool"], values)}
+        for name, values in joined.items()
     }
-    numbers_of = {
-        name: balance(values) | {"tail_coverage": tail_coverage(sizes["pool"], values)}
-        for name, values in sizes.items()
-    }
-    return numbers_of, sizes
+    return numbers, joined
+
+
+def _cells(embedded: Embedded, rows: np.ndarray, device, rng) -> tuple[np.ndarray, int]:
+    """([n] int64 cell of each row, number of cells)."""
+    x = Rows(embedded.data, device, embedded.place(rows), unit=True, alone=True)
+    net = np.sort(rng.choice(len(rows), min(len(rows), NET_ROWS), replace=False))
+    wanted = min(int(np.clip(len(rows) // 20, 10, 1000)), len(net))
+    centres = cell_centres(x.take(net), wanted, rng)
+    cell = np.concatenate([(part @ centres.t()).argmax(dim=1).cpu().numpy() for _, part in x.chunks()])
+    return cell, len(centres)

@@ -7,8 +7,8 @@ out="${1:-runs/quickstart}"
 source scripts/venv.sh requirements.txt
 teacher=(--clip_model "$out/teacher/MiniCLIP.json" --clip_pretrained "$out/teacher/weights.safetensors")
 
-echo "== 1/6  drawing a pool of 3,000 small pictures: vehicles, copies, rubbish, leaked test pictures"
-python -m datasets.demo_pool --output "$out/pool" --num_images 3000
+echo "== 1/6  drawing a pool of 2,600 small pictures: vehicles, copies, rubbish, leaked test pictures"
+python -m datasets.demo_pool --output "$out/pool" --num_images 2600
 
 echo "== 2/6  training a miniature CLIP on their captions (stands in for the real teacher, a 900 MB download)"
 if [ ! -f "$out/teacher/texts.txt" ]; then
@@ -16,9 +16,9 @@ if [ ! -f "$out/teacher/texts.txt" ]; then
         --output "$out/teacher" --epochs 8
 fi
 
-echo "== 3/6  choosing 1,000 pictures to train on; those of the test and val rows leave the pool, with their copies"
+echo "== 3/6  choosing 700 pictures to train on; those of the test and val rows leave the pool, with their copies"
 python main_curate.py --pool "demo=$out/pool/photos" --exclude "test=$out/pool/benchmark" "val=$out/pool/labels.csv" \
-    --vehicle_filter --vehicle_prompts "$out/pool/prompts.json" --target_size 1000 "${teacher[@]}" --output "$out/data"
+    --vehicle_filter --vehicle_prompts "$out/pool/prompts.json" --target_size 700 "${teacher[@]}" --output "$out/data"
 
 echo "== 4/6  texts from the attributes of the pictures, kept where the pictures show them"
 python main_describe.py --attributes "$out/pool/labels.csv" --split train --images "$out/pool/labels.csv" \
@@ -26,8 +26,8 @@ python main_describe.py --attributes "$out/pool/labels.csv" --split train --imag
 
 echo "== 5/6  pre-training CGD-MAE"
 python main_pretrain.py --data_path "$out/data" --output_dir "$out/run" --resume auto \
-    --model mae_vit_tiny_patch16 --input_size 96 --batch_size 32 --epochs 16 --warmup_epochs 2 --blr 4e-3 \
-    --norm_pix_loss --crop_min 0.5 --vis_epochs 16 --print_freq 31 "${teacher[@]}" \
+    --model mae_vit_tiny_patch16 --input_size 96 --batch_size 32 --epochs 20 --warmup_epochs 3 --blr 4e-3 \
+    --norm_pix_loss --crop_min 0.5 --vis_epochs 20 --print_freq 21 "${teacher[@]}" \
     --text_bank "$out/texts" --kl_weight 0.05
 
 echo "== 6/6  what was learned"

@@ -501,10 +501,14 @@ def test_cells_show_what_clusters_of_equal_size_hide():
     x = np.concatenate([crowd, rng.standard_normal((100, 16))]).astype(np.float32)
     rows = np.arange(1000)
     chosen = np.concatenate([rows[:900:18], rows[900::2]])
-    numbers, sizes = judge(Embedded(x, rows), rows, chosen, CPU, seed=0)
+    numbers, sizes = judge(Embedded(x, rows), [Domain("all", rows)], chosen, CPU, seed=0)
     assert 45 <= len(sizes["pool"]) <= 55 and sizes["selection"].sum() == sizes["random"].sum() == 100
     assert numbers["selection"]["effective"] > 2 * numbers["random"]["effective"]
     assert numbers["selection"]["coverage"] > numbers["random"]["coverage"]
+    halves = [Domain("a", rows[:900]), Domain("b", rows[900:])]
+    numbers, sizes = judge(Embedded(x, rows), halves, rows[850:950], CPU, seed=0)
+    assert len(sizes["pool"]) > 45 and sizes["random"].sum() == 100
+    assert sizes["random"][-10:].sum() == pytest.approx(sizes["selection"][-10:].sum(), abs=8)
 
 
 def fake_index(n: int, **columns) -> Index:

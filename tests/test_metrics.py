@@ -1,0 +1,116 @@
+"""Ranking metrics against a slow implementation written from the protocol's text."""
+
+import numpy as np
+import pytest
+import torch
+
+from util.metrics import rank_hits, scores
+
+
+def by_hand(query, gallery, q_pids, g_pids, q_cams=None, g_cams=None, topk=(1, 5, 10)):
+    """One query after another: cosine, stable order, junk removed, then the definitions."""
+    aps, inps, firsts, without = [], [], [], 0
+    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, gallery)]
+    similar = (torch.from_numpy(unit[0]) @ torch.from_numpy(unit[1]).t()).numpy()
+    for i, row in enumerate(similar):
+        ranking = sorted(range(len(row)), key=lambda j: (-row[j], j))
+        if q_cams is not None:
+            ranking = [j for j in ranking if not (g_pids[j] == q_pids[i] and g_cams[j] == q_cams[i])]
+        ranks = [r for r, j in enumerate(ranking, 1) if g_pids[j] == q_pids[i]]
+        if not ranks:
+            without += 1
+            continue
+        aps.append(sum(n / r for n, r in enumerate(ranks, 1)) / len(ranks))
+        inps.append(len(ranks) / ranks[-1])
+        firsts.append(ranks[0])
+    result = {"mAP": np.mean(aps), "mINP": np.mean(inps), "queries": len(aps)}
+    result |= {f"R{k}": np.mean([r <= k for r in firsts]) for k in topk}
+    return result | {"queries_without_match": without}
+
+
+def random_case(seed, queries=23, gallery=90, pids=9, cams=4, dim=5, levels=None):
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((queries, dim)), rng.standard_normal((gallery, dim))
+    if levels:  # few values, many ties
+        x, y = np.round(x * levels) + 0.5, np.round(y * levels) + 0.5
+    ids = (rng.integers(0, pids, queries), rng.integers(0, pids, gallery))
+    cameras = (rng.integers(0, cams, queries), rng.integers(0, cams, gallery))
+    return x.astype(np.float32), y.astype(np.float32), *ids, *cameras
+
+
+def ours(query, gallery, *labels, **more):
+    return scores(rank_hits(torch.from_numpy(query), torch.from_numpy(gallery), *labels, **more))
+
+
+@pytest.mark.parametrize("filtered", [True, False])
+@pytest.mark.parametrize("seed", range(4))
+def test_random_cases(seed, filtered):
+    x, y, *labels = random_case(seed)
+    labels = labels if filtered else labels[:2]
+    assert ours(x, y, *labels) == pytest.approx(by_hand(x, y, *labels), abs=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ties_stand_in_the_order_of_the_gallery(seed):
+    x, y, *labels = random_case(seed, levels=1, dim=2)
+    signs = np.sign(y)  # four directions only: exact ties
+    found = ours(np.sign(x), signs, *labels)
+    assert found == pytest.approx(by_hand(np.sign(x), signs, *labels), abs=1e-6)
+
+
+def test_the_order_of_a_tie_decides():
+    one = np.ones((1, 2), dtype=np.float32)
+    for pids, rank in (([7, 5, 5], 1), ([5, 7, 5], 2), ([5, 5, 7], 3)):
+        assert rank_hits(torch.from_numpy(one), torch.ones(3, 2), np.array([7]), np.array(pids)).hits == rank
+
+
+def test_queries_without_a_match_are_counted_not_scored():
+    x, y, q, g, qc, gc = random_case(0, pids=30)
+    g = np.where(g == q[0], 99, g)  # an id of the query only
+    gc = np.where(g == q[1], qc[1], gc)  # nothing but junk
+    found = ours(x, y, q, g, qc, gc)
+    assert found["queries_without_match"] >= 2
+    assert found == pytest.approx(by_hand(x, y, q, g, qc, gc), abs=1e-6)
+
+
+def test_one_camera_leaves_nothing_to_score():
+    x, y, q, g, _, _ = random_case(1)
+    found = ours(x, y, q, g, np.zeros_like(q), np.zeros_like(g))
+    assert found["queries"] == 0 and found["queries_without_match"] == len(q) and np.isnan(found["mAP"])
+
+
+def test_blocks_and_layout_change_nothing():
+    x, y, *labels = random_case(5, queries=40)
+    whole = rank_hits(torch.from_numpy(x), torch.from_numpy(y), *labels)
+    parts = rank_hits(torch.from_numpy(x), torch.from_numpy(y), *labels, block_numbers=100)
+    assert (whole.hits == parts.hits).all() and (whole.offsets == parts.offsets).all()
+    turned = np.random.default_rng(0).permutation(len(y))
+    again = ours(x, y[turned], labels[0], labels[1][turned], labels[2], labels[3][turned])
+    assert again == pytest.approx(scores(whole), abs=1e-6)
+
+
+def test_the_filter_matters_as_it_should():
+    """The same photo is in the gallery under its own camera: unfiltered, every first hit is itself."""
+    x, y, q, g, qc, gc = random_case(3)
+    y, g, gc = np.concatenate([y, x]), np.concatenate([g, q]), np.concatenate([gc, qc])
+    with_filter, without = ours(x, y, q, g, qc, gc), ours(x, y, q, g)
+    assert without["R1"] == 1 and with_filter["R1"] < 0.6 and without["mAP"] > with_filter["mAP"]
+    assert with_filter == pytest.approx(by_hand(x, y, q, g, qc, gc), abs=1e-6)
+
+
+def test_bad_features_are_named():
+    x, y, q, g, qc, gc = random_case(0)
+    broken = y.copy()
+    broken[17, 2] = np.nan
+    with pytest.raises(ValueError, match="gallery: the features of row 17 are not finite"):
+        ours(x, broken, q, g, qc, gc)
+    with pytest.raises(ValueError, match="query: 23 features, 22 pids"):
+        ours(x, y, q[1:], g)
+    with pytest.raises(ValueError, match="of both query and gallery"):
+        ours(x, y, q, g, qc, None)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_the_device_changes_nothing():
+    x, y, *labels = random_case(2)
+    assert ours(x, y, *labels, device="cuda") == pytest.approx(ours(x, y, *labels), abs=1e-6)

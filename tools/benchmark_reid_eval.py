@@ -1,0 +1,108 @@
+"""Our evaluation of re-identification beside a sort of the whole distance matrix, in one run.
+
+    python -m tools.benchmark_reid_eval
+    python -m tools.benchmark_reid_eval --size veriwild --rounds 1 --only ours
+
+From features to mAP and CMC, random features of each set's published size with clusters for identities. The
+sorting variant is the straightforward one: normalised features, the full matrix of squared distances,
+numpy's argsort of every row, and a loop over the queries. The variants take turns; medians.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from util.memory import peak_gigabytes
+from util.metrics import rank_hits, scores
+from util.tool import run_tool, tool_parser
+
+SIZES = {  # queries, gallery, identities, cameras
+    "veri": (1678, 11_579, 200, 20),
+    "vehicleid": (17_377, 2400, 2400, 1),
+    "veriwild": (10_000, 128_517, 10_000, 174),
+}
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = tool_parser("tools.benchmark_reid_eval", __doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("--size", default="veri", choices=SIZES, help="published size of a set (default veri)")
+    add("--dim", default=768, type=int, help="numbers a feature (default 768)")
+    add("--rounds", default=5, type=int, help="turns of each variant (default 5)")
+    add("--only", default=None, choices=("ours", "sort"), help="one variant (default both)")
+    add("--device", default="cpu", help="of ours: cpu or cuda (default cpu)")
+    add("--output", default="benchmark_reid_eval.json", help="file (default benchmark_reid_eval.json)")
+    # fmt: on
+    return parser
+
+
+def make_features(size: str, dim: int) -> tuple:
+    """(query, gallery [*, dim] float32, pids and camids of both); identities overlap."""
+    queries, gallery, identities, cameras = SIZES[size]
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((identities, dim), dtype=np.float32)
+    q_pids, g_pids = np.arange(queries) % identities, rng.permutation(np.arange(gallery) % identities)
+    features = [
+        torch.from_numpy(centres[pids] + 3 * rng.standard_normal((len(pids), dim), dtype=np.float32))
+        for pids in (q_pids, g_pids)
+    ]
+    camids = (rng.integers(0, cameras, queries), rng.integers(0, cameras, gallery))
+    return (*features, q_pids, g_pids, *(camids if cameras > 1 else (None, None)))
+
+
+def by_sorting(query, gallery, q_pids, g_pids, q_camids, g_camids) -> dict[str, float]:
+    """mAP and R1 the way evaluation code is usually written."""
+    q, g = torch.nn.functional.normalize(query, dim=1), torch.nn.functional.normalize(gallery, dim=1)
+    distances = (2 - 2 * (q @ g.t())).numpy()
+    order = np.argsort(distances, axis=1)
+    matches = g_pids[order] == q_pids[:, None]
+    aps, firsts = [], []
+    for i in range(len(q_pids)):
+        row = matches[i]
+        if q_camids is not None:
+            row = row[~(row & (g_camids[order[i]] == q_camids[i]))]
+        if not row.any():
+            continue
+        hits = row.cumsum()
+        firsts.append(row.argmax() == 0)
+        aps.append((hits / np.arange(1, len(row) + 1) * row).sum() / hits[-1])
+    return {"mAP": float(np.mean(aps)), "R1": float(np.mean(firsts))}
+
+
+def main(args) -> dict:
+    case = make_features(args.size, args.dim)
+    variants = {
+        "ours": lambda: scores(rank_hits(*case, device=args.device)),
+        "sort": lambda: by_sorting(*case),
+    }
+    if args.only:
+        variants = {args.only: variants[args.only]}
+    before = peak_gigabytes(torch.device("cpu"))
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    found: dict[str, dict] = {}
+    for _ in range(args.rounds):
+        for name, variant in variants.items():
+            started = time.perf_counter()
+            found[name] = variant()
+            seconds[name].append(time.perf_counter() - started)
+    result: dict = {
+        "size": args.size,
+        "dim": args.dim,
+        "torch": torch.__version__,
+    }
+    result |= {"threads": torch.get_num_threads(), "gigabytes_features": before}
+    for name in variants:
+        result |= {f"{name}_seconds": statistics.median(seconds[name]), f"{name}_mAP": found[name]["mAP"]}
+        result[f"{name}_R1"] = found[name]["R1"]
+    if len(variants) == 2:
+        result["ratio"] = result["sort_seconds"] / result["ours_seconds"]
+    return result | {"gigabytes_peak": peak_gigabytes(torch.device("cpu"))}
+
+
+if __name__ == "__main__":
+    run_tool(get_args_parser(), main, lambda args: Path(args.output))
