@@ -1,0 +1,402 @@
+"""Re-identification sets in their published layouts, or anyone's own as one CSV: who, seen by which camera.
+
+Layouts: VeRi-776, VehicleID V1.0, VERI-Wild (old and new lists), and a table with the columns path, pid,
+split (train, query, gallery) and, where known, camid and viewid.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from datasets.manifest import check_first_exist, iterate_manifest
+from datasets.path_list import PathList
+from util.errors import InputError
+
+UNKNOWN = -1
+PUBLISHED = {  # images and identities as published; another count is said, not refused
+    "veri776": {"train": 37_778, "train identities": 575, "query": 1678, "gallery": 11_579},
+    "vehicleid": {
+        "train": 113_346, "train identities": 13_164,
+        "test_800": 6493, "test_1600": 13_377, "test_2400": 19_777,
+    },
+    "veriwild": {
+        "train": 277_797, "train identities": 30_671, "query_3000": 3000, "gallery_3000": 38_861,
+        "query_5000": 5000, "gallery_5000": 64_389, "query_10000": 10_000, "gallery_10000": 128_517,
+    },
+}  # fmt: skip
+VERI_NAME = re.compile(r"(-?\d+)_c(\d+)")
+
+
+@dataclass(frozen=True)
+class ReidImages:
+    """paths; pids, camids, viewids: [n] int64. pids are numbers of the set's `pid_names`; -1: unknown."""
+
+    paths: PathList
+    pids: np.ndarray
+    camids: np.ndarray
+    viewids: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.pids)
+
+    def take(self, rows: np.ndarray) -> "ReidImages":
+        """Some of the images, in the order of `rows`."""
+        paths = PathList(self.paths.root, (self.paths.relative(int(i)) for i in rows))
+        return ReidImages(paths, self.pids[rows], self.camids[rows], self.viewids[rows])
+
+    def has_cameras(self) -> bool:
+        return bool((self.camids >= 0).all())
+
+
+@dataclass(frozen=True)
+class ReidData:
+    """One set: what is trained on, and what is tested on.
+
+    train: pids counted from 0 in sorted order of the names, so that they are class numbers.
+    tests: name -> (query, gallery); VehicleID's tests are (images, None): the protocol draws the gallery.
+    pid_names: of all identities; the first `classes` are those of train. notes: what was found, one sentence
+    each; they belong into the run's header.
+    """
+
+    name: str
+    train: ReidImages
+    tests: dict[str, tuple[ReidImages, ReidImages | None]]
+    pid_names: list[str]
+    classes: int
+    notes: list[str] = field(default_factory=list)
+
+
+def read_reid(path: str | Path, format: str = "auto") -> ReidData:
+    """Read a set and check it.
+
+    Args:
+        path: folder of a published set, or a table (.csv .tsv .jsonl).
+        format: veri776, vehicleid, veriwild, table, or auto: by the files that are there.
+    Raises:
+        InputError: nothing there, no such layout, a list that is missing or damaged, images that are listed
+        but not there, a test in which no query can be answered.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise InputError(f"--data_path {path} does not exist: give the folder of a set, or a table")
+    format = _detect(path) if format == "auto" else format
+    data = READERS[format](path)
+    _check_files(data)
+    notes = [*data.notes, *_compare_counts(data), *_check_tests(data)]
+    return ReidData(data.name, data.train, data.tests, data.pid_names, data.classes, notes)
+
+
+def _detect(path: Path) -> str:
+    if path.is_file():
+        return "table"
+    signs = {
+        "image_train": "veri776",
+        "train_test_split/test_list_800.txt": "vehicleid",
+        "train_test_split/train_list.txt": "veriwild",
+        "train_test_split/train_list_start0.txt": "veriwild",
+    }
+    for sign, name in signs.items():
+        if (path / sign).exists():
+            return name
+    raise InputError(
+        f"{path} has no layout that is known: VeRi-776 has image_train/, VehicleID "
+        "train_test_split/test_list_800.txt, VERI-Wild train_test_split/train_list.txt; or give a table "
+        "with the columns path, pid, split"
+    )
+
+
+Row = tuple[str, str, int, int]  # path, identity, camera, view
+
+
+def build(
+    name: str, root: Path, train: list[Row], tests: dict[str, tuple[list[Row], list[Row] | None]], notes
+) -> ReidData:
+    """Number the identities: those of train first, in sorted order, then the others."""
+    if not train:
+        raise InputError(f"{root}: no training image is listed")
+    known = sorted({row[1] for row in train}, key=_by_number)
+    others = {row[1] for pair in tests.values() for rows in pair if rows for row in rows} - set(known)
+    names = known + sorted(others, key=_by_number)
+    number = {pid: i for i, pid in enumerate(names)}
+
+    def images(rows: list[Row]) -> ReidImages:
+        columns = (np.array([row[i] for row in rows], dtype=np.int64) for i in (2, 3))
+        pids = np.array([number[row[1]] for row in rows], dtype=np.int64)
+        return ReidImages(PathList(root, (row[0] for row in rows)), pids, *columns)
+
+    found = {
+        key: (images(first), images(second) if second is not None else None)
+        for key, (first, second) in tests.items()
+    }
+    return ReidData(name, images(train), found, names, len(known), list(notes))
+
+
+def _by_number(name: str) -> tuple[int, str]:
+    return (int(name), "") if name.isdigit() else (1 << 62, name)
+
+
+def _lines(file: Path) -> list[str]:
+    """Lines of a list that are not empty; InputError if there is none."""
+    try:
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"the list {file} is missing: unpack the set again") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text (byte {error.start}): unpack the set again") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if not lines:
+        raise InputError(f"the list {file} is empty: unpack the set again")
+    return lines
+
+
+# VeRi-776
+
+
+def read_veri(root: Path) -> ReidData:
+    """image_{train,query,test}/ with names VVVV_cCCC_TTTTTTTT_K.jpg, name_*.txt where they exist, and the
+    views of keypoint_{train,test}.txt if someone has put them there."""
+    views: dict[str, int] = {}
+    for file in (root / "keypoint_train.txt", root / "keypoint_test.txt"):
+        if file.is_file():
+            for line in _lines(file):
+                words = line.split()
+                views[words[0].rsplit("/", 1)[-1]] = int(words[-1])
+    parts: dict[str, list[Row]] = {}
+    junk = 0
+    for part in ("train", "query", "test"):
+        names = root / f"name_{part}.txt"
+        folder = root / f"image_{part}"
+        if names.is_file():
+            listed: Iterable[str] = _lines(names)
+        elif folder.is_dir():
+            listed = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".jpg")
+        else:
+            raise InputError(f"{root} has neither name_{part}.txt nor image_{part}/: unpack VeRi-776 again")
+        parts[part] = []
+        for name in listed:
+            found = VERI_NAME.match(name)
+            if found is None:
+                raise InputError(f"{folder / name}: a VeRi-776 name begins like 0001_c001_")
+            if int(found[1]) < 0:  # derived sets mark junk so
+                junk += 1
+                continue
+            row = (f"image_{part}/{name}", found[1], int(found[2]) - 1, views.get(name, UNKNOWN))
+            parts[part].append(row)
+    notes = [f"{junk} images of vehicle -1 are left out"] if junk else []
+    if views:
+        without = sum(row[3] < 0 for rows in parts.values() for row in rows)
+        notes.append(f"{without} images have no viewpoint: kept, with an unknown one")
+    return build("veri776", root, parts["train"], {"test": (parts["query"], parts["test"])}, notes)
+
+
+# VehicleID
+
+
+def read_vehicleid(root: Path) -> ReidData:
+    """image/NNNNNNN.jpg; train_test_split/{train_list,test_list_N}.txt with lines `name id`; no cameras."""
+    folder = root / "train_test_split"
+
+    def rows(file: Path) -> list[Row]:
+        found = []
+        for number, line in enumerate(_lines(file), 1):
+            words = line.split()
+            if len(words) != 2:
+                raise InputError(f"{file}, line {number} is '{line[:60]}', not 'name id'")
+            found.append((f"image/{words[0].removesuffix('.jpg')}.jpg", words[1], UNKNOWN, UNKNOWN))
+        return found
+
+    sizes = sorted(int(f.stem.rsplit("_", 1)[1]) for f in folder.glob("test_list_*.txt"))
+    tests = {str(size): (rows(folder / f"test_list_{size}.txt"), None) for size in sizes}
+    return build("vehicleid", root, rows(folder / "train_list.txt"), tests, [])
+
+
+# VERI-Wild
+
+
+def read_veriwild(root: Path) -> ReidData:
+    """images/VVVVV/NNNNNN.jpg and train_test_split/ in the old style (`00001/000001`, cameras in
+    vehicle_info.txt) or the new one (`00001/000001.jpg label camera`); the first line of vehicle_info.txt may
+    be a header or not."""
+    folder = root / "train_test_split"
+    cameras: dict[str, int] | None = None
+
+    def camera_of(image: str, file: Path, number: int) -> int:
+        nonlocal cameras
+        if cameras is None:
+            cameras = _wild_cameras(folder / "vehicle_info.txt")
+        key = image.rsplit("/", 1)[-1]
+        if key not in cameras:
+            raise InputError(f"{file}, line {number}: vehicle_info.txt has no camera for {image}")
+        return cameras[key]
+
+    def rows(*names: str) -> list[Row]:
+        file = next((folder / name for name in names if (folder / name).is_file()), None)
+        if file is None:
+            raise InputError(f"{folder} has none of {', '.join(names)}: unpack VERI-Wild again")
+        found = []
+        for number, line in enumerate(_lines(file), 1):
+            words = line.split()
+            image = words[0].removesuffix(".jpg")
+            vehicle, slash, _ = image.partition("/")
+            if not slash or len(words) not in (1, 3) or (len(words) == 3 and not words[2].isdigit()):
+                raise InputError(
+                    f"{file}, line {number} is '{line[:60]}', neither '00001/000001' nor "
+                    "'00001/000001.jpg label camera'"
+                )
+            camera = int(words[2]) if len(words) == 3 else camera_of(image, file, number)
+            found.append((f"images/{image}.jpg", vehicle, camera, UNKNOWN))
+        return found
+
+    tests: dict[str, tuple[list[Row], list[Row]]] = {}
+    notes = []
+    for size in ("3000", "5000", "10000"):
+        try:
+            query = rows(f"test_{size}_id_query.txt", f"test_{size}_query.txt")
+            everything = rows(f"test_{size}_id.txt", f"test_{size}.txt")
+        except InputError:
+            if any(folder.glob(f"test_{size}*")):
+                raise
+            continue
+        asked = {row[0] for row in query}
+        gallery = [row for row in everything if row[0] not in asked]
+        if len(gallery) < len(everything):
+            gone = len(everything) - len(gallery)
+            notes.append(f"test {size}: {gone} images of the test list are queries and left its gallery")
+        tests[size] = (query, gallery)
+    if not tests:
+        raise InputError(f"{folder} has no test_3000, test_5000 or test_10000 list: unpack VERI-Wild again")
+    return build("veriwild", root, rows("train_list_start0.txt", "train_list.txt"), tests, notes)
+
+
+def _wild_cameras(file: Path) -> dict[str, int]:
+    """Image number -> camera."""
+    cameras = {}
+    for number, line in enumerate(_lines(file), 1):
+        words = line.split(";")
+        if len(words) > 1 and words[1].strip().isdigit():
+            cameras[words[0].rsplit("/", 1)[-1]] = int(words[1])
+        elif number > 1:  # the first may be a header
+            raise InputError(f"{file}, line {number} is '{line[:60]}', not 'id/image;camera;...'")
+    return cameras
+
+
+# anyone's own
+
+
+def read_table(file: Path) -> ReidData:
+    """Columns path, pid, split (train, query, gallery), and camid and viewid where they are known."""
+    parts: dict[str, list[Row]] = {"train": [], "query": [], "gallery": []}
+    cameras: dict[str, int] = {}
+    views: dict[str, int] = {}
+    blank: Counter[str] = Counter()
+
+    def code(row: dict, column: str, numbers: dict[str, int]) -> int:
+        text = str(row.get(column) if row.get(column) is not None else "").strip()
+        if not text or text == "-1":
+            blank[column] += 1
+            return UNKNOWN
+        return numbers.setdefault(text, len(numbers))
+
+    count = 0
+    for count, row in enumerate(iterate_manifest(file), 1):
+        for column in ("pid", "split"):
+            if not str(row.get(column) or "").strip():
+                raise InputError(f"{file}, row {count} has no '{column}': the columns are path, pid, split")
+        split = row["split"].strip().lower()
+        if split not in parts:
+            raise InputError(f"{file}, row {count}: split '{row['split']}' is none of {', '.join(parts)}")
+        camera, view = code(row, "camid", cameras), code(row, "viewid", views)
+        parts[split].append((row["path"], str(row["pid"]).strip(), camera, view))
+    notes = []
+    if cameras and blank["camid"]:
+        raise InputError(
+            f"{file}: {blank['camid']} of {count} rows have no camid; fill it in, or remove the column: "
+            "then the same-camera filter is off"
+        )
+    if not cameras:
+        notes.append("no cameras: the same-camera filter and the camera embedding are off")
+    for split in ("query", "gallery"):
+        if not parts[split]:
+            raise InputError(f"{file} has no row with split '{split}': a test needs query and gallery")
+    return build("table", file.parent, parts["train"], {"test": (parts["query"], parts["gallery"])}, notes)
+
+
+READERS = {"veri776": read_veri, "vehicleid": read_vehicleid, "veriwild": read_veriwild, "table": read_table}
+
+
+# checks
+
+
+def _all_images(data: ReidData) -> dict[str, ReidImages]:
+    found = {"train": data.train}
+    for test, (query, gallery) in data.tests.items():
+        ending = "" if test == "test" else f"_{test}"
+        if gallery is None:
+            found[f"test{ending}"] = query
+        else:
+            found |= {f"query{ending}": query, f"gallery{ending}": gallery}
+    return found
+
+
+def _check_files(data: ReidData) -> None:
+    for images in _all_images(data).values():
+        check_first_exist(images.paths, Path(images.paths.root))
+
+
+def _compare_counts(data: ReidData) -> list[str]:
+    """Counts, and how they differ from the published ones."""
+    counts = {name: len(images) for name, images in _all_images(data).items()}
+    counts["train identities"] = data.classes
+    lines = [", ".join(f"{name} {count:,}" for name, count in counts.items())]
+    published = PUBLISHED.get(data.name)
+    if published:
+        other = [
+            f"{name} {counts[name]:,} instead of {number:,}"
+            for name, number in published.items()
+            if name in counts and counts[name] != number
+        ]
+        lines.append(
+            f"other counts than published: {', '.join(other)}" if other else "all counts as published"
+        )
+    return lines
+
+
+def _check_tests(data: ReidData) -> list[str]:
+    """Queries that nothing can answer: counted, and refused where they are all.
+
+    Raises:
+        InputError: a test in which no query has a match, with the reason.
+    """
+    notes = []
+    for name, (query, gallery) in data.tests.items():
+        shared = np.intersect1d(query.pids, np.arange(data.classes))
+        if len(shared):
+            notes.append(f"test {name}: {len(shared)} of its identities are trained on, e.g. "
+                         f"{data.pid_names[shared[0]]}")  # fmt: skip
+        if gallery is None:
+            alone = int((np.unique(query.pids, return_counts=True)[1] < 2).sum())
+            if alone:
+                notes.append(f"test {name}: {alone} identities have one image and can only be distractors")
+            continue
+        missing = ~np.isin(query.pids, gallery.pids)
+        cameras: dict[int, set[int]] = {}
+        for pid, camid in zip(gallery.pids.tolist(), gallery.camids.tolist()):
+            cameras.setdefault(pid, set()).add(camid)
+        asked = zip(query.pids.tolist(), query.camids.tolist())
+        only_same = np.array([camid >= 0 and cameras.get(pid) == {camid} for pid, camid in asked])
+        if missing.all() or (missing | only_same).all():
+            raise InputError(
+                f"test {name}: of {len(query)} queries {int(missing.sum())} are of vehicles missing from the "
+                f"gallery and {int(only_same.sum())} have matches of their own camera only, which do not "
+                "count; fix the column camid, or remove it to count them"
+            )
+        if missing.any() or only_same.any():
+            notes.append(
+                f"test {name}: {int(missing.sum())} queries have no match in the gallery and "
+                f"{int(only_same.sum())} only from their own camera: they are not scored"
+            )
+    return notes
