@@ -50,14 +50,33 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, grad_checkpoint: bool) ->
     return x
 
 
-def build_blocks(dim: int, depth: int, num_heads: int, fused_attn: bool) -> nn.ModuleList:
+def patch_grid(img_size: tuple[int, int], patch_size: int, stride: int) -> tuple[int, int]:
+    """(rows, columns) of patches that begin every `stride` px; InputError where there is none, and where
+    they do not overlap and do not cover the image."""
+    if stride == patch_size:
+        return check_img_size(img_size, patch_size)
+    if not 0 < stride < patch_size or min(img_size) < patch_size:
+        raise InputError(
+            f"--stride {stride} at {img_size[0]} x {img_size[1]} px: give a stride from 1 to the patch size "
+            f"{patch_size}, and images no smaller than a patch"
+        )
+    return (img_size[0] - patch_size) // stride + 1, (img_size[1] - patch_size) // stride + 1
+
+
+def build_blocks(
+    dim: int, depth: int, num_heads: int, fused_attn: bool, drop_path: float = 0.0
+) -> nn.ModuleList:
     """MAE's pre-norm blocks: mlp ratio 4, qkv bias, erf GELU, LayerNorm eps 1e-6, no dropout.
 
-    `fused_attn` picks torch's scaled_dot_product_attention (fast on CUDA) or explicit products.
+    Args:
+        fused_attn: torch's scaled_dot_product_attention (fast on CUDA) or explicit products.
+        drop_path: chance that a sample skips the last block (Huang et al., 2016); grows linearly from 0.
     """
     set_fused_attn(fused_attn)
+    rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
     return nn.ModuleList(
-        Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm) for _ in range(depth)
+        Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate)
+        for rate in rates
     )
 
 
@@ -65,10 +84,11 @@ class VisionTransformer(nn.Module):
     """MAE's encoder as a feature extractor (150 tensors for ViT-B/16).
 
     Args:
-        img_size: (H, W) in pixels, multiples of `patch_size`.
+        img_size: (H, W) in pixels, multiples of `patch_size` unless patches overlap.
         patch_size, embed_dim, depth, num_heads: p, D, number of blocks, attention heads.
         mean, std: per-channel statistics of pixels scaled to [0, 1].
-        fused_attn: see `build_blocks`.
+        fused_attn, drop_path: see `build_blocks`.
+        stride: px from patch to patch; less than `patch_size`: they overlap (None: `patch_size`).
         initialize: draw MAE's initial weights; a subclass with more modules passes False and
             calls `initialize_weights` itself once all of them exist.
     Raises:
@@ -86,22 +106,26 @@ class VisionTransformer(nn.Module):
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
         fused_attn: bool = True,
+        drop_path: float = 0.0,
+        stride: int | None = None,
         initialize: bool = True,
     ):
         super().__init__()
         self.img_size = tuple(img_size)
         self.patch_size = patch_size
-        self.grid_size = check_img_size(self.img_size, patch_size)
+        self.stride = stride or patch_size
+        self.grid_size = patch_grid(self.img_size, patch_size, self.stride)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.embed_dim = embed_dim
         self.grad_checkpoint = False
 
         # timm's module holds the weights, so that keys and default initialisation are MAE's
         self.patch_embed = PatchEmbed(self.img_size, patch_size, 3, embed_dim)
+        self.patch_embed.proj.stride = (self.stride, self.stride)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         pos_embed = sincos_pos_embed(embed_dim, self.grid_size)[None]
         self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)  # [1, 1 + L, D]
-        self.blocks = build_blocks(embed_dim, depth, num_heads, fused_attn)
+        self.blocks = build_blocks(embed_dim, depth, num_heads, fused_attn, drop_path)
         self.norm = LayerNorm(embed_dim)
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
@@ -123,13 +147,15 @@ class VisionTransformer(nn.Module):
             return imgs
         return (imgs.float() / 255 - self.pixel_mean) / self.pixel_std
 
-    def forward_features(self, imgs: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] uint8 or normalised float -> [N, 1 + L, D] tokens after the final norm."""
+    def embed(self, imgs: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] uint8 or normalised float -> [N, 1 + L, D] tokens with their positions."""
         x = self.patch_embed(self.normalize(imgs)) + self.pos_embed[:, 1:]  # [N, L, D]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x], dim=1)  # [N, 1 + L, D]
-        x = run_blocks(self.blocks, x, self.grad_checkpoint)
-        return self.norm(x)
+        return torch.cat([cls_token, x], dim=1)
+
+    def forward_features(self, imgs: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] uint8 or normalised float -> [N, 1 + L, D] tokens after the final norm."""
+        return self.norm(run_blocks(self.blocks, self.embed(imgs), self.grad_checkpoint))
 
     def encode(self, imgs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Unmasked, deterministic features: {"cls": [N, D], "mean": [N, D], "tokens": [N, L, D]}."""

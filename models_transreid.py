@@ -1,0 +1,146 @@
+"""TransReID: a ViT for re-identification (He et al., ICCV 2021, arXiv 2102.04378).
+
+Letters as in models_vit.py; K vehicles to tell apart in training.
+"""
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from models_vit import VisionTransformer, run_blocks
+from util.errors import InputError
+
+
+@dataclass(frozen=True)
+class TransReIDConfig:
+    """What is added to the encoder; with the defaults nothing is: the ViT baseline of the paper.
+
+    cameras, views: rows of the table of side information (SIE, Sec. 3.3): the largest id + 1; 0: not used.
+    sie_weight: lambda of eq. 8.
+    jpm: the jigsaw patch module (Sec. 3.2): beside the global branch, `parts` local ones that share a block.
+    shift: m of the jigsaw: patches are rolled by m - 1. groups: how many runs the rest is dealt into.
+    """
+
+    cameras: int = 0
+    views: int = 0
+    sie_weight: float = 3.0
+    jpm: bool = False
+    shift: int = 8
+    groups: int = 2
+    parts: int = 4
+
+
+def jigsaw_order(num_patches: int, shift: int, groups: int) -> torch.Tensor:
+    """The order of the patches before they are cut into parts: rolled by `shift` - 1, then dealt from
+    `groups` equal runs in turn, a0, b0, a1, b1 ...; where they do not go in evenly, the last but one is
+    repeated.
+
+    Returns:
+        [num_patches or a little more] int64, patch numbers from 0.
+    """
+    order = torch.arange(num_patches).roll(1 - shift)
+    missing = -num_patches % groups
+    order = torch.cat([order, order[-2].repeat(missing)])
+    return order.view(groups, -1).t().flatten()
+
+
+class TransReID(nn.Module):
+    """Encoder, branches, and for each branch a BNNeck (Luo et al., 2019) and a classifier.
+
+    Args:
+        encoder: a ViT; it becomes part of this model (its last block and norm move into the branches of JPM).
+        num_classes: K.
+        config: see `TransReIDConfig`.
+    Raises:
+        InputError: fewer patches than the jigsaw needs.
+    """
+
+    def __init__(self, encoder: VisionTransformer, num_classes: int, config: TransReIDConfig):
+        super().__init__()
+        self.config, self.base = config, encoder
+        encoder.pos_embed.requires_grad = True
+        dim, branches = encoder.embed_dim, 1
+        rows = max(config.cameras, 1) * max(config.views, 1)
+        self.sie_embed = None
+        if config.cameras or config.views:
+            self.sie_embed = nn.Parameter(torch.zeros(rows, 1, dim))
+            nn.init.trunc_normal_(self.sie_embed, std=0.02)
+        if config.jpm:
+            if encoder.num_patches < 2 * config.parts or not 1 <= config.shift <= encoder.num_patches:
+                raise InputError(
+                    f"{encoder.num_patches} patches cannot be shifted by {config.shift} and cut into "
+                    f"{config.parts} parts: larger images, a smaller --stride, or no --jpm"
+                )
+            last = nn.Sequential(encoder.blocks[-1], encoder.norm)
+            self.b1, self.b2 = copy.deepcopy(last), copy.deepcopy(last)
+            encoder.blocks, encoder.norm = encoder.blocks[:-1], nn.Identity()
+            order = jigsaw_order(encoder.num_patches, config.shift, config.groups)
+            length = encoder.num_patches // config.parts
+            order = 1 + order[: config.parts * length].view(config.parts, length)
+            self.register_buffer("order", order, persistent=False)  # [parts, length] of the tokens
+            branches += config.parts
+        self.bottleneck = nn.ModuleList(nn.BatchNorm1d(dim) for _ in range(branches))
+        self.classifier = nn.ModuleList(nn.Linear(dim, num_classes, bias=False) for _ in range(branches))
+        for neck, classifier in zip(self.bottleneck, self.classifier):
+            neck.bias.requires_grad = False
+            nn.init.normal_(classifier.weight, std=0.001)
+
+    def side_rows(self, camids: torch.Tensor | None, viewids: torch.Tensor | None) -> torch.Tensor:
+        """[N] int64 rows of the table of side information.
+
+        Raises:
+            InputError: an id that the table has no row for, or none given.
+        """
+        rows = None
+        for ids, count, flag in (
+            (camids, self.config.cameras, "camera"),
+            (viewids, self.config.views, "view"),
+        ):
+            if not count:
+                continue
+            wrong = "" if ids is not None else "none is given"
+            if ids is not None and ids.device.type == "cpu":  # elsewhere a look would stop the device
+                low, high = int(ids.min()), int(ids.max())
+                wrong = f"they reach from {low} to {high}" if low < 0 or high >= count else ""
+            if wrong:
+                raise InputError(
+                    f"the {flag} embedding knows the {flag} ids 0 to {count - 1}, but {wrong}: evaluate on "
+                    f"the set it was trained for, or train without --sie_{flag}"
+                )
+            rows = ids if rows is None else rows * count + ids
+        return rows
+
+    def branches(
+        self, imgs: torch.Tensor, camids: torch.Tensor | None = None, viewids: torch.Tensor | None = None
+    ) -> list[torch.Tensor]:
+        """[N, 3, H, W] -> features before the BNNeck, [N, D] each: global, then the parts of JPM."""
+        x = self.base.embed(imgs)
+        if self.sie_embed is not None:
+            x = x + self.config.sie_weight * self.sie_embed[self.side_rows(camids, viewids)]
+        x = run_blocks(self.base.blocks, x, self.base.grad_checkpoint)
+        if not self.config.jpm:
+            return [self.base.norm(x)[:, 0]]
+        parts = x[:, self.order]  # [N, parts, length, D]
+        cls_token = x[:, None, :1].expand(-1, self.config.parts, -1, -1)
+        local = self.b2(torch.cat([cls_token, parts], dim=2).flatten(0, 1))[:, 0]
+        return [self.b1(x)[:, 0], *local.view(len(x), self.config.parts, -1).unbind(dim=1)]
+
+    def forward(
+        self, imgs: torch.Tensor, camids: torch.Tensor | None = None, viewids: torch.Tensor | None = None
+    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """For training: (logits [N, K] after the BNNeck, features [N, D] before it), one of each a branch."""
+        features = self.branches(imgs, camids, viewids)
+        logits = [
+            classifier(neck(x)) for x, neck, classifier in zip(features, self.bottleneck, self.classifier)
+        ]
+        return logits, features
+
+    def encode(
+        self, imgs: torch.Tensor, camids: torch.Tensor | None = None, viewids: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """For search: [N, D], with JPM [N, (1 + parts) D]: the global feature and a `parts`-th of each local
+        one, before the BNNeck."""
+        first, *local = self.branches(imgs, camids, viewids)
+        return torch.cat([first, *(x / self.config.parts for x in local)], dim=1)
