@@ -11,11 +11,13 @@ r_1 < r_2 < ... < r_P the ranks of the images of the query's vehicle:
 averaged over the queries that have any such image; the others are counted and named, never scored as 0.
 """
 
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 BLOCK_NUMBERS = 1 << 25  # similarities held at a time
 
@@ -65,26 +67,47 @@ def rank_hits(
         ValueError: lengths differ, features are not finite, or only one of the cameras is given.
     """
     _check(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids)
-    device = torch.device(device)
-    g = torch.nn.functional.normalize(gallery.to(device).float(), dim=1)
+    blocks = cosine_blocks(query, gallery, torch.device(device), block_numbers)
+    return rank_blocks(blocks, query_pids, gallery_pids, query_camids, gallery_camids)
+
+
+def cosine_blocks(
+    query: torch.Tensor, gallery: torch.Tensor, device: torch.device, block_numbers: int = BLOCK_NUMBERS
+) -> Iterator[torch.Tensor]:
+    """[q, G] float32 cosines of some queries at a time with the whole gallery, in order."""
+    g = F.normalize(gallery.to(device).float(), dim=1)
+    rows = max(1, block_numbers // max(len(g), 1))
+    for part in query.split(rows):
+        yield F.normalize(part.to(device).float(), dim=1) @ g.t()
+
+
+def rank_blocks(
+    blocks: Iterable[torch.Tensor],
+    query_pids: np.ndarray,
+    gallery_pids: np.ndarray,
+    query_camids: np.ndarray | None = None,
+    gallery_camids: np.ndarray | None = None,
+) -> Ranks:
+    """`rank_hits` of similarities that come as [q, G] blocks in the order of the queries; junk in them is
+    overwritten."""
     order = np.argsort(gallery_pids, kind="stable")
     ordered = gallery_pids[order]
     first = np.searchsorted(ordered, query_pids, side="left")
     last = np.searchsorted(ordered, query_pids, side="right")
-    rows = max(1, block_numbers // max(len(g), 1))
-    hits: list[np.ndarray] = []
+    hits: list[np.ndarray] = [np.zeros(0, np.int64)]
     counts = np.zeros(len(query_pids), dtype=np.int64)
-    for start in range(0, len(query_pids), rows):
-        stop = min(start + rows, len(query_pids))
-        x = torch.nn.functional.normalize(query[start:stop].to(device).float(), dim=1)
+    start = 0
+    for similar in blocks:
+        stop = start + len(similar)
         same, owner = _members(order, first[start:stop], last[start:stop])
         junk = np.zeros(len(same), dtype=bool)
         if query_camids is not None:
             junk = gallery_camids[same] == query_camids[start:stop][owner]
-        ranks, found = _block_ranks(x @ g.t(), same[~junk], owner[~junk], same[junk], owner[junk])
+        ranks, found = _block_ranks(similar, same[~junk], owner[~junk], same[junk], owner[junk])
         hits.append(ranks)
         counts[start:stop] = found
-    return Ranks(np.concatenate([np.zeros(0, np.int64), *hits]), np.concatenate([[0], np.cumsum(counts)]))
+        start = stop
+    return Ranks(np.concatenate(hits), np.concatenate([[0], np.cumsum(counts)]))
 
 
 def _members(order: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
