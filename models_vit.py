@@ -3,19 +3,19 @@
 Letters: N batch, C channels, H and W pixels, p patch size, L patches without class token, D width.
 """
 
-import json
 from functools import partial
 from pathlib import Path
 
 import torch
-from timm.layers import PatchEmbed, set_fused_attn
+from timm.layers import DropPath, PatchEmbed, get_act_layer, set_fused_attn
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from util.checkpoint import encoder_state, load_weights, read_checkpoint, read_safetensors_header
+from util.dist import get_rank, get_world_size
 from util.errors import InputError
 from util.pos_embed import resize_pos_embed, sincos_pos_embed
+from util.pretrained import load_pretrained, read_pretrained
 
 # size: (width, blocks, heads, patch); base, large and huge as in MAE, Table 8 and Dosovitskiy et al.
 ENCODER_SIZES = {
@@ -63,21 +63,51 @@ def patch_grid(img_size: tuple[int, int], patch_size: int, stride: int) -> tuple
     return (img_size[0] - patch_size) // stride + 1, (img_size[1] - patch_size) // stride + 1
 
 
+class SameOnAnyRanksDropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): in training a sample skips the branch with chance `rate`, the
+    others are scaled by 1 / (1 - rate). Draws for the images of all ranks and takes this rank's, so that the
+    number of ranks does not matter where all have one seed."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, T, D] -> the same shape."""
+        if not self.training or self.rate == 0:
+            return x
+        kept = torch.rand(get_world_size(), len(x), 1, 1, device=x.device)[get_rank()] >= self.rate
+        return x * kept / (1 - self.rate)
+
+
 def build_blocks(
-    dim: int, depth: int, num_heads: int, fused_attn: bool, drop_path: float = 0.0
+    dim: int,
+    depth: int,
+    num_heads: int,
+    fused_attn: bool,
+    drop_path: float = 0.0,
+    quick_gelu: bool = False,
 ) -> nn.ModuleList:
     """MAE's pre-norm blocks: mlp ratio 4, qkv bias, erf GELU, LayerNorm eps 1e-6, no dropout.
 
     Args:
         fused_attn: torch's scaled_dot_product_attention (fast on CUDA) or explicit products.
         drop_path: chance that a sample skips the last block (Huang et al., 2016); grows linearly from 0.
+        quick_gelu: OpenAI's x * sigmoid(1.702 x) in place of the erf GELU.
     """
     set_fused_attn(fused_attn)
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    return nn.ModuleList(
-        Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate)
+    act = get_act_layer("quick_gelu" if quick_gelu else "gelu")
+    blocks = nn.ModuleList(
+        Block(
+            dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate, act_layer=act
+        )
         for rate in rates
     )
+    for name, module in list(blocks.named_modules()):
+        if isinstance(module, DropPath):
+            blocks.set_submodule(name, SameOnAnyRanksDropPath(module.drop_prob))
+    return blocks
 
 
 class VisionTransformer(nn.Module):
@@ -89,6 +119,7 @@ class VisionTransformer(nn.Module):
         mean, std: per-channel statistics of pixels scaled to [0, 1].
         fused_attn, drop_path: see `build_blocks`.
         stride: px from patch to patch; less than `patch_size`: they overlap (None: `patch_size`).
+        pre_norm: a norm before the first block, as in CLIP's image tower. quick_gelu: as in OpenAI's.
         initialize: draw MAE's initial weights; a subclass with more modules passes False and
             calls `initialize_weights` itself once all of them exist.
     Raises:
@@ -108,6 +139,8 @@ class VisionTransformer(nn.Module):
         fused_attn: bool = True,
         drop_path: float = 0.0,
         stride: int | None = None,
+        pre_norm: bool = False,
+        quick_gelu: bool = False,
         initialize: bool = True,
     ):
         super().__init__()
@@ -125,8 +158,12 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         pos_embed = sincos_pos_embed(embed_dim, self.grid_size)[None]
         self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)  # [1, 1 + L, D]
-        self.blocks = build_blocks(embed_dim, depth, num_heads, fused_attn, drop_path)
+        self.blocks = build_blocks(embed_dim, depth, num_heads, fused_attn, drop_path, quick_gelu)
+        self.norm_pre = LayerNorm(embed_dim) if pre_norm else nn.Identity()
         self.norm = LayerNorm(embed_dim)
+        if pre_norm:  # CLIP's norms add another epsilon
+            for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
+                norm.eps = 1e-5
         self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         if initialize:
@@ -151,7 +188,7 @@ class VisionTransformer(nn.Module):
         """[N, 3, H, W] uint8 or normalised float -> [N, 1 + L, D] tokens with their positions."""
         x = self.patch_embed(self.normalize(imgs)) + self.pos_embed[:, 1:]  # [N, L, D]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        return torch.cat([cls_token, x], dim=1)
+        return self.norm_pre(torch.cat([cls_token, x], dim=1))
 
     def forward_features(self, imgs: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] uint8 or normalised float -> [N, 1 + L, D] tokens after the final norm."""
@@ -178,57 +215,65 @@ def load_encoder(
     img_size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     fused_attn: bool = True,
+    *,
+    stride: int | None = None,
+    drop_path: float = 0.0,
+    quick_gelu: bool = False,
+    pos_resize: str = "bicubic",
 ) -> tuple[VisionTransformer, str]:
-    """A ready encoder from a checkpoint: ours (`encoder.*`, `checkpoint-*.pth`) or MAE's files.
+    """A ready encoder from any file that `util.pretrained` recognises.
 
     Sizes come from the tensors, pixel statistics and (H, W) from the file's config where it has one
-    (else ImageNet's and a square grid). Another `img_size` resizes the position table, bicubic.
+    (else ImageNet's and a square grid). Another `img_size` or `stride` resizes the position table.
 
+    Args:
+        stride, drop_path, quick_gelu: see `VisionTransformer`.
+        pos_resize: see `resize_pos_embed`.
     Returns:
-        (model in evaluation mode on `device`, a table of loaded / new / ignored tensors).
+        The encoder in eval mode, and a table of what was loaded.
     Raises:
         InputError: unreadable file, or tensors that are not those of a ViT this project knows.
     """
-    content = read_checkpoint(file)
-    config = content.get("config") or _safetensors_config(file)
-    state = dict(content["model"])
-    pos_embed, patch = state.get("pos_embed"), state.get("patch_embed.proj.weight")
-    if pos_embed is None or patch is None or pos_embed.ndim != 3 or patch.ndim != 4:
-        raise InputError(
-            f"{file} is no ViT encoder: it lacks pos_embed or patch_embed.proj.weight, and starts with "
-            f"{', '.join(list(state)[:3])}"
-        )
+    found = read_pretrained(file)
+    pos_embed, patch = found.state["pos_embed"], found.state["patch_embed.proj.weight"]
     width, patch_size = patch.shape[0], patch.shape[2]
     heads = {w: h for w, _, h, _ in ENCODER_SIZES.values()}.get(width)
     if heads is None:
         known = ", ".join(str(w) for w, *_ in ENCODER_SIZES.values())
         raise InputError(f"{file} has width {width}: the known encoders are {known} wide")
-    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    own_size = config.get("img_size")
-    if own_size is None:
-        side = round((pos_embed.shape[1] - 1) ** 0.5)
-        own_size = (side * patch_size, side * patch_size)
-    size = tuple(img_size or own_size)
+    own_size, own_grid = _source_grid(found.config, pos_embed.shape[1] - 1, patch_size, file)
     model = VisionTransformer(
-        size,
+        tuple(img_size or own_size),
         patch_size,
         width,
-        depth,
+        1 + max(int(k.split(".")[1]) for k in found.state if k.startswith("blocks.")),
         heads,
-        mean=tuple(config.get("mean", IMAGENET_MEAN)),
-        std=tuple(config.get("std", IMAGENET_STD)),
+        mean=tuple(found.config.get("mean", IMAGENET_MEAN)),
+        std=tuple(found.config.get("std", IMAGENET_STD)),
         fused_attn=fused_attn,
+        drop_path=drop_path,
+        stride=stride,
+        pre_norm="norm_pre.weight" in found.state,
+        quick_gelu=quick_gelu,
     )
-    own_grid = (own_size[0] // patch_size, own_size[1] // patch_size)
-    state["pos_embed"] = resize_pos_embed(pos_embed, own_grid, model.grid_size)
-    report = load_weights(model, encoder_state(state), file, needed="all")
-    ignored = len(state) - len(encoder_state(state))
-    if ignored:
-        report += f"\n  {'left out':8s} {ignored:4d} tensors of decoder and distillation head"
+    resized = [] if own_grid == model.grid_size else ["pos_embed"]
+    found.state["pos_embed"] = resize_pos_embed(pos_embed, own_grid, model.grid_size, pos_resize)
+    report = load_pretrained(model, found, file, resized)
+    if resized:
+        rows, columns = own_grid
+        report += f" from {rows} x {columns} to {model.grid_size[0]} x {model.grid_size[1]}, {pos_resize}"
     return model.to(device).eval(), report
 
 
-def _safetensors_config(file: str | Path) -> dict:
-    if Path(file).suffix != ".safetensors":
-        return {}
-    return json.loads(read_safetensors_header(file).get("config", "{}"))
+def _source_grid(config: dict, patches: int, patch_size: int, file) -> tuple[tuple, tuple]:
+    """((H, W) in px, (rows, columns)) that a position table was made for."""
+    size, stride = config.get("img_size"), config.get("stride", patch_size)
+    if size is not None:
+        return tuple(size), patch_grid(tuple(size), patch_size, stride)
+    side = round(patches**0.5)
+    if side * side != patches:
+        raise InputError(
+            f"{file} has a position table for {patches} patches, which is no square, and does not say for "
+            "which grid: export it with its config, or resize it to a square"
+        )
+    return (side * patch_size, side * patch_size), (side, side)

@@ -1,5 +1,6 @@
 """Files of weights and runs: written atomically, read without running code from them."""
 
+import argparse
 import json
 import os
 import pickle
@@ -13,6 +14,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from util.errors import InputError
 
+CONTAINERS = ("state_dict", "teacher")  # where others keep their weights; DINO's teacher is what it evaluates
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 DECODER_KEYS = ("mask_token", "decoder_")
 HEAD_KEYS = ("distill_head.",)
@@ -60,7 +62,7 @@ def read_checkpoint(file: str | Path) -> dict:
     """Load a .pth or .safetensors to the CPU, tensors and plain values only.
 
     Returns:
-        The file's dict; a bare state dict comes as {"model": state dict}.
+        The file's dict; a bare state dict comes as {"model": state dict}, and so do those of `CONTAINERS`.
     Raises:
         InputError: missing, truncated, holding Python objects, or no dict of tensors.
     """
@@ -71,7 +73,8 @@ def read_checkpoint(file: str | Path) -> dict:
         if file.suffix == ".safetensors":
             content = load_file(file)
         else:
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's `args`: only holds values
+                content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
             raise InputError(f"checkpoint {file} is damaged or no checkpoint: {error}") from error
@@ -89,6 +92,9 @@ def read_checkpoint(file: str | Path) -> dict:
         raise InputError(f"checkpoint {file} holds a {type(content).__name__}, not a dict of weights")
     if "model" not in content and all(isinstance(v, torch.Tensor) for v in content.values()):
         content = {"model": content}
+    for name in CONTAINERS:
+        if "model" not in content and isinstance(content.get(name), dict):
+            content = content | {"model": content[name]}
     if not isinstance(content.get("model"), dict):
         keys = ", ".join(map(str, list(content)[:8]))
         raise InputError(f"checkpoint {file} has no entry 'model': it has {keys or 'nothing'}")

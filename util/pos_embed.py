@@ -34,9 +34,12 @@ def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int]) -> torch.Tensor
 
 
 def resize_pos_embed(
-    pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
+    pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], mode: str = "bicubic"
 ) -> torch.Tensor:
-    """Position table [1, 1 + L, D] moved to another grid of patches, bicubic; class row untouched.
+    """Position table [1, 1 + L, D] moved to another grid of patches; class row untouched.
+
+    Args:
+        mode: bicubic as in MAE's fine-tuning, or bilinear as in TransReID.
 
     Raises:
         ValueError: the table does not have old_grid's number of rows.
@@ -47,5 +50,5 @@ def resize_pos_embed(
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
     grid = pos_embed[:, 1:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # [1, D, rows, columns]
-    grid = F.interpolate(grid.float(), tuple(new_grid), mode="bicubic", align_corners=False)
+    grid = F.interpolate(grid.float(), tuple(new_grid), mode=mode, align_corners=False)
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)

@@ -1,0 +1,179 @@
+"""Any published ViT file -> the encoder's tensors under MAE's names.
+
+Recognised: CGD-MAE and MAE (encoder or whole), VehicleMAE, timm and DeiT, DINO and iBOT, MoCo v3, the image
+tower of CLIP (OpenAI's and open_clip's names), TransReID (ours and the original).
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from util.checkpoint import HEAD_KEYS, encoder_state, read_checkpoint, read_safetensors_header
+from util.errors import InputError
+
+PATCHES, CLIP_PATCHES = "patch_embed.proj.weight", "conv1.weight"
+# of several encoders in one file, the one whose name says that it is meant to be used
+PREFERRED = ("base_encoder", "teacher", "visual", "backbone", "base", "")
+# what heads, decoders and losses of others are called; all else would change the features and is refused
+OTHERS = re.compile(
+    r"(head|fc|fc_norm|pre_logits|dist_token|head_dist|proj|predictor|decode|mask_token|logit_scale|bottleneck|"
+    r"classifier|b2|sie_embed|center|pos_embed_probs|get_token_probs|proj_encode_feature|distill_head)"
+)
+CLIP_NAMES = {
+    "class_embedding": "cls_token", "positional_embedding": "pos_embed", "conv1.weight": PATCHES,
+    "ln_pre": "norm_pre", "ln_post": "norm", "transformer.resblocks": "blocks", "ln_1": "norm1",
+    "ln_2": "norm2", "attn.in_proj_weight": "attn.qkv.weight", "attn.in_proj_bias": "attn.qkv.bias",
+    "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
+}  # fmt: skip
+
+
+@dataclass
+class Pretrained:
+    """state: {MAE's name: tensor}; origin: what the file is, in words; config: the file's own, or empty;
+    ignored: names in the file that the encoder has no use for."""
+
+    state: dict[str, torch.Tensor]
+    origin: str
+    config: dict
+    ignored: list[str] = field(default_factory=list)
+
+
+def read_pretrained(file: str | Path) -> Pretrained:
+    """Read a file of weights and bring its encoder under MAE's names.
+
+    Raises:
+        InputError: unreadable, no ViT with class token, or one with parts that this encoder lacks.
+    """
+    content = read_checkpoint(file)
+    config = content.get("config") or _safetensors_config(file)
+    whole = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
+    prefix, patches = _find_encoder(whole, file)
+    state = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
+    ignored = [k for k in whole if not k.startswith(prefix)]
+    origin = "MAE" if "decoder_embed.weight" in state else "ViT"
+    if any(k.startswith(HEAD_KEYS) for k in state):
+        origin = "CGD-MAE"
+    if patches == CLIP_PATCHES:
+        origin, state = "CLIP", _from_clip(state)
+    elif prefix == "base." and any(k.startswith("b1.") for k in whole):
+        origin, ignored = "TransReID with JPM", [k for k in ignored if not k.startswith("b1.")]
+        state |= _last_block(whole)
+    elif prefix == "base.":
+        origin = "TransReID"
+    if "dist_token" in state:  # DeiT: a second token before the patches
+        origin = "DeiT"
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], dim=1)
+    elif "norm_pre.weight" in state:
+        origin = "CLIP"
+    if "patch_embed.proj.bias" not in state and "norm_pre.weight" in state:
+        state["patch_embed.proj.bias"] = torch.zeros(len(state[PATCHES]))
+    encoder = {k: v for k, v in encoder_state(state).items() if not OTHERS.match(k)}
+    _check_tables(encoder, file)
+    ignored += [k for k in state if k not in encoder]
+    if config.get("kind"):
+        origin = config["kind"]
+    return Pretrained(encoder, origin, config, ignored)
+
+
+def _find_encoder(whole: dict, file) -> tuple[str, str]:
+    """(prefix of the encoder's names, name of its patch embedding behind it)."""
+    found = {}
+    for ending in (PATCHES, CLIP_PATCHES):
+        for key in whole:
+            prefix = key.removesuffix(ending)
+            if key == prefix + ending and (not prefix or prefix.endswith(".")):
+                if ending == PATCHES or prefix + "class_embedding" in whole:
+                    found.setdefault(prefix, ending)
+
+    def rank(prefix: str) -> tuple[int, int]:
+        last = prefix.rstrip(".").split(".")
+        return min((i for i, name in enumerate(PREFERRED) if name in last), default=len(PREFERRED)), len(last)
+
+    if not found:
+        raise InputError(
+            f"{file} is no ViT encoder: no name in it ends with {PATCHES}, and it starts with "
+            f"{', '.join(list(whole)[:3]) or 'nothing'}"
+        )
+    prefix = min(found, key=rank)
+    return prefix, found[prefix]
+
+
+def _from_clip(state: dict) -> dict:
+    renamed = {}
+    for key, value in state.items():
+        for theirs, ours in CLIP_NAMES.items():
+            key = re.sub(rf"(^|\.){re.escape(theirs)}(\.|$)", rf"\g<1>{ours}\g<2>", key)
+        renamed[key] = value
+    renamed["cls_token"] = renamed["cls_token"].reshape(1, 1, -1)
+    renamed["pos_embed"] = renamed["pos_embed"][None]
+    return renamed
+
+
+def _last_block(whole: dict) -> dict:
+    """The block and norm of TransReID's global branch: the trained ones (the original also keeps those that
+    they were copied from in its encoder, ours does not)."""
+    last = max(int(k.split(".")[2]) for k in whole if k.startswith("base.blocks."))
+    last += "base.norm.weight" not in whole
+    block = {f"blocks.{last}.{k[5:]}": v for k, v in whole.items() if k.startswith("b1.0.")}
+    return block | {f"norm.{k[5:]}": v for k, v in whole.items() if k.startswith("b1.1.")}
+
+
+def _check_tables(state: dict, file) -> None:
+    pos_embed, weight = state.get("pos_embed"), state.get(PATCHES)
+    if pos_embed is None or "cls_token" not in state or weight.ndim != 4 or pos_embed.ndim != 3:
+        raise InputError(
+            f"{file} is no ViT encoder with a class token and a position table: it lacks pos_embed or "
+            "cls_token, or they have another form"
+        )
+
+
+def _safetensors_config(file: str | Path) -> dict:
+    if Path(file).suffix != ".safetensors":
+        return {}
+    return json.loads(read_safetensors_header(file).get("config", "{}"))
+
+
+def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: list[str]) -> str:
+    """Copy an encoder's tensors into a model of the same names.
+
+    Args:
+        resized: names whose tensor was brought to another size before; for the report.
+    Returns:
+        A table: loaded, new (kept at their initial values), resized, ignored.
+    Raises:
+        InputError: less than 95% of the encoder's tensors are there, shapes differ, or the file has parts
+            inside its encoder that this one lacks.
+    """
+    own = model.state_dict()
+    unknown = [k for k in found.state if k not in own]
+    if unknown:
+        raise InputError(
+            f"{file} is a ViT with parts that this encoder lacks ({len(unknown)} tensors, first "
+            f"{unknown[0]}), and without them its features would be others: give a plain ViT"
+        )
+    wrong = [k for k, v in found.state.items() if v.shape != own[k].shape]
+    if wrong:
+        k = wrong[0]
+        raise InputError(
+            f"{file} holds another architecture: {k} is {tuple(found.state[k].shape)}, the model wants "
+            f"{tuple(own[k].shape)} ({len(wrong)} tensors differ); check --model and --input_size"
+        )
+    new = [k for k in own if k not in found.state]
+    share = 1 - len(new) / len(own)
+    if share < 0.95:
+        raise InputError(
+            f"{file} has {len(own) - len(new)} of the encoder's {len(own)} tensors ({share:.0%}, at least "
+            f"95% are needed); the first that is missing is {new[0]}"
+        )
+    model.load_state_dict(found.state, strict=False)
+    rows = (("loaded", list(found.state)), ("new", new), ("resized", resized), ("ignored", found.ignored))
+    table = [f"  {title:8s} {len(keys):4d} tensors{_parts(keys)}" for title, keys in rows]
+    return "\n".join([f"  {found.origin}, {share:.0%} of the encoder", *table])
+
+
+def _parts(keys) -> str:
+    parts = dict.fromkeys(key.split(".")[0] for key in keys)
+    return ": " + ", ".join(parts) if parts else ""
