@@ -7,7 +7,6 @@ the files.
 """
 
 import argparse
-import contextlib
 import hashlib
 from dataclasses import asdict
 from pathlib import Path
@@ -34,11 +33,11 @@ from engine_extract import WholeImages, extract_to_file
 from models_teacher import FrozenTeacher, encode_texts, load_clip
 from models_vit import load_encoder
 from util.checkpoint import write_atomic, write_json
-from util.dist import end_distributed, init_distributed, is_main_process, pick_device
+from util.dist import is_main_process
 from util.errors import InputError
+from util.launch import launch
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.progress import Progress
-from util.stop import end_with_launcher, run_lock
 from util.tool import run_tool, tool_parser
 
 DROPS = ("quality", "vehicle", "leaks", "duplicates")
@@ -405,14 +404,7 @@ class Curation:
 
 def main(args) -> dict:
     check_args(args)
-    device = pick_device(args.device)
-    end_with_launcher()
-    init_distributed(device, timeout_s=600)
-    try:
-        with run_lock(Path(args.output)) if is_main_process() else contextlib.nullcontext():
-            return Curation(args, device).run()
-    finally:
-        end_distributed()
+    return launch(args.device, args.output, lambda device: Curation(args, device).run())
 
 
 if __name__ == "__main__":

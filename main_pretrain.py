@@ -8,16 +8,13 @@ One process runs with plain `python main_pretrain.py ...`.
 """
 
 import argparse
-import contextlib
 import datetime
 import hashlib
-import inspect
 import json
 import time
 from pathlib import Path
 
 import torch
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
 from datasets.manifest import list_images
@@ -28,17 +25,9 @@ from engine_pretrain import PretrainRun, train_one_epoch
 from models_mae import CONTEXTS, MODELS
 from models_teacher import FrozenTeacher, load_clip
 from util.checkpoint import write_json
-from util.dist import (
-    agree,
-    barrier,
-    end_distributed,
-    get_rank,
-    get_world_size,
-    init_distributed,
-    is_main_process,
-    pick_device,
-)
+from util.dist import agree, barrier, get_rank, get_world_size, is_main_process, wrap_ddp
 from util.errors import InputError, run_or_explain
+from util.launch import launch
 from util.memory import peak_gigabytes
 from util.meter import Meter, means, trivial_distillation
 from util.optim import build_adamw
@@ -47,7 +36,7 @@ from util.precision import pick_amp_dtype, pick_fused_attention
 from util.resume import RunFiles, initialise_from
 from util.settings import check_args, environment, print_header, resolve
 from util.step_profile import StepProfile, compile_counts, profile_table
-from util.stop import NoGuard, StopGuard, end_with_launcher, init_worker, run_lock
+from util.stop import NoGuard, StopGuard, init_worker
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -155,21 +144,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def main(args) -> dict[str, float]:
     """Run the training that `args` describe; returns the last epoch's numbers."""
-    started = time.time()
     check_args(args)
-    device = pick_device(args.device)
+    return launch(args.device, args.output_dir, lambda device: train(args, device), args.dist_timeout)
+
+
+def train(args, device: torch.device) -> dict[str, float]:
+    started = time.time()
     args.device = device.type
-    end_with_launcher()
-    init_distributed(device, args.dist_timeout)
-    try:
-        lock = run_lock(Path(args.output_dir)) if is_main_process() else contextlib.nullcontext()
-        with lock:
-            return train(args, device, started)
-    finally:
-        end_distributed()
-
-
-def train(args, device: torch.device, started: float) -> dict[str, float]:
     output_dir = Path(args.output_dir)
     run, files, facts, lines = build_run(args, device)
     print_header(args, facts, lines)
@@ -307,20 +288,6 @@ def profile_run(run: PretrainRun, args) -> dict:
         print(json.dumps(result))
         print(f"{run.output_dir / 'profile' / 'trace.json'}: open it in https://ui.perfetto.dev")
     return result
-
-
-def wrap_ddp(bare: torch.nn.Module, device: torch.device, one_backward: bool) -> DistributedDataParallel:
-    """DDP that exchanges gradients only: the buffers (pixel statistics, text bank) never change.
-
-    The graph is declared static where each update has `one_backward`; DDP refuses it where the first of
-    several runs under `no_sync`.
-    """
-    has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
-    never = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
-    ids = [device.index] if device.type == "cuda" else None
-    return DistributedDataParallel(
-        bare, device_ids=ids, gradient_as_bucket_view=True, static_graph=one_backward, **never
-    )
 
 
 def build_teacher(args, device, amp_dtype, output_dir: Path, cache: TeacherCache | None):

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from engine_pretrain import apply_update, forward_backward, to_device
+from engine_pretrain import forward_backward, to_device
+from engine_updates import apply_update
 from main_pretrain import build_run, get_args_parser
 from util.dist import end_distributed, get_world_size, init_distributed, is_main_process, pick_device
 from util.errors import InputError

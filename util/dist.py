@@ -1,10 +1,12 @@
 """Processes: start and end of the group, ranks, and what only rank 0 says."""
 
 import datetime
+import inspect
 import os
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError
 
@@ -22,9 +24,9 @@ def is_main_process() -> bool:
 
 
 def print_main(*lines: object) -> None:
-    """Print on rank 0 only, at once."""
+    """Print on rank 0 only, one below the other, at once."""
     if is_main_process():
-        print(*lines, flush=True)
+        print(*lines, sep="\n", flush=True)
 
 
 def pick_device(name: str) -> torch.device:
@@ -107,3 +109,40 @@ def agree(value: object) -> bool:
     values = [None] * get_world_size()
     dist.all_gather_object(values, value)
     return all(other == values[0] for other in values)
+
+
+def wrap_ddp(bare: torch.nn.Module, device: torch.device, one_backward: bool) -> DistributedDataParallel:
+    """DDP that exchanges gradients only: the buffers (pixel statistics, text bank) never change.
+
+    The graph is declared static where each update has `one_backward`; DDP refuses it where the first of
+    several runs under `no_sync`.
+    """
+    has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    never = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
+    ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(
+        bare, device_ids=ids, gradient_as_bucket_view=True, static_graph=one_backward, **never
+    )
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x) for _ in range(get_world_size())]
+        dist.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        first = get_rank() * ctx.rows
+        return grad[first : first + ctx.rows] * get_world_size()
+
+
+def gather_rows(x: torch.Tensor) -> torch.Tensor:
+    """[n, ...] of each rank -> [world * n, ...] in the order of the ranks, on every rank.
+
+    A loss computed from it alike on all ranks has, after DDP's averaging, the gradient that one process has
+    on the whole batch: each rank passes back the part of its own rows, `world` times.
+    """
+    return _GatherRows.apply(x) if get_world_size() > 1 else x

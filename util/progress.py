@@ -5,6 +5,8 @@ import time
 
 from tqdm import tqdm
 
+QUIET_SECONDS = 5  # between plain lines that only count
+
 
 class Progress:
     """Progress of `total` steps, `done` of which were done before.
@@ -18,6 +20,7 @@ class Progress:
         self.title, self.total, self.shown = title, total, shown
         self.first, self.done = done, done
         self.started = time.perf_counter()
+        self.said = 0.0  # so that the first call prints
         self.bar = None
         if shown and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, desc=title, dynamic_ncols=True)
@@ -28,10 +31,14 @@ class Progress:
         if self.bar is not None:
             self.bar.set_postfix_str(message, refresh=False)
             self.bar.update(done - previous)
-        elif self.shown:
+        elif self.shown and (message or done >= self.total or self._quiet_for() > QUIET_SECONDS):
+            self.said = time.perf_counter()
             per_step = (time.perf_counter() - self.started) / max(done - self.first, 1)
             eta = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.total - done)))
             print(f"{self.title}  {done}/{self.total}  eta {eta}  {message}", flush=True)
+
+    def _quiet_for(self) -> float:
+        return time.perf_counter() - self.said
 
     def print(self, message: str) -> None:
         """A line of its own that does not tear the bar."""

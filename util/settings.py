@@ -72,6 +72,12 @@ def check_args(args) -> None:
         args.weights = {name: weight for name, weight in terms.items() if weight}
 
 
+def default_workers() -> int:
+    """Data processes of a rank: one for each of its cores, at most 10."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(10, max(1, (os.cpu_count() or 1) // local))
+
+
 def resolve(args, paths, batches: EpochBatches) -> dict:
     """Everything derived from flags and data, as plain values; refuses runs that could not learn."""
     global_batch = args.batch_size * get_world_size()
@@ -93,8 +99,7 @@ def resolve(args, paths, batches: EpochBatches) -> dict:
     if args.micro_batch is None:
         args.micro_batch = args.batch_size if args.device == "cuda" else min(args.batch_size, 32)
     if args.num_workers is None:
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        args.num_workers = min(10, max(1, (os.cpu_count() or 1) // local))
+        args.num_workers = default_workers()
     updates = -(-batches.batches_per_epoch // args.accum_iter)
     return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | {
         "world_size": get_world_size(),
