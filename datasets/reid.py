@@ -28,6 +28,7 @@ PUBLISHED = {  # images and identities as published; another count is said, not 
         "query_5000": 5000, "gallery_5000": 64_389, "query_10000": 10_000, "gallery_10000": 128_517,
     },
 }  # fmt: skip
+VERI_VIEWS = tuple("01234567")
 VERI_NAME = re.compile(r"(-?\d+)_c(\d+)")
 
 
@@ -96,6 +97,7 @@ def _detect(path: Path) -> str:
     signs = {
         "image_train": "veri776",
         "train_test_split/test_list_800.txt": "vehicleid",
+        "attribute/img2vid.txt": "vehicleid",
         "train_test_split/train_list.txt": "veriwild",
         "train_test_split/train_list_start0.txt": "veriwild",
     }
@@ -162,8 +164,12 @@ def read_veri(root: Path) -> ReidData:
     views: dict[str, int] = {}
     for file in (root / "keypoint_train.txt", root / "keypoint_test.txt"):
         if file.is_file():
-            for line in _lines(file):
+            for number, line in enumerate(_lines(file), 1):
                 words = line.split()
+                if words[-1] not in VERI_VIEWS:
+                    raise InputError(
+                        f"{file}, line {number} ends with '{words[-1][:20]}', not with a view 0 to 7"
+                    )
                 views[words[0].rsplit("/", 1)[-1]] = int(words[-1])
     parts: dict[str, list[Row]] = {}
     junk = 0
@@ -209,7 +215,10 @@ def read_vehicleid(root: Path) -> ReidData:
             found.append((f"image/{words[0].removesuffix('.jpg')}.jpg", words[1], UNKNOWN, UNKNOWN))
         return found
 
-    sizes = sorted(int(f.stem.rsplit("_", 1)[1]) for f in folder.glob("test_list_*.txt"))
+    endings = (f.stem.rsplit("_", 1)[1] for f in folder.glob("test_list_*.txt"))
+    sizes = sorted(int(ending) for ending in endings if ending.isdigit())
+    if not sizes:
+        raise InputError(f"{folder} has no test_list_800.txt or the like: unpack VehicleID again")
     tests = {str(size): (rows(folder / f"test_list_{size}.txt"), None) for size in sizes}
     return build("vehicleid", root, rows(folder / "train_list.txt"), tests, [])
 
