@@ -50,7 +50,7 @@ class WholeImages(Dataset):
 
 @torch.inference_mode()
 def extract_batches(
-    encode: Callable[[torch.Tensor], dict[str, torch.Tensor]],
+    encode: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]],
     images: WholeImages,
     device: torch.device,
     *,
@@ -60,6 +60,7 @@ def extract_batches(
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], dict[int, str]]]:
     """Yield (indices [n], {name: float32 [n, D] or [n, L, D]}, {index: problem}) batch by batch.
 
+    `encode` gets the images on the device and their numbers [n] int64 on the CPU.
     Nothing is masked or cropped. Rows of unreadable images are NaN, so that nobody takes them for embeddings.
     """
     loader = DataLoader(
@@ -71,7 +72,7 @@ def extract_batches(
     )
     for imgs, index, problem in loader:
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-            features = encode(imgs.to(device, non_blocking=True))
+            features = encode(imgs.to(device, non_blocking=True), index)
         rows = {name: values.float().cpu().numpy() for name, values in features.items()}
         problems = {int(i): p for i, p in zip(index, problem) if p}
         for values in rows.values():
@@ -107,7 +108,7 @@ def extract_to_file(
         chosen = images.indices[start : parts.stop(start)]
         rows, problems = [], {}
         for index, features, bad in extract_batches(
-            lambda imgs: {"": encode(imgs)},
+            lambda imgs, _: {"": encode(imgs)},
             WholeImages(images.paths, chosen, images.size, images.boxes),
             device,
             batch_size=batch_size,
@@ -162,7 +163,7 @@ def extract_features(
     done = 0
     images = WholeImages(paths, np.arange(len(paths)), model.img_size)
     for index, rows, bad in extract_batches(
-        lambda imgs: {pool: values for pool, values in model.encode(imgs).items() if pool in pools},
+        lambda imgs, _: {pool: values for pool, values in model.encode(imgs).items() if pool in pools},
         images,
         model.pos_embed.device,
         batch_size=batch_size,

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from models_vit import VisionTransformer, run_blocks
+from util.dist import gather_rows
 from util.errors import InputError
 
 
@@ -18,6 +19,7 @@ class TransReIDConfig:
     """What is added to the encoder; with the defaults nothing is: the ViT baseline of the paper.
 
     cameras, views: rows of the table of side information (SIE, Sec. 3.3): the largest id + 1; 0: not used.
+    unknown_view: the last of the `views` rows is for images whose view is not known (-1).
     sie_weight: lambda of eq. 8.
     jpm: the jigsaw patch module (Sec. 3.2): beside the global branch, `parts` local ones that share a block.
     shift: m of the jigsaw: patches are rolled by m - 1. groups: how many runs the rest is dealt into.
@@ -25,6 +27,7 @@ class TransReIDConfig:
 
     cameras: int = 0
     views: int = 0
+    unknown_view: bool = False
     sie_weight: float = 3.0
     jpm: bool = False
     shift: int = 8
@@ -100,6 +103,8 @@ class TransReID(nn.Module):
         ):
             if not count:
                 continue
+            if flag == "view" and self.config.unknown_view and ids is not None:
+                ids = torch.where(ids < 0, count - 1, ids)
             wrong = "" if ids is not None else "none is given"
             if ids is not None and ids.device.type == "cpu":  # elsewhere a look would stop the device
                 low, high = int(ids.min()), int(ids.max())
@@ -111,6 +116,25 @@ class TransReID(nn.Module):
                 )
             rows = ids if rows is None else rows * count + ids
         return rows
+
+    @property
+    def feature_dim(self) -> int:
+        """Width of what `encode` returns."""
+        return self.base.embed_dim * len(self.bottleneck)
+
+    def side_ids(
+        self, camids: torch.Tensor, viewids: torch.Tensor, device: torch.device
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """[N] int64 camids and viewids on the CPU -> those this model uses, checked, on the device.
+
+        Raises:
+            InputError: see `side_rows`.
+        """
+        self.side_rows(camids, viewids)
+        return tuple(
+            ids.to(device, non_blocking=True) if count else None
+            for ids, count in ((camids, self.config.cameras), (viewids, self.config.views))
+        )
 
     def branches(
         self, imgs: torch.Tensor, camids: torch.Tensor | None = None, viewids: torch.Tensor | None = None
@@ -130,12 +154,16 @@ class TransReID(nn.Module):
     def forward(
         self, imgs: torch.Tensor, camids: torch.Tensor | None = None, viewids: torch.Tensor | None = None
     ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """For training: (logits [N, K] after the BNNeck, features [N, D] before it), one of each a branch."""
-        features = self.branches(imgs, camids, viewids)
+        """For training: (logits [N, K] after the BNNeck, features [N, D] before it), one of each a branch.
+
+        Under DDP, N counts the images of all ranks: the BNNecks, and the triplets after them, see the whole
+        batch, so that the number of ranks changes nothing.
+        """
+        features = gather_rows(torch.stack(self.branches(imgs, camids, viewids), dim=1)).unbind(dim=1)
         logits = [
             classifier(neck(x)) for x, neck, classifier in zip(features, self.bottleneck, self.classifier)
         ]
-        return logits, features
+        return logits, list(features)
 
     def encode(
         self, imgs: torch.Tensor, camids: torch.Tensor | None = None, viewids: torch.Tensor | None = None

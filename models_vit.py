@@ -144,6 +144,11 @@ class VisionTransformer(nn.Module):
         initialize: bool = True,
     ):
         super().__init__()
+        self._settings = {
+            "img_size": tuple(img_size), "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth,
+            "num_heads": num_heads, "mean": tuple(mean), "std": tuple(std), "stride": stride or patch_size,
+            "pre_norm": pre_norm, "quick_gelu": quick_gelu,
+        }  # fmt: skip
         self.img_size = tuple(img_size)
         self.patch_size = patch_size
         self.stride = stride or patch_size
@@ -168,6 +173,16 @@ class VisionTransformer(nn.Module):
         self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
         if initialize:
             self.initialize_weights()
+
+    def settings(self) -> dict:
+        """The arguments that build this encoder again, as plain values."""
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in self._settings.items()}
+
+    def set_pixel_stats(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        """Other statistics of pixels in [0, 1] for `normalize`."""
+        self._settings |= {"mean": tuple(mean), "std": tuple(std)}
+        self.pixel_mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
+        self.pixel_std.copy_(torch.tensor(std).view(1, 3, 1, 1))
 
     def initialize_weights(self):
         """MAE's initial weights, in MAE's order, so that one seed gives the same tensors."""

@@ -11,12 +11,14 @@ from conftest import ROOT
 
 import main_curate
 import main_describe
+import main_finetune
 import main_linprobe
 import main_pretrain
 from util.settings import check_args
 
 PARSERS = {"main_pretrain.py": main_pretrain, "main_linprobe.py": main_linprobe,
-           "main_describe.py": main_describe, "main_curate.py": main_curate}  # fmt: skip
+           "main_describe.py": main_describe, "main_curate.py": main_curate,
+           "main_finetune.py": main_finetune}  # fmt: skip
 MAE_DEFAULTS = {
     "batch_size": 64, "epochs": 400, "accum_iter": 1, "mask_ratio": 0.75, "norm_pix_loss": False,
     "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0.0, "warmup_epochs": 40, "seed": 0,
@@ -31,6 +33,7 @@ def test_every_flag_has_help_and_is_read(name):
         *ROOT.glob("util/*.py"),
         *ROOT.glob("description/*.py"),
         *ROOT.glob("curation/*.py"),
+        *ROOT.glob("finetune/*.py"),
     ]
     source = "".join(file.read_text() for file in files)
     for action in PARSERS[name].get_args_parser()._actions:

@@ -42,3 +42,22 @@ def over_branches(loss, outputs: list[torch.Tensor], pids: torch.Tensor) -> torc
         return first
     local = torch.stack([loss(output, pids) for output in outputs[1:]]).mean()
     return (first + local) / 2
+
+
+def center_loss(features: torch.Tensor, pids: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """1/2 mean_i ||x_i - c_{y_i}||^2 (Wen et al., ECCV 2016, eq. 2, per image); no gradient for the centres.
+
+    Args:
+        features: [N, D]. pids: [N] int64. centers: [K, D] float32.
+    """
+    return (features.float() - centers[pids]).square().sum(dim=1).mean() / 2
+
+
+@torch.no_grad()
+def move_centers(
+    centers: torch.Tensor, features: torch.Tensor, pids: torch.Tensor, rate: float = 0.5
+) -> None:
+    """c_k <- c_k - rate * sum_{y_i = k} (c_k - x_i) / (1 + n_k), in place (Wen et al., 2016, eq. 4)."""
+    sums = torch.zeros_like(centers).index_add_(0, pids, centers[pids] - features.float())
+    counts = torch.bincount(pids, minlength=len(centers))
+    centers -= rate * sums / (1 + counts[:, None])

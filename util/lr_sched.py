@@ -15,6 +15,17 @@ def cosine_lr(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epoc
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def transreid_lr(epoch: float, lr: float, warmup_lr: float, min_lr: float, warmup: float, epochs: float):
+    """TransReID's schedule: linear from `warmup_lr`, then half a cosine that counts from epoch 0.
+
+    Args:
+        epoch: the number of the epoch, from 1; it is constant within one.
+    """
+    if epoch < warmup:
+        return warmup_lr + (lr - warmup_lr) * epoch / warmup
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1)))
+
+
 def ramp(epoch: float, warmup_epochs: float) -> float:
     """0 -> 1 linearly over the warm-up, then 1; scales the distillation weights."""
     return min(1.0, epoch / warmup_epochs) if warmup_epochs > 0 else 1.0

@@ -48,7 +48,7 @@ def read_pretrained(file: str | Path) -> Pretrained:
         InputError: unreadable, no ViT with class token, or one with parts that this encoder lacks.
     """
     content = read_checkpoint(file)
-    config = content.get("config") or _safetensors_config(file)
+    config = content.get("config") or read_config(file)
     whole = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
     prefix, patches = _find_encoder(whole, file)
     state = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
@@ -130,7 +130,8 @@ def _check_tables(state: dict, file) -> None:
         )
 
 
-def _safetensors_config(file: str | Path) -> dict:
+def read_config(file: str | Path) -> dict:
+    """The config in a safetensors header; empty for other files."""
     if Path(file).suffix != ".safetensors":
         return {}
     return json.loads(read_safetensors_header(file).get("config", "{}"))

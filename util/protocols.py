@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from datasets.reid import ReidData, ReidImages
-from util.metrics import rank_hits, scores
+from util.metrics import Ranks, rank_blocks, rank_hits, scores
+from util.rerank import reranked_blocks
 
 
 @dataclass(frozen=True)
@@ -21,12 +22,14 @@ class Protocol:
     draws: 0, or how often one random image of each vehicle becomes the gallery and the rest the queries
         (VehicleID); the scores are means over the draws.
     seed: of the draws; draw i is a function of (seed, i) and the list.
+    rerank: (k1, k2, lambda) of `util.rerank`, or None.
     """
 
     name: str
     remove_same_camera: bool
     draws: int = 0
     seed: int = 0
+    rerank: tuple[int, int, float] | None = None
 
     def line(self) -> str:
         """One line to print beside the numbers."""
@@ -34,7 +37,10 @@ class Protocol:
             rule = f"1 gallery image a vehicle, {self.draws} draws, seed {self.seed}"
         else:
             rule = f"same-camera matches {'removed' if self.remove_same_camera else 'kept'}"
-        return f"{self.name} ({rule}, cosine, no re-ranking) #{self.hash()}"
+        ranking = "no re-ranking"
+        if self.rerank:
+            ranking = "re-ranked with k1 {}, k2 {}, lambda {:g}".format(*self.rerank)
+        return f"{self.name} ({rule}, cosine, {ranking}) #{self.hash()}"
 
     def hash(self) -> str:
         """Eight digits that are equal only for equal rules."""
@@ -87,18 +93,21 @@ def evaluate(
         mAP, R1, R5, R10, mINP in [0, 1], queries, queries_without_match; with draws the means, and the
         standard deviation over them as mAP_std, R1_std ...
     """
+
+    def rank(q: torch.Tensor, g: torch.Tensor, *ids: np.ndarray | None) -> Ranks:
+        if not protocol.rerank:
+            return rank_hits(q, g, *ids, device=device)
+        k1, k2, weight = protocol.rerank
+        return rank_blocks(reranked_blocks(q, g, device, k1=k1, k2=k2, weight=weight), *ids)
+
     if gallery is not None:
         cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else (None, None)
-        return scores(
-            rank_hits(query_features, gallery_features, query.pids, gallery.pids, *cameras, device=device)
-        )
+        return scores(rank(query_features, gallery_features, query.pids, gallery.pids, *cameras))
     found = []
     for draw in range(protocol.draws):
         kept, asked = draw_gallery(query, protocol.seed, draw)
-        ranks = rank_hits(
-            query_features[asked], query_features[kept], query.pids[asked], query.pids[kept], device=device
-        )
-        found.append(scores(ranks))
+        rows = (query_features[asked], query_features[kept], query.pids[asked], query.pids[kept])
+        found.append(scores(rank(*rows)))
     result = {key: float(np.mean([row[key] for row in found])) for key in found[0]}
     spread = {f"{key}_std": float(np.std([row[key] for row in found])) for key in ("mAP", "R1", "R5", "R10")}
     return result | spread

@@ -24,7 +24,7 @@ FIXED_ON_RESUME = (
     "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha "
     "images_sha effective_batch epochs warmup_epochs lr min_lr weight_decay sim_weight kl_weight tau "
     "crop_min teacher_view seed"
-).split()
+).split()  # of pre-training
 
 
 class RunFiles:
@@ -36,14 +36,20 @@ class RunFiles:
         config: what is needed to build the model again, plain values.
         save_minutes: time between saves of `checkpoint-last.pth`.
         keep: how many `checkpoint-<epoch>.pth` stay.
+        fixed: names in `args` that a continuation must share.
+        init_flag: what starts a new run from weights alone.
     """
 
-    def __init__(self, output_dir: Path, args: dict, config: dict, save_minutes, keep: int):
+    def __init__(
+        self, output_dir: Path, args: dict, config: dict, save_minutes, keep: int, fixed=FIXED_ON_RESUME,
+        init_flag: str = "--init"
+    ):  # fmt: skip
         self.output_dir = output_dir
         self.args = args
         self.config = config
         self.save_seconds = 60 * save_minutes
         self.keep = keep
+        self.fixed, self.init_flag = fixed, init_flag
         self.saved_at = time.monotonic()
         self._writing = threading.Lock()  # the loop and the StopGuard's thread may both save
 
@@ -120,10 +126,10 @@ class RunFiles:
         if missing:
             raise InputError(
                 f"{file} holds weights without {', '.join(missing)}, so a run cannot continue from "
-                f"it: use --init {file} to start a new run from these weights"
+                f"it: use {self.init_flag} {file} to start a new run from these weights"
             )
         old, new = content["args"], self.args
-        changed = [k for k in FIXED_ON_RESUME if old.get(k) != new.get(k) and k not in allow_change]
+        changed = [k for k in self.fixed if old.get(k) != new.get(k) and k not in allow_change]
         if changed:
             differences = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in changed)
             raise InputError(
@@ -158,9 +164,17 @@ class RunFiles:
         state = {
             k: v.detach().float().cpu().contiguous() for k, v in encoder_state(bare.state_dict()).items()
         }
-        write_torch(self.output_dir / "encoder.pth", {"model": state})
+        self._export("encoder", {"model": state}, state)
+
+    def export_model(self, bare: torch.nn.Module) -> None:
+        """`model.pth` ({"model", "config"}) and `model.safetensors`: to score and search with."""
+        state = {k: v.detach().cpu().contiguous() for k, v in bare.state_dict().items()}
+        self._export("model", {"model": state, "config": self.config}, state)
+
+    def _export(self, name: str, content: dict, state: dict) -> None:
+        write_torch(self.output_dir / f"{name}.pth", content)
         header = {"format": "pt", "config": json.dumps(self.config)}
-        write_safetensors(self.output_dir / "encoder.safetensors", state, header)
+        write_safetensors(self.output_dir / f"{name}.safetensors", state, header)
 
 
 def initialise_from(bare: torch.nn.Module, file: str) -> str:

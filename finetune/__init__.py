@@ -1,0 +1,1 @@
+"""The downstream tasks: what is trained and scored beyond pre-training."""

@@ -1,0 +1,64 @@
+"""The encoder that a downstream task starts from: a file of weights, or random."""
+
+from models_vit import ENCODER_SIZES, IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, load_encoder
+from util.errors import InputError
+
+PIXEL_STATS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": ((0.5,) * 3, (0.5,) * 3)}
+
+
+def encoder_models() -> dict[str, tuple[int, int, int, int]]:
+    """{"vit_base_patch16": (width, blocks, heads, patch), ...}."""
+    return {f"vit_{name}_patch{size[3]}": size for name, size in ENCODER_SIZES.items()}
+
+
+def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
+    """The encoder that --finetune, --model and the flags of its group ask for, and what was loaded.
+
+    Raises:
+        InputError: neither a file nor a model is named, the file holds another model, or it cannot be loaded.
+    """
+    if not args.finetune:
+        if not args.model:
+            raise InputError(
+                "give --finetune FILE (the encoder to start from), or --model vit_base_patch16 to start from "
+                "random weights"
+            )
+        width, depth, heads, patch = encoder_models()[args.model]
+        encoder = VisionTransformer(
+            args.img_size,
+            patch,
+            width,
+            depth,
+            heads,
+            fused_attn=fused_attn,
+            drop_path=args.drop_path,
+            stride=args.stride,
+            quick_gelu=args.quick_gelu,
+        )
+        report = f"{args.model} with random weights, seed {args.seed}"
+    else:
+        encoder, report = load_encoder(
+            args.finetune,
+            args.img_size,
+            fused_attn=fused_attn,
+            stride=args.stride,
+            drop_path=args.drop_path,
+            quick_gelu=args.quick_gelu,
+            pos_resize=args.pos_resize,
+        )
+        found = (encoder.embed_dim, len(encoder.blocks), encoder.patch_size)
+        if args.model:
+            width, depth, _, patch = encoder_models()[args.model]
+            if found != (width, depth, patch):
+                raise InputError(
+                    f"--finetune {args.finetune} is {found[0]} wide with {found[1]} blocks and {found[2]} px "
+                    f"patches, --model {args.model} is not: drop --model"
+                )
+        report = f"{args.finetune}\n{report}"
+    if args.pixel_stats != "checkpoint":
+        encoder.set_pixel_stats(*PIXEL_STATS[args.pixel_stats])
+    mean, std = (stat.flatten().tolist() for stat in (encoder.pixel_mean, encoder.pixel_std))
+    encoder.grad_checkpoint = args.grad_checkpoint
+    encoder.train()
+    report += "\n  pixels: mean {:.3g} {:.3g} {:.3g}, std {:.3g} {:.3g} {:.3g}".format(*mean, *std)
+    return encoder, report

@@ -1,0 +1,332 @@
+"""Fine-tune a pre-trained encoder on a task and score it, or score what is there.
+
+    torchrun --nproc_per_node=1 main_finetune.py --task reid --data_path VeRi \\
+        --finetune output_dir/encoder.pth --jpm --sie_camera --output_dir runs/veri
+    python main_finetune.py --task reid --eval --resume runs/veri/model.pth --data_path VeRi --report
+
+One process runs with plain `python main_finetune.py ...`.
+"""
+
+import argparse
+import datetime
+import json
+import time
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from torch.utils.tensorboard import SummaryWriter
+
+from engine_finetune import FinetuneRun, train_one_epoch
+from finetune import reid
+from finetune.encoder import PIXEL_STATS, encoder_models
+from util.checkpoint import write_json
+from util.dist import agree, barrier, get_rank, get_world_size, is_main_process, print_main, wrap_ddp
+from util.errors import InputError, run_or_explain
+from util.launch import launch
+from util.memory import peak_gigabytes
+from util.meter import Meter, means
+from util.precision import pick_amp_dtype, pick_fused_attention
+from util.resolve import parse_input_size
+from util.resume import RunFiles
+from util.settings import default_workers, environment
+from util.stop import StopGuard, init_worker
+
+TASKS = {"reid": reid}
+FIXED_ON_RESUME = (
+    "task input_size stride drop_path finetune pixel_stats images_sha num_classes global_batch epochs "
+    "warmup_epochs lr min_lr_ratio warmup_lr_ratio weight_decay opt layer_decay bias_lr_factor smoothing "
+    "clip_grad num_instances jpm jpm_shift sie_camera sie_view sie_weight id_weight triplet_weight "
+    "center_weight erase seed"
+).split()
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("main_finetune.py", add_help=False, allow_abbrev=False)
+    # fmt: off
+    parser.add_argument("--task", required=True, choices=list(TASKS), help="what to learn")
+
+    add = parser.add_argument_group("encoder").add_argument
+    add("--finetune", default="",
+        help="weights of MAE, CGD-MAE, VehicleMAE, timm, DINO, MoCo v3, CLIP, TransReID (default none)")
+    add("--model", default=None, choices=list(encoder_models()), metavar="NAME",
+        help=f"one of {', '.join(encoder_models())}, to start from random weights (default: the file's)")
+    add("--input_size", default="256", help="pixels: one side, or H,W (default 256)")
+    add("--stride", default=None, type=int,
+        help="px from patch to patch; 12: they overlap (default: the patch)")
+    add("--drop_path", default=0.1, type=float,
+        help="chance to skip the last block, growing linearly from 0 (default 0.1)")
+    add("--pixel_stats", default="checkpoint", choices=("checkpoint", *PIXEL_STATS),
+        help="mean and std of pixels: as pre-trained, ImageNet's, 0.5 as in TransReID (default checkpoint)")
+    add("--pos_resize", default="bicubic", choices=("bicubic", "bilinear"),
+        help="how the position table is resized (default bicubic)")
+    add("--quick_gelu", action="store_true", help="OpenAI's CLIP was trained with it (default off)")
+
+    add = parser.add_argument_group("optimisation").add_argument
+    add("--batch_size", default=64, type=int, help="images per process (default 64)")
+    add("--epochs", default=120, type=int, help="length of the schedule in epochs (default 120)")
+    add("--warmup_epochs", default=5.0, type=float, help="epochs of linear warm-up (default 5)")
+    add("--opt", default="sgd", choices=("sgd", "adamw"), help="optimiser (default sgd, momentum 0.9)")
+    add("--lr", default=None, type=float,
+        help="learning rate (default: the recipe's, times batch / 64; reid 0.008, with --jpm 0.01)")
+    add("--min_lr_ratio", default=0.002, type=float, help="last learning rate / --lr (default 0.002)")
+    add("--warmup_lr_ratio", default=0.01, type=float, help="first learning rate / --lr (default 0.01)")
+    add("--bias_lr_factor", default=2.0, type=float, help="learning rate of biases / --lr (default 2)")
+    add("--layer_decay", default=1.0, type=float,
+        help="learning rate of a layer / the next one's (default 1)")
+    add("--weight_decay", default=1e-4, type=float, help="weight decay (default 1e-4)")
+    add("--clip_grad", default=0.0, type=float, help="largest gradient norm, 0 for none (default 0)")
+    add("--smoothing", default=0.0, type=float, help="label smoothing (default 0)")
+
+    reid.add_flags(parser)
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data_path", required=True, help="folder of the set, or a table; docs/FINETUNE.md has the layouts")
+    add("--max_bad_ratio", default=0.01, type=float,
+        help="stop above this fraction of unreadable training images (default 0.01)")
+    add("--num_workers", default=None, type=int,
+        help="data processes per rank (default: cores / ranks on this machine, at most 10)")
+    add("--pin_mem", action=argparse.BooleanOptionalAction, default=True,
+        help="pinned host memory for CUDA (default on)")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--eval", action="store_true", help="score --resume FILE, or the encoder --finetune (default off)")
+    add("--eval_every", default=0, type=int,
+        help="epochs between evaluations, 0: after the last only; they choose nothing (default 0)")
+    add("--report", action="store_true",
+        help="write report.html: ranked lists, curves, attention (default off)")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default="./output_dir", help="folder of the run (default ./output_dir)")
+    add("--log_dir", default=None, help="folder for TensorBoard (default: the output folder)")
+    add("--device", default="auto", help="auto, cuda or cpu (default auto)")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
+        help="precision (default auto: by device)")
+    add("--compile", action="store_true", help="torch.compile the encoder's blocks (default off)")
+    add("--grad_checkpoint", action="store_true",
+        help="compute activations again in the backward pass: less memory, a third slower (default off)")
+    add("--seed", default=0, type=int, help="seed of weights, order, augmentation (default 0)")
+    add("--print_freq", default=20, type=int, help="updates between log lines (default 20)")
+    add("--max_bad_steps", default=10, type=int,
+        help="stop after this many non-finite updates in a row (default 10)")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--resume", default="",
+        help="checkpoint to continue exactly, or auto; with --eval the model to score (default: fresh start)")
+    add("--allow_change", nargs="+", default=[], metavar="NAME",
+        help="settings that may differ from the resumed run's (default none)")
+    add("--save_freq", default=20, type=int, help="epochs between checkpoint-<epoch>.pth (default 20)")
+    add("--save_minutes", default=15.0, type=float,
+        help="minutes between saves of checkpoint-last.pth (default 15)")
+    add("--keep_checkpoints", default=3, type=int, help="how many checkpoint-<epoch>.pth stay (default 3)")
+
+    add = parser.add_argument_group("launch (torchrun sets these; accepted and unused)").add_argument
+    for name in ("--local_rank", "--local-rank", "--world_size", "--dist_url"):
+        add(name, help=argparse.SUPPRESS)
+    add("--dist_on_itp", action="store_true", help=argparse.SUPPRESS)
+    add("--dist_timeout", default=600.0, type=float,
+        help="seconds to wait for missing ranks and stuck collectives (default 600)")
+    # fmt: on
+    return parser
+
+
+def check_args(args) -> None:
+    """Contradictions among flags, before anything is loaded; fills derived values.
+
+    Raises:
+        InputError: one sentence on the first contradiction.
+    """
+    args.img_size = parse_input_size(args.input_size)
+    for name in ("batch_size", "epochs", "print_freq", "save_freq", "max_bad_steps"):
+        if getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
+    for name in ("warmup_epochs", "weight_decay", "clip_grad", "max_bad_ratio", "seed", "eval_every",
+                 "keep_checkpoints", "min_lr_ratio", "warmup_lr_ratio", "bias_lr_factor"):  # fmt: skip
+        if getattr(args, name) < 0:
+            raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
+    for name in ("drop_path", "smoothing"):
+        if not 0 <= getattr(args, name) < 1:
+            raise InputError(f"--{name} {getattr(args, name)}: must be in [0, 1)")
+    if not 0 < args.layer_decay <= 1:
+        raise InputError(f"--layer_decay {args.layer_decay}: must be in (0, 1]")
+    if args.lr is not None and args.lr <= 0:
+        raise InputError(f"--lr {args.lr}: must be positive")
+    if args.warmup_epochs >= args.epochs:
+        raise InputError(
+            f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}: use "
+            f"--warmup_epochs {args.epochs // 10}"
+        )
+    if args.eval and bool(args.resume) == bool(args.finetune):
+        raise InputError("--eval scores one model: give --resume MODEL, or --finetune ENCODER as it is")
+    if args.eval and args.resume == "auto":
+        raise InputError("--eval --resume auto: name the file, for example --resume runs/veri/model.pth")
+    if args.finetune and args.model is None and args.quick_gelu and args.eval:
+        raise InputError("--quick_gelu has no use with --eval: fine-tune with it first")
+    if args.num_workers is None:
+        args.num_workers = default_workers()
+    args.accum_iter = 1
+    TASKS[args.task].check(args)
+
+
+def main(args) -> dict:
+    """Train and score, or with --eval only score; returns the numbers on rank 0."""
+    check_args(args)
+    job = evaluate if args.eval else train
+    return launch(args.device, args.output_dir, lambda device: job(args, device), args.dist_timeout)
+
+
+def evaluate(args, device: torch.device) -> dict:
+    amp_dtype, _ = pick_amp_dtype(args.amp, device)
+    result = TASKS[args.task].evaluate_file(args, device, amp_dtype, pick_fused_attention(device, amp_dtype))
+    return finish(args, result)
+
+
+def train(args, device: torch.device) -> dict:
+    started = time.time()
+    args.device = device.type
+    run, files, lines = build_run(args, device)
+    print_main(*lines)
+    output_dir, writer = run.output_dir, None
+    if is_main_process():
+        write_json(output_dir / "args.json", files.args)
+        write_json(output_dir / "env.json", environment())
+        files.cut_log(run.epoch)
+        writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch)
+    run.guard = StopGuard(lambda: files.save(run), is_main_process())
+    scored: dict = {}
+    with run.guard:
+        while run.epoch < args.epochs:
+            train_one_epoch(run, args)
+            finish_epoch(run, args, files, writer)
+            if args.eval_every and run.epoch % args.eval_every == 0 and run.epoch < args.epochs:
+                log_evaluation(run, run.task.evaluate())
+    if is_main_process():
+        files.export_model(run.bare)
+        print(f"{output_dir / 'model.pth'} holds the model; scoring it", flush=True)
+        writer.close()
+    scored = run.task.evaluate()
+    log_evaluation(run, scored)
+    print_main(f"done in {datetime.timedelta(seconds=int(time.time() - started))}")
+    return finish(args, scored)
+
+
+def finish(args, scored: dict) -> dict:
+    if is_main_process():
+        write_json(Path(args.output_dir) / "metrics.json", scored)
+        print(json.dumps(scored), flush=True)
+    return scored
+
+
+def build_run(args, device: torch.device) -> tuple[FinetuneRun, RunFiles, list[str]]:
+    """A run that is ready to start or to go on, its files, and header lines."""
+    torch.set_float32_matmul_precision("high")
+    amp_dtype, amp_reason = pick_amp_dtype(args.amp, device)
+    fused = pick_fused_attention(device, amp_dtype)
+    task = TASKS[args.task].build(args, device, amp_dtype, fused)
+    args.global_batch = args.batch_size * get_world_size()
+    facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | task.facts
+    facts |= {"world_size": get_world_size()}
+    files = RunFiles(
+        Path(args.output_dir),
+        facts,
+        task.config,
+        args.save_minutes,
+        args.keep_checkpoints,
+        FIXED_ON_RESUME,
+        "--finetune",
+    )
+    loader = DataLoader(
+        task.dataset,
+        batch_sampler=task.batches,
+        num_workers=args.num_workers,
+        pin_memory=args.pin_mem and device.type == "cuda",
+        persistent_workers=args.num_workers > 0,
+        worker_init_fn=init_worker,
+    )
+    scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
+    run = FinetuneRun(
+        task,
+        task.model,
+        task.model,
+        task.optimizer,
+        scaler,
+        loader,
+        device,
+        amp_dtype,
+        Path(args.output_dir),
+        files.save_if_due,
+    )
+    barrier()  # rank 0 holds the folder now: nobody else writes to what is read here
+    decision = files.resume(run, args.resume, args.allow_change)
+    if not agree((run.epoch, run.batches_done)):
+        raise InputError(
+            f"the ranks did not find the same checkpoint in {args.output_dir} (rank {get_rank()}: "
+            f"{decision}): put --output_dir on a file system that all nodes share"
+        )
+    if args.compile:
+        for block in task.model.base.blocks:
+            block.compile()
+    if get_world_size() > 1:
+        run.model = wrap_ddp(task.model, device, one_backward=True)
+    lines = [
+        *task.header,
+        f"batch {args.global_batch} ({args.batch_size} x {get_world_size()} processes), {args.opt}, lr "
+        f"{args.lr:.4g}, {args.epochs} epochs, {args.warmup_epochs:g} of warm-up, seed {args.seed}",
+        f"precision: {amp_reason}; attention: {'fused' if fused else 'explicit'}; device: {device}; "
+        f"{args.num_workers} data workers a rank",
+        f"start: {decision}",
+    ]
+    return run, files, lines
+
+
+def finish_epoch(run: FinetuneRun, args, files: RunFiles, writer) -> None:
+    """Log the epoch, move on to the next and save."""
+    count, sums = run.meter.read()
+    values = means(count, sums)
+    bad_images = round(values.pop("bad_images", 0) * count * get_world_size())
+    seconds = max(run.seconds["total"], 1e-9)
+    record = {"train_lr": run.optimizer.param_groups[0]["lr"] / run.optimizer.param_groups[0]["lr_scale"]}
+    record |= {f"train_{name}": value for name, value in values.items()}
+    record |= {
+        "images_per_s": args.global_batch * run.batches_done / seconds,
+        "data_wait": run.seconds["data"] / seconds,
+        "bad_images": bad_images,
+        "skipped_updates": run.batches_done - count,
+        "peak_gigabytes": peak_gigabytes(run.device),
+        "epoch": run.epoch,
+    }
+    finished, is_last = run.epoch, run.epoch + 1 == args.epochs
+    if is_main_process():  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
+        append_log(run, record)
+    with run.guard.committing():
+        run.epoch, run.batches_done = finished + 1, 0
+        run.meter = Meter()
+        run.seconds = {"total": 0.0, "data": 0.0}
+    if is_main_process():
+        for name, value in record.items():
+            writer.add_scalar(name, value, run.epoch)
+        if (finished + 1) % args.save_freq == 0 or is_last:
+            files.save_epoch(run)
+        files.save(run)
+        summary = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch")
+        print(f"epoch {finished}: {summary}", flush=True)
+
+
+def log_evaluation(run: FinetuneRun, scored: dict) -> None:
+    if scored:
+        append_log(run, {f"test_{name}": value for name, value in scored.items()} | {"epoch": run.epoch - 1})
+
+
+def append_log(run: FinetuneRun, record: dict) -> None:
+    with open(run.output_dir / "log.txt", "a") as opened:
+        opened.write(json.dumps(record) + "\n")
+
+
+if __name__ == "__main__":
+    parsed = argparse.ArgumentParser(
+        parents=[get_args_parser()],
+        allow_abbrev=False,
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    run_or_explain(lambda: main(parsed))

@@ -1,0 +1,369 @@
+"""Fine-tuning for re-identification, from a set on disk to numbers: saved, continued, shared, refused."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, command, parse, run_command
+
+import main_finetune
+from datasets.augment import PadCropErase, erase_box, erase_boxes
+from datasets.demo_reid import write_demo_reid
+from datasets.reid import read_reid
+from datasets.reid_train import PKBatches
+from engine_finetune import seed_of_step
+from finetune.reid_eval import extract_reid
+from finetune.reid_model import load_reid
+from models_mae import MODELS
+from models_transreid import TransReID, TransReIDConfig
+from models_vit import SameOnAnyRanksDropPath, VisionTransformer
+from util.checkpoint import read_checkpoint
+from util.errors import InputError
+from util.losses import center_loss, move_centers
+from util.lr_sched import transreid_lr
+from util.optim import build_finetune_optimizer, layer_number
+from util.resume import RunFiles
+
+SMALL = (
+    "--task reid --model vit_tiny_patch16 --input_size 32 --stride 8 --batch_size 8 --num_instances 2 "
+    "--epochs 2 --warmup_epochs 1 --num_workers 0 --device cpu --amp none --print_freq 1 --opt adamw "
+    "--lr 1e-3 --jpm --jpm_shift 3 --sie_camera --sie_view"
+).split()
+
+
+CPU = "--device cpu --amp none --num_workers 0".split()
+
+
+@pytest.fixture(scope="module")
+def veri(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets") / "VeRi"
+    write_demo_reid(folder, "veri776", train_ids=8, test_ids=5, images_per_id=6, size=32, processes=1)
+    return folder
+
+
+def finetune(data, output, *more) -> dict:
+    flags = [*SMALL, "--data_path", str(data), "--output_dir", str(output), *more]
+    return main_finetune.main(parse(main_finetune.get_args_parser(), flags))
+
+
+@pytest.fixture(scope="module")
+def trained(veri, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "run"
+    return output, finetune(veri, output, "--report", "--rerank", "--center_weight", "5e-4")
+
+
+def test_a_run_leaves_a_model_that_scores_the_same(veri, trained, tmp_path, capsys):
+    output, numbers = trained
+    assert {"mAP", "R1", "mINP", "reranked_mAP", "protocol", "sie"} <= set(numbers)
+    assert json.loads((output / "metrics.json").read_text()) == numbers
+    assert "same-camera matches removed" in numbers["protocol"] and numbers["sie"].startswith(
+        "SIE on (20 cam"
+    )
+    log = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    assert [row["epoch"] for row in log] == [0, 1, 1] and log[-1]["test_mAP"] == numbers["mAP"]
+    assert log[1]["train_loss"] < log[0]["train_loss"] and log[0]["train_center"] > 0
+    for name in ("model.pth", "model.safetensors"):
+        again = tmp_path / name
+        flags = f"--task reid --eval --resume {output / name} --data_path {veri} --output_dir {again}"
+        words = [*flags.split(), *CPU, "--batch_size", "8"]
+        found = main_finetune.main(parse(main_finetune.get_args_parser(), words))
+        assert found == {k: v for k, v in numbers.items() if not k.startswith("reranked")}
+    page = (output / "report.html").read_text()
+    assert numbers["protocol"].split(" #")[0] in page
+    assert "SIE on" in capsys.readouterr().out
+
+
+def test_everything_on_disk_loads_without_running_code(trained):
+    output, _ = trained
+    for name in ("model.pth", "checkpoint-last.pth", "checkpoint-1.pth", "model.safetensors"):
+        assert read_checkpoint(output / name)["model"]
+    model, report = load_reid(output / "model.pth")
+    assert model.feature_dim == 5 * 192 and model.config.unknown_view and model.config.views == 9
+    assert "ignored     1 tensors: centers" in report
+    assert not list(output.glob(".*.tmp"))
+
+
+def killed(words: list[str], watched, size: int) -> None:
+    """Start, and kill -9 once `watched` is larger than `size` bytes."""
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(words, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (watched.exists() and watched.stat().st_size > size) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+
+def test_a_killed_run_goes_on_bit_for_bit(veri, tmp_path):
+    words = ["main_finetune.py", *SMALL, "--data_path", str(veri), "--save_minutes", "0", "--epochs", "3"]
+    done = run_command(command(*words, "--output_dir", str(tmp_path / "straight")))
+    assert done.returncode == 0, done.stderr
+    broken = tmp_path / "broken"
+    resumed = command(*words, "--output_dir", str(broken), "--resume", "auto")
+    killed(resumed, broken / "checkpoint-last.pth", 0)  # in the first epoch
+    done = run_command(resumed)
+    assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
+    straight, continued = (
+        read_checkpoint(tmp_path / n / "model.pth")["model"] for n in ("straight", "broken")
+    )
+    assert all(torch.equal(straight[name], continued[name]) for name in straight)
+    metrics = [(tmp_path / n / "metrics.json").read_text() for n in ("straight", "broken")]
+    assert metrics[0] == metrics[1]
+
+
+def test_two_ranks_are_one(veri, trained, tmp_path):
+    """Training: the same losses up to rounding (the heads see the whole batch); scoring: same digits."""
+    words = ["main_finetune.py", *SMALL, "--data_path", str(veri), "--batch_size", "4"]
+    done = run_command(command(*words, "--output_dir", str(tmp_path / "two"), processes=2))
+    assert done.returncode == 0, done.stderr
+    words[-1] = "8"
+    done = run_command(command(*words, "--output_dir", str(tmp_path / "one")))
+    assert done.returncode == 0, done.stderr
+    logs = [
+        [json.loads(r) for r in (tmp_path / n / "log.txt").read_text().splitlines()] for n in ("one", "two")
+    ]
+    for one, two in zip(*logs):
+        for name in ("train_loss", "train_id", "train_triplet", "train_grad_norm"):
+            assert two.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-4), name
+    score = f"main_finetune.py --task reid --eval --resume {trained[0] / 'model.pth'} --data_path {veri}"
+    score = [*score.split(), *CPU, "--batch_size", "16"]
+    found = []
+    for processes in (1, 2):
+        folder = tmp_path / f"eval{processes}"
+        done = run_command(command(*score, "--output_dir", str(folder), processes=processes))
+        assert done.returncode == 0, done.stderr
+        found.append((folder / "metrics.json").read_text())
+    assert found[0] == found[1]
+
+
+def test_a_plain_encoder_can_be_scored_as_it_is(veri, tmp_path):
+    torch.manual_seed(0)
+    encoder = VisionTransformer((32, 32), 16, 192, 12, 3)
+    torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
+    flags = f"--task reid --eval --finetune {tmp_path / 'encoder.pth'} --input_size 48 --data_path {veri}"
+    words = [*flags.split(), *CPU, "--output_dir", str(tmp_path / "out")]
+    numbers = main_finetune.main(parse(main_finetune.get_args_parser(), words))
+    assert 0 < numbers["mAP"] < 1 and numbers["sie"] == "SIE off"
+
+
+def test_unreadable_test_images_make_another_protocol(veri, tmp_path, trained):
+    copy = tmp_path / "VeRi"
+    subprocess.run(["cp", "-r", str(veri), str(copy)], check=True)
+    data = read_reid(copy)
+    query, gallery = data.tests["test"]
+    query.paths[1].write_bytes(b"no image")
+    gallery.paths[0].write_bytes(b"")
+    model, _ = load_reid(trained[0] / "model.pth")
+    found = extract_reid(model, query, "query", batch_size=4, num_workers=0)
+    whole = extract_reid(model, read_reid(veri).tests["test"][0], "query", batch_size=4, num_workers=0)
+    assert found.unreadable == [query.paths.relative(1)] and len(found.images) == len(query) - 1
+    assert torch.equal(found.values, whole.values[[0, *range(2, len(query))]])
+    words = (
+        f"--task reid --eval --resume {trained[0] / 'model.pth'} --data_path {copy} --device cpu --amp none"
+    )
+    words += f" --num_workers 0 --output_dir {tmp_path / 'out'}"
+    numbers = main_finetune.main(parse(main_finetune.get_args_parser(), words.split()))
+    assert numbers["protocol"].startswith("veri776/2-unreadable-left-out (")
+    assert len((tmp_path / "out" / "unreadable_test_images.txt").read_text().splitlines()) == 2
+
+
+def test_unreadable_training_images_are_replaced_counted_and_limited(veri, tmp_path):
+    copy = tmp_path / "VeRi"
+    subprocess.run(["cp", "-r", str(veri), str(copy)], check=True)
+    data = read_reid(copy)
+    data.train.paths[0].write_bytes(b"no image")
+    with pytest.raises(InputError, match="1 of 4[08] images could not be read.*bad_images.txt"):
+        finetune(copy, tmp_path / "strict")
+    finetune(copy, tmp_path / "lax", "--max_bad_ratio", "0.1", "--epochs", "2")
+    assert data.train.paths.relative(0) in (tmp_path / "lax" / "bad_images.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--eval", "--eval scores one model"),
+        ("--warmup_epochs 2", "leaves nothing of --epochs 2"),
+        ("--stride 20", "--stride 20 at 32 x 32 px"),
+        ("--num_instances 3", "--batch_size 8 x 1 processes is no multiple of --num_instances 3"),
+        ("--batch_size 64", "show 8 vehicles, a batch needs 32"),
+        ("--jpm_shift 99", "cannot be shifted by 99"),
+        ("--erase 2", "give numbers from 0 to 1"),
+        ("--id_weight 0 --triplet_weight 0", "nothing to learn"),
+        ("--layer_decay 0", "must be in"),
+        ("--finetune nowhere.pth", "nowhere.pth does not exist"),
+        ("--input_size 32,x", "--input_size 32,x"),
+        ("--format vehicleid", "the list .*train_list.txt is missing|has no test_list"),
+    ],
+)
+def test_contradictions_stop_at_once(veri, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message) as caught:
+        finetune(veri, tmp_path, *flags.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_side_information_that_the_set_lacks_is_refused(tmp_path):
+    write_demo_reid(
+        tmp_path / "id", "vehicleid", train_ids=5, test_ids=5, images_per_id=6, size=16, processes=1
+    )
+    for flag, message in (
+        ("--sie_camera", "does not say which camera"),
+        ("--sie_view", "knows no viewpoints"),
+    ):
+        words = [word for word in SMALL if not word.startswith("--sie")]
+        words += ["--data_path", str(tmp_path / "id"), "--output_dir", str(tmp_path / "o"), flag]
+        words += ["--num_instances", "2"]
+        with pytest.raises(InputError, match=message):
+            main_finetune.main(parse(main_finetune.get_args_parser(), words))
+    words = [*words[:-3], "--num_instances", "2", "--epochs", "2", "--report"]
+    numbers = main_finetune.main(parse(main_finetune.get_args_parser(), words))
+    assert {"800_R1", "800_R1_std", "2400_mAP"} <= set(numbers) and "10 draws" in numbers["800_protocol"]
+    assert (tmp_path / "o" / "report_800.html").exists()
+
+
+def test_a_model_of_one_set_says_so_on_another(veri, trained, tmp_path):
+    table = tmp_path / "own.csv"
+    data = read_reid(veri)
+    rows = [f"{data.train.paths[i]},{data.train.pids[i]},{50 + i % 3},train" for i in range(12)]
+    for name, part in zip(("query", "gallery"), data.tests["test"]):
+        rows += [f"{part.paths[i]},{part.pids[i]},{70 + i % 30},{name}" for i in range(len(part))]
+    table.write_text("\n".join(["path,pid,camid,split", *rows]) + "\n")
+    words = f"--task reid --eval --resume {trained[0] / 'model.pth'} --data_path {table}"
+    words += f" --output_dir {tmp_path / 'o'} {' '.join(CPU)}"
+    with pytest.raises(
+        InputError, match="camera embedding knows the camera ids 0 to 19, but they reach from"
+    ):
+        main_finetune.main(parse(main_finetune.get_args_parser(), words.split()))
+
+
+# parts
+
+
+def test_augmentation_is_a_function_of_its_numbers():
+    from PIL import Image
+
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    augment = PadCropErase((32, 24), erase=1.0)
+    one, two, other = (augment(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert one["imgs"].shape == (3, 32, 24) and not torch.equal(one["imgs"], other["imgs"])
+    plain = PadCropErase((32, 24), flip=0.0, pad=0, erase=0.0)(image, np.random.default_rng(1))
+    mirrored = PadCropErase((32, 24), flip=1.0, pad=0, erase=0.0)(image, np.random.default_rng(1))
+    assert torch.equal(plain["imgs"].flip(2), mirrored["imgs"]) and plain["erase"][2] == 0
+
+
+def test_erasing_fills_the_box_with_normal_noise_and_nothing_else():
+    rng = np.random.default_rng(0)
+    boxes = [erase_box(rng, (200, 100)) for _ in range(500)]
+    areas = np.array([h * w for *_, h, w in boxes]) / 20_000
+    assert 0.018 < areas.min() and areas.max() < 0.34 and 0.15 < areas.mean() < 0.2
+    assert all(0 <= top and top + h <= 200 and 0 <= left and left + w <= 100 for top, left, h, w in boxes)
+    imgs = torch.zeros(3, 3, 60, 50)
+    seeds = torch.tensor([[5, 10, 40, 30, 7], [0, 0, 0, 0, 8], [5, 10, 40, 30, 7]])
+    erase_boxes(imgs, seeds)
+    assert torch.equal(imgs[0], imgs[2]) and not imgs[1].any()
+    inside = imgs[0, :, 5:45, 10:40].clone()
+    assert abs(inside.mean()) < 0.05 and abs(inside.std() - 1) < 0.05
+    imgs[0, :, 5:45, 10:40] = 0
+    assert not imgs[0].any()
+
+
+def test_batches_of_ranks_are_parts_of_one(veri):
+    pids = read_reid(veri).train.pids
+    whole = PKBatches(pids, 8, 2, 0, 1, seed=3)
+    parts = [PKBatches(pids, 4, 2, rank, 2, seed=3) for rank in (0, 1)]
+    for batches in (whole, *parts):
+        batches.set_epoch(4, 1)
+    for one, left, right in zip(whole, *parts):
+        assert one == left + right and len(one) == 8
+    assert len(whole) == len(parts[0]) == whole.batches_per_epoch - 1
+    slots = [slot for batch in whole for _, slot, _ in batch]
+    assert len(set(slots)) == len(slots)
+
+
+def test_the_schedule_is_transreids():
+    lrs = [transreid_lr(epoch, 0.008, 8e-5, 1.6e-5, 5, 120) for epoch in range(1, 121)]
+    assert lrs[0] == pytest.approx(8e-5 + (0.008 - 8e-5) / 5)
+    assert lrs[4] == pytest.approx(1.6e-5 + (0.008 - 1.6e-5) * 0.5 * (1 + np.cos(np.pi * 5 / 120)))
+    assert lrs[59] == pytest.approx((0.008 + 1.6e-5) / 2) and lrs[119] == pytest.approx(1.6e-5)
+    assert max(lrs) == lrs[4]
+
+
+def test_layers_and_groups_of_the_optimiser():
+    model = TransReID(
+        VisionTransformer((32, 32), 16, 24, 3, 3), 5, TransReIDConfig(jpm=True, parts=2, shift=2)
+    )
+    names = {name: layer_number(name, 3) for name, _ in model.named_parameters()}
+    assert names["base.pos_embed"] == names["base.patch_embed.proj.weight"] == 0
+    assert names["base.blocks.1.norm1.bias"] == 2 and names["b1.0.mlp.fc1.weight"] == 3
+    assert names["classifier.0.weight"] == names["bottleneck.1.weight"] == 4
+    optimizer = build_finetune_optimizer(model, 3, "sgd", 0.1, 1e-4, layer_decay=0.5, bias_lr_factor=2)
+    scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
+    assert scale[id(model.base.pos_embed)] == 0.5**4 and scale[id(model.classifier[0].weight)] == 1
+    assert scale[id(model.b1[0].mlp.fc1.bias)] == 2 * 0.5
+    assert all(g["weight_decay"] == 1e-4 for g in optimizer.param_groups)
+    adamw = build_finetune_optimizer(model, 3, "adamw", 0.1, 0.05)
+    decay = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}
+    assert decay[id(model.base.pos_embed)] == 0 and decay[id(model.b1[0].mlp.fc1.weight)] == 0.05
+
+
+def test_a_skipped_first_update_leaves_no_trace_in_sgd():
+    model = torch.nn.Linear(3, 2)
+    before = model.weight.detach().clone()
+    optimizer = build_finetune_optimizer(model, 1, "sgd", 0.1, 0.0)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(1.0)
+    optimizer.step()
+    assert torch.equal(model.weight, before)
+    optimizer.found_inf = torch.tensor(0.0)
+    optimizer.step()
+    assert torch.allclose(model.weight, before - 0.1)
+
+
+def test_centre_loss_by_hand():
+    centers, pids = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([0, 0, 1])
+    features = torch.tensor([[2.0, 0.0], [1.0, 3.0], [0.0, 2.0]])
+    assert center_loss(features, pids, centers).item() == pytest.approx((1 + 9 + 0) / 3 / 2)
+    move_centers(centers, features, pids, rate=0.5)
+    assert torch.allclose(centers, torch.tensor([[1 + 0.5 / 3, 0.5], [0.0, 2.0]]))
+
+
+def test_stochastic_depth_skips_whole_samples_and_keeps_the_mean():
+    layer = SameOnAnyRanksDropPath(0.25)
+    x = torch.ones(4000, 2, 3)
+    assert torch.equal(layer.eval()(x), x)
+    torch.manual_seed(seed_of_step(0, 1, 2))
+    y = layer.train()(x)
+    assert y.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert (y == y[:, :1, :1]).all() and abs(y.mean() - 1) < 0.05
+    assert seed_of_step(0, 1, 2) != seed_of_step(0, 2, 1)
+
+
+def test_transreids_loader_takes_our_encoder(tmp_path):
+    """Its contract (`base.load_param`): every name but those with 'head' or 'dist' is looked up in its model,
+    an unknown one is a KeyError; the path must not say 'distilled'."""
+    torch.manual_seed(0)
+    distill = {"context": "attention", "bank": torch.randn(4, 8), "tau": 0.07, "hidden": 0}
+    mae = MODELS["mae_vit_tiny_patch16"](img_size=(32, 32), distill=distill)
+    RunFiles(tmp_path, {}, {}, 1, 1).export_encoder(mae)
+    file = tmp_path / "encoder.pth"
+    assert "distilled" not in file.name
+    content = torch.load(file, weights_only=True)
+    assert list(content) == ["model"] and len(content["model"]) == 150
+    theirs = {
+        name: torch.zeros_like(value)
+        for name, value in VisionTransformer((32, 32), 16, 192, 12, 3).state_dict().items()
+    }
+    for name, value in content["model"].items():
+        assert (
+            "head" not in name
+            and "dist" not in name
+            and value.dtype == torch.float32
+            and value.is_contiguous()
+        )
+        theirs[name].copy_(value)
+    assert all(torch.equal(theirs[name], mae.state_dict()[name]) for name in theirs)
