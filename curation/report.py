@@ -1,8 +1,6 @@
 """report.html: what was removed and why, how even the sample is, and pictures of all of it, in one file."""
 
-import base64
 import html
-import io
 import json
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from curation.hierarchy import step_rng
 from curation.removal import load_removal
 from datasets.images import UNREADABLE, open_rgb
 from util.checkpoint import write_atomic
+from util.thumbnail import jpeg_uri
 
 THUMB = 96  # px
 PAIRS_SHOWN, EXAMPLES_SHOWN, CLUSTERS_SHOWN, MEMBERS_SHOWN = 12, 10, 24, 12
@@ -34,9 +33,7 @@ class Thumbnails:
         except UNREADABLE:
             image = Image.new("RGB", (THUMB, THUMB), "#b33")
         tile = ImageOps.pad(image, (THUMB, THUMB), Image.Resampling.BICUBIC, color="#eee")
-        data = io.BytesIO()
-        tile.save(data, "JPEG", quality=72)
-        return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+        return jpeg_uri(tile, THUMB, quality=72)
 
     def figure(self, row: int, caption: str = "", kind: str = "") -> str:
         name = self.images.name(row)

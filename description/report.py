@@ -1,11 +1,10 @@
 """The page of a description run: every kept and removed text, with the images that ground it."""
 
-import base64
 import html
-import io
 from collections import Counter
 
 from datasets.images import UNREADABLE, open_rgb
+from util.thumbnail import jpeg_uri
 
 THUMBNAIL = 80  # px, longer side
 STYLE = f"""body{{font:15px/1.5 sans-serif;max-width:1200px;margin:2em auto;padding:0 1em}}
@@ -90,10 +89,7 @@ def _picture(index: int, paths, pictures: dict[int, str]) -> str:
             image = open_rgb(paths[index])
         except UNREADABLE:
             return ""  # it was readable when it was embedded; the report does without
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        data = io.BytesIO()
-        image.save(data, "JPEG", quality=70)
-        pictures[index] = "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+        pictures[index] = jpeg_uri(image, THUMBNAIL, quality=70)
     return f'<span class="t i{index}" title="{html.escape(str(paths.relative(index)))}"></span>'
 
 

@@ -220,12 +220,15 @@ def score(model: TransReID, data: ReidData, args, amp_dtype) -> dict:
         print(f"{gone} test images cannot be read: {folder / 'unreadable_test_images.txt'} lists them")
     print("\n".join([f"SIE: {side_line(model.config)}", *result_lines(results)]), flush=True)
     if args.report:
-        write_reports(model, data, results, folder)
+        weights = args.resume if args.eval else folder / "model.pth"
+        about = {"set": args.data_path, "weights": weights or args.finetune, "seed": args.seed}
+        write_reports(model, data, results, folder, about)
     return flat_metrics(results) | {"sie": side_line(model.config)}
 
 
-def write_reports(model: TransReID, data: ReidData, results: dict, folder: Path) -> None:
+def write_reports(model: TransReID, data: ReidData, results: dict, folder: Path, about: dict) -> None:
     """One page a test; VehicleID's shows its first draw."""
+    facts = about | {"SIE": side_line(model.config), "feature": f"{model.feature_dim} numbers"}
     for test, result in results.items():
         if result.protocol.rerank:
             continue
@@ -239,7 +242,7 @@ def write_reports(model: TransReID, data: ReidData, results: dict, folder: Path)
         write_reid_report(
             file,
             f"Re-identification: {result.protocol.name}",
-            {"SIE": side_line(model.config), "feature": f"{model.feature_dim} numbers"},
+            facts,
             result.protocol,
             result.metrics,
             query,
@@ -249,5 +252,6 @@ def write_reports(model: TransReID, data: ReidData, results: dict, folder: Path)
             data.pid_names,
             reid_rollout(model),
             model.base.img_size,
+            device=model.base.pos_embed.device,
         )
         print(f"report: {file}")

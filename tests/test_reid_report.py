@@ -1,0 +1,344 @@
+"""The page of a re-identification test against slow lists, and the roll-out against whole matrix products."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pictures
+
+import finetune.ranking as ranks_module
+import finetune.reid_report as report
+from datasets.path_list import PathList
+from datasets.reid import ReidImages
+from finetune.ranking import BINS, Ranking
+from finetune.reid_report import write_reid_report
+from models_transreid import TransReID, TransReIDConfig
+from models_vit import VisionTransformer
+from util.metrics import cosine_blocks, rank_hits, scores
+from util.protocols import Protocol, evaluate
+from util.rollout import attention_rollout, heat_picture, reid_rollout
+
+NAMES = [f"car <{i}>" for i in range(7)]
+WITH, WITHOUT = Protocol("table", True), Protocol("table", False)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("reid"), 20, size=(24, 18))
+
+
+def make_case(folder, seed=0, queries=15, gallery=60, cameras=True, axes=False):
+    """(query, its features, gallery, its features): vehicle and camera both show in the features."""
+    rng = np.random.default_rng(seed)
+    centres, views = rng.standard_normal((7, 12)), rng.standard_normal((3, 12))
+    parts = []
+    for count in (queries, gallery):
+        pids, camids = rng.integers(0, 7, count), rng.integers(0, 3, count)
+        x = centres[pids] + views[camids] + 1.2 * rng.standard_normal((count, 12))
+        if axes:  # four directions: exact ties
+            x = np.sign(x[:, :2]) * (np.abs(x[:, :2]) == np.abs(x[:, :2]).max(axis=1, keepdims=True))
+        names = [f"{i:04d}.png" for i in rng.integers(0, 20, count)]
+        images = ReidImages(
+            PathList(folder, names), pids, camids if cameras else np.full(count, -1), np.full(count, -1)
+        )
+        parts += [images, torch.from_numpy(x.astype(np.float32))]
+    return tuple(parts)
+
+
+def slow_lists(protocol, query, x, gallery, y):
+    """[(AP or None, [(row, rank or 0, mark, cosine)])] of whole lists, from the protocol's text."""
+    unit = [v / v.norm(dim=1, keepdim=True) for v in (x.double(), y.double())]
+    lists = []
+    for q, row in enumerate((unit[0] @ unit[1].t()).round(decimals=12).tolist()):
+        rank, found, cards = 0, [], []
+        for g in sorted(range(len(row)), key=lambda j: (-row[j], j)):
+            same = gallery.pids[g] == query.pids[q]
+            if same and protocol.remove_same_camera and gallery.camids[g] == query.camids[q]:
+                cards.append((g, 0, "junk", row[g]))
+                continue
+            rank += 1
+            if same:
+                found.append(rank)
+            cards.append((g, rank, "right" if same else "wrong", row[g]))
+        ap = sum(i / r for i, r in enumerate(found, 1)) / len(found) if found else None
+        lists.append((ap, cards))
+    return lists
+
+
+def first_cards(cards, topk):
+    """What the page shows of a whole list."""
+    shown, counted, junk = [], 0, 0
+    for card in cards:
+        if counted == topk:
+            break
+        counted, junk = counted + (card[1] > 0), junk + (card[1] == 0)
+        if card[1] or junk <= topk:
+            shown.append(card)
+    right = [card for card in cards if card[2] == "right"][:1]
+    return shown + [card for card in right if card not in shown]
+
+
+def write(tmp_path, protocol, case, **more):
+    metrics = evaluate(protocol, *case)
+    file = tmp_path / "page.html"
+    write_reid_report(file, "Test & page", {"weights": "w.pth"}, protocol, metrics, *case, NAMES, **more)
+    return file.read_text(encoding="utf-8")
+
+
+def read_sections(page):
+    """{section: [(title, AP in %, [(mark, rank, cosine, file)])]}"""
+    sections = {}
+    for name, text in re.findall(r'<h2 id="(\w+)">(.*?)(?=<h2|<script)', page, re.S):
+        sections[name] = []
+        for article in re.findall(r"<article>(.*?)</article>", text, re.S):
+            title, ap = re.search(r"<h3>(.*?)<span>AP ([\d.]+) %", article).groups()
+            cards = []
+            for mark, card in re.findall(r'<li class="(right|wrong|junk)[ a-z]*">(.*?)</li>', article, re.S):
+                rank = re.search(r"<br>rank (\d+)<br>", card)
+                assert rank or "<br>not counted<br>" in card
+                cosine, file = re.search(r"cos (-?[\d.]+)", card)[1], re.search(r'title="(.*?)"', card)[1]
+                cards.append((mark, int(rank[1]) if rank else 0, float(cosine), file))
+            sections[name].append((title, float(ap), cards))
+    return sections
+
+
+@pytest.mark.parametrize("protocol, cameras", [(WITH, True), (WITHOUT, True), (WITHOUT, False)])
+def test_the_page_shows_the_lists_of_the_metrics(tmp_path, folder, protocol, cameras):
+    query, x, gallery, y = case = make_case(folder, cameras=cameras)
+    page = write(tmp_path, protocol, case, shown=5, topk=6, seed=3)
+    slow = slow_lists(protocol, *case)
+    sections = read_sections(page)
+    assert list(sections) == ["worst", "best", "random"] and all(len(x) == 5 for x in sections.values())
+    ap = [ap for ap, _ in slow]
+    assert [found[1] for found in sections["worst"]] == pytest.approx(
+        [100 * v for v in sorted(ap)[:5]], abs=0.06
+    )
+    by_title = {}  # of equal titles, one of the queries must fit
+    for (value, cards), pid, camid in zip(slow, query.pids, query.camids):
+        title = f"pid car &lt;{pid}&gt;" + (f", camid {camid}" if cameras else "")
+        shown = [
+            (m, r, pytest.approx(c, abs=6e-4), gallery.paths.relative(g))
+            for g, r, m, c in first_cards(cards, 6)
+        ]
+        by_title.setdefault(title, []).append((pytest.approx(100 * value, abs=0.06), shown))
+    for title, value, cards in (found for section in sections.values() for found in section):
+        assert (value, cards) in by_title[title]
+    assert ("not counted" in page) == (protocol is WITH)
+    assert ("camid" in page.split("<h2 id=")[1]) == cameras
+    assert f"mAP {100 * np.mean(ap):.2f} %." in page and protocol.line() in page
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ties_stand_in_the_order_of_the_gallery(folder, seed):
+    query, x, gallery, y = case = make_case(folder, seed, axes=True)
+    ranking = Ranking(WITH, query, gallery, shown=len(query), seed=0)
+    ranking.add(next(cosine_blocks(x, y, torch.device("cpu"))))
+    hits = rank_hits(x, y, query.pids, gallery.pids, query.camids, gallery.camids)
+    assert np.array_equal(ranking.ranks.hits, hits.hits) and np.array_equal(
+        ranking.ranks.offsets, hits.offsets
+    )
+    for row in ranking.chosen["worst"].tolist():
+        cards = ranking.cards(row, topk=len(gallery))
+        assert [c[:3] for c in cards] == [c[:3] for c in slow_lists(WITH, *case)[row][1]][: len(cards)]
+        assert [c.rank for c in cards if c.mark == "right"] == hits.hits[
+            slice(*hits.offsets[row : row + 2])
+        ].tolist()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_blocks_change_nothing(folder, seed):
+    """Who is shown, and all numbers, whether the queries come at once or one after another."""
+    query, x, gallery, y = make_case(folder, seed, queries=40)
+    found = []
+    for block_numbers in (1 << 20, 7 * len(gallery), 1):
+        ranking = Ranking(WITH, query, gallery, shown=9, seed=seed)
+        for block in cosine_blocks(x, y, torch.device("cpu"), block_numbers):
+            ranking.add(block)
+        assert len(ranking.similar) <= 27
+        assert set(ranking.similar) == {row for rows in ranking.chosen.values() for row in rows.tolist()}
+        found.append(ranking)
+    for other in found[1:]:
+        assert all(np.array_equal(found[0].chosen[name], rows) for name, rows in other.chosen.items())
+        assert np.array_equal(found[0].ranks.hits, other.ranks.hits)
+    best = found[0].chosen["best"]
+    assert len(set(query.pids[best[:7]])) == 7 == len(set(query.pids))  # one of each vehicle first
+    assert np.nanmean(found[0].ap) == pytest.approx(scores(found[0].ranks)["mAP"], abs=1e-12)
+
+
+def test_histograms_count_every_pair(folder, monkeypatch):
+    query, x, gallery, y = make_case(folder)
+    similar = next(cosine_blocks(x, y, torch.device("cpu")))
+    same = query.pids[:, None] == gallery.pids
+    junk = same & (query.camids[:, None] == gallery.camids)
+    place = ((similar.clamp(-1, 1).double().numpy() + 1) * (BINS / 2)).astype(int).clip(0, BINS - 1)
+
+    def counts():
+        ranking = Ranking(WITH, query, gallery, shown=2, seed=0)
+        ranking.add(similar.clone())
+        return ranking, (ranking.true, ranking.others)
+
+    ranking, found = counts()
+    for counted, pairs in zip(found, (same & ~junk, ~same)):
+        assert counted.sum() == pairs.sum()
+        expected = np.bincount(place[pairs], minlength=BINS)
+        assert np.abs(np.cumsum(counted - expected)).max() <= 1  # float32 may round to the next bin
+    monkeypatch.setattr(ranks_module, "COUNTED", 7 * len(query))
+    ranking, found = counts()
+    assert ranking.sampled.sum() == 7 and found[0].sum() == (same & ~junk).sum()
+    assert found[1].sum() == (~same[:, ranking.sampled]).sum()
+
+
+def test_junk_is_bounded_and_the_first_right_one_is_shown(tmp_path, folder):
+    """30 same-camera images ahead, then wrong ones, and the only match last."""
+    paths = PathList(folder, [f"{i % 20:04d}.png" for i in range(50)])
+    gallery = ReidImages(
+        paths, np.repeat([1, 2, 1], [30, 19, 1]), np.repeat([0, 0, 1], [30, 19, 1]), np.zeros(50, int)
+    )
+    query = ReidImages(PathList(folder, ["0000.png"]), np.array([1]), np.array([0]), np.array([0]))
+    angle = torch.linspace(0, 1, 50)
+    case = query, torch.tensor([[1.0, 0.0]]), gallery, torch.stack([angle.cos(), angle.sin()], dim=1)
+    page = write(tmp_path, WITH, case, topk=4)
+    cards = read_sections(page)["worst"][0][2]
+    assert [card[:2] for card in cards] == [("junk", 0)] * 4 + [("wrong", r) for r in range(1, 5)] + [
+        ("right", 20)
+    ]
+    assert page.count('<li class="right later">') == 3 and "AP 5.0 %, 1 match, at rank 20" in page
+
+
+def test_a_lost_file_is_named_not_fatal(tmp_path, folder):
+    query, x, gallery, y = make_case(folder)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    names = ["gone<1>.png", "bad.png"] * 30
+    gallery = ReidImages(PathList(tmp_path, names), gallery.pids, gallery.camids, gallery.viewids)
+    query = ReidImages(PathList(tmp_path, names[:15]), query.pids, query.camids, query.viewids)
+    page = write(tmp_path, WITH, (query, x, gallery, y), rollout=lambda *_: pytest.fail(), img_size=(32, 32))
+    assert "gone&lt;1&gt;.png cannot be opened" in page and "bad.png cannot be opened" in page
+    assert "2 of the pictures cannot be opened" in page and "<img" not in page
+    assert "FileNotFoundError" in page and "UnidentifiedImageError" in page
+
+
+def test_the_page_needs_nothing_else(tmp_path, folder):
+    page = write(tmp_path, WITH, make_case(folder), shown=2)
+    assert not re.search(r"https?://|//[\w.]+/|url\(|@import|<link|<iframe|fetch\(", page)
+    sources = re.findall(r'(?:src|href)="(.*?)"', page)
+    assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in sources)
+    images = re.findall(r"<img .*?>", page)
+    assert images and all(re.search(r'alt="[^"]+"', image) for image in images)
+    assert len(re.findall(r'<svg viewBox=[^>]* role="img" aria-label="[^"]{20,}"', page)) == 3
+    assert "Test &amp; page" in page and "w.pth" in page and "<0>" not in page
+
+
+def test_queries_without_a_match(tmp_path, folder):
+    query, x, gallery, y = make_case(folder)
+    some = ReidImages(gallery.paths, np.where(gallery.pids == query.pids[0], 6 - query.pids[0], gallery.pids),
+                      gallery.camids, gallery.viewids)  # fmt: skip
+    assert "queries have no match" in write(tmp_path, WITH, (query, x, some, y))
+    none = ReidImages(query.paths, np.zeros_like(query.pids), query.camids, query.viewids)
+    other = ReidImages(gallery.paths, np.ones_like(gallery.pids), gallery.camids, gallery.viewids)
+    page = write(tmp_path, WITH, (none, x, other, y))
+    assert "nothing to draw" in page and "<article>" not in page
+
+
+def test_wrong_arguments_are_refused(tmp_path, folder):
+    query, x, gallery, y = make_case(folder)
+    blind = ReidImages(query.paths, query.pids, np.full(len(query), -1), query.viewids)
+    for case, more, why in (
+        ((query, x[:-1], gallery, y), {}, "14 features"),
+        ((query, x, gallery, y * torch.nan), {}, "finite"),
+        ((blind, x, gallery, y), {}, "cameras are unknown"),
+        ((query, x, gallery, y), {"topk": 0}, "topk 0"),
+        ((query, x, gallery, y), {"rollout": print}, "img_size"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            write_reid_report(tmp_path / "p.html", "t", {}, WITH, {}, *case, NAMES, **more)
+    with pytest.raises(ValueError, match="pid 6"):
+        write_reid_report(tmp_path / "p.html", "t", {}, WITH, {}, query, x, gallery, y, NAMES[:6])
+    assert not (tmp_path / "p.html").exists()
+
+
+def tiny(**more):
+    torch.manual_seed(0)
+    model = VisionTransformer((48, 32), 16, 24, 3, 3, fused_attn=False, **more)
+    for block in model.blocks:  # attention far from uniform
+        torch.nn.init.normal_(block.attn.qkv.weight, std=0.6)
+    return model
+
+
+def slow_rollout(blocks, run, grid):
+    """Product of whole matrices, from the weights that timm itself multiplies the values with."""
+    weights = []
+    hooks = [b.attn.attn_drop.register_forward_hook(lambda m, i, out: weights.append(out)) for b in blocks]
+    with torch.no_grad():
+        run()
+    for hook in hooks:
+        hook.remove()
+    assert len(weights) == len(blocks)
+    product = torch.eye(weights[0].shape[-1])
+    for w in weights:
+        mixed = 0.5 * w.mean(dim=1) + 0.5 * torch.eye(w.shape[-1])
+        product = (mixed / mixed.sum(dim=-1, keepdim=True)) @ product
+    patches = product[:, 0, 1:]
+    return (patches / patches.amax(dim=1, keepdim=True)).view(-1, *grid)
+
+
+def test_rollout_is_the_product_of_the_layers():
+    model, imgs = tiny().eval(), torch.randint(0, 256, (3, 3, 48, 32), dtype=torch.uint8)
+    found = attention_rollout(model, imgs)
+    assert found.shape == (3, 3, 2) and found.min() >= 0 and (found.amax(dim=(1, 2)) == 1).all()
+    assert found.std() > 0.05  # not the trivial answer
+    expected = slow_rollout(model.blocks, lambda: model.encode(imgs), (3, 2))
+    assert torch.allclose(found, expected, atol=1e-6)
+    for block in model.blocks:
+        block.attn.fused_attn = True
+    assert torch.allclose(attention_rollout(model, imgs), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="block"):
+        attention_rollout(model, imgs, [])
+
+
+@pytest.mark.parametrize("jpm", [False, True])
+def test_rollout_of_the_global_branch_leaves_the_model_alone(jpm):
+    config = TransReIDConfig(cameras=3, views=2, jpm=jpm, shift=2, parts=2)
+    model = TransReID(tiny(drop_path=0.5), 5, config)
+    torch.nn.init.normal_(model.sie_embed)
+    imgs = torch.randint(0, 256, (4, 3, 48, 32), dtype=torch.uint8)
+    ids = torch.tensor([0, 1, 2, 0]), torch.tensor([1, 0, 1, 0])
+    model.train()
+    model.base.blocks[1].eval()
+    modes = [module.training for module in model.modules()]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    random = torch.get_rng_state()
+    found = reid_rollout(model)(imgs, *ids)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random) and not found.requires_grad
+    model.eval()
+    blocks = [*model.base.blocks, *([model.b1[0]] if jpm else [])]
+    assert len(blocks) == 3
+    assert torch.allclose(found, slow_rollout(blocks, lambda: model.encode(imgs, *ids), (3, 2)), atol=1e-6)
+    assert not torch.allclose(found, reid_rollout(model)(imgs, ids[0].flip(0), ids[1]), atol=1e-3)
+
+
+def test_the_page_shows_rollouts(tmp_path, folder, monkeypatch):
+    query, x, gallery, y = case = make_case(folder)
+    model = TransReID(tiny(), 5, TransReIDConfig(cameras=3))
+    asked = []
+
+    def rollout(imgs, camids, viewids):
+        asked.extend(camids.tolist())
+        assert imgs.shape[1:] == (3, 48, 32) and imgs.dtype == torch.uint8 and len(imgs) <= 4
+        return reid_rollout(model)(imgs, camids, viewids)
+
+    monkeypatch.setattr(report, "ROLLOUT_BATCH", 4)
+    page = write(tmp_path, WITH, case, rollout=rollout, img_size=(48, 32), shown=5)
+    assert page.count('alt="roll-out of the query"') == 15 and "Abnar" in page
+    assert 5 <= len(asked) <= 15 and set(asked) <= set(query.camids.tolist())
+
+
+def test_heat_goes_from_black_to_yellow():
+    from PIL import Image
+
+    picture = heat_picture(Image.new("RGB", (40, 20), "black"), torch.tensor([[0.2, 0.7]]))
+    pixels = np.asarray(picture).astype(int)
+    assert pixels.shape == (20, 40, 3) and pixels[:, 0].max() < 5 and pixels[:, -1].min() > 80
+    assert (np.diff(pixels.sum(axis=2)[10]) >= 0).all()

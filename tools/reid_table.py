@@ -1,0 +1,96 @@
+"""Any labelled table -> a table for re-identification: identities for training, others to search for.
+
+    python -m tools.reid_table --data_path labels.csv --label_column class_name --output reid.csv
+    python main_finetune.py --task reid --data_path reid.csv ...
+
+The identities are parted, so that no vehicle is trained on and searched for. Columns camid and viewid are
+kept where the table has them.
+"""
+
+import argparse
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from datasets.demo_folder import write_table
+from datasets.manifest import iterate_manifest
+from util.errors import InputError
+from util.tool import run_tool, tool_parser
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = tool_parser("tools.reid_table", __doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("--data_path", required=True, help="table .csv .tsv .jsonl with the columns path and the label")
+    add("--label_column", default="pid", help="column that tells identities apart (default pid)")
+    add("--test_share", default=0.5, type=float, help="share of the identities to search for (default 0.5)")
+    add("--queries", default=1, type=int, help="images of each of them that become queries (default 1)")
+    add("--test_split", default=None,
+        help="test only on rows with this `split`, train only on the others (default: all rows)")
+    add("--seed", default=0, type=int, help="seed of every choice (default 0)")
+    add("--output", required=True, help="table to write; its paths are absolute")
+    # fmt: on
+    return parser
+
+
+def main(args) -> dict:
+    """Returns counts: identities and images of each part, and what was left out."""
+    if not 0 < args.test_share < 1 or args.queries < 1:
+        raise InputError(
+            f"--test_share {args.test_share}, --queries {args.queries}: give a share in (0, 1), 1 or more"
+        )
+    file = Path(args.data_path)
+    members: dict[str, list[dict]] = defaultdict(list)
+    unnamed = 0
+    for number, row in enumerate(iterate_manifest(file), 1):
+        if args.label_column not in row:
+            raise InputError(
+                f"{file}, row {number} has no column {args.label_column}: it has {', '.join(row)}"
+            )
+        label = str(row[args.label_column] or "").strip()
+        unnamed += not label
+        if label:
+            members[label].append(row)
+    rng = np.random.default_rng(args.seed)
+    names = sorted(members)
+    count = round(args.test_share * len(names))
+    if not 2 <= count <= len(names) - 2:
+        raise InputError(f"{file} has {len(names)} identities in {args.label_column}: too few to part them")
+    tested = {names[i] for i in rng.permutation(len(names))[:count]}
+    rows, left_out, too_few = [], 0, 0
+    for name in names:
+        chosen = members[name]
+        if args.test_split is not None:
+            chosen = [r for r in chosen if (r.get("split") == args.test_split) == (name in tested)]
+        left_out += len(members[name]) - len(chosen)
+        if name not in tested:
+            rows += [part_row(file, row, name, "train") for row in chosen]
+        elif len(chosen) <= args.queries:
+            too_few += 1
+            left_out += len(chosen)
+        else:
+            order = rng.permutation(len(chosen))
+            rows += [part_row(file, chosen[i], name, "query" if k < args.queries else "gallery")
+                     for k, i in enumerate(order)]  # fmt: skip
+    extra = [column for column in ("camid", "viewid") if any(column in row for row in rows)]
+    write_table(Path(args.output), ("path", "pid", "split", *extra), rows)
+    splits = [row["split"] for row in rows]
+    counts = {split: splits.count(split) for split in ("train", "query", "gallery")}
+    return counts | {
+        "train_identities": len(names) - len(tested),
+        "test_identities": len(tested) - too_few,
+        "identities_with_too_few_images": too_few,
+        "images_left_out": left_out,
+        "rows_without_label": unnamed,
+    }
+
+
+def part_row(file: Path, row: dict, name: str, split: str) -> dict:
+    kept = {column: row[column] for column in ("camid", "viewid") if column in row}
+    return {"path": str((file.parent / row["path"]).absolute()), "pid": name, "split": split, **kept}
+
+
+if __name__ == "__main__":
+    run_tool(get_args_parser(), main, lambda args: Path(args.output).with_suffix(".metrics.json"))
