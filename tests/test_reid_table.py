@@ -1,0 +1,64 @@
+"""A labelled table becomes a table for re-identification."""
+
+import numpy as np
+import pytest
+
+from datasets.reid import read_reid
+from tools import reid_table
+from util.errors import InputError
+
+
+@pytest.fixture
+def labels(tmp_path):
+    rows = []
+    for i in range(80):
+        (tmp_path / f"{i}.jpg").touch()
+        rows.append(f"{i}.jpg,{'' if i == 79 else f'car {i % 8}'},{'val' if i % 3 == 0 else 'train'},{i // 8 % 3}")
+    (tmp_path / "labels.csv").write_text("\n".join(["path,model,split,camid", *rows]) + "\n")
+    return tmp_path / "labels.csv"
+
+
+def run(labels, *more):
+    words = ["--data_path", str(labels), "--label_column", "model"]
+    words += ["--output", str(labels.with_name("reid.csv"))]
+    return reid_table.main(parse_tool([*words, *more]))
+
+
+def parse_tool(words):
+    return reid_table.get_args_parser().parse_args(words)
+
+
+def test_identities_are_parted_and_read_back(labels):
+    counts = run(labels, "--queries", "2")
+    assert counts["train"] in (39, 40) and counts["query"] == 8 and counts["rows_without_label"] == 1
+    assert counts["train"] + counts["query"] + counts["gallery"] == 79 and counts["images_left_out"] == 0
+    assert counts["train_identities"] == counts["test_identities"] == 4
+    data = read_reid(labels.with_name("reid.csv"))
+    query, gallery = data.tests["test"]
+    assert data.classes == 4 and query.has_cameras() and min(query.pids) >= 4
+    assert sorted(np.unique(query.pids, return_counts=True)[1]) == [2, 2, 2, 2]
+    names = [{str(part.paths[i]) for i in range(len(part))} for part in (query, gallery)]
+    assert not names[0] & names[1]
+    again = labels.with_name("reid.csv").read_text()
+    run(labels, "--queries", "2")
+    assert labels.with_name("reid.csv").read_text() == again
+
+
+def test_only_one_split_is_tested_on(labels):
+    counts = run(labels, "--test_split", "val")
+    data = read_reid(labels.with_name("reid.csv"))
+    numbers = {part: [int(images.paths[i].stem) for i in range(len(images))]
+               for part, images in zip(("query", "gallery"), data.tests["test"])}  # fmt: skip
+    assert all(number % 3 == 0 for part in numbers.values() for number in part)
+    assert all(int(data.train.paths[i].stem) % 3 for i in range(len(data.train)))
+    assert counts["images_left_out"] > 0
+
+
+def test_refusals(labels, tmp_path):
+    for more, message in (
+        (["--label_column", "colour"], "row 1 has no column colour: it has path, model, split, camid"),
+        (["--test_share", "1.5"], "give a share in"),
+        (["--test_share", "0.1"], "too few to part"),
+    ):
+        with pytest.raises(InputError, match=message):
+            run(labels, *more)
