@@ -28,7 +28,7 @@ from util.memory import peak_gigabytes
 from util.meter import Meter, means
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.resolve import parse_input_size
-from util.resume import RunFiles
+from util.resume import LAST, RunFiles
 from util.settings import default_workers, environment
 from util.stop import StopGuard, init_worker
 
@@ -97,7 +97,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="write report.html: ranked lists, curves, attention (default off)")
 
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default="./output_dir", help="folder of the run (default ./output_dir)")
+    add("--output_dir", default=None,
+        help="folder of the run (default runs/TASK; with --eval the folder `eval` beside the model)")
     add("--log_dir", default=None, help="folder for TensorBoard (default: the output folder)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
@@ -162,6 +163,9 @@ def check_args(args) -> None:
         raise InputError("--eval --resume auto: name the file, for example --resume runs/veri/model.pth")
     if args.finetune and args.model is None and args.quick_gelu and args.eval:
         raise InputError("--quick_gelu has no use with --eval: fine-tune with it first")
+    if args.output_dir is None:
+        model = Path(args.resume or args.finetune)
+        args.output_dir = str(model.parent / "eval") if args.eval else f"runs/{args.task}"
     if args.num_workers is None:
         args.num_workers = default_workers()
     args.accum_iter = 1
@@ -184,6 +188,11 @@ def evaluate(args, device: torch.device) -> dict:
 def train(args, device: torch.device) -> dict:
     started = time.time()
     args.device = device.type
+    if not args.resume and (Path(args.output_dir) / LAST).exists():
+        raise InputError(
+            f"{args.output_dir} holds a run: --resume auto goes on with it, another --output_dir starts "
+            "a new one"
+        )
     run, files, lines = build_run(args, device)
     print_main(*lines)
     output_dir, writer = run.output_dir, None
