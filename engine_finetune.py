@@ -10,13 +10,14 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine_updates import StepWatch, apply_update
+from engine_updates import CommittedBuffers, StepWatch, apply_update
 from finetune.task import Task
 from util.errors import InputError
 from util.lr_sched import set_lr
 from util.meter import Meter
 from util.stop import NoGuard, StopGuard
 
+STEADIER = "lower --lr or set --clip_grad 1 (name them after --allow_change), or use --amp none"
 STAYS_ON_HOST = ("problem", "erase")  # read there: no need to wait for the device
 
 
@@ -41,6 +42,9 @@ class FinetuneRun:
     bad_steps_in_row: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "data": 0.0})
 
+    def __post_init__(self):
+        self.buffers = CommittedBuffers(self.bare)
+
 
 def train_one_epoch(run: FinetuneRun, args) -> None:
     """Train the rest of `run.epoch`, one update a batch.
@@ -55,7 +59,7 @@ def train_one_epoch(run: FinetuneRun, args) -> None:
     batches = run.loader.batch_sampler
     batches.set_epoch(run.epoch, run.batches_done)
     num_batches = batches.batches_per_epoch
-    watch = StepWatch(run, args, num_batches, run.task.shown)
+    watch = StepWatch(run, args, num_batches, run.task.shown, "", STEADIER)
     run.model.train()
     clock = time.perf_counter()
     for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):

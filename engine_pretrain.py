@@ -19,6 +19,9 @@ from util.meter import Meter
 from util.step_profile import StepProfile, part
 from util.stop import NoGuard, StopGuard
 
+FASTER_DATA = ", train from a packed set (python -m tools.pack), or on CUDA try --decode gpu"
+STEADIER = "lower --blr, set --clip_grad 1 or use --amp none"
+
 
 @dataclass
 class PretrainRun:
@@ -40,6 +43,7 @@ class PretrainRun:
     meter: Meter = field(default_factory=Meter)
     bad_steps_in_row: int = 0
     profile: StepProfile | None = None
+    buffers: None = None  # none change in training
     seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "data": 0.0})
 
 
@@ -57,7 +61,7 @@ def train_one_epoch(run: PretrainRun, args) -> None:
     batches = run.loader.batch_sampler
     num_batches = batches.batches_per_epoch
     batches.set_epoch(run.epoch, run.batches_done)
-    watch = StepWatch(run, args, num_batches, shown_terms)
+    watch = StepWatch(run, args, num_batches, shown_terms, FASTER_DATA, STEADIER)
     model = run.model
     model.train()
     update_terms, problems = [], []

@@ -30,7 +30,7 @@ def apply_update(run, args, update_terms, problems, watch, lr: float, batches_do
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     terms["grad_norm"] = grad_norm.float()
-    terms["bad_images"] = torch.tensor(float(len(problems)), device=run.device)
+    terms["bad_images"] = torch.full((), float(len(problems)), device=run.device)  # without a copy
     flat = all_reduce_mean(torch.cat([v.reshape(-1) for v in terms.values()]))
     terms = dict(zip(terms, flat.split([v.numel() for v in terms.values()])))
     loss_ok = torch.isfinite(terms["loss"]).all()
@@ -48,8 +48,31 @@ def apply_update(run, args, update_terms, problems, watch, lr: float, batches_do
             run.scaler.update()
         run.meter.update(terms, ok)
         run.batches_done = batches_done
+        if run.buffers:
+            run.buffers.commit(ok)
     # with fp16 an infinite gradient alone is the scaler finding its scale
     watch.add(batches_done, lr, terms, loss_ok if run.scaler else ok, problems)
+
+
+class CommittedBuffers:
+    """Buffers that change in the forward pass (BatchNorm's statistics, centres) as of the last update: what a
+    checkpoint must hold beside weights of that update, and where a skipped update returns to."""
+
+    def __init__(self, model: nn.Module):
+        names = model.state_dict().keys() - {name for name, _ in model.named_parameters()}
+        self.live = {name: buffer for name, buffer in model.named_buffers() if name in names}
+        self.take()
+
+    def take(self) -> None:
+        """What the buffers are now is the last update's: after loading."""
+        self.saved = {name: buffer.detach().clone() for name, buffer in self.live.items()}
+
+    @torch.no_grad()
+    def commit(self, ok: torch.Tensor) -> None:
+        """`ok` is a bool scalar on the device: keep what the forward pass has made of them, or go back."""
+        for name, buffer in self.live.items():
+            self.saved[name] = torch.where(ok, buffer, self.saved[name])
+            buffer.copy_(self.saved[name])
 
 
 class StepWatch:
@@ -59,10 +82,20 @@ class StepWatch:
         run: a PretrainRun or FinetuneRun. args: reads accum_iter, print_freq, max_bad_steps, max_bad_ratio.
         num_batches: of this epoch.
         shown: means of an update's terms -> what a log line says of them beside the loss.
+        faster_data, steadier: what to do about waiting for images, and about non-finite updates.
     """
 
-    def __init__(self, run, args, num_batches: int, shown: Callable[[dict[str, float]], list[str]]):
+    def __init__(
+        self,
+        run,
+        args,
+        num_batches: int,
+        shown: Callable[[dict[str, float]], list[str]],
+        faster_data: str,
+        steadier: str,
+    ):
         self.run, self.args, self.shown = run, args, shown
+        self.faster_data, self.steadier = faster_data, steadier
         self.batches = run.loader.batch_sampler
         self.bar = Progress(f"epoch {run.epoch}", num_batches, run.batches_done, is_main_process())
         self.pending: list[tuple] = []  # (batches done, lr, terms, ok) not looked at yet
@@ -143,8 +176,7 @@ class StepWatch:
             self.advised = True
             self.bar.print(
                 f"  {share:.0%} of the time is spent waiting for images: raise --num_workers (now "
-                f"{self.run.loader.num_workers} a rank), train from a packed set (python -m tools.pack), or "
-                "on CUDA try --decode gpu"
+                f"{self.run.loader.num_workers} a rank){self.faster_data}"
             )
         return f"{self.images / total:.3g} img/s  data wait {share:.0%}"
 
@@ -180,7 +212,7 @@ class StepWatch:
                 f"{self.run.bad_steps_in_row} updates in a row had a non-finite loss or gradient and "
                 f"were skipped (epoch {self.run.epoch}); the weights are those of the last good "
                 f"update, files and loss terms are in {self.run.output_dir / 'bad_steps.jsonl'}: "
-                "lower --blr, set --clip_grad 1 or use --amp none, then --resume auto"
+                f"{self.steadier}, then --resume auto"
             )
 
     def _report_bad_step(self, batches_done: int, lr: float, terms: dict) -> None:

@@ -34,9 +34,9 @@ from util.stop import StopGuard, init_worker
 
 TASKS = {"reid": reid}
 FIXED_ON_RESUME = (
-    "task input_size stride drop_path finetune pixel_stats images_sha num_classes global_batch epochs "
-    "warmup_epochs lr min_lr_ratio warmup_lr_ratio weight_decay opt layer_decay bias_lr_factor smoothing "
-    "clip_grad num_instances jpm jpm_shift sie_camera sie_view sie_weight id_weight triplet_weight "
+    "task input_size stride drop_path finetune pixel_stats quick_gelu images_sha num_classes global_batch "
+    "epochs warmup_epochs lr min_lr_ratio warmup_lr_ratio weight_decay opt layer_decay bias_lr_factor "
+    "smoothing clip_grad num_instances jpm jpm_shift sie_camera sie_view sie_weight id_weight triplet_weight "
     "center_weight erase seed"
 ).split()
 
@@ -57,7 +57,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--drop_path", default=0.1, type=float,
         help="chance to skip the last block, growing linearly from 0 (default 0.1)")
     add("--pixel_stats", default="checkpoint", choices=("checkpoint", *PIXEL_STATS),
-        help="mean and std of pixels: as pre-trained, ImageNet's, 0.5 as in TransReID (default checkpoint)")
+        help="mean and std of pixels: the file's, ImageNet's, 0.5 as in TransReID, CLIP's (default "
+        "checkpoint; where it says nothing CLIP's for CLIP, ImageNet's for others)")
     add("--pos_resize", default="bicubic", choices=("bicubic", "bilinear"),
         help="how the position table is resized (default bicubic)")
     add("--quick_gelu", action="store_true", help="OpenAI's CLIP was trained with it (default off)")
@@ -68,7 +69,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--warmup_epochs", default=5.0, type=float, help="epochs of linear warm-up (default 5)")
     add("--opt", default="sgd", choices=("sgd", "adamw"), help="optimiser (default sgd, momentum 0.9)")
     add("--lr", default=None, type=float,
-        help="learning rate (default: the recipe's, times batch / 64; reid 0.008, with --jpm 0.01)")
+        help="learning rate (default: the recipe's times batch / 64: reid 0.008, with --jpm 0.01, adamw "
+        "5e-4)")
     add("--min_lr_ratio", default=0.002, type=float, help="last learning rate / --lr (default 0.002)")
     add("--warmup_lr_ratio", default=0.01, type=float, help="first learning rate / --lr (default 0.01)")
     add("--bias_lr_factor", default=2.0, type=float, help="learning rate of biases / --lr (default 2)")
@@ -98,7 +100,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=None,
-        help="folder of the run (default runs/TASK; with --eval the folder `eval` beside the model)")
+        help="folder of the run (default runs/TASK; with --eval eval_SET beside the model)")
     add("--log_dir", default=None, help="folder for TensorBoard (default: the output folder)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
@@ -161,13 +163,16 @@ def check_args(args) -> None:
         raise InputError("--eval scores one model: give --resume MODEL, or --finetune ENCODER as it is")
     if args.eval and args.resume == "auto":
         raise InputError("--eval --resume auto: name the file, for example --resume runs/veri/model.pth")
-    if args.finetune and args.model is None and args.quick_gelu and args.eval:
-        raise InputError("--quick_gelu has no use with --eval: fine-tune with it first")
     if args.output_dir is None:
         model = Path(args.resume or args.finetune)
-        args.output_dir = str(model.parent / "eval") if args.eval else f"runs/{args.task}"
+        data = Path(args.data_path).stem
+        args.output_dir = str(model.parent / f"eval_{data}") if args.eval else f"runs/{args.task}"
     if args.num_workers is None:
         args.num_workers = default_workers()
+    if args.num_workers < 0:
+        raise InputError(f"--num_workers {args.num_workers}: must not be negative")
+    defaults = vars(get_args_parser().parse_args(["--task", args.task, "--data_path", ""]))
+    args.given = [name for name, value in vars(args).items() if value != defaults.get(name, value)]
     args.accum_iter = 1
     TASKS[args.task].check(args)
 
@@ -202,18 +207,17 @@ def train(args, device: torch.device) -> dict:
         files.cut_log(run.epoch)
         writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch)
     run.guard = StopGuard(lambda: files.save(run), is_main_process())
-    scored: dict = {}
     with run.guard:
         while run.epoch < args.epochs:
             train_one_epoch(run, args)
             finish_epoch(run, args, files, writer)
             if args.eval_every and run.epoch % args.eval_every == 0 and run.epoch < args.epochs:
-                log_evaluation(run, run.task.evaluate())
+                log_evaluation(run, run.task.evaluate(False))
     if is_main_process():
         files.export_model(run.bare)
         print(f"{output_dir / 'model.pth'} holds the model; scoring it", flush=True)
         writer.close()
-    scored = run.task.evaluate()
+    scored = run.task.evaluate(True)
     log_evaluation(run, scored)
     print_main(f"done in {datetime.timedelta(seconds=int(time.time() - started))}")
     return finish(args, scored)
@@ -322,8 +326,13 @@ def finish_epoch(run: FinetuneRun, args, files: RunFiles, writer) -> None:
 
 
 def log_evaluation(run: FinetuneRun, scored: dict) -> None:
-    if scored:
-        append_log(run, {f"test_{name}": value for name, value in scored.items()} | {"epoch": run.epoch - 1})
+    """A line of log.txt; not a second one where a finished run is scored again."""
+    if not scored:
+        return
+    record = {f"test_{name}": value for name, value in scored.items()} | {"epoch": run.epoch - 1}
+    log = run.output_dir / "log.txt"
+    if not log.is_file() or json.dumps(record) not in log.read_text().splitlines():
+        append_log(run, record)
 
 
 def append_log(run: FinetuneRun, record: dict) -> None:

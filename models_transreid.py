@@ -117,6 +117,23 @@ class TransReID(nn.Module):
             rows = ids if rows is None else rows * count + ids
         return rows
 
+    @torch.no_grad()
+    def forget_unseen(self, camids: torch.Tensor, viewids: torch.Tensor) -> torch.Tensor:
+        """Set rows of the table of side information that training does not show to zero: they would stay
+        random, and count `sie_weight` times.
+
+        Args:
+            camids, viewids: [n] int64 of all training images, on the CPU.
+        Returns:
+            [*] int64, those rows.
+        """
+        if self.sie_embed is None:
+            return torch.zeros(0, dtype=torch.int64)
+        rows = torch.arange(len(self.sie_embed))
+        unseen = rows[~torch.isin(rows, self.side_rows(camids, viewids))]
+        self.sie_embed[unseen.to(self.sie_embed.device)] = 0.0
+        return unseen
+
     @property
     def feature_dim(self) -> int:
         """Width of what `encode` returns."""

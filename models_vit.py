@@ -27,6 +27,7 @@ ENCODER_SIZES = {
 }
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
@@ -239,7 +240,8 @@ def load_encoder(
     """A ready encoder from any file that `util.pretrained` recognises.
 
     Sizes come from the tensors, pixel statistics and (H, W) from the file's config where it has one
-    (else ImageNet's and a square grid). Another `img_size` or `stride` resizes the position table.
+    (else CLIP's for CLIP, ImageNet's for all others, and a square grid). Another `img_size` or
+    `stride` resizes the position table.
 
     Args:
         stride, drop_path, quick_gelu: see `VisionTransformer`.
@@ -253,9 +255,13 @@ def load_encoder(
     pos_embed, patch = found.state["pos_embed"], found.state["patch_embed.proj.weight"]
     width, patch_size = patch.shape[0], patch.shape[2]
     heads = {w: h for w, _, h, _ in ENCODER_SIZES.values()}.get(width)
+    heads = found.config.get("num_heads", heads)
+    if found.origin == "MoCo v3" and width == 384:
+        heads = 12  # its ViT-S has twice the heads of the others'
     if heads is None:
         known = ", ".join(str(w) for w, *_ in ENCODER_SIZES.values())
         raise InputError(f"{file} has width {width}: the known encoders are {known} wide")
+    stats = CLIP_STATS if found.origin == "CLIP" else (IMAGENET_MEAN, IMAGENET_STD)
     own_size, own_grid = _source_grid(found.config, pos_embed.shape[1] - 1, patch_size, file)
     model = VisionTransformer(
         tuple(img_size or own_size),
@@ -263,13 +269,13 @@ def load_encoder(
         width,
         1 + max(int(k.split(".")[1]) for k in found.state if k.startswith("blocks.")),
         heads,
-        mean=tuple(found.config.get("mean", IMAGENET_MEAN)),
-        std=tuple(found.config.get("std", IMAGENET_STD)),
+        mean=tuple(found.config.get("mean", stats[0])),
+        std=tuple(found.config.get("std", stats[1])),
         fused_attn=fused_attn,
         drop_path=drop_path,
         stride=stride,
         pre_norm="norm_pre.weight" in found.state,
-        quick_gelu=quick_gelu,
+        quick_gelu=quick_gelu or found.config.get("quick_gelu", False),
     )
     resized = [] if own_grid == model.grid_size else ["pos_embed"]
     found.state["pos_embed"] = resize_pos_embed(pos_embed, own_grid, model.grid_size, pos_resize)

@@ -4,10 +4,11 @@ Layouts: VeRi-776, VehicleID V1.0, VERI-Wild (old and new lists), and a table wi
 split (train, query, gallery) and, where known, camid and viewid.
 """
 
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -69,14 +70,24 @@ class ReidData:
     pid_names: list[str]
     classes: int
     notes: list[str] = field(default_factory=list)
+    camera_names: list[str] | None = None  # where camids are numbers of these, and not the published ones
+    view_names: list[str] | None = None
+
+    def sha256(self) -> str:
+        """Identity of what is trained on: paths, order and labels."""
+        digest = hashlib.sha256(self.train.paths.sha256().encode())
+        for ids in (self.train.pids, self.train.camids, self.train.viewids):
+            digest.update(np.ascontiguousarray(ids).tobytes())
+        return digest.hexdigest()
 
 
-def read_reid(path: str | Path, format: str = "auto") -> ReidData:
+def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -> ReidData:
     """Read a set and check it.
 
     Args:
         path: folder of a published set, or a table (.csv .tsv .jsonl).
         format: veri776, vehicleid, veriwild, table, or auto: by the files that are there.
+        need_train: False: the part to train on may be missing.
     Raises:
         InputError: nothing there, no such layout, a list that is missing or damaged, images that are listed
         but not there, a test in which no query can be answered.
@@ -85,10 +96,12 @@ def read_reid(path: str | Path, format: str = "auto") -> ReidData:
     if not path.exists():
         raise InputError(f"--data_path {path} does not exist: give the folder of a set, or a table")
     format = _detect(path) if format == "auto" else format
-    data = READERS[format](path)
+    data = READERS[format](path, need_train)
+    if need_train and not len(data.train):
+        raise InputError(f"{path}: no training image is listed")
     _check_files(data)
     notes = [*data.notes, *_compare_counts(data), *_check_tests(data)]
-    return ReidData(data.name, data.train, data.tests, data.pid_names, data.classes, notes)
+    return replace(data, notes=notes)
 
 
 def _detect(path: Path) -> str:
@@ -118,8 +131,6 @@ def build(
     name: str, root: Path, train: list[Row], tests: dict[str, tuple[list[Row], list[Row] | None]], notes
 ) -> ReidData:
     """Number the identities: those of train first, in sorted order, then the others."""
-    if not train:
-        raise InputError(f"{root}: no training image is listed")
     known = sorted({row[1] for row in train}, key=_by_number)
     others = {row[1] for pair in tests.values() for rows in pair if rows for row in rows} - set(known)
     names = known + sorted(others, key=_by_number)
@@ -158,7 +169,7 @@ def _lines(file: Path) -> list[str]:
 # VeRi-776
 
 
-def read_veri(root: Path) -> ReidData:
+def read_veri(root: Path, need_train: bool) -> ReidData:
     """image_{train,query,test}/ with names VVVV_cCCC_TTTTTTTT_K.jpg, name_*.txt where they exist, and the
     views of keypoint_{train,test}.txt if someone has put them there."""
     views: dict[str, int] = {}
@@ -180,6 +191,8 @@ def read_veri(root: Path) -> ReidData:
             listed: Iterable[str] = _lines(names)
         elif folder.is_dir():
             listed = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".jpg")
+        elif part == "train" and not need_train:
+            listed = []
         else:
             raise InputError(f"{root} has neither name_{part}.txt nor image_{part}/: unpack VeRi-776 again")
         parts[part] = []
@@ -202,7 +215,7 @@ def read_veri(root: Path) -> ReidData:
 # VehicleID
 
 
-def read_vehicleid(root: Path) -> ReidData:
+def read_vehicleid(root: Path, need_train: bool) -> ReidData:
     """image/NNNNNNN.jpg; train_test_split/{train_list,test_list_N}.txt with lines `name id`; no cameras."""
     folder = root / "train_test_split"
 
@@ -220,13 +233,14 @@ def read_vehicleid(root: Path) -> ReidData:
     if not sizes:
         raise InputError(f"{folder} has no test_list_800.txt or the like: unpack VehicleID again")
     tests = {str(size): (rows(folder / f"test_list_{size}.txt"), None) for size in sizes}
-    return build("vehicleid", root, rows(folder / "train_list.txt"), tests, [])
+    has_train = need_train or (folder / "train_list.txt").is_file()
+    return build("vehicleid", root, rows(folder / "train_list.txt") if has_train else [], tests, [])
 
 
 # VERI-Wild
 
 
-def read_veriwild(root: Path) -> ReidData:
+def read_veriwild(root: Path, need_train: bool) -> ReidData:
     """images/VVVVV/NNNNNN.jpg and train_test_split/ in the old style (`00001/000001`, cameras in
     vehicle_info.txt) or the new one (`00001/000001.jpg label camera`); the first line of vehicle_info.txt may
     be a header or not."""
@@ -278,7 +292,9 @@ def read_veriwild(root: Path) -> ReidData:
         tests[size] = (query, gallery)
     if not tests:
         raise InputError(f"{folder} has no test_3000, test_5000 or test_10000 list: unpack VERI-Wild again")
-    return build("veriwild", root, rows("train_list_start0.txt", "train_list.txt"), tests, notes)
+    lists = ("train_list_start0.txt", "train_list.txt")
+    has_train = need_train or any((folder / name).is_file() for name in lists)
+    return build("veriwild", root, rows(*lists) if has_train else [], tests, notes)
 
 
 def _wild_cameras(file: Path) -> dict[str, int]:
@@ -296,30 +312,37 @@ def _wild_cameras(file: Path) -> dict[str, int]:
 # anyone's own
 
 
-def read_table(file: Path) -> ReidData:
+def cell(row: dict, column: str) -> str:
+    """A value of a table as text; '' where there is none (0 is a value)."""
+    value = row.get(column)
+    return "" if value is None else str(value).strip()
+
+
+def read_table(file: Path, need_train: bool = True) -> ReidData:
     """Columns path, pid, split (train, query, gallery), and camid and viewid where they are known."""
-    parts: dict[str, list[Row]] = {"train": [], "query": [], "gallery": []}
-    cameras: dict[str, int] = {}
-    views: dict[str, int] = {}
+    listed: dict[str, list[tuple[str, str, str, str]]] = {"train": [], "query": [], "gallery": []}
     blank: Counter[str] = Counter()
-
-    def code(row: dict, column: str, numbers: dict[str, int]) -> int:
-        text = str(row.get(column) if row.get(column) is not None else "").strip()
-        if not text or text == "-1":
-            blank[column] += 1
-            return UNKNOWN
-        return numbers.setdefault(text, len(numbers))
-
     count = 0
     for count, row in enumerate(iterate_manifest(file), 1):
-        for column in ("pid", "split"):
-            if not str(row.get(column) or "").strip():
+        for column in ("path", "pid", "split"):
+            if not cell(row, column):
                 raise InputError(f"{file}, row {count} has no '{column}': the columns are path, pid, split")
-        split = row["split"].strip().lower()
-        if split not in parts:
-            raise InputError(f"{file}, row {count}: split '{row['split']}' is none of {', '.join(parts)}")
-        camera, view = code(row, "camid", cameras), code(row, "viewid", views)
-        parts[split].append((row["path"], str(row["pid"]).strip(), camera, view))
+        split = cell(row, "split").lower()
+        if split not in listed:
+            raise InputError(f"{file}, row {count}: split '{row['split']}' is none of {', '.join(listed)}")
+        ids = ["" if cell(row, column) == "-1" else cell(row, column) for column in ("camid", "viewid")]
+        blank.update(column for column, text in zip(("camid", "viewid"), ids) if not text)
+        listed[split].append((cell(row, "path"), cell(row, "pid"), *ids))
+    rows = [row for part in listed.values() for row in part]
+    # numbered in sorted order: the order of the rows must not matter to a model that has learned the numbers
+    cameras, views = (
+        {name: i for i, name in enumerate(sorted({row[k] for row in rows if row[k]}, key=_by_number))}
+        for k in (2, 3)
+    )
+    parts = {
+        split: [(p, pid, cameras.get(c, UNKNOWN), views.get(v, UNKNOWN)) for p, pid, c, v in part]
+        for split, part in listed.items()
+    }
     notes = []
     if cameras and blank["camid"]:
         raise InputError(
@@ -331,7 +354,9 @@ def read_table(file: Path) -> ReidData:
     for split in ("query", "gallery"):
         if not parts[split]:
             raise InputError(f"{file} has no row with split '{split}': a test needs query and gallery")
-    return build("table", file.parent, parts["train"], {"test": (parts["query"], parts["gallery"])}, notes)
+    tests = {"test": (parts["query"], parts["gallery"])}
+    data = build("table", file.parent, parts["train"], tests, notes)
+    return replace(data, camera_names=list(cameras) or None, view_names=list(views) or None)
 
 
 READERS = {"veri776": read_veri, "vehicleid": read_vehicleid, "veriwild": read_veriwild, "table": read_table}
@@ -352,7 +377,7 @@ def _all_images(data: ReidData) -> dict[str, ReidImages]:
 
 
 def _check_files(data: ReidData) -> None:
-    for images in _all_images(data).values():
+    for images in (part for part in _all_images(data).values() if len(part)):
         check_first_exist(images.paths, Path(images.paths.root))
 
 

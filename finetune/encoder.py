@@ -1,9 +1,22 @@
 """The encoder that a downstream task starts from: a file of weights, or random."""
 
-from models_vit import ENCODER_SIZES, IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, load_encoder
+from models_vit import (
+    CLIP_STATS,
+    ENCODER_SIZES,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    VisionTransformer,
+    load_encoder,
+)
 from util.errors import InputError
 
-PIXEL_STATS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": ((0.5,) * 3, (0.5,) * 3)}
+# what shapes an encoder: a trained model has its own
+ENCODER_FLAGS = ("model", "input_size", "stride", "drop_path", "pixel_stats", "pos_resize", "quick_gelu")
+PIXEL_STATS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "half": ((0.5,) * 3, (0.5,) * 3),
+    "clip": CLIP_STATS,
+}
 
 
 def encoder_models() -> dict[str, tuple[int, int, int, int]]:

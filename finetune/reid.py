@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -9,19 +10,21 @@ from torch import nn
 
 from datasets.augment import PadCropErase, erase_boxes
 from datasets.pk_batches import count_used
-from datasets.reid import ReidData, read_reid
+from datasets.reid import ReidData, ReidImages, read_reid
 from datasets.reid_train import PKBatches, ReidTrainImages
-from finetune.encoder import build_encoder
+from finetune.encoder import ENCODER_FLAGS, build_encoder
 from finetune.reid_eval import evaluate_reid, flat_metrics, result_lines, write_unreadable
-from finetune.reid_model import load_reid, reid_config
+from finetune.reid_model import KIND, in_the_models_numbers, load_reid, reid_config
 from finetune.reid_report import write_reid_report
 from finetune.task import Task
 from models_transreid import TransReID, TransReIDConfig
-from util.dist import gather_rows, get_rank, get_world_size, is_main_process, print_main
+from util.checkpoint import read_checkpoint
+from util.dist import gather_rows, get_rank, get_world_size, is_main_process, print_main, wait_for_main
 from util.errors import InputError
 from util.losses import center_loss, hard_triplet_loss, identity_loss, move_centers, over_branches
 from util.lr_sched import transreid_lr
 from util.optim import build_finetune_optimizer
+from util.pretrained import read_config
 from util.protocols import draw_gallery, protocols_of
 from util.rollout import reid_rollout
 
@@ -46,6 +49,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--center_weight", default=0.0, type=float,
         help="weight of the centre loss of the global feature; Luo et al. take 5e-4 (default 0: off)")
     add("--erase", default=0.5, type=float, help="chance that a rectangle is erased (default 0.5)")
+    add("--tests", nargs="+", default=None, metavar="NAME",
+        help="which tests of the set, for example 800 1600 2400 (default: all)")
     add("--keep_same_camera", action="store_true",
         help="score the variant that keeps same-camera matches; under another name (default off)")
     add("--protocol_seed", default=0, type=int, help="seed of VehicleID's ten draws (default 0)")
@@ -75,19 +80,22 @@ def check(args) -> None:
 
 def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
     """Data, model, optimiser and losses of a training run."""
-    data = read_reid(args.data_path, args.format)
+    data = chosen_tests(read_reid(args.data_path, args.format), args)
     rank, world = get_rank(), get_world_size()
     batches = PKBatches(data.train.pids, args.batch_size, args.num_instances, rank, world, args.seed)
     if args.lr is None:
-        args.lr = (0.01 if args.jpm else 0.008) * args.batch_size * world / 64
+        recipe = 5e-4 if args.opt == "adamw" else 0.01 if args.jpm else 0.008
+        args.lr = recipe * args.batch_size * world / 64
     torch.manual_seed(args.seed)
     encoder, report = build_encoder(args, fused_attn)
     config = side_information(args, data)
     config = TransReIDConfig(**config, jpm=args.jpm, shift=args.jpm_shift, sie_weight=args.sie_weight)
     depth = len(encoder.blocks)
     model = TransReID(encoder, data.classes, config).to(device)
-    for images in (data.train, *(part for test in data.tests.values() for part in test if part)):
-        model.side_rows(torch.from_numpy(images.camids), torch.from_numpy(images.viewids))
+    unseen = model.forget_unseen(*side_of(data.train))
+    tested = [part for test in data.tests.values() for part in test if part]
+    rows = [model.side_rows(*side_of(part)) for part in tested]  # refuses ids that no table has a row for
+    untrained = sum(int(torch.isin(row, unseen).sum()) for row in rows if row is not None)
     optimizer = build_finetune_optimizer(
         model, depth, args.opt, args.lr, args.weight_decay,
         layer_decay=args.layer_decay, bias_lr_factor=args.bias_lr_factor,
@@ -95,6 +103,11 @@ def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
     if args.center_weight:
         model.register_buffer("centers", torch.zeros(data.classes, encoder.embed_dim, device=device))
     used = count_used(data.train.pids, batches.rows)
+    if untrained:
+        data.notes.append(
+            f"{untrained} test images come from cameras or views that training does not show: their side "
+            "information is zero"
+        )
     header = [
         f"data: {args.data_path} as {data.name}",
         *(f"  {note}" for note in data.notes),
@@ -107,7 +120,7 @@ def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
     ]
     facts = {
         "images": len(data.train),
-        "images_sha": data.train.paths.sha256(),
+        "images_sha": data.sha256(),
         "num_classes": data.classes,
         "lr": args.lr,
     }
@@ -127,8 +140,8 @@ def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
             args.warmup_epochs,
             args.epochs,
         ),
-        lambda: score(model, data, args, amp_dtype),
-        reid_config(encoder, data.classes, config) | {"depth": depth},
+        lambda is_over: score(model, data, args, amp_dtype, is_over),
+        reid_config(encoder, data, config) | {"depth": depth},
         facts,
         header,
     )
@@ -144,14 +157,18 @@ def side_information(args, data: ReidData) -> dict:
     if args.sie_camera:
         if not train.has_cameras():
             raise InputError(f"--sie_camera: {args.data_path} does not say which camera took what; drop it")
-        sizes["cameras"] = max(CAMERAS.get(data.name, 0), int(train.camids.max()) + 1)
+        names = data.camera_names
+        sizes["cameras"] = (
+            len(names) if names else max(CAMERAS.get(data.name, 0), int(train.camids.max()) + 1)
+        )
     if args.sie_view:
         if not (train.viewids >= 0).any():
             hint = "; put keypoint_train.txt and keypoint_test.txt there" if data.name == "veri776" else ""
             raise InputError(f"--sie_view: {args.data_path} knows no viewpoints{hint}, or drop --sie_view")
         parts = [train, *(part for test in data.tests.values() for part in test if part)]
         unknown = any((part.viewids < 0).any() for part in parts)
-        sizes["views"] = int(train.viewids.max()) + 1 + unknown
+        known = len(data.view_names) if data.view_names else int(train.viewids.max()) + 1
+        sizes["views"] = known + unknown
         sizes["unknown_view"] = bool(unknown)
     return sizes
 
@@ -188,20 +205,66 @@ def reid_loss(wrapped: nn.Module, model: TransReID, batch: dict, args) -> dict[s
 
 
 def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> dict:
-    """`--eval`: score a trained model or a plain encoder."""
-    data = read_reid(args.data_path, args.format)
+    """`--eval`: score a trained model or a plain encoder.
+
+    Raises:
+        InputError: a file of the other kind, or flags that would change a trained model.
+    """
+    data = chosen_tests(read_reid(args.data_path, args.format, need_train=False), args)
     file = args.resume or args.finetune
-    size = args.img_size if args.finetune else None
-    model, report = load_reid(file, device, img_size=size, fused_attn=fused_attn)
+    is_trained = read_config(file, read_checkpoint(file)).get("kind") == KIND
+    if is_trained != bool(args.resume):
+        other = (
+            f"--resume {file}" if is_trained else f"--finetune {file} (its class token is the feature then)"
+        )
+        raise InputError(f"{file} is {'a' if is_trained else 'no'} model of main_finetune.py: use {other}")
+    reid_flags = ("jpm", "jpm_shift", "sie_camera", "sie_view", "sie_weight")
+    fixed = [name for name in args.given if name in reid_flags + (ENCODER_FLAGS if is_trained else ())]
+    if fixed:
+        raise InputError(f"--{fixed[0]} would change the model that --eval scores: drop it")
+    if is_trained:
+        model, config, report = load_reid(file, device, fused_attn=fused_attn)
+        data = in_the_models_numbers(data, config, file)
+    else:
+        encoder, report = build_encoder(args, fused_attn)
+        model = TransReID(encoder, 1, TransReIDConfig()).to(device)
     print_main(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes))
     print_main(f"model {file}:\n{report}\n{side_line(model.config)}")
     return score(model, data, args, amp_dtype)
 
 
-def score(model: TransReID, data: ReidData, args, amp_dtype) -> dict:
-    """All tests of the set: numbers printed beside their protocol, the report where asked for."""
-    training = model.training
+def chosen_tests(data: ReidData, args) -> ReidData:
+    """The set with the tests that --tests names.
+
+    Raises:
+        InputError: it has no such test.
+    """
+    for name in args.tests or ():
+        if name not in data.tests:
+            raise InputError(f"--tests {name}: {args.data_path} has {', '.join(data.tests)}")
+    return replace(data, tests={name: data.tests[name] for name in args.tests}) if args.tests else data
+
+
+def side_of(images: ReidImages) -> tuple[torch.Tensor, torch.Tensor]:
+    """[n] int64 camids and viewids."""
+    return torch.from_numpy(images.camids), torch.from_numpy(images.viewids)
+
+
+def score(model: TransReID, data: ReidData, args, amp_dtype, is_over: bool = True) -> dict:
+    """All tests of the set: numbers printed beside their protocol; re-ranking and the report where asked for,
+    once training `is_over`. Products are not rounded to TF32."""
+    precision, training = torch.get_float32_matmul_precision(), model.training
+    torch.set_float32_matmul_precision("highest")
     model.eval()
+    try:
+        return score_as_is(model, data, args, amp_dtype, is_over)
+    finally:
+        model.train(training)
+        torch.set_float32_matmul_precision(precision)
+        wait_for_main()
+
+
+def score_as_is(model: TransReID, data: ReidData, args, amp_dtype, is_over: bool) -> dict:
     results = evaluate_reid(
         model,
         data,
@@ -209,9 +272,8 @@ def score(model: TransReID, data: ReidData, args, amp_dtype) -> dict:
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         amp_dtype=amp_dtype,
-        rerank=(args.rerank_k1, args.rerank_k2, args.rerank_lambda) if args.rerank else None,
+        rerank=(args.rerank_k1, args.rerank_k2, args.rerank_lambda) if args.rerank and is_over else None,
     )
-    model.train(training)
     if not is_main_process():
         return {}
     folder = Path(args.output_dir)
@@ -219,7 +281,7 @@ def score(model: TransReID, data: ReidData, args, amp_dtype) -> dict:
     if gone:
         print(f"{gone} test images cannot be read: {folder / 'unreadable_test_images.txt'} lists them")
     print("\n".join([f"SIE: {side_line(model.config)}", *result_lines(results)]), flush=True)
-    if args.report:
+    if args.report and is_over:
         weights = args.resume if args.eval else folder / "model.pth"
         about = {"set": args.data_path, "weights": weights or args.finetune, "seed": args.seed}
         write_reports(model, data, results, folder, about)

@@ -7,11 +7,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from datasets.reid import ReidData, ReidImages
 from engine_extract import WholeImages, extract_batches
 from models_transreid import TransReID
 from util.checkpoint import write_atomic
-from util.dist import get_rank, get_world_size, is_main_process
+from util.dist import get_rank, get_world_size, is_main_process, wait_for_main
 from util.errors import InputError
 from util.progress import Progress
 from util.protocols import Protocol, evaluate
@@ -19,7 +20,7 @@ from util.protocols import Protocol, evaluate
 
 @dataclass(frozen=True)
 class Features:
-    """Images that could be read, [n, D] float32 of them on the CPU, and the lines of the others."""
+    """Images that could be read, [n, D] float32 of them on the CPU, and of the others `path<tab>reason`."""
 
     images: ReidImages
     values: torch.Tensor
@@ -52,7 +53,7 @@ def extract_reid(
     is computed once and in the same company on any number of ranks, so the numbers are equal to the last bit.
 
     Raises:
-        InputError: not one image can be read.
+        InputError: not one image can be read, or the model answers with numbers that are not finite.
     """
     chunks = np.arange(len(images)) // batch_size
     mine = [np.flatnonzero(chunks % get_world_size() == rank) for rank in range(get_world_size())]
@@ -64,7 +65,7 @@ def extract_reid(
         return {"": model.encode(imgs, *model.side_ids(camids[index], viewids[index], device))}
 
     progress = Progress(title, len(rows), shown=is_main_process())
-    found, problems, done = [], {}, 0
+    found, done = [], 0
     for index, features, bad in extract_batches(
         encode,
         WholeImages(images.paths, rows, model.base.img_size),
@@ -73,23 +74,40 @@ def extract_reid(
         num_workers=num_workers,
         amp_dtype=amp_dtype,
     ):
-        found.append(torch.from_numpy(features[""]))
-        problems |= bad
+        lost = torch.tensor([[float(int(i) in bad)] for i in index])  # travels with the row
+        found.append(torch.cat([torch.from_numpy(features[""]), lost], dim=1))
         done += len(index)
         progress.update(done)
     progress.close()
-    width = model.feature_dim
-    values = torch.cat(found) if found else torch.zeros(0, width)
+    values = torch.cat(found) if found else torch.zeros(0, model.feature_dim + 1)
     values = _on_main(values, mine, len(images))
     if values is None:
         return None
-    readable = np.flatnonzero(torch.isfinite(values).all(dim=1).numpy())
-    if not len(readable):
+    lost, values = values[:, -1].numpy() > 0, values[:, :-1]
+    if lost.all():
         raise InputError(f"{title}: none of the {len(images)} images could be read, e.g. {images.paths[0]}")
-    unreadable = [images.paths.relative(int(i)) for i in np.setdiff1d(np.arange(len(images)), readable)]
-    if not unreadable:
+    readable = np.flatnonzero(~lost)
+    finite = torch.isfinite(values[readable]).all(dim=1)
+    if not finite.all():
+        bad = images.paths.relative(int(readable[int((~finite).nonzero()[0])]))
+        raise InputError(
+            f"{title}: the features of {int((~finite).sum())} images, e.g. {bad}, are not finite: the model "
+            "has diverged, or needs --amp none"
+        )
+    if not lost.any():
         return Features(images, values, [])
-    return Features(images.take(readable), values[readable], unreadable)
+    reasons = [
+        f"{images.paths.relative(i)}\t{_reason(images.paths[i])}" for i in np.flatnonzero(lost).tolist()
+    ]
+    return Features(images.take(readable), values[readable], reasons)
+
+
+def _reason(file: Path) -> str:
+    try:
+        open_rgb(file)
+    except UNREADABLE as error:
+        return why_unreadable(error)
+    return "was unreadable when it was needed"
 
 
 def _on_main(values: torch.Tensor, rows: list[np.ndarray], total: int) -> torch.Tensor | None:
@@ -132,6 +150,7 @@ def evaluate_reid(
         if gallery_images is not None:
             gallery = extract_reid(model, gallery_images, f"{test}: gallery", **options)
         if query is None:
+            wait_for_main()
             continue
         protocol = protocols[test]
         gone = len(query.unreadable) + (len(gallery.unreadable) if gallery else 0)
@@ -143,6 +162,7 @@ def evaluate_reid(
             protocol = replace(protocol, rerank=rerank)
             metrics = evaluate(protocol, *rows, device=device)
             results[f"{test} reranked"] = TestResult(protocol, metrics, query, gallery)
+        wait_for_main()
     return results
 
 

@@ -18,7 +18,7 @@ class Task:
     loss: (the model or its DDP wrapper, a batch on the device) -> terms, scalars; "loss" is descended.
     shown: means of terms -> what a log line says of them.
     lr: fractional epoch, 0 at the start -> learning rate.
-    evaluate: on every rank; numbers by name on rank 0, empty elsewhere.
+    evaluate: on every rank, with whether training is over; numbers by name on rank 0, empty elsewhere.
     config: what builds the model again. facts: what a continued run must share.
     header: lines about data and model to print before the start.
     """
@@ -30,7 +30,7 @@ class Task:
     loss: Callable[[nn.Module, dict], dict[str, torch.Tensor]]
     shown: Callable[[dict[str, float]], list[str]]
     lr: Callable[[float], float]
-    evaluate: Callable[[], dict]
+    evaluate: Callable[[bool], dict]
     config: dict
     facts: dict
     header: list[str] = field(default_factory=list)

@@ -23,6 +23,7 @@ case "$row" in
     transreid_star) flags=(--stride 12 --lr 0.04 --jpm --jpm_shift 8 --sie_camera) ;;
     *) echo "row '$row': choose baseline, transreid or transreid_star" >&2; exit 2 ;;
 esac
+if (( 256 % gpus )); then echo "GPUS=$gpus does not divide the batch of 256" >&2; exit 2; fi
 set -x
 exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node="$gpus" main_finetune.py --task reid \
     --format veriwild --data_path "$data" --finetune "$checkpoint" --output_dir "$output" --resume auto \

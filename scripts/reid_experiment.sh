@@ -4,8 +4,8 @@
 # Usage: [SEEDS="0 1 2"] [ROWS="cgd mae random"] [EPOCHS=20] bash scripts/reid_experiment.sh OUTPUT
 # What is done is not done again; a stopped run goes on.
 set -euo pipefail
-mkdir -p "$1"
-output="$(realpath "$1")"
+output="$(realpath -m "${1:?output folder}")"
+mkdir -p "$output"
 cd "$(dirname "$0")/.."
 python="${PYTHON:-python}"
 epochs="${EPOCHS:-20}"
@@ -33,6 +33,7 @@ for row in ${ROWS:-cgd mae random}; do
         cgd) pretrain cgd "${teacher[@]}"; start=(--finetune "$output/cgd/encoder.safetensors") ;;
         mae) pretrain mae --no_distill; start=(--finetune "$output/mae/encoder.safetensors") ;;
         random) start=(--model vit_tiny_patch16) ;;
+        *) echo "row '$row': choose cgd, mae or random" >&2; exit 2 ;;
     esac
     for seed in ${SEEDS:-0 1 2}; do
         if [ -f "$output/${row}_$seed/metrics.json" ]; then continue; fi

@@ -13,7 +13,8 @@ def labels(tmp_path):
     rows = []
     for i in range(80):
         (tmp_path / f"{i}.jpg").touch()
-        rows.append(f"{i}.jpg,{'' if i == 79 else f'car {i % 8}'},{'val' if i % 3 == 0 else 'train'},{i // 8 % 3}")
+        model, split = "" if i == 79 else f"car {i % 8}", "train" if i % 3 else "val"
+        rows.append(f"{i}.jpg,{model},{split},{i // 24 % 3}")
     (tmp_path / "labels.csv").write_text("\n".join(["path,model,split,camid", *rows]) + "\n")
     return tmp_path / "labels.csv"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.manifest import list_images
-from datasets.path_list import PathList
+from datasets.path_list import PathList, printable
 from engine_extract import POOLS, WholeImages, extract_to_file
 from models_vit import load_encoder
 from util.checkpoint import write_atomic
@@ -92,7 +92,7 @@ def write_table(output: Path, paths: PathList, problems: dict[int, str]) -> None
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["path", "problem"])
     for index in range(len(paths)):
-        writer.writerow([paths.relative(index), problems.get(index, "")])
+        writer.writerow([printable(paths.relative(index)), problems.get(index, "")])
     write_atomic(
         output.with_name(output.name + ".csv"), lambda opened: opened.write(text.getvalue().encode())
     )

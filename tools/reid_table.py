@@ -15,6 +15,7 @@ import numpy as np
 
 from datasets.demo_folder import write_table
 from datasets.manifest import iterate_manifest
+from datasets.reid import cell
 from util.errors import InputError
 from util.tool import run_tool, tool_parser
 
@@ -49,7 +50,7 @@ def main(args) -> dict:
             raise InputError(
                 f"{file}, row {number} has no column {args.label_column}: it has {', '.join(row)}"
             )
-        label = str(row[args.label_column] or "").strip()
+        label = cell(row, args.label_column)
         unnamed += not label
         if label:
             members[label].append(row)
@@ -89,7 +90,7 @@ def main(args) -> dict:
 
 def part_row(file: Path, row: dict, name: str, split: str) -> dict:
     kept = {column: row[column] for column in ("camid", "viewid") if column in row}
-    return {"path": str((file.parent / row["path"]).absolute()), "pid": name, "split": split, **kept}
+    return {"path": str((file.parent / cell(row, "path")).absolute()), "pid": name, "split": split, **kept}
 
 
 if __name__ == "__main__":

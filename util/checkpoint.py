@@ -85,6 +85,12 @@ def read_checkpoint(file: str | Path) -> dict:
         ) from error
     except (RuntimeError, EOFError, OSError, SafetensorError, zipfile.BadZipFile, KeyError) as error:
         reason = " ".join(str(error).split())[:200]
+        if "TorchScript" in reason:
+            raise InputError(
+                f"checkpoint {file} is a program (a TorchScript archive, as OpenAI's own CLIP files are) and "
+                "is refused: save its weights once where you trust it, torch.save(torch.jit.load(FILE)."
+                "state_dict(), OTHER)"
+            ) from error
         raise InputError(
             f"checkpoint {file} ({file.stat().st_size} bytes) is truncated or damaged: {reason}"
         ) from error

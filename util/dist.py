@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError
 
+_patient = None  # the group of `wait_for_main`
+
 
 def get_rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -35,6 +37,8 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
         return torch.device("cpu")
+    if name != "cuda":
+        raise InputError(f"--device {name}: choose auto, cuda or cpu; CUDA_VISIBLE_DEVICES picks the GPU")
     if not torch.cuda.is_available():
         raise InputError(
             "--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver "
@@ -85,6 +89,8 @@ def _gloo_group(device: torch.device):
 
 
 def end_distributed() -> None:
+    global _patient
+    _patient = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -102,6 +108,16 @@ def barrier() -> None:
         dist.barrier()
 
 
+def wait_for_main() -> None:
+    """Where the others wait while rank 0 works alone, for as long as that takes: the group's timeout is for
+    missing ranks and does not end it."""
+    global _patient
+    if get_world_size() > 1:
+        if _patient is None:
+            _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+        dist.barrier(_patient)
+
+
 def agree(value: object) -> bool:
     """Whether all ranks have an equal value; the same answer on all of them."""
     if get_world_size() == 1:
@@ -112,7 +128,8 @@ def agree(value: object) -> bool:
 
 
 def wrap_ddp(bare: torch.nn.Module, device: torch.device, one_backward: bool) -> DistributedDataParallel:
-    """DDP that exchanges gradients only: the buffers (pixel statistics, text bank) never change.
+    """DDP that exchanges gradients only: the buffers never change (pixel statistics, text bank) or change
+    alike on all ranks (BNNecks and centres see the gathered batch).
 
     The graph is declared static where each update has `one_backward`; DDP refuses it where the first of
     several runs under `no_sync`.

@@ -15,18 +15,18 @@ def hard_triplet_loss(features: torch.Tensor, pids: torch.Tensor) -> torch.Tenso
     Args:
         features: [N, D]. pids: [N] int64, of two vehicles at least.
     Raises:
-        ValueError: the batch holds one vehicle only.
+        ValueError: the batch holds one vehicle only (looked at on the CPU).
     """
-    features = features.float()  # squares of fp16 numbers overflow
+    features = features.double()  # neither autocast nor TF32 rounds it; squares of fp16 numbers overflow
     squared = features.square().sum(dim=1)
     squared_distance = squared[:, None] + squared[None] - 2 * features @ features.t()
     distance = squared_distance.clamp_min(1e-12).sqrt()
     same = pids[:, None] == pids[None]
-    if bool(same.all()):
+    if features.device.type == "cpu" and bool(same.all()):  # elsewhere a look would stop the device
         raise ValueError("all images of the batch show one vehicle: a triplet needs another")
     farthest = distance.masked_fill(~same, -torch.inf).amax(dim=1)
     nearest = distance.masked_fill(same, torch.inf).amin(dim=1)
-    return F.softplus(farthest - nearest).mean()
+    return F.softplus(farthest - nearest).mean().float()
 
 
 def identity_loss(logits: torch.Tensor, pids: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
@@ -59,5 +59,5 @@ def move_centers(
 ) -> None:
     """c_k <- c_k - rate * sum_{y_i = k} (c_k - x_i) / (1 + n_k), in place (Wen et al., 2016, eq. 4)."""
     sums = torch.zeros_like(centers).index_add_(0, pids, centers[pids] - features.float())
-    counts = torch.bincount(pids, minlength=len(centers))
+    counts = torch.zeros_like(centers[:, 0]).index_add_(0, pids, torch.ones_like(pids, dtype=centers.dtype))
     centers -= rate * sums / (1 + counts[:, None])

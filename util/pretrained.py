@@ -16,7 +16,7 @@ from util.errors import InputError
 
 PATCHES, CLIP_PATCHES = "patch_embed.proj.weight", "conv1.weight"
 # of several encoders in one file, the one whose name says that it is meant to be used
-PREFERRED = ("base_encoder", "teacher", "visual", "backbone", "base", "")
+PREFERRED = ("", "base_encoder", "teacher", "visual", "backbone", "base")
 # what heads, decoders and losses of others are called; all else would change the features and is refused
 OTHERS = re.compile(
     r"(head|fc|fc_norm|pre_logits|dist_token|head_dist|proj|predictor|decode|mask_token|logit_scale|bottleneck|"
@@ -48,7 +48,7 @@ def read_pretrained(file: str | Path) -> Pretrained:
         InputError: unreadable, no ViT with class token, or one with parts that this encoder lacks.
     """
     content = read_checkpoint(file)
-    config = content.get("config") or read_config(file)
+    config = read_config(file, content)
     whole = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
     prefix, patches = _find_encoder(whole, file)
     state = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
@@ -68,7 +68,9 @@ def read_pretrained(file: str | Path) -> Pretrained:
         state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], dim=1)
     elif "norm_pre.weight" in state:
         origin = "CLIP"
-    if "patch_embed.proj.bias" not in state and "norm_pre.weight" in state:
+    if prefix.endswith("base_encoder."):
+        origin = "MoCo v3"
+    if "patch_embed.proj.bias" not in state:  # CLIP has none
         state["patch_embed.proj.bias"] = torch.zeros(len(state[PATCHES]))
     encoder = {k: v for k, v in encoder_state(state).items() if not OTHERS.match(k)}
     _check_tables(encoder, file)
@@ -130,11 +132,17 @@ def _check_tables(state: dict, file) -> None:
         )
 
 
-def read_config(file: str | Path) -> dict:
-    """The config in a safetensors header; empty for other files."""
+def read_config(file: str | Path, content: dict) -> dict:
+    """What a file of ours says of its model: `config` in a .pth, or in a safetensors header; empty for the
+    files of others, whose entries of that name mean something else."""
     if Path(file).suffix != ".safetensors":
+        config = content.get("config")
+        return config if isinstance(config, dict) and "kind" in config else {}
+    try:
+        config = json.loads(read_safetensors_header(file).get("config", "{}"))
+    except json.JSONDecodeError:
         return {}
-    return json.loads(read_safetensors_header(file).get("config", "{}"))
+    return config if isinstance(config, dict) else {}
 
 
 def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: list[str]) -> str:

@@ -65,7 +65,7 @@ class RunFiles:
 
     def _content(self, run) -> dict:
         return {
-            "model": run.bare.state_dict(),
+            "model": run.bare.state_dict() | (run.buffers.saved if run.buffers else {}),
             "optimizer": run.optimizer.state_dict(),
             "epoch": run.epoch - 1,
             "scaler": run.scaler.state_dict() if run.scaler else {},
@@ -137,7 +137,9 @@ class RunFiles:
                 f"--allow_change {' '.join(changed)}"
             )
         load_weights(run.bare, content["model"], file, needed="all")
-        run.optimizer.load_state_dict(content["optimizer"])
+        if run.buffers:
+            run.buffers.take()
+        self._restore_optimizer(run.optimizer, content, file)
         if run.scaler and content["scaler"]:
             run.scaler.load_state_dict(content["scaler"])
         run.epoch = content["epoch"] + 1
@@ -150,12 +152,28 @@ class RunFiles:
             run.meter.load_state_dict(content["meter"], run.device)
         return f"resuming {file} at epoch {run.epoch}, batch {run.batches_done}"
 
+    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, content: dict, file: Path) -> None:
+        """Its state; the settings of its groups are this run's, not the file's."""
+        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
+        sizes = [len(g["params"]) for g in optimizer.param_groups]
+        saved = content["optimizer"]
+        same = [len(g["params"]) for g in saved["param_groups"]] == sizes
+        if not same or content["args"].get("opt") != self.args.get("opt"):
+            raise InputError(
+                f"the optimiser in {file} is another one or has its tensors in other groups, so it cannot go "
+                "on: set --opt, --layer_decay and --bias_lr_factor back, or start anew with "
+                f"{self.init_flag} {file}"
+            )
+        optimizer.load_state_dict(saved)
+        for group, own in zip(optimizer.param_groups, settings):
+            group.update(own)
+
     def cut_log(self, epoch: int) -> None:
         """Drop log lines of epochs that will be trained again."""
         log = self.output_dir / "log.txt"
         if log.is_file():
             lines = log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if json.loads(line)["epoch"] < epoch]
+            kept = [line for line in lines if _epoch_of(line) < epoch]
             if len(kept) < len(lines):
                 write_atomic(log, lambda opened: opened.write("".join(kept).encode()))
 
@@ -181,3 +199,11 @@ def initialise_from(bare: torch.nn.Module, file: str) -> str:
     """`--init`: weights of ours or facebook's MAE, full or encoder only; returns what matched."""
     content = read_checkpoint(file)
     return load_weights(bare, content["model"], file, needed="encoder")
+
+
+def _epoch_of(line: str) -> float:
+    """Of a line of log.txt; infinity where the line was cut by a full disk or a kill."""
+    try:
+        return json.loads(line)["epoch"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")

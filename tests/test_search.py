@@ -1,0 +1,379 @@
+"""tools.search: what is found, what is kept on disk, what is refused."""
+
+import json
+import os
+import sys
+import types
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pictures
+from PIL import Image
+
+import engine_extract
+from datasets.images import open_rgb
+from datasets.transforms import whole_image
+from finetune.reid_model import reid_config
+from models_transreid import TransReID, TransReIDConfig
+from models_vit import VisionTransformer
+from tools import pack, search
+from util.errors import InputError
+from util.tool import run_tool
+
+
+def tiny(seed: int) -> VisionTransformer:
+    """Random weights, large enough that pictures differ."""
+    torch.manual_seed(seed)
+    model = VisionTransformer((32, 32), 16, 192, 1, 3, fused_attn=False)
+    for block in model.blocks:
+        torch.nn.init.normal_(block.mlp.fc2.weight, std=0.2)
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("encoders")
+    for seed in (0, 1):
+        torch.save({"model": tiny(seed).state_dict()}, folder / f"{seed}.pth")
+    return [folder / "0.pth", folder / "1.pth"]
+
+
+@pytest.fixture
+def gallery(tmp_path) -> Path:
+    """13 pictures in two folders: 0005 is a copy of 0003, 0007 is broken."""
+    folder = write_pictures(tmp_path / "gallery" / "a", 12).parent
+    write_pictures(folder / "b", 1, seed=1)
+    (folder / "a" / "0005.png").write_bytes((folder / "a" / "0003.png").read_bytes())
+    (folder / "a" / "0007.png").write_bytes(b"broken")
+    return folder
+
+
+def flags(*words: object) -> list[str]:
+    return [*map(str, words), "--device", "cpu", "--num_workers", "0", "--batch_size", "4"]
+
+
+def run(*words: object) -> dict:
+    return search.main(search.get_args_parser().parse_args(flags(*words)))
+
+
+def results(output: Path) -> list[dict]:
+    return json.loads((output / "results.json").read_text())
+
+
+def names(entry: dict) -> list[str]:
+    return [Path(hit["path"]).name for hit in entry["results"]]
+
+
+def no_embedding(monkeypatch) -> None:
+    def refuse(*_, **__):
+        raise AssertionError("the gallery is embedded again")
+
+    monkeypatch.setattr(search, "extract_to_file", refuse)
+
+
+def slow_search(query: np.ndarray, rows: np.ndarray, k: int) -> list[list[tuple[float, int]]]:
+    """By sorting Python tuples, one pair at a time."""
+    lists = []
+    for q in query.astype(np.float64):
+        pairs = []
+        for number, row in enumerate(rows.astype(np.float64)):
+            if not np.isnan(row).any():
+                cosine = np.float32(sum(q * row) / (sum(q * q) * sum(row * row)) ** 0.5)
+                pairs.append((-cosine, number))
+        lists.append([(-cosine, number) for cosine, number in sorted(pairs)[:k]])
+    return lists
+
+
+@pytest.fixture(scope="module")
+def rows() -> np.ndarray:
+    """[41, 6] float16: many equal and unreadable rows, also whole runs of them."""
+    values = np.random.default_rng(0).normal(size=(41, 6)).astype(np.float16)
+    values[[3, 17, 18, 40]] = values[9]
+    values[20:33] = values[2]
+    values[[0, 8, 9 + 2, 35, 36, 37]] = np.nan
+    return values
+
+
+@pytest.mark.parametrize("block_numbers", [1, 60, 113, 10**6])
+@pytest.mark.parametrize("k", [1, 5, 16, 50])
+def test_the_best_are_those_of_a_slow_search(rows, block_numbers, k):
+    query = np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32)
+    query[0], query[1] = rows[9], rows[2]
+    cosines, found = search.search_rows(torch.from_numpy(query), rows, k, block_numbers)
+    assert cosines.shape == found.shape == (4, min(k, 41))
+    for values, numbers, expected in zip(cosines, found, slow_search(query, rows, k)):
+        kept = np.isfinite(values)
+        assert kept.sum() == len(expected) and kept[: len(expected)].all()
+        assert numbers[kept].tolist() == [number for _, number in expected]
+        assert np.allclose(values[kept], [cosine for cosine, _ in expected], atol=1e-7)
+
+
+def test_blocks_do_not_change_a_digit():
+    rng = np.random.default_rng(2)
+    data = rng.normal(size=(500, 48)).astype(np.float16)
+    data[100:400] = data[rng.integers(0, 20, 300)]
+    query = torch.from_numpy(data[:30].astype(np.float32))
+    whole = search.search_rows(query, data, 25)
+    for block_numbers in (78, 1000, 7777):
+        blocks = search.search_rows(query, data, 25, block_numbers)
+        assert all(np.array_equal(a, b) for a, b in zip(whole, blocks))
+
+
+def test_embed_once_search_after(encoders, gallery, tmp_path, monkeypatch, capsys):
+    output, query = tmp_path / "out", gallery / "a" / "0003.png"
+    (tmp_path / "lost.png").write_bytes(b"broken")
+    words = [query, tmp_path / "lost.png", gallery / "b" / "0000.png", "--gallery", gallery]
+    words += ["--checkpoint", encoders[0], "--output", output]
+    numbers = run(*words, "--topk", "20")
+    assert numbers["queries"] == 3 and numbers["unreadable_queries"] == 1 and numbers["same_file"] == 2
+    assert numbers["gallery"] == numbers["embedded"] == 13 and numbers["unreadable"] == 1
+    said = capsys.readouterr().out
+    assert said.count("unreadable query, left out: ") == 1 and "(same file)" in said
+    assert "13 images under" in said and "1 gallery images are unreadable" in said
+
+    first, lost, second = results(output)
+    assert lost["problem"].startswith("UnidentifiedImageError") and lost["results"] == []
+    assert names(first)[:2] == ["0003.png", "0005.png"] and len(first["results"]) == 12
+    assert [hit["same_file"] for hit in first["results"]] == [True] + [False] * 11
+    assert second["results"][0]["path"] == str(gallery / "b" / "0000.png")
+    assert "0007.png" not in names(first) + names(second)
+    assert [hit["rank"] for hit in first["results"]] == list(range(1, 13))
+    files = [gallery / "a" / f"{i:04d}.png" for i in range(12) if i != 7]
+    imgs = torch.stack([whole_image(open_rgb(file), (32, 32)) for file in files])
+    with torch.no_grad():
+        cls = tiny(0).encode(imgs)["cls"]
+    cosines = dict(zip(map(str, files), torch.cosine_similarity(cls[3:4], cls).tolist()))
+    for hit in first["results"]:
+        assert hit["cosine"] == pytest.approx(cosines.get(hit["path"], hit["cosine"]), abs=1e-3)
+
+    index = tmp_path / "out.index"
+    header = json.loads((index / search.HEADER).read_text())
+    assert header["img_size"] == [32, 32] and header["images"] == 13 and header["unreadable"] == 1
+    assert list(json.loads((index / "unreadable.json").read_text())) == ["a/0007.png"]
+    kept = np.load(index / "embeddings.npy", allow_pickle=False)
+    assert kept.dtype == np.float16 and np.isnan(kept[7]).all()
+    assert np.allclose(np.linalg.norm(np.delete(kept, 7, 0).astype(np.float32), axis=1), 1, atol=1e-3)
+    assert sorted(file.name for file in index.iterdir()) == [
+        "embeddings.npy", "names.npz", search.HEADER, "unreadable.json",
+    ]  # fmt: skip
+    with np.load(index / "names.npz", allow_pickle=False) as opened:
+        assert opened["names"].dtype == np.uint8 and len(opened["ends"]) == 13
+    picture = Image.open(output / "results.png")
+    assert picture.width > 12 * search.TILE and picture.height < 3 * (search.TILE + 48)
+
+    no_embedding(monkeypatch)
+    again = run(*words, "--topk", "20")
+    assert again["embedded"] == 0 and results(output) == [first, lost, second]
+    moved = ["--gallery", index, "--checkpoint", encoders[0], "--output", tmp_path / "other"]
+    run(query, *moved, "--topk", "3", "--no-picture")
+    assert results(tmp_path / "other")[0]["results"] == first["results"][:3]
+    assert not (tmp_path / "other" / "results.png").exists()
+
+
+def test_another_job_is_refused(encoders, gallery, tmp_path, monkeypatch):
+    query, index = gallery / "a" / "0001.png", tmp_path / "index"
+    words = [query, "--output", tmp_path / "out", "--no-picture"]
+    own = ["--gallery", gallery, "--index", index]
+    run(*words, *own, "--checkpoint", encoders[0])
+    no_embedding(monkeypatch)
+    kept = (index / "embeddings.npy").read_bytes()
+    with pytest.raises(InputError, match="its checkpoint_sha256 differ"):
+        run(*words, *own, "--checkpoint", encoders[1])
+    with pytest.raises(InputError, match="its checkpoint_sha256 differ"):
+        run(*words, "--gallery", index, "--checkpoint", encoders[1])
+    own += ["--checkpoint", encoders[0]]
+    with pytest.raises(InputError, match="its img_size differ"):
+        run(*words, *own, "--input_size", "48")
+    with pytest.raises(InputError, match="its pool differ"):
+        run(*words, *own, "--pool", "mean")
+    (gallery / "a" / "0002.png").unlink()
+    with pytest.raises(InputError, match="its images_sha256, images differ"):
+        run(*words, *own)
+    with pytest.raises(InputError, match="is an index already"):
+        run(*words, "--gallery", index, "--index", tmp_path / "x", "--checkpoint", encoders[0])
+    of_index = [*words, "--gallery", index, "--checkpoint", encoders[0]]
+    assert run(*of_index)["embedded"] == 0
+    assert (index / "embeddings.npy").read_bytes() == kept
+    for name, content in (("embeddings.npy", kept[:-9]), ("names.npz", b"PK"), (search.HEADER, b"{")):
+        whole = (index / name).read_bytes()
+        (index / name).write_bytes(content)
+        with pytest.raises(InputError, match="damaged"):
+            run(*of_index)
+        (index / name).write_bytes(whole)
+
+
+def stop_after(monkeypatch, count: int) -> list[int]:
+    """The embedder is stopped at its `count`-th batch, the query's included; the list counts images."""
+    real, seen = search.load_embedder, []
+
+    def load(*arguments):
+        embed, size, amp_dtype = real(*arguments)
+
+        def counting(imgs):
+            if len(seen) == count:
+                raise KeyboardInterrupt
+            seen.append(len(imgs))
+            return embed(imgs)
+
+        return counting, size, amp_dtype
+
+    monkeypatch.setattr(search, "load_embedder", load)
+    return seen
+
+
+def test_a_stopped_index_goes_on(encoders, gallery, tmp_path, monkeypatch):
+    monkeypatch.setattr(engine_extract, "PART_IMAGES", 4)
+    words = [gallery / "a" / "0001.png", "--gallery", gallery, "--checkpoint", encoders[0], "--no-picture"]
+    run(*words, "--output", tmp_path / "straight")
+    words += ["--output", tmp_path / "broken"]
+    index = tmp_path / "broken.index"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(KeyboardInterrupt):
+            run(*words)
+    assert len(list((index / "embeddings.parts").glob("part_*.npy"))) == 2
+    with pytest.raises(InputError, match="unfinished: repeat the call"):
+        run(words[0], "--gallery", index, *words[3:])
+    with pytest.raises(InputError, match="its checkpoint_sha256 differ"):
+        run(*words, "--checkpoint", encoders[1])
+    with monkeypatch.context() as patch:
+        seen = stop_after(patch, 99)
+        assert run(*words)["embedded"] == 13 and seen == [1, 4, 1]
+    straight = tmp_path / "straight.index"
+    for name in ("embeddings.npy", search.HEADER, "unreadable.json"):
+        assert (index / name).read_bytes() == (straight / name).read_bytes()
+    assert results(tmp_path / "broken") == results(tmp_path / "straight")
+
+    header = json.loads((index / search.HEADER).read_text())  # killed when all but the header was written
+    header = {name: header[name] for name in header if name not in ("root", "packed", "unreadable")}
+    (index / search.HEADER).write_text(json.dumps(header))
+    (index / "names.npz").unlink()
+    no_embedding(monkeypatch)
+    assert run(*words)["unreadable"] == 1
+    assert json.loads((index / "unreadable.json").read_text()) == {"a/0007.png": "unreadable"}
+    assert results(tmp_path / "broken") == results(tmp_path / "straight")
+
+
+def test_exclude_self_whatever_the_file_is_called(encoders, gallery, tmp_path):
+    query = gallery / "a" / "0003.png"
+    for number in range(5):
+        os.symlink(query, gallery / "b" / f"link{number}.png")
+    words = [query, "--gallery", gallery, "--checkpoint", encoders[0], "--output", tmp_path / "out"]
+    assert run(*words, "--topk", "4")["same_file"] == 3  # and the copy
+    assert run(*words, "--topk", "4", "--exclude_self")["same_file"] == 0
+    found = names(results(tmp_path / "out")[0])
+    assert len(found) == 4 and found[0] == "0005.png" and "link" not in "".join(found)
+    run(*words, "--topk", "50", "--exclude_self")
+    assert len(results(tmp_path / "out")[0]["results"]) == 11
+
+
+def save_reid(file: Path, **config) -> TransReID:
+    encoder, config = tiny(3), TransReIDConfig(**config)
+    data = SimpleNamespace(classes=5, name="veri776", camera_names=None, view_names=None)
+    description = reid_config(encoder, data, config)
+    model = TransReID(encoder, 5, config).eval()
+    torch.save({"model": model.state_dict(), "config": description}, file)
+    return model
+
+
+def test_reid_models(gallery, tmp_path):
+    file = tmp_path / "reid.pth"
+    words = [gallery / "a", "--gallery", gallery, "--checkpoint", file, "--output", tmp_path / "out"]
+    for config in ({"cameras": 3}, {"views": 2}):
+        save_reid(file, **config)
+        with pytest.raises(InputError, match="trained without --sie_camera and --sie_view"):
+            run(*words)
+    model = save_reid(file, jpm=True, shift=2, parts=2)
+    with pytest.raises(InputError, match="trained at 32 x 32 px: leave --input_size out"):
+        run(*words, "--input_size", "48")
+    with pytest.raises(InputError, match="--pool mean: .* of its own"):
+        run(*words, "--pool", "mean")
+    assert not (tmp_path / "out.index").exists()
+    assert run(*words, "--topk", "1")["queries"] == 12
+    kept = np.load(tmp_path / "out.index" / "embeddings.npy").astype(np.float32)
+    imgs = whole_image(open_rgb(gallery / "a" / "0004.png"), (32, 32))[None]
+    with torch.no_grad():
+        expected = torch.nn.functional.normalize(model.encode(imgs), dim=1)[0]
+    assert kept.shape == (13, 3 * 192) and np.allclose(kept[4], expected, atol=1e-3)
+    found = {Path(entry["query"]).name: names(entry) for entry in results(tmp_path / "out")}
+    assert found["0007.png"] == [] and found["0005.png"] == ["0003.png"] and found["0009.png"] == ["0009.png"]
+
+
+def test_mean_of_the_patches_of_a_packed_set(encoders, gallery, tmp_path):
+    packed, table = tmp_path / "packed", tmp_path / "queries.txt"
+    pack.main(pack.get_args_parser().parse_args(["--data_path", str(gallery), "--output", str(packed)]))
+    table.write_text(f"{gallery}/a/0001.png\n{gallery}/b/0000.png\n")
+    words = ["--checkpoint", encoders[0], "--output", tmp_path / "out", "--topk", "2", "--no-picture"]
+    run(table, "--gallery", packed, "--pool", "mean", "--input_size", "48,32", *words)
+    index = tmp_path / "out.index"
+    assert run(packed, "--gallery", index, *words)["same_file"] == 12  # size and pool are the index's
+    assert results(tmp_path / "out")[1]["results"][0]["path"] == f"{packed}:a/0001.png"
+    assert json.loads((index / search.HEADER).read_text())["img_size"] == [48, 32]
+    moved = packed.rename(tmp_path / "moved")
+    with pytest.raises(InputError, match="no longer holds the packed set .* give it as --gallery"):
+        run(table, "--gallery", index, *words)
+    assert run(table, "--gallery", moved, *words)["embedded"] == 0
+    assert results(tmp_path / "out")[0]["results"][0]["path"] == f"{moved}:a/0001.png"
+
+
+def test_a_gallery_may_move(encoders, gallery, tmp_path):
+    words = ["--checkpoint", encoders[0], "--output", tmp_path / "out", "--topk", "2"]
+    run(gallery / "b", "--gallery", gallery, *words)
+    moved = gallery.rename(tmp_path / "moved")
+    assert run(moved / "b", "--gallery", moved, *words)["embedded"] == 0
+    assert results(tmp_path / "out")[0]["results"][0]["path"] == str(moved / "b" / "0000.png")
+    assert run(moved / "b", "--gallery", tmp_path / "out.index", *words)["same_file"] == 0  # drawn as gone
+
+
+class FlatIP:
+    """What search uses of faiss.IndexFlatIP."""
+
+    def __init__(self, dim: int):
+        self.rows = np.zeros((0, dim), np.float32)
+
+    def add(self, rows: np.ndarray) -> None:
+        assert rows.dtype == np.float32 and np.isfinite(rows).all()
+        self.rows = np.concatenate([self.rows, rows])
+
+    def search(self, query: np.ndarray, k: int):
+        cosines = query @ self.rows.T
+        order = np.argsort(-cosines, axis=1)[:, :k]
+        return np.take_along_axis(cosines, order, axis=1), order
+
+
+@pytest.mark.parametrize("real", [False, True])
+def test_faiss_finds_the_same(rows, monkeypatch, real):
+    if real:
+        pytest.importorskip("faiss")
+    else:
+        monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(IndexFlatIP=FlatIP))
+    query = torch.from_numpy(np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32))
+    for block_numbers in (30, 10**6):
+        expected, _ = search.search_rows(query, rows, 12, block_numbers)
+        cosines, found = search.search_rows(query, rows, 12, block_numbers, search.load_faiss())
+        assert np.allclose(cosines, expected, atol=1e-5)
+        assert not np.isnan(rows[found]).any()
+
+
+def test_mistakes_end_in_a_sentence(encoders, gallery, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    query, common = gallery / "a" / "0001.png", ["--gallery", gallery, "--checkpoint", encoders[0]]
+    common += ["--output", tmp_path / "out"]
+    for words, sentence in (
+        ([query, *common, "--faiss"], "pip install faiss-cpu"),
+        ([query, *common, "--topk", "0"], "--topk 0: must be at least 1"),
+        ([query, *common, "--gallery", tmp_path / "no"], "--gallery .*no does not exist"),
+        ([gallery / "a" / "0007.png", *common], "none of the 1 queries could be read"),
+        ([tmp_path / "no.png", *common], "none of the 1 queries could be read"),
+        ([query, *common, "--gallery", query], "neither a folder nor a manifest"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            run(*words)
+        assert not (tmp_path / "out.index").exists()
+    monkeypatch.setattr(sys, "argv", ["search", *flags(tmp_path / "no.png", *common)])
+    with pytest.raises(SystemExit) as stopped:
+        run_tool(search.get_args_parser(), search.main, lambda args: Path(args.output) / "metrics.json")
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: none of")
