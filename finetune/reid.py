@@ -18,6 +18,7 @@ from finetune.reid_model import KIND, in_the_models_numbers, load_reid, reid_con
 from finetune.reid_report import write_reid_report
 from finetune.task import Task
 from models_transreid import TransReID, TransReIDConfig
+from models_vit import VisionTransformer
 from util.checkpoint import read_checkpoint
 from util.dist import gather_rows, get_rank, get_world_size, is_main_process, print_main, wait_for_main
 from util.errors import InputError
@@ -88,27 +89,62 @@ def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
         args.lr = recipe * args.batch_size * world / 64
     torch.manual_seed(args.seed)
     encoder, report = build_encoder(args, fused_attn)
-    config = side_information(args, data)
-    config = TransReIDConfig(**config, jpm=args.jpm, shift=args.jpm_shift, sie_weight=args.sie_weight)
     depth = len(encoder.blocks)
-    model = TransReID(encoder, data.classes, config).to(device)
-    unseen = model.forget_unseen(*side_of(data.train))
-    tested = [part for test in data.tests.values() for part in test if part]
-    rows = [model.side_rows(*side_of(part)) for part in tested]  # refuses ids that no table has a row for
-    untrained = sum(int(torch.isin(row, unseen).sum()) for row in rows if row is not None)
+    model = build_model(args, data, encoder).to(device)
     optimizer = build_finetune_optimizer(
         model, depth, args.opt, args.lr, args.weight_decay,
         layer_decay=args.layer_decay, bias_lr_factor=args.bias_lr_factor,
     )  # fmt: skip
+
+    def lr(epoch: float) -> float:
+        first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
+        return transreid_lr(math.floor(epoch) + 1, args.lr, first, last, args.warmup_epochs, args.epochs)
+
+    return Task(
+        model,
+        optimizer,
+        ReidTrainImages(data.train, PadCropErase(args.img_size, erase=args.erase), args.seed),
+        batches,
+        loss=lambda wrapped, batch: reid_loss(wrapped, model, batch, args),
+        shown=lambda values: [f"{name} {values[name]:.4f}" for name in ("id", "triplet", "accuracy")],
+        lr=lr,
+        evaluate=lambda is_over: score(model, data, args, amp_dtype, is_over),
+        config=reid_config(encoder, data, model.config) | {"depth": depth},
+        facts={
+            "images": len(data.train), "images_sha": data.sha256(), "num_classes": data.classes,
+            "lr": args.lr,
+        },
+        header=header_lines(args, data, model, batches, report),
+    )  # fmt: skip
+
+
+def build_model(args, data: ReidData, encoder: VisionTransformer) -> TransReID:
+    """TransReID on an encoder, with the tables of side information that flags and data ask for.
+
+    Raises:
+        InputError: a test image from a camera or view that no table has a row for.
+    """
+    sizes = side_information(args, data)
+    config = TransReIDConfig(**sizes, jpm=args.jpm, shift=args.jpm_shift, sie_weight=args.sie_weight)
+    model = TransReID(encoder, data.classes, config)
     if args.center_weight:
-        model.register_buffer("centers", torch.zeros(data.classes, encoder.embed_dim, device=device))
-    used = count_used(data.train.pids, batches.rows)
+        model.register_buffer("centers", torch.zeros(data.classes, encoder.embed_dim))
+    unseen = model.forget_unseen(*side_of(data.train))
+    tested = [part for test in data.tests.values() for part in test if part]
+    rows = [model.side_rows(*side_of(part)) for part in tested]
+    untrained = sum(int(torch.isin(row, unseen).sum()) for row in rows if row is not None)
     if untrained:
         data.notes.append(
             f"{untrained} test images come from cameras or views that training does not show: their side "
             "information is zero"
         )
-    header = [
+    return model
+
+
+def header_lines(args, data: ReidData, model: TransReID, batches: PKBatches, report: str) -> list[str]:
+    """What is printed before the start."""
+    used, encoder = count_used(data.train.pids, batches.rows), model.base
+    return [
         f"data: {args.data_path} as {data.name}",
         *(f"  {note}" for note in data.notes),
         f"  an epoch: about {used['batches']} batches of {batches.rows.shape[1]}, {used['vehicles']} "
@@ -116,35 +152,8 @@ def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
         f"encoder: {report}",
         f"TransReID: {data.classes} classes, {encoder.num_patches} patches ({encoder.grid_size[0]} x "
         f"{encoder.grid_size[1]}, stride {encoder.stride}), features of {model.feature_dim}, "
-        f"{'JPM' if args.jpm else 'no JPM'}, {side_line(config)}",
+        f"{'JPM' if args.jpm else 'no JPM'}, {side_line(model.config)}",
     ]
-    facts = {
-        "images": len(data.train),
-        "images_sha": data.sha256(),
-        "num_classes": data.classes,
-        "lr": args.lr,
-    }
-    augment = PadCropErase(args.img_size, erase=args.erase)
-    return Task(
-        model,
-        optimizer,
-        ReidTrainImages(data.train, augment, args.seed),
-        batches,
-        lambda wrapped, batch: reid_loss(wrapped, model, batch, args),
-        lambda values: [f"{name} {values[name]:.4f}" for name in ("id", "triplet", "accuracy")],
-        lambda epoch: transreid_lr(
-            math.floor(epoch) + 1,
-            args.lr,
-            args.lr * args.warmup_lr_ratio,
-            args.lr * args.min_lr_ratio,
-            args.warmup_epochs,
-            args.epochs,
-        ),
-        lambda is_over: score(model, data, args, amp_dtype, is_over),
-        reid_config(encoder, data, config) | {"depth": depth},
-        facts,
-        header,
-    )
 
 
 def side_information(args, data: ReidData) -> dict:
