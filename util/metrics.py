@@ -19,6 +19,8 @@ import numpy as np
 import torch
 
 BLOCK_NUMBERS = 1 << 25  # similarities held at a time
+REUSED_NUMBERS = 1 << 22  # so many get memory that was used before; more are new pages each time
+WELL_MULTIPLIED = 256  # queries at a time below which the product waits for the gallery's memory
 SORTED_AT_ONCE = 1 << 17  # of them by a thread: what stays in its cache
 
 
@@ -60,7 +62,7 @@ def rank_hits(
         query_pids, gallery_pids: [Q], [G] integers.
         query_camids, gallery_camids: [Q], [G] integers: gallery images of the same vehicle and camera are
             junk. None: there is no junk.
-        block_numbers: similarities held at a time; memory is about 8 bytes each.
+        block_numbers: similarities held at a time at most; memory is 4 bytes each, on CUDA 12.
     Returns:
         Ranks; equal for every block size and device up to rounding of the similarities.
     Raises:
@@ -77,6 +79,8 @@ def cosine_blocks(
     """[q, G] float32 cosines of some queries at a time with the whole gallery, in order."""
     g = unit_rows(gallery, "gallery", device)
     rows = max(1, block_numbers // max(len(g), 1))
+    if device.type == "cpu":
+        rows = min(rows, max(WELL_MULTIPLIED, REUSED_NUMBERS // max(len(g), 1)))
     for part in unit_rows(query, "query", device).split(rows):
         yield part @ g.t()
 
@@ -145,35 +149,46 @@ def _block_ranks(similar: torch.Tensor, good, good_owner, junk, junk_owner) -> t
     slot = np.arange(len(good)) - np.repeat(np.cumsum(found) - found, found)
     good, owner, slot = (torch.from_numpy(a).to(device) for a in (good, good_owner, slot))
     value = similar[owner, good]
-    padded = torch.full((count, int(found.max())), torch.inf, device=device)
-    padded[owner, slot] = value
-    ordered = _sort_rows(similar)
-    up_to = torch.searchsorted(ordered, padded, right=True)[owner, slot]
-    below = torch.searchsorted(ordered, padded)[owner, slot]
+    up_to, tied = _places(similar, value, owner, slot, found)
     ranks = columns - up_to + 1
-    tied = (up_to - below > 1).nonzero()[:, 0]
+    tied = tied.nonzero()[:, 0]
     if len(tied):
         ranks[tied] += _equals_ahead(similar, value[tied], good[tied], owner[tied])
     ranks, owner = ranks.cpu().numpy(), owner.cpu().numpy()
     return ranks[np.argsort(owner * (columns + 1) + ranks)], found
 
 
-def _sort_rows(x: torch.Tensor) -> torch.Tensor:
-    """A copy with every row ascending; on the CPU by numpy, whose sort uses vector instructions."""
-    if x.device.type != "cpu":
-        return x.sort(dim=1).values
-    rows = x.numpy()
-    ordered = np.empty_like(rows)
+def _places(similar, value, owner, slot, found) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where hits stand when the similarities of their query are sorted.
+
+    Args:
+        similar: [q, G] float32. value, owner, slot: [n] similarity, query, and number among its query's hits,
+            query by query. found: [q] int64 hits of each query.
+    Returns:
+        [n] int64 similarities up to and with the hit's own, [n] bool whether another is equal to it.
+    """
+    if similar.device.type != "cpu":
+        padded = torch.full((len(found), int(found.max())), torch.inf, device=similar.device)
+        padded[owner, slot] = value
+        ordered = similar.sort(dim=1).values
+        up_to = torch.searchsorted(ordered, padded, right=True)[owner, slot]
+        return up_to, up_to - torch.searchsorted(ordered, padded)[owner, slot] > 1
+    rows, values, offsets = similar.numpy(), value.numpy(), np.concatenate([[0], np.cumsum(found)])
+    up_to, tied = np.empty(len(values), np.int64), np.empty(len(values), bool)
     step = max(1, SORTED_AT_ONCE // max(rows.shape[1], 1))
 
-    def sort(start: int) -> None:
-        part = ordered[start : start + step]
-        np.copyto(part, rows[start : start + step])
-        part.sort(axis=1)
+    def look(start: int) -> None:  # a few rows, sorted and searched while they are in the cache
+        part = rows[start : start + step].copy()
+        part.sort(axis=1)  # numpy's uses vector instructions
+        for row, i in zip(part, range(start, start + step)):
+            mine = slice(offsets[i], offsets[i + 1])
+            up_to[mine] = row.searchsorted(values[mine], side="right")
+            tied[mine] = row[np.maximum(up_to[mine] - 2, 0)] == values[mine]
+            tied[mine] &= up_to[mine] > 1
 
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        list(pool.map(sort, range(0, len(rows), step)))
-    return torch.from_numpy(ordered)
+        list(pool.map(look, range(0, len(rows), step)))
+    return torch.from_numpy(up_to), torch.from_numpy(tied)
 
 
 def _equals_ahead(similar, value, good, owner) -> torch.Tensor:
