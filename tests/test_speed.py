@@ -8,6 +8,7 @@ import torch
 from conftest import command, parse, run_command, small_flags
 
 import engine_pretrain
+import engine_updates
 import main_pretrain
 from tools import benchmark_data, benchmark_growth, benchmark_pretrain, estimate
 from util.errors import InputError
@@ -93,7 +94,7 @@ def test_slow_data_is_pointed_at_once(pictures, tmp_path, monkeypatch, capsys):
 
 
 def test_silent_start_is_broken(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engine_pretrain, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(engine_updates, "QUIET_SECONDS", 0.05)
     real = main_pretrain.PretrainDataset.__getitem__
     monkeypatch.setattr(
         main_pretrain.PretrainDataset, "__getitem__", lambda s, i: time.sleep(0.02) or real(s, i)
