@@ -71,11 +71,12 @@ class SameOnAnyRanksDropPath(nn.Module):
 
     def __init__(self, rate: float):
         super().__init__()
-        self.rate = rate
+        # a tensor: torch.compile would compile a block anew for each block's own number
+        self.register_buffer("rate", torch.tensor(rate), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, T, D] -> the same shape."""
-        if not self.training or self.rate == 0:
+        if not self.training:
             return x
         kept = torch.rand(get_world_size(), len(x), 1, 1, device=x.device)[get_rank()] >= self.rate
         return x * kept / (1 - self.rate)
