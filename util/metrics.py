@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 BLOCK_NUMBERS = 1 << 25  # similarities held at a time
-REUSED_NUMBERS = 1 << 22  # so many get memory that was used before; more are new pages each time
+CPU_NUMBERS = 1 << 23  # of them on the CPU: the fewer, the less new memory is touched
 WELL_MULTIPLIED = 256  # queries at a time below which the product waits for the gallery's memory
-SORTED_AT_ONCE = 1 << 17  # of them by a thread: what stays in its cache
+SORTED_NUMBERS = 1 << 22  # sorted ones held at a time
+SORTED_AT_ONCE = 1 << 18  # of them by a thread: what stays in its cache
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,17 @@ def rank_hits(
 def cosine_blocks(
     query: torch.Tensor, gallery: torch.Tensor, device: torch.device, block_numbers: int = BLOCK_NUMBERS
 ) -> Iterator[torch.Tensor]:
-    """[q, G] float32 cosines of some queries at a time with the whole gallery, in order."""
-    g = unit_rows(gallery, "gallery", device)
+    """[q, G] float32 cosines of some queries at a time with the whole gallery, in order.
+
+    A block is good until the next one is asked for, which takes its memory.
+    """
+    q, g = unit_rows(query, "query", device), unit_rows(gallery, "gallery", device)
     rows = max(1, block_numbers // max(len(g), 1))
     if device.type == "cpu":
-        rows = min(rows, max(WELL_MULTIPLIED, REUSED_NUMBERS // max(len(g), 1)))
-    for part in unit_rows(query, "query", device).split(rows):
-        yield part @ g.t()
+        rows = min(rows, max(WELL_MULTIPLIED, CPU_NUMBERS // max(len(g), 1)))
+    block = torch.empty(min(rows, len(q)), len(g), device=device)
+    for part in q.split(rows):
+        yield torch.mm(part, g.t(), out=block[: len(part)])
 
 
 def unit_rows(x: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
@@ -167,28 +172,38 @@ def _places(similar, value, owner, slot, found) -> tuple[torch.Tensor, torch.Ten
     Returns:
         [n] int64 similarities up to and with the hit's own, [n] bool whether another is equal to it.
     """
-    if similar.device.type != "cpu":
-        padded = torch.full((len(found), int(found.max())), torch.inf, device=similar.device)
-        padded[owner, slot] = value
-        ordered = similar.sort(dim=1).values
-        up_to = torch.searchsorted(ordered, padded, right=True)[owner, slot]
-        return up_to, up_to - torch.searchsorted(ordered, padded)[owner, slot] > 1
-    rows, values, offsets = similar.numpy(), value.numpy(), np.concatenate([[0], np.cumsum(found)])
-    up_to, tied = np.empty(len(values), np.int64), np.empty(len(values), bool)
+    padded = torch.full((len(found), int(found.max())), torch.inf, device=similar.device)
+    padded[owner, slot] = value
+    up_to, below = torch.empty_like(padded, dtype=torch.long), torch.empty_like(padded, dtype=torch.long)
+    step = max(1, SORTED_NUMBERS // max(similar.shape[1], 1)) if similar.device.type == "cpu" else len(found)
+    scratch = None
+    for start in range(0, len(found), step):
+        part = slice(start, start + step)
+        if similar.device.type == "cpu":
+            scratch = torch.empty_like(similar[part]) if scratch is None else scratch[: len(similar[part])]
+            ordered = _sort_rows(similar[part], scratch)
+        else:
+            ordered = similar[part].sort(dim=1).values
+        up_to[part] = torch.searchsorted(ordered, padded[part], right=True)
+        below[part] = torch.searchsorted(ordered, padded[part])
+    up_to = up_to[owner, slot]
+    return up_to, up_to - below[owner, slot] > 1
+
+
+def _sort_rows(rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """[n, G] float32 on the CPU, each row sorted into `out`, which is returned. numpy sorts with vector
+    instructions, torch does not; a thread copies and sorts a few rows while they are in its cache."""
+    source, target = rows.numpy(), out.numpy()
     step = max(1, SORTED_AT_ONCE // max(rows.shape[1], 1))
 
-    def look(start: int) -> None:  # a few rows, sorted and searched while they are in the cache
-        part = rows[start : start + step].copy()
-        part.sort(axis=1)  # numpy's uses vector instructions
-        for row, i in zip(part, range(start, start + step)):
-            mine = slice(offsets[i], offsets[i + 1])
-            up_to[mine] = row.searchsorted(values[mine], side="right")
-            tied[mine] = row[np.maximum(up_to[mine] - 2, 0)] == values[mine]
-            tied[mine] &= up_to[mine] > 1
+    def sort(start: int) -> None:
+        part = target[start : start + step]
+        np.copyto(part, source[start : start + step])
+        part.sort(axis=1)
 
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        list(pool.map(look, range(0, len(rows), step)))
-    return torch.from_numpy(up_to), torch.from_numpy(tied)
+        list(pool.map(sort, range(0, len(source), step)))
+    return out
 
 
 def _equals_ahead(similar, value, good, owner) -> torch.Tensor:
