@@ -36,9 +36,17 @@ TASKS = {"reid": reid}
 FIXED_ON_RESUME = (
     "task input_size stride drop_path finetune pixel_stats quick_gelu images_sha num_classes global_batch "
     "epochs warmup_epochs lr min_lr_ratio warmup_lr_ratio weight_decay opt layer_decay bias_lr_factor "
-    "smoothing clip_grad num_instances jpm jpm_shift sie_camera sie_view sie_weight id_weight triplet_weight "
-    "center_weight erase seed"
+    "head_lr_factor smoothing clip_grad seed"
 ).split()
+NOT_NEGATIVE = (
+    "warmup_epochs weight_decay clip_grad max_bad_ratio seed eval_every keep_checkpoints min_lr_ratio "
+    "warmup_lr_ratio bias_lr_factor head_lr_factor"
+).split()
+
+
+def by_task(name: str) -> str:
+    """ "reid 256, attr 224": the default that each task's recipe has for a flag."""
+    return "default " + ", ".join(f"{task} {module.RECIPE[name]}" for task, module in TASKS.items())
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -51,11 +59,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="weights of MAE, CGD-MAE, VehicleMAE, timm, DINO, MoCo v3, CLIP, TransReID (default none)")
     add("--model", default=None, choices=list(encoder_models()), metavar="NAME",
         help=f"one of {', '.join(encoder_models())}, to start from random weights (default: the file's)")
-    add("--input_size", default="256", help="pixels: one side, or H,W (default 256)")
+    add("--input_size", default=None, help=f"pixels: one side, or H,W ({by_task('input_size')})")
     add("--stride", default=None, type=int,
         help="px from patch to patch; 12: they overlap (default: the patch)")
-    add("--drop_path", default=0.1, type=float,
-        help="chance to skip the last block, growing linearly from 0 (default 0.1)")
+    add("--drop_path", default=None, type=float,
+        help=f"chance to skip the last block, growing linearly from 0 ({by_task('drop_path')})")
     add("--pixel_stats", default="checkpoint", choices=("checkpoint", *PIXEL_STATS),
         help="mean and std of pixels: the file's, ImageNet's, 0.5 as in TransReID, CLIP's (default "
         "checkpoint; where it says nothing CLIP's for CLIP, ImageNet's for others)")
@@ -64,23 +72,31 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--quick_gelu", action="store_true", help="OpenAI's CLIP was trained with it (default off)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", default=64, type=int, help="images per process (default 64)")
-    add("--epochs", default=120, type=int, help="length of the schedule in epochs (default 120)")
-    add("--warmup_epochs", default=5.0, type=float, help="epochs of linear warm-up (default 5)")
-    add("--opt", default="sgd", choices=("sgd", "adamw"), help="optimiser (default sgd, momentum 0.9)")
+    add("--batch_size", default=None, type=int, help=f"images per process ({by_task('batch_size')})")
+    add("--epochs", default=None, type=int, help=f"length of the schedule in epochs ({by_task('epochs')})")
+    add("--warmup_epochs", default=None, type=float,
+        help=f"epochs of linear warm-up ({by_task('warmup_epochs')})")
+    add("--opt", default=None, choices=("sgd", "adamw"),
+        help=f"optimiser; momentum of sgd 0.9 ({by_task('opt')})")
     add("--lr", default=None, type=float,
-        help="learning rate (default: the recipe's times batch / 64: reid 0.008, with --jpm 0.01, adamw "
-        "5e-4)")
-    add("--min_lr_ratio", default=0.002, type=float, help="last learning rate / --lr (default 0.002)")
-    add("--warmup_lr_ratio", default=0.01, type=float, help="first learning rate / --lr (default 0.01)")
-    add("--bias_lr_factor", default=2.0, type=float, help="learning rate of biases / --lr (default 2)")
+        help="learning rate (default: the recipe's times all ranks' batch / the recipe's; docs/FINETUNE.md)")
+    add("--min_lr_ratio", default=None, type=float,
+        help=f"last learning rate / --lr ({by_task('min_lr_ratio')})")
+    add("--warmup_lr_ratio", default=None, type=float,
+        help=f"first learning rate / --lr ({by_task('warmup_lr_ratio')})")
+    add("--bias_lr_factor", default=None, type=float,
+        help=f"learning rate of biases / --lr ({by_task('bias_lr_factor')})")
+    add("--head_lr_factor", default=None, type=float,
+        help=f"learning rate of what is not the encoder's / --lr ({by_task('head_lr_factor')})")
     add("--layer_decay", default=1.0, type=float,
         help="learning rate of a layer / the next one's (default 1)")
-    add("--weight_decay", default=1e-4, type=float, help="weight decay (default 1e-4)")
-    add("--clip_grad", default=0.0, type=float, help="largest gradient norm, 0 for none (default 0)")
-    add("--smoothing", default=0.0, type=float, help="label smoothing (default 0)")
+    add("--weight_decay", default=None, type=float, help=f"weight decay ({by_task('weight_decay')})")
+    add("--clip_grad", default=None, type=float,
+        help=f"largest gradient norm, 0 for none ({by_task('clip_grad')})")
+    add("--smoothing", default=None, type=float, help=f"label smoothing ({by_task('smoothing')})")
 
-    reid.add_flags(parser)
+    for module in TASKS.values():
+        module.add_flags(parser)
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", required=True, help="folder of the set, or a table; docs/FINETUNE.md has the layouts")
@@ -96,7 +112,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--eval_every", default=0, type=int,
         help="epochs between evaluations, 0: after the last only; they choose nothing (default 0)")
     add("--report", action="store_true",
-        help="write report.html: ranked lists, curves, attention (default off)")
+        help="write report.html: numbers, curves and pictures (default off)")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=None,
@@ -139,12 +155,12 @@ def check_args(args) -> None:
     Raises:
         InputError: one sentence on the first contradiction.
     """
+    fill_recipe(args)
     args.img_size = parse_input_size(args.input_size)
     for name in ("batch_size", "epochs", "print_freq", "save_freq", "max_bad_steps"):
         if getattr(args, name) < 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
-    for name in ("warmup_epochs", "weight_decay", "clip_grad", "max_bad_ratio", "seed", "eval_every",
-                 "keep_checkpoints", "min_lr_ratio", "warmup_lr_ratio", "bias_lr_factor"):  # fmt: skip
+    for name in NOT_NEGATIVE:
         if getattr(args, name) < 0:
             raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
     for name in ("drop_path", "smoothing"):
@@ -171,10 +187,27 @@ def check_args(args) -> None:
         args.num_workers = default_workers()
     if args.num_workers < 0:
         raise InputError(f"--num_workers {args.num_workers}: must not be negative")
-    defaults = vars(get_args_parser().parse_args(["--task", args.task, "--data_path", ""]))
-    args.given = [name for name, value in vars(args).items() if value != defaults.get(name, value)]
     args.accum_iter = 1
     TASKS[args.task].check(args)
+
+
+def fill_recipe(args) -> None:
+    """What no flag says is the task's recipe; `args.given` names the flags that say something.
+
+    Raises:
+        InputError: a flag of another task.
+    """
+    defaults = vars(get_args_parser().parse_args(["--task", args.task, "--data_path", ""]))
+    args.given = [name for name, value in vars(args).items() if value != defaults.get(name, value)]
+    for task, module in TASKS.items():
+        own = argparse.ArgumentParser()
+        module.add_flags(own)
+        for name in vars(own.parse_args([])):
+            if name in args.given and task != args.task:
+                raise InputError(f"--{name} belongs to --task {task}: drop it for --task {args.task}")
+    for name, value in TASKS[args.task].RECIPE.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
 
 
 def main(args) -> dict:
@@ -235,8 +268,11 @@ def build_run(args, device: torch.device) -> tuple[FinetuneRun, RunFiles, list[s
     torch.set_float32_matmul_precision("high")
     amp_dtype, amp_reason = pick_amp_dtype(args.amp, device)
     fused = pick_fused_attention(device, amp_dtype)
-    task = TASKS[args.task].build(args, device, amp_dtype, fused)
+    module = TASKS[args.task]
     args.global_batch = args.batch_size * get_world_size()
+    if args.lr is None:
+        args.lr = module.default_lr(args) * args.global_batch / module.RECIPE["batch_size"]
+    task = module.build(args, device, amp_dtype, fused)
     facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | task.facts
     facts |= {"world_size": get_world_size()}
     files = RunFiles(
@@ -245,7 +281,7 @@ def build_run(args, device: torch.device) -> tuple[FinetuneRun, RunFiles, list[s
         task.config,
         args.save_minutes,
         args.keep_checkpoints,
-        FIXED_ON_RESUME,
+        [*FIXED_ON_RESUME, *module.FIXED],
         "--finetune",
     )
     loader = DataLoader(

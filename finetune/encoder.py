@@ -1,4 +1,4 @@
-"""The encoder that a downstream task starts from: a file of weights, or random."""
+"""The encoder of a downstream task: from a file of weights, random, or of a trained model."""
 
 from models_vit import (
     CLIP_STATS,
@@ -8,7 +8,9 @@ from models_vit import (
     VisionTransformer,
     load_encoder,
 )
+from util.checkpoint import read_checkpoint
 from util.errors import InputError
+from util.pretrained import read_config
 
 # what shapes an encoder: a trained model has its own
 ENCODER_FLAGS = ("model", "input_size", "stride", "drop_path", "pixel_stats", "pos_resize", "quick_gelu")
@@ -75,3 +77,38 @@ def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
     encoder.train()
     report += "\n  pixels: mean {:.3g} {:.3g} {:.3g}, std {:.3g} {:.3g} {:.3g}".format(*mean, *std)
     return encoder, report
+
+
+def encoder_of(config: dict, fused_attn: bool) -> VisionTransformer:
+    """The encoder of a trained model by the config in its file, with weights still to be loaded."""
+    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std", "stride",
+             "pre_norm", "quick_gelu")  # fmt: skip
+    return VisionTransformer(**{name: config[name] for name in names}, fused_attn=fused_attn)
+
+
+def check_trained(args, kind: str, model_flags: tuple[str, ...], encoder_alone: str = "") -> None:
+    """Whether --eval was given what it can score: --resume a model of this `kind`, without flags that would
+    change it; or, where a task scores an `encoder_alone` (words that say how), --finetune an encoder.
+
+    Raises:
+        InputError: a file of the other kind, or such a flag.
+    """
+    file = args.resume or args.finetune
+    found = read_config(file, read_checkpoint(file)).get("kind", "")
+    if args.resume and found != kind:
+        other = f"use --finetune {file} ({encoder_alone})" if encoder_alone and not found else (
+            f"give the model.pth of a run with --task {args.task}"
+        )  # fmt: skip
+        is_what = f"a {found}" if found else "no model of main_finetune.py"
+        raise InputError(f"{file} is {is_what}: {other}")
+    if args.finetune and found:
+        raise InputError(f"{file} is a model of main_finetune.py: use --resume {file}")
+    if args.finetune and not encoder_alone:
+        raise InputError(
+            f"--eval --finetune {file}: an encoder has no answers for --task {args.task} before it is "
+            "trained; give --resume the model.pth of a run"
+        )
+    own = model_flags + (ENCODER_FLAGS if args.resume else ())
+    fixed = [name for name in args.given if name in own]
+    if fixed:
+        raise InputError(f"--{fixed[0]} would change the model that --eval scores: drop it")

@@ -12,25 +12,40 @@ from datasets.augment import PadCropErase, erase_boxes
 from datasets.pk_batches import count_used
 from datasets.reid import ReidData, ReidImages, read_reid
 from datasets.reid_train import PKBatches, ReidTrainImages
-from finetune.encoder import ENCODER_FLAGS, build_encoder
-from finetune.reid_eval import evaluate_reid, flat_metrics, result_lines, write_unreadable
+from finetune.encoder import build_encoder, check_trained
+from finetune.predict import write_unreadable
+from finetune.reid_eval import evaluate_reid, flat_metrics, result_lines, unreadable_of
 from finetune.reid_model import KIND, in_the_models_numbers, load_reid, reid_config
 from finetune.reid_report import write_reid_report
 from finetune.task import Task
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
-from util.checkpoint import read_checkpoint
 from util.dist import gather_rows, get_rank, get_world_size, is_main_process, print_main, wait_for_main
 from util.errors import InputError
 from util.losses import center_loss, hard_triplet_loss, identity_loss, move_centers, over_branches
 from util.lr_sched import transreid_lr
 from util.optim import build_finetune_optimizer
-from util.pretrained import read_config
 from util.protocols import draw_gallery, protocols_of
 from util.rollout import reid_rollout
 
 # up to which a published set numbers its cameras: train alone may not show the last
 CAMERAS = {"veri776": 20, "veriwild": 175}
+
+RECIPE = {  # TransReID's
+    "input_size": "256", "drop_path": 0.1, "batch_size": 64, "epochs": 120, "warmup_epochs": 5.0,
+    "opt": "sgd", "min_lr_ratio": 0.002, "warmup_lr_ratio": 0.01, "bias_lr_factor": 2.0,
+    "head_lr_factor": 1.0, "weight_decay": 1e-4, "clip_grad": 0.0, "smoothing": 0.0,
+}  # fmt: skip
+FIXED = (  # beside what no task may change on resume
+    "num_instances", "jpm", "jpm_shift", "sie_camera", "sie_view", "sie_weight", "id_weight",
+    "triplet_weight", "center_weight", "erase",
+)  # fmt: skip
+KNOWN_SIDE = ("jpm", "jpm_shift", "sie_camera", "sie_view", "sie_weight")  # of a trained model
+
+
+def default_lr(args) -> float:
+    """Learning rate at the recipe's batch."""
+    return 5e-4 if args.opt == "adamw" else 0.01 if args.jpm else 0.008
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -84,16 +99,13 @@ def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
     data = chosen_tests(read_reid(args.data_path, args.format), args)
     rank, world = get_rank(), get_world_size()
     batches = PKBatches(data.train.pids, args.batch_size, args.num_instances, rank, world, args.seed)
-    if args.lr is None:
-        recipe = 5e-4 if args.opt == "adamw" else 0.01 if args.jpm else 0.008
-        args.lr = recipe * args.batch_size * world / 64
     torch.manual_seed(args.seed)
     encoder, report = build_encoder(args, fused_attn)
     depth = len(encoder.blocks)
     model = build_model(args, data, encoder).to(device)
     optimizer = build_finetune_optimizer(
         model, depth, args.opt, args.lr, args.weight_decay,
-        layer_decay=args.layer_decay, bias_lr_factor=args.bias_lr_factor,
+        layer_decay=args.layer_decay, bias_lr_factor=args.bias_lr_factor, head_lr_factor=args.head_lr_factor,
     )  # fmt: skip
 
     def lr(epoch: float) -> float:
@@ -112,7 +124,6 @@ def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
         config=reid_config(encoder, data, model.config) | {"depth": depth},
         facts={
             "images": len(data.train), "images_sha": data.sha256(), "num_classes": data.classes,
-            "lr": args.lr,
         },
         header=header_lines(args, data, model, batches, report),
     )  # fmt: skip
@@ -221,16 +232,8 @@ def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> di
     """
     data = chosen_tests(read_reid(args.data_path, args.format, need_train=False), args)
     file = args.resume or args.finetune
-    is_trained = read_config(file, read_checkpoint(file)).get("kind") == KIND
-    if is_trained != bool(args.resume):
-        other = (
-            f"--resume {file}" if is_trained else f"--finetune {file} (its class token is the feature then)"
-        )
-        raise InputError(f"{file} is {'a' if is_trained else 'no'} model of main_finetune.py: use {other}")
-    reid_flags = ("jpm", "jpm_shift", "sie_camera", "sie_view", "sie_weight")
-    fixed = [name for name in args.given if name in reid_flags + (ENCODER_FLAGS if is_trained else ())]
-    if fixed:
-        raise InputError(f"--{fixed[0]} would change the model that --eval scores: drop it")
+    is_trained = bool(args.resume)
+    check_trained(args, KIND, KNOWN_SIDE, encoder_alone="its class token is the feature then")
     if is_trained:
         model, config, report = load_reid(file, device, fused_attn=fused_attn)
         data = in_the_models_numbers(data, config, file)
@@ -286,9 +289,7 @@ def score_as_is(model: TransReID, data: ReidData, args, amp_dtype, is_over: bool
     if not is_main_process():
         return {}
     folder = Path(args.output_dir)
-    gone = write_unreadable(results, folder / "unreadable_test_images.txt")
-    if gone:
-        print(f"{gone} test images cannot be read: {folder / 'unreadable_test_images.txt'} lists them")
+    write_unreadable(unreadable_of(results), folder)
     print("\n".join([f"SIE: {side_line(model.config)}", *result_lines(results)]), flush=True)
     if args.report and is_over:
         weights = args.resume if args.eval else folder / "model.pth"

@@ -1,20 +1,15 @@
 """Scoring a re-identification model: features of every test image, then the set's protocol."""
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from datasets.reid import ReidData, ReidImages
-from engine_extract import WholeImages, extract_batches
+from engine_extract import WholeImages
+from finetune.predict import predict
 from models_transreid import TransReID
-from util.checkpoint import write_atomic
-from util.dist import get_rank, get_world_size, is_main_process, wait_for_main
-from util.errors import InputError
-from util.progress import Progress
+from util.dist import wait_for_main
 from util.protocols import Protocol, evaluate
 
 
@@ -37,7 +32,6 @@ class TestResult:
     gallery: Features | None
 
 
-@torch.inference_mode()
 def extract_reid(
     model: TransReID,
     images: ReidImages,
@@ -47,83 +41,22 @@ def extract_reid(
     num_workers: int,
     amp_dtype: torch.dtype | None = None,
 ) -> Features | None:
-    """Features for search, [n, D], on rank 0; None elsewhere.
-
-    The ranks share out whole batches of one fixed cut of the list, without padding or repeating: every image
-    is computed once and in the same company on any number of ranks, so the numbers are equal to the last bit.
-
-    Raises:
-        InputError: not one image can be read, or the model answers with numbers that are not finite.
-    """
-    chunks = np.arange(len(images)) // batch_size
-    mine = [np.flatnonzero(chunks % get_world_size() == rank) for rank in range(get_world_size())]
-    rows = mine[get_rank()]
+    """Features for search, [n, D], on rank 0; None elsewhere; see `predict`."""
     device = model.base.pos_embed.device
     camids, viewids = torch.from_numpy(images.camids), torch.from_numpy(images.viewids)
-
-    def encode(imgs: torch.Tensor, index: torch.Tensor) -> dict[str, torch.Tensor]:
-        return {"": model.encode(imgs, *model.side_ids(camids[index], viewids[index], device))}
-
-    progress = Progress(title, len(rows), shown=is_main_process())
-    found, done = [], 0
-    for index, features, bad in extract_batches(
-        encode,
-        WholeImages(images.paths, rows, model.base.img_size),
+    found = predict(
+        lambda imgs, index: model.encode(imgs, *model.side_ids(camids[index], viewids[index], device)),
+        WholeImages(images.paths, np.arange(len(images)), model.base.img_size),
         device,
+        title,
+        width=model.feature_dim,
         batch_size=batch_size,
         num_workers=num_workers,
         amp_dtype=amp_dtype,
-    ):
-        lost = torch.tensor([[float(int(i) in bad)] for i in index])  # travels with the row
-        found.append(torch.cat([torch.from_numpy(features[""]), lost], dim=1))
-        done += len(index)
-        progress.update(done)
-    progress.close()
-    values = torch.cat(found) if found else torch.zeros(0, model.feature_dim + 1)
-    values = _on_main(values, mine, len(images))
-    if values is None:
+    )
+    if found is None:
         return None
-    lost, values = values[:, -1].numpy() > 0, values[:, :-1]
-    if lost.all():
-        raise InputError(f"{title}: none of the {len(images)} images could be read, e.g. {images.paths[0]}")
-    readable = np.flatnonzero(~lost)
-    finite = torch.isfinite(values[readable]).all(dim=1)
-    if not finite.all():
-        bad = images.paths.relative(int(readable[int((~finite).nonzero()[0])]))
-        raise InputError(
-            f"{title}: the features of {int((~finite).sum())} images, e.g. {bad}, are not finite: the model "
-            "has diverged, or needs --amp none"
-        )
-    if not lost.any():
-        return Features(images, values, [])
-    reasons = [
-        f"{images.paths.relative(i)}\t{_reason(images.paths[i])}" for i in np.flatnonzero(lost).tolist()
-    ]
-    return Features(images.take(readable), values[readable], reasons)
-
-
-def _reason(file: Path) -> str:
-    try:
-        open_rgb(file)
-    except UNREADABLE as error:
-        return why_unreadable(error)
-    return "was unreadable when it was needed"
-
-
-def _on_main(values: torch.Tensor, rows: list[np.ndarray], total: int) -> torch.Tensor | None:
-    """Rows of all ranks put in order on rank 0; they travel one rank at a time."""
-    if not is_main_process():
-        if len(values):
-            dist.send(values.contiguous(), dst=0)
-        return None
-    whole = torch.empty(total, values.shape[1])
-    whole[rows[0]] = values
-    for rank in range(1, get_world_size()):
-        if len(rows[rank]):
-            part = torch.empty(len(rows[rank]), values.shape[1])
-            dist.recv(part, src=rank)
-            whole[rows[rank]] = part
-    return whole
+    return Features(images.take(found.rows) if found.unreadable else images, found.values, found.unreadable)
 
 
 def evaluate_reid(
@@ -194,10 +127,7 @@ def result_lines(results: dict[str, TestResult]) -> list[str]:
     return lines
 
 
-def write_unreadable(results: dict[str, TestResult], file: Path) -> int:
-    """List the test images that could not be read; returns their number."""
+def unreadable_of(results: dict[str, TestResult]) -> list[str]:
+    """`path<tab>reason` of the test images that could not be read."""
     parts = [part for result in results.values() for part in (result.query, result.gallery) if part]
-    names = sorted({name for part in parts for name in part.unreadable})
-    if names:
-        write_atomic(file, lambda opened: opened.write("".join(f"{n}\n" for n in names).encode()))
-    return len(names)
+    return sorted({name for part in parts for name in part.unreadable})

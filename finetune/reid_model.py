@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from datasets.reid import UNKNOWN, ReidData, ReidImages
+from finetune.encoder import encoder_of
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer, load_encoder
 from util.checkpoint import load_weights, read_checkpoint
@@ -84,9 +85,7 @@ def load_reid(
     own = tuple(config["img_size"])
     if img_size is not None and tuple(img_size) != own:
         raise InputError(f"{file} was trained at {own[0]} x {own[1]} px: leave --input_size out")
-    names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std", "stride",
-             "pre_norm", "quick_gelu")  # fmt: skip
-    encoder = VisionTransformer(**{name: config[name] for name in names}, fused_attn=fused_attn)
+    encoder = encoder_of(config, fused_attn)
     model = TransReID(encoder, config["num_classes"], TransReIDConfig(**config["reid"]))
     report = load_weights(model, content["model"], file, needed="all")
     return model.to(device).eval(), config, report

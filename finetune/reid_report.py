@@ -4,25 +4,23 @@ import html
 import math
 import re
 from pathlib import Path
-from string import Template
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from datasets.images import UNREADABLE, open_reduced, open_rgb, why_unreadable
+from datasets.images import UNREADABLE, open_rgb
 from datasets.path_list import printable
 from datasets.reid import ReidImages
-from datasets.transforms import jpeg_reduction, whole_image
+from datasets.transforms import whole_image
+from finetune.page import MARKS, THUMB, Pictures, Section, mark, write_page
 from finetune.ranking import Card, Ranking
 from finetune.reid_charts import charts
-from util.checkpoint import write_atomic
 from util.metrics import cosine_blocks
 from util.protocols import Protocol
 from util.rollout import Rollout, heat_picture
 from util.thumbnail import jpeg_uri
 
-THUMB = 144  # px, longer side of the embedded pictures
 ROLLOUT_BATCH = 8
 SECTIONS = {
     "worst": ("Worst queries", "Those of the lowest average precision (AP)."),
@@ -30,26 +28,22 @@ SECTIONS = {
              "vehicles as far as there are any."),
     "random": ("Random queries", "Drawn from all scored queries, seed {seed}."),
 }  # fmt: skip
-MARKS = {  # name and drawing: not every font has check marks
-    "right": ("right", "M1 6.5 4.5 10 11 2"),
-    "wrong": ("wrong", "M2 2 10 10M10 2 2 10"),
-    "junk": ("same camera", "M1 6a5 5 0 1 0 10 0a5 5 0 1 0-10 0M2.5 9.5l7-7"),
-}
-PAGE = Template((Path(__file__).parent / "reid_page.html").read_text(encoding="utf-8"))
+STYLE = """.list{display:flex;gap:16px;padding:0;margin:0}.own{flex:none}.heat img{border-color:#ccc}
+.later{margin-left:20px;position:relative}.later::before{content:'...';position:absolute;left:-17px;top:2em}
+.junk img,.junk .gone{border:3px dotted #777}.junk img{opacity:.6}"""
 
 
 class Lists:
-    """Ranked lists as HTML; `lost`: {file that cannot be opened: why}, of those drawn so far."""
+    """Ranked lists as HTML."""
 
     def __init__(self, ranking: Ranking, pid_names: list[str], topk: int, heats: dict[int, Image.Image]):
         self.ranking, self.pid_names, self.topk, self.heats = ranking, pid_names, topk, heats
-        self.uris: dict[Path, str] = {}
-        self.lost: dict[Path, str] = {}
+        self.pictures = Pictures()
 
-    def section(self, name: str, seed: int) -> str:
+    def section(self, name: str, seed: int) -> Section:
         title, words = SECTIONS[name]
         lists = "".join(self.one(row) for row in self.ranking.chosen[name].tolist())
-        return f'<h2 id="{name}">{title}</h2><p>{words.format(seed=seed)}</p>{lists or "<p>None.</p>"}'
+        return Section(name, title, f"<p>{words.format(seed=seed)}</p>{lists or '<p>None.</p>'}")
 
     def one(self, row: int) -> str:
         """The query, its roll-out, and its cards."""
@@ -70,10 +64,10 @@ class Lists:
         )
 
     def card(self, card: Card) -> str:
-        which, mark = (self.ranking.gallery, card.row), MARKS[card.mark][0]
+        which, word = (self.ranking.gallery, card.row), MARKS[card.mark][0]
         rank = f"rank {card.rank:,}" if card.rank else "not counted"
-        picture = self.picture(*which, f"{mark}, {rank}, {self.who(*which)}")
-        words = f"{_mark(card.mark)}<br>{rank}<br>cos {card.cosine:.3f}<br>{self.who(*which, '<br>')}"
+        picture = self.picture(*which, f"{word}, {rank}, {self.who(*which)}")
+        words = f"{mark(card.mark)}<br>{rank}<br>cos {card.cosine:.3f}<br>{self.who(*which, '<br>')}"
         later = " later" if card.rank > self.topk else ""
         return f'<li class="{card.mark}{later}">{picture}{words}</li>'
 
@@ -83,17 +77,7 @@ class Lists:
         return f"pid {name}" + (f"{between}camid {camid}" if camid >= 0 else "")
 
     def picture(self, images: ReidImages, row: int, alt: str) -> str:
-        """The picture, or a box that says that there is none."""
-        file, name = images.paths[row], html.escape(printable(images.paths.relative(row)))
-        if file not in self.uris and file not in self.lost:
-            try:
-                image, _ = open_reduced(file, lambda w, h: jpeg_reduction((0, 0, w, h), (THUMB, THUMB)))
-                self.uris[file] = jpeg_uri(image, THUMB)
-            except UNREADABLE as error:
-                self.lost[file] = html.escape(printable(why_unreadable(error)))
-        if file in self.lost:
-            return f'<div class="gone" title="{self.lost[file]}">{name} cannot be opened</div>'
-        return f'<img src="{self.uris[file]}" alt="{alt}" title="{name}">'
+        return self.pictures.one(images.paths, row, alt)
 
 
 def query_heats(
@@ -117,9 +101,9 @@ def query_heats(
     return drawn
 
 
-def tiles(metrics: dict[str, float]) -> str:
-    """The numbers; those of [0, 1] in %, a standard deviation beside its mean."""
-    found = []
+def tiles(metrics: dict[str, float]) -> dict[str, str]:
+    """The numbers as text; those of [0, 1] in %, a standard deviation beside its mean."""
+    found = {}
     for name, value in metrics.items():
         if name.endswith("_std") and name[:-4] in metrics:
             continue
@@ -127,9 +111,8 @@ def tiles(metrics: dict[str, float]) -> str:
         text = f"{100 * value:.2f} %" if percent else f"{value:,.6g}"
         if percent and f"{name}_std" in metrics:
             text += f" ± {100 * metrics[f'{name}_std']:.2f}"
-        text = "none" if math.isnan(value) else text
-        found.append(f"<div>{html.escape(name.replace('_', ' '))}<b>{text}</b></div>")
-    return "".join(found)
+        found[name.replace("_", " ")] = "none" if math.isnan(value) else text
+    return found
 
 
 def write_reid_report(
@@ -176,24 +159,18 @@ def write_reid_report(
         ranking.add(similar)
     heats = query_heats(rollout, query, sorted(ranking.similar), img_size) if rollout is not None else {}
     lists = Lists(ranking, pid_names, topk, heats)
-    sections = "".join(lists.section(name, seed) for name in SECTIONS)
-    rows = [f"<tr><th>{html.escape(k)}</th><td>{html.escape(str(v))}</td></tr>" for k, v in facts.items()]
-    page = PAGE.substitute(
-        title=html.escape(title),
-        symbols="".join(
-            f'<symbol id="{name}" viewBox="0 0 12 12"><path d="{path}" fill="none" stroke="currentColor" '
-            'stroke-width="2.2"/></symbol>'
-            for name, (_, path) in MARKS.items()
-        ),
-        protocol=html.escape(protocol.line()),
-        tiles=tiles(metrics),
-        facts="".join(rows),
-        ranking=_words(ranking),
-        charts=charts(ranking),
-        legend=_legend(protocol, topk, heats, lists.lost),
-        sections=sections,
+    shown_lists = [lists.section(name, seed) for name in SECTIONS]
+    ranks = f'<p>{_words(ranking)}</p><div class="charts">{charts(ranking)}</div>'
+    legend = f"<p>{_legend(protocol, topk, heats, lists.pictures.lost)}</p>"
+    write_page(
+        file,
+        title,
+        f"<p><code>{html.escape(protocol.line())}</code></p>",
+        tiles(metrics),
+        facts,
+        [Section("ranking", "Ranking", ranks), Section("lists", "Ranked lists", legend, False), *shown_lists],
+        STYLE,
     )
-    write_atomic(file, lambda opened: opened.write(page.encode("utf-8", "replace")))
 
 
 def _check(protocol, query, query_features, gallery, gallery_features, names: int) -> None:
@@ -222,19 +199,14 @@ def _words(ranking: Ranking) -> str:
     return text
 
 
-def _mark(name: str) -> str:
-    drawing = f'<svg class="mark" aria-hidden="true"><use href="#{name}"/></svg>'
-    return f'<b class="{name}">{drawing} {MARKS[name][0]}</b>'
-
-
 def _legend(protocol: Protocol, topk: int, heats: dict, lost: dict) -> str:
     parts = [
         "Beside each query its gallery images, from the highest cosine on, with their counted ranks. "
-        f"{_mark('right')}, solid green frame: the same vehicle. {_mark('wrong')}, dashed red frame: another."
+        f"{mark('right')}, solid green frame: the same vehicle. {mark('wrong')}, dashed red frame: another."
     ]
     if protocol.remove_same_camera:
         parts.append(
-            f"{_mark('junk')}, dotted grey frame: the same vehicle seen by the query's own camera, which the "
+            f"{mark('junk')}, dotted grey frame: the same vehicle seen by the query's own camera, which the "
             f"protocol does not count; it stands where it would be; at most {topk} a list are shown."
         )
     parts.append(f"Behind the dots stands the first right one, if it comes after rank {topk}.")

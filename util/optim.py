@@ -48,6 +48,7 @@ def build_finetune_optimizer(
     *,
     layer_decay: float = 1.0,
     bias_lr_factor: float = 1.0,
+    head_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
     """SGD with momentum 0.9 (decay on everything, as in TransReID), or AdamW (betas 0.9, 0.999; no decay on
     1-D tensors, class token and position table). Fused: skips the update where `found_inf` is set.
@@ -55,13 +56,15 @@ def build_finetune_optimizer(
     Args:
         depth: blocks of the encoder. opt: sgd or adamw.
         layer_decay: learning rates shrink by this factor from each layer to the one below it.
-        bias_lr_factor: of the learning rate of biases.
+        bias_lr_factor, head_lr_factor: of the learning rate of biases, and of what is not the encoder's (not
+            under `base.`).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = layer_decay ** (depth + 1 - layer_number(name, depth))
             scale *= bias_lr_factor if name.endswith(".bias") else 1.0
+            scale *= 1.0 if name.startswith("base.") else head_lr_factor
             plain = parameter.ndim <= 1 or name.endswith(("cls_token", "pos_embed"))
             decay = 0.0 if opt == "adamw" and plain else weight_decay
             groups.setdefault((scale, decay), []).append(parameter)
