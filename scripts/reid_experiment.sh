@@ -2,7 +2,7 @@
 # Does the pre-training help re-identification? TransReID on the drawn set in VeRi-776's layout, from a CGD-MAE encoder, from
 # plain MAE and from random weights, the same epochs and seeds. docs/RESULTS.md has the outcome.
 # Usage: [SEEDS="0 1 2"] [ROWS="cgd mae random"] [EPOCHS=20] bash scripts/reid_experiment.sh OUTPUT
-# What is done is not done again; a stopped run goes on.
+# A stopped run goes on, a finished one is only scored again; with another EPOCHS it refuses, so take another OUTPUT.
 set -euo pipefail
 output="$(realpath -m "${1:?output folder}")"
 mkdir -p "$output"
@@ -36,7 +36,6 @@ for row in ${ROWS:-cgd mae random}; do
         *) echo "row '$row': choose cgd, mae or random" >&2; exit 2 ;;
     esac
     for seed in ${SEEDS:-0 1 2}; do
-        if [ -f "$output/${row}_$seed/metrics.json" ]; then continue; fi
         echo "== $row, seed $seed"
         "$python" main_finetune.py --task reid --data_path "$output/veri" --output_dir "$output/${row}_$seed" --seed "$seed" \
             --resume auto "${start[@]}" --input_size 96 --batch_size 32 --epochs "$epochs" --warmup_epochs 3 --opt adamw \
