@@ -68,11 +68,13 @@ def evaluate_reid(
     num_workers: int,
     amp_dtype: torch.dtype | None = None,
     rerank: tuple[int, int, float] | None = None,
+    columns: dict[str, slice] | None = None,
 ) -> dict[str, TestResult]:
     """Every test of a set by its protocol, on rank 0; empty elsewhere.
 
     Args:
         rerank: (k1, k2, lambda): the re-ranked numbers come beside the others, as test "NAME reranked".
+        columns: parts of the feature that are scored each for itself, as test "PART NAME" (None: all of it).
     """
     results = {}
     device = model.base.pos_embed.device
@@ -89,12 +91,14 @@ def evaluate_reid(
         gone = len(query.unreadable) + (len(gallery.unreadable) if gallery else 0)
         if gone:  # then it is another test, and says so
             protocol = replace(protocol, name=f"{protocol.name}/{gone}-unreadable-left-out")
-        rows = (query.images, query.values, *((gallery.images, gallery.values) if gallery else (None, None)))
-        results[test] = TestResult(protocol, evaluate(protocol, *rows, device=device), query, gallery)
-        if rerank:
-            protocol = replace(protocol, rerank=rerank)
-            metrics = evaluate(protocol, *rows, device=device)
-            results[f"{test} reranked"] = TestResult(protocol, metrics, query, gallery)
+        for part, cut in (columns or {"": slice(None)}).items():
+            q = replace(query, values=query.values[:, cut])
+            g = replace(gallery, values=gallery.values[:, cut]) if gallery else None
+            rows = (q.images, q.values, *((g.images, g.values) if g else (None, None)))
+            for ending, used in ("", protocol), (" reranked", replace(protocol, rerank=rerank)):
+                if used.rerank or not ending:
+                    metrics = evaluate(used, *rows, device=device)
+                    results[f"{part} {test}{ending}".strip()] = TestResult(used, metrics, q, g)
         wait_for_main()
     return results
 
