@@ -1,0 +1,87 @@
+"""A task that exists in docs/FINETUNE.md alone: its two files are taken from the page, and trained."""
+
+import csv
+import importlib
+import re
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main_finetune
+from tests.conftest import ROOT, parse
+
+
+@pytest.fixture
+def fifth_task(tmp_path, monkeypatch):
+    """The page's code as modules `datasets.years` and `models_year`, and its row."""
+    page = (ROOT / "docs" / "FINETUNE.md").read_text()
+    blocks = re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", page, re.S)
+    assert [name for name, _ in blocks] == ["datasets/years.py", "models_year.py"]
+    code = tmp_path / "code"
+    (code / "datasets").mkdir(parents=True)
+    for name, text in blocks:
+        (code / name).write_text(text)
+    monkeypatch.syspath_prepend(code)
+    import datasets
+
+    monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(code / "datasets")])
+    models_year = importlib.import_module("models_year")
+    monkeypatch.setitem(main_finetune.TASKS, "year", models_year)
+    yield models_year
+    for name in ("models_year", "datasets.years"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def years(tmp_path):
+    """Brighter pictures are newer."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for index in range(48):
+        year = 1980 + index
+        pixels = np.clip(rng.normal(40 + 4 * index, 10, (32, 32, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{index}.png")
+        rows.append({"path": f"{index}.png", "year": year, "split": "val" if index % 3 == 0 else "train"})
+    with open(tmp_path / "years.csv", "w", newline="") as opened:
+        writer = csv.DictWriter(opened, ["path", "year", "split"])
+        writer.writeheader()
+        writer.writerows(rows)
+    return tmp_path / "years.csv"
+
+
+def test_the_page_s_fifth_task_trains_resumes_and_scores(fifth_task, years, tmp_path):
+    torch.manual_seed(0)
+    words = ["--task", "year", "--data_path", str(years), "--device", "cpu", "--num_workers", "0"]
+    new = ["--model", "vit_tiny_patch16", "--input_size", "32", "--batch_size", "16", "--warmup_epochs", "1"]
+
+    def run(*more):
+        return main_finetune.main(parse(main_finetune.get_args_parser(), [*words, *more]))
+
+    out = str(tmp_path / "run")
+    found = run(*new, "--epochs", "12", "--lr", "1e-3", "--output_dir", out)
+    assert found["mean_years_off"] < 8  # the middle year is 12 off
+    again = run("--eval", "--resume", f"{out}/model.pth", "--batch_size", "16")
+    assert again == found
+    torch.load(f"{out}/model.pth", weights_only=True)
+    with pytest.raises(ValueError, match="--year_beta belongs to --task year"):
+        main_finetune.main(
+            parse(main_finetune.get_args_parser(),
+                  ["--task", "reid", "--data_path", "x", "--model", "vit_tiny_patch16", "--year_beta", "1"])
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="year_beta"):
+        run(
+            *new,
+            "--epochs",
+            "12",
+            "--lr",
+            "1e-3",
+            "--output_dir",
+            out,
+            "--resume",
+            "auto",
+            "--year_beta",
+            "1",
+        )
