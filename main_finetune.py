@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from engine_finetune import FinetuneRun, train_one_epoch
-from finetune import attr, fgvc, reid
+from finetune import attr, fgvc, reid, seg
 from finetune.encoder import PIXEL_STATS, encoder_models
 from util.checkpoint import write_json
 from util.dist import agree, barrier, get_rank, get_world_size, is_main_process, print_main, wrap_ddp
@@ -32,7 +32,7 @@ from util.resume import LAST, RunFiles
 from util.settings import default_workers, environment
 from util.stop import StopGuard, init_worker
 
-TASKS = {"reid": reid, "attr": attr, "fgvc": fgvc}
+TASKS = {"reid": reid, "attr": attr, "fgvc": fgvc, "seg": seg}
 FIXED_ON_RESUME = (
     "task input_size stride drop_path finetune pixel_stats quick_gelu images_sha num_classes global_batch "
     "epochs warmup_epochs lr min_lr_ratio warmup_lr_ratio weight_decay opt layer_decay bias_lr_factor "

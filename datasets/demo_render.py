@@ -26,6 +26,9 @@ from datasets.demo_vehicle import (
     demo_rng,
     vehicle,
 )
+from datasets.partimagenet import BACKGROUND_ID
+
+CAR_BODY, CAR_TYRE, CAR_MIRROR = 24, 25, 26  # PartImageNet's ids
 
 
 class _Slab:
@@ -167,6 +170,7 @@ class _Painter:
     def __init__(self, image: Image.Image, lens: _Lens, camera: Camera):
         self.image, self.lens, self.camera = image, lens, camera
         self.draw, self.glows = ImageDraw.Draw(image), []
+        self.part = CAR_BODY  # what is being painted
 
     def lit(self, colour, k: float = 1.0) -> tuple:
         return tuple(int(min(255, c * k * t)) for c, t in zip(colour, self.camera.light, strict=True))
@@ -195,6 +199,16 @@ class _Painter:
         flat = self.lens(points)
         self.draw.polygon([tuple(q) for q in flat.tolist()], fill=night)
         self.glows.append((flat.mean(0), 0.2 * self.lens.focal / self.lens.distance, night))
+
+
+class _PartPainter(_Painter):
+    """Draws the same polygons in the id of the part that they belong to."""
+
+    def lit(self, colour, k: float = 1.0) -> int:
+        return self.part
+
+    def lamp(self, points: np.ndarray, day, night):
+        self.poly(points, day)
 
 
 def _backdrop(p: _Painter, rng: np.random.Generator, shift: float):
@@ -313,6 +327,7 @@ def _shadow(p: _Painter, body: Body):
 def _wheels(p: _Painter, body: Body, rim: int, phase: float, discs: bool):
     """The treads of all wheels, or (`discs`) the outer sides of those on the near side."""
     r, width = body.wheels[-1], body.width / 2
+    p.part = CAR_TYRE
     for sign, axle in itertools.product((-1, 1), body.wheels[:-1]):
         x = body.length / 2 - axle
 
@@ -327,7 +342,9 @@ def _wheels(p: _Painter, body: Body, rim: int, phase: float, discs: bool):
                 p.poly(np.stack([outer[k - 1], outer[k], inner[k], inner[k - 1]]), (22, 22, 24))
         elif sign * p.lens.sin * p.lens.distance > width:
             arch = _slice(_circle(x, r, r * 1.16, 24), 1, body.heights[0], 9)
+            p.part = CAR_BODY
             draw(arch, (16, 16, 18))
+            p.part = CAR_TYRE
             draw(_circle(x, r, r), (26, 26, 28))
             draw(_circle(x, r, r * 0.68), CHROME)
             draw(_circle(x, r, r * 0.6), (64, 66, 70) if rim else (150, 154, 160))
@@ -345,6 +362,28 @@ def _wheels(p: _Painter, body: Body, rim: int, phase: float, discs: bool):
                     ],
                     CHROME,
                 )
+    p.part = CAR_BODY
+
+
+def _mirrors(p: _Painter, body: Body, colour, before: bool):
+    """Side mirrors beside the windscreen's foot: those behind the body (`before` it is painted) or the
+    others."""
+    x, y, half = body.length / 2 - body.cabin[0] - 0.45, body.heights[3] + 0.04, body.width / 2
+    high = 0.2 if body.heights[4] < 2 else 0.42
+    p.part = CAR_MIRROR
+    for sign in (-1, 1):
+        is_near = sign * p.lens.sin * p.lens.distance > half
+        if before == (is_near or (p.lens.cos > 0 and abs(p.lens.sin) < 0.5)):
+            continue
+        inner, outer = sign * (half - 0.03), sign * (half + 0.26)
+        for z0, z1, x0, x1, k in (
+            (inner, outer, x - 0.1, x - 0.1, 0.7),
+            (inner, outer, x + 0.1, x + 0.1, 0.9),
+            (outer, outer, x - 0.1, x + 0.1, 0.55),
+        ):
+            quad = [(x0, y, z0), (x1, y, z1), (x1, y + high, z1), (x0, y + high, z0)]
+            p.poly(np.array(quad), colour, k)
+    p.part = CAR_BODY
 
 
 def _solid(p: _Painter, slab: _Slab, colour, lid):
@@ -498,53 +537,75 @@ def _nose(p: _Painter, slab: _Slab, attrs: dict, draw):
         p.lamp(slab.face(shape + (sign * 0.75, y + 0.04), True), (226, 234, 240), (255, 250, 222))
 
 
-def render(
-    seed: int, pid: int, camid: int, viewid: int, shot: int, size: int | tuple[int, int] = 96
-) -> Image.Image:
-    """One RGB picture of vehicle `pid`; `size` is the side or (width, height) in pixels.
+class _Scene:
+    """What the ids of a picture say: where its vehicle stands, and through which lens it is seen. `rng` goes
+    on with what comes after."""
 
-    `shot` numbers the pictures of equal (pid, camid, viewid): each has its own scale, position,
-    tilt, wheel angle and noise. Raises ValueError for an unknown camid or viewid, a negative pid
-    and a side under 16 pixels.
-    """
-    if not 0 <= camid < len(CAMERAS) or not 0 <= viewid < len(VIEWS):
-        raise ValueError(
-            f"camid must be 0..{len(CAMERAS) - 1} and viewid 0..{len(VIEWS) - 1}, "
-            f"got camid {camid} and viewid {viewid}"
-        )
-    width, height = (size, size) if isinstance(size, int) else size
-    if min(width, height) < 16:
-        raise ValueError(f"a picture needs at least 16 x 16 pixels, got {width} x {height}")
-    attrs, camera = vehicle(seed, pid), CAMERAS[camid]
-    rng = demo_rng(seed, "shot", pid, camid, viewid, shot)
-    body, slabs = BODIES[attrs["body"]], _slabs(attrs["body"])
-    over = 3 if max(width, height) <= 128 else 2
-    degrees = (270, 90, 0, 180, 42, 138)[viewid] * (rng.choice((-1, 1)) if viewid > 3 else 1)
-    theta = math.radians(degrees + rng.uniform(-1, 1) * (6 if viewid < 4 else 14))
-    tall = max(slab.y1 for slab in slabs.values())
-    above = max(camera.height, 0.9 * tall) * rng.uniform(0.95, 1.15)
-    lens = _Lens(theta, 2.4 * body.length + 3, above, roll=rng.uniform(-0.02, 0.02))
-    corners = np.array(
-        list(
-            itertools.product(
-                (-body.length / 2, body.length / 2), (0, tall), (-body.width / 2, body.width / 2)
+    def __init__(self, seed: int, pid: int, camid: int, viewid: int, shot: int, size):
+        if not 0 <= camid < len(CAMERAS) or not 0 <= viewid < len(VIEWS):
+            raise ValueError(
+                f"camid must be 0..{len(CAMERAS) - 1} and viewid 0..{len(VIEWS) - 1}, "
+                f"got camid {camid} and viewid {viewid}"
             )
+        self.size = (size, size) if isinstance(size, int) else tuple(size)
+        if min(self.size) < 16:
+            raise ValueError(f"a picture needs at least 16 x 16 pixels, got {self.size[0]} x {self.size[1]}")
+        self.seed, self.camid, self.camera = seed, camid, CAMERAS[camid]
+        self.rng = demo_rng(seed, "shot", pid, camid, viewid, shot)
+        self.over = 3 if max(self.size) <= 128 else 2
+        degrees = (270, 90, 0, 180, 42, 138)[viewid] * (self.rng.choice((-1, 1)) if viewid > 3 else 1)
+        self.theta = math.radians(degrees + self.rng.uniform(-1, 1) * (6 if viewid < 4 else 14))
+
+    def look_at(self, length: float, width: float, tall: float) -> None:
+        """Choose the lens so that a box of this size in metres fills the picture."""
+        above = max(self.camera.height, 0.9 * tall) * self.rng.uniform(0.95, 1.15)
+        self.lens = _Lens(self.theta, 2.4 * length + 3, above, roll=self.rng.uniform(-0.02, 0.02))
+        box = itertools.product((-length / 2, length / 2), (0, tall), (-width / 2, width / 2))
+        self.frame = np.array(self.size) * self.over
+        self.lens.fit(
+            np.array(list(box)),
+            self.frame * (0.5 + self.rng.uniform(-0.04, 0.04), 0.55 + self.rng.uniform(-0.03, 0.04)),
+            self.frame * self.rng.uniform(0.76, 0.88) * (1, 0.92),
         )
-    )
-    frame = np.array((width, height)) * over
-    lens.fit(
-        corners,
-        frame * (0.5 + rng.uniform(-0.04, 0.04), 0.55 + rng.uniform(-0.03, 0.04)),
-        frame * rng.uniform(0.76, 0.88) * (1, 0.92),
-    )
-    p = _Painter(Image.new("RGB", tuple(frame.tolist())), lens, camera)
-    _backdrop(p, demo_rng(seed, "place", camid), rng.uniform(-6, 6))
-    _lines(p, body.length)
-    _shadow(p, body)
-    phase = rng.uniform(0, 2 * math.pi)
+
+    def place(self, length: float) -> _Painter:
+        """A painter of the place where the camera hangs."""
+        p = _Painter(Image.new("RGB", tuple(self.frame.tolist())), self.lens, self.camera)
+        _backdrop(p, demo_rng(self.seed, "place", self.camid), self.rng.uniform(-6, 6))
+        _lines(p, length)
+        return p
+
+    def parts(self) -> _PartPainter:
+        """A painter of the mask."""
+        empty = Image.new("L", tuple(self.frame.tolist()), BACKGROUND_ID)
+        return _PartPainter(empty, self.lens, self.camera)
+
+    def mask(self, p: _PartPainter) -> np.ndarray:
+        """[H, W] uint8: of the ids inside each pixel the one that covers most of it."""
+        (width, height), over = self.size, self.over
+        fine = np.asarray(p.image).reshape(height, over, width, over)
+        ids = np.unique(fine)
+        shares = np.stack([(fine == i).sum(axis=(1, 3)) for i in ids])
+        return ids[shares.argmax(axis=0)].astype(np.uint8)
+
+
+def _car_scene(seed: int, pid: int, camid: int, viewid: int, shot: int, size) -> tuple[_Scene, dict, dict]:
+    """The scene, attributes and slabs of vehicle `pid`."""
+    attrs = vehicle(seed, pid)
+    scene, slabs = _Scene(seed, pid, camid, viewid, shot, size), _slabs(attrs["body"])
+    body = BODIES[attrs["body"]]
+    scene.look_at(body.length, body.width, max(slab.y1 for slab in slabs.values()))
+    return scene, attrs, slabs
+
+
+def _car(p: _Painter, attrs: dict, slabs: dict[str, _Slab], phase: float, mirrors: bool):
+    """A vehicle, back to front; phase: of its wheels."""
+    body, tall = BODIES[attrs["body"]], max(slab.y1 for slab in slabs.values())
     _wheels(p, body, attrs["rim"], phase, discs=False)
+    if mirrors:
+        _mirrors(p, body, DARK, before=True)
     names = list(slabs)
-    if body.back == "load" and lens.cos > 0:  # the cab stands before its load
+    if body.back == "load" and p.lens.cos > 0:  # the cab stands before its load
         names = ["frame", "load", "lower", "cabin"]
     roof = COLOURS[attrs["roof"]] if "two_tone" in attrs["marks"] else attrs["rgb"]
     for name in names:
@@ -555,7 +616,41 @@ def render(
         _details(p, name, slabs[name], attrs)
         if name == ("frame" if body.back == "load" else "lower"):
             _wheels(p, body, attrs["rim"], phase, discs=True)
-    return _record(p, rng, (width, height), over)
+    if mirrors:
+        _mirrors(p, body, DARK, before=False)
+
+
+def _picture(scene: _Scene, attrs: dict, slabs: dict[str, _Slab], mirrors: bool) -> tuple[Image.Image, float]:
+    """The picture of a vehicle, and the phase of its wheels."""
+    body = BODIES[attrs["body"]]
+    p = scene.place(body.length)
+    _shadow(p, body)
+    phase = scene.rng.uniform(0, 2 * math.pi)
+    _car(p, attrs, slabs, phase, mirrors)
+    return _record(p, scene.rng, scene.size, scene.over), phase
+
+
+def render(
+    seed: int, pid: int, camid: int, viewid: int, shot: int, size: int | tuple[int, int] = 96
+) -> Image.Image:
+    """One RGB picture of vehicle `pid`; `size` is the side or (width, height) in pixels.
+
+    `shot` numbers the pictures of equal (pid, camid, viewid): each has its own scale, position,
+    tilt, wheel angle and noise. Raises ValueError for an unknown camid or viewid, a negative pid
+    and a side under 16 pixels.
+    """
+    return _picture(*_car_scene(seed, pid, camid, viewid, shot, size), mirrors=False)[0]
+
+
+def render_parts(
+    seed: int, pid: int, camid: int, viewid: int, shot: int, size: int | tuple[int, int] = 96
+) -> tuple[Image.Image, np.ndarray]:
+    """As `render`, with side mirrors, and the mask of its parts: [H, W] uint8 in PartImageNet's ids."""
+    scene, attrs, slabs = _car_scene(seed, pid, camid, viewid, shot, size)
+    picture, phase = _picture(scene, attrs, slabs, mirrors=True)
+    p = scene.parts()
+    _car(p, attrs, slabs, phase, mirrors=True)
+    return picture, scene.mask(p)
 
 
 def render_place(seed: int, camid: int, shot: int, size: int | tuple[int, int] = 96) -> Image.Image:

@@ -1,0 +1,263 @@
+"""SETR: a ViT with a decoder for every pixel (Zheng et al., CVPR 2021, arXiv 2012.15840).
+
+Letters as in models_vit.py; K classes, (h, w) the grid of patches, T taps (blocks whose outputs are used).
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+from models_vit import LayerNorm, VisionTransformer, run_blocks
+from util.dist import get_world_size
+from util.errors import InputError
+from util.segmentation_metrics import IGNORE
+
+# blocks of 12 whose outputs are used, from 0: the auxiliary heads' in order, the main head's (the last) last
+TAPS = {"naive": (2, 5, 8, 11), "pup": (4, 7, 9, 11), "mla": (2, 5, 8, 11)}
+CHANNELS, MLA_CHANNELS = 256, 128
+
+
+@dataclass(frozen=True)
+class SETRConfig:
+    """decoder: naive, pup (progressive upsampling) or mla (multi-level aggregation).
+    aux: auxiliary heads, used by the loss alone."""
+
+    num_classes: int
+    decoder: str = "pup"
+    aux: bool = True
+
+
+def scaled_taps(decoder: str, depth: int) -> tuple[int, ...]:
+    """The taps of an encoder of any depth: block t of 12 becomes ceil((t + 1) depth / 12) - 1, so that 24
+    blocks give SETR's own 5, 11, 17, 23 and the last stays the last. Shallow encoders use a block twice."""
+    return tuple(-(-(tap + 1) * depth // 12) - 1 for tap in TAPS[decoder])
+
+
+class _AllReduceSum(torch.autograd.Function):
+    """Sum over ranks; every rank's loss depends on every rank's share, so gradients are summed as well."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad
+
+
+class SameOnAnyRanksBatchNorm(nn.SyncBatchNorm):
+    """Batch normalisation over the images of all ranks; torch's own is for CUDA alone.
+
+    Ranks have equally many images (`datasets.pretrain.EpochBatches`).
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, C, h, w] -> the same shape; in training with statistics over N, h, w of all ranks."""
+        world = get_world_size()
+        if not self.training or world == 1 or x.device.type != "cpu":
+            return super().forward(x)
+        count, values = world * x.numel() // x.shape[1], x.float()
+        mean = _AllReduceSum.apply(values.sum(dim=(0, 2, 3))) / count
+        centred = values - mean[:, None, None]
+        var = _AllReduceSum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        with torch.no_grad():
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * count / (count - 1), self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * (var + self.eps).rsqrt()
+        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
+    """Convolution that keeps the size, batch normalisation (which replaces its bias), ReLU."""
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
+        SameOnAnyRanksBatchNorm(outputs),
+        nn.ReLU(inplace=True),
+    )
+
+
+def enlarge(x: torch.Tensor, scale: int, align_corners: bool = False) -> torch.Tensor:
+    if scale == 1:
+        return x
+    return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=align_corners)
+
+
+def as_map(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """[N, h w, D] -> [N, D, h, w]."""
+    return x.transpose(1, 2).unflatten(2, grid)
+
+
+class UpHead(nn.Module):
+    """LayerNorm; for each of `scales` a convolution to 256 channels and an enlargement; 1 x 1 to the classes
+    (Sec. 3.2 of the paper: "naive" and "PUP").
+
+    Args:
+        dim: D. kernel: of the convolutions. scales: bilinear enlargement after each.
+    """
+
+    def __init__(self, dim: int, num_classes: int, kernel: int, scales: tuple[int, ...]):
+        super().__init__()
+        self.norm, self.scales = LayerNorm(dim), scales
+        self.convs = nn.ModuleList(
+            conv_bn_relu(CHANNELS if i else dim, CHANNELS, kernel) for i in range(len(scales))
+        )
+        self.classify = nn.Conv2d(CHANNELS, num_classes, 1)
+
+    def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+        """[N, h w, D] -> [N, K, s h, s w], s the product of the scales."""
+        x = as_map(self.norm(x), grid)
+        for conv, scale in zip(self.convs, self.scales):
+            x = enlarge(conv(x), scale)
+        return self.classify(x)
+
+
+class MLAHead(nn.Module):
+    """Multi-level aggregation (Sec. 3.2, "MLA"): each level to 256 channels, added up from the deepest to the
+    shallowest, 3 x 3; two 3 x 3 to 128 channels and x 4 for each; all together 3 x 3 to the classes."""
+
+    def __init__(self, dim: int, num_classes: int, levels: int, aux: bool):
+        super().__init__()
+        self.norms = nn.ModuleList(LayerNorm(dim) for _ in range(levels))
+        self.lateral = nn.ModuleList(conv_bn_relu(dim, CHANNELS, 1) for _ in range(levels))
+        self.smooth = nn.ModuleList(conv_bn_relu(CHANNELS, CHANNELS, 3) for _ in range(levels))
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                conv_bn_relu(CHANNELS, MLA_CHANNELS, 3), conv_bn_relu(MLA_CHANNELS, MLA_CHANNELS, 3)
+            )
+            for _ in range(levels)
+        )
+        self.classify = nn.Conv2d(levels * MLA_CHANNELS, num_classes, 3, padding=1)
+        self.aux = nn.ModuleList(nn.Conv2d(CHANNELS, num_classes, 1) for _ in range(levels if aux else 0))
+
+    def forward(self, levels: list[torch.Tensor], grid: tuple[int, int]) -> list[torch.Tensor]:
+        """[N, h w, D] of each level, shallow first -> [N, K, 4 h, 4 w], then [N, K, h, w] of each auxiliary
+        head."""
+        maps, total = [], 0
+        for x, norm, lateral, smooth in reversed(list(zip(levels, self.norms, self.lateral, self.smooth))):
+            total = lateral(as_map(norm(x), grid)) + total
+            maps.insert(0, smooth(total))
+        branches = [enlarge(branch(x), 4, align_corners=True) for branch, x in zip(self.branches, maps)]
+        main = self.classify(torch.cat(branches, dim=1))
+        return [main, *(head(x) for head, x in zip(self.aux, maps))]
+
+
+class SETR(nn.Module):
+    """Encoder and decoder. Features are outputs of blocks without the encoder's final norm; the heads have
+    norms of their own. The class token never reaches them: with `mla` it is dropped before the first block,
+    as in SETR, else after each tap.
+
+    Args:
+        encoder: a ViT of any depth and grid; it becomes part of this model and loses its final norm.
+        config: see `SETRConfig`.
+    Raises:
+        InputError: the decoder is unknown.
+    """
+
+    def __init__(self, encoder: VisionTransformer, config: SETRConfig):
+        super().__init__()
+        if config.decoder not in TAPS:
+            raise InputError(f"decoder '{config.decoder}' is unknown: choose one of {', '.join(TAPS)}")
+        self.config, self.base = config, encoder
+        encoder.norm = nn.Identity()
+        encoder.pos_embed.requires_grad = True
+        self.taps = scaled_taps(config.decoder, len(encoder.blocks))
+        dim, classes = encoder.embed_dim, config.num_classes
+        if config.decoder == "mla":
+            self.decoder = MLAHead(dim, classes, len(self.taps), config.aux)
+            return
+        is_pup = config.decoder == "pup"
+        self.decoder = UpHead(dim, classes, 3, (2, 2, 2, 1)) if is_pup else UpHead(dim, classes, 1, (1,))
+        kernel, scales, heads = (3, (4,), 4) if is_pup else (1, (1,), 3)
+        self.aux = nn.ModuleList(
+            UpHead(dim, classes, kernel, scales) for _ in range(heads if config.aux else 0)
+        )
+
+    def features(self, imgs: torch.Tensor) -> list[torch.Tensor]:
+        """[N, 3, H, W] uint8 or normalised float -> outputs of the taps, [N, L, D] each."""
+        x = self.base.embed(imgs)
+        first = 1
+        if self.config.decoder == "mla":
+            x, first = x[:, 1:], 0
+        done, found = 0, []
+        for tap in self.taps:
+            x = run_blocks(self.base.blocks[done : tap + 1], x, self.base.grad_checkpoint)
+            done = tap + 1
+            found.append(x[:, first:])
+        return found
+
+    def logits(self, imgs: torch.Tensor, aux: bool) -> list[torch.Tensor]:
+        """[N, 3, H, W] -> [N, K, H, W] of the main head; with `aux` those of the auxiliary heads after it."""
+        levels, grid = self.features(imgs), self.base.grid_size
+        if self.config.decoder == "mla":
+            found = self.decoder(levels, grid)[: None if aux else 1]
+        else:
+            found = [self.decoder(levels[-1], grid)]
+            found += [head(x, grid) for head, x in zip(self.aux, levels) if aux]
+        size = imgs.shape[-2:]
+        return [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in found]
+
+    def forward(self, imgs: torch.Tensor) -> list[torch.Tensor]:
+        """For training: logits [N, K, H, W] of the main head, then of the auxiliary ones."""
+        return self.logits(imgs, aux=True)
+
+    def predict(self, imgs: torch.Tensor) -> torch.Tensor:
+        """For answers: logits [N, K, H, W] of the main head."""
+        return self.logits(imgs, aux=False)[0]
+
+
+def labelled_pixels(masks: torch.Tensor) -> torch.Tensor:
+    """How many pixels have a label, in the batches of all ranks together, divided by the number of ranks:
+    what sums of one rank are divided by, so that their mean over ranks is the mean over those pixels.
+
+    Args:
+        masks: [N, H, W] integers, 255 where there is no label.
+    """
+    count = (masks != IGNORE).sum().float()
+    if get_world_size() > 1:
+        dist.all_reduce(count)
+    return count.clamp_min(1) / get_world_size()
+
+
+def pixel_loss(
+    logits: torch.Tensor, masks: torch.Tensor, pixels: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Cross-entropy of pixels, in float32:
+
+        - 1/P sum_{p: y_p != 255} log softmax(z_p)[y_p]
+
+    Args:
+        logits: z, [N, K, H, W]. masks: y, [N, H, W] int64. pixels: P, of `labelled_pixels`.
+        smoothing: epsilon of Szegedy et al., 2016, Sec. 7.
+    """
+    total = F.cross_entropy(
+        logits.float(), masks, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
+    )
+    return total / pixels
+
+
+def setr_loss(
+    outputs: list[torch.Tensor], masks: torch.Tensor, aux_weight: float = 0.4, smoothing: float = 0.0
+) -> dict[str, torch.Tensor]:
+    """SETR's loss (Sec. 3.3): L = L_main + aux_weight sum_k L_aux_k, each a `pixel_loss`.
+
+    Args:
+        outputs: [N, K, H, W] each, the main head's first. masks: [N, H, W] integers.
+    Returns:
+        loss; main and aux, its parts; accuracy: share of labelled pixels that the main head names.
+    """
+    pixels, masks = labelled_pixels(masks), masks.long()
+    terms = {"main": pixel_loss(outputs[0], masks, pixels, smoothing)}
+    terms["loss"] = terms["main"]
+    if outputs[1:]:
+        terms["aux"] = torch.stack([pixel_loss(x, masks, pixels, smoothing) for x in outputs[1:]]).sum()
+        terms["loss"] = terms["main"] + aux_weight * terms["aux"]
+    right = (outputs[0].argmax(dim=1) == masks).sum()
+    return terms | {"accuracy": right.float() / pixels}

@@ -1,0 +1,74 @@
+"""Numbers of segmentation from one confusion matrix of the whole split. K classes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+IGNORE = 255  # label of pixels that do not count
+
+
+def confusion_matrix(truth: torch.Tensor, predicted: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Pixels by true class (rows) and predicted class (columns).
+
+    Args:
+        truth: integers of any shape, 255 where there is no label. predicted: the same shape, 0 to K - 1.
+    Returns:
+        [K, K] int64.
+    Raises:
+        ValueError: shapes differ, or a class that is not one of the K.
+    """
+    if truth.shape != predicted.shape:
+        raise ValueError(f"truth is {tuple(truth.shape)}, the prediction {tuple(predicted.shape)}")
+    labelled = truth != IGNORE
+    truth, predicted = truth[labelled].long(), predicted[labelled].long()
+    for name, x in (("truth", truth), ("prediction", predicted)):
+        if len(x) and (x.min() < 0 or x.max() >= num_classes):
+            raise ValueError(f"{name} has classes from {x.min()} to {x.max()}, there are {num_classes}")
+    return torch.bincount(truth * num_classes + predicted, minlength=num_classes**2).view(
+        num_classes, num_classes
+    )
+
+
+@dataclass(frozen=True)
+class SegmentationNumbers:
+    """iou, acc: [K] float64, NaN where a class is absent (see `segmentation_numbers`). flat: by name."""
+
+    iou: np.ndarray
+    acc: np.ndarray
+    flat: dict[str, float]
+
+
+def segmentation_numbers(confusion: np.ndarray, background: bool) -> SegmentationNumbers:
+    """The field's numbers, all in [0, 1]:
+
+        IoU_c = TP_c / (TP_c + FP_c + FN_c),  Acc_c = TP_c / (TP_c + FN_c)
+        mIoU, mAcc: means over classes that are not NaN;  aAcc = sum_c TP_c / sum of all
+
+    A class that is neither in the truth nor predicted has NaN for both; one that is predicted only has IoU 0
+    and Acc NaN. Where class 0 is the background, the same come once more without it (`parts_`): means over
+    the parts; parts_aAcc is the share of the parts' pixels that are named right.
+
+    Args:
+        confusion: [K, K] int64, of `confusion_matrix`.
+    """
+    confusion = np.asarray(confusion, dtype=np.float64)
+    right, true, said = np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
+    union = true + said - right
+    iou = np.divide(right, union, out=np.full(len(right), np.nan), where=union > 0)
+    acc = np.divide(right, true, out=np.full(len(right), np.nan), where=true > 0)
+    flat = {"mIoU": _mean(iou), "mAcc": _mean(acc), "aAcc": _share(right, true)}
+    if background:
+        flat |= {"parts_mIoU": _mean(iou[1:]), "parts_mAcc": _mean(acc[1:])}
+        flat |= {"parts_aAcc": _share(right[1:], true[1:])}
+    return SegmentationNumbers(iou, acc, flat)
+
+
+def _share(right: np.ndarray, true: np.ndarray) -> float:
+    return float(right.sum() / true.sum()) if true.any() else float("nan")
+
+
+def _mean(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN of nothing."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
