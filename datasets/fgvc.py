@@ -74,7 +74,9 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
     found = list_labelled(data_path, label_column, ("test", "val"), need_train)
     test = "test" if "test" in found.splits else "val"
     notes = [] if test == "test" else ["there is no split test: scores are of split val"]
-    unused = len(found.labels) - sum(map(len, found.splits.values()))
+    unused = len(found.labels) - sum(map(len, found.splits.values())) - found.unlabelled
+    if found.unlabelled:
+        notes.append(f"{found.unlabelled} rows have no '{label_column}' and are left out")
     if unused:
         notes.append(f"{unused} rows of other splits than train and {test} are not used")
 

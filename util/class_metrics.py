@@ -43,9 +43,7 @@ def class_scores(scores: torch.Tensor, labels: torch.Tensor) -> ClassScores:
         scores: [n, K] float. labels: [n] int64, n from 1.
     """
     ranks, K = rank_of_truth(scores, labels), scores.shape[1]
-    answers = scores.argmax(dim=1)
-    # of equal scores the lowest number, as in `rank_of_truth`; argmax alone leaves it open
-    answers = torch.where(ranks == 0, labels, answers)
+    answers = scores.argmax(dim=1)  # of equal scores the first, as in `rank_of_truth`
     confusion = torch.bincount(labels * K + answers, minlength=K * K).view(K, K)
     images = confusion.sum(dim=1)
     has = images > 0

@@ -1,0 +1,285 @@
+"""StanfordCars in its layouts, written and read; folders and tables; what becomes of a picture."""
+
+import base64
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_pictures
+from PIL import Image
+
+from datasets import demo_cars
+from datasets.demo_cars import write_demo_cars
+from datasets.demo_matfile import write_mat
+from datasets.fgvc import DEVKIT_FIELDS, TEST, TRAIN, in_the_models_classes, read_fgvc
+from datasets.fgvc_train import CenterCrops, CropFlipAugment, FgvcTrainImages, auto_augment
+from description.matfile import read_cell_strings, read_struct_array
+from description.readers import read_attributes
+from util.errors import InputError
+
+# written by scipy.io.savemat, without its header: `annotations` (1, 4) with the devkit's fields, numbers as
+# 1 x 1 uint8 and, above 255, uint16; `class_names` (1, 2)
+SCIPY = "eNrjY2Bg+MHKwMAGpDmAmIkBAlihfEYgZoHS3ECcmJeXX5JYkpmfVwxVxwJXZwDESUn5FfEVhhC6EkpXGEH5RgzJOYnFIJ1peYm5qUCaD6oPZj8nFvthmAHsPkYGOTL1GZGp7wQWfdwE9LEAdeowkmcfI9Q+ByR9LFj0cSLpE4DyDYDAUC+rIB0qTo798sM8fJkoDF8jCsNXYZiHLzOF4WtMYfgqDvPwZaEwfE3QwvcAkjmMWMxhQir/weV3PKjwLobr9yDgDkE0d4D4Yak5uYlFCsGpKYl5CkYGhkY44puFQHgIAFlJQBoA8SY6jg=="  # noqa: E501
+ROWS = [dict(zip(DEVKIT_FIELDS, (30 + i, 50, 200, 300, i + 1, f"{i + 1:05}.jpg"))) for i in range(4)]
+NAMES = ["Velmar Sedan 2012", "b"]
+
+
+@pytest.fixture(scope="module")
+def cars(tmp_path_factory):
+    """layout -> folder of a set of 6 classes with 2 training pictures and 1 test picture each."""
+    root = tmp_path_factory.mktemp("cars")
+    for layout in demo_cars.FOLDERS:
+        done = write_demo_cars(root / layout, layout, classes=6, train=2, test=1, size=32, processes=1)
+        assert done == {"classes": 6, "train": 12, "test": 6, "written": True}
+    return root
+
+
+def as_rows(data):
+    return [
+        (name, Path(part.paths.relative(i)).name, data.classes[part.labels[i]])
+        for name, part in (("train", data.train), ("test", data.test))
+        for i in range(len(part))
+    ]
+
+
+def annotate(folder, layout, change) -> Path:
+    """A copy of the set with other training annotations; its folder."""
+    file = folder / ("cars_annos.mat" if layout == "annos" else "car/devkit/cars_train_annos.mat")
+    fields, values = read_struct_array(file, "annotations")
+    rows = change([dict(zip(fields, row)) for row in values])
+    variables = {"annotations": rows}
+    if layout == "annos":
+        variables["class_names"] = read_cell_strings(file, "class_names")
+    write_mat(file, variables)
+    return folder
+
+
+# .mat files
+
+
+def test_mat_files_are_scipys_byte_for_byte(tmp_path):
+    write_mat(tmp_path / "a.mat", {"annotations": ROWS, "class_names": NAMES})
+    assert (tmp_path / "a.mat").read_bytes()[128:] == zlib.decompress(base64.b64decode(SCIPY))
+
+
+def test_mat_files_read_the_same_by_name_and_by_position(tmp_path, cars):
+    """With scipy, as torchvision (by name, squeezed) and TransFG (by position) read them."""
+    io = pytest.importorskip("scipy.io")
+    base = cars / "transfg" / "car"
+    ours = read_fgvc(base)
+    for part, file in ((ours.train, TRAIN), (ours.test, TEST)):
+        whole = io.loadmat(base / file)["annotations"]
+        assert whole.shape == (1, len(part)) and whole.dtype.names == DEVKIT_FIELDS
+        by_name = io.loadmat(base / file, squeeze_me=True)["annotations"]
+        for i in range(len(part)):
+            name, label = whole[0][i][-1][0], whole[0][i][-2][0][0]
+            assert (by_name[i]["fname"], int(by_name[i]["class"])) == (name, int(label))
+            assert Path(part.paths.relative(i)).name == name and part.labels[i] == int(label) - 1
+    assert io.loadmat(base / "devkit/cars_train_annos.mat")["annotations"][0][0][2][0][0].dtype == np.uint16
+    unlabelled = io.loadmat(base / "devkit/cars_test_annos.mat")["annotations"]
+    assert unlabelled.dtype.names == (*DEVKIT_FIELDS[:4], "fname")
+    names = io.loadmat(base / "devkit/cars_meta.mat", squeeze_me=True)["class_names"].tolist()
+    assert names == ours.classes == [row["class_name"] for row in read_attributes(base)]
+
+
+def test_struct_arrays_of_scipy_are_read(tmp_path):
+    header = b"MATLAB".ljust(124) + b"\x00\x01IM"
+    (tmp_path / "a.mat").write_bytes(header + zlib.decompress(base64.b64decode(SCIPY)))
+    fields, values = read_struct_array(tmp_path / "a.mat", "annotations")
+    assert tuple(fields) == DEVKIT_FIELDS and [dict(zip(fields, row)) for row in values] == ROWS
+    assert read_cell_strings(tmp_path / "a.mat", "class_names") == NAMES
+    with pytest.raises(InputError, match="no struct array 'other': it holds annotations, class_names"):
+        read_struct_array(tmp_path / "a.mat", "other")
+    (tmp_path / "b.mat").write_bytes((tmp_path / "a.mat").read_bytes()[:900])
+    with pytest.raises(InputError, match="b.mat is damaged .*cut off"):
+        read_struct_array(tmp_path / "b.mat", "annotations")
+
+
+# layouts
+
+
+def test_every_layout_tells_the_same(cars):
+    found = {layout: read_fgvc(cars / layout) for layout in demo_cars.FOLDERS}
+    assert as_rows(found["transfg"]) == as_rows(found["torchvision"])
+    own = [(split, name) for split, _, name in as_rows(found["transfg"])]
+    assert own == [(split, name) for split, _, name in as_rows(found["annos"])]
+    for data in found.values():
+        assert data.name == "StanfordCars" and len(data.train) == 12 and len(data.test) == 6
+        assert np.bincount(data.train.labels).tolist() == [2] * 6
+        assert "published are 8,144 training images" in data.notes[0]
+    inside = read_fgvc(cars / "torchvision" / "stanford_cars")
+    assert (
+        as_rows(inside) == as_rows(found["torchvision"]) and inside.sha256() == found["torchvision"].sha256()
+    )
+    pictures = [Image.open(found[layout].train.paths[1]) for layout in found]
+    assert {picture.mode for picture in pictures} == {"L"}
+    assert Image.open(found["annos"].train.paths[0]).width == demo_cars.WIDE
+    assert len(read_fgvc(cars / "transfg", need_train=False).train) == 0
+
+
+def test_a_drawn_set_is_left_alone_and_refuses_odd_numbers(cars, tmp_path):
+    settings = {"classes": 6, "train": 2, "test": 1, "size": 32}
+    assert write_demo_cars(cars / "annos", "annos", **settings)["written"] is False
+    for more, message in (
+        ({"seed": 1}, "does not hold this set"),
+        ({"classes": 81}, "classes must be 2 to 80"),
+        ({"layout": "other"}, "layout 'other' is unknown"),
+    ):
+        with pytest.raises(InputError, match=message):
+            write_demo_cars(cars / "annos", **{"layout": "annos"} | settings | more)
+
+
+def drop(name):
+    return lambda rows: [{k: v for k, v in row.items() if k != name} for row in rows]
+
+
+def put(name, value):
+    return lambda rows: [rows[0] | {name: value}, *rows[1:]]
+
+
+@pytest.mark.parametrize(
+    "layout, change, message",
+    [
+        ("transfg", put("class", 0), "annotation 1: class 0 is outside 1..6, the classes that cars_meta.mat"),
+        ("transfg", put("class", 7), "annotation 1: class 7 is outside 1..6"),
+        ("transfg", drop("class"), "has no field 'class': its fields are bbox_x1, .*, fname, expected"),
+        ("transfg", put("fname", 3), "annotation 1: 'fname' is 3, expected a file name"),
+        ("transfg", put("class", "4"), "annotation 1: 'class' is '4', expected one whole number"),
+        ("transfg", put("fname", "no.jpg"), "1 of the 12 images of .* do not exist, first .*no.jpg"),
+        ("annos", put("test", 2), "field 'test' must be 0 .train. or 1 .test."),
+        ("annos", put("class", 200), "class 200 is outside 1..6"),
+        ("annos", drop("relative_im_path"), "no field 'relative_im_path'"),
+    ],
+)
+def test_wrong_annotations_get_a_sentence(cars, tmp_path, layout, change, message):
+    folder = shutil.copytree(cars / layout, tmp_path / "set")
+    with pytest.raises(InputError, match=message) as caught:
+        read_fgvc(annotate(folder, layout, change))
+    assert "\n" not in str(caught.value)
+
+
+def test_fields_in_another_order_are_read_by_name_and_said(cars, tmp_path):
+    folder = shutil.copytree(cars / "transfg", tmp_path / "set")
+    order = (*DEVKIT_FIELDS[:4], "fname", "class")
+    data = read_fgvc(annotate(folder, "transfg", lambda rows: [{k: row[k] for k in order} for row in rows]))
+    assert as_rows(data) == as_rows(read_fgvc(cars / "transfg"))
+    assert any("bbox_y2, fname, class, published is bbox_x1" in note for note in data.notes)
+    assert not any("fields are in the order" in n for n in read_fgvc(cars / "transfg").notes)
+
+
+def test_incomplete_copies_get_a_sentence(cars, tmp_path):
+    folder = shutil.copytree(cars / "transfg", tmp_path / "set")
+    (folder / "car" / "devkit" / "cars_meta.mat").unlink()
+    data = read_fgvc(folder)
+    assert data.classes[0] == "class 1" and any("cars_meta.mat is not there" in note for note in data.notes)
+    withlabels = folder / "car" / "cars_test_annos_withlabels.mat"
+    withlabels.rename(folder / "car" / "devkit" / withlabels.name)  # where some copies have it
+    assert as_rows(read_fgvc(folder)) == as_rows(data)
+    (folder / "car" / "devkit" / withlabels.name).unlink()
+    with pytest.raises(InputError, match="withlabels.mat; devkit/cars_test_annos.mat holds no cl"):
+        read_fgvc(folder)
+    (folder / "car" / "devkit" / "cars_train_annos.mat").unlink()
+    with pytest.raises(InputError, match="lacks devkit/cars_train_annos.mat and cars_test"):
+        read_fgvc(folder)
+    (folder / "car" / "devkit" / "cars_train_annos.mat").write_text("no")
+    with pytest.raises(InputError, match="is no MATLAB 5 file|cars_test_annos_withlabels"):
+        read_fgvc(folder)
+
+
+def test_published_counts_are_said(cars, monkeypatch):
+    monkeypatch.setattr("datasets.fgvc.PUBLISHED", {"training images": 12, "test images": 6, "classes": 6})
+    assert read_fgvc(cars / "annos").notes[0] == "12 training images, 6 test images, 6 classes, as published"
+
+
+# folders and tables
+
+
+def test_folders_and_tables(tmp_path):
+    for split, name, count in (("train", "a", 3), ("train", "b", 2), ("val", "b", 1), ("val", "c", 2)):
+        write_pictures(tmp_path / "tree" / split / name, count)
+    tree = read_fgvc(tmp_path / "tree")
+    assert tree.classes == ["a", "b", "c"] and tree.train.labels.tolist() == [0, 0, 0, 1, 1]
+    assert tree.test.labels.tolist() == [1, 2, 2] and "scores are of split val" in tree.notes[1]
+    assert any("1 classes have no training image: c" in note for note in tree.notes)
+    shutil.copytree(tmp_path / "tree" / "val", tmp_path / "tree" / "test")
+    assert read_fgvc(tmp_path / "tree").test.paths.relative(0).startswith("test/")
+    rows = ["path,split,model", "tree/train/a/0000.png,train,x", "tree/train/a/0001.png,train,y"]
+    rows += ["tree/train/a/0002.png,test,y", "tree/train/b/0000.png,val,x", "tree/train/b/0001.png,train,"]
+    (tmp_path / "t.csv").write_text("\n".join(rows) + "\n")
+    table = read_fgvc(tmp_path / "t.csv", "model")
+    assert table.classes == ["x", "y"] and len(table.train) == 2 and table.test.labels.tolist() == [1]
+    assert "1 rows have no 'model' and are left out" in table.notes
+    assert "1 rows of other splits than train and test are not used" in table.notes
+    with pytest.raises(InputError, match="no column 'label': it has path, split, model; choose one with"):
+        read_fgvc(tmp_path / "t.csv")
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        read_fgvc(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="has no folder train/: an ImageFolder needs train/ and test/"):
+        read_fgvc(tmp_path / "empty")
+
+
+def test_labels_in_the_numbers_of_a_model(cars):
+    data = read_fgvc(cars / "transfg")
+    assert in_the_models_classes(data, data.classes, "m.pth") is data
+    turned = in_the_models_classes(data, ["other", *data.classes[::-1]], "m.pth")
+    assert as_rows(turned) == as_rows(data) and turned.test.labels.max() == 6
+    with pytest.raises(InputError, match="m.pth knows 5 classes .*, not 'Zephra Sedan 2012' of 1 test"):
+        in_the_models_classes(data, data.classes[:-1], "m.pth")
+
+
+# pictures
+
+
+def picture(width=50, height=40):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def test_augmentation_is_a_function_of_its_numbers():
+    augment = CropFlipAugment((32, 24), (40, 32))
+    state = torch.get_rng_state()
+    views = [augment(picture(), np.random.default_rng(seed)) for seed in (1, 1, 2, 3)]
+    assert torch.equal(views[0], views[1]) and views[0].shape == (3, 32, 24) and views[0].dtype == torch.uint8
+    assert not torch.equal(views[0], views[2]) and not torch.equal(views[2], views[3])
+    assert torch.equal(torch.get_rng_state(), state)  # nothing outside has moved
+    torch.manual_seed(5)
+    assert torch.equal(augment(picture(), np.random.default_rng(1)), views[0])  # nor does it matter
+
+
+def test_crops_reach_every_place_and_mirror_half_the_time():
+    augment = CropFlipAugment((6, 6), (8, 8), auto_augment=False)
+    ramp = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("RGB")
+    seen = [augment(ramp, np.random.default_rng(seed))[0] for seed in range(300)]
+    mirrored = [bool(view[0, 0] > view[0, 1]) for view in seen]
+    assert 110 < sum(mirrored) < 190
+    corners = {int(min(view[0, 0], view[0, -1])) for view in seen}
+    assert corners == {8 * top + left for top in range(3) for left in range(3)}
+
+
+def test_the_policy_changes_pictures_and_keeps_their_size():
+    imgs = torch.from_numpy(np.array(picture())).permute(2, 0, 1)
+    views = [auto_augment(imgs, np.random.default_rng(seed)) for seed in range(40)]
+    assert all(view.shape == imgs.shape and view.dtype == torch.uint8 for view in views)
+    changed = sum(not torch.equal(view, imgs) for view in views)
+    assert 25 < changed <= 40 and len({view.numpy().tobytes() for view in views}) > 10
+
+
+def test_training_items_and_centre_crops(cars, tmp_path):
+    folder = shutil.copytree(cars / "transfg", tmp_path / "set")
+    data = read_fgvc(folder)
+    items = FgvcTrainImages(data.train, CropFlipAugment((24, 32), (28, 36)), seed=3)
+    one = items[4, 5]
+    assert torch.equal(one["imgs"], items[4, 5]["imgs"]) and one["labels"] == data.train.labels[5]
+    assert not torch.equal(one["imgs"], items[5, 5]["imgs"]) and one["problem"] == ""
+    data.train.paths[5].write_bytes(b"no image")
+    broken = items[4, 5]
+    assert broken["problem"].startswith("cars_train/00006.jpg\tUnidentifiedImageError")
+    assert broken["labels"] == data.train.labels[6]
+    crops = CenterCrops(data.test.paths, (24, 30), (28, 36))
+    imgs, index, problem = crops[2]
+    whole = CenterCrops(data.test.paths, (28, 36), (28, 36))[2][0]
+    assert imgs.shape == (3, 24, 30) and (index, problem) == (2, "") and len(crops) == 6
+    assert torch.equal(imgs, whole[:, 2:26, 3:33])

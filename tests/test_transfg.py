@@ -1,0 +1,199 @@
+"""TransFG's parts, loss and scores against slow or hand-worked versions."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from models_transfg import TransFG, TransFGConfig, class_token_row, contrastive_loss, row_times_attention
+from models_vit import VisionTransformer
+from util.class_metrics import class_scores, rank_of_truth
+from util.errors import InputError
+from util.losses import identity_loss
+
+
+def sharp(fused=True, size=(96, 80), stride=12, depth=4, **more) -> VisionTransformer:
+    """A small encoder whose attention is far from even, so that an error would show."""
+    torch.manual_seed(0)
+    encoder = VisionTransformer(size, 16, 48, depth, 3, fused_attn=fused, stride=stride, **more)
+    for parameter in encoder.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return encoder
+
+
+def images(count=3, size=(96, 80)):
+    return torch.randint(
+        0, 256, (count, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
+    )
+
+
+def full_product(encoder, blocks, imgs):
+    """A_n ... A_1 as whole matrices in float64, by the paper's words, and the tokens after the blocks."""
+    x, product = encoder.embed(imgs).double(), None
+    for block in blocks:
+        block = block.double()
+        N, T, D = x.shape
+        q, k, _ = block.attn.qkv(block.norm1(x)).view(N, T, 3, 3, D // 3).unbind(dim=2)
+        scores = torch.einsum("nihd,njhd->nhij", q, k) / math.sqrt(D // 3)
+        attention = scores.exp() / scores.exp().sum(dim=-1, keepdim=True)
+        product = attention if product is None else torch.einsum("nhij,nhjk->nhik", attention, product)
+        x = block(x)
+    return product, x
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("scores_at_once", [1, 5000, 1 << 22])
+def test_the_class_tokens_row_is_that_of_the_full_product(fused, scores_at_once):
+    encoder = sharp(fused).eval()
+    inputs, x = [], encoder.embed(images())
+    for block in encoder.blocks:
+        inputs.append(x)
+        x = block(x)
+    row = class_token_row(encoder.blocks, inputs, scores_at_once)
+    product, _ = full_product(encoder, encoder.blocks, images())
+    assert row.shape == (3, 3, 1 + encoder.num_patches) and encoder.num_patches == 7 * 6
+    assert row.max() > 2 / row.shape[2]  # far from even
+    assert torch.allclose(row.double(), product[:, :, 0], atol=1e-6, rtol=1e-4)
+    assert torch.allclose(row.sum(dim=-1), torch.ones(3, 3), atol=1e-5)
+
+
+def test_a_row_goes_backwards_and_not_forwards():
+    """r A, not A r: with a matrix that is not symmetric the two differ."""
+    torch.manual_seed(0)
+    q, k, row = torch.randn(2, 1, 5, 4), torch.randn(2, 1, 5, 4), torch.rand(2, 1, 5)
+    attention = (q @ k.transpose(-2, -1)).softmax(dim=-1)
+    for at_once in (1, 11, 1000):
+        assert torch.allclose(row_times_attention(row, q, k, at_once), (row[:, :, None] @ attention)[:, :, 0])
+    assert not torch.allclose((row[:, :, None] @ attention)[:, :, 0], (attention @ row[..., None])[..., 0])
+
+
+def test_the_model_selects_what_the_full_product_says():
+    model = TransFG(sharp(drop_path=0.3), 5, TransFGConfig()).eval()
+    feature, ids = model.features(images())
+    product, x = full_product(model.base, model.base.blocks, images())
+    best = product[:, :, 0, 1:].argmax(dim=-1)  # [N, heads]
+    assert torch.equal(ids, best) and ids.unique().numel() > 3
+    parts = torch.stack([x[i, 1 + best[i]] for i in range(len(x))])
+    tokens = model.part_layer.double()(torch.cat([x[:, :1], parts], dim=1))
+    assert torch.allclose(feature.double(), model.part_norm.double()(tokens)[:, 0], atol=1e-5)
+
+
+def test_what_is_fresh_and_what_is_the_encoders():
+    encoder = sharp()
+    last, norm = encoder.blocks[-1], encoder.norm
+    model = TransFG(encoder, 5, TransFGConfig())
+    assert len(model.base.blocks) == 3 and model.part_norm is norm and last is not model.part_layer
+    assert not torch.equal(model.part_layer.attn.qkv.weight, last.attn.qkv.weight)
+    assert (model.part_layer.norm1.weight == 1).all() and (model.part_layer.mlp.fc1.bias == 0).all()
+    assert model.base.pos_embed.requires_grad and model.head.weight.shape == (5, 48)
+    plain = TransFG(sharp(), 5, TransFGConfig(parts=False)).eval()
+    logits, feature = plain(images())
+    assert torch.equal(feature, plain.base.forward_features(images())[:, 0])
+    assert torch.equal(logits, plain.head(feature)) and plain.features(images())[1] is None
+    with pytest.raises(InputError, match="two blocks or more"):
+        TransFG(sharp(depth=1), 5, TransFGConfig())
+
+
+def test_gradients_reach_everything_and_checkpoints_change_nothing():
+    grads = []
+    for checkpointed in (False, True):
+        model = TransFG(sharp(), 5, TransFGConfig())
+        model.base.grad_checkpoint = checkpointed
+        logits, feature = model(images())
+        (
+            identity_loss(logits, torch.tensor([0, 1, 1]))
+            + contrastive_loss(feature, torch.tensor([0, 1, 1]))
+        ).backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        grads.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert torch.equal(*grads) and torch.isfinite(grads[0]).all()
+
+
+def test_selection_under_autocast_sums_in_float32():
+    model = TransFG(sharp(), 5, TransFGConfig()).eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs, x = [], model.base.embed(images())
+        for block in model.base.blocks:
+            inputs.append(x)
+            x = block(x)
+        row = class_token_row(model.base.blocks, inputs)
+    assert row.dtype == torch.float32
+    assert torch.allclose(row.sum(dim=-1), torch.ones(3, 3), atol=1e-5)  # a bf16 sum is off by 1e-3
+
+
+def test_contrastive_loss_by_hand():
+    """Four samples at 0, 60, 90 and 180 degrees, lengths that must not matter, classes 0 0 1 1, margin 0.4.
+
+    same: diagonal 0; cos 60 = .5 -> .5, twice; cos 90 = 0 -> 1, twice: 3
+    different: 0-90: 0, 0-180: -1, 60-90: cos 30 = .866 -> .466, 60-180: cos 120 = -.5; the first is 0 as
+    0 - .4 < 0: 2 * .466
+    """
+    degrees = torch.tensor([0.0, 60.0, 90.0, 180.0]).deg2rad()
+    features = torch.stack([degrees.cos(), degrees.sin()], dim=1) * torch.tensor([[1.0], [2.0], [3.0], [0.5]])
+    labels = torch.tensor([0, 0, 1, 1])
+    expected = (2 * 0.5 + 2 * 1.0 + 2 * (math.sqrt(3) / 2 - 0.4)) / 16
+    assert contrastive_loss(features, labels).item() == pytest.approx(expected, abs=1e-6)
+    expected = (2 * 0.5 + 2 * 1.0 + 2 * (math.sqrt(3) / 2)) / 16
+    assert contrastive_loss(features, labels, margin=0.0).item() == pytest.approx(expected, abs=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(contrastive_loss(features, labels), contrastive_loss(features, labels))
+
+
+def test_label_smoothing_by_hand():
+    """Szegedy et al.: the target is 1 - eps on the class and eps / K everywhere."""
+    logits, eps = torch.tensor([[2.0, 0.0, -1.0]]), 0.3
+    p = (math.e**2, 1.0, math.e**-1)
+    logp = [math.log(x / sum(p)) for x in p]
+    expected = -((1 - eps + eps / 3) * logp[1] + eps / 3 * (logp[0] + logp[2]))
+    assert identity_loss(logits, torch.tensor([1]), eps).item() == pytest.approx(expected, abs=1e-6)
+
+
+# numbers
+
+
+def test_scores_by_hand():
+    """Four images of three of four classes; class 3 has none.
+
+    image 0: class 0, answers 0 2 1 3 -> right at once; image 1: class 0, answers 1 0 .. -> second; image 2:
+    class 1, 2 3 0 1 -> last; image 3: class 2, right.
+    """
+    scores = torch.tensor([[9.0, 2, 5, 1], [3, 8, 1, 0], [3, 1, 9, 4], [0, 0, 1, 0]])
+    labels = torch.tensor([0, 0, 1, 2])
+    found = class_scores(scores, labels)
+    assert found.ranks.tolist() == [0, 1, 3, 0]
+    assert found.numbers["top1"] == 0.5 and found.numbers["top5"] == 1.0
+    assert found.numbers["mean_class_accuracy"] == pytest.approx((0.5 + 0 + 1) / 3)
+    assert found.numbers["majority"] == 0.5 and found.numbers["classes_with_images"] == 3
+    assert found.confusion.tolist() == [[1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    share, count = found.per_class()
+    assert share[:3].tolist() == [0.5, 0.0, 1.0] and share[3].isnan() and count.tolist() == [2, 1, 1, 0]
+
+
+@pytest.mark.parametrize("levels", [None, 2])
+def test_scores_against_a_slow_version(levels):
+    """One image after another in plain Python; with few levels many scores are equal."""
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((60, 9)).astype(np.float32)
+    scores = np.round(scores * levels) if levels else scores
+    labels = rng.integers(0, 7, 60)
+    places = []
+    for row, label in zip(scores.tolist(), labels.tolist()):
+        places.append(sorted(range(9), key=lambda c: (-row[c], c)).index(label))
+    firsts = [sorted(range(9), key=lambda c: (-row[c], c))[0] for row in scores.tolist()]
+    by_class = [[p == 0 for p, y in zip(places, labels) if y == c] for c in range(9)]
+    found = class_scores(torch.from_numpy(scores), torch.from_numpy(labels))
+    assert found.ranks.tolist() == places
+    assert found.numbers["top1"] == pytest.approx(np.mean([p == 0 for p in places]))
+    assert found.numbers["top5"] == pytest.approx(np.mean([p < 5 for p in places]))
+    assert found.numbers["mean_class_accuracy"] == pytest.approx(np.mean([np.mean(c) for c in by_class if c]))
+    assert found.numbers["majority"] == pytest.approx(max(map(len, by_class)) / 60)
+    confusion = np.zeros((9, 9), int)
+    np.add.at(confusion, (labels, firsts), 1)
+    assert found.confusion.tolist() == confusion.tolist()
+
+
+def test_a_constant_answer_is_right_for_one_class_only():
+    labels = torch.tensor([0, 1, 2, 2])
+    assert rank_of_truth(torch.zeros(4, 3), labels).tolist() == [0, 1, 2, 2]
+    assert class_scores(torch.zeros(4, 3), labels).numbers["top1"] == 0.25
