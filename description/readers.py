@@ -7,7 +7,7 @@ names and DVM-CAR. Every reader raises InputError naming file and, where there i
 import re
 import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from description.canonical import TABLE
@@ -71,32 +71,42 @@ def read_table(path: Path, columns: dict[str, str], split: str | None, extra: tu
 
 
 def read_veri(path: Path) -> Rows:
-    """VeRi-776: items of `train_label.xml` with colorID and typeID (1-based). The file declares gb2312, which
-    ElementTree refuses, so it is decoded first."""
+    """VeRi-776: items of `train_label.xml` with colorID and typeID (1-based)."""
     file = path / "train_label.xml" if path.is_dir() else path
     names = {
         slot: _list_names(file.parent / f"list_{name}.txt") or dict(enumerate(TABLE["veri"][slot], 1))
         for slot, name in (("colour", "color"), ("body", "type"))
     }
+    for item in veri_xml(file).iter("Item"):
+        row = {}
+        for slot, key in (("colour", "colorID"), ("body", "typeID")):
+            code = veri_code(file, item, key, names[slot])
+            if code is not None:
+                row[slot] = names[slot][code]
+        yield row
+
+
+def veri_xml(file: Path) -> ET.Element:
+    """The root of one of VeRi-776's label files. They declare gb2312, which ElementTree refuses, so they are
+    decoded first."""
     text = re.sub(r"^\s*<\?xml[^>]*\?>", "", read_text(file, "gb18030"))
     try:
-        items = ET.fromstring(text).iter("Item")
+        return ET.fromstring(text)
     except ET.ParseError as error:
         line = error.position[0]
         raise InputError(f"{file}, line {line} is not well-formed XML ({error}): copy it again") from error
-    for item in items:
-        row = {}
-        for slot, key in (("colour", "colorID"), ("body", "typeID")):
-            code = item.get(key)
-            if code is None:
-                continue
-            if not code.strip().isdigit() or int(code) not in names[slot]:
-                raise InputError(
-                    f"{file}: {item.get('imageName')} has {key} '{code}', known are {min(names[slot])} to "
-                    f"{max(names[slot])}"
-                )
-            row[slot] = names[slot][int(code)]
-        yield row
+
+
+def veri_code(file: Path, item: ET.Element, key: str, known: Collection[int]) -> int | None:
+    """colorID or typeID of an item, None where it has none; InputError where it is not among the known."""
+    code = item.get(key)
+    if code is None:
+        return None
+    if not code.strip().isdecimal() or int(code) not in known:
+        raise InputError(
+            f"{file}: {item.get('imageName')} has {key} '{code}', known are {min(known)} to {max(known)}"
+        )
+    return int(code)
 
 
 def read_vehicleid(path: Path) -> Rows:
