@@ -17,7 +17,6 @@ from util.parts import Parts
 from util.progress import Progress
 from util.stop import init_worker
 
-POOLS = ("mean", "cls", "tokens")
 PART_IMAGES = 4096
 
 
@@ -150,29 +149,29 @@ def join_parts(parts: Parts, output: Path) -> tuple[tuple[int, ...], dict[int, s
 def extract_features(
     model: VisionTransformer,
     paths,
-    pools: tuple[str, ...],
+    read_outs: tuple[str, ...],
     *,
     batch_size: int = 128,
     num_workers: int = 2,
     amp_dtype: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda done: None,
 ) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-    """All embeddings in memory: ({pool: [len(paths), ...] float32}, {index: problem})."""
-    collected: dict[str, list[np.ndarray]] = {pool: [] for pool in pools}
+    """All embeddings in memory: ({name: [len(paths), ...] float32}, {index: problem})."""
+    collected: dict[str, list[np.ndarray]] = {name: [] for name in read_outs}
     problems: dict[int, str] = {}
     done = 0
     images = WholeImages(paths, np.arange(len(paths)), model.img_size)
     for index, rows, bad in extract_batches(
-        lambda imgs, _: {pool: values for pool, values in model.encode(imgs).items() if pool in pools},
+        lambda imgs, _: {name: values for name, values in model.encode(imgs).items() if name in read_outs},
         images,
         model.pos_embed.device,
         batch_size=batch_size,
         num_workers=num_workers,
         amp_dtype=amp_dtype,
     ):
-        for pool in pools:
-            collected[pool].append(rows[pool])
+        for name in read_outs:
+            collected[name].append(rows[name])
         problems |= bad
         done += len(index)
         progress(done)
-    return {pool: np.concatenate(parts) for pool, parts in collected.items()}, problems
+    return {name: np.concatenate(parts) for name, parts in collected.items()}, problems

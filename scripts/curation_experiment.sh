@@ -32,7 +32,7 @@ train() {  # NAME SEED LIST EPOCHS FLAGS...
         --blr 4e-3 --norm_pix_loss --crop_min 0.5 --vis_epochs 0 --num_workers 1 \
         --teacher_view full --teacher_cache "$output/cache_$name" "$@"
     "$python" main_linprobe.py --checkpoint "$output/$name/encoder.pth" --data_path "$crowd/balanced.csv" \
-        --label_column "$label" body class_name --pool cls mean --protocol knn --output_dir "$output/$name/probe"
+        --label_column "$label" body class_name --read_out cls mean --protocol knn --output_dir "$output/$name/probe"
 }
 
 for seed in ${SEEDS:-0 1 2}; do

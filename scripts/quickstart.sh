@@ -31,7 +31,7 @@ python main_pretrain.py --data_path "$out/data" --output_dir "$out/run" --resume
     --text_bank "$out/texts" --kl_weight 0.05
 
 echo "== 6/7  what was learned"
-python -m tools.report "$out/run" --data_path "$out/pool/labels.csv" --label_column body colour viewid --pool cls
+python -m tools.report "$out/run" --data_path "$out/pool/labels.csv" --label_column body colour viewid --read_out cls
 
 echo "== 7/7  fine-tuning the encoder to find the same vehicle again, scored before and after"
 python -m datasets.demo_reid --output "$out/veri" --layout veri776 --size 96 --train_ids 40 --test_ids 20 --images_per_id 10

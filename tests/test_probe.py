@@ -71,7 +71,7 @@ def test_linprobe_on_a_table(run_dir, tmp_path, pictures):
     lines = [f"{pictures}/{i:04d}.png,{'val' if i % 4 == 0 else 'train'},{'ab'[i % 2]}" for i in range(40)]
     table.write_text("path,split,kind\n" + "\n".join(lines) + "\n")
     flags = f"--checkpoint {run_dir / 'checkpoint-last.pth'} --data_path {table} --label_column kind"
-    flags += " --protocol knn linear --pool mean cls --num_workers 0 --device cpu"
+    flags += " --protocol knn linear --read_out mean cls --num_workers 0 --device cpu"
     metrics = main_linprobe.main(parse(main_linprobe.get_args_parser(), flags.split()))
     for name in ("knn_mean_kind_top1", "knn_cls_kind_top1", "linear_mean_kind_top1", "majority_cls_kind"):
         assert 0 <= metrics[name] <= 1

@@ -187,8 +187,8 @@ def test_another_job_is_refused(encoders, gallery, tmp_path, monkeypatch):
     own += ["--checkpoint", encoders[0]]
     with pytest.raises(InputError, match="its img_size differ"):
         run(*words, *own, "--input_size", "48")
-    with pytest.raises(InputError, match="its pool differ"):
-        run(*words, *own, "--pool", "mean")
+    with pytest.raises(InputError, match="its read_out differ"):
+        run(*words, *own, "--read_out", "mean")
     (gallery / "a" / "0002.png").unlink()
     with pytest.raises(InputError, match="its images_sha256, images differ"):
         run(*words, *own)
@@ -289,8 +289,8 @@ def test_reid_models(gallery, tmp_path):
     model = save_reid(file, jpm=True, shift=2, parts=2)
     with pytest.raises(InputError, match="trained at 32 x 32 px: leave --input_size out"):
         run(*words, "--input_size", "48")
-    with pytest.raises(InputError, match="--pool mean: .* of its own"):
-        run(*words, "--pool", "mean")
+    with pytest.raises(InputError, match="--read_out mean: .* of its own"):
+        run(*words, "--read_out", "mean")
     assert not (tmp_path / "out.index").exists()
     assert run(*words, "--topk", "1")["queries"] == 12
     kept = np.load(tmp_path / "out.index" / "embeddings.npy").astype(np.float32)
@@ -307,9 +307,9 @@ def test_mean_of_the_patches_of_a_packed_set(encoders, gallery, tmp_path):
     pack.main(pack.get_args_parser().parse_args(["--data_path", str(gallery), "--output", str(packed)]))
     table.write_text(f"{gallery}/a/0001.png\n{gallery}/b/0000.png\n")
     words = ["--checkpoint", encoders[0], "--output", tmp_path / "out", "--topk", "2", "--no-picture"]
-    run(table, "--gallery", packed, "--pool", "mean", "--input_size", "48,32", *words)
+    run(table, "--gallery", packed, "--read_out", "mean", "--input_size", "48,32", *words)
     index = tmp_path / "out.index"
-    assert run(packed, "--gallery", index, *words)["same_file"] == 12  # size and pool are the index's
+    assert run(packed, "--gallery", index, *words)["same_file"] == 12  # size and read-out are the index's
     assert results(tmp_path / "out")[1]["results"][0]["path"] == f"{packed}:a/0001.png"
     assert json.loads((index / search.HEADER).read_text())["img_size"] == [48, 32]
     moved = packed.rename(tmp_path / "moved")

@@ -16,7 +16,7 @@ import numpy as np
 
 from datasets.manifest import list_images
 from datasets.path_list import PathList, printable
-from engine_extract import POOLS, WholeImages, extract_to_file
+from engine_extract import WholeImages, extract_to_file
 from models_vit import load_encoder
 from util.checkpoint import write_atomic
 from util.dist import end_distributed, init_distributed, pick_device, print_main
@@ -33,7 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
     add("--output", required=True, help="name of the files to write, without ending")
-    add("--pool", default="mean", choices=POOLS,
+    add("--read_out", default="mean", choices=("mean", "cls", "tokens"),
         help="mean of the patch tokens, class token, or all patch tokens (default mean)")
     add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
@@ -66,12 +66,12 @@ def extract(args, device) -> dict:
         "checkpoint_sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
         "images_sha256": paths.sha256(),
         "images": len(paths),
-        "pool": args.pool,
+        "read_out": args.read_out,
         "img_size": list(model.img_size),
         "amp": str(amp_dtype),
     }
     result = extract_to_file(
-        lambda imgs: model.encode(imgs)[args.pool],
+        lambda imgs: model.encode(imgs)[args.read_out],
         WholeImages(paths, np.arange(len(paths)), model.img_size),
         device,
         output,
@@ -84,7 +84,12 @@ def extract(args, device) -> dict:
         return {}
     shape, problems = result
     write_table(output, paths, problems)
-    return {"images": len(paths), "unreadable": len(problems), "shape": list(shape), "pool": args.pool}
+    return {
+        "images": len(paths),
+        "unreadable": len(problems),
+        "shape": list(shape),
+        "read_out": args.read_out,
+    }
 
 
 def write_table(output: Path, paths: PathList, problems: dict[int, str]) -> None:

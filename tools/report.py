@@ -38,7 +38,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("run_dir", help="output folder of main_pretrain.py")
     add("--data_path", required=True, help="labelled images: folder with train/ and val/, or a table")
     add("--label_column", nargs="+", default=["label"], help="label columns of a table (default label)")
-    add("--pool", default="mean", choices=("mean", "cls"), help="feature (default mean)")
+    add("--read_out", default="mean", choices=("mean", "cls"), help="feature (default mean)")
     # fmt: on
     return parser
 
@@ -50,16 +50,16 @@ def initial_encoder(config: dict) -> VisionTransformer:
     return model.eval()
 
 
-def knn_accuracy(model, tables: dict, pool: str, title: str) -> dict[str, float]:
+def knn_accuracy(model, tables: dict, read_out: str, title: str) -> dict[str, float]:
     paths = next(iter(tables.values())).paths
     progress = Progress(title, len(paths))
-    features, problems = extract_features(model, paths, (pool,), progress=progress.update)
+    features, problems = extract_features(model, paths, (read_out,), progress=progress.update)
     progress.close()
     if problems:
         raise InputError(
             f"{len(problems)} images could not be read, first {paths[min(problems)]}: remove them"
         )
-    x = torch.from_numpy(features[pool])
+    x = torch.from_numpy(features[read_out])
     scores = {}
     for column, table in tables.items():
         y = torch.from_numpy(table.labels)
@@ -137,8 +137,8 @@ def main(args) -> dict:
     log = [json.loads(line) for line in log_file.read_text().splitlines()]
     facts = json.loads((run_dir / "args.json").read_text())
     tables = {column: list_labelled(args.data_path, column) for column in args.label_column}
-    before = knn_accuracy(initial_encoder(facts), tables, args.pool, "before")
-    after = knn_accuracy(load_encoder(encoder, fused_attn=False)[0], tables, args.pool, "after")
+    before = knn_accuracy(initial_encoder(facts), tables, args.read_out, "before")
+    after = knn_accuracy(load_encoder(encoder, fused_attn=False)[0], tables, args.read_out, "after")
     chance = {}
     for column, table in tables.items():
         val = torch.from_numpy(table.labels[table.splits["val"]])

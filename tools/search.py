@@ -53,7 +53,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=f"draw results.png of the first {QUERIES_DRAWN} queries (default on)")
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, help="re-id model of main_finetune.py, or any plain encoder")
-    add("--pool", default=None, choices=("cls", "mean"),
+    add("--read_out", default=None, choices=("cls", "mean"),
         help="of plain encoders: class token or mean of the patches (default: the index's, else cls)")
     add("--input_size", default=None,
         help="pixels: one side, or H,W (default: the index's, else the checkpoint's)")
@@ -69,11 +69,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_embedder(args, device: torch.device, pool: str, size: tuple[int, int] | None):
+def load_embedder(args, device: torch.device, read_out: str, size: tuple[int, int] | None):
     """-> (uint8 [n, 3, H, W] -> [n, D] float32 of unit length, (H, W) in px, autocast dtype).
 
     Raises:
-        InputError: no such model, one that needs cameras or views, or `pool` or `size` do not go with it.
+        InputError: no such model, one that needs cameras or views, or `read_out` or `size` do not go with it.
     """
     file, (amp_dtype, _) = args.checkpoint, pick_amp_dtype(args.amp, device)
     fused = pick_fused_attention(device, amp_dtype)
@@ -84,11 +84,11 @@ def load_embedder(args, device: torch.device, pool: str, size: tuple[int, int] |
             f"{file} was trained with the camera or view of each image (SIE), which a search does not know: "
             "give a model trained without --sie_camera and --sie_view"
         )
-    if config and pool == "mean":
-        raise InputError(f"--pool mean: {file} is a re-id model with a feature of its own; drop it")
+    if config and read_out == "mean":
+        raise InputError(f"--read_out mean: {file} is a re-id model with a feature of its own; drop it")
 
     def embed(imgs: torch.Tensor) -> torch.Tensor:
-        features = model.encode(imgs) if pool == "cls" else model.base.encode(imgs)["mean"]
+        features = model.encode(imgs) if read_out == "cls" else model.base.encode(imgs)["mean"]
         if not torch.isfinite(features).all():
             raise InputError(f"{file} gives embeddings that are not finite at --amp {args.amp}: try another")
         return F.normalize(features.float(), dim=1)
@@ -162,11 +162,11 @@ def search(args, device: torch.device) -> dict:
     best = load_faiss() if args.faiss else best_of_block
     queries = open_queries(args.queries)
     folder, known, paths = locate_index(args)
-    pool = args.pool or known.get("pool", "cls")
+    read_out = args.read_out or known.get("read_out", "cls")
     size = parse_input_size(args.input_size) if args.input_size else known.get("img_size")
-    embed, size, amp_dtype = load_embedder(args, device, pool, size)
+    embed, size, amp_dtype = load_embedder(args, device, read_out, size)
     sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
-    header = {"kind": KIND, "checkpoint_sha256": sha256, "pool": pool, "img_size": list(size)}
+    header = {"kind": KIND, "checkpoint_sha256": sha256, "read_out": read_out, "img_size": list(size)}
     if paths is not None:
         header |= {"images_sha256": paths.sha256(), "images": len(paths)}
     if known:

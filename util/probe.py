@@ -1,5 +1,6 @@
-"""How good frozen embeddings are: nearest neighbours and a linear classifier."""
+"""How good frozen embeddings are: nearest neighbours, class means of a few images, a linear classifier."""
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -85,3 +86,46 @@ def topk_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
     """Share of rows whose label is among the k highest scores, in [0, 1]."""
     k = min(k, scores.shape[1])
     return (scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean().item()
+
+
+def draw_shots(labels: np.ndarray, shots: int, seed: int, draw: int) -> np.ndarray:
+    """A few training images of each class: a function of (seed, draw, labels), and those of fewer shots are
+    among those of more.
+
+    Args:
+        labels: [M] int64. shots: images of a class; one that has fewer gives all.
+    Returns:
+        [m] int64 numbers in `labels`, ascending.
+    """
+    order = np.random.default_rng((seed, draw)).permutation(len(labels))
+    by_class = order[np.argsort(labels[order], kind="stable")]
+    _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)
+    place = np.arange(len(labels)) - np.repeat(first, counts)
+    return np.sort(by_class[place < shots])
+
+
+def class_mean_predict(
+    train: torch.Tensor, train_labels: torch.Tensor, queries: torch.Tensor, num_classes: int
+) -> torch.Tensor:
+    """Cosine with the mean of each class's unit vectors (nearest class mean; Wang et al., 2019, SimpleShot,
+    arXiv 1911.04623, their L2N without base classes).
+
+    Args:
+        train: [M, D] float; train_labels: [M] int64; queries: [Q, D] float.
+    Returns:
+        [Q, num_classes] float32, -inf for classes without an image.
+    """
+    train, queries = F.normalize(train.float(), dim=1), F.normalize(queries.float(), dim=1)
+    sums = torch.zeros(num_classes, train.shape[1], device=train.device)
+    sums.index_add_(0, train_labels, train)
+    empty = torch.bincount(train_labels, minlength=num_classes) == 0
+    return (queries @ F.normalize(sums, dim=1).T).masked_fill(empty, -torch.inf)
+
+
+def balanced_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
+    """Mean over the classes that occur of the share of each that is named rightly, in [0, 1]; with two
+    classes (TPR + TNR) / 2, whose mean over attributes is mA."""
+    right = (scores.argmax(dim=1) == labels).float()
+    counts = torch.bincount(labels).float()
+    hits = torch.bincount(labels, weights=right)
+    return (hits[counts > 0] / counts[counts > 0]).mean().item()
