@@ -31,6 +31,11 @@ class FgvcImages:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def take(self, rows: np.ndarray) -> "FgvcImages":
+        """Some of the images, in the order of `rows`."""
+        paths = PathList(self.paths.root, [self.paths.relative(i) for i in rows.tolist()])
+        return FgvcImages(paths, self.labels[rows])
+
 
 @dataclass(frozen=True)
 class FgvcData:
@@ -66,9 +71,9 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
     data_path = Path(data_path)
     for folder in (data_path, data_path / "car", data_path / "stanford_cars"):
         if (folder / TRAIN).is_file() or (folder / TEST).is_file():
-            return _with_notes(_read_devkit(folder, need_train), True)
+            return _with_notes(_read_devkit(folder, need_train), is_cars=True)
         if (folder / "cars_annos.mat").is_file():
-            return _with_notes(_read_annos(folder), True)
+            return _with_notes(_read_annos(folder), is_cars=True)
         if (folder / UNLABELLED).is_file():
             raise InputError(f"{folder} lacks {TRAIN} and {TEST}: copy the whole devkit")
     found = list_labelled(data_path, label_column, ("test", "val"), need_train)
@@ -80,13 +85,12 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
     if unused:
         notes.append(f"{unused} rows of other splits than train and {test} are not used")
 
-    def images(rows: np.ndarray) -> FgvcImages:
-        paths = PathList(found.paths.root, [found.paths.relative(i) for i in rows.tolist()])
-        return FgvcImages(paths, found.labels[rows])
-
-    train = images(found.splits["train"] if need_train else np.zeros(0, np.int64))
+    every = FgvcImages(found.paths, found.labels)
+    train = every.take(found.splits["train"] if need_train else np.zeros(0, np.int64))
     name = "folder" if data_path.is_dir() else "table"
-    return _with_notes(FgvcData(name, train, images(found.splits[test]), found.classes, notes), False)
+    return _with_notes(
+        FgvcData(name, train, every.take(found.splits[test]), found.classes, notes), is_cars=False
+    )
 
 
 def in_the_models_classes(data: FgvcData, classes: list[str], file: str | Path) -> FgvcData:

@@ -1,6 +1,7 @@
 """Fine-grained classes: TransFG and its baseline, from flags to a task that can be trained and scored."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from datasets.fgvc_train import CenterCrops, CropFlipAugment, FgvcTrainImages
 from datasets.train_items import epoch_batches
 from finetune.encoder import build_encoder, check_trained
 from finetune.fgvc_model import KIND, fgvc_config, load_fgvc
+from finetune.fgvc_report import Answers, write_fgvc_report
 from finetune.predict import predict, write_unreadable
 from finetune.task import Task
 from models_transfg import TransFG, TransFGConfig, contrastive_loss
@@ -206,12 +208,35 @@ def score_as_is(
     )
     if not is_main_process():
         return {}
-    write_unreadable(found.unreadable, Path(args.output_dir))
-    labels = torch.from_numpy(data.test.labels[found.rows])
-    scores = class_scores(found.values, labels)
+    folder = Path(args.output_dir)
+    write_unreadable(found.unreadable, folder)
+    images = data.test.take(found.rows)
+    scores = class_scores(found.values, torch.from_numpy(images.labels))
     protocol = protocol_line(data, model, resize, len(found.unreadable))
     print("\n".join([protocol, result_line(scores.numbers)]), flush=True)
+    if args.report and is_over:
+        weights = args.resume if args.eval else folder / "model.pth"
+        facts = {"set": args.data_path, "weights": weights, "seed": args.seed, "model": parts_line(model)}
+        answers = Answers(images, data.classes, found.values, scores)
+        write_fgvc_report(
+            folder / "report.html", protocol, facts, answers, part_finder(model, amp_dtype),
+            CenterCrops(images.paths, model.base.img_size, resize),
+            (model.base.grid_size[1], model.base.stride, model.base.patch_size), seed=args.seed,
+        )  # fmt: skip
+        print(f"report: {folder / 'report.html'}")
     return scores.numbers | {"protocol": protocol, "parts": parts_line(model)}
+
+
+def part_finder(model: TransFG, amp_dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """[n, 3, H, W] uint8 -> [n, h] int64 part patches; None for a model without parts."""
+
+    @torch.inference_mode()
+    def find(imgs: torch.Tensor) -> torch.Tensor:
+        device = model.base.pos_embed.device
+        with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
+            return model.features(imgs.to(device))[1]
+
+    return find if model.config.parts else None
 
 
 def protocol_line(data: FgvcData, model: TransFG, resize: tuple[int, int], unreadable: int) -> str:
