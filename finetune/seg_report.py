@@ -29,9 +29,10 @@ SECTIONS = {
     "worst": ("Worst images", "Those of the lowest mean IoU of their own parts."),
     "random": ("Random images", "Drawn from all images that could be read, seed {seed}."),
 }
-STYLE = """.parts{display:flex;flex-wrap:wrap;gap:6px 10px}.parts figure{width:calc(2.75*var(--s))}
+STYLE = """.shown{display:flex;flex-wrap:wrap;gap:0 28px}.parts{display:flex;gap:6px}
+.parts figure{width:calc(2.4*var(--s))}
 .parts img{width:100%;border:1px solid #222;display:block}article h3{overflow-wrap:anywhere}
-.key{display:inline-block;min-width:1.5em;padding:0 .2em;text-align:center;border:2px solid #222;color:#000;
+.key{display:inline-block;min-width:1.5em;padding:0 .2em;text-align:center;border:2px solid #222;
 font-weight:bold;font-size:12px}.bar{display:inline-block;height:.7em;background:#06c}
 .wide{overflow-x:auto}.matrix td,.matrix th{padding:.15em .5em;border:1px solid #ddd;font-size:12px}
 .matrix td{text-align:right}td.num{text-align:right}"""
@@ -47,8 +48,9 @@ def colour_of(number: int) -> tuple[int, int, int]:
 
 def key(number: int) -> str:
     """The sign of a class in legends and pictures: its number on its colour."""
-    colour = "#fff" if number == 0 else "#{:02x}{:02x}{:02x}".format(*colour_of(number))
-    return f'<span class="key" style="background:{colour}">{number}</span>'
+    r, g, b = colour_of(number) if number else (255, 255, 255)
+    ink = "#000" if 0.3 * r + 0.6 * g + 0.1 * b > 105 else "#fff"
+    return f'<span class="key" style="background:rgb({r},{g},{b});color:{ink}">{number}</span>'
 
 
 def overlay(picture: Image.Image, mask: np.ndarray, first: int) -> Image.Image:
@@ -137,11 +139,10 @@ def write_seg_report(
     drawn: dict[int, str] = {}
     for name, rows in chosen.items():
         title, words = SECTIONS[name]
-        body = f"<p>{words.format(seed=seed)}</p>"
-        for row in rows.tolist():
-            if row not in drawn:
-                drawn[row] = _article(model, data, split, mode, result, row, scores[row], amp_dtype)
-            body += drawn[row]
+        for row in set(rows.tolist()) - set(drawn):
+            drawn[row] = _article(model, data, split, mode, result, row, scores[row], amp_dtype)
+        articles = "".join(drawn[row] for row in rows.tolist())
+        body = f'<p>{words.format(seed=seed)}</p><div class="shown">{articles}</div>'
         sections.append(Section(name, title, body))
     tiles = {name.replace("_", " "): _percent(value) for name, value in numbers.flat.items()}
     intro = f"<p><code>{html.escape(protocol)}</code></p>"
@@ -180,8 +181,7 @@ def confusion_table(space: LabelSpace, confusion: np.ndarray) -> str:
         for value in pixels.tolist():
             share = value / total if total else 0.0
             text = "" if not total else "0" if not value else f"{100 * share:.1f}"
-            colour = f"background:rgba(0,102,204,{0.75 * share:.2f})" + (";color:#fff" if share > 0.6 else "")
-            cells += f'<td style="{colour}">{text}</td>'
+            cells += f'<td style="background:rgba(0,102,204,{0.6 * share:.2f})">{text}</td>'
         rows.append(f"<tr><th>{html.escape(name)}</th>{cells}</tr>")
     return (
         "<p>Of the pixels of each class (row), % by answer (column); an empty row: the class is absent.</p>"
