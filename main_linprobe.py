@@ -17,7 +17,7 @@ from datasets.labelled import LabelledImages, list_labelled
 from datasets.reid import READERS, read_reid
 from engine_extract import extract_features
 from engine_linprobe import CropBatches, Recipe, StoredBatches, train_heads
-from finetune.reid_eval import evaluate_reid, flat_metrics, result_lines, unreadable_of
+from finetune.reid_eval import evaluate_reid, flat_metrics, unreadable_of
 from models_probe import READ_OUTS, ReadOuts, SearchReadOuts, load_read_outs
 from util.checkpoint import write_atomic
 from util.dist import pick_device
@@ -146,7 +146,7 @@ def judge_search(args, read_outs: ReadOuts, amp_dtype) -> tuple[dict, list[Score
     model = SearchReadOuts(read_outs)
     options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "amp_dtype": amp_dtype}
     results = evaluate_reid(model, data, protocols_of(data, seed=args.seed), **options, columns=model.columns)
-    print("\n".join(result_lines(results)), flush=True)
+    print("\n".join(dict.fromkeys(result.protocol.line() for result in results.values())), flush=True)
     facts: dict[str, float | str] = {"unreadable": len(unreadable_of(results))}
     facts |= {f"reid_{name}": value for name, value in flat_metrics(results).items()}
     scores = []
