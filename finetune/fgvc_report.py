@@ -147,7 +147,7 @@ def matrix_picture(found: Answers) -> str:
     level = np.sqrt(share)  # so that a single image of many is seen
     pixels = np.stack([np.interp(level, stops, channel) for channel in zip(*HEAT)], axis=-1)
     picture, data = Image.fromarray(pixels.round().astype(np.uint8)), io.BytesIO()
-    times = max(MATRIX // len(share), 1)
+    times = min(max(MATRIX // len(share), 1), 24)
     picture.resize((times * len(share),) * 2, Image.Resampling.NEAREST).save(data, "PNG", optimize=True)
     uri = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
     wrong = int(confusion.sum() - confusion.trace())
