@@ -10,7 +10,6 @@ from safetensors.torch import load_file
 
 from datasets.attributes import Attribute
 from description.canonical import slot_of, with_articles
-from models_teacher import check_tokens, encode_texts, load_clip
 from util.errors import InputError
 
 # by what a column holds (description.canonical), else by whether it holds words
@@ -87,6 +86,8 @@ def vectors_of_file(file: Path, count: int) -> tuple[torch.Tensor, str]:
 
 def vectors_of_clip(clip_model: str, clip_pretrained: str, sentences: list[str]) -> tuple[torch.Tensor, str]:
     """The text tower's answers, unit rows; InputError as `load_clip`, or where a sentence is too long."""
+    from models_teacher import check_tokens, encode_texts, load_clip  # open_clip takes seconds to import
+
     clip, tokenizer, identity = load_clip(clip_model, clip_pretrained)
     check_tokens(tokenizer, sentences, clip.context_length)
     source = f"text tower of {identity.model}, weights {identity.weights_sha256[:16]}"

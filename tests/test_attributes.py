@@ -1,0 +1,466 @@
+"""Attribute recognition in parts: metrics by hand and by a slow implementation, sets, vectors, model."""
+
+import itertools
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from datasets.attributes import VERI, Attribute, AttributeTrainImages, read_attribute_set
+from datasets.augment import PadCropErase
+from datasets.demo_reid import VERI_COLOURS, VERI_TYPES, VERI_WORDS, plan, write_demo_reid
+from finetune.attr_text import orthogonal_vectors, sentence, vectors_of_clip, vectors_of_file
+from models_teacher import encode_texts, load_clip
+from models_vit import VisionTransformer
+from models_vtb import VTB, attribute_loss
+from util.attribute_metrics import (
+    attribute_metrics,
+    attribute_rows,
+    average_precision,
+    constant_answer,
+    group_top1,
+)
+from util.errors import InputError
+
+# metrics
+
+
+def slow_metrics(said, labels) -> dict[str, float]:
+    """The published definitions, number by number."""
+    balanced, supported = [], []
+    for a in range(len(labels[0])):
+        count = {"TP": 0, "FN": 0, "TN": 0, "FP": 0}
+        for p, g in zip(said, labels):
+            if g[a] >= 0:
+                count[("T" if bool(p[a]) == bool(g[a]) else "F") + ("P" if p[a] else "N")] += 1
+        positives, negatives = count["TP"] + count["FN"], count["TN"] + count["FP"]
+        tpr = count["TP"] / positives if positives else 0.0
+        tnr = count["TN"] / negatives if negatives else 0.0
+        balanced.append((tpr + tnr) / 2)
+        if positives and negatives:
+            supported.append(balanced[-1])
+    each = []
+    for p, g in zip(said, labels):
+        places = [a for a in range(len(g)) if g[a] >= 0]
+        if not places:
+            continue
+        true, answer = {a for a in places if g[a] == 1}, {a for a in places if p[a]}
+        both = len(true & answer)
+        precision = both / len(answer) if answer else 0.0
+        recall = both / len(true) if true else 0.0
+        f1 = 2 * precision * recall / (precision + recall) if both else 0.0
+        each.append((both / len(true | answer) if true | answer else 0.0, precision, recall, f1))
+    accuracy, precision, recall, f1 = (sum(column) / len(each) for column in zip(*each))
+    return {
+        "mA": sum(balanced) / len(balanced), "accuracy": accuracy, "precision": precision,
+        "recall": recall, "F1": f1, "mA_supported": sum(supported) / len(supported),
+        "F1_of_means": 2 * precision * recall / (precision + recall),
+    }  # fmt: skip
+
+
+def test_metrics_of_an_example_worked_by_hand():
+    labels = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 0, 0]])
+    said = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0]], dtype=bool)
+    found = attribute_metrics(said, labels)
+    # attribute 0: TPR 1/2, TNR 1; 1: 1, 1; 2: 0, 1/2; 3: nothing true, so 0 and 1
+    assert found["mA"] == pytest.approx((0.75 + 1 + 0.25 + 0.5) / 4)
+    assert found["mA_supported"] == pytest.approx((0.75 + 1 + 0.25) / 3)
+    assert found["accuracy"] == pytest.approx(1 / 2)  # 1/2 of each image
+    assert found["precision"] == pytest.approx((1 + 1 / 2 + 1) / 3)
+    assert found["recall"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
+    assert found["F1"] == pytest.approx(2 / 3)  # each image's
+    assert found["F1_of_means"] == pytest.approx(20 / 27)  # another order of averaging, another number
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_metrics_equal_a_slow_implementation(seed):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice([-1, 0, 1], (40, 7), p=[0.2, 0.5, 0.3] if seed % 2 else [0.0, 0.7, 0.3])
+    labels[:, 5] = np.minimum(labels[:, 5], 0)  # never true
+    labels[0], labels[1] = 0, 1
+    if seed % 2:
+        labels[2] = -1
+    said = rng.random((40, 7)) > 0.6
+    assert attribute_metrics(said, labels) == pytest.approx(slow_metrics(said, labels))
+
+
+def test_an_attribute_without_support_halves_its_term_and_is_told():
+    labels = np.array([[1, 0], [0, 0], [1, 0]])
+    for said, expected in ((labels == 1, 0.75), (np.ones_like(labels, dtype=bool), (0.5 + 0) / 2)):
+        found = attribute_metrics(said, labels)
+        assert found["mA"] == expected
+        assert found["mA_supported"] == (1.0 if expected == 0.75 else 0.5)
+    rows = attribute_rows(labels.astype(float), labels, ["a", "b"], np.array([0.6, 0.1]), 0.45)
+    assert rows[1]["support"] == 0 and math.isnan(rows[1]["TPR"]) and math.isnan(rows[1]["AP"])
+    assert rows[1]["mA"] == 0.5 and rows[0]["mA"] == 1 and rows[0]["constant_accuracy"] == 2 / 3
+    with pytest.raises(ValueError, match="not one label is known"):
+        attribute_metrics(np.zeros((2, 2), bool), np.full((2, 2), -1))
+    with pytest.raises(ValueError, match="must both be"):
+        attribute_metrics(np.zeros((2, 3), bool), np.zeros((2, 2), int))
+
+
+def test_two_of_two_attributes_tie_accuracy_and_f1():
+    """Every image has a colour and a type and so has every answer: Acc = q2 + q1 / 3, F1 = q2 + q1 / 2."""
+    rng = np.random.default_rng(0)
+    true, answer = (rng.integers(0, [4, 3], (500, 2)) for _ in range(2))
+    one_hot = [np.hstack([np.eye(4)[x[:, 0]], np.eye(3)[x[:, 1]]]).astype(int) for x in (true, answer)]
+    right = (true == answer).sum(axis=1)
+    q2, q1 = (right == 2).mean(), (right == 1).mean()
+    found = attribute_metrics(one_hot[1] == 1, one_hot[0])
+    assert 0 < q1 < 1 and 0 < q2 < 1
+    assert found["accuracy"] == pytest.approx(q2 + q1 / 3) and found["F1"] == pytest.approx(q2 + q1 / 2)
+    assert found["precision"] == found["recall"] == pytest.approx(q2 + q1 / 2)
+    top1 = [group_top1(one_hot[1].astype(float), one_hot[0], c) for c in ([0, 1, 2, 3], [4, 5, 6])]
+    assert top1 == pytest.approx((true == answer).mean(axis=0))
+
+
+def test_the_constant_answer_is_the_best_of_its_kind():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((200, 5)) < [0.1, 0.7, 0.4, 0.05, 0.6]).astype(int)
+    order = sorted(range(5), key=lambda a: -labels[:, a].mean())
+    scores = {}
+    for k in range(1, 6):
+        said = np.zeros((200, 5), bool)
+        said[:, order[:k]] = True
+        scores[k] = slow_metrics(said, labels)["F1"]
+    best = max(scores, key=scores.get)
+    assert set(np.flatnonzero(constant_answer(labels))) == set(order[:best]) and 1 < best < 5
+    said = np.broadcast_to(constant_answer(labels), labels.shape)
+    assert attribute_metrics(said, labels)["mA"] == 0.5
+
+
+def test_average_precision_with_ties():
+    rng = np.random.default_rng(0)
+    scores, labels = rng.integers(0, 6, 50) / 5, rng.integers(-1, 2, 50)
+    known, expected, before = labels >= 0, 0.0, 0.0
+    for cut in sorted(set(scores[known]), reverse=True):
+        chosen = known & (scores >= cut)
+        recall = (labels[chosen] == 1).sum() / (labels == 1).sum()
+        expected += (recall - before) * (labels[chosen] == 1).mean()
+        before = recall
+    assert average_precision(scores, labels) == pytest.approx(expected)
+    assert average_precision(np.ones(4), np.array([1, 0, 0, 0])) == 0.25  # a constant gets the rate
+    assert math.isnan(average_precision(np.ones(2), np.zeros(2, int)))
+
+
+# sets
+
+
+@pytest.fixture(scope="module")
+def veri(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets") / "VeRi"
+    write_demo_reid(folder, "veri776", train_ids=8, test_ids=5, images_per_id=6, size=16, processes=1)
+    return folder
+
+
+@pytest.fixture
+def copy(veri, tmp_path):
+    return shutil.copytree(veri, tmp_path / "VeRi")
+
+
+def test_veri_is_read_from_its_gb2312_files(veri):
+    data = read_attribute_set(veri)
+    drawn = {row["path"]: row for row in plan("veri776", 8, 5, 6, 0)}
+    assert [a.name for a in data.attributes][:2] == ["colour: yellow", "colour: orange"] and len(VERI) == 19
+    for split, images in (("train", data.train), ("test", data.test)):
+        assert len(images) == sum(row["split"] == split for row in drawn.values())
+        assert (images.labels.sum(axis=1) == 2).all()
+        for i in range(len(images)):
+            row = drawn[images.paths.relative(i)]
+            colour, body = (VERI_WORDS.get(row[key], row[key]) for key in ("colour", "body"))
+            assert images.labels[i, VERI_COLOURS.index(colour)] == 1
+            assert images.labels[i, 10 + VERI_TYPES.index(body)] == 1
+    notes = "\n".join(data.notes)
+    assert "train 48 instead of 37,778, test 30 instead of 11,579" in notes
+    assert "never true in train: " in notes and "colour: gold" in notes
+    data.train.labels[7, 0] ^= 1
+    assert data.sha256() != read_attribute_set(veri).sha256()
+
+
+def test_derived_sets_have_other_headers(copy):
+    for part in ("train", "test"):
+        file = copy / f"{part}_label.xml"
+        text = file.read_text(encoding="gb2312")
+        text = text.split("?>", 1)[1].replace("cameraID", "camID").replace(' number="', ' count="')
+        file.write_text(text, encoding="gb2312")
+    data = read_attribute_set(copy)
+    assert len(data.train) == 48 and data.train.labels.sum() == 96
+
+
+def test_a_damaged_veri_is_refused_or_told(copy):
+    file = copy / "train_label.xml"
+    text = file.read_text(encoding="gb2312")
+
+    def read(changed: str):
+        file.write_text(changed, encoding="gb2312")
+        return read_attribute_set(copy)
+
+    items = [line for line in text.splitlines() if "<Item " in line]
+    colour, body = (items[0].split(f'{key}="')[1].split('"')[0] for key in ("colorID", "typeID"))
+    for changed, message in (
+        (text.replace(f'colorID="{colour}"', 'colorID="11"', 1), "train_label.xml: .*jpg has colorID '11'"),
+        (text.replace(f'typeID="{body}"', 'typeID="0"', 1), "has typeID '0', known are 1 to 9"),
+        (text.replace("</Items>", ""), "train_label.xml, line .* is not well-formed XML"),
+        (text.replace(items[1], items[0]), "train_label.xml: item 2 has a repeated imageName"),
+        ("<TrainingImages/>", "train_label.xml holds no <Item>"),
+    ):  # fmt: skip
+        with pytest.raises(InputError, match=message) as caught:
+            read(changed)
+        assert "\n" not in str(caught.value)
+    (copy / "image_train" / "9999_c001_00000001_0.jpg").write_bytes(b"")
+    gone = items[3].split('imageName="')[1].split('"')[0]
+    (copy / "image_train" / gone).unlink()
+    short = text.replace(items[0] + "\n", "").replace(f' colorID="{colour}"', "")
+    notes = "\n".join(read(short).notes)
+    assert "train_label.xml holds 47 items and says 48" in notes
+    assert f"1 of the 47 images of {file} are not in {copy / 'image_train'}, e.g. {gone}" in notes
+    assert (
+        "have no item in train_label.xml and are not used" in notes and "labels of train are unknown" in notes
+    )
+    shutil.rmtree(copy / "image_train")
+    with pytest.raises(InputError, match="none of the first 47 images"):
+        read(short)
+    file.unlink()
+    with pytest.raises(InputError, match="train_label.xml is missing"):
+        read_attribute_set(copy)
+    assert len(read_attribute_set(copy, need_train=False, known=VERI).train) == 0
+
+
+def write_table(folder, text: str, name="own.csv"):
+    for number in range(4):
+        (folder / f"{number}.jpg").write_bytes(b"")
+    file = folder / name
+    file.write_text(text)
+    return file
+
+
+def test_tables_of_binary_columns(tmp_path):
+    file = write_table(
+        tmp_path,
+        "path,split,taxi,rack\n0.jpg,train,1,0\n1.jpg,train,0,\n2.jpg,test,False,TRUE\n3.jpg,val,1,1\n",
+    )
+    data = read_attribute_set(file)
+    assert data.attributes == (Attribute("taxi"), Attribute("rack"))
+    assert data.train.labels.tolist() == [[1, 0], [0, -1]] and data.test.labels.tolist() == [[0, 1]]
+    assert data.train.rates().tolist() == [0.5, 0.0]
+    notes = "\n".join(data.notes)
+    assert "1 of split 'val'" in notes and "1 labels of train are unknown" in notes
+    assert "1 attributes are never true in train: rack" in notes
+    assert read_attribute_set(file, binary=["taxi"], test_split="val").test.labels.tolist() == [[1]]
+
+
+def test_tables_of_words(tmp_path):
+    rows = [("0.jpg", "train", "red", "1"), ("1.jpg", "train", "", "0"), ("2.jpg", "test", "blue", "1")]
+    file = write_table(
+        tmp_path,
+        "".join(json.dumps(dict(zip(("path", "split", "paint", "taxi"), row))) + "\n" for row in rows),
+        "own.jsonl",
+    )
+    data = read_attribute_set(file, categorical=["paint"], binary=["taxi"])
+    assert [a.name for a in data.attributes] == ["taxi", "paint: blue", "paint: red"]
+    assert data.train.labels.tolist() == [[1, 0, 1], [0, -1, -1]] and data.test.labels.tolist() == [[1, 1, 0]]
+    assert "never true in train: paint: blue" in "\n".join(data.notes)
+    known = (Attribute("paint", "blue"), Attribute("paint", "green"))
+    with pytest.raises(InputError, match="has paint 'red', and the model knows blue, green"):
+        read_attribute_set(file, known=known)
+
+
+@pytest.mark.parametrize(
+    "text, options, message",
+    [
+        ("path,split\n0.jpg,train\n1.jpg,test\n", {}, "names no attribute"),
+        ("path,taxi\n0.jpg,1\n", {}, "no column 'split': it has path, taxi"),
+        ("path,split,taxi\n0.jpg,train,1\n", {}, "no row with split 'test': it has 'train'; choose one with"),
+        ("path,split,taxi\n0.jpg,test,1\n", {}, "no row with split 'train': it has 'test'"),
+        ("path,split,taxi\n0.jpg,train,-1\n1.jpg,test,1\n", {}, "0.jpg has taxi '-1', not 0, 1 or nothing"),
+        ("path,split,taxi\n0.jpg,train,\n1.jpg,test,1\n", {}, "of 0.jpg no attribute is known"),
+        ("path,split,taxi\n0.jpg,train\n1.jpg,test,1\n", {}, "row 1 has another number of fields"),
+        ("path,split,taxi\n0.jpg,train,1,1\n1.jpg,test,1\n", {}, "row 1 has another number of fields"),
+        ("path,split,taxi\n0.jpg,train,1\n1.jpg,test,1\n", {"binary": ["bus"]}, "no column 'bus'"),
+        ("path,split,taxi\n0.jpg,train,1\n1.jpg,test,1\n", {"categorical": ["taxi"]}, "holds 1 different"),
+        (
+            "path,split,taxi\n0.jpg,train,1\n1.jpg,test,0\n",
+            {"binary": ["taxi"], "categorical": ["taxi"]},
+            "name it once",
+        ),
+        ("path,split,taxi\n0.jpg,train,1\n1.jpg,test,0\n", {"test_split": "train"}, "would test on what is"),
+        ("path,split,taxi\n8.jpg,train,1\n9.jpg,test,0\n", {}, "none of the first 1 images"),
+        ("split,taxi\ntrain,1\n", {}, "no column 'path'"),
+    ],
+)  # fmt: skip
+def test_damaged_tables_stop_with_one_sentence(tmp_path, text, options, message):
+    with pytest.raises(InputError, match=message) as caught:
+        read_attribute_set(write_table(tmp_path, text), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_columns_and_attributes_of_the_wrong_kind_of_set(veri, tmp_path):
+    with pytest.raises(InputError, match="name columns of a table"):
+        read_attribute_set(veri, binary=["taxi"])
+    with pytest.raises(InputError, match="the model knows taxi, not VeRi-776's"):
+        read_attribute_set(veri, known=(Attribute("taxi"),))
+    with pytest.raises(InputError, match="does not exist"):
+        read_attribute_set(tmp_path / "nowhere")
+
+
+def test_training_items_are_a_function_of_seed_epoch_and_index(veri):
+    data = read_attribute_set(veri)
+    first, second = (AttributeTrainImages(data.train, PadCropErase((16, 16), erase=0), 3) for _ in range(2))
+    _ = second[0, 1]
+    one, two, later = first[0, 5], second[0, 5], second[1, 5]
+    assert torch.equal(one["imgs"], two["imgs"]) and not torch.equal(one["imgs"], later["imgs"])
+    assert one["imgs"].shape == (3, 16, 16) and one["labels"].tolist() == data.train.labels[5].tolist()
+    assert one["problem"] == ""
+
+
+def test_an_unreadable_training_image_gives_way_to_the_next_with_its_own_labels(copy):
+    data = read_attribute_set(copy)
+    items = AttributeTrainImages(data.train, PadCropErase((16, 16), erase=0), 0)
+    last = len(items) - 1
+    items.paths[last].write_bytes(b"no image")
+    found = items[0, last]
+    assert found["problem"].startswith(items.relative(last) + "\t")
+    assert found["labels"].tolist() == data.train.labels[0].tolist()
+    for index in range(len(items)):
+        items.paths[index].write_bytes(b"")
+    assert items[0, 0]["imgs"].float().std() > 0 and items[0, 0]["problem"]  # grey with a black border
+
+
+# text vectors
+
+
+def test_sentences():
+    for attribute, expected in (
+        (Attribute("colour", "orange"), "a photo of an orange vehicle."),
+        (Attribute("type", "SUV"), "a photo of an SUV."),
+        (Attribute("Body Type", "pickup_truck"), "a photo of a pickup truck."),
+        (Attribute("fuel", "diesel"), "a photo of a vehicle, fuel diesel."),
+        (Attribute("has_roof_rack"), "a photo of a vehicle, has roof rack."),
+    ):
+        assert sentence(attribute) == expected
+
+
+def test_random_vectors_are_orthogonal_and_a_function_of_the_seed():
+    for count, dim in ((19, 192), (30, 8)):
+        vectors = orthogonal_vectors(count, dim, 0)
+        assert vectors.shape == (count, max(count, dim)) and vectors.dtype == torch.float32
+        assert torch.allclose(vectors @ vectors.t(), torch.eye(count), atol=1e-5)
+        assert torch.equal(vectors, orthogonal_vectors(count, dim, 0))
+        assert not torch.equal(vectors, orthogonal_vectors(count, dim, 1))
+
+
+def test_vectors_of_the_teachers_text_tower(teacher_files):
+    sentences = ["a photo of a red vehicle.", "a photo of an SUV."]
+    vectors, source = vectors_of_clip(*map(str, teacher_files), sentences)
+    clip, tokenizer, identity = load_clip(*map(str, teacher_files))
+    assert torch.equal(vectors, encode_texts(clip, tokenizer, sentences)) and vectors.shape == (2, 24)
+    assert torch.allclose(vectors.norm(dim=1), torch.ones(2))
+    assert source == f"text tower of MiniClip-test, weights {identity.weights_sha256[:16]}"
+    with pytest.raises(InputError, match="tokens where the teacher reads 16"):
+        vectors_of_clip(*map(str, teacher_files), ["red " * 40])
+
+
+def test_vectors_of_a_file(tmp_path):
+    vectors = torch.randn(3, 5)
+    np.save(tmp_path / "v.npy", vectors.numpy().astype(np.float64))
+    save_file({"x": vectors.half()}, tmp_path / "v.safetensors")
+    found, source = vectors_of_file(tmp_path / "v.npy", 3)
+    assert torch.equal(found, vectors) and source.startswith("v.npy, sha256 ")
+    assert torch.equal(vectors_of_file(tmp_path / "v.safetensors", 3)[0], vectors.half().float())
+    np.save(tmp_path / "nan.npy", np.full((3, 2), np.nan))
+    np.save(tmp_path / "flat.npy", np.zeros(3))
+    np.save(tmp_path / "words.npy", np.array([["a"], ["b"], ["c"]]))
+    (tmp_path / "damaged.npy").write_bytes(b"\x93NUMPY\x01")
+    (tmp_path / "damaged.safetensors").write_bytes(b"no")
+    save_file({"x": vectors, "y": vectors + 1}, tmp_path / "two.safetensors")
+    for name, message in (
+        ("gone.npy", "does not exist"),
+        ("nan.npy", "not finite"),
+        ("flat.npy", r"shape \(3,\), and 3 attributes need \(3, D\)"),
+        ("v.npy", r"shape \(3, 5\), and 4 attributes need"),
+        ("words.npy", "is no .npy and no .safetensors of numbers"),
+        ("damaged.npy", "is no .npy and no .safetensors of numbers"),
+        ("damaged.safetensors", "is no .npy and no .safetensors of numbers"),
+        ("two.safetensors", "holds 2 tensors"),
+    ):
+        with pytest.raises(InputError, match=message) as caught:
+            vectors_of_file(tmp_path / name, 4 if name == "v.npy" else 3)
+        assert "\n" not in str(caught.value)
+
+
+# model
+
+
+def build_vtb(depth=2, dim=24, attributes=5, text_dim=7) -> VTB:
+    torch.manual_seed(0)
+    return VTB(VisionTransformer((32, 32), 16, dim, depth, 2), torch.randn(attributes, text_dim))
+
+
+def test_vtb_is_what_its_equations_say():
+    model = build_vtb().eval()
+    with torch.no_grad():
+        for parameter in (model.vis_embed, model.tex_embed):
+            assert not parameter.any()  # zero at the start
+            parameter.normal_()
+        model.bn.running_mean.normal_()
+        model.bn.running_var.uniform_(0.5, 2)
+    imgs = torch.randn(3, 3, 32, 32)
+    encoder, expected = model.base, torch.zeros(3, 5)
+    for n, img in enumerate(imgs):
+        x = encoder.blocks[0](encoder.embed(img[None]))[0] + model.vis_embed[0]  # not normed
+        text = [model.word_embed(vector) + model.tex_embed[0, 0] for vector in model.attr_vectors]
+        fused = encoder.norm(encoder.blocks[1](torch.cat([torch.stack(text), x])[None]))[0]
+        for a in range(5):
+            one = nn.Linear(24, 1)
+            one.weight.data, one.bias.data = (
+                model.classifier.weight[a : a + 1],
+                model.classifier.bias[a : a + 1],
+            )
+            logit = one(fused[a])[0]
+            scale = model.bn.weight[a] / (model.bn.running_var[a] + model.bn.eps).sqrt()
+            expected[n, a] = (logit - model.bn.running_mean[a]) * scale + model.bn.bias[a]
+    assert torch.allclose(model(imgs), expected, atol=1e-5)
+
+
+def test_the_fusion_block_is_the_encoders_own():
+    model = build_vtb()
+    encoder = sum(p.numel() for p in model.base.parameters())
+    added = (
+        (7 * 24 + 24) + 2 * 24 + (5 * 24 + 5) + 2 * 5
+    )  # word_embed, modality embeddings, classifiers, norm
+    assert sum(p.numel() for p in model.parameters()) == encoder + added
+    attribute_loss(model(torch.randn(4, 3, 32, 32)), torch.ones(4, 5), torch.full((5,), 0.5)).backward()
+    assert all(p.grad is not None and p.requires_grad for p in model.parameters())
+    assert model.attr_vectors.shape == (5, 7) and "attr_vectors" in model.state_dict()  # saved, not trained
+
+
+def test_checkpointed_activations_change_nothing():
+    models = [build_vtb(), build_vtb()]
+    models[1].base.grad_checkpoint = True
+    imgs = torch.randn(2, 3, 32, 32)
+    for model in models:
+        model(imgs).square().sum().backward()
+    for one, two in zip(*(model.parameters() for model in models)):
+        assert torch.allclose(one.grad, two.grad, atol=1e-6)
+
+
+def test_the_loss_is_the_weighted_sum_over_attributes():
+    rng = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, generator=rng, requires_grad=True)
+    labels = torch.randint(-1, 2, (6, 3), generator=rng)
+    rates, expected = torch.tensor([0.1, 0.5, 0.9]), 0.0
+    for i, a in itertools.product(range(6), range(3)):
+        p = 1 / (1 + math.exp(-logits[i, a].item()))
+        if labels[i, a] == 1:
+            expected -= math.exp(1 - rates[a]) * math.log(p)
+        elif labels[i, a] == 0:
+            expected -= math.exp(rates[a]) * math.log(1 - p)
+    loss = attribute_loss(logits, labels, rates)
+    assert loss.item() == pytest.approx(expected / 6, rel=1e-5)
+    loss.backward()
+    assert not logits.grad[labels < 0].any() and (logits.grad[labels >= 0] != 0).all()
