@@ -125,11 +125,15 @@ class CropBatches:
 
 def build_head(width: int, num_classes: int, seed: int) -> nn.Sequential:
     """BatchNorm without scale and shift, and a linear layer: weights normal with deviation 0.01, biases 0; a
-    function of the sizes and the seed."""
+    function of the sizes and the seed.
+
+    The statistics for testing are the plain mean over all updates: the features do not change, and a moving
+    average as in MAE would still hold its initial value where there are few updates.
+    """
     linear = nn.Linear(width, num_classes)
     nn.init.normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(linear.bias)
-    return nn.Sequential(nn.BatchNorm1d(width, affine=False, eps=1e-6), linear)
+    return nn.Sequential(nn.BatchNorm1d(width, eps=1e-6, momentum=None, affine=False), linear)
 
 
 def train_heads(

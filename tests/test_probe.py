@@ -1,17 +1,36 @@
-"""Embeddings of files and what they are worth: extraction, kNN, linear probe, pictures."""
+"""Embeddings of files and what they are worth: extraction, kNN, linear probes, pictures."""
 
 import csv
 import json
+import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import command, parse, run_command, small_flags, write_pictures
+from PIL import Image
 
+import main_finetune
 import main_linprobe
 import main_pretrain
-from models_vit import load_encoder
-from util.probe import knn_predict, linear_predict, topk_accuracy
+from datasets.demo_reid import write_demo_reid
+from datasets.path_list import PathList
+from engine_linprobe import CropBatches, Recipe, StoredBatches, build_head, train_heads
+from models_mae import MODELS
+from models_probe import load_read_outs
+from models_vit import VisionTransformer, load_encoder
+from util.errors import InputError
+from util.lars import LARS
+from util.lr_sched import cosine_lr
+from util.probe import (
+    balanced_accuracy,
+    class_mean_predict,
+    draw_shots,
+    knn_predict,
+    linear_predict,
+    topk_accuracy,
+)
+from util.probe_tables import Score, draw_layers, mean_attribute_accuracy, score_table
 
 
 @pytest.fixture(scope="module")
@@ -19,6 +38,27 @@ def run_dir(pictures, tmp_path_factory):
     out = tmp_path_factory.mktemp("run") / "run"
     main_pretrain.main(parse(main_pretrain.get_args_parser(), small_flags(pictures, out, "--no_distill")))
     return out
+
+
+def with_head(run_dir, folder, context: str, hidden: int = 0):
+    """A pre-training checkpoint with a context head: the run's weights, the head drawn from seed 7."""
+    content = torch.load(run_dir / "checkpoint-last.pth", weights_only=True)
+    torch.manual_seed(7)
+    distill = {"context": context, "bank": torch.zeros(3, 24), "tau": 1.0, "hidden": hidden}
+    mae = MODELS["mae_vit_tiny_patch16"](img_size=(32, 32), distill=distill)
+    for weight in mae.distill_head.parameters():
+        torch.nn.init.normal_(weight, std=0.1)
+    mae.load_state_dict(content["model"], strict=False)
+    content["model"] = mae.state_dict()
+    content["args"] |= {"context": context, "distill_hidden": hidden, "no_distill": False}
+    file = folder / f"checkpoint-{context}.pth"
+    torch.save(content, file)
+    return file, mae.eval()
+
+
+def probed(*words) -> dict:
+    flags = [*map(str, words), "--num_workers", "0", "--device", "cpu", "--amp", "none"]
+    return main_linprobe.main(parse(main_linprobe.get_args_parser(), flags))
 
 
 def test_knn_by_hand():
@@ -75,6 +115,266 @@ def test_linprobe_on_a_table(run_dir, tmp_path, pictures):
     metrics = main_linprobe.main(parse(main_linprobe.get_args_parser(), flags.split()))
     for name in ("knn_mean_kind_top1", "knn_cls_kind_top1", "linear_mean_kind_top1", "majority_cls_kind"):
         assert 0 <= metrics[name] <= 1
+
+
+@pytest.fixture(scope="module")
+def bright(tmp_path_factory):
+    """A table whose labels can be seen: dark or bright pictures, with some holes."""
+    folder, rng = tmp_path_factory.mktemp("bright"), np.random.default_rng(0)
+    rows = []
+    for i in range(48):
+        kind, split = i % 2, "val" if i % 4 > 1 else "train"
+        pixels = rng.integers(0, 60, (32, 40, 3)) + (190 * kind)
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{i}.png")
+        rows.append(f"{i}.png,{split},{'dark bright'.split()[kind]},{kind},{1 - kind},{i % 3 == 0:d}")
+    rows[5] = rows[5].replace("bright", "")  # a val or train row without a label
+    rows.append("48.png,train,dark,0,1,0")
+    (folder / "48.png").write_bytes(b"no picture")
+    (folder / "labels.csv").write_text("\n".join(["path,split,light,up,down,third", *rows]) + "\n")
+    return folder / "labels.csv"
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    """An encoder of two blocks."""
+    file = tmp_path_factory.mktemp("short") / "encoder.pth"
+    torch.manual_seed(0)
+    torch.save({"model": VisionTransformer((32, 32), 16, 192, 2, 3).state_dict()}, file)
+    return file
+
+
+def test_every_protocol_on_every_label(short, bright, tmp_path, capsys):
+    words = f"--checkpoint {short} --data_path {bright} --protocol knn mae fewshot --blr 50 --k 3"
+    words += " --label_column light up down third --read_out cls mean layers --draws 3 --shots 1 30"
+    words += f" --epochs 40 --warmup_epochs 1 --probe_batch 4 --output_dir {tmp_path / 'out'}"
+    metrics = probed(*words.split())
+    for protocol in ("knn", "mae_stored", "fewshot30"):
+        assert metrics[f"{protocol}_mean_light_top1"] == 1.0, protocol
+        assert metrics[f"{protocol}_mean_block1_up_balanced"] == 1.0, protocol
+    for name in ("cls", "mean"):  # the last block's tokens are the encoder's
+        for ending in ("light_top1", "third_top1"):
+            assert metrics[f"knn_{name}_block2_{ending}"] == metrics[f"knn_{name}_{ending}"]
+    assert metrics["knn_mean_third_top1"] < 1
+    assert metrics["majority_mean_light"] == metrics["majority_cls_block1_light"] <= 0.6
+    assert metrics["fewshot30_mean_light_top1_std"] == 0 and metrics["fewshot1_light_short_classes"] == 0
+    assert metrics["fewshot30_light_short_classes"] == 2 and metrics["unreadable"] == 1
+    parts = [metrics[f"knn_mean_{name}_balanced"] for name in ("up", "down", "third")]
+    assert metrics["knn_mean_attributes_mA"] == pytest.approx(np.mean(parts)) and parts[0] == 1
+    assert metrics["knn_mean_attributes_columns"] == 3 and metrics["mae_blr"] == 50
+    said = capsys.readouterr().out
+    assert "1 rows have no light" in said and "unreadable, left out" in said and "majority" in said
+    assert "fewshot 30: 2 of the 2 classes of light have fewer training images, the least 11" in said
+    assert Image.open(tmp_path / "out" / "layers.png").size[0] > 500
+
+
+def test_crops_pass_the_encoder_in_every_epoch(short, bright, tmp_path):
+    words = f"--checkpoint {short} --data_path {bright} --protocol mae --views crop --blr 50"
+    words += f" --label_column light --epochs 20 --warmup_epochs 1 --output_dir {tmp_path} --probe_batch 4"
+    first = probed(*words.split(), "--batch_size", "128")
+    assert first["mae_crop_mean_light_top1"] > 0.9 and "mae_stored_mean_light_top1" not in first
+    read_outs, _ = load_read_outs(short, ("mean",), None, "cpu", False)
+    paths = PathList(bright.parent, [f"{i}.png" for i in range(48)])
+    rows = np.arange(3, 23)
+
+    def batches(seed, batch_size, batch=8):
+        recipe = Recipe(batch=batch, seed=seed)
+        return CropBatches(
+            read_outs, paths, rows, recipe, crop_min=0.2, batch_size=batch_size, num_workers=0, amp_dtype=None
+        )
+
+    small, whole = ([*batches(1, size).epoch(3)] for size in (3, 100))
+    assert len(small) == len(whole) == 2
+    for (rows_a, a), (rows_b, b) in zip(small, whole):
+        assert rows_a.tolist() == rows_b.tolist() and len(rows_a) == 8 and set(rows_a) <= set(rows)
+        assert torch.allclose(a["mean"], b["mean"], atol=1e-5)
+    again, other = next(batches(1, 8).epoch(4)), next(batches(2, 8).epoch(3))
+    assert again[0].tolist() != small[0][0].tolist() != other[0].tolist()
+    # the image's own crop, whatever place it has in the batch
+    whole_set = [next(batches(1, 50, 20).epoch(epoch)) for epoch in (0, 1)]
+    at = [x[0].argsort() for x in whole_set]
+    assert not torch.allclose(whole_set[0][1]["mean"][at[0]], whole_set[1][1]["mean"][at[1]], atol=1e-3)
+
+
+@pytest.mark.parametrize("context", ["attention", "cls", "mean", "decoder"])
+def test_the_context_is_what_pre_training_compares_with_the_teacher(run_dir, tmp_path, context):
+    """Of an image of which nothing is masked: the cosine to a teacher's embedding is the one of the loss."""
+    file, mae = with_head(run_dir, tmp_path, context, hidden=8 if context == "cls" else 0)
+    read_outs, report = load_read_outs(file, ("context", "mean", "layers"), None, "cpu", False)
+    assert f"context head: {context}" in report and len(read_outs.names) == 2 + 24
+    imgs = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
+    teacher = torch.nn.functional.normalize(torch.randn(3, 24), dim=1)
+    with torch.no_grad():
+        found = read_outs.encode(imgs)
+        order = torch.rand(3, 4).argsort(dim=1)  # in any order: attention and the decoder know the places
+        latent = mae.forward_encoder(mae.shuffled_patches(imgs, order), order)
+        decoded = mae.decoder_norm(mae.forward_decoder(latent, order))
+        sim = mae.distill_head(latent, decoded, order, teacher)["sim"]
+        plain = load_encoder(file, fused_attn=False)[0].encode(imgs)
+    assert 1 - (found["context"] * teacher).sum(dim=1).mean().item() == pytest.approx(sim.item(), abs=1e-5)
+    assert torch.allclose(found["mean"], plain["mean"], atol=1e-6)
+    assert torch.allclose(found["cls_block12"], plain["cls"], atol=1e-6)
+    assert not torch.allclose(found["mean_block11"], found["mean_block12"], atol=1e-2)
+
+
+def test_files_without_a_context_head_say_so(run_dir, tmp_path):
+    for name, message in (("encoder.safetensors", "exported encoders .* hold none"),
+                          ("checkpoint-last.pth", "of a run with --no_distill")):  # fmt: skip
+        with pytest.raises(InputError, match=f"--read_out context: .*{message}.*give checkpoint-last.pth"):
+            load_read_outs(run_dir / name, ("context",), None, "cpu", False)
+    file, _ = with_head(run_dir, tmp_path, "decoder")
+    with pytest.raises(
+        InputError, match="48 x 32 px: distill_head.position_weight .* leave --input_size out"
+    ):
+        load_read_outs(file, ("context",), (48, 32), "cpu", False)
+
+
+def test_search_without_fine_tuning_is_the_evaluation_of_main_finetune(short, tmp_path):
+    veri = tmp_path / "VeRi"
+    write_demo_reid(veri, "veri776", train_ids=5, test_ids=5, images_per_id=6, size=32, processes=1)
+    data = f"--data_path {veri} --output_dir {tmp_path / 'out'}"
+    words = f"--checkpoint {short} --protocol reid --read_out mean cls layers {data}"
+    found = probed(*words.split(), "--batch_size", "16")
+    words = f"--task reid --eval --finetune {short} --input_size 32 --batch_size 16 {data}"
+    words += " --num_workers 0 --device cpu --amp none"
+    one = main_finetune.main(parse(main_finetune.get_args_parser(), words.split()))
+    for name in ("mAP", "R1", "R10", "mINP", "queries", "protocol"):
+        assert found[f"reid_cls_{name}"] == one[name]
+    assert found["reid_cls_block2_mAP"] == found["reid_cls_mAP"] != found["reid_mean_mAP"]
+    assert 0 < found["random_cls_mAP"] == found["random_mean_mAP"] < 0.6
+    assert (tmp_path / "out" / "layers.png").is_file()
+    veri_id = tmp_path / "VehicleID"
+    write_demo_reid(veri_id, "vehicleid", train_ids=5, test_ids=5, images_per_id=6, size=32, processes=1)
+    words = f"--checkpoint {short} --data_path {veri_id} --protocol reid --read_out cls"
+    found = probed(*words.split(), "--output_dir", tmp_path)
+    tests = {name.split("_")[2] for name in found if name.endswith("_mAP") and name.startswith("reid")}
+    assert tests and all(f"reid_cls_{test}_mAP_std" in found for test in tests)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--protocol reid knn", "call it alone"),
+        ("--views crop", "--views crop is for --protocol mae"),
+        ("--shots 0", "--shots 0: must be at least 1"),
+        ("--draws 0", "--draws 0: must be at least 1"),
+        ("--warmup_epochs 90", "leaves nothing of --epochs 90"),
+        ("--crop_min 0", "must be in"),
+        ("--temperature 0", "must be positive"),
+        ("--seed -1", "must not be negative"),
+        ("--label_column colour", "has no column 'colour'"),
+        ("--protocol mae --blr 1e30 --label_column light --epochs 40", "the probe's loss is .* lower --blr"),
+    ],
+)
+def test_refusals(short, bright, flags, message):
+    with pytest.raises(InputError, match=message):
+        probed("--checkpoint", short, "--data_path", bright, *flags.split())
+
+
+def test_lars_by_hand():
+    weight = torch.nn.Parameter(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))  # norm 5
+    bias, zero = torch.nn.Parameter(torch.tensor([1.0])), torch.nn.Parameter(torch.zeros(1, 2))
+    optimizer = LARS([weight, bias, zero], lr=2.0, trust_coefficient=0.1)
+    gradient = torch.tensor([[0.0, 6.0], [8.0, 0.0]])  # norm 10: 0.1 * 5 / 10 = 0.05
+    for parameter, value in ((weight, gradient), (bias, torch.tensor([0.5])), (zero, torch.ones(1, 2))):
+        parameter.grad = value.clone()
+    optimizer.step()
+    assert torch.allclose(weight, torch.tensor([[3.0, -0.6], [-0.8, 4.0]]))
+    assert bias.item() == 0.0 and torch.allclose(zero, torch.full((1, 2), -2.0))  # neither is adapted
+    norm = weight.detach().norm().item()
+    weight.grad.zero_()[0, 1] = 1.0
+    bias.grad.zero_()
+    optimizer.step()  # the momentum of the first step, and the ratio 0.1 * |w| / 1
+    assert weight[1, 0].item() == pytest.approx(-0.8 - 2 * 0.9 * 0.4)
+    assert weight[0, 1].item() == pytest.approx(-0.6 - 2 * (0.9 * 0.3 + 0.1 * norm), rel=1e-5)
+    assert bias.item() == pytest.approx(-2 * 0.9 * 0.5)
+
+
+def test_lars_decays_matrices_only():
+    weight, bias = torch.nn.Parameter(torch.full((2, 2), 2.0)), torch.nn.Parameter(torch.ones(2))
+    optimizer = LARS([weight, bias], lr=1.0, weight_decay=0.5, trust_coefficient=0.1, momentum=0.0)
+    weight.grad, bias.grad = torch.zeros(2, 2), torch.zeros(2)
+    optimizer.step()  # u = 0.5 w: 0.1 |w| / |u| u = 0.1 w
+    assert torch.allclose(weight, torch.full((2, 2), 1.8)) and torch.equal(bias, torch.ones(2))
+
+
+def test_heads_follow_maes_recipe():
+    """One head against the update written out: order, schedule, normalisation over the batch."""
+    rng = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(21, 6, generator=rng) * 3 + 1, torch.arange(21) % 3
+    labels[4] = -1
+    recipe = Recipe(blr=20.0, batch=8, epochs=3, warmup_epochs=1, seed=5)
+    rows = np.arange(1, 21)
+    stored = StoredBatches({"f": x, "other": x.flip(1)}, rows, recipe)
+    tasks = {"a": (labels, 3), "b": (labels.clamp(0, 1), 2)}
+    widths = {"f": 6, "other": 6}
+    heads = train_heads(stored, widths, tasks, recipe, torch.device("cpu"))
+    assert set(heads) == {(name, task) for name in widths for task in tasks}
+    expected = build_head(6, 3, 5)
+    assert expected[1].weight.std().item() == pytest.approx(0.01, rel=0.5) and not expected[1].bias.any()
+    optimizer, means = LARS(expected.parameters()), []
+    for epoch in range(3):
+        for step in range(2):  # 20 rows: two batches of 8, 4 are left out
+            lr = cosine_lr(epoch + step / 2, 20.0 * 8 / 256, 0.0, 1, 3)
+            optimizer.param_groups[0]["lr"] = lr
+            chosen = torch.from_numpy(rows[stored.order.global_batch(epoch, step)])
+            chosen = chosen[labels[chosen] >= 0]
+            means.append(x[chosen].mean(0))
+            z = (x[chosen] - x[chosen].mean(0)) / (x[chosen].var(0, unbiased=False) + 1e-6).sqrt()
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(expected[1](z), labels[chosen]).backward()
+            optimizer.step()
+    trained = heads["f", "a"]
+    assert torch.allclose(trained[1].weight, expected[1].weight, atol=1e-6) and not trained.training
+    assert torch.allclose(trained[1].bias, expected[1].bias, atol=1e-6)
+    assert trained[0].weight is None
+    assert torch.allclose(trained[0].running_mean, torch.stack(means).mean(0), atol=1e-5)
+
+
+def test_shots_are_nested_drawn_by_seed_and_even():
+    labels = np.array([0, 1, 0, 1, 2, 0, 0, 1, 0, 1, 0])
+    one, three = draw_shots(labels, 1, 0, 4), draw_shots(labels, 3, 0, 4)
+    assert np.bincount(labels[one]).tolist() == [1, 1, 1] and set(one) <= set(three)
+    assert np.bincount(labels[three]).tolist() == [3, 3, 1] and three.tolist() == sorted(three)
+    drawn = {tuple(draw_shots(labels, 1, seed, draw)) for seed in (0, 1) for draw in range(30)}
+    assert len(drawn) > 8 and {row for rows in drawn for row in rows} == set(range(11))
+
+
+def test_class_means_by_hand():
+    train = torch.tensor([[2.0, 0.0], [0.0, 1.0], [3.0, 3.0]])
+    scores = class_mean_predict(train, torch.tensor([0, 0, 2]), torch.tensor([[1.0, 0.0]]), 4)
+    root = math.sqrt(0.5)
+    assert scores[0].tolist() == pytest.approx([root, -math.inf, root, -math.inf])
+    scores = class_mean_predict(train, torch.tensor([0, 1, 2]), torch.tensor([[0.0, 5.0]]), 3)
+    assert scores[0].tolist() == pytest.approx([0.0, 1.0, root])
+
+
+def test_balanced_accuracy_is_not_fooled_by_a_constant():
+    labels = torch.tensor([0, 0, 0, 1])
+    always_no = torch.tensor([[1.0, 0.0]]).expand(4, 2)
+    assert topk_accuracy(always_no, labels, 1) == 0.75 and balanced_accuracy(always_no, labels) == 0.5
+    mixed = torch.tensor([[0.0, 1.0], [1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    assert balanced_accuracy(mixed, labels) == pytest.approx((2 / 3 + 1) / 2)
+    absent = torch.tensor([[0.0, 1.0, 5.0]])  # class 1 of 3 alone, named 2
+    assert balanced_accuracy(absent, torch.tensor([1])) == 0.0
+
+
+def test_tables_and_curves():
+    scores = [
+        Score("knn", name, "", metric, value)
+        for name, value in (("cls", 0.31), ("mean_block2", 0.2), ("cls_block2", 0.5), ("cls_block10", 0.4))
+        for metric in ("mAP", "R5")
+    ] + [Score("random", "cls", "", "mAP", 0.1), Score("knn", "cls", "", "mAP_std", 0.02)]
+    lines = score_table(scores).splitlines()
+    assert lines[0].split("  ")[0] == "test, %" and "31.0 +- 2.0" in lines[1] and "10.0" in lines[1]
+    assert [line.split()[0] for line in lines[1:]] == ["cls", "cls_block2", "cls_block10", "mean_block2"]
+    many = [Score("knn", "cls", f"c{i}", "balanced", i / 10) for i in range(9)]
+    mean = mean_attribute_accuracy(many)
+    assert [s.name for s in mean] == ["knn_cls_attributes_mA", "knn_cls_attributes_columns"]
+    assert mean[0].value == pytest.approx(0.4) and mean_attribute_accuracy(many[:1]) == []
+    table = score_table(many + mean)
+    assert "c5, %" in table and "c6, %" not in table and "attributes, %" in table
+    assert "3 further columns are in metrics.json" in table
+    assert draw_layers(scores, "t").startswith(b"\x89PNG")
 
 
 def test_visualize_and_report(run_dir, tmp_path, pictures):
