@@ -52,16 +52,14 @@ class _AllReduceSum(torch.autograd.Function):
         return grad
 
 
-class SameOnAnyRanksBatchNorm(nn.SyncBatchNorm):
-    """Batch normalisation over the images of all ranks; torch's own is for CUDA alone.
-
-    Ranks have equally many images (`datasets.pretrain.EpochBatches`).
-    """
+class SameOnAnyRanksBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation over the images of all ranks, for the CPU, which torch's SyncBatchNorm refuses (on
+    CUDA `synchronized` takes that one). Ranks have equally many images (`datasets.pretrain.EpochBatches`)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, h, w] -> the same shape; in training with statistics over N, h, w of all ranks."""
         world = get_world_size()
-        if not self.training or world == 1 or x.device.type != "cpu":
+        if not self.training or world == 1:
             return super().forward(x)
         count, values = world * x.numel() // x.shape[1], x.float()
         mean = _AllReduceSum.apply(values.sum(dim=(0, 2, 3))) / count
@@ -73,6 +71,14 @@ class SameOnAnyRanksBatchNorm(nn.SyncBatchNorm):
             self.num_batches_tracked += 1
         scale = self.weight * (var + self.eps).rsqrt()
         return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
+    """The model with torch's faster batch normalisation over ranks where there are several with GPUs;
+    parameters and names stay."""
+    if device.type == "cuda" and get_world_size() > 1:
+        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return model
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:

@@ -14,7 +14,7 @@ from finetune.predict import write_unreadable
 from finetune.seg_eval import MODES, PartsResult, evaluate_parts
 from finetune.seg_report import write_seg_report
 from finetune.task import Task
-from models_setr import SETR, TAPS, SETRConfig, setr_loss
+from models_setr import SETR, TAPS, SETRConfig, setr_loss, synchronized
 from util.checkpoint import load_weights, read_checkpoint
 from util.dist import is_main_process, print_main, wait_for_main
 from util.errors import InputError
@@ -82,7 +82,8 @@ def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
     torch.manual_seed(args.seed)
     encoder, report = build_encoder(args, fused_attn)
     depth = len(encoder.blocks)
-    model = SETR(encoder, SETRConfig(len(data.space.names), args.decoder, args.aux_weight > 0)).to(device)
+    model = SETR(encoder, SETRConfig(len(data.space.names), args.decoder, args.aux_weight > 0))
+    model = synchronized(model.to(device), device)
     optimizer = build_finetune_optimizer(
         model, depth, args.opt, args.lr, args.weight_decay,
         layer_decay=args.layer_decay, bias_lr_factor=args.bias_lr_factor, head_lr_factor=args.head_lr_factor,

@@ -1,0 +1,765 @@
+"""Part segmentation: the model, the data, the numbers, and runs from a set on disk to a report."""
+
+import copy
+import itertools
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import command, parse, read_log, run_command
+from PIL import Image
+
+import main_finetune
+from datasets import demo_parts
+from datasets.demo_bicycle import render_bicycle
+from datasets.demo_parts import write_demo_parts
+from datasets.demo_render import render, render_parts
+from datasets.partimagenet import KINDS, SYNSETS, kind_of, part_names
+from datasets.parts import open_mask, open_pair, read_parts
+from datasets.parts_train import PartsAugment, distort_colours
+from datasets.polygons import fill_polygon
+from finetune import seg
+from finetune.seg_eval import evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
+from models_setr import SETR, TAPS, SameOnAnyRanksBatchNorm, SETRConfig, scaled_taps, setr_loss, synchronized
+from models_vit import VisionTransformer
+from tools import convert_partimagenet
+from util.checkpoint import read_checkpoint
+from util.errors import InputError
+from util.lr_sched import poly_lr
+from util.segmentation_metrics import confusion_matrix, segmentation_numbers
+
+CPU = "--device cpu --amp none --num_workers 0".split()
+
+
+def encoder(size=(32, 32), depth=2) -> VisionTransformer:
+    torch.manual_seed(0)
+    return VisionTransformer(size, 16, 24, depth, 3)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sets") / "parts"
+    write_demo_parts(folder, "canonical", num_images=30, size=40, processes=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Flags of a run of seconds: two blocks, 32 px."""
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("encoder") / "encoder.pth"
+    torch.save({"model": VisionTransformer((32, 32), 16, 192, 2, 3).state_dict()}, file)
+    flags = f"--task seg --finetune {file} --input_size 32 --batch_size 4 --epochs 2 --print_freq 1"
+    return [*flags.split(), *CPU, "--decoder", "naive", "--lr", "0.01"]
+
+
+def finetune(small, data, output, *more) -> dict:
+    flags = [*small, "--data_path", str(data), "--output_dir", str(output), *more]
+    return main_finetune.main(parse(main_finetune.get_args_parser(), flags))
+
+
+@pytest.fixture(scope="module")
+def trained(small, parts, tmp_path_factory):
+    output = tmp_path_factory.mktemp("run") / "run"
+    return output, finetune(small, parts, output, "--report", "--decoder", "mla")
+
+
+# the model
+
+
+def test_taps_of_any_depth():
+    assert all(scaled_taps(name, 12) == taps for name, taps in TAPS.items())
+    assert scaled_taps("mla", 24) == (5, 11, 17, 23)  # SETR's own for ViT-L
+    for name, depth in itertools.product(TAPS, (1, 2, 3, 7, 32)):
+        taps = scaled_taps(name, depth)
+        assert taps[-1] == depth - 1 and min(taps) >= 0 and list(taps) == sorted(taps)
+
+
+@pytest.mark.parametrize("decoder", TAPS)
+def test_features_are_outputs_of_blocks_without_class_token_and_norm(decoder):
+    model = SETR(encoder((48, 80), depth=4), SETRConfig(5, decoder)).eval()
+    imgs = torch.randint(0, 256, (2, 3, 48, 80), dtype=torch.uint8)
+    x, outputs = model.base.embed(imgs), []
+    if decoder == "mla":
+        x = x[:, 1:]
+    for block in model.base.blocks:
+        x = block(x)
+        outputs.append(x[:, -15:])  # 3 x 5 patches
+    for tap, found in zip(scaled_taps(decoder, 4), model.features(imgs)):
+        assert torch.equal(found, outputs[tap])
+    assert model.predict(imgs).shape == (2, 5, 48, 80)
+    assert torch.equal(model(imgs)[0], model.predict(imgs))
+    assert [x.shape for x in model(imgs)] == [(2, 5, 48, 80)] * (4 if decoder == "naive" else 5)
+    assert len(SETR(encoder(), SETRConfig(5, decoder, aux=False))(imgs[:, :, :32, :32])) == 1
+
+
+def test_the_heads_have_setrs_layers():
+    def kernels(module):
+        return [tuple(w.shape) for name, w in module.named_parameters() if w.ndim == 4]
+
+    naive, pup, mla = (SETR(encoder(depth=12), SETRConfig(5, name)) for name in TAPS)
+    one = [(256, 24, 1, 1), (5, 256, 1, 1)]
+    assert kernels(naive.decoder) == one and [kernels(head) for head in naive.aux] == [one] * 3
+    assert kernels(pup.decoder) == [(256, 24, 3, 3), *[(256, 256, 3, 3)] * 3, (5, 256, 1, 1)]
+    assert [kernels(head) for head in pup.aux] == [[(256, 24, 3, 3), (5, 256, 1, 1)]] * 4
+    assert pup.decoder.scales == (2, 2, 2, 1) and pup.aux[0].scales == (4,)
+    assert kernels(mla.decoder.lateral) == [(256, 24, 1, 1)] * 4
+    assert kernels(mla.decoder.smooth) == [(256, 256, 3, 3)] * 4
+    assert kernels(mla.decoder.branches) == [(128, 256, 3, 3), (128, 128, 3, 3)] * 4
+    assert (
+        kernels(mla.decoder.classify) == [(5, 512, 3, 3)] and kernels(mla.decoder.aux) == [(5, 256, 1, 1)] * 4
+    )
+    assert all(
+        not hasattr(m.base.norm, "weight") and m.base.pos_embed.requires_grad for m in (naive, pup, mla)
+    )
+
+
+def test_multi_level_aggregation_by_hand():
+    """Deep to shallow sums, then 3 x 3, two more, x 4 with aligned corners, all together."""
+    head = SETR(encoder(depth=4), SETRConfig(3, "mla")).eval().decoder
+    levels = [torch.randn(1, 6, 24) for _ in range(4)]
+    lateral = [
+        head.lateral[i](F.layer_norm(x, (24,), eps=1e-6).transpose(1, 2).reshape(1, 24, 2, 3))
+        for i, x in enumerate(levels)
+    ]
+    sums = [sum(lateral[i:]) for i in range(4)]
+    maps = [head.smooth[i](x) for i, x in enumerate(sums)]
+    large = [
+        F.interpolate(head.branches[i](x), (8, 12), mode="bilinear", align_corners=True)
+        for i, x in enumerate(maps)
+    ]
+    found = head(levels, (2, 3))
+    assert torch.allclose(found[0], head.classify(torch.cat(large, dim=1)), atol=1e-5)
+    assert torch.allclose(found[2], head.aux[1](maps[1]), atol=1e-5)
+
+
+def test_progressive_upsampling_by_hand():
+    head = SETR(encoder(), SETRConfig(3, "pup")).eval().decoder
+    x = torch.randn(1, 6, 24)
+    y = F.layer_norm(x, (24,), eps=1e-6).transpose(1, 2).reshape(1, 24, 2, 3)
+    for conv, _ in zip(head.convs, range(3)):
+        y = F.interpolate(conv(y), scale_factor=2, mode="bilinear", align_corners=False)
+    y = F.conv2d(head.convs[3](y), head.classify.weight, head.classify.bias)
+    assert torch.allclose(head(x, (2, 3)), y, atol=1e-5) and y.shape == (1, 3, 16, 24)
+
+
+def test_batch_norm_of_one_rank_is_torchs():
+    ours, theirs = SameOnAnyRanksBatchNorm(6), torch.nn.BatchNorm2d(6)
+    for _ in range(2):
+        x = torch.randn(3, 6, 4, 5)
+        assert torch.equal(ours(x), theirs(x))
+    assert all(torch.equal(value, ours.state_dict()[name]) for name, value in theirs.state_dict().items())
+    model = SETR(encoder(), SETRConfig(3, "mla"))
+    assert synchronized(model, torch.device("cpu")) is model
+    converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))  # as on several GPUs
+    assert converted.state_dict().keys() == model.state_dict().keys()
+    assert not any(isinstance(module, SameOnAnyRanksBatchNorm) for module in converted.modules())
+
+
+def test_the_loss_by_hand():
+    torch.manual_seed(0)
+    outputs, masks = [torch.randn(2, 3, 2, 2) for _ in range(3)], torch.tensor([[[0, 2], [255, 1]]] * 2)
+    masks[1, 0, 0] = 255
+    terms = setr_loss(outputs, masks.to(torch.uint8), aux_weight=0.4)
+
+    def by_hand(z):
+        rows = [(n, y, x) for n, y, x in itertools.product(*map(range, (2, 2, 2))) if masks[n, y, x] != 255]
+        assert len(rows) == 5
+        return sum(-z[n, :, y, x].log_softmax(0)[masks[n, y, x]] for n, y, x in rows) / 5
+
+    expected = [by_hand(z) for z in outputs]
+    assert terms["main"] == pytest.approx(expected[0].item())
+    assert terms["loss"].item() == pytest.approx((expected[0] + 0.4 * (expected[1] + expected[2])).item())
+    nothing = setr_loss(outputs[:1], torch.full((2, 2, 2), 255))
+    assert nothing["loss"] == 0 and "aux" not in nothing
+
+
+def test_the_schedule_is_polynomial():
+    lrs = [poly_lr(e, 1e-3, 0, 1e-4, 0, 10) for e in np.linspace(0, 10, 11)]
+    assert lrs[0] == 1e-3 and lrs[-1] == pytest.approx(1e-4)
+    assert lrs[5] == pytest.approx(1e-4 + 9e-4 * 0.5**0.9)
+    assert poly_lr(1, 1e-3, 1e-5, 1e-4, 2, 10) == pytest.approx((1e-3 + 1e-5) / 2)
+
+
+# the numbers
+
+
+def brute_force(truth, predicted, K):
+    confusion = np.zeros((K, K), dtype=np.int64)
+    for t, p in zip(truth.ravel().tolist(), predicted.ravel().tolist()):
+        if t != 255:
+            confusion[t, p] += 1
+    iou, acc = [], []
+    for c in range(K):
+        both = sum(t == c and p == c for t, p in zip(truth.ravel(), predicted.ravel()))
+        either = sum((t == c or p == c) and t != 255 for t, p in zip(truth.ravel(), predicted.ravel()))
+        true = sum(t == c for t in truth.ravel())
+        iou.append(both / either if either else float("nan"))
+        acc.append(both / true if true else float("nan"))
+    return confusion, iou, acc
+
+
+def test_numbers_against_brute_force():
+    rng = np.random.default_rng(0)
+    truth = rng.choice([0, 1, 3, 255], (4, 9, 7), p=[0.5, 0.3, 0.1, 0.1])  # 2 and 4 are absent
+    predicted = np.where(rng.random(truth.shape) < 0.6, np.minimum(truth, 3), rng.integers(0, 3, truth.shape))
+    confusion, iou, acc = brute_force(truth, predicted, 5)
+    found = sum(confusion_matrix(torch.tensor(t), torch.tensor(p), 5) for t, p in zip(truth, predicted))
+    assert np.array_equal(found.numpy(), confusion) and found.dtype == torch.int64
+    numbers = segmentation_numbers(confusion, background=True)
+    np.testing.assert_allclose(numbers.iou, iou)
+    np.testing.assert_allclose(numbers.acc, acc)
+    assert np.isnan(numbers.iou[4]) and numbers.iou[2] == 0 and np.isnan(numbers.acc[2])
+    assert numbers.flat["mIoU"] == pytest.approx(np.nanmean(iou))
+    assert numbers.flat["parts_mIoU"] == pytest.approx(np.nanmean(iou[1:]))
+    assert numbers.flat["mAcc"] == pytest.approx(np.nanmean(acc))
+    known = truth != 255
+    assert numbers.flat["aAcc"] == pytest.approx((truth == predicted)[known].mean())
+    some = known & (truth > 0)
+    assert numbers.flat["parts_aAcc"] == pytest.approx((truth == predicted)[some].mean())
+
+
+def test_numbers_by_hand():
+    numbers = segmentation_numbers(np.array([[6, 2, 0], [1, 3, 0], [0, 4, 0]]), background=True)
+    assert numbers.iou.tolist() == pytest.approx([6 / 9, 3 / 10, 0])
+    assert numbers.acc.tolist() == pytest.approx([6 / 8, 3 / 4, 0])
+    assert numbers.flat["parts_mIoU"] == pytest.approx(0.15) and numbers.flat["parts_aAcc"] == 3 / 8
+    assert "parts_mIoU" not in segmentation_numbers(np.eye(2, dtype=int), background=False).flat
+    assert all(np.isnan(v) for v in segmentation_numbers(np.zeros((2, 2), dtype=int), True).flat.values())
+
+
+def test_a_label_beyond_the_classes_is_no_label():
+    """The peers' histogram counts class K as K - 1."""
+    with pytest.raises(ValueError, match="truth has classes from 0 to 3, there are 3"):
+        confusion_matrix(torch.tensor([0, 3]), torch.tensor([0, 0]), 3)
+
+
+# windows
+
+
+@pytest.mark.parametrize("length", [32, 33, 53, 54, 100, 117])
+def test_windows_cover_everything(length):
+    starts = window_starts(length, 32)
+    assert starts[0] == 0 and starts[-1] == length - 32 and len(set(starts)) == len(starts)
+    assert all(b - a <= 21 for a, b in itertools.pairwise(starts)) and window_starts(512, 512) == [0]
+    assert window_starts(683, 512) == [0, 171] and window_starts(1024, 512) == [0, 341, 512]
+
+
+@pytest.mark.parametrize("size", [(20, 12), (32, 48), (48, 32), (200, 33), (31, 90)])
+def test_any_size_is_scored_at_its_own_size(size):
+    """Small, non-square and long pictures; windows and whole; square crop and not."""
+    for crop in ((32, 32), (32, 48)):
+        model = SETR(encoder(crop), SETRConfig(4, "naive")).eval()
+        width, height = model_size(size, crop, "slide")
+        assert min(width - crop[1], height - crop[0]) == 0 or width == crop[1] or height == crop[0]
+        assert width >= crop[1] and height >= crop[0]
+        assert abs(width / height - size[0] / size[1]) < 0.06 * size[0] / size[1]
+        assert model_size(size, crop, "whole") == crop[::-1]
+        imgs = torch.randint(0, 256, (3, height, width), dtype=torch.uint8)
+        with torch.inference_mode():
+            assert predict_mask(model, imgs, size[::-1], 2).shape == size[::-1]
+
+
+def test_logits_of_overlapping_windows_are_averaged():
+    model = SETR(encoder(), SETRConfig(3, "naive")).eval()
+    imgs = torch.randint(0, 256, (3, 32, 40), dtype=torch.uint8)
+    with torch.inference_mode():
+        left, right = model.predict(imgs[None, :, :, :32])[0], model.predict(imgs[None, :, :, 8:])[0]
+        found = sliding_logits(model, imgs, batch_size=1)
+    assert torch.allclose(found[..., :8], left[..., :8], atol=1e-6)
+    assert torch.allclose(found[..., 8:32], (left[..., 8:] + right[..., :24]) / 2, atol=1e-6)
+    assert torch.allclose(found[..., 32:], right[..., 24:], atol=1e-6)
+
+
+# the data
+
+
+def test_image_and_mask_stay_together():
+    """The picture's colour says the class: after resizing, cropping, mirroring and padding it still does."""
+    mask = np.zeros((60, 90), dtype=np.uint8)
+    mask[10:50, 20:60], mask[30:, 50:] = 1, 2
+    image = Image.fromarray(np.stack([mask * 100, 200 - mask * 100, mask * 0 + 7], axis=2))
+    augment = PartsAugment((48, 32), fill=(1, 2, 3), distort=False)
+    seen = set()
+    for seed in range(40):
+        out = augment(image, mask, np.random.default_rng(seed))
+        assert out["imgs"].shape == (3, 48, 32) and out["masks"].shape == (48, 32)
+        padding = out["masks"] == 255
+        assert (out["imgs"][:, padding] == torch.tensor([[1], [2], [3]])).all()
+        wrong = (out["imgs"][0].int() - 100 * out["masks"].int()).abs()[~padding] > 50
+        assert wrong.float().mean() < 0.06, seed  # mixed colours along the edges
+        seen.add((bool(padding.any()), out["masks"][~padding].unique().numel()))
+    assert {padded for padded, _ in seen} == {True, False} and max(n for _, n in seen) == 3
+
+
+def test_augmentation_is_a_function_of_its_numbers():
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8))
+    mask = rng.integers(0, 3, (40, 50)).astype(np.uint8)
+    augment = PartsAugment((32, 32), fill=(0, 0, 0))
+    one, two, other = (augment(image, mask, np.random.default_rng(seed)) for seed in (1, 1, 2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert not torch.equal(one["imgs"], other["imgs"]) and not torch.equal(one["masks"], other["masks"])
+
+
+def test_a_crop_of_one_class_is_drawn_again():
+    mask = np.zeros((32, 320), dtype=np.uint8)
+    mask[:, 150:170] = 1
+    augment = PartsAugment((32, 32), fill=(0, 0, 0))
+    shares = [(augment.crop(mask, np.random.default_rng(s))[2] == 1).mean() for s in range(200)]
+    assert np.mean([0.25 < share < 0.75 for share in shares]) > 0.4  # 6% of single draws
+
+
+def test_colours_are_distorted_within_bounds():
+    grey = Image.new("RGB", (8, 8), (120, 120, 120))
+    red = Image.new("RGB", (8, 8), (150, 60, 60))
+    levels = [distort_colours(grey, np.random.default_rng(s)) for s in range(200)]
+    assert all((pixels == pixels[0, 0, 0]).all() for pixels in levels)  # grey has neither hue nor saturation
+    values = np.array([pixels[0, 0, 0] for pixels in levels], dtype=float)
+    assert (
+        values.min() >= 0.5 * 88 - 1 and values.max() <= 1.5 * 152 + 1 and 0.15 < (values == 120).mean() < 0.4
+    )
+    hues = [distort_colours(red, np.random.default_rng(s))[0, 0] for s in range(100)]
+    assert any((hue != hues[0]).any() for hue in hues) and all(hue[0] >= hue[1:].max() for hue in hues)
+
+
+def write_pair(root, split, name, mask, image_size=None, **save):
+    mask = np.asarray(mask, dtype=np.uint8)
+    for folder in ("images", "annotations"):
+        (root / folder / split).mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", image_size or mask.shape[::-1], "grey").save(
+        root / "images" / split / f"{name}.png", **save
+    )
+    Image.fromarray(mask).save(root / "annotations" / split / f"{name}.png")
+
+
+def write_classes(root, classes=("background", "door", "wheel"), **more):
+    root.mkdir(parents=True, exist_ok=True)
+    (root / "classes.json").write_text(json.dumps({"classes": classes, **more}))
+
+
+def test_masks_are_read_as_they_are(tmp_path):
+    """Palette, 255, a class that a split lacks, a class list by value, masks without an image."""
+    write_classes(tmp_path, {"7": "wheel", "40": "background", "3": "door"}, ignore=0)
+    write_pair(tmp_path, "val", "a", [[7, 40, 0], [40, 40, 7]])
+    palette = Image.fromarray(np.array([[7, 7], [40, 0]], dtype=np.uint8), "P")
+    palette.putpalette(list(range(256)) * 3)
+    write_pair(tmp_path, "val", "b", np.zeros((2, 2)))
+    palette.save(tmp_path / "annotations" / "val" / "b.png")
+    write_pair(tmp_path, "val", "c", [[40]])
+    (tmp_path / "images" / "val" / "c.png").unlink()
+    data = read_parts(tmp_path, "own", ("val",))
+    assert data.space.names == ("background", "door", "wheel") and data.space.background
+    assert data.splits["val"].counts.tolist() == [[3, 0, 2, 1], [1, 0, 2, 1]]
+    assert "absent" in "".join(note for note in data.notes if note.endswith("door"))
+    assert data.notes[0].startswith("val: 1 masks have no image")
+    picture, mask = open_pair(data.splits["val"].images[1], data.splits["val"].masks[1])
+    assert data.space.table[mask].tolist() == [[2, 2], [0, 255]] and picture.mode == "RGB"
+
+
+def test_label_spaces_pick_parts_by_name(parts):
+    own, car = (read_parts(parts, space, ("train", "test")) for space in ("own", "car_parts"))
+    assert own.space.names == ("background", *part_names("car_bicycle"))
+    assert car.space.names == ("background", "Car Body", "Car Tier", "Car Side Mirror")
+    for split in ("train", "test"):
+        shown = own.splits[split].counts[:, 1:4].any(axis=1)
+        assert 0 < shown.sum() < len(shown)
+        counts = own.splits[split].counts[shown]
+        assert np.array_equal(car.splits[split].counts[:, 1:4], counts[:, 1:4])
+        assert np.array_equal(car.splits[split].counts[:, 0], counts[:, [0, 4, 5, 6, 7]].sum(axis=1))
+        assert any(note.startswith(f"{split}: {(~shown).sum()} images show no class") for note in car.notes)
+    assert own.sha256("train") != car.sha256("train") and own.sha256("train") != own.sha256("test")
+    with pytest.raises(InputError, match="has no class 'Boat Body'"):
+        read_parts(parts, "vehicle_parts", ("train",))
+
+
+def test_a_turned_photo_is_taken_as_its_mask_was_drawn(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    write_classes(tmp_path)
+    write_pair(tmp_path, "val", "stored", np.zeros((8, 12)), exif=exif.tobytes())
+    write_pair(tmp_path, "val", "upright", np.ones((12, 8)), image_size=(12, 8), exif=exif.tobytes())
+    part = read_parts(tmp_path, "own", ("val",)).splits["val"]
+    sizes = [open_pair(part.images[i], part.masks[i])[0].size for i in (0, 1)]
+    assert sizes == [(12, 8), (8, 12)]
+
+
+def test_the_published_lists_of_vehicles():
+    assert {kind: len(names) for kind, names in SYNSETS.items()} == {
+        "Car": 19, "Bicycle": 6, "Boat": 4, "Aeroplane": 2
+    }  # fmt: skip
+    assert [len(part_names(space)) for space in KINDS] == [3, 7, 14]
+    assert kind_of("n04285008") == "Car" and kind_of("n01440764") is None
+
+
+# polygons and releases
+
+
+def is_inside(x, y, points):
+    inside = False
+    for (x0, y0), (x1, y1) in zip(points, points[1:] + points[:1]):
+        if (y0 > y) != (y1 > y) and x < x0 + (y - y0) * (x1 - x0) / (y1 - y0):
+            inside = not inside
+    return inside
+
+
+def test_polygons_against_a_test_of_every_pixel():
+    rng = np.random.default_rng(0)
+    for count in (3, 4, 9):
+        points = [tuple(p) for p in rng.uniform(-4, 20, (count, 2)).tolist()]
+        found = fill_polygon(np.array(points).ravel().tolist(), 13, 17)
+        expected = [[is_inside(x + 0.5, y + 0.5, points) for x in range(17)] for y in range(13)]
+        assert np.array_equal(found, expected)
+    assert fill_polygon([2, 1, 5, 1, 5, 3, 2, 3], 4, 8).nonzero()[1].tolist() == [2, 3, 4, 2, 3, 4]
+
+
+def test_outlines_hold_exactly_their_pixels():
+    mask = np.zeros((9, 12), dtype=bool)
+    mask[1:6, 2:9], mask[3, 4], mask[8, 11], mask[7, 10] = True, False, True, True
+    filled = np.zeros_like(mask)
+    for ring in demo_parts.outlines(mask):
+        filled |= fill_polygon(ring, 9, 12)
+    mask[3, 4] = True  # a hole is filled
+    assert np.array_equal(filled, mask)
+
+
+def convert(source, output, *more) -> dict:
+    words = ["--input", str(source), "--output", str(output), "--processes", "1", *more]
+    return convert_partimagenet.main(convert_partimagenet.get_args_parser().parse_args(words))
+
+
+@pytest.fixture(scope="module")
+def releases(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("releases")
+    for release in ("seg", "ood"):
+        write_demo_parts(folder / release, release, num_images=30, size=40, processes=1)
+    return folder
+
+
+def masks_of(folder) -> dict:
+    return {file.name: open_mask(file) for file in folder.glob("annotations/*/*.png")}
+
+
+def test_both_releases_become_the_same_masks(parts, releases, tmp_path):
+    """Polygons with a degenerate ring, drawn largest first; masks with 255 and palettes; other things out."""
+    seg = convert(releases / "seg", tmp_path / "seg", "--label_space", "car_bicycle")
+    ood = convert(releases / "ood", tmp_path / "ood", "--label_space", "car_bicycle", "--no-resplit")
+    canonical = masks_of(parts)
+    border = {name for name, mask in canonical.items() if (mask == 255).any()}
+    assert len(canonical) == 30 and len(border) == 3
+    assert masks_of(tmp_path / "seg").keys() == masks_of(tmp_path / "ood").keys() == canonical.keys()
+    for name, mask in masks_of(tmp_path / "seg").items():
+        assert np.array_equal(mask, canonical[name])
+    for name, mask in masks_of(tmp_path / "ood").items():
+        known = canonical[name] != 255
+        assert np.array_equal(mask[known], canonical[name][known]), name
+    assert seg["dropped"] == {"pictures of something else": 3}
+    assert ood["dropped"]["polygons of fewer than 3 points"] == 3 and not ood["left_out"]
+    assert sum(sum(kinds.values()) for kinds in seg["pictures"].values()) == 30
+    assert convert(releases / "seg", tmp_path / "seg", "--label_space", "car_bicycle") == seg
+    assert {Image.open(f).mode for f in (releases / "seg" / "annotations").rglob("*.png")} == {"L", "P"}
+
+
+def test_classes_are_split_anew(releases, tmp_path):
+    result = convert(releases / "ood", tmp_path / "cars", "--label_space", "car_parts", "--link")
+    splits = {split: {f.name[:9] for f in (tmp_path / "cars" / "images" / split).iterdir()}
+              for split in ("train", "val", "test")}  # fmt: skip
+    assert all(splits.values()) and splits["val"] == splits["test"]
+    assert not any("Bicycle" in kinds for kinds in result["pictures"].values())
+    rows = [{"synset": "n1", "name": str(i), "split": "train"} for i in range(100)]
+    convert_partimagenet.split_anew(rows, seed=0)
+    assert [sum(r["split"] == s for r in rows) for s in ("train", "val", "test")] == [85, 5, 10]
+    data = read_parts(tmp_path / "cars", "own", ("train", "val", "test"))
+    assert data.space.names == ("background", *part_names("car_parts"))
+
+
+def test_small_parts_lie_on_top():
+    body, mirror = [0, 0, 8, 0, 8, 6, 0, 6], [2, 2, 4, 2, 4, 4, 2, 4]
+    for order in ([(24, [body]), (26, [mirror])], [(26, [mirror]), (24, [body])]):
+        mask = convert_partimagenet.draw_polygons(order, (9, 7))
+        assert (mask == 26).sum() == 4 and (mask == 24).sum() == 44 and mask[6, 8] == 40
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("no folder", "is no folder: give the folder of PartImageNet"),
+        ("empty", "is neither release of PartImageNet"),
+        ("whole masks", "has the value 158: masks of parts hold 0 to 39"),
+        ("ids from 1", "calls category 25 'Car Body', which is 24 in the release"),
+        ("no json", "train.json is no COCO json of PartImageNet"),
+        ("no vehicle", "has no picture of Boat|has no picture of Car"),
+        ("occupied", "exists and does not hold this conversion"),
+    ],
+)
+def test_releases_that_cannot_be_converted(releases, tmp_path, what, message):
+    source, output = tmp_path / "source", tmp_path / "output"
+    name = "seg" if what in ("whole masks", "occupied") else "ood"
+    if what not in ("no folder", "empty"):
+        shutil.copytree(releases / name, source)
+    if what == "empty":
+        source.mkdir()
+    elif what == "whole masks":
+        shutil.rmtree(source / "annotations" / "train")
+        (source / "annotations" / "train_whole").rename(source / "annotations" / "train")
+    elif what == "ids from 1":
+        content = json.loads((source / "train.json").read_text())
+        content["categories"] = [c | {"id": c["id"] + 1} for c in content["categories"]]
+        (source / "train.json").write_text(json.dumps(content))
+    elif what == "no json":
+        (source / "train.json").write_text('{"images": 3}')
+    elif what == "no vehicle":
+        for split in ("train", "val", "test"):
+            content = json.loads((source / f"{split}.json").read_text())
+            content["images"] = [i for i in content["images"] if i["file_name"].startswith("n0144")]
+            (source / f"{split}.json").write_text(json.dumps(content))
+    elif what == "occupied":
+        output.mkdir()
+        (output / "mine.txt").write_text("keep")
+    with pytest.raises(InputError, match=message) as caught:
+        convert(source, output)
+    assert "\n" not in str(caught.value) and (what == "occupied") == output.exists()
+
+
+def test_what_a_release_lacks_is_counted(releases, tmp_path):
+    source = tmp_path / "ood"
+    shutil.copytree(releases / "ood", source)
+    content = json.loads((source / "train.json").read_text())
+    first, second, *_ = (i for i in content["images"] if not i["file_name"].startswith("n0144"))
+    (source / "train" / first["file_name"][:9] / first["file_name"]).unlink()
+    second["width"] += 1
+    content["annotations"][-1]["segmentation"] = {"counts": [1], "size": [1, 1]}
+    (source / "train.json").write_text(json.dumps(content))
+    result = convert(source, tmp_path / "out", "--label_space", "car_bicycle")
+    assert result["left_out"] == {
+        "no such file": [f"train/{first['file_name']}"],
+        "image and mask differ in size": [f"train/{second['file_name']}"],
+    }
+
+
+# the drawn set
+
+
+def test_pictures_with_masks_of_their_parts():
+    picture, mask = render_parts(0, 0, 1, 4, 0, (90, 60))
+    assert picture.size == (90, 60) and mask.shape == (60, 90)
+    assert set(np.unique(mask)) == {24, 25, 26, 40}
+    again = np.asarray(render(0, 0, 1, 4, 0, (90, 60)), dtype=int)  # the same but for the mirrors
+    differs = np.abs(np.asarray(picture, dtype=int) - again).max(axis=2) > 12
+    ys, xs = np.nonzero(mask == 26)
+    far = np.ones_like(differs)
+    far[max(0, ys.min() - 2) : ys.max() + 3, max(0, xs.min() - 2) : xs.max() + 3] = False
+    assert differs.any() and not differs[far].any()
+    body = np.asarray(picture, dtype=int)[mask == 24].reshape(-1, 3)
+    assert len(body) > 500 and len(np.unique(render_bicycle(0, 3, 1, 0, 0)[1])) == 5
+
+
+def test_the_drawn_set_has_what_real_sets_have(parts):
+    sizes = {Image.open(f).size for f in parts.glob("images/*/*")}
+    assert any(h > w for w, h in sizes) and any(w % 2 for w, h in sizes) and min(min(s) for s in sizes) < 32
+    modes = [Image.open(f).mode for f in parts.glob("annotations/train/*.png")]
+    assert modes.count("P") == 1
+    data = read_parts(parts, "own", ("train",))
+    assert (data.splits["train"].counts[:, -1] > 0).sum() == 1
+    assert (data.splits["train"].counts[:, 3] == 0).any()  # no mirror
+    assert not write_demo_parts(parts, "canonical", num_images=30, size=40)["written"]
+
+
+def test_a_vehicle_is_in_one_split():
+    rows = demo_parts.plan(300, 96, 0.2, 0)
+    splits = {}
+    for row in rows:
+        splits.setdefault(row["pid"], set()).add(row["split"])
+    assert all(len(found) == 1 for found in splits.values())
+
+
+# runs
+
+
+def test_a_run_leaves_a_model_that_scores_the_same(trained, parts, tmp_path):
+    output, numbers = trained
+    assert json.loads((output / "metrics.json").read_text()) == numbers
+    assert {"mIoU", "mAcc", "aAcc", "parts_mIoU", "IoU_Car Side Mirror"} <= set(numbers)
+    assert numbers["protocol"].startswith("parts/own/test (8 classes, ") and numbers["unreadable"] == 0
+    log = read_log(output)
+    assert [row["epoch"] for row in log] == [0, 1, 1] and log[1]["train_loss"] < log[0]["train_loss"]
+    assert log[0]["train_aux"] > 0 and log[-1]["test_mIoU"] == numbers["mIoU"]
+    for name in ("model.pth", "model.safetensors"):
+        words = f"--task seg --eval --resume {output / name} --data_path {parts} --output_dir {tmp_path}"
+        found = main_finetune.main(parse(main_finetune.get_args_parser(), [*words.split(), *CPU]))
+        assert found == numbers
+    words += " --seg_eval whole --seg_split val"
+    whole = main_finetune.main(parse(main_finetune.get_args_parser(), [*words.split(), *CPU]))
+    assert "whole image at 32 x 32 px" in whole["protocol"] and whole["mIoU"] != numbers["mIoU"]
+    for name in ("model.pth", "checkpoint-last.pth", "checkpoint-1.pth", "model.safetensors"):
+        assert read_checkpoint(output / name)["model"]
+
+
+def test_the_report_shows_every_class_by_name_and_number(trained):
+    page = (trained[0] / "report.html").read_text()
+    for number, name in enumerate(part_names("car_bicycle"), 1):
+        assert page.count(f">{number}</span></td><td>{name}</td>") == 1  # in the table
+        assert f">{number}</span> {name}&ensp;" in page  # in the legend
+    assert page.count("<figcaption>answer</figcaption>") == page.count("<figcaption>truth</figcaption>") > 3
+    assert trained[1]["protocol"].split(" (")[0] in page and "What is taken for what" in page
+    assert "http://" not in page and "https://" not in page
+
+
+def test_a_run_goes_on_bit_for_bit(small, parts, trained, tmp_path, monkeypatch):
+    calls, whole = [], seg.setr_loss
+
+    def stops(*args):
+        calls.append(1)
+        if len(calls) == 7:  # in the second epoch
+            raise KeyboardInterrupt
+        return whole(*args)
+
+    flags = ["--decoder", "mla", "--save_minutes", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(seg, "setr_loss", stops)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(small, parts, tmp_path / "run", *flags)
+    assert read_checkpoint(tmp_path / "run" / "checkpoint-last.pth")["batches_done"] == 1
+    numbers = finetune(small, parts, tmp_path / "run", *flags, "--resume", "auto")
+    straight, again = (read_checkpoint(f / "model.pth")["model"] for f in (trained[0], tmp_path / "run"))
+    assert all(torch.equal(straight[name], again[name]) for name in straight) and numbers == trained[1]
+    with pytest.raises(InputError, match="decoder"):
+        finetune(small, parts, tmp_path / "run", "--decoder", "naive", "--resume", "auto")
+
+
+def test_two_ranks_are_one(small, parts, tmp_path):
+    """Training: the same weights up to rounding, with statistics and labelled pixels of both ranks; scoring:
+    the same digits."""
+    words = [*small, "--data_path", str(parts), "--lr", "1e-3", "--epochs", "1"]
+    two = ["main_finetune.py", *words, "--batch_size", "2", "--output_dir", str(tmp_path / "two")]
+    done = run_command(command(*two, processes=2))
+    assert done.returncode == 0, done.stderr
+    finetune(words, parts, tmp_path / "one")
+    one, two = (read_log(tmp_path / name)[0] for name in ("one", "two"))
+    for name in ("train_loss", "train_main", "train_aux", "train_accuracy", "train_grad_norm"):
+        assert two[name] == pytest.approx(one[name], rel=1e-5), name
+    one, two = (read_checkpoint(tmp_path / name / "model.pth")["model"] for name in ("one", "two"))
+    for name, value in one.items():  # what batch normalisation takes away again stays at rounding errors
+        assert torch.allclose(two[name], value, rtol=1e-4, atol=1e-6 * max(1, value.abs().max())), name
+    words = f"--task seg --eval --resume {tmp_path / 'two' / 'model.pth'} --data_path {parts}"
+    words = [*words.split(), *CPU, "--output_dir", str(tmp_path / "alone")]
+    main_finetune.main(parse(main_finetune.get_args_parser(), words))
+    found = [(tmp_path / name / "metrics.json").read_text() for name in ("two", "alone")]
+    assert found[0] == found[1]
+
+
+def test_broken_pairs_are_counted_and_named(small, parts, trained, tmp_path):
+    broken = tmp_path / "parts"
+    shutil.copytree(parts, broken)
+    images, masks = (sorted((broken / kind / "test").iterdir()) for kind in ("images", "annotations"))
+    images[0].write_bytes(images[0].read_bytes()[:300])
+    masks[1].write_bytes(b"no image")
+    words = (
+        f"--task seg --eval --resume {trained[0] / 'model.pth'} --data_path {broken} --output_dir {tmp_path}"
+    )
+    numbers = main_finetune.main(parse(main_finetune.get_args_parser(), [*words.split(), *CPU]))
+    assert numbers["unreadable"] == 2 and "2 unreadable left out" in numbers["protocol"]
+    listed = (tmp_path / "unreadable_test_images.txt").read_text()
+    assert images[0].name in listed and images[1].name in listed and "UnidentifiedImageError" in listed
+    train = sorted((broken / "annotations" / "train").iterdir())
+    train[0].write_bytes(b"")
+    with pytest.raises(InputError, match=r"1 of \d+ images could not be read.*bad_images.txt"):
+        finetune(small, broken, tmp_path / "strict")
+    finetune(small, broken, tmp_path / "lax", "--max_bad_ratio", "0.2", "--epochs", "1")
+    assert train[0].stem in (tmp_path / "lax" / "bad_images.txt").read_text()
+
+
+def test_every_image_is_scored_once(parts):
+    data = read_parts(parts, "own", ("test",))
+    model = SETR(encoder(), SETRConfig(8, "naive")).eval()
+    result = evaluate_parts(model, data.splits["test"], data.space, "slide", batch_size=3, num_workers=0)
+    counts = data.splits["test"].counts
+    assert np.array_equal(result.each.sum(axis=2), counts[:, :-1])
+    assert np.array_equal(result.confusion, result.each.sum(axis=0)) and result.confusion.dtype == np.int64
+    with torch.no_grad():
+        model.decoder.classify.bias.fill_(float("nan"))
+    with pytest.raises(InputError, match="are not finite: the model has diverged"):
+        evaluate_parts(model, data.splits["test"], data.space, "whole", batch_size=3, num_workers=0)
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--eval", "--eval --finetune .*encoder.pth: an encoder has no answers"),
+        ("--aux_weight -1", "--aux_weight -1.0: must not be negative"),
+        ("--resize_range 2 1", "give two factors above 0, the smaller one first"),
+        ("--batch_size 64", "21 training images do not fill one batch of 64"),
+        ("--input_size 40", "not a multiple of the patch size"),
+        ("--label_space vehicle_parts", "has no class 'Boat Body'"),
+        ("--data_path nowhere", "--data_path nowhere is no folder"),
+        ("--jpm", "--jpm belongs to --task reid"),
+        ("--finetune nowhere.pth", "nowhere.pth does not exist"),
+    ],
+)
+def test_contradictions_stop_at_once(small, parts, tmp_path, flags, message):
+    with pytest.raises(InputError, match=message) as caught:
+        finetune(small, parts, tmp_path, *flags.split())
+    assert "\n" not in str(caught.value)
+
+
+def test_eval_takes_no_flag_that_would_change_the_model(small, parts, trained, tmp_path):
+    other = tmp_path / "other"
+    write_classes(other)
+    write_pair(other, "val", "a", np.zeros((40, 40)))
+    model = trained[0] / "model.pth"
+    for flags, message in (
+        (f"--resume {model} --decoder naive", "--decoder would change the model"),
+        (f"--resume {model} --label_space car_parts", "--label_space would change the model"),
+        (f"--resume {model} --input_size 64", "--input_size would change the model"),
+        (f"--resume {small[3]}", "is no model of main_finetune.py: give the model.pth"),
+        (f"--resume {model} --data_path {other}", "knows the classes background, Car Body"),
+    ):
+        words = f"--task seg --eval --data_path {parts} --output_dir {tmp_path / 'o'} {flags}".split()
+        with pytest.raises(InputError, match=message):
+            main_finetune.main(parse(main_finetune.get_args_parser(), [*words, *CPU]))
+
+
+@pytest.mark.parametrize(
+    "what, message",
+    [
+        ("no classes", "classes.json is missing: write which class"),
+        ("odd classes", "classes.json cannot be understood"),
+        ("one class", "must name two classes or more"),
+        ("ignored class", '"ignore" is 1, and must be'),
+        ("no split", "images/train is missing: .*splits found: none"),
+        ("no mask", r"1 of 2 images under .* have no mask: first .*b.png is missing"),
+        ("no image", "no image under"),
+        ("two images", "one mask cannot serve two images"),
+        ("sizes", "the image is 9 x 8 px, its mask 8 x 8"),
+        ("value", "has 64 pixels of value 9, which classes.json does not name"),
+        ("colours", "none of the 1 pairs .* its mode is RGB"),
+        ("deep", "none of the 1 pairs .* its mode is I;16"),
+        ("unlabelled", "not one pixel of train has a class"),
+    ],
+)
+def test_sets_that_cannot_be_read(tmp_path, what, message):
+    mask = np.full((8, 8), {"value": 9, "unlabelled": 255}.get(what, 1))
+    if what != "no classes":
+        write_classes(tmp_path, ["only"] if what == "one class" else ["background", "door"],
+                      **({"ignore": 1} if what == "ignored class" else {}))  # fmt: skip
+    if what == "odd classes":
+        (tmp_path / "classes.json").write_text('["background"')
+    if what != "no split":
+        write_pair(tmp_path, "train", "a", mask, image_size=(9, 8) if what == "sizes" else None)
+    image, file = tmp_path / "images" / "train" / "a.png", tmp_path / "annotations" / "train" / "a.png"
+    if what == "no mask":
+        shutil.copy(image, image.with_name("b.png"))
+    elif what == "two images":
+        Image.open(image).save(image.with_suffix(".jpg"))
+    elif what == "no image":
+        image.unlink()
+    elif what == "colours":
+        Image.new("RGB", (8, 8)).save(file)
+    elif what == "deep":
+        Image.fromarray(mask.astype(np.uint16)).save(file)
+    with pytest.raises(InputError, match=message) as caught:
+        read_parts(tmp_path, "own", ("train",))
+    assert "\n" not in str(caught.value)
