@@ -34,12 +34,14 @@ MASK_MODES = ("L", "P", "1")
 @dataclass(frozen=True)
 class LabelSpace:
     """name: of `LABEL_SPACES`. names: of the classes; target t is names[t].
-    background: whether class 0 is the background. table: [256] uint8, value of a mask's pixel -> target."""
+    background: whether class 0 is the background. table: [256] uint8, value of a mask's pixel -> target.
+    is_part: the set has other classes too, so images may be about something else."""
 
     name: str
     names: tuple[str, ...]
     background: bool
     table: np.ndarray
+    is_part: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def read_parts(data_path: str | Path, label_space: str, splits: tuple[str, ...])
 
     Args:
         label_space: "own": the classes of classes.json; a name of `KINDS`: PartImageNet's parts by name, the
-            other classes become background, and images that show none of the parts are left out and counted.
+            other classes become background; where there are such, images that show none of the parts are left
+            out and counted.
     Raises:
         InputError: a folder, classes.json, a mask or a class is missing, sizes differ, or a mask has a value
             that classes.json does not name.
@@ -144,7 +147,7 @@ def label_space_of(classes: tuple[dict[int, str], int], name: str, where: Path) 
     is_background = {value: text.lower() == "background" for value, text in values.items()}
     order = sorted(values, key=lambda value: (not is_background[value], value))
     names = tuple(values[value] for value in order)
-    targets = {value: place for place, value in enumerate(order)}
+    targets, is_part = {value: place for place, value in enumerate(order)}, False
     if name != "own":
         wanted = part_names(name)
         missing = [part for part in wanted if part not in names]
@@ -155,10 +158,11 @@ def label_space_of(classes: tuple[dict[int, str], int], name: str, where: Path) 
                 f"{', '.join(names)[:160]}: use --label_space own, or convert the release again"
             )
         targets = {v: wanted.index(text) + 1 if text in wanted else 0 for v, text in values.items()}
+        is_part = len(names) > len(wanted) + 1
         names = ("background", *wanted)
     table[list(targets)] = list(targets.values())
     table[ignore] = IGNORE
-    return LabelSpace(name, names, any(is_background.values()), table)
+    return LabelSpace(name, names, any(is_background.values()), table, is_part)
 
 
 def list_pairs(root: Path, split: str) -> tuple[PathList, PathList, int]:
@@ -287,7 +291,7 @@ def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, note
         if pixels is not None:
             counts[row] = [*pixels[:classes], pixels[IGNORE]]
     keep = np.ones(len(images), dtype=bool)
-    if space.name != "own":
+    if space.is_part:
         keep = counts[:, 1:classes].any(axis=1)
         keep[bad] = True
         if not keep.all():

@@ -474,6 +474,9 @@ def test_classes_are_split_anew(releases, tmp_path):
     assert [sum(r["split"] == s for r in rows) for s in ("train", "val", "test")] == [85, 5, 10]
     data = read_parts(tmp_path / "cars", "own", ("train", "val", "test"))
     assert data.space.names == ("background", *part_names("car_parts"))
+    write_pair(tmp_path / "cars", "val", "no_part", np.zeros((40, 40)))  # a set of cars alone: it stays
+    counts = [len(read_parts(tmp_path / "cars", s, ("val",)).splits["val"]) for s in ("own", "car_parts")]
+    assert counts[0] == counts[1] == len(data.splits["val"]) + 1
 
 
 def test_small_parts_lie_on_top():
