@@ -34,9 +34,9 @@ from util.stop import StopGuard, init_worker
 
 TASKS = {"reid": reid, "attr": attr, "fgvc": fgvc, "seg": seg}
 FIXED_ON_RESUME = (
-    "task input_size stride drop_path finetune pixel_stats quick_gelu images_sha num_classes global_batch "
-    "epochs warmup_epochs lr min_lr_ratio warmup_lr_ratio weight_decay opt layer_decay bias_lr_factor "
-    "head_lr_factor smoothing clip_grad seed"
+    "task input_size stride drop_path finetune weights_sha256 pixel_stats quick_gelu images_sha num_classes "
+    "global_batch epochs warmup_epochs lr min_lr_ratio warmup_lr_ratio weight_decay opt layer_decay "
+    "bias_lr_factor head_lr_factor smoothing clip_grad seed"
 ).split()
 NOT_NEGATIVE = (
     "warmup_epochs weight_decay clip_grad max_bad_ratio seed eval_every keep_checkpoints min_lr_ratio "

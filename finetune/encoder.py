@@ -8,7 +8,7 @@ from models_vit import (
     VisionTransformer,
     load_encoder,
 )
-from util.checkpoint import read_checkpoint
+from util.checkpoint import file_sha256, read_checkpoint
 from util.errors import InputError
 from util.pretrained import read_config
 
@@ -27,7 +27,8 @@ def encoder_models() -> dict[str, tuple[int, int, int, int]]:
 
 
 def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
-    """The encoder that --finetune, --model and the flags of its group ask for, and what was loaded.
+    """The encoder that --finetune, --model and the flags of its group ask for, and what was loaded;
+    `args.weights_sha256` is set to the hash of the file, or to "random".
 
     Raises:
         InputError: neither a file nor a model is named, the file holds another model, or it cannot be loaded.
@@ -51,6 +52,7 @@ def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
             quick_gelu=args.quick_gelu,
         )
         report = f"{args.model} with random weights, seed {args.seed}"
+        args.weights_sha256 = "random"
     else:
         encoder, report = load_encoder(
             args.finetune,
@@ -70,6 +72,7 @@ def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
                     f"patches, --model {args.model} is not: drop --model"
                 )
         report = f"{args.finetune}\n{report}"
+        args.weights_sha256 = file_sha256(args.finetune)
     if args.pixel_stats != "checkpoint":
         encoder.set_pixel_stats(*PIXEL_STATS[args.pixel_stats])
     mean, std = (stat.flatten().tolist() for stat in (encoder.pixel_mean, encoder.pixel_std))

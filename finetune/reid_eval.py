@@ -111,6 +111,8 @@ def flat_metrics(results: dict[str, TestResult]) -> dict[str, float | str]:
         words = [word for word in test.split() if word != "test"]
         prefix = "".join(f"{word}_" for word in words)
         flat |= {f"{prefix}{name}": value for name, value in result.metrics.items()}
+        if result.gallery:
+            flat[f"{prefix}gallery"] = len(result.gallery.images)
         flat[f"{prefix}protocol"] = result.protocol.line()
     return flat
 

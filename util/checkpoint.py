@@ -1,6 +1,7 @@
 """Files of weights and runs: written atomically, read without running code from them."""
 
 import argparse
+import hashlib
 import json
 import os
 import pickle
@@ -56,6 +57,15 @@ def write_safetensors(file: str | Path, tensors: dict, metadata: dict[str, str])
     """safetensors with a string header, atomically."""
     data = safetensors_bytes({k: v.contiguous() for k, v in tensors.items()}, metadata)
     write_atomic(file, lambda opened: opened.write(data))
+
+
+def file_sha256(file: str | Path) -> str:
+    """Identity of a file's bytes, 64 digits."""
+    digest = hashlib.sha256()
+    with open(file, "rb") as opened:
+        while block := opened.read(1 << 24):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def read_checkpoint(file: str | Path) -> dict:

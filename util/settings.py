@@ -2,6 +2,8 @@
 
 import os
 import platform
+import subprocess
+from pathlib import Path
 
 import torch
 
@@ -135,7 +137,7 @@ def print_header(args, facts: dict, lines: list[str]) -> None:
 
 
 def environment() -> dict[str, str]:
-    """Versions and machine, kept beside the log."""
+    """Versions, machine and commit, kept beside the log."""
     import numpy
     import open_clip
     import timm
@@ -148,4 +150,22 @@ def environment() -> dict[str, str]:
         "open_clip": open_clip.__version__,
         "numpy": numpy.__version__,
         "machine": f"{platform.node()}, {os.cpu_count()} cores, {device}",
+        "commit": code_commit(),
     }
+
+
+def code_commit() -> str:
+    """The git commit of this code, with " + changes" where tracked files differ from it; "unknown" where the
+    code is no checkout or git is not there."""
+    folder = Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=60)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        if not (folder / ".git").exists() or not (commit := git("rev-parse", "HEAD")):
+            return "unknown"
+        return commit + (" + changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
