@@ -65,6 +65,16 @@ def check(args) -> None:
         args.contrastive_weight = 1.0 if args.parts == "on" else 0.0
     if args.contrastive_weight < 0:
         raise InputError(f"--contrastive_weight {args.contrastive_weight}: must not be negative")
+    if "contrastive_margin" in args.given and not args.contrastive_weight:
+        raise InputError(
+            f"--contrastive_margin {args.contrastive_margin} without the contrastive loss: drop it, or set "
+            "--contrastive_weight"
+        )
+    if "label_column" in args.given and Path(args.data_path).is_dir():
+        raise InputError(
+            f"--label_column {args.label_column}: {args.data_path} is a folder, whose layout names the "
+            "classes: drop it"
+        )
     if not -1 <= args.contrastive_margin < 1:
         raise InputError(f"--contrastive_margin {args.contrastive_margin}: a cosine, from -1 to below 1")
     if args.resize is not None and args.resize < max(args.img_size) and not args.eval:

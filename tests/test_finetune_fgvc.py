@@ -14,7 +14,7 @@ from datasets.demo_cars import write_demo_cars
 from datasets.fgvc import read_fgvc
 from finetune.fgvc import learning_rate
 from finetune.fgvc_model import load_fgvc
-from models_vit import VisionTransformer
+from models_vit import VisionTransformer, load_encoder
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
 
@@ -106,6 +106,7 @@ def test_the_baseline_has_no_parts_and_learns(files, tmp_path):
     assert log[9]["train_accuracy"] > 0.7 and log[9]["train_ce"] < 0.6 * log[0]["train_ce"]
     assert "Selected parts" not in (tmp_path / "o" / "report.html").read_text()
     assert len(load_fgvc(tmp_path / "o" / "model.pth")[0].base.blocks) == 3
+    assert len(load_encoder(tmp_path / "o" / "model.pth")[0].blocks) == 3
 
 
 def test_a_run_that_is_stopped_in_an_epoch_goes_on_bit_for_bit(files, trained, tmp_path, monkeypatch):
@@ -184,6 +185,8 @@ def test_defaults_are_the_recipes():
         ("--contrastive_margin 1", "--contrastive_margin 1.0: a cosine"),
         ("--resize 24", "--resize 24 px leaves no crop of 32 x 32: give at least 32"),
         ("--batch_size 64", "20 training images do not fill one batch of 64"),
+        ("--label_column model", "--label_column model: .*cars is a folder"),
+        ("--contrastive_margin 0.2 --parts off", "--contrastive_margin 0.2 without the contrastive loss"),
         ("--label_column model --data_path {table}", "has no column 'model': it has path, split, label"),
         ("--data_path {table}", "has no row with split 'test' and a 'label': it has train"),
         ("--data_path nowhere", "nowhere does not exist"),
@@ -217,5 +220,7 @@ def test_eval_takes_the_model_as_it_is(files, trained, tmp_path):
     write_demo_cars(other, "annos", classes=6, train=1, test=1, size=32, processes=1)
     with pytest.raises(InputError, match="knows 4 classes .*, not '.* Sedan 2012' of 2 test images"):
         score(model, other, tmp_path / "o")
+    with pytest.raises(InputError, match="model.pth is a TransFG model: its last block"):
+        load_encoder(model)
     larger = score(model, data, tmp_path / "large", "--resize", "48")
     assert "whole picture to 48 x 48 px, centre crop 32 x 32" in larger["protocol"]

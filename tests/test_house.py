@@ -84,7 +84,7 @@ def test_documented_commands_parse():
             known = {flag for a in module.get_args_parser()._actions for flag in a.option_strings}
             for line in re.findall(rf"{name}( --[^\n`]*)", text):
                 commands += 1
-                assert set(re.findall(r"--\w+", line)) <= known, f"{file.name}: {line}"
+                assert set(re.findall(r"--\w[\w-]*", line)) <= known, f"{file.name}: {line}"
     assert commands >= 3
 
 

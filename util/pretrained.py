@@ -51,6 +51,11 @@ def read_pretrained(file: str | Path) -> Pretrained:
     config = read_config(file, content)
     whole = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
     prefix, patches = _find_encoder(whole, file)
+    if "part_layer.norm1.weight" in whole:
+        raise InputError(
+            f"{file} is a TransFG model: its last block has learned to see selected parts alone, so it is no "
+            "encoder any more; give the encoder it was trained from, or a model of --parts off"
+        )
     state = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
     ignored = [k for k in whole if not k.startswith(prefix)]
     origin = "MAE" if "decoder_embed.weight" in state else "ViT"
