@@ -79,12 +79,13 @@ def overlay(picture: Image.Image, mask: np.ndarray, first: int) -> Image.Image:
     draw = ImageDraw.Draw(result)
     for c in classes:
         at = thickest(mask == c)
-        draw.text(at, str(c), fill="white", stroke_fill="black", stroke_width=2, anchor="mm", font_size=15)
+        draw.text(at, str(c), fill="white", stroke_fill="black", stroke_width=3, anchor="mm", font_size=20)
     return result
 
 
-def thickest(region: np.ndarray, window: int = 25) -> tuple[int, int]:
+def thickest(region: np.ndarray) -> tuple[int, int]:
     """(x, y) of a pixel of a bool [h, w] with most of the region around it."""
+    window = int(0.8 * math.sqrt(region.sum())) | 1  # odd
     padded = np.pad(region, window // 2 + 1)
     sums = padded.cumsum(axis=0).cumsum(axis=1)
     around = (
