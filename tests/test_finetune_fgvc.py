@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import command, parse, run_command
+from PIL import ImageColor
 
 import engine_finetune
 import main_finetune
@@ -14,8 +15,11 @@ from datasets.demo_cars import write_demo_cars
 from datasets.fgvc import read_fgvc
 from finetune.fgvc import learning_rate
 from finetune.fgvc_model import load_fgvc
+from finetune.fgvc_report import COLOURS, Answers, class_tables, confused_pairs, framed, sure_and_wrong
+from finetune.page import Pictures
 from models_vit import VisionTransformer, load_encoder
 from util.checkpoint import read_checkpoint
+from util.class_metrics import class_scores
 from util.errors import InputError
 
 CPU = "--device cpu --amp none --num_workers 0".split()
@@ -98,6 +102,37 @@ def test_the_page_shows_what_was_measured(trained):
     assert page.count('alt="selected parts"') == 12 and "http" not in page.replace("http-equiv", "")
 
 
+def test_confused_pairs_and_worst_classes_by_hand(files):
+    """Of class 1 two images are taken for 3 and one for 0; of class 3 one for 1; the rest is right."""
+    data = read_fgvc(files[0])
+    answers = data.test.labels.copy()
+    ones, threes = (np.flatnonzero(data.test.labels == k) for k in (1, 3))
+    answers[ones], answers[threes[0]] = (3, 3, 0), 1
+    logits = 5 * torch.nn.functional.one_hot(torch.from_numpy(answers), 4).float()
+    scores = class_scores(logits, torch.from_numpy(data.test.labels))
+    found = Answers(data.test, data.classes, logits, scores)
+    names = [found.name(k) for k in range(4)]
+    pairs = confused_pairs(found, Pictures()).split('<article class="pair">')[1:]
+    assert len(pairs) == 2 and f"<b>{names[1]}</b><br>2 of 3 taken for the other" in pairs[0]
+    assert f"<b>{names[3]}</b><br>1 of 3 taken for the other" in pairs[0]
+    assert pairs[0].count('class="wrong"><img') == 3 and pairs[0].count('class="right"><img') == 2
+    assert f"<b>{names[0]}</b><br>0 of 3" in pairs[1] and f"<b>{names[1]}</b><br>1 of 3" in pairs[1]
+    table = class_tables(found)
+    assert table.index(names[1]) < table.index("0.0 %") < table.index("66.7 %") < table.index("100.0 %")
+    assert f"{names[3]} (2 x)" in table and "(1 x)" in table
+    assert sure_and_wrong(found, Pictures(), 12).count('class="wrong"><img') == 4
+
+
+def test_frames_lie_around_their_patches():
+    """Patch 5 of a grid of 4 columns, 8 px apart, 16 px large: from (8, 8); enlarged to 240 px of 40."""
+    black = torch.zeros(3, 40, 40, dtype=torch.uint8)
+    pixels = np.asarray(framed(black, [5, 5], (4, 8, 16)))
+    rows, columns = np.nonzero(pixels.any(axis=2))
+    assert (rows.min(), columns.min()) == (48, 48) and (rows.max(), columns.max()) == (143, 143)
+    colours = {tuple(c) for c in pixels.reshape(-1, 3)} - {(0, 0, 0)}
+    assert colours == {ImageColor.getrgb(c) for c in COLOURS[:2]}
+
+
 def test_the_baseline_has_no_parts_and_learns(files, tmp_path):
     flags = "--parts off --report --epochs 10 --no-auto_augment --resize 32 --drop_path 0 --print_freq 20"
     numbers = finetune(files, tmp_path / "o", *flags.split())
@@ -139,7 +174,8 @@ def test_two_ranks_are_one(files, trained, tmp_path):
         for name in ("train_loss", "train_ce", "train_contrastive", "train_grad_norm", "train_accuracy"):
             assert two.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-4), name
     numbers = json.loads((tmp_path / "two" / "metrics.json").read_text())
-    assert numbers == trained[1]
+    for name, value in trained[1].items():  # an answer at the edge may fall to either side
+        assert numbers[name] == (pytest.approx(value, abs=0.1) if isinstance(value, float) else value)
 
 
 def test_unreadable_images_are_counted(files, trained, tmp_path):
