@@ -5,8 +5,9 @@
 Layouts: veri776, vehicleid, veriwild (lists in three styles) and table, each with the quirks of the published
 set that a reader trips over; `datasets.reid` reads all of them. One seed gives the same vehicles, numbers and
 pictures in every layout. Vehicles come in groups of four that share body and colour and differ in make, marks
-and the shade of the paint: colour alone finds the group, not the vehicle. The test set does not change with
-the number of training identities.
+and the shade of the paint: colour alone finds the group, not the vehicle. --mixed takes all bodies and
+colours in turns instead, which is what attributes need. The test set does not change with the number of
+training identities.
 """
 
 import argparse
@@ -79,7 +80,9 @@ def _path(layout: str, row: dict, count: int) -> str:
     return f"images/{number:04}_{row['shot']:02}.jpg"
 
 
-def plan(layout: str, train_ids: int, test_ids: int, images_per_id: int, seed: int) -> list[dict]:
+def plan(
+    layout: str, train_ids: int, test_ids: int, images_per_id: int, seed: int, mixed: bool = False
+) -> list[dict]:
     """One row a picture, in the order of the paths.
 
     Columns: those of `demo.label_row`; path, its last part name, split (train or test) and is_query; number,
@@ -89,7 +92,8 @@ def plan(layout: str, train_ids: int, test_ids: int, images_per_id: int, seed: i
     """
     rows: list[dict] = []
     cameras = CAMERA_NUMBERS.get(layout, range(len(CAMERAS)))
-    for place, pid in enumerate(_identities(train_ids + test_ids, seed)):
+    vehicles = train_ids + test_ids
+    for place, pid in enumerate(range(vehicles) if mixed else _identities(vehicles, seed)):
         split, count = "test" if place < test_ids else "train", images_per_id
         if (layout, split) == ("veriwild", "train") and place % 5 == 4:
             count = 1
@@ -279,6 +283,7 @@ def write_demo_reid(
     seed: int = 0,
     style: str | None = None,
     processes: int | None = None,
+    mixed: bool = False,
 ) -> dict:
     """Write the set into a new folder; one that already holds this very set is left as it is.
 
@@ -289,6 +294,7 @@ def write_demo_reid(
         size: side of a picture in px.
         style: of VERI-Wild's lists: old (None: this one), old_headless or new.
         processes: number of workers, None: one per core. They change the speed only.
+        mixed: vehicles of all bodies and colours in turns, not four of each.
     Returns:
         images (those that VeRi keeps twice count once), train_ids, test_ids, cameras (0 in VehicleID), the
         length of each list of `split_rows`, and written.
@@ -298,12 +304,13 @@ def write_demo_reid(
     output = Path(output).absolute()
     _check(layout, style, train_ids, test_ids, images_per_id, size)
     styled = {"style": style or "old"} if layout == "veriwild" else {}
-    rows = plan(layout, train_ids, test_ids, images_per_id, seed)
+    rows = plan(layout, train_ids, test_ids, images_per_id, seed, mixed)
     lists = split_rows(layout, rows)
     counts = {"images": len(rows), "train_ids": train_ids, "test_ids": test_ids}
     counts["cameras"] = len({row["camid"] for row in rows}) if layout != "vehicleid" else 0
     counts |= {name: len(part) for name, part in lists.items()}
     settings = {"layout": layout, **styled, "images_per_id": images_per_id, "size": size, "seed": seed}
+    settings |= {"mixed": True} if mixed else {}
     about = json.dumps({**settings, "version": [VERSION, demo.VERSION], **counts}) + "\n"
     if holds_set(output, "demo_reid.json", about, "re-identification set"):
         return {**counts, "written": False}
@@ -332,6 +339,7 @@ def main():
     add("--size", type=int, default=128, help="side of a picture in pixels")
     add("--seed", type=int, default=0, help="seed of every random choice")
     add("--style", choices=STYLES, default=None, help="of the lists of veriwild, None: old")
+    add("--mixed", action="store_true", help="all bodies and colours in turns, for attributes")
     add("--processes", type=int, default=None, help="number of workers, None: one per core")
     args = parser.parse_args()
     start = time.perf_counter()

@@ -116,7 +116,7 @@ def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
         optimizer,
         AttributeTrainImages(data.train, PadCropErase(args.img_size, erase=0.0), args.seed),
         batches,
-        loss=lambda wrapped, batch: attr_loss(wrapped, model, batch, rates, args.attr_threshold),
+        loss=lambda wrapped, batch: attr_loss(wrapped, batch, rates, args.attr_threshold),
         shown=lambda values: [f"accuracy {values['accuracy']:.4f}"],
         lr=lr,
         evaluate=lambda is_over: score(model, known, data, args, amp_dtype, is_over),
@@ -149,10 +149,10 @@ def header_lines(args, data: AttributeData, model: VTB, known: Known, report: st
 
 
 def attr_loss(
-    wrapped: nn.Module, model: VTB, batch: dict, rates: torch.Tensor, threshold: float
+    wrapped: nn.Module, batch: dict, rates: torch.Tensor, threshold: float
 ) -> dict[str, torch.Tensor]:
     """`attribute_loss` of the whole batch of all ranks, and the accuracy as in scoring."""
-    attr_logits = wrapped(model.base.normalize(batch["imgs"]))
+    attr_logits = wrapped(batch["imgs"])
     labels = gather_rows(batch["labels"])
     true, said = labels == 1, (attr_logits.sigmoid() > threshold) & (labels >= 0)
     both, either = (true & said).sum(dim=1), (true | said).sum(dim=1)

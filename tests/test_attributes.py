@@ -182,6 +182,19 @@ def test_veri_is_read_from_its_gb2312_files(veri):
     assert data.sha256() != read_attribute_set(veri).sha256()
 
 
+def test_a_mixed_drawn_set_shows_what_it_tests():
+    """Groups of vehicles of one look, as re-identification needs them, tie colour to type."""
+    looks = {}
+    for mixed in (False, True):
+        rows = plan("veri776", 140, 60, 6, 0, mixed)
+        assert len(rows) == 1200 and len({row["pid"] for row in rows}) == 200
+        looks[mixed] = [
+            {(r["body"], r["colour"]) for r in rows if r["split"] == s} for s in ("train", "test")
+        ]
+    assert looks[True][1] <= looks[True][0] and len(looks[True][1]) == 60 and len(looks[True][0]) == 100
+    assert len(looks[False][1]) == 15 and not looks[False][1] & looks[False][0]
+
+
 def test_derived_sets_have_other_headers(copy):
     for part in ("train", "test"):
         file = copy / f"{part}_label.xml"
