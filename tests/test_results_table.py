@@ -1,0 +1,262 @@
+"""Finished runs become the paper's tables: what stands where, what is left out and why."""
+
+import json
+
+import pytest
+import torch
+from conftest import parse
+from PIL import Image
+
+import main_finetune
+from datasets.demo_reid import write_demo_reid
+from models_vit import VisionTransformer
+from tools import results_table
+from util.checkpoint import file_sha256
+from util.errors import InputError
+from util.finished_runs import published_counts
+from util.settings import code_commit
+
+A, B = "a" * 64, "b" * 64
+VERI = "veri776 (same-camera matches removed, cosine, no re-ranking) #2ef7f79a"
+
+
+def write_run(folder, metrics: dict, commit="c" * 40, **changed):
+    """A run's folder as main_finetune.py leaves it; `changed` are args, None removes one."""
+    args = {
+        "task": "reid", "seed": 0, "weights_sha256": A, "finetune": "out/cgd/encoder.pth", "epochs": 3,
+        "images": 37_778, "num_classes": 575, "images_sha": "1", "data_path": "/data/VeRi", "lr": 0.01,
+        "output_dir": str(folder), "batch_size": 64, "global_batch": 64, "jpm": True, "attr_threshold": 0.45,
+        "given": ["jpm", "output_dir", "lr"],
+    }  # fmt: skip
+    args = {name: value for name, value in (args | changed).items() if value is not None}
+    folder.mkdir(parents=True)
+    (folder / "args.json").write_text(json.dumps(args))
+    (folder / "env.json").write_text(json.dumps({"torch": "2", "commit": commit}))
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    lines = [{"train_loss": 1.0, "epoch": 2}, {f"test_{k}": v for k, v in metrics.items()} | {"epoch": 2}]
+    (folder / "log.txt").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def veri(mAP: float, queries=1678, gallery=11_579, protocol=VERI) -> dict:
+    return {"mAP": mAP, "R1": mAP + 0.1, "R5": 0.99, "queries": queries, "gallery": gallery,
+            "protocol": protocol}  # fmt: skip
+
+
+def table(tmp_path, *more) -> tuple[str, dict]:
+    words = [str(tmp_path / "runs"), "--output", str(tmp_path / "results.md"), *more]
+    counts = results_table.main(results_table.get_args_parser().parse_args(words))
+    return (tmp_path / "results.md").read_text(), counts
+
+
+def row(text: str, start: str) -> list[str]:
+    lines = [line for line in text.splitlines() if line.startswith(f"| {start}")]
+    assert len(lines) == 1, (start, lines)
+    return [cell.strip() for cell in lines[0].strip("|").split("|")]
+
+
+def column(text: str, start: str, title: str) -> str:
+    """A cell of the table that `start` begins a row of."""
+    lines = text.splitlines()
+    at = next(i for i, line in enumerate(lines) if line.startswith(f"| {start}"))
+    head = next(i for i in range(at, -1, -1) if lines[i].startswith("| ---")) - 1
+    return row(text, start)[[cell.strip() for cell in lines[head].strip("|").split("|")].index(title)]
+
+
+def test_seeds_become_a_mean_beside_published_rows(tmp_path):
+    for seed, value in enumerate((0.80, 0.82, 0.87)):
+        folder = tmp_path / "runs" / "cgd" / str(seed)
+        write_run(folder, veri(value), seed=seed, num_workers=seed, batch_size=64 >> seed)
+    write_run(tmp_path / "runs" / "mae", veri(0.7), weights_sha256=B, finetune="out/mae/encoder.pth")
+    write_run(tmp_path / "runs" / "none", veri(0.3), weights_sha256="random", finetune="", model="vit_b")
+    text, counts = table(tmp_path, "--name", "aaaaa=CGD-MAE, ours")
+    assert counts["runs"] == 5 and counts["rows"] == 3 and counts["left_out"] == 0
+    assert column(text, "**CGD-MAE, ours**", "VeRi-776 mAP") == "**83.0 ± 3.6 (3 seeds)**"
+    assert column(text, "**CGD-MAE, ours**", "VeRi-776 R1") == "**93.0 ± 3.6 (3 seeds)**"
+    assert column(text, "**mae/encoder.pth**", "VeRi-776 mAP") == "**70.0 (1 seed)**"
+    assert column(text, "**random weights**", "VeRi-776 mAP") == "**30.0 (1 seed)**"
+    assert column(text, "**CGD-MAE, ours**", "VehicleID 800 R1") == ""
+    first = text.split("## Attributes")[0]
+    assert column(first, "VehicleMAE, Autobot1M", "VeRi-776 mAP") == "85.6"
+    assert text.index("VehicleMAE, Autobot1M") < text.index("**CGD-MAE, ours**") and "Other sets" not in text
+    behind = row(text, "[1]")
+    assert behind[1:4] == ["reid", "CGD-MAE, ours", "jpm, lr 0.01"] and behind[5] == "0, 1, 2"
+    assert behind[6] == "cccccccccccc" and behind[7] == f"`{A[:16]}`" and behind[8].count("`") == 6
+    assert behind[4] == row(text, "[2]")[4]  # one recipe, other weights
+    assert Image.open(tmp_path / "results.png").size[0] > 800 and "(results.png)" in text
+
+
+def test_other_sets_never_stand_in_a_published_column(tmp_path):
+    """Nor other rules on the published one."""
+    cases = {
+        "drawn": (veri(0.11, 200, 640), {"images": 960, "num_classes": 60, "data_path": "/data/demo_veri"}),
+        "few": (veri(0.12, 1677), {}),
+        "gallery": (veri(0.13, gallery=11_000), {}),
+        "train": (veri(0.14), {"images": 37_000}),
+        "kept": (veri(0.15, protocol=VERI.replace("veri776", "veri776/same-camera-kept")), {}),
+        "lost": (veri(0.16, protocol=VERI.replace("veri776", "veri776/2-unreadable-left-out")), {}),
+    }
+    for seed, (name, (metrics, changed)) in enumerate(cases.items(), 1):
+        write_run(tmp_path / "runs" / name, metrics, seed=seed, **changed)
+    write_run(tmp_path / "runs" / "true", veri(0.8) | {f"reranked_{k}": v for k, v in veri(0.88).items()})
+    text, counts = table(tmp_path)
+    assert counts["runs"] == 7 and counts["left_out"] == 0
+    published, _, others = text.partition("## Other sets")
+    assert published.count("**cgd/encoder.pth**") == 1 and "80.0 (1 seed)" in published
+    assert all(f"| {10 + i}.0 (1 seed) |" in others for i in range(1, 7))
+    assert "88.0 (" not in text  # re-ranked: another protocol
+    assert "### demo_veri, as veri776: 960 training images, 60 vehicles, 200 queries in 640" in others
+    assert "as veri776: 37,778 training images, 575 vehicles, 1,677 queries in 11,579" in others
+    assert "as veri776/same-camera-kept:" in others and others.count("\n### ") == 6
+
+
+def test_every_task_has_its_columns(tmp_path):
+    sizes = {"800": 5693.0, "1600": 11_777.0, "2400": 17_377.0}
+    vehicleid = {
+        f"{size}_{name}": value
+        for size, queries in sizes.items()
+        for name, value in {"mAP": 0.9, "R1": 0.85, "R5": 0.97, "R1_std": 0.1, "queries": queries,
+                            "protocol": f"vehicleid/{size} (1 gallery image a vehicle, 10 draws)"}.items()
+    }  # fmt: skip
+    runs = tmp_path / "runs"
+    write_run(runs / "id", vehicleid, images=113_346, num_classes=13_164)
+    attr = {"mA": 0.9, "accuracy": 0.8, "F1": 0.85, "constant_mA": 0.5, "images": 11_579,
+            "protocol": "veri776 (19 attributes, true above 0.45, F1 averaged over images)"}  # fmt: skip
+    write_run(runs / "attr", attr, task="attr", num_classes=19)
+    write_run(runs / "attr5", attr | {"mA": 0.91}, task="attr", num_classes=19, attr_threshold=0.5)
+    cars = {"top1": 0.92, "mean_class_accuracy": 0.91, "majority": 0.01, "images": 8041,
+            "protocol": "StanfordCars: 8041 test images of 196 classes; whole picture"}  # fmt: skip
+    write_run(runs / "cars", cars, task="fgvc", images=8144, num_classes=196)
+    seg = {"mIoU": 0.7, "mAcc": 0.8, "aAcc": 0.9, "parts_mIoU": None, "parts_mAcc": 0.6, "images": 99,
+           "protocol": "parts/car_parts/test (4 classes, 99 images; the whole image)"}  # fmt: skip
+    write_run(runs / "seg", seg, task="seg", images=500, num_classes=4)
+    text, counts = table(tmp_path)
+    assert counts["left_out"] == 0 and counts["rows"] == 7
+    first, second = text.split("## Attributes, classes, parts")
+    for size in sizes:
+        assert column(first, "**cgd/encoder.pth**", f"VehicleID {size} R1") == "**85.0 (1 seed)**"
+    second, _, others = second.partition("## Other sets")
+    for title, value in (("VeRi-776 attributes mA", "90.00"), ("VeRi-776 attributes F1", "85.00"),
+                         ("StanfordCars top-1", "92.0")):  # fmt: skip
+        assert column(second, "**cgd/encoder.pth**", title) == f"**{value} (1 seed)**"
+    assert column(second, "**cgd/encoder.pth**", "PartImageNet vehicles mIoU") == ""
+    assert column(second, "VehicleMAE, Autobot1M", "PartImageNet vehicles mIoU") == "73.29"
+    assert "as parts/car_parts/test: 500 training images, 4 classes, 99 test images" in others
+    assert "| 70.00 (1 seed) | 80.00 (1 seed) | 90.00 (1 seed) | 60.00 (1 seed) |" in others
+    assert "91.00 (1 seed)" in others and "mA of a constant" in others
+
+
+def test_recipes_are_kept_apart(tmp_path):
+    write_run(tmp_path / "runs" / "a", veri(0.80))
+    write_run(tmp_path / "runs" / "b", veri(0.81), lr=0.02)
+    write_run(tmp_path / "runs" / "c", veri(0.90), seed=1, lr=0.02, finetune="elsewhere/encoder.pth")
+    text, counts = table(tmp_path)
+    found = [line for line in text.splitlines() if line.startswith("| **cgd/encoder.pth**")]
+    assert counts["rows"] == 2 and "80.0 (1 seed)" in found[0] and "85.5 ± 6.4 (2 seeds)" in found[1]
+
+
+def test_what_lacks_its_origin_is_listed_and_not_printed(tmp_path):
+    runs = tmp_path / "runs"
+    write_run(runs / "good", veri(0.80))
+    write_run(runs / "twice", veri(0.41))
+    write_run(runs / "no_seed", veri(0.42), seed=None)
+    write_run(runs / "no_hash", veri(0.43), weights_sha256=None)
+    write_run(runs / "no_commit", veri(0.44), commit="unknown")
+    write_run(runs / "other_tool", veri(0.45), task=None)
+    (write_run(runs / "no_env", veri(0.46)) / "env.json").unlink()
+    (write_run(runs / "running", veri(0.47)) / "metrics.json").unlink()
+    (write_run(runs / "cut", veri(0.48)) / "metrics.json").write_text('{"mAP": 0.4')
+    write_run(runs / "longer", veri(0.49), epochs=4)
+    (write_run(runs / "moved", veri(0.51)) / "metrics.json").write_text(json.dumps(veri(0.52)))
+    write_run(runs / "empty", {"R1": 0.5, "protocol": VERI})
+    (runs / "scored").mkdir()
+    (runs / "scored" / "metrics.json").write_text(json.dumps(veri(0.53)))
+    text, counts = table(tmp_path)
+    assert counts["runs"] == 1 and counts["left_out"] == 12
+    reasons = {
+        "twice": "the same config, weights and seed as", "no_seed": "no seed", "no_hash": "no weights_sha256",
+        "no_commit": "no commit", "other_tool": "not a run of main_finetune.py", "no_env": "no commit",
+        "running": "the run has not ended", "cut": "metrics.json cannot be read",
+        "longer": "does not end with the numbers of metrics.json after 4 epochs",
+        "moved": "does not end with the numbers", "empty": "does not end with the numbers",
+        "scored": "no args.json",
+    }  # fmt: skip
+    for name, reason in reasons.items():
+        assert reason in row(text, f"`{runs / name}`")[1], name
+    for value in (41, 42, 43, 44, 45, 46, 47, 48, 49, 51, 52, 53):
+        assert f"{value}.0" not in text
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("nowhere --output x.md", "nowhere is no folder"),
+        ("{runs} --output x.txt", "ends in .md"),
+        ("{runs}/empty --output x.md", "no args.json and no metrics.json in or below"),
+        (
+            "{runs} --output x.md --name 12=mine",
+            "0 of the weights begin with '12'; they are aaaaaaaaaaaaaaaa",
+        ),
+        ("{runs} --output x.md --name aaaa", "write HASH=TEXT"),
+    ],
+)
+def test_refusals(tmp_path, words, message):
+    runs = tmp_path / "runs"
+    write_run(runs / "good", veri(0.8))
+    (runs / "empty").mkdir()
+    with pytest.raises(InputError, match=message):
+        results_table.main(results_table.get_args_parser().parse_args(words.format(runs=runs).split()))
+
+
+def test_published_numbers_are_those_of_the_sheet_and_name_their_source():
+    published = json.loads(results_table.PUBLISHED.read_text())
+    rows = {row["name"]: row for row in published["rows"]}
+    assert len(rows) == len(published["rows"]) and {r["source"] for r in rows.values()} == set(
+        published["sources"]
+    )
+    assert rows["VehicleMAE, Autobot1M"]["numbers"] == {
+        "reid veri776": {"mAP": 85.6, "R1": 97.9},
+        "attr veri776": {"mA": 92.21, "accuracy": 94.91, "F1": 96.17},
+        "fgvc StanfordCars": {"top1": 94.5},
+        "seg PartImageNet vehicles": {"mIoU": 73.29, "mAcc": 80.22},
+    }
+    values = [v for r in rows.values() for test in r["numbers"].values() for v in test.values()]
+    assert all(20 < value < 100 for value in values) and "fgvc StanfordCars" not in rows["DINO, ImageNet-1K"]
+
+
+def test_counts_of_the_published_sets():
+    wild = {"train": 277_797, "classes": 30_671, "test": 10_000, "gallery": 128_517}
+    assert published_counts("reid", "veriwild/10000") == wild
+    assert published_counts("reid", "vehicleid/1600")["test"] == 11_777
+    others = (
+        "reid table, reid veri776/same-camera-kept, reid vehicleid/100, attr table, fgvc folder, seg parts/x"
+    )
+    for other in others.split(", "):
+        assert published_counts(*other.split()) is None
+
+
+def test_runs_of_main_finetune_say_what_the_table_needs(tmp_path):
+    """Real runs of two seeds: one row of the drawn set, with the hash of the weights and the commit."""
+    write_demo_reid(
+        tmp_path / "set", "veri776", train_ids=5, test_ids=5, images_per_id=6, size=32, processes=1
+    )
+    weights = tmp_path / "weights" / "encoder.pth"
+    weights.parent.mkdir()
+    torch.save({"model": VisionTransformer((32, 32), 16, 192, 2, 3).state_dict()}, weights)
+    found = []
+    for seed in (0, 1):
+        words = f"--task reid --data_path {tmp_path / 'set'} --finetune {weights} --input_size 32 --epochs 1"
+        words += f" --warmup_epochs 0 --batch_size 8 --num_workers 0 --device cpu --amp none --seed {seed}"
+        words += f" --output_dir {tmp_path / 'runs' / str(seed)} --opt adamw --lr 1e-3"
+        found.append(main_finetune.main(parse(main_finetune.get_args_parser(), words.split())))
+    (tmp_path / "runs" / "notes.txt").write_text("not a run")
+    assert json.loads((tmp_path / "runs" / "0" / "env.json").read_text())["commit"] == code_commit()
+    if code_commit() == "unknown":
+        pytest.skip("no git checkout: such runs are left out")
+    text, counts = table(tmp_path)
+    assert counts["runs"] == 2 and counts["rows"] == 1
+    assert "### set, as veri776: 30 training images, 5 vehicles," in text
+    behind = row(text, "[1]")
+    assert behind[7] == f"`{file_sha256(weights)[:16]}`" and behind[5] == "0, 1"
+    mean = 50 * (found[0]["mAP"] + found[1]["mAP"])
+    assert f"| {mean:.1f} ± " in text and "(2 seeds)" in text
