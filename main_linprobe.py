@@ -130,7 +130,7 @@ def main(args) -> dict[str, float | str]:
     print(score_table(scores))
     if "layers" in args.read_out:
         file = metrics_file(args).with_name("layers.png")
-        picture = draw_layers(scores, Path(args.checkpoint).name)
+        picture = draw_layers(scores, "/".join(Path(args.checkpoint).parts[-2:]))
         write_atomic(file, lambda opened: opened.write(picture))
         print(f"curves over the blocks: {file}")
     return facts | {score.name: score.value for score in scores}
