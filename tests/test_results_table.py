@@ -1,10 +1,12 @@
 """Finished runs become the paper's tables: what stands where, what is left out and why."""
 
 import json
+import subprocess
+import tarfile
 
 import pytest
 import torch
-from conftest import parse
+from conftest import ROOT, parse
 from PIL import Image
 
 import main_finetune
@@ -233,6 +235,27 @@ def test_counts_of_the_published_sets():
     )
     for other in others.split(", "):
         assert published_counts(*other.split()) is None
+
+
+def test_the_commit_of_a_checkout_of_an_archive_and_of_neither(tmp_path):
+    (tmp_path / "util").mkdir()
+    assert code_commit(tmp_path) == "unknown"
+    for written, commit in ((f"{'d' * 40}\n", "d" * 40), ("$Format:%H$\n", "unknown")):
+        (tmp_path / "util" / "commit.txt").write_text(written)
+        assert code_commit(tmp_path) == commit
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / ".gitattributes").write_text((ROOT / ".gitattributes").read_text())
+    (tmp_path / "util" / "commit.txt").write_text((ROOT / "util" / "commit.txt").read_text())
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *words], check=True)
+    commit = code_commit(tmp_path)
+    assert len(commit) == 40 and set(commit) <= set("0123456789abcdef")
+    subprocess.run([*git, "archive", "HEAD", "-o", str(tmp_path / "code.tar")], check=True)
+    with tarfile.open(tmp_path / "code.tar") as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    assert code_commit(tmp_path / "unpacked") == commit
+    (tmp_path / "util" / "commit.txt").write_text("changed")
+    assert code_commit(tmp_path) == f"{commit} + changes"
 
 
 def test_runs_of_main_finetune_say_what_the_table_needs(tmp_path):

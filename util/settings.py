@@ -154,18 +154,19 @@ def environment() -> dict[str, str]:
     }
 
 
-def code_commit() -> str:
-    """The git commit of this code, with " + changes" where tracked files differ from it; "unknown" where the
-    code is no checkout or git is not there."""
-    folder = Path(__file__).resolve().parent.parent
+def code_commit(folder: Path | None = None) -> str:
+    """The git commit of the code in `folder` (default: this code), " + changes" where tracked files differ; of
+    an archive that git or its host has made, the commit that it is of; else "unknown"."""
+    folder = folder or Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
         done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=60)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        if not (folder / ".git").exists() or not (commit := git("rev-parse", "HEAD")):
-            return "unknown"
-        return commit + (" + changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        if (folder / ".git").exists() and (commit := git("rev-parse", "HEAD")):
+            return commit + (" + changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        written = (folder / "util" / "commit.txt").read_text().strip()  # filled in by git archive
+        return written if len(written) == 40 else "unknown"
     except (OSError, subprocess.TimeoutExpired):
         return "unknown"
