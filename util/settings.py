@@ -155,8 +155,8 @@ def environment() -> dict[str, str]:
 
 
 def code_commit(folder: Path | None = None) -> str:
-    """The git commit of the code in `folder` (default: this code), " + changes" where tracked files differ; of
-    an archive that git or its host has made, the commit that it is of; else "unknown"."""
+    """The git commit of the code in `folder` (default: this code), " + changes" where tracked files differ;
+    of an archive that git or its host has made, the commit that it is of; else "unknown"."""
     folder = folder or Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:
