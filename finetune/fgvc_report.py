@@ -113,10 +113,10 @@ def class_charts(found: Answers) -> str:
 
 
 def class_tables(found: Answers) -> str:
-    """The worst classes; all of them behind a click."""
+    """The worst classes, of equal ones those with more images first; all of them behind a click."""
     share, images = found.scores.per_class()
-    has = (images > 0).nonzero()[:, 0]
-    order = has[share[has].argsort(stable=True)].tolist()
+    has = (images > 0).nonzero()[:, 0].tolist()
+    order = sorted(has, key=lambda number: (float(share[number]), -int(images[number])))
     head = "<tr><th>class</th><th>right</th><th>images</th><th>most frequent wrong answer</th></tr>"
 
     def row(number: int) -> str:
