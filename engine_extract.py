@@ -72,7 +72,8 @@ def extract_batches(
     for imgs, index, problem in loader:
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             features = encode(imgs.to(device, non_blocking=True), index)
-        rows = {name: values.float().cpu().numpy() for name, values in features.items()}
+        # contiguous: a class token is a view that would keep the tokens of all patches in memory
+        rows = {name: values.float().cpu().contiguous().numpy() for name, values in features.items()}
         problems = {int(i): p for i, p in zip(index, problem) if p}
         for values in rows.values():
             values[[bool(p) for p in problem]] = np.nan

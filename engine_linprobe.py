@@ -120,7 +120,8 @@ class CropBatches:
     def _encode(self, imgs: torch.Tensor) -> dict[str, torch.Tensor]:
         with torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None):
             found = self.read_outs.encode(imgs.to(self.device, non_blocking=True))
-        return {name: values.float() for name, values in found.items()}
+        # contiguous: a class token is a view that would keep the tokens of all patches in memory
+        return {name: values.float().contiguous() for name, values in found.items()}
 
 
 def build_head(width: int, num_classes: int, seed: int) -> nn.Sequential:
@@ -171,8 +172,9 @@ def train_heads(
                 known = target >= 0
                 if known.sum() > 1:  # what BatchNorm needs
                     logits = head(features[name][known.to(device)])
-                    total = total + F.cross_entropy(logits, target[known].to(device))
-            total.backward()
+                    loss = F.cross_entropy(logits, target[known].to(device))
+                    loss.backward()  # head by head: only one of them is held for it
+                    total += loss.detach()
             optimizer.step()
         mean = (total / len(heads)).item()
         if not np.isfinite(mean):

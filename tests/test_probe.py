@@ -14,7 +14,9 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from datasets.demo_reid import write_demo_reid
+from datasets.manifest import list_images
 from datasets.path_list import PathList
+from engine_extract import WholeImages, extract_batches
 from engine_linprobe import CropBatches, Recipe, StoredBatches, build_head, train_heads
 from models_mae import MODELS
 from models_probe import load_read_outs
@@ -394,3 +396,13 @@ def test_visualize_and_report(run_dir, tmp_path, pictures):
     done = run_command(command(*words.split()))
     assert done.returncode == 0, done.stderr
     assert (run_dir / "report.html").stat().st_size > 20_000 and (run_dir / "report.png").is_file()
+
+
+def test_a_class_token_does_not_keep_the_patches_in_memory(pictures):
+    """On the CPU it is a view of all tokens; over many images these would fill the memory."""
+    encoder = VisionTransformer((32, 32), 16, 24, 1, 2)
+    images = WholeImages(list_images(pictures), np.arange(8), encoder.img_size)
+    batches = extract_batches(
+        lambda imgs, _: encoder.encode(imgs), images, torch.device("cpu"), batch_size=4, num_workers=0
+    )
+    assert all(values.flags.c_contiguous for _, rows, _ in batches for values in rows.values())
