@@ -46,9 +46,9 @@ prepare() {  # TASK: its data and its flags
             "$python" -m datasets.demo_cars --output "$output/cars" --layout transfg --size 120 --seed 0
             flags+=(--data_path "$output/cars" --batch_size 16 --epochs 10 --warmup_epochs 1 "${gentle[@]}" --no-auto_augment) ;;
         seg)
-            "$python" -m datasets.demo_parts --output "$output/parts" --release canonical --num_images 300 --seed 0
-            flags+=(--data_path "$output/parts" --batch_size 8 --epochs 6 "${gentle[@]}" --head_lr_factor 2 --stride 8 \
-                --decoder naive --resize_range 0.9 1.4) ;;
+            "$python" -m datasets.demo_parts --output "$output/parts" --release canonical --num_images 300 --size 96 --seed 0
+            flags+=(--data_path "$output/parts" --label_space car_parts --stride 8 --decoder naive --batch_size 4 --epochs 7 \
+                --warmup_epochs 0.5 --lr 1e-3 --head_lr_factor 5 --min_lr_ratio 0.01 --clip_grad 1 --resize_range 0.9 1.3 --no-distort) ;;
         *) echo "task '$1': choose reid, attr, fgvc or seg" >&2; exit 2 ;;
     esac
 }
