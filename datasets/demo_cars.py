@@ -13,15 +13,13 @@ import argparse
 import itertools
 import json
 import shutil
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from datasets import demo
-from datasets.demo_folder import holds_set, write_folder
+from datasets.demo_folder import demo_parser, holds_set, run_demo, write_folder
 from datasets.demo_matfile import write_mat
 from datasets.demo_render import render_parts
 from datasets.demo_vehicle import BODIES, CAMERAS, MAKES, VIEWS, demo_rng, vehicle
@@ -47,8 +45,10 @@ BOXES = "boxes"  # folder of what `finish` needs to know of the pictures; it is 
 
 def class_names(count: int) -> dict[tuple[str, str], str]:
     """{(make, body): name} of the first `count` classes, in the order of their names, which begin with the
-    make and end with the body and a year as StanfordCars' do; the makes of one body before the next body."""
-    pairs = itertools.islice(((make, body) for body in BODIES for make in MAKES), count)
+    make and end with the body and a year as StanfordCars' do; four makes of every body before the others."""
+    makes = list(MAKES)
+    halves = (itertools.product(BODIES, half) for half in (makes[:4], makes[4:]))
+    pairs = itertools.islice(((make, body) for half in halves for body, make in half), count)
     words = {(make, body): f"{make} {'SUV' if body == 'suv' else body.title()} 2012" for make, body in pairs}
     return dict(sorted(words.items(), key=lambda item: item[1]))
 
@@ -139,7 +139,7 @@ def write_demo_cars(
 
     Args:
         layout: a key of `FOLDERS`.
-        classes: 2 to 80, eight makes a body. train, test: pictures of each class, 1 or more.
+        classes: 2 to 80, up to 40 four makes a body. train, test: pictures of each class, 1 or more.
         size: mean width of the pictures in px.
         processes: number of workers, None: one per core. They change the speed only.
     Returns:
@@ -178,31 +178,18 @@ def write_demo_cars(
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.demo_cars",
-        description="Write drawn vehicles as StanfordCars with its devkit files.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = demo_parser(
+        "demo_cars",
+        "Write drawn vehicles as StanfordCars with its devkit files.",
+        160,
+        "mean width of the pictures in pixels",
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write; no default")
     add("--layout", choices=FOLDERS, required=True, default=argparse.SUPPRESS, help="layout; no default")
-    add("--classes", type=int, default=24, help="classes, eight makes a body")
+    add("--classes", type=int, default=24, help="classes, up to 40 four makes a body")
     add("--train", type=int, default=20, help="training pictures of a class")
     add("--test", type=int, default=10, help="test pictures of a class")
-    add("--size", type=int, default=160, help="mean width of the pictures in pixels")
-    add("--seed", type=int, default=0, help="seed of every random choice")
-    add("--processes", type=int, default=None, help="number of workers, None: one per core")
-    args = parser.parse_args()
-    start = time.perf_counter()
-    try:
-        counts = write_demo_cars(**vars(args))
-    except InputError as error:
-        parser.error(str(error))
-    if not counts["written"]:
-        print(f"{args.output} already holds this set: left as it is", file=sys.stderr)
-    seconds = round(time.perf_counter() - start, 1)
-    print(json.dumps({"output": str(args.output), **counts, "seconds": seconds}))
+    run_demo(parser, write_demo_cars)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from PIL import Image
 from datasets import demo_cars
 from datasets.demo_cars import write_demo_cars
 from datasets.demo_matfile import write_mat
+from datasets.demo_vehicle import vehicle
 from datasets.fgvc import DEVKIT_FIELDS, TEST, TRAIN, in_the_models_classes, read_fgvc
 from datasets.fgvc_train import CenterCrops, CropFlipAugment, FgvcTrainImages, auto_augment
 from description.matfile import read_cell_strings, read_struct_array
@@ -118,6 +119,21 @@ def test_every_layout_tells_the_same(cars):
     assert {picture.mode for picture in pictures} == {"L"}
     assert Image.open(found["annos"].train.paths[0]).width == demo_cars.WIDE
     assert len(read_fgvc(cars / "transfg", need_train=False).train) == 0
+
+
+def test_classes_are_makes_on_bodies():
+    names = demo_cars.class_names(24)
+    assert len(set(names.values())) == 24 and list(names.values()) == sorted(names.values())
+    assert len({body for _, body in names}) == 6 and names["Tarvo", "suv"] == "Tarvo SUV 2012"
+    assert len(demo_cars.class_names(80)) == 80
+    rows = demo_cars.plan("annos", 10, 3, 2, 64, seed=1)
+    seen = [(row["split"], row["class"]) for row in rows]
+    assert all(seen.count((split, k)) == n for split, n in (("train", 3), ("test", 2)) for k in range(1, 11))
+    assert len({row["pid"] for row in rows}) == 50  # every picture another vehicle
+    numbers = list(demo_cars.class_names(10))
+    for row in rows:
+        attrs = vehicle(1, row["pid"])
+        assert (attrs["make"], attrs["body"]) == numbers[row["class"] - 1]
 
 
 def test_a_drawn_set_is_left_alone_and_refuses_odd_numbers(cars, tmp_path):
@@ -227,7 +243,7 @@ def test_labels_in_the_numbers_of_a_model(cars):
     assert in_the_models_classes(data, data.classes, "m.pth") is data
     turned = in_the_models_classes(data, ["other", *data.classes[::-1]], "m.pth")
     assert as_rows(turned) == as_rows(data) and turned.test.labels.max() == 6
-    with pytest.raises(InputError, match="m.pth knows 5 classes .*, not 'Zephra Sedan 2012' of 1 test"):
+    with pytest.raises(InputError, match="m.pth knows 5 classes .*, not 'Velmar Sedan 2012' of 1 test"):
         in_the_models_classes(data, data.classes[:-1], "m.pth")
 
 

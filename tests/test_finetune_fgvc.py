@@ -254,7 +254,7 @@ def test_eval_takes_the_model_as_it_is(files, trained, tmp_path):
             score(file, data, tmp_path / "o", *flags.split())
     other = tmp_path / "others"
     write_demo_cars(other, "annos", classes=6, train=1, test=1, size=32, processes=1)
-    with pytest.raises(InputError, match="knows 4 classes .*, not '.* Sedan 2012' of 2 test images"):
+    with pytest.raises(InputError, match="knows 4 classes .*, not '.* Hatchback 2012' of 2 test images"):
         score(model, other, tmp_path / "o")
     with pytest.raises(InputError, match="model.pth is a TransFG model: its last block"):
         load_encoder(model)
