@@ -12,15 +12,12 @@ processes or pictures. Bytes are repeatable for one version of Pillow and numpy.
     python -m datasets.demo --output demo --num_images 3000
 """
 
-import argparse
 import json
-import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
-from datasets.demo_folder import holds_set, write_folder, write_table
+from datasets.demo_folder import demo_parser, holds_set, run_demo, write_folder, write_table
 from datasets.demo_render import render, sheet
 from datasets.demo_vehicle import BODIES, CAMERAS, VIEWS, captions, demo_rng, vehicle
 from util.errors import InputError
@@ -124,35 +121,13 @@ def write_demo(
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.demo",
-        description="Write a small set of drawn vehicle pictures.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = demo_parser(
+        "demo", "Write a small set of drawn vehicle pictures.", 96, "side of a picture in pixels"
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write; no default")
     add("--num_images", type=int, default=3000, help="number of pictures")
-    add("--size", type=int, default=96, help="side of a picture in pixels")
-    add("--seed", type=int, default=0, help="seed of every random choice")
     add("--val_ratio", type=float, default=0.25, help="share of the identities held out, 0 to 1")
-    add("--processes", type=int, default=None, help="number of workers, None: one per core")
-    add("--sheet", type=Path, default=None, help="PNG file for a contact sheet, None: no sheet")
-    args = parser.parse_args()
-    start = time.perf_counter()
-    try:
-        counts = write_demo(
-            args.output, args.num_images, args.size, args.seed, args.val_ratio, args.processes
-        )
-    except ValueError as error:
-        parser.error(str(error))
-    if not counts["written"]:
-        print(f"{args.output} already holds this demo set: left as it is", file=sys.stderr)
-    if args.sheet:
-        sheet(args.seed, args.size).save(args.sheet)
-    print(
-        json.dumps({"output": str(args.output), **counts, "seconds": round(time.perf_counter() - start, 1)})
-    )
+    run_demo(parser, write_demo, lambda args: sheet(args.seed, args.size))
 
 
 if __name__ == "__main__":

@@ -1,12 +1,18 @@
 """What the drawn sets share: they appear whole or not at all, and an equal one is not drawn again."""
 
+import argparse
 import csv
+import json
 import multiprocessing
 import os
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+
+from PIL import Image
 
 from util.errors import InputError
 
@@ -75,3 +81,48 @@ def write_table(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> Non
         writer = csv.DictWriter(opened, columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def demo_parser(name: str, description: str, size: int, size_help: str) -> argparse.ArgumentParser:
+    """Parser of `python -m datasets.NAME` with the flags that every drawn set has; they are arguments of the
+    function that writes it."""
+    parser = argparse.ArgumentParser(
+        prog=f"python -m datasets.{name}",
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write; no default")
+    add("--size", type=int, default=size, help=size_help)
+    add("--seed", type=int, default=0, help="seed of every random choice")
+    add("--processes", type=int, default=None, help="number of workers, None: one per core")
+    return parser
+
+
+def run_demo(
+    parser: argparse.ArgumentParser,
+    write: Callable[..., dict],
+    draw_sheet: Callable[[argparse.Namespace], Image.Image] | None = None,
+) -> None:
+    """Parse, call `write` with the flags, print what it counted as one JSON line.
+
+    Args:
+        write: returns counts with `written`, False where the folder holds this very set.
+        draw_sheet: adds `--sheet`, a contact sheet of what was written.
+    """
+    if draw_sheet:
+        parser.add_argument(
+            "--sheet", type=Path, default=None, help="PNG file for a contact sheet, None: no sheet"
+        )
+    args, start = parser.parse_args(), time.perf_counter()
+    try:
+        counts = write(**{name: value for name, value in vars(args).items() if name != "sheet"})
+    except ValueError as error:
+        parser.error(str(error))
+    if not counts["written"]:
+        print(f"{args.output} already holds this set: left as it is", file=sys.stderr)
+    if draw_sheet and args.sheet:
+        draw_sheet(args).save(args.sheet)
+    seconds = round(time.perf_counter() - start, 1)
+    print(json.dumps({"output": str(args.output), **counts, "seconds": seconds}))

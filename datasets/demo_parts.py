@@ -11,8 +11,6 @@ without labels (not as polygons), the third mask a palette; some views show no m
 import argparse
 import json
 import shutil
-import sys
-import time
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from datasets.demo_bicycle import render_bicycle
-from datasets.demo_folder import holds_set, write_folder
+from datasets.demo_folder import demo_parser, holds_set, run_demo, write_folder
 from datasets.demo_others import draw_other
 from datasets.demo_render import render_parts
 from datasets.demo_vehicle import BODIES, CAMERAS, VIEWS, demo_rng
@@ -234,30 +232,17 @@ def write_demo_parts(
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.demo_parts",
-        description="Write drawn cars and bicycles with masks of their parts.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = demo_parser(
+        "demo_parts",
+        "Write drawn cars and bicycles with masks of their parts.",
+        128,
+        "side of a picture in pixels, about",
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write; no default")
     add("--release", choices=RELEASES, required=True, default=argparse.SUPPRESS, help="layout; no default")
     add("--num_images", type=int, default=600, help="pictures of vehicles")
-    add("--size", type=int, default=128, help="side of a picture in pixels, about")
     add("--bicycles", type=float, default=0.2, help="share of bicycles, 0 to 1")
-    add("--seed", type=int, default=0, help="seed of every random choice")
-    add("--processes", type=int, default=None, help="number of workers, None: one per core")
-    args = parser.parse_args()
-    start = time.perf_counter()
-    try:
-        counts = write_demo_parts(**vars(args))
-    except InputError as error:
-        parser.error(str(error))
-    if not counts["written"]:
-        print(f"{args.output} already holds this set: left as it is", file=sys.stderr)
-    seconds = round(time.perf_counter() - start, 1)
-    print(json.dumps({"output": str(args.output), **counts, "seconds": seconds}))
+    run_demo(parser, write_demo_parts)
 
 
 if __name__ == "__main__":

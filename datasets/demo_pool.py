@@ -18,17 +18,14 @@ labels.csv nor captions.csv: a CLIP trained on these has not seen them. Every fi
 the plan alone.
 """
 
-import argparse
 import json
-import sys
-import time
 from collections import Counter
 from functools import partial
 from pathlib import Path
 
 from datasets.demo import COLUMNS
 from datasets.demo_flaws import file_bytes
-from datasets.demo_folder import holds_set, write_folder, write_table
+from datasets.demo_folder import demo_parser, holds_set, run_demo, write_folder, write_table
 from datasets.demo_plan import GOOD, plan
 from datasets.demo_sheet import pool_sheet
 from util.errors import InputError
@@ -97,31 +94,15 @@ def write_pool(
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.demo_pool",
-        description="Write a drawn pool of vehicle pictures with known faults.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = demo_parser(
+        "demo_pool",
+        "Write a drawn pool of vehicle pictures with known faults.",
+        96,
+        "short side of a good picture in pixels",
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write; no default")
     add("--num_images", type=int, default=4000, help="number of files in photos/")
-    add("--size", type=int, default=96, help="short side of a good picture in pixels")
-    add("--seed", type=int, default=0, help="seed of every random choice")
-    add("--processes", type=int, default=None, help="number of workers, None: one per core")
-    add("--sheet", type=Path, default=None, help="PNG file for a contact sheet, None: no sheet")
-    args = parser.parse_args()
-    start = time.perf_counter()
-    try:
-        counts = write_pool(args.output, args.num_images, args.size, args.seed, args.processes)
-    except InputError as error:
-        parser.error(str(error))
-    if not counts["written"]:
-        print(f"{args.output} already holds this pool: left as it is", file=sys.stderr)
-    if args.sheet:
-        pool_sheet(args.output, args.size).save(args.sheet)
-    seconds = round(time.perf_counter() - start, 1)
-    print(json.dumps({"output": str(args.output), **counts, "seconds": seconds}))
+    run_demo(parser, write_pool, lambda args: pool_sheet(args.output, args.size))
 
 
 if __name__ == "__main__":

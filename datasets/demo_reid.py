@@ -14,8 +14,6 @@ import argparse
 import itertools
 import json
 import shutil
-import sys
-import time
 from collections.abc import Iterable
 from datetime import datetime, timedelta
 from functools import partial
@@ -23,7 +21,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from datasets import demo
-from datasets.demo_folder import holds_set, write_folder, write_table
+from datasets.demo_folder import demo_parser, holds_set, run_demo, write_folder, write_table
 from datasets.demo_render import render
 from datasets.demo_vehicle import BODIES, CAMERAS, COLOURS, MAKES, VIEWS, demo_rng, vehicle
 from util.errors import InputError
@@ -324,33 +322,20 @@ def write_demo_reid(
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        prog="python -m datasets.demo_reid",
-        description="Write drawn vehicles as a re-identification set in a published layout.",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    parser = demo_parser(
+        "demo_reid",
+        "Write drawn vehicles as a re-identification set in a published layout.",
+        128,
+        "side of a picture in pixels",
     )
     add = parser.add_argument
-    add("--output", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write; no default")
     add("--layout", choices=WRITERS, required=True, default=argparse.SUPPRESS, help="layout; no default")
     add("--train_ids", type=int, default=60, help="vehicles to train on")
     add("--test_ids", type=int, default=20, help="other vehicles to test on")
     add("--images_per_id", type=int, default=16, help="pictures of a vehicle")
-    add("--size", type=int, default=128, help="side of a picture in pixels")
-    add("--seed", type=int, default=0, help="seed of every random choice")
     add("--style", choices=STYLES, default=None, help="of the lists of veriwild, None: old")
     add("--mixed", action="store_true", help="all bodies and colours in turns, for attributes")
-    add("--processes", type=int, default=None, help="number of workers, None: one per core")
-    args = parser.parse_args()
-    start = time.perf_counter()
-    try:
-        counts = write_demo_reid(**vars(args))
-    except InputError as error:
-        parser.error(str(error))
-    if not counts["written"]:
-        print(f"{args.output} already holds this set: left as it is", file=sys.stderr)
-    seconds = round(time.perf_counter() - start, 1)
-    print(json.dumps({"output": str(args.output), **counts, "seconds": seconds}))
+    run_demo(parser, write_demo_reid)
 
 
 if __name__ == "__main__":
