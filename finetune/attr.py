@@ -34,7 +34,7 @@ RECIPE = {  # VTB's
     "head_lr_factor": 1.0, "weight_decay": 1e-4, "clip_grad": 0.0, "smoothing": 0.0,
 }  # fmt: skip
 FIXED = ("text_vectors",)
-KNOWN = ("attr_columns", "attr_categories", "attr_vectors", "clip_model", "clip_pretrained")  # to a model
+MODEL_FLAGS = ("attr_columns", "attr_categories", "attr_vectors", "clip_model", "clip_pretrained")
 PERCENT = ("mA", "accuracy", "precision", "recall", "F1")
 
 
@@ -169,7 +169,7 @@ def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> di
         InputError: a file of another kind, flags that would change the model, or a set whose attributes it
             does not know.
     """
-    check_trained(args, KIND, KNOWN)
+    check_trained(args, KIND, MODEL_FLAGS)
     model, known, report = load_vtb(args.resume, device, fused_attn)
     data = read_attribute_set(
         args.data_path, args.attr_format, test_split=args.attr_split, known=known.attributes, need_train=False

@@ -168,7 +168,11 @@ def test_a_table_from_words_to_numbers_and_its_unknowns(veri, encoder, tmp_path,
             rows.append(f"{part.paths[i]},{split},{colour if i else ''},{int(part.labels[i, 3])}")
     (tmp_path / "own.csv").write_text("\n".join(rows) + "\n")
     columns = ["--attr_categories", "colour", "--attr_columns", "pale"]
-    numbers = run(*flags_of(tmp_path / "own.csv", encoder, tmp_path / "o", *columns, "--report"))
+    numbers = run(
+        *flags_of(
+            tmp_path / "own.csv", encoder, tmp_path / "o", *columns, "--report", "--input_size", "48,32"
+        )
+    )
     printed = capsys.readouterr().out
     assert "THE TEXT VECTORS ARE RANDOM" in printed and "labels of train are unknown" in printed
     assert numbers["text_vectors"] == "random orthogonal, seed 0: no text"
