@@ -31,6 +31,7 @@ from util.resolve import parse_input_size
 from util.resume import LAST, RunFiles
 from util.settings import default_workers, environment
 from util.stop import StopGuard, init_worker
+from util.tool import tool_parser
 
 TASKS = {"reid": reid, "attr": attr, "fgvc": fgvc, "seg": seg}
 FIXED_ON_RESUME = (
@@ -197,8 +198,9 @@ def fill_recipe(args) -> None:
     Raises:
         InputError: a flag of another task.
     """
-    defaults = vars(get_args_parser().parse_args(["--task", args.task, "--data_path", ""]))
-    args.given = [name for name, value in vars(args).items() if value != defaults.get(name, value)]
+    if not hasattr(args, "given"):  # not of `parse_args`: by their values
+        defaults = vars(get_args_parser().parse_args(["--task", args.task, "--data_path", ""]))
+        args.given = [name for name, value in vars(args).items() if value != defaults.get(name, value)]
     for task, module in TASKS.items():
         own = argparse.ArgumentParser()
         module.add_flags(own)
@@ -236,7 +238,7 @@ def train(args, device: torch.device) -> dict:
     output_dir, writer = run.output_dir, None
     if is_main_process():
         write_json(output_dir / "args.json", files.args)
-        write_json(output_dir / "env.json", environment())
+        write_json(output_dir / "env.json", with_earlier_commit(environment(), output_dir / "env.json", args))
         files.cut_log(run.epoch)
         writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch)
     run.guard = StopGuard(lambda: files.save(run), is_main_process())
@@ -254,6 +256,17 @@ def train(args, device: torch.device) -> dict:
     log_evaluation(run, scored)
     print_main(f"done in {datetime.timedelta(seconds=int(time.time() - started))}")
     return finish(args, scored)
+
+
+def with_earlier_commit(now: dict, file: Path, args) -> dict:
+    """The environment of a run that goes on: the code of its first part is named as well."""
+    if args.resume and file.is_file():
+        before = json.loads(file.read_text()).get("commit", "unknown")
+        if now["commit"] not in before.split(", then "):
+            now["commit"] = f"{before}, then {now['commit']}"
+        else:
+            now["commit"] = before
+    return now
 
 
 def finish(args, scored: dict) -> dict:
@@ -376,11 +389,16 @@ def append_log(run: FinetuneRun, record: dict) -> None:
         opened.write(json.dumps(record) + "\n")
 
 
+def parse_args(words: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `given` names what it says, also where that is the default."""
+    args = tool_parser("main_finetune.py", __doc__, parents=[get_args_parser()]).parse_args(words)
+    silent = tool_parser("main_finetune.py", __doc__, parents=[get_args_parser()])
+    for action in silent._actions:  # set_defaults would convert the marker to the flag's type
+        action.default = argparse.SUPPRESS
+    args.given = list(vars(silent.parse_args(words)))
+    return args
+
+
 if __name__ == "__main__":
-    parsed = argparse.ArgumentParser(
-        parents=[get_args_parser()],
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
+    parsed = parse_args()
     run_or_explain(lambda: main(parsed))

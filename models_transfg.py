@@ -51,10 +51,10 @@ def row_times_attention(
     Returns:
         [N, h, T] float32.
     """
-    found, k = torch.zeros_like(row), k.transpose(-2, -1)
+    found, k = torch.zeros_like(row), k.float().transpose(-2, -1)
     for start in range(0, row.shape[2], rows_at_once):
         part = slice(start, start + rows_at_once)
-        weights = (q[:, :, part] @ k).float().softmax(dim=-1)  # [N, h, rows_at_once, T]
+        weights = (q[:, :, part].float() @ k).softmax(dim=-1)  # [N, h, rows_at_once, T]
         found += (row[:, :, None, part] @ weights)[:, :, 0]
     return found
 
@@ -79,7 +79,7 @@ def class_token_row(
         q, k = queries_and_keys(block, x)
         with torch.autocast(x.device.type, enabled=False):
             if row is None:  # e_0 A_n is a row of A_n
-                row = (q[:, :, :1] @ k.transpose(-2, -1)).float().softmax(dim=-1)[:, :, 0]
+                row = (q[:, :, :1].float() @ k.float().transpose(-2, -1)).softmax(dim=-1)[:, :, 0]
             else:
                 row = row_times_attention(row, q, k, rows_at_once)
     return row

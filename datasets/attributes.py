@@ -150,6 +150,12 @@ def read_attribute_set(
     for images in (data.train, data.test):
         if len(images):
             check_first_exist(images.paths, path)
+            if (images.labels < 0).all():
+                raise InputError(
+                    f"{path}: not one label of {len(images)} listed images is known, e.g. of "
+                    f"{images.paths.relative(0)}: colorID and typeID of VeRi-776's XML, or columns of the "
+                    "table, are missing or empty"
+                )
     return replace(data, notes=[*data.notes, *_describe(data)])
 
 

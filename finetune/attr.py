@@ -27,6 +27,7 @@ from util.dist import gather_rows, print_main, wait_for_main
 from util.errors import InputError
 from util.lr_sched import transreid_lr
 from util.optim import build_finetune_optimizer
+from util.precision import scoring
 
 RECIPE = {  # VTB's
     "input_size": "224", "drop_path": 0.1, "batch_size": 128, "epochs": 20, "warmup_epochs": 5.0,
@@ -182,25 +183,21 @@ def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> di
 def score(model: VTB, known: Known, data: AttributeData, args, amp_dtype, is_over: bool = True) -> dict:
     """The test images: numbers printed beside those of a constant answer; the table of the attributes and the
     report once training `is_over`. Products are not rounded to TF32."""
-    precision, training = torch.get_float32_matmul_precision(), model.training
-    torch.set_float32_matmul_precision("highest")
-    model.eval()
     device = model.base.pos_embed.device
     try:
-        found = predict(
-            lambda imgs, _: model(imgs).sigmoid(),
-            WholeImages(data.test.paths, np.arange(len(data.test)), model.base.img_size),
-            device,
-            "test",
-            width=model.num_attributes,
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            amp_dtype=amp_dtype,
-        )
-        return {} if found is None else scored(found, known, data, args, is_over)
+        with scoring(model):
+            found = predict(
+                lambda imgs, _: model(imgs).sigmoid(),
+                WholeImages(data.test.paths, np.arange(len(data.test)), model.base.img_size),
+                device,
+                "test",
+                width=model.num_attributes,
+                batch_size=args.batch_size,
+                num_workers=args.num_workers,
+                amp_dtype=amp_dtype,
+            )
+            return {} if found is None else scored(found, known, data, args, is_over)
     finally:
-        model.train(training)
-        torch.set_float32_matmul_precision(precision)
         wait_for_main()
 
 

@@ -44,9 +44,8 @@ def text_vectors(args, attributes: tuple[Attribute, ...], dim: int) -> tuple[tor
         return vectors_of_file(Path(args.attr_vectors), len(attributes))
     if args.clip_pretrained:
         return vectors_of_clip(args.clip_model, args.clip_pretrained, [sentence(a) for a in attributes])
-    return orthogonal_vectors(
-        len(attributes), dim, args.seed
-    ), f"random orthogonal, seed {args.seed}: no text"
+    # their seed is the run's: not in the name, which is part of a recipe
+    return orthogonal_vectors(len(attributes), dim, args.seed), "random orthogonal: no text"
 
 
 def vectors_of_file(file: Path, count: int) -> tuple[torch.Tensor, str]:

@@ -22,6 +22,7 @@ from util.errors import InputError
 from util.losses import identity_loss
 from util.lr_sched import cosine_lr
 from util.optim import build_finetune_optimizer
+from util.precision import scoring
 
 RECIPE = {  # TransFG's of StanfordCars: 500 of its 10,000 steps of 16 images are warm-up
     "input_size": "448", "drop_path": 0.1, "batch_size": 16, "epochs": 20, "warmup_epochs": 1.0,
@@ -191,14 +192,10 @@ def score(
     model: TransFG, data: FgvcData, resize: tuple[int, int], args, amp_dtype, is_over: bool = True
 ) -> dict:
     """The test images once each: numbers printed beside their protocol. Products are not rounded to TF32."""
-    precision, training = torch.get_float32_matmul_precision(), model.training
-    torch.set_float32_matmul_precision("highest")
-    model.eval()
     try:
-        return score_as_is(model, data, resize, args, amp_dtype, is_over)
+        with scoring(model):
+            return score_as_is(model, data, resize, args, amp_dtype, is_over)
     finally:
-        model.train(training)
-        torch.set_float32_matmul_precision(precision)
         wait_for_main()
 
 

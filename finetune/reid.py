@@ -25,6 +25,7 @@ from util.errors import InputError
 from util.losses import center_loss, hard_triplet_loss, identity_loss, move_centers, over_branches
 from util.lr_sched import transreid_lr
 from util.optim import build_finetune_optimizer
+from util.precision import scoring
 from util.protocols import draw_gallery, protocols_of
 from util.rollout import reid_rollout
 
@@ -265,14 +266,10 @@ def side_of(images: ReidImages) -> tuple[torch.Tensor, torch.Tensor]:
 def score(model: TransReID, data: ReidData, args, amp_dtype, is_over: bool = True) -> dict:
     """All tests of the set: numbers printed beside their protocol; re-ranking and the report where asked for,
     once training `is_over`. Products are not rounded to TF32."""
-    precision, training = torch.get_float32_matmul_precision(), model.training
-    torch.set_float32_matmul_precision("highest")
-    model.eval()
     try:
-        return score_as_is(model, data, args, amp_dtype, is_over)
+        with scoring(model):
+            return score_as_is(model, data, args, amp_dtype, is_over)
     finally:
-        model.train(training)
-        torch.set_float32_matmul_precision(precision)
         wait_for_main()
 
 

@@ -20,6 +20,7 @@ from util.dist import is_main_process, print_main, wait_for_main
 from util.errors import InputError
 from util.lr_sched import poly_lr
 from util.optim import build_finetune_optimizer
+from util.precision import scoring
 from util.pretrained import read_config
 from util.segmentation_metrics import SegmentationNumbers, segmentation_numbers
 
@@ -68,6 +69,8 @@ def check(args) -> None:
     """
     if args.aux_weight < 0:
         raise InputError(f"--aux_weight {args.aux_weight}: must not be negative")
+    if args.seg_split == "train" and not args.eval:
+        raise InputError("--seg_split train would score what is trained on: choose val or test")
     low, high = args.resize_range
     if not 0 < low <= high <= 10:
         raise InputError(f"--resize_range {low:g} {high:g}: give two factors above 0, the smaller one first")
@@ -176,30 +179,31 @@ def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> di
 def score(model: SETR, data: PartsData, split: str, args, amp_dtype, is_over: bool = True) -> dict:
     """The numbers of a split on rank 0, printed beside their protocol, and the report where asked for once
     training `is_over`. Products are not rounded to TF32."""
-    precision, training = torch.get_float32_matmul_precision(), model.training
-    torch.set_float32_matmul_precision("highest")
-    model.eval()
     try:
-        result = evaluate_parts(
-            model, data.splits[split], data.space, args.seg_eval,
-            batch_size=args.batch_size, num_workers=args.num_workers, amp_dtype=amp_dtype,
-        )  # fmt: skip
-        if not is_main_process():
-            return {}
-        numbers = segmentation_numbers(result.confusion, data.space.background)
-        protocol = protocol_line(model, data, split, args.seg_eval, result)
-        write_unreadable(result.unreadable, Path(args.output_dir))
-        print("\n".join([protocol, *number_lines(numbers, data)]), flush=True)
-        if args.report and is_over:
-            file = Path(args.output_dir) / "report.html"
-            weights = args.resume if args.eval else Path(args.output_dir) / "model.pth"
-            about = {"set": args.data_path, "weights": weights, "model": model_line(model), "seed": args.seed}
-            write_seg_report(file, protocol, about, model, data, split, args.seg_eval, result, amp_dtype)
-            print(f"report: {file}")
-        return flat_metrics(numbers, data, result) | {"protocol": protocol}
+        with scoring(model):
+            result = evaluate_parts(
+                model, data.splits[split], data.space, args.seg_eval,
+                batch_size=args.batch_size, num_workers=args.num_workers, amp_dtype=amp_dtype,
+            )  # fmt: skip
+            if not is_main_process():
+                return {}
+            numbers = segmentation_numbers(result.confusion, data.space.background)
+            protocol = protocol_line(model, data, split, args.seg_eval, result)
+            write_unreadable(result.unreadable, Path(args.output_dir))
+            print("\n".join([protocol, *number_lines(numbers, data)]), flush=True)
+            if args.report and is_over:
+                file = Path(args.output_dir) / "report.html"
+                weights = args.resume if args.eval else Path(args.output_dir) / "model.pth"
+                about = {
+                    "set": args.data_path,
+                    "weights": weights,
+                    "model": model_line(model),
+                    "seed": args.seed,
+                }
+                write_seg_report(file, protocol, about, model, data, split, args.seg_eval, result, amp_dtype)
+                print(f"report: {file}")
+            return flat_metrics(numbers, data, result) | {"protocol": protocol}
     finally:
-        model.train(training)
-        torch.set_float32_matmul_precision(precision)
         wait_for_main()
 
 

@@ -39,7 +39,7 @@ prepare() {  # TASK: its data and its flags
             flags+=(--data_path "$output/veri" --batch_size 32 --epochs 20 --warmup_epochs 3 --lr 5e-4 --jpm --jpm_shift 5) ;;
         attr)
             "$python" -m datasets.demo_reid --output "$output/veri_attr" --layout veri776 --size 96 --train_ids 200 --test_ids 40 \
-                --images_per_id 6 --seed 0
+                --images_per_id 6 --mixed --seed 0
             flags+=(--data_path "$output/veri_attr" --batch_size 16 --epochs 4 --warmup_epochs 1 "${gentle[@]}" --head_lr_factor 20 \
                 "${teacher[@]}") ;;
         fgvc)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -319,6 +320,16 @@ def test_columns_and_attributes_of_the_wrong_kind_of_set(veri, tmp_path):
         read_attribute_set(veri, known=(Attribute("taxi"),))
     with pytest.raises(InputError, match="does not exist"):
         read_attribute_set(tmp_path / "nowhere")
+
+
+def test_an_xml_that_knows_no_attribute_is_refused_before_training(veri, tmp_path):
+    folder = tmp_path / "veri"
+    shutil.copytree(veri, folder)
+    text = (folder / "test_label.xml").read_text(encoding="gb2312")
+    text = re.sub('colorID="[^"]*"|typeID="[^"]*"', "", text)
+    (folder / "test_label.xml").write_text(text, encoding="gb2312")
+    with pytest.raises(InputError, match="not one label of .* listed images is known"):
+        read_attribute_set(folder)
 
 
 def test_training_items_are_a_function_of_seed_epoch_and_index(veri):

@@ -2,8 +2,10 @@
 
 import csv
 import importlib
+import json
 import re
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -71,6 +73,20 @@ def test_the_page_s_fifth_task_trains_resumes_and_scores(fifth_task, years, tmp_
             parse(main_finetune.get_args_parser(),
                   ["--task", "reid", "--data_path", "x", "--model", "vit_tiny_patch16", "--year_beta", "1"])
         )  # fmt: skip
+    assert main_finetune.parse_args([*words, "--year_beta", "2"]).given == [
+        "task",
+        "data_path",
+        "device",
+        "num_workers",
+        "year_beta",
+    ]  # also what the default is
+    env = Path(out) / "env.json"
+    now = json.loads(env.read_text())
+    env.write_text(json.dumps(now | {"commit": "0" * 40}))
+    run(*new, "--epochs", "12", "--lr", "1e-3", "--output_dir", out, "--resume", "auto")
+    assert json.loads(env.read_text())["commit"] == f"{'0' * 40}, then {now['commit']}"
+    run(*new, "--epochs", "12", "--lr", "1e-3", "--output_dir", out, "--resume", "auto")
+    assert json.loads(env.read_text())["commit"].count("then") == 1
     with pytest.raises(ValueError, match="year_beta"):
         run(
             *new,

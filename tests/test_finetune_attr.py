@@ -140,7 +140,7 @@ def test_a_crashed_run_goes_on_bit_for_bit(veri, encoder, tmp_path, monkeypatch)
         tmp_path / "broken" / "metrics.json"
     ).read_text()
     np.save(tmp_path / "v.npy", np.eye(19))
-    with pytest.raises(InputError, match="other settings .*text_vectors random orthogonal, .* -> v.npy"):
+    with pytest.raises(InputError, match="other settings .*text_vectors random orthogonal: .* -> v.npy"):
         train("broken", "--resume", "auto", "--attr_vectors", str(tmp_path / "v.npy"))
 
 
@@ -175,7 +175,7 @@ def test_a_table_from_words_to_numbers_and_its_unknowns(veri, encoder, tmp_path,
     )
     printed = capsys.readouterr().out
     assert "THE TEXT VECTORS ARE RANDOM" in printed and "labels of train are unknown" in printed
-    assert numbers["text_vectors"] == "random orthogonal, seed 0: no text"
+    assert numbers["text_vectors"] == "random orthogonal: no text"
     assert "top1_colour" in numbers and "top1_pale" not in numbers and numbers["images"] == 30
     model = tmp_path / "o" / "model.pth"
     score = ["--task", "attr", "--eval", "--resume", model, *CPU, "--output_dir", tmp_path / "again"]

@@ -493,6 +493,7 @@ def test_small_parts_lie_on_top():
         ("empty", "is neither release of PartImageNet"),
         ("whole masks", "has the value 158: masks of parts hold 0 to 39"),
         ("ids from 1", "calls category 25 'Car Body', which is 24 in the release"),
+        ("ids beyond", "is no COCO json of PartImageNet: ValueError category_id 255, but ids go to 39"),
         ("no json", "train.json is no COCO json of PartImageNet"),
         ("no vehicle", "has no picture of Boat|has no picture of Car"),
         ("occupied", "exists and does not hold this conversion"),
@@ -511,6 +512,10 @@ def test_releases_that_cannot_be_converted(releases, tmp_path, what, message):
     elif what == "ids from 1":
         content = json.loads((source / "train.json").read_text())
         content["categories"] = [c | {"id": c["id"] + 1} for c in content["categories"]]
+        (source / "train.json").write_text(json.dumps(content))
+    elif what == "ids beyond":
+        content = json.loads((source / "train.json").read_text())
+        content["annotations"][0]["category_id"] = 255
         (source / "train.json").write_text(json.dumps(content))
     elif what == "no json":
         (source / "train.json").write_text('{"images": 3}')
@@ -531,7 +536,8 @@ def test_what_a_release_lacks_is_counted(releases, tmp_path):
     source = tmp_path / "ood"
     shutil.copytree(releases / "ood", source)
     content = json.loads((source / "train.json").read_text())
-    first, second, *_ = (i for i in content["images"] if not i["file_name"].startswith("n0144"))
+    first, second, third, *_ = (i for i in content["images"] if not i["file_name"].startswith("n0144"))
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] != third["id"]]
     (source / "train" / first["file_name"][:9] / first["file_name"]).unlink()
     second["width"] += 1
     content["annotations"][-1]["segmentation"] = {"counts": [1], "size": [1, 1]}
@@ -540,6 +546,7 @@ def test_what_a_release_lacks_is_counted(releases, tmp_path):
     assert result["left_out"] == {
         "no such file": [f"train/{first['file_name']}"],
         "image and mask differ in size": [f"train/{second['file_name']}"],
+        "no annotation that can be drawn": [f"train/{third['file_name']}"],
     }
 
 
@@ -699,6 +706,7 @@ def test_every_image_is_scored_once(parts):
         ("--label_space vehicle_parts", "has no class 'Boat Body'"),
         ("--data_path nowhere", "--data_path nowhere is no folder"),
         ("--jpm", "--jpm belongs to --task reid"),
+        ("--seg_split train", "would score what is trained on"),
         ("--finetune nowhere.pth", "nowhere.pth does not exist"),
     ],
 )
@@ -717,12 +725,13 @@ def test_eval_takes_no_flag_that_would_change_the_model(small, parts, trained, t
         (f"--resume {model} --decoder naive", "--decoder would change the model"),
         (f"--resume {model} --label_space car_parts", "--label_space would change the model"),
         (f"--resume {model} --input_size 64", "--input_size would change the model"),
+        (f"--resume {model} --aux_weight 0.4", "--aux_weight would change the model"),  # the default
         (f"--resume {small[3]}", "is no model of main_finetune.py: give the model.pth"),
         (f"--resume {model} --data_path {other}", "knows the classes background, Car Body"),
     ):
         words = f"--task seg --eval --data_path {parts} --output_dir {tmp_path / 'o'} {flags}".split()
         with pytest.raises(InputError, match=message):
-            main_finetune.main(parse(main_finetune.get_args_parser(), [*words, *CPU]))
+            main_finetune.main(main_finetune.parse_args([*words, *CPU]))
 
 
 @pytest.mark.parametrize(

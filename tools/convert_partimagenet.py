@@ -144,11 +144,14 @@ def read_ood(source: Path, space: str) -> Found:
             if why:
                 found.left_out[why].append(f"{split}/{name}")
                 continue
+            drawn = usable(polygons[image["id"]], found.counts)
+            if not drawn:  # all background would teach that there is no vehicle
+                found.left_out["no annotation that can be drawn"].append(f"{split}/{name}")
+                continue
             found.rows.append(
                 {
                     "source": picture, "split": split, "synset": name[:9], "name": name,
-                    "size": (image["width"], image["height"]),
-                    "polygons": usable(polygons[image["id"]], found.counts),
+                    "size": (image["width"], image["height"]), "polygons": drawn,
                 }
             )  # fmt: skip
     return found
@@ -166,7 +169,9 @@ def read_coco(file: Path) -> dict:
         for image in content["images"]:
             image["id"], image["file_name"], image["width"], image["height"]  # noqa: B018
         for annotation in content["annotations"]:
-            annotation["image_id"], annotation["category_id"]  # noqa: B018
+            if not 0 <= int(annotation["category_id"]) < NUM_IDS:
+                raise ValueError(f"category_id {annotation['category_id']}, but ids go to {NUM_IDS - 1}")
+            annotation["image_id"]  # noqa: B018
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise InputError(f"{file} is no COCO json of PartImageNet: {type(error).__name__} {error}") from error
     for parts in PARTS.values():

@@ -1,6 +1,8 @@
 """Precision and attention by device; on the CPU by a measurement of a few milliseconds."""
 
+import contextlib
 import time
+from collections.abc import Iterator
 
 import torch
 
@@ -57,3 +59,20 @@ def pick_fused_attention(device: torch.device, amp_dtype: torch.dtype | None) ->
     """scaled_dot_product_attention on CUDA and for float32 on the CPU, explicit products for half
     precision on the CPU, where the fused kernel was seen to be slower (docs/PERFORMANCE.md)."""
     return device.type == "cuda" or amp_dtype is None
+
+
+@contextlib.contextmanager
+def scoring(model: torch.nn.Module) -> Iterator[None]:
+    """Evaluation mode, and float32 products and convolutions that are not rounded to TF32; both are as before
+    afterwards."""
+    products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    training = model.training
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+        torch.set_float32_matmul_precision(products)
+        torch.backends.cudnn.allow_tf32 = convolutions

@@ -161,8 +161,8 @@ class RunFiles:
         if not same or content["args"].get("opt") != self.args.get("opt"):
             raise InputError(
                 f"the optimiser in {file} is another one or has its tensors in other groups, so it cannot go "
-                "on: set --opt, --layer_decay and --bias_lr_factor back, or start anew with "
-                f"{self.init_flag} {file}"
+                "on: set --opt, --layer_decay, --bias_lr_factor and --head_lr_factor back, or start anew "
+                f"with {self.init_flag} {file}"
             )
         optimizer.load_state_dict(saved)
         for group, own in zip(optimizer.param_groups, settings):
