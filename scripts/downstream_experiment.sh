@@ -38,9 +38,9 @@ prepare() {  # TASK: its data and its flags
             "$python" -m datasets.demo_reid --output "$output/veri" --layout veri776 --size 96 --train_ids 60 --test_ids 40 --seed 0
             flags+=(--data_path "$output/veri" --batch_size 32 --epochs 20 --warmup_epochs 3 --lr 5e-4 --jpm --jpm_shift 5) ;;
         attr)
-            "$python" -m datasets.demo_reid --output "$output/veri_attr" --layout veri776 --size 96 --train_ids 200 --test_ids 40 \
+            "$python" -m datasets.demo_reid --output "$output/veri_attr" --layout veri776 --size 96 --train_ids 140 --test_ids 60 \
                 --images_per_id 6 --mixed --seed 0
-            flags+=(--data_path "$output/veri_attr" --batch_size 16 --epochs 4 --warmup_epochs 1 "${gentle[@]}" --head_lr_factor 20 \
+            flags+=(--data_path "$output/veri_attr" --batch_size 8 --epochs 6 --warmup_epochs 1 "${gentle[@]}" --head_lr_factor 10 \
                 "${teacher[@]}") ;;
         fgvc)
             "$python" -m datasets.demo_cars --output "$output/cars" --layout transfg --size 120 --seed 0
