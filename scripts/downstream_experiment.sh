@@ -28,11 +28,9 @@ pretrain() {  # NAME FLAGS...
         --norm_pix_loss --crop_min 0.5 --vis_epochs 0 --num_workers 1 "$@"
 }
 
-prepare() {  # TASK: its data and its flags
+prepare() {  # TASK: its data and its flags, the same for all rows
     flags=(--input_size 96 --num_workers 1 --opt adamw --weight_decay 0.05 --bias_lr_factor 1)
-    # weights of the lower layers move less than those of the upper ones, where there is something to keep
     local gentle=(--lr 1e-3 --layer_decay 0.75 --drop_path 0)
-    if [ "$2" = random ]; then gentle=(--lr 1e-3 --layer_decay 1 --drop_path 0); fi
     case "$1" in
         reid)
             "$python" -m datasets.demo_reid --output "$output/veri" --layout veri776 --size 96 --train_ids 60 --test_ids 40 --seed 0
@@ -61,7 +59,7 @@ for task in ${TASKS:-reid attr fgvc seg}; do
             random) start=(--model vit_tiny_patch16) ;;
             *) echo "row '$row': choose cgd, mae or random" >&2; exit 2 ;;
         esac
-        prepare "$task" "$row"
+        prepare "$task"
         for seed in ${SEEDS:-0 1 2}; do
             echo "== $task, $row, seed $seed"
             "$python" main_finetune.py --task "$task" --output_dir "$output/${task}_${row}_$seed" --seed "$seed" --resume auto \
