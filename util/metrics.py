@@ -14,15 +14,14 @@ averaged over the queries that have any such image; the others are counted and n
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import repeat
 
 import numpy as np
 import torch
 
 BLOCK_NUMBERS = 1 << 25  # similarities held at a time
-CPU_NUMBERS = 1 << 23  # of them on the CPU: the fewer, the less new memory is touched
-WELL_MULTIPLIED = 256  # queries at a time below which the product waits for the gallery's memory
-SORTED_NUMBERS = 1 << 22  # sorted ones held at a time
-SORTED_AT_ONCE = 1 << 18  # of them by a thread: what stays in its cache
+SORTED_NUMBERS = 1 << 23  # sorted on the CPU at a time: after each lookup torch's threads spin a while
+SORTED_AT_ONCE = 1 << 18  # by one thread: what stays in its cache
 
 
 @dataclass(frozen=True)
@@ -82,12 +81,19 @@ def cosine_blocks(
     A block is good until the next one is asked for, which takes its memory.
     """
     q, g = unit_rows(query, "query", device), unit_rows(gallery, "gallery", device)
-    rows = max(1, block_numbers // max(len(g), 1))
-    if device.type == "cpu":
-        rows = min(rows, max(WELL_MULTIPLIED, CPU_NUMBERS // max(len(g), 1)))
-    block = torch.empty(min(rows, len(q)), len(g), device=device)
-    for part in q.split(rows):
+    blocks = -(-len(q) // max(1, block_numbers // max(len(g), 1)))
+    rows = -(-len(q) // max(1, blocks))  # of one size: a small last one would multiply slower
+    block = _empty(rows, len(g), device)
+    for part in q.split(max(1, rows)):
         yield torch.mm(part, g.t(), out=block[: len(part)])
+
+
+def _empty(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """[rows, columns] float32. numpy asks the system for large pages and torch does not: first touching them
+    takes as long as a third of the product."""
+    if device.type == "cpu":
+        return torch.from_numpy(np.empty((rows, columns), dtype=np.float32))
+    return torch.empty(rows, columns, device=device)
 
 
 def unit_rows(x: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
@@ -97,7 +103,7 @@ def unit_rows(x: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
     if not torch.isfinite(lengths).all():
         bad = int((~torch.isfinite(lengths)).nonzero()[0, 0])
         raise ValueError(f"{name}: the features of row {bad} are not finite")
-    return x / lengths.clamp_min(1e-12)
+    return torch.div(x, lengths.clamp_min(1e-12), out=_empty(*x.shape, device))
 
 
 def rank_blocks(
@@ -174,36 +180,33 @@ def _places(similar, value, owner, slot, found) -> tuple[torch.Tensor, torch.Ten
     """
     padded = torch.full((len(found), int(found.max())), torch.inf, device=similar.device)
     padded[owner, slot] = value
-    up_to, below = torch.empty_like(padded, dtype=torch.long), torch.empty_like(padded, dtype=torch.long)
-    step = max(1, SORTED_NUMBERS // max(similar.shape[1], 1)) if similar.device.type == "cpu" else len(found)
-    scratch = None
-    for start in range(0, len(found), step):
-        part = slice(start, start + step)
-        if similar.device.type == "cpu":
-            scratch = torch.empty_like(similar[part]) if scratch is None else scratch[: len(similar[part])]
-            ordered = _sort_rows(similar[part], scratch)
-        else:
-            ordered = similar[part].sort(dim=1).values
-        up_to[part] = torch.searchsorted(ordered, padded[part], right=True)
-        below[part] = torch.searchsorted(ordered, padded[part])
-    up_to = up_to[owner, slot]
-    return up_to, up_to - below[owner, slot] > 1
+    up_to, tied = torch.empty_like(padded, dtype=torch.long), torch.empty_like(padded, dtype=torch.bool)
+    for part, ordered in _sorted_rows(similar):
+        torch.searchsorted(ordered, padded[part], right=True, out=up_to[part])
+        before = (up_to[part] - 2).clamp_min(0)  # the one below the hit itself
+        tied[part] = (ordered.gather(1, before) == padded[part]) & (up_to[part] > 1)
+    return up_to[owner, slot], tied[owner, slot]
 
 
-def _sort_rows(rows: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """[n, G] float32 on the CPU, each row sorted into `out`, which is returned. numpy sorts with vector
-    instructions, torch does not; a thread copies and sorts a few rows while they are in its cache."""
-    source, target = rows.numpy(), out.numpy()
-    step = max(1, SORTED_AT_ONCE // max(rows.shape[1], 1))
+def _sorted_rows(similar: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Which rows of [q, G] float32, and these sorted, good until the next are asked for."""
+    if similar.device.type != "cpu":
+        yield slice(None), similar.sort(dim=1).values
+        return
+    count, columns = similar.shape
+    step, inner = (max(1, numbers // max(columns, 1)) for numbers in (SORTED_NUMBERS, SORTED_AT_ONCE))
+    source, scratch = similar.numpy(), _empty(min(step, count), columns, similar.device)
 
-    def sort(start: int) -> None:
-        part = target[start : start + step]
-        np.copyto(part, source[start : start + step])
-        part.sort(axis=1)
+    def sort(target: np.ndarray, start: int) -> None:
+        rows = target[start % step : start % step + inner]
+        np.copyto(rows, source[start : start + len(rows)])
+        rows.sort(axis=1)  # numpy does it with vector instructions, torch does not
 
     with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        list(pool.map(sort, range(0, len(source), step)))
-    return out
+        for first in range(0, count, step):
+            ordered = scratch[: count - first]
+            list(pool.map(sort, repeat(ordered.numpy()), range(first, first + len(ordered), inner)))
+            yield slice(first, first + step), ordered
 
 
 def _equals_ahead(similar, value, good, owner) -> torch.Tensor:
