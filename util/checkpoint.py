@@ -6,8 +6,10 @@ import json
 import os
 import pickle
 import zipfile
+import zlib
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -55,21 +57,74 @@ def write_torch(file: str | Path, value) -> None:
 
 def write_safetensors(file: str | Path, tensors: dict, metadata: dict[str, str]) -> None:
     """safetensors with a string header, atomically."""
-    data = safetensors_bytes({k: v.contiguous() for k, v in tensors.items()}, metadata)
+    tensors = {k: v.contiguous() for k, v in tensors.items()}
+    data = memoryview(safetensors_bytes(tensors, metadata))
+    start = 8 + int.from_bytes(data[:8], "little")
+    metadata = metadata | {"crc32": f"{zlib.crc32(data[start:]):08x}"}  # the format itself has no checksum
+    data = safetensors_bytes(tensors, metadata)
     write_atomic(file, lambda opened: opened.write(data))
+
+
+def check_sums(file: str | Path) -> str:
+    """Compare the checksums inside a file of weights with its bytes; torch.load does not.
+
+    Returns:
+        What was compared: "crc32 of N records" (torch's zip files, .npz), "crc32 of the tensors" (safetensors
+        of ours), or "" where the file has none: an old .pth, safetensors of others.
+    Raises:
+        InputError: bytes have changed since the file was written.
+    """
+    file, damaged = Path(file), ""
+    if file.suffix == ".safetensors":
+        wanted = read_safetensors_header(file).get("crc32", "")
+        if not wanted:
+            return ""
+        with open(file, "rb") as opened:
+            start = 8 + int.from_bytes(opened.read(8), "little")
+            opened.seek(start)
+            found = 0
+            while block := opened.read(1 << 24):
+                found = zlib.crc32(block, found)
+        damaged = "" if f"{found:08x}" == wanted else f"crc32 of its tensors is {found:08x}, not {wanted}"
+        checked = "crc32 of the tensors"
+    elif zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            records = [record for record in archive.infolist() if record.CRC]  # 0: written without
+            for record in records:
+                try:
+                    with archive.open(record) as opened:
+                        while opened.read(1 << 24):
+                            pass
+                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                    damaged = f"record {record.filename}: {error}"
+                    break
+        checked = f"crc32 of {len(records)} records"
+    else:
+        return ""
+    if damaged:
+        raise InputError(
+            f"checkpoint {file} is damaged ({damaged}): bytes have changed, fetch or copy it again"
+        )
+    return checked
 
 
 def file_sha256(file: str | Path) -> str:
     """Identity of a file's bytes, 64 digits."""
-    digest = hashlib.sha256()
+    return file_digests(file, ("sha256",))["sha256"]
+
+
+def file_digests(file: str | Path, names: tuple[str, ...]) -> dict[str, str]:
+    """{name of hashlib: hex digits} of a file's bytes, read once."""
+    digests = {name: hashlib.new(name) for name in names}
     with open(file, "rb") as opened:
         while block := opened.read(1 << 24):
-            digest.update(block)
-    return digest.hexdigest()
+            for digest in digests.values():
+                digest.update(block)
+    return {name: digest.hexdigest() for name, digest in digests.items()}
 
 
 def read_checkpoint(file: str | Path) -> dict:
-    """Load a .pth or .safetensors to the CPU, tensors and plain values only.
+    """Load a .pth, .safetensors or .npz to the CPU, tensors and plain values only.
 
     Returns:
         The file's dict; a bare state dict comes as {"model": state dict}, and so do those of `CONTAINERS`.
@@ -82,6 +137,8 @@ def read_checkpoint(file: str | Path) -> dict:
     try:
         if file.suffix == ".safetensors":
             content = load_file(file)
+        elif file.suffix == ".npz":
+            content = _read_npz(file)
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's `args`: only holds values
                 content = torch.load(file, map_location="cpu", weights_only=True)
@@ -104,6 +161,7 @@ def read_checkpoint(file: str | Path) -> dict:
         raise InputError(
             f"checkpoint {file} ({file.stat().st_size} bytes) is truncated or damaged: {reason}"
         ) from error
+    check_sums(file)
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {file} holds a {type(content).__name__}, not a dict of weights")
     if "model" not in content and all(isinstance(v, torch.Tensor) for v in content.values()):
@@ -115,6 +173,22 @@ def read_checkpoint(file: str | Path) -> dict:
         keys = ", ".join(map(str, list(content)[:8]))
         raise InputError(f"checkpoint {file} has no entry 'model': it has {keys or 'nothing'}")
     return content
+
+
+def _read_npz(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        with np.load(file, allow_pickle=False) as archive:
+            return {name: torch.from_numpy(archive[name]) for name in archive.files}
+    except (ValueError, TypeError, zlib.error) as error:  # no archive, objects, numbers torch does not know
+        if "Object arrays" in str(error):
+            raise InputError(
+                f"checkpoint {file} holds Python objects, which could run code, and is refused: save its "
+                "arrays of numbers alone"
+            ) from error
+        raise InputError(
+            f"checkpoint {file} ({file.stat().st_size} bytes) is truncated or damaged: it is no archive of "
+            f"numbers ({' '.join(str(error).split())[:100]})"
+        ) from error
 
 
 def read_safetensors_header(file: str | Path) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """Any published ViT file -> the encoder's tensors under MAE's names.
 
 Recognised: CGD-MAE and MAE (encoder or whole), VehicleMAE, timm and DeiT, DINO and iBOT, MoCo v3, the image
-tower of CLIP (OpenAI's and open_clip's names), TransReID (ours and the original).
+tower of CLIP (OpenAI's and open_clip's names), TransReID (ours and the original), Hugging Face's ViT and
+ViTMAE (a file or its folder), Google's ViT (.npz).
 """
 
 import json
@@ -13,43 +14,62 @@ import torch
 
 from util.checkpoint import HEAD_KEYS, encoder_state, read_checkpoint, read_safetensors_header
 from util.errors import InputError
+from util.peer_names import CLIP_PATCHES, DECODER, PATCHES, from_clip, under_mae_names
 
-PATCHES, CLIP_PATCHES = "patch_embed.proj.weight", "conv1.weight"
 # of several encoders in one file, the one whose name says that it is meant to be used
 PREFERRED = ("", "base_encoder", "teacher", "visual", "backbone", "base")
 # what heads, decoders and losses of others are called; all else would change the features and is refused
 OTHERS = re.compile(
     r"(head|fc|fc_norm|pre_logits|dist_token|head_dist|proj|predictor|decode|mask_token|logit_scale|bottleneck|"
-    r"classifier|b2|sie_embed|center|pos_embed_probs|get_token_probs|proj_encode_feature|distill_head)"
+    r"classifier|pooler|b2|sie_embed|center|pos_embed_probs|get_token_probs|proj_encode_feature|distill_head)"
 )
-CLIP_NAMES = {
-    "class_embedding": "cls_token", "positional_embedding": "pos_embed", "conv1.weight": PATCHES,
-    "ln_pre": "norm_pre", "ln_post": "norm", "transformer.resblocks": "blocks", "ln_1": "norm1",
-    "ln_2": "norm2", "attn.in_proj_weight": "attn.qkv.weight", "attn.in_proj_bias": "attn.qkv.bias",
-    "attn.out_proj": "attn.proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-}  # fmt: skip
 
 
 @dataclass
 class Pretrained:
     """state: {MAE's name: tensor}; origin: what the file is, in words; config: the file's own, or empty;
-    ignored: names in the file that the encoder has no use for."""
+    ignored: names in the file that the encoder has no use for; decoder: MAE's, where the file has one;
+    names: {MAE's: the file's} where the file has other names."""
 
     state: dict[str, torch.Tensor]
     origin: str
     config: dict
     ignored: list[str] = field(default_factory=list)
+    decoder: dict[str, torch.Tensor] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)
+
+    def named(self, key: str) -> str:
+        """MAE's name, and the file's where it is another."""
+        theirs = self.names.get(key, key)
+        return key if theirs == key else f"{key} ({theirs} in the file)"
+
+
+def weights_file(source: str | Path) -> Path:
+    """The file of weights in a folder as Hugging Face's libraries write it; a file is returned as it is."""
+    source = Path(source)
+    if not source.is_dir():
+        return source
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (source / name).is_file():
+            return source / name
+    raise InputError(f"{source} is a folder without model.safetensors or pytorch_model.bin: give a file")
 
 
 def read_pretrained(file: str | Path) -> Pretrained:
-    """Read a file of weights and bring its encoder under MAE's names.
+    """Read a file of weights, or a folder of Hugging Face's, and bring its encoder under MAE's names.
 
     Raises:
         InputError: unreadable, no ViT with class token, or one with parts that this encoder lacks.
     """
-    content = read_checkpoint(file)
-    config = read_config(file, content)
-    whole = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
+    file = weights_file(file)
+    return recognise(read_checkpoint(file), file)
+
+
+def recognise(content: dict, file: Path) -> Pretrained:
+    """`read_pretrained` of what `read_checkpoint(file)` has returned."""
+    theirs = under_mae_names({k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}, file)
+    config = theirs.config | read_config(file, content)
+    whole = theirs.tensors
     prefix, patches = _find_encoder(whole, file)
     if "part_layer.norm1.weight" in whole:
         raise InputError(
@@ -58,11 +78,11 @@ def read_pretrained(file: str | Path) -> Pretrained:
         )
     state = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
     ignored = [k for k in whole if not k.startswith(prefix)]
-    origin = "MAE" if "decoder_embed.weight" in state else "ViT"
+    origin = theirs.origin or ("MAE" if "decoder_embed.weight" in state else "ViT")
     if any(k.startswith(HEAD_KEYS) for k in state):
         origin = "CGD-MAE"
     if patches == CLIP_PATCHES:
-        origin, state = "CLIP", _from_clip(state)
+        origin, state = "CLIP", from_clip(state)
     elif prefix == "base." and any(k.startswith("b1.") for k in whole):
         origin, ignored = "TransReID with JPM", [k for k in ignored if not k.startswith("b1.")]
         state |= _last_block(whole)
@@ -78,11 +98,14 @@ def read_pretrained(file: str | Path) -> Pretrained:
     if "patch_embed.proj.bias" not in state:  # CLIP has none
         state["patch_embed.proj.bias"] = torch.zeros(len(state[PATCHES]))
     encoder = {k: v for k, v in encoder_state(state).items() if not OTHERS.match(k)}
-    _check_tables(encoder, file)
+    _check_tables(encoder, config, file)
+    decoder = {k: v for k, v in state.items() if DECODER.match(k)}
+    if list(decoder) == ["mask_token"]:  # iBOT's, which has no decoder
+        decoder = {}
     ignored += [k for k in state if k not in encoder]
     if config.get("kind"):
         origin = config["kind"]
-    return Pretrained(encoder, origin, config, ignored)
+    return Pretrained(encoder, origin, config, ignored, decoder, theirs.names)
 
 
 def _find_encoder(whole: dict, file) -> tuple[str, str]:
@@ -108,17 +131,6 @@ def _find_encoder(whole: dict, file) -> tuple[str, str]:
     return prefix, found[prefix]
 
 
-def _from_clip(state: dict) -> dict:
-    renamed = {}
-    for key, value in state.items():
-        for theirs, ours in CLIP_NAMES.items():
-            key = re.sub(rf"(^|\.){re.escape(theirs)}(\.|$)", rf"\g<1>{ours}\g<2>", key)
-        renamed[key] = value
-    renamed["cls_token"] = renamed["cls_token"].reshape(1, 1, -1)
-    renamed["pos_embed"] = renamed["pos_embed"][None]
-    return renamed
-
-
 def _last_block(whole: dict) -> dict:
     """The block and norm of TransReID's global branch: the trained ones (the original also keeps those that
     they were copied from in its encoder, ours does not)."""
@@ -128,12 +140,28 @@ def _last_block(whole: dict) -> dict:
     return block | {f"norm.{k[5:]}": v for k, v in whole.items() if k.startswith("b1.1.")}
 
 
-def _check_tables(state: dict, file) -> None:
+def _check_tables(state: dict, config: dict, file) -> None:
     pos_embed, weight = state.get("pos_embed"), state.get(PATCHES)
     if pos_embed is None or "cls_token" not in state or weight.ndim != 4 or pos_embed.ndim != 3:
         raise InputError(
             f"{file} is no ViT encoder with a class token and a position table: it lacks pos_embed or "
             "cls_token, or they have another form"
+        )
+    size, patch = config.get("img_size"), weight.shape[2]
+    if size is not None:
+        stride = config.get("stride", patch)
+        rows, columns = ((side - patch) // stride + 1 for side in size)
+        if 1 + rows * columns != pos_embed.shape[1]:
+            raise InputError(
+                f"{file} holds pos_embed with {pos_embed.shape[1]} rows, and its config says {size[0]} x "
+                f"{size[1]} px, which makes {1 + rows * columns}: one of them is of another model"
+            )
+    blocks = {int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)}
+    absent = set(range(config.get("depth", max(blocks, default=0) + 1))) - blocks
+    if absent:
+        raise InputError(
+            f"{file} lacks blocks.{min(absent)} as a whole: it has {len(blocks)} blocks of "
+            f"{len(blocks) + len(absent)}, so it was cut or is of another architecture"
         )
 
 
@@ -158,22 +186,22 @@ def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: li
     Returns:
         A table: loaded, new (kept at their initial values), resized, ignored.
     Raises:
-        InputError: less than 95% of the encoder's tensors are there, shapes differ, or the file has parts
-            inside its encoder that this one lacks.
+        InputError: a block is not whole, less than 95% of the encoder's tensors are there, shapes differ, or
+            the file has parts inside its encoder that this one lacks.
     """
     own = model.state_dict()
     unknown = [k for k in found.state if k not in own]
     if unknown:
         raise InputError(
             f"{file} is a ViT with parts that this encoder lacks ({len(unknown)} tensors, first "
-            f"{unknown[0]}), and without them its features would be others: give a plain ViT"
+            f"{found.named(unknown[0])}), and without them its features would be others: give a plain ViT"
         )
     wrong = [k for k, v in found.state.items() if v.shape != own[k].shape]
     if wrong:
         k = wrong[0]
         raise InputError(
-            f"{file} holds another architecture: {k} is {tuple(found.state[k].shape)}, the model wants "
-            f"{tuple(own[k].shape)} ({len(wrong)} tensors differ); check --model and --input_size"
+            f"{file} holds another architecture: {found.named(k)} is {tuple(found.state[k].shape)}, the "
+            f"model wants {tuple(own[k].shape)} ({len(wrong)} tensors differ); check --model and --input_size"
         )
     new = [k for k in own if k not in found.state]
     share = 1 - len(new) / len(own)
@@ -182,6 +210,9 @@ def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: li
             f"{file} has {len(own) - len(new)} of the encoder's {len(own)} tensors ({share:.0%}, at least "
             f"95% are needed); the first that is missing is {new[0]}"
         )
+    in_block = next((k for k in new if k.startswith("blocks.")), None)
+    if in_block:
+        raise InputError(f"{file} lacks {in_block}: a block that is random in part would spoil the features")
     model.load_state_dict(found.state, strict=False)
     rows = (("loaded", list(found.state)), ("new", new), ("resized", resized), ("ignored", found.ignored))
     table = [f"  {title:8s} {len(keys):4d} tensors{_parts(keys)}" for title, keys in rows]
