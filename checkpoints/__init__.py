@@ -1,0 +1,1 @@
+"""Released weights: where they are, how they come here, what they must answer to."""
