@@ -280,7 +280,7 @@ class Curation:
         amp_dtype = pick_amp_dtype("auto", self.device)[0] if self.device.type == "cuda" else None
         if a.checkpoint:
             size = (a.input_size, a.input_size) if a.input_size else None
-            model, _ = load_encoder(
+            model = load_encoder(
                 a.checkpoint, size, self.device, pick_fused_attention(self.device, amp_dtype)
             )
             size = model.img_size

@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
+from checkpoints.fetch import fetch
 from engine_finetune import FinetuneRun, train_one_epoch
 from finetune import attr, fgvc, reid, seg
 from finetune.encoder import PIXEL_STATS, encoder_models
@@ -57,7 +58,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("encoder").add_argument
     add("--finetune", default="",
-        help="weights of MAE, CGD-MAE, VehicleMAE, timm, DINO, MoCo v3, CLIP, TransReID (default none)")
+        help="weights of MAE, CGD-MAE, VehicleMAE, timm, Hugging Face, DINO, MoCo v3, CLIP, TransReID: a "
+        "file, a name of `python -m tools.checkpoint list`, or an address (default none)")
     add("--model", default=None, choices=list(encoder_models()), metavar="NAME",
         help=f"one of {', '.join(encoder_models())}, to start from random weights (default: the file's)")
     add("--input_size", default=None, help=f"pixels: one side, or H,W ({by_task('input_size')})")
@@ -184,6 +186,8 @@ def check_args(args) -> None:
         model = Path(args.resume or args.finetune)
         data = Path(args.data_path).stem
         args.output_dir = str(model.parent / f"eval_{data}") if args.eval else f"runs/{args.task}"
+    if args.finetune:
+        args.finetune = str(fetch(args.finetune))
     if args.num_workers is None:
         args.num_workers = default_workers()
     if args.num_workers < 0:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoints.fetch import fetch
 from datasets.labelled import LabelledImages, list_labelled
 from datasets.reid import READERS, read_reid
 from engine_extract import extract_features
@@ -117,6 +118,8 @@ def check_args(args) -> None:
 def main(args) -> dict[str, float | str]:
     """Returns e.g. {"knn_mean_make_top1": 0.12, ...}, shares in [0, 1]."""
     check_args(args)
+    args.output_dir = str(metrics_file(args).parent)
+    args.checkpoint = str(fetch(args.checkpoint))
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise InputError("main_linprobe.py works in one process: start it with python, not with torchrun")
     device = pick_device(args.device)

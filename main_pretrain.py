@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
+from checkpoints.fetch import fetch
 from datasets.manifest import list_images
 from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
 from datasets.teacher_cache import TeacherCache
@@ -126,7 +127,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--resume", default="", help="checkpoint to continue exactly, or auto (default: fresh start)")
     add("--allow_change", nargs="+", default=[], metavar="NAME",
         help="settings that may differ from the resumed run's (default none)")
-    add("--init", default="", help="weights to start a new run from, .pth or .safetensors (default: random)")
+    add("--init", default="", help="weights to start a new run from: .pth, .safetensors, a name of "
+        "`python -m tools.checkpoint list`, or an address (default: random)")
     add("--save_freq", default=20, type=int, help="epochs between checkpoint-<epoch>.pth (default 20)")
     add("--save_minutes", default=15.0, type=float,
         help="minutes between saves of checkpoint-last.pth (default 15)")
@@ -210,16 +212,15 @@ def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, 
     bare.grad_checkpoint = args.grad_checkpoint
     lines = []
     if args.init:
+        args.init = str(fetch(args.init))
         lines.append(f"weights from {args.init}:\n{initialise_from(bare, args.init)}")
     bare.to(device)
     config = {
-        "model": args.model,
-        "img_size": list(args.img_size),
-        "norm_pix_loss": args.norm_pix_loss,
         "kind": "CGD-MAE encoder",
+        "model": args.model,
+        "norm_pix_loss": args.norm_pix_loss,
         "mask_ratio": args.mask_ratio,
-        "mean": bare.pixel_mean.flatten().tolist(),
-        "std": bare.pixel_std.flatten().tolist(),
+        **bare.settings(),
     }
     files = RunFiles(output_dir, facts, config, args.save_minutes, args.keep_checkpoints)
     dataset = PretrainDataset(

@@ -11,14 +11,17 @@ the numbers agree.
 """
 
 from functools import partial
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from models_vit import ENCODER_SIZES, LayerNorm, VisionTransformer, build_blocks, run_blocks
+from util.checkpoint import encoder_state, load_weights, read_checkpoint
 from util.errors import InputError
 from util.pos_embed import sincos_pos_embed
+from util.pretrained import read_config
 from util.step_profile import part
 
 CONTEXTS = ("attention", "cls", "mean", "decoder")
@@ -349,3 +352,34 @@ MODELS = {
     "mae_vit_large_patch16": partial(_build, "large", (512, 8, 16)),
     "mae_vit_huge_patch14": partial(_build, "huge", (512, 8, 16)),
 }
+
+
+def load_autoencoder(
+    file: str | Path, model_name: str | None = None, norm_pix_loss: bool | None = None
+) -> MaskedAutoencoderViT:
+    """The MAE of a checkpoint, decoder included, in eval mode.
+
+    Args:
+        model_name, norm_pix_loss: for files that do not say them; default the file's.
+    Raises:
+        InputError: an encoder alone, another architecture, or a file that does not say what it is.
+    """
+    content = read_checkpoint(file)
+    state, config = content["model"], read_config(file, content)
+    name = model_name or config.get("model")
+    if name is None:
+        raise InputError(f"{file} does not say its architecture: pass --model, one of {', '.join(MODELS)}")
+    if len(encoder_state(state)) == len(state):
+        raise InputError(
+            f"{file} holds an encoder only; a reconstruction needs the decoder: use checkpoint-last.pth of "
+            "the run, or a *_full.pth"
+        )
+    if norm_pix_loss is None:
+        norm_pix_loss = config.get("norm_pix_loss")
+    if norm_pix_loss is None:
+        raise InputError(f"{file} does not say its target: pass --norm_pix_loss or --no-norm_pix_loss")
+    model = MODELS[name](
+        img_size=tuple(config.get("img_size", (224, 224))), norm_pix_loss=norm_pix_loss, fused_attn=False
+    )
+    load_weights(model, state, file, needed="all")
+    return model.eval()

@@ -119,7 +119,8 @@ def load_read_outs(
     Raises:
         InputError: see `load_encoder`; `context` is wanted of a file without a context head.
     """
-    encoder, report = load_encoder(file, img_size, device, fused_attn)
+    encoder = load_encoder(file, img_size, device, fused_attn)
+    report = encoder.report
     context = None
     if "context" in wanted:
         context = load_context(file, encoder.img_size)

@@ -106,7 +106,8 @@ class TransReID(nn.Module):
             if flag == "view" and self.config.unknown_view and ids is not None:
                 ids = torch.where(ids < 0, count - 1, ids)
             wrong = "" if ids is not None else "none is given"
-            if ids is not None and ids.device.type == "cpu":  # elsewhere a look would stop the device
+            # on a GPU a look would stop the device; the ONNX export has no numbers to look at
+            if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
                 low, high = int(ids.min()), int(ids.max())
                 wrong = f"they reach from {low} to {high}" if low < 0 or high >= count else ""
             if wrong:
@@ -166,7 +167,7 @@ class TransReID(nn.Module):
         parts = x[:, self.order]  # [N, parts, length, D]
         cls_token = x[:, None, :1].expand(-1, self.config.parts, -1, -1)
         local = self.b2(torch.cat([cls_token, parts], dim=2).flatten(0, 1))[:, 0]
-        return [self.b1(x)[:, 0], *local.view(len(x), self.config.parts, -1).unbind(dim=1)]
+        return [self.b1(x)[:, 0], *local.view(x.shape[0], self.config.parts, -1).unbind(dim=1)]
 
     def forward(
         self, imgs: torch.Tensor, camids: torch.Tensor | None = None, viewids: torch.Tensor | None = None

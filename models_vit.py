@@ -1,20 +1,29 @@
 """The encoder: a plain ViT with MAE's keys, shapes and features, never masked.
 
+    encoder = load_encoder("output_dir/encoder.pth")
+    features = encoder.embed_images([Image.open("car.jpg")])["cls"]  # [1, D]
+
 Letters: N batch, C channels, H and W pixels, p patch size, L patches without class token, D width.
 """
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image, ImageOps
 from timm.layers import DropPath, PatchEmbed, get_act_layer, set_fused_attn
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from util.dist import get_rank, get_world_size
+from checkpoints.fetch import fetch
+from datasets.images import UNREADABLE, is_turned, open_rgb, to_rgb, why_unreadable
+from datasets.transforms import whole_image
+from util.dist import get_rank, get_world_size, pick_device
 from util.errors import InputError
 from util.pos_embed import resize_pos_embed, sincos_pos_embed
+from util.precision import pick_fused_attention, scoring
 from util.pretrained import load_pretrained, read_pretrained
 
 # size: (width, blocks, heads, patch); base, large and huge as in MAE, Table 8 and Dosovitskiy et al.
@@ -25,6 +34,7 @@ ENCODER_SIZES = {
     "large": (1024, 24, 16, 16),
     "huge": (1280, 32, 16, 14),
 }
+FEATURES = ("cls", "mean", "tokens")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
@@ -158,6 +168,7 @@ class VisionTransformer(nn.Module):
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.embed_dim = embed_dim
         self.grad_checkpoint = False
+        self.report = ""  # of `load_encoder`
 
         # timm's module holds the weights, so that keys and default initialisation are MAE's
         self.patch_embed = PatchEmbed(self.img_size, patch_size, 3, embed_dim)
@@ -204,7 +215,7 @@ class VisionTransformer(nn.Module):
     def embed(self, imgs: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] uint8 or normalised float -> [N, 1 + L, D] tokens with their positions."""
         x = self.patch_embed(self.normalize(imgs)) + self.pos_embed[:, 1:]  # [N, L, D]
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(x.shape[0], -1, -1)
         return self.norm_pre(torch.cat([cls_token, x], dim=1))
 
     def forward_features(self, imgs: torch.Tensor) -> torch.Tensor:
@@ -215,6 +226,73 @@ class VisionTransformer(nn.Module):
         """Unmasked, deterministic features: {"cls": [N, D], "mean": [N, D], "tokens": [N, L, D]}."""
         x = self.forward_features(imgs)
         return {"cls": x[:, 0], "mean": x[:, 1:].mean(dim=1), "tokens": x[:, 1:]}
+
+    @torch.inference_mode()
+    def embed_images(
+        self,
+        images: "Image.Image | str | Path | torch.Tensor | Sequence",
+        batch_size: int = 64,
+        read_outs: tuple[str, ...] = FEATURES,
+    ) -> dict[str, torch.Tensor]:
+        """Pictures -> their features: preprocessing included, nothing masked, the same every time.
+
+        Each picture is taken whole and resized to `img_size` by a bicubic filter, as in the tools of this
+        project; features are float32 whatever mode the encoder is in.
+
+        Args:
+            images: one or more Pillow images of any mode, files, or [3, H, W] uint8 tensors, also mixed and
+                of different sizes; or a batch [N, 3, H, W] uint8.
+            batch_size: pictures at a time on the encoder's device.
+            read_outs: which features; "tokens" of many pictures need much memory.
+        Returns:
+            {"cls": [N, D] class token, "mean": [N, D] mean of the patch tokens, "tokens": [N, L, D]} float32
+            on the CPU, N = 1 for a single picture.
+        Raises:
+            InputError: no picture, one that cannot be read (its number and file are named), another type.
+        """
+        if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 0) == 3:
+            images = [images]
+        if not len(images):
+            raise InputError("embed_images was given no picture: give at least one")
+        wrong = [name for name in read_outs if name not in FEATURES]
+        if wrong:
+            raise InputError(f"read_outs {wrong[0]!r}: choose of {', '.join(FEATURES)}")
+        collected: dict[str, list[torch.Tensor]] = {name: [] for name in read_outs}
+        with scoring(self):
+            for start in range(0, len(images), batch_size):
+                part = range(start, min(start + batch_size, len(images)))
+                batch = torch.stack([self._whole(images[i], i) for i in part])
+                features = self.encode(batch.to(self.cls_token.device, non_blocking=True))
+                for name in read_outs:
+                    # contiguous: a class token is a view that would keep all tokens in memory
+                    collected[name].append(features[name].float().cpu().contiguous())
+        return {name: torch.cat(values) for name, values in collected.items()}
+
+    def _whole(self, image, number: int) -> torch.Tensor:
+        """A picture, a file or [3, H, W] uint8 -> [3, H, W] uint8 of this encoder's size."""
+        try:
+            if isinstance(image, (str, Path)):
+                image = open_rgb(image)
+            elif isinstance(image, torch.Tensor):
+                if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+                    raise InputError(
+                        f"picture {number} is a {image.dtype} tensor of shape {tuple(image.shape)}: give "
+                        "uint8 "
+                        "[3, H, W] in 0..255; normalised floats go to encode()"
+                    )
+                if tuple(image.shape[1:]) == self.img_size:
+                    return image.cpu()
+                image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
+            elif not isinstance(image, Image.Image):
+                raise InputError(
+                    f"picture {number} is a {type(image).__name__}: give Pillow images, files or uint8 "
+                    "tensors"
+                )
+            elif is_turned(image):
+                image = ImageOps.exif_transpose(image)
+            return whole_image(to_rgb(image), self.img_size)
+        except UNREADABLE as error:
+            raise InputError(f"picture {number} ({image}) cannot be read: {why_unreadable(error)}") from error
 
 
 def _init_module(module: nn.Module):
@@ -228,16 +306,16 @@ def _init_module(module: nn.Module):
 
 
 def load_encoder(
-    file: str | Path,
+    source: str | Path,
     img_size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
-    fused_attn: bool = True,
+    fused_attn: bool | None = None,
     *,
     stride: int | None = None,
     drop_path: float = 0.0,
     quick_gelu: bool = False,
     pos_resize: str = "bicubic",
-) -> tuple[VisionTransformer, str]:
+) -> VisionTransformer:
     """A ready encoder from any file that `util.pretrained` recognises.
 
     Sizes come from the tensors, pixel statistics and (H, W) from the file's config where it has one
@@ -245,13 +323,21 @@ def load_encoder(
     `stride` resizes the position table.
 
     Args:
+        source: a file, a name of checkpoints/registry.json, https://..., or hf://ORG/REPO/FILE.
+        img_size: (H, W) in px, default the file's.
+        device: a torch device, or "auto": CUDA where there is one.
+        fused_attn: None: what is fast on the device.
         stride, drop_path, quick_gelu: see `VisionTransformer`.
         pos_resize: see `resize_pos_embed`.
     Returns:
-        The encoder in eval mode, and a table of what was loaded.
+        The encoder in eval mode; its `report` is a table of what was loaded.
     Raises:
         InputError: unreadable file, or tensors that are not those of a ViT this project knows.
     """
+    file = fetch(source)
+    device = pick_device("auto") if device == "auto" else torch.device(device)
+    if fused_attn is None:
+        fused_attn = pick_fused_attention(device, None)
     found = read_pretrained(file)
     pos_embed, patch = found.state["pos_embed"], found.state["patch_embed.proj.weight"]
     width, patch_size = patch.shape[0], patch.shape[2]
@@ -277,14 +363,17 @@ def load_encoder(
         stride=stride,
         pre_norm="norm_pre.weight" in found.state,
         quick_gelu=quick_gelu or found.config.get("quick_gelu", False),
+        initialize=False,  # all but a final norm comes from the file
     )
     resized = [] if own_grid == model.grid_size else ["pos_embed"]
     found.state["pos_embed"] = resize_pos_embed(pos_embed, own_grid, model.grid_size, pos_resize)
-    report = load_pretrained(model, found, file, resized)
+    model.report = load_pretrained(model, found, file, resized)
     if resized:
         rows, columns = own_grid
-        report += f" from {rows} x {columns} to {model.grid_size[0]} x {model.grid_size[1]}, {pos_resize}"
-    return model.to(device).eval(), report
+        model.report += (
+            f" from {rows} x {columns} to {model.grid_size[0]} x {model.grid_size[1]}, {pos_resize}"
+        )
+    return model.to(device).eval()
 
 
 def _source_grid(config: dict, patches: int, patch_size: int, file) -> tuple[tuple, tuple]:

@@ -54,7 +54,7 @@ def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
         report = f"{args.model} with random weights, seed {args.seed}"
         args.weights_sha256 = "random"
     else:
-        encoder, report = load_encoder(
+        encoder = load_encoder(
             args.finetune,
             args.img_size,
             fused_attn=fused_attn,
@@ -71,7 +71,7 @@ def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
                     f"--finetune {args.finetune} is {found[0]} wide with {found[1]} blocks and {found[2]} px "
                     f"patches, --model {args.model} is not: drop --model"
                 )
-        report = f"{args.finetune}\n{report}"
+        report = f"{args.finetune}\n{encoder.report}"
         args.weights_sha256 = file_sha256(args.finetune)
     if args.pixel_stats != "checkpoint":
         encoder.set_pixel_stats(*PIXEL_STATS[args.pixel_stats])
@@ -98,6 +98,8 @@ def check_trained(args, kind: str, model_flags: tuple[str, ...], encoder_alone: 
     """
     file = args.resume or args.finetune
     found = read_config(file, read_checkpoint(file)).get("kind", "")
+    if found == "CGD-MAE encoder" or found.startswith("encoder of "):  # the header of an encoder.safetensors
+        found = ""
     if args.resume and found != kind:
         other = f"use --finetune {file} ({encoder_alone})" if encoder_alone and not found else (
             f"give the model.pth of a run with --task {args.task}"

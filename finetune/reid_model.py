@@ -80,8 +80,8 @@ def load_reid(
     content = read_checkpoint(file)
     config = read_config(file, content)
     if config.get("kind") != KIND:
-        encoder, report = load_encoder(file, img_size, device, fused_attn)
-        return TransReID(encoder, 1, TransReIDConfig()).to(device).eval(), {}, report
+        encoder = load_encoder(file, img_size, device, fused_attn)
+        return TransReID(encoder, 1, TransReIDConfig()).to(device).eval(), {}, encoder.report
     own = tuple(config["img_size"])
     if img_size is not None and tuple(img_size) != own:
         raise InputError(f"{file} was trained at {own[0]} x {own[1]} px: leave --input_size out")

@@ -99,13 +99,13 @@ def test_load_encoder_kinds(tmp_path, state):
     torch.save({"model": encoder_state(state)}, tmp_path / "encoder.pth")
     write_safetensors(tmp_path / "e.safetensors", encoder_state(state),
                       {"config": '{"img_size": [32, 32], "mean": [0.5, 0.5, 0.5]}'})  # fmt: skip
-    plain, _ = load_encoder(tmp_path / "encoder.pth")
-    ours, _ = load_encoder(tmp_path / "e.safetensors")
+    plain = load_encoder(tmp_path / "encoder.pth")
+    ours = load_encoder(tmp_path / "e.safetensors")
     assert plain.img_size == ours.img_size == (32, 32)
     assert ours.pixel_mean.flatten().tolist() == [0.5, 0.5, 0.5]
     imgs = torch.randn(1, 3, 32, 32)
     assert torch.equal(plain.forward_features(imgs), ours.forward_features(imgs))
-    resized, _ = load_encoder(tmp_path / "encoder.pth", (64, 48))
+    resized = load_encoder(tmp_path / "encoder.pth", (64, 48))
     assert resized.pos_embed.shape == (1, 13, 192)
     torch.save({"model": {"fc.weight": torch.zeros(3)}}, tmp_path / "other.pth")
     with pytest.raises(InputError, match="no ViT encoder"):

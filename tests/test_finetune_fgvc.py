@@ -141,7 +141,7 @@ def test_the_baseline_has_no_parts_and_learns(files, tmp_path):
     assert log[9]["train_accuracy"] > 0.7 and log[9]["train_ce"] < 0.6 * log[0]["train_ce"]
     assert "Selected parts" not in (tmp_path / "o" / "report.html").read_text()
     assert len(load_fgvc(tmp_path / "o" / "model.pth")[0].base.blocks) == 3
-    assert len(load_encoder(tmp_path / "o" / "model.pth")[0].blocks) == 3
+    assert len(load_encoder(tmp_path / "o" / "model.pth").blocks) == 3
 
 
 def test_a_run_that_is_stopped_in_an_epoch_goes_on_bit_for_bit(files, trained, tmp_path, monkeypatch):

@@ -22,7 +22,7 @@ from finetune.reid_model import load_reid
 from models_mae import MODELS
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import SameOnAnyRanksDropPath, VisionTransformer
-from util.checkpoint import read_checkpoint
+from util.checkpoint import read_checkpoint, write_safetensors
 from util.errors import InputError
 from util.losses import center_loss, hard_triplet_loss, move_centers
 from util.lr_sched import transreid_lr
@@ -228,11 +228,14 @@ def test_two_ranks_are_one(veri, trained, tmp_path):
     assert found[0] == found[1]
 
 
-def test_a_plain_encoder_can_be_scored_as_it_is(veri, tmp_path):
+@pytest.mark.parametrize("name", ["encoder.pth", "encoder.safetensors"])
+def test_a_plain_encoder_can_be_scored_as_it_is(veri, tmp_path, name):
     torch.manual_seed(0)
     encoder = VisionTransformer((32, 32), 16, 192, 12, 3)
     torch.save({"model": encoder.state_dict()}, tmp_path / "encoder.pth")
-    flags = f"--task reid --eval --finetune {tmp_path / 'encoder.pth'} --input_size 48 --data_path {veri}"
+    config = {"kind": "CGD-MAE encoder", **encoder.settings()}  # as a run of pre-training writes it
+    write_safetensors(tmp_path / "encoder.safetensors", encoder.state_dict(), {"config": json.dumps(config)})
+    flags = f"--task reid --eval --finetune {tmp_path / name} --input_size 48 --data_path {veri}"
     words = [*flags.split(), *CPU, "--output_dir", str(tmp_path / "out")]
     numbers = main_finetune.main(parse(main_finetune.get_args_parser(), words))
     assert 0 < numbers["mAP"] < 1 and numbers["sie"] == "SIE off"

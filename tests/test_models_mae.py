@@ -97,7 +97,7 @@ def test_encoder_loads_strictly_into_an_independent_vit(base, tmp_path):
     plain = PlainViT()
     plain.load_state_dict(encoder_state(base.state_dict()), strict=True)
     torch.save({"model": base.state_dict()}, tmp_path / "full.pth")
-    ours, _ = load_encoder(tmp_path / "full.pth")
+    ours = load_encoder(tmp_path / "full.pth")
     imgs = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         assert torch.allclose(plain(imgs), ours.forward_features(imgs), atol=2e-5)

@@ -101,7 +101,7 @@ def test_extract(run_dir, tmp_path, processes):
     from datasets.images import open_rgb
     from datasets.transforms import whole_image
 
-    model, _ = load_encoder(run_dir / "encoder.safetensors", fused_attn=False)
+    model = load_encoder(run_dir / "encoder.safetensors", fused_attn=False)
     imgs = whole_image(open_rgb(data / "0007.png"), (32, 32))[None]
     with torch.no_grad():
         assert np.allclose(rows[7], model.encode(imgs)["mean"][0].numpy(), atol=1e-5)
@@ -211,7 +211,7 @@ def test_the_context_is_what_pre_training_compares_with_the_teacher(run_dir, tmp
         latent = mae.forward_encoder(mae.shuffled_patches(imgs, order), order)
         decoded = mae.decoder_norm(mae.forward_decoder(latent, order))
         sim = mae.distill_head(latent, decoded, order, teacher)["sim"]
-        plain = load_encoder(file, fused_attn=False)[0].encode(imgs)
+        plain = load_encoder(file, fused_attn=False).encode(imgs)
     assert 1 - (found["context"] * teacher).sum(dim=1).mean().item() == pytest.approx(sim.item(), abs=1e-5)
     assert torch.allclose(found["mean"], plain["mean"], atol=1e-6)
     assert torch.allclose(found["cls_block12"], plain["cls"], atol=1e-6)

@@ -8,17 +8,17 @@ images are NaN and named in the table.
 
 import argparse
 import csv
-import hashlib
 import io
 from pathlib import Path
 
 import numpy as np
 
+from checkpoints.fetch import fetch
 from datasets.manifest import list_images
 from datasets.path_list import PathList, printable
 from engine_extract import WholeImages, extract_to_file
 from models_vit import load_encoder
-from util.checkpoint import write_atomic
+from util.checkpoint import file_sha256, write_atomic
 from util.dist import end_distributed, init_distributed, pick_device, print_main
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.resolve import parse_input_size
@@ -29,7 +29,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = tool_parser("tools.extract", __doc__)
     add = parser.add_argument
     # fmt: off
-    add("--checkpoint", required=True, help="encoder: ours or facebook's MAE, .pth or .safetensors")
+    add("--checkpoint", required=True, help="encoder: what main_finetune.py --finetune takes")
     add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
     add("--output", required=True, help="name of the files to write, without ending")
@@ -57,13 +57,14 @@ def main(args) -> dict:
 def extract(args, device) -> dict:
     output = Path(args.output)
     output = output.with_suffix("") if output.suffix == ".npy" else output
+    args.checkpoint = str(fetch(args.checkpoint))
     amp_dtype, _ = pick_amp_dtype(args.amp, device)
     size = parse_input_size(args.input_size) if args.input_size else None
-    model, report = load_encoder(args.checkpoint, size, device, pick_fused_attention(device, amp_dtype))
-    print_main(f"encoder {args.checkpoint}:\n{report}")
+    model = load_encoder(args.checkpoint, size, device, pick_fused_attention(device, amp_dtype))
+    print_main(f"encoder {args.checkpoint}:\n{model.report}")
     paths = list_images(args.data_path, args.split)
     job = {
-        "checkpoint_sha256": hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest(),
+        "checkpoint_sha256": file_sha256(args.checkpoint),
         "images_sha256": paths.sha256(),
         "images": len(paths),
         "read_out": args.read_out,

@@ -138,7 +138,7 @@ def main(args) -> dict:
     facts = json.loads((run_dir / "args.json").read_text())
     tables = {column: list_labelled(args.data_path, column) for column in args.label_column}
     before = knn_accuracy(initial_encoder(facts), tables, args.read_out, "before")
-    after = knn_accuracy(load_encoder(encoder, fused_attn=False)[0], tables, args.read_out, "after")
+    after = knn_accuracy(load_encoder(encoder, fused_attn=False), tables, args.read_out, "after")
     chance = {}
     for column, table in tables.items():
         val = torch.from_numpy(table.labels[table.splits["val"]])

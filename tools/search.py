@@ -7,7 +7,6 @@ Under torchrun the ranks share the embedding; a call that was stopped goes on wh
 """
 
 import argparse
-import hashlib
 import json
 import os
 import time
@@ -20,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from checkpoints.fetch import fetch
 from datasets.images import UNREADABLE, open_rgb
 from datasets.manifest import MANIFEST_ENDINGS, list_images
 from datasets.packed import PackedImages
@@ -27,7 +27,7 @@ from datasets.path_list import PathList, printable
 from engine_extract import WholeImages, extract_batches, extract_to_file
 from engine_search import HEADER, KIND, best_of_block, build_index, load_faiss, open_index, search_rows
 from finetune.reid_model import load_reid
-from util.checkpoint import write_atomic, write_json
+from util.checkpoint import file_sha256, write_atomic, write_json
 from util.claim import claim
 from util.dist import end_distributed, init_distributed, is_main_process, pick_device, print_main
 from util.errors import InputError
@@ -75,7 +75,8 @@ def load_embedder(args, device: torch.device, read_out: str, size: tuple[int, in
     Raises:
         InputError: no such model, one that needs cameras or views, or `read_out` or `size` do not go with it.
     """
-    file, (amp_dtype, _) = args.checkpoint, pick_amp_dtype(args.amp, device)
+    args.checkpoint = file = str(fetch(args.checkpoint))
+    amp_dtype, _ = pick_amp_dtype(args.amp, device)
     fused = pick_fused_attention(device, amp_dtype)
     model, config, report = load_reid(file, device, img_size=size, fused_attn=fused)
     print_main(f"model {file}:\n{report}")
@@ -165,7 +166,7 @@ def search(args, device: torch.device) -> dict:
     read_out = args.read_out or known.get("read_out", "cls")
     size = parse_input_size(args.input_size) if args.input_size else known.get("img_size")
     embed, size, amp_dtype = load_embedder(args, device, read_out, size)
-    sha256 = hashlib.sha256(Path(args.checkpoint).read_bytes()).hexdigest()
+    sha256 = file_sha256(args.checkpoint)
     header = {"kind": KIND, "checkpoint_sha256": sha256, "read_out": read_out, "img_size": list(size)}
     if paths is not None:
         header |= {"images_sha256": paths.sha256(), "images": len(paths)}

@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from checkpoints.fetch import fetch
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from datasets.manifest import list_images
 from datasets.transforms import mask_noise, whole_image
-from models_mae import MODELS, count_kept
-from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_atomic
+from models_mae import MODELS, count_kept, load_autoencoder
+from util.checkpoint import write_atomic
 from util.errors import InputError
 from util.panels import draw_panel, panel_caption, reconstruction_columns
 from util.tool import run_tool, tool_parser
@@ -38,30 +39,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_autoencoder(file: str, model_name: str | None, norm_pix_loss: bool | None):
-    """The MAE of a checkpoint, decoder included; InputError where there is none."""
-    content = read_checkpoint(file)
-    state, config = content["model"], content.get("config", {})
-    name = model_name or config.get("model")
-    if name is None:
-        raise InputError(f"{file} does not say its architecture: pass --model, one of {', '.join(MODELS)}")
-    if len(encoder_state(state)) == len(state):
-        raise InputError(
-            f"{file} holds an encoder only; a reconstruction needs the decoder: use checkpoint-last.pth of "
-            "the run, or a *_full.pth"
-        )
-    if norm_pix_loss is None:
-        norm_pix_loss = config.get("norm_pix_loss")
-    if norm_pix_loss is None:
-        raise InputError(f"{file} does not say its target: pass --norm_pix_loss or --no-norm_pix_loss")
-    model = MODELS[name](
-        img_size=tuple(config.get("img_size", (224, 224))), norm_pix_loss=norm_pix_loss, fused_attn=False
-    )
-    load_weights(model, state, file, needed="all")
-    return model.eval()
-
-
 def main(args) -> dict:
+    args.checkpoint = str(fetch(args.checkpoint))
     model = load_autoencoder(args.checkpoint, args.model, args.norm_pix_loss)
     count_kept(model.num_patches, args.mask_ratio)
     first = Path(args.images[0])

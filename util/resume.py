@@ -7,6 +7,8 @@ from pathlib import Path
 
 import torch
 
+from checkpoints.reference import reference_of
+from models_vit import VisionTransformer
 from util.checkpoint import (
     encoder_state,
     load_weights,
@@ -178,20 +180,25 @@ class RunFiles:
                 write_atomic(log, lambda opened: opened.write("".join(kept).encode()))
 
     def export_encoder(self, bare: torch.nn.Module) -> None:
-        """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors`."""
+        """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors`, which also
+        says what the encoder answers to the reference pictures."""
         state = {
             k: v.detach().float().cpu().contiguous() for k, v in encoder_state(bare.state_dict()).items()
         }
-        self._export("encoder", {"model": state}, state)
+        encoder = VisionTransformer(**bare.settings(), initialize=False)
+        encoder.load_state_dict(state)
+        self._export(
+            "encoder", {"model": state}, state, {"reference": json.dumps(reference_of(encoder.eval()))}
+        )
 
     def export_model(self, bare: torch.nn.Module) -> None:
         """`model.pth` ({"model", "config"}) and `model.safetensors`: to score and search with."""
         state = {k: v.detach().cpu().contiguous() for k, v in bare.state_dict().items()}
         self._export("model", {"model": state, "config": self.config}, state)
 
-    def _export(self, name: str, content: dict, state: dict) -> None:
+    def _export(self, name: str, content: dict, state: dict, more: dict[str, str] | None = None) -> None:
         write_torch(self.output_dir / f"{name}.pth", content)
-        header = {"format": "pt", "config": json.dumps(self.config)}
+        header = {"format": "pt", "config": json.dumps(self.config), **(more or {})}
         write_safetensors(self.output_dir / f"{name}.safetensors", state, header)
 
 

@@ -23,18 +23,20 @@ def tool_parser(name: str, description: str, parents=()) -> argparse.ArgumentPar
 def run_tool(
     parser: argparse.ArgumentParser,
     main: Callable[[argparse.Namespace], dict],
-    metrics_file: Callable[[argparse.Namespace], Path],
+    metrics_file: Callable[[argparse.Namespace], Path | None],
 ) -> None:
     """Parse, run, write the numbers to `metrics_file(args)` and print them as one JSON line.
 
-    `main` returns an empty dict on ranks other than 0: they write and print nothing.
+    `main` returns an empty dict on ranks other than 0: they write and print nothing. No file is written where
+    `metrics_file` returns None.
     """
 
     def entry() -> None:
         args = parser.parse_args()
         result = main(args)
         if result:
-            write_json(metrics_file(args), result)
+            if (file := metrics_file(args)) is not None:
+                write_json(file, result)
             print(json.dumps(result), flush=True)
 
     run_or_explain(entry)

@@ -1,0 +1,59 @@
+"""torch.hub: encoders and whole autoencoders without a clone of one's own.
+
+    encoder = torch.hub.load("ORG/cgd-mae", "encoder", "mae_vit_base")
+    features = encoder.embed_images(["car.jpg"])["cls"]                 # [1, 768]
+    mae = torch.hub.load("ORG/cgd-mae", "mae", "mae_vit_base_patch16", "mae_vit_base_full")
+
+With a folder in place of ORG/cgd-mae add `source="local"`; `model=` and `source=` are torch.hub's own, so the
+arguments here have other names. This project has packages `datasets` and `util`: a process that has imported
+others of these names (as Hugging Face's `datasets`) cannot load it.
+"""
+
+import difflib
+
+# modules, not their functions: torch.hub takes every function of this file for an entry
+import models_mae
+import models_vit
+from checkpoints import fetch as downloads
+from util import checkpoint as files
+from util import errors, pretrained
+
+dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "tqdm"]
+
+
+def encoder(checkpoint, **kwargs):
+    """An encoder in eval mode with preprocessing, `embed_images` (see `models_vit.load_encoder`).
+
+    Args:
+        checkpoint: a file, a name of checkpoints/registry.json, https://..., or hf://ORG/REPO/FILE.
+        kwargs: of `load_encoder`, as `img_size=(H, W)` in px and `device`.
+    Raises:
+        InputError: nothing there, or no ViT that this project knows.
+    """
+    return models_vit.load_encoder(checkpoint, **kwargs)
+
+
+def mae(name="mae_vit_base_patch16", checkpoint="", **kwargs):
+    """A masked autoencoder in eval mode, decoder included, with released or initial weights.
+
+    Args:
+        name: of `models_mae.MODELS`.
+        checkpoint: a file with a decoder, given as for `encoder`; "" keeps the initial weights.
+        kwargs: of `MaskedAutoencoderViT`; img_size and norm_pix_loss default to what the checkpoint says.
+    Raises:
+        InputError: unknown name, no such file, or one without a decoder of this architecture.
+    """
+    if name not in models_mae.MODELS:
+        nearest = difflib.get_close_matches(name, models_mae.MODELS, n=1, cutoff=0)
+        raise errors.InputError(
+            f"no model {name!r}: did you mean {nearest[0]}? {', '.join(models_mae.MODELS)}"
+        )
+    if not checkpoint:
+        return models_mae.MODELS[name](**kwargs).eval()
+    file = downloads.fetch(checkpoint)
+    content = files.read_checkpoint(file)
+    config = pretrained.read_config(file, content)
+    said = {key: config[key] for key in ("img_size", "norm_pix_loss", "mean", "std") if key in config}
+    model = models_mae.MODELS[name](**(said | kwargs))
+    files.load_weights(model, content["model"], file, needed="all")
+    return model.eval()
