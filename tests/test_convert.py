@@ -1,0 +1,695 @@
+"""To every peer's format and back: their own loaders, or readers that do what theirs do, agree with ours."""
+
+import argparse
+import json
+import math
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import transformers
+from PIL import Image
+from safetensors.torch import save_file
+
+from checkpoints.peers import convert
+from checkpoints.reference import compare
+from models_mae import MODELS, MaskedAutoencoderViT
+from models_vit import VisionTransformer, load_encoder
+from util import checkpoint
+from util.checkpoint import encoder_state, read_checkpoint, read_safetensors_header, write_safetensors
+from util.errors import InputError
+from util.pretrained import read_pretrained
+
+SIZE = (32, 32)
+ATOL = 1e-5
+
+
+def shaken(model):
+    """Every tensor gets random parts, so that no two norms or biases are equal and none is 0."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for value in model.parameters():
+            value += 0.05 * torch.randn(value.shape, generator=generator)
+    return model.eval()
+
+
+def full_file(model, name: str, size: int) -> dict:
+    config = {"kind": "CGD-MAE encoder", "model": name, "img_size": [size, size], "norm_pix_loss": True,
+              "mask_ratio": 0.75} | {k: model.settings()[k] for k in ("mean", "std")}  # fmt: skip
+    return {"model": model.state_dict() | {"distill_head.project.weight": torch.ones(2, 2)}, "config": config}
+
+
+@pytest.fixture(scope="module")
+def mae():
+    torch.manual_seed(0)
+    return shaken(MaskedAutoencoderViT(SIZE, 16, 192, 12, 3, decoder_embed_dim=64, decoder_depth=2,
+                  decoder_num_heads=2, norm_pix_loss=True, fused_attn=False))  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def state(mae):
+    return encoder_state(mae.state_dict())
+
+
+@pytest.fixture(scope="module")
+def full(mae, tmp_path_factory):
+    """A whole checkpoint of ours, with decoder and distillation head."""
+    file = tmp_path_factory.mktemp("ours") / "checkpoint-last.pth"
+    torch.save(full_file(mae, "mae_vit_tiny_patch16", 32), file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def encoder_file(state, tmp_path_factory):
+    """facebook's format of the encoder alone."""
+    file = tmp_path_factory.mktemp("facebook") / "encoder.pth"
+    torch.save({"model": state}, file)
+    return file
+
+
+@pytest.fixture(scope="module")
+def imgs():
+    return torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """(model, file) of a whole ViT-B/16 at 224 px."""
+    torch.manual_seed(0)
+    model = shaken(MODELS["mae_vit_base_patch16"](norm_pix_loss=True, fused_attn=False))
+    file = tmp_path_factory.mktemp("base") / "checkpoint.pth"
+    torch.save(full_file(model, "mae_vit_base_patch16", 224), file)
+    return model, file
+
+
+def run(load: str) -> dict:
+    """Run the lines that `convert` prints."""
+    scope = {"timm": timm, "transformers": transformers}
+    exec(load, scope)
+    return scope
+
+
+def close(a, b, atol=ATOL):
+    assert a.shape == b.shape and (a - b).abs().max() <= atol, (a - b).abs().max()
+
+
+# ---------------------------------------------------------------------------------------------- to the peers
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_timm_loads_it_with_its_own_loader(tmp_path, full, mae, imgs, suffix):
+    result = convert(full, "timm", tmp_path / f"timm{suffix}")
+    theirs = run(result["load"])["model"].eval()
+    close(theirs.forward_features(imgs), mae.forward_features(imgs))
+    assert result["tensors"] == 150 and "'vit_tiny_patch16_224'" in result["load"]
+    assert "timm's default for vit_tiny_patch16_224 is mean 0.5 0.5 0.5" in result["remark"]
+    torch.save(theirs.state_dict(), tmp_path / "saved.pth")
+    again = load_encoder(tmp_path / "saved.pth", fused_attn=False)
+    assert "loaded    150 tensors" in again.report and "100% of the encoder" in again.report
+    close(again.forward_features(imgs), theirs.forward_features(imgs))
+    pixels = timm.data.resolve_model_data_config(theirs)
+    assert pixels["mean"] == (0.485, 0.456, 0.406) and pixels["std"] == (0.229, 0.224, 0.225)
+
+
+def test_timm_with_statistics_of_its_own_and_odd_sizes(tmp_path):
+    encoder = shaken(
+        VisionTransformer((48, 32), 8, 96, 2, 4, mean=(0.5,) * 3, std=(0.5,) * 3, fused_attn=False)
+    )
+    header = {"config": json.dumps(encoder.settings())}
+    write_safetensors(tmp_path / "odd.safetensors", encoder.state_dict(), header)
+    result = convert(tmp_path / "odd.safetensors", "timm", tmp_path / "timm.safetensors")
+    assert "pretrained_cfg_overlay" not in result["load"] and "default" not in result["remark"]
+    theirs = run(result["load"])["model"].eval()
+    imgs = torch.randn(1, 3, 48, 32)
+    close(theirs.forward_features(imgs), encoder.forward_features(imgs))
+    again = load_encoder(tmp_path / "timm.safetensors", fused_attn=False)  # its header says all of it
+    assert again.settings() == encoder.settings()
+    close(again.forward_features(imgs), encoder.forward_features(imgs), 0)
+
+
+def test_a_clip_tower_goes_to_timms_clip_and_nowhere_else(tmp_path, imgs):
+    torch.manual_seed(0)
+    vision = {"image_size": 32, "layers": 2, "width": 192, "head_width": 64, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
+    clip = shaken(open_clip.model.CLIP(16, vision, text))
+    torch.save(clip.state_dict(), tmp_path / "clip.pt")
+    result = convert(tmp_path / "clip.pt", "timm", tmp_path / "timm.pth")
+    assert "'vit_base_patch16_clip_224'" in result["load"] and result["tensors"] == 7 + 2 * 12 + 0
+    theirs = run(result["load"])["model"].eval()
+    wanted = clip.visual.ln_post(clip.visual.transformer(clip.visual._embeds(imgs)))
+    close(theirs.forward_features(imgs), wanted)
+    close(convert_and_load(tmp_path / "clip.pt", tmp_path / "o.safetensors").forward_features(imgs), wanted)
+    for target, name in (
+        ("mae", "a.pth"),
+        ("hf", "a"),
+        ("transreid", "a.pth"),
+        ("transfg", "a.npz"),
+        ("setr", "a.pth"),
+    ):
+        with pytest.raises(InputError, match="CLIP's kind of ViT.*--to timm or --to safetensors"):
+            convert(tmp_path / "clip.pt", target, tmp_path / name)
+
+
+def convert_and_load(file, output):
+    convert(file, "safetensors", output)
+    return load_encoder(output, fused_attn=False)
+
+
+def test_hugging_face_loads_the_encoder(tmp_path, encoder_file, mae, imgs):
+    result = convert(encoder_file, "hf", tmp_path / "hf")
+    got = run(result["load"])
+    close(got["model"](imgs).last_hidden_state, mae.forward_features(imgs))
+    config = got["model"].config
+    got["model"].save_pretrained(tmp_path / "saved")
+    again = load_encoder(tmp_path / "saved" / "model.safetensors", fused_attn=False)
+    assert "loaded    150 tensors" in again.report
+    close(again.forward_features(imgs), mae.forward_features(imgs), 0)
+    assert type(got["model"]).__name__ == "ViTModel" and config.layer_norm_eps == 1e-6
+    assert (config.image_size, config.patch_size, config.num_attention_heads) == (32, 16, 3)
+    _, info = transformers.ViTModel.from_pretrained(
+        tmp_path / "hf", add_pooling_layer=False, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    # 32 x 32: nothing is resized, so that only scale and statistics are compared; then the filter
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    theirs = got["processor"](Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+    close(theirs, mae.normalize(torch.from_numpy(pixels).permute(2, 0, 1)[None]))
+    saved = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert saved["resample"] == 3 and saved["size"] == {"height": 32, "width": 32}
+
+
+def test_hugging_face_reconstructs(tmp_path, full, mae, imgs):
+    result = convert(full, "hf", tmp_path / "hf")
+    theirs = run(result["load"])["model"]
+    noise = torch.rand(2, 4, generator=torch.Generator().manual_seed(2))
+    same_as_hf_mae(theirs, mae, imgs, noise)
+    theirs.save_pretrained(tmp_path / "saved")  # what transformers itself writes comes back bit for bit
+    convert(tmp_path / "saved", "mae", tmp_path / "mae.pth")
+    content = torch.load(tmp_path / "mae.pth", weights_only=True)["model"]
+    assert set(content) == set(mae.state_dict())
+    assert all(torch.equal(v, mae.state_dict()[k]) for k, v in content.items())
+    assert (
+        theirs.config.norm_pix_loss
+        and theirs.config.mask_ratio == 0.75
+        and "norm_pix" not in result["remark"]
+    )
+    _, info = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    content = checkpoint.read_checkpoint(full)  # facebook's: nothing beside the weights
+    torch.save({"model": content["model"]}, tmp_path / "bare.pth")
+    bare = convert(tmp_path / "bare.pth", "hf", tmp_path / "bare")
+    assert "norm_pix_loss is not known, config.json says no" in bare["remark"]
+
+
+def same_as_hf_mae(theirs, ours, imgs, noise):
+    with torch.no_grad():
+        got = theirs(imgs, noise=noise)
+        pred, mask = ours.reconstruct(imgs, 0.75, noise)
+        close(got.logits, pred)
+        assert torch.equal(got.mask, mask) and 0 < mask.mean() < 1
+        close(got.loss, ours(imgs, 0.75, noise)["pixel"])
+
+
+def test_the_mae_file_has_encoder_and_decoder_and_no_head(tmp_path, full, mae, encoder_file, state):
+    result = convert(full, "mae", tmp_path / "mae.pth")
+    content = torch.load(tmp_path / "mae.pth", weights_only=True)
+    assert list(content) == ["model"] and set(content["model"]) == set(mae.state_dict())
+    assert all(torch.equal(v, mae.state_dict()[k]) for k, v in content["model"].items())
+    assert result["tensors"] == len(mae.state_dict()) and "encoder and decoder" in result["remark"]
+    convert(encoder_file, "mae", tmp_path / "encoder.pth")
+    assert set(torch.load(tmp_path / "encoder.pth", weights_only=True)["model"]) == set(state)
+
+
+def transreid_load_param(model, path, size):
+    """What TransReID's loader does (downstream.md 1.6): unwraps, skips heads, resizes the table, copies by
+    name; an unknown name is a KeyError."""
+    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = weights["model"] if "model" in weights else weights
+    own = model.state_dict()
+    for name, value in weights.items():
+        if "head" in name or "dist" in name:
+            continue
+        if name == "pos_embed" and value.shape != own[name].shape:
+            assert "distilled" not in str(path)
+            side = int(math.sqrt(value.shape[1] - 1))
+            grid = value[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid, size=(size[0] // 16, size[1] // 16), mode="bilinear")
+            value = torch.cat([value[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], dim=1)
+        own[name].copy_(value)
+    return len(weights)
+
+
+def test_transreid_loads_all_150_and_nothing_else(tmp_path, full, mae, state, imgs):
+    output = tmp_path / "transreid.pth"
+    result = convert(full, "transreid", output)
+    theirs = VisionTransformer(SIZE, 16, 192, 12, 3, fused_attn=False).eval()
+    assert transreid_load_param(theirs, output, SIZE) == 150 == result["tensors"]
+    close(theirs.forward_features(imgs), mae.forward_features(imgs), 0)
+    assert set(torch.load(output, weights_only=True)["model"]) == set(state)
+    longer = VisionTransformer((64, 32), 16, 192, 12, 3)
+    transreid_load_param(longer, output, (64, 32))
+    assert torch.equal(longer.pos_embed[:, 0], mae.pos_embed[:, 0])
+    with pytest.raises(KeyError):  # the reader of this test would have noticed
+        transreid_load_param(theirs, full, SIZE)
+    with pytest.raises(InputError, match="with 'distilled' in it"):
+        convert(full, "transreid", tmp_path / "self_distilled" / "encoder.pth")
+    assert not (tmp_path / "self_distilled").exists()
+
+
+def blocks_in_numpy_names(npz, imgs, depth):
+    """The ViT of vit_jax from its own arrays: tokens after `depth` blocks, [N, 1 + L, D]."""
+
+    def array(name):
+        return torch.from_numpy(npz[name])
+
+    def norm(x, name):
+        return F.layer_norm(x, x.shape[-1:], array(f"{name}/scale"), array(f"{name}/bias"), 1e-6)
+
+    kernel = array("embedding/kernel")  # [p, p, 3, D]
+    x = F.conv2d(imgs, kernel.permute(3, 2, 0, 1), array("embedding/bias"), stride=kernel.shape[0])
+    x = torch.cat([array("cls").expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], dim=1)
+    x = x + array("Transformer/posembed_input/pos_embedding")
+    for number in range(depth):
+        block = f"Transformer/encoderblock_{number}"
+        attention = f"{block}/MultiHeadDotProductAttention_1"
+        y = norm(x, f"{block}/LayerNorm_0")
+        q, k, v = (
+            torch.einsum("ntd,dhe->nthe", y, array(f"{attention}/{name}/kernel"))
+            + array(f"{attention}/{name}/bias")
+            for name in ("query", "key", "value")
+        )
+        weights = torch.einsum("nqhe,nkhe->nhqk", q / math.sqrt(q.shape[-1]), k).softmax(dim=-1)
+        y = torch.einsum("nhqk,nkhe->nqhe", weights, v)
+        x = (
+            x
+            + torch.einsum("nthe,hed->ntd", y, array(f"{attention}/out/kernel"))
+            + array(f"{attention}/out/bias")
+        )
+        y = norm(x, f"{block}/LayerNorm_2")
+        for layer in ("Dense_0", "Dense_1"):
+            y = y @ array(f"{block}/MlpBlock_3/{layer}/kernel") + array(f"{block}/MlpBlock_3/{layer}/bias")
+            y = F.gelu(y) if layer == "Dense_0" else y
+        x = x + y
+    return x
+
+
+def test_transfg_reads_googles_names(tmp_path, full, mae, imgs):
+    result = convert(full, "transfg", tmp_path / "encoder.npz")
+    npz = np.load(tmp_path / "encoder.npz")
+    block = "Transformer/encoderblock_11"
+    shapes = {
+        "embedding/kernel": (16, 16, 3, 192), "embedding/bias": (192,), "cls": (1, 1, 192),
+        "Transformer/posembed_input/pos_embedding": (1, 5, 192), "Transformer/encoder_norm/scale": (192,),
+        "Transformer/encoder_norm/bias": (192,),
+        f"{block}/LayerNorm_0/scale": (192,), f"{block}/LayerNorm_2/bias": (192,),
+        f"{block}/MultiHeadDotProductAttention_1/query/kernel": (192, 3, 64),
+        f"{block}/MultiHeadDotProductAttention_1/value/bias": (3, 64),
+        f"{block}/MultiHeadDotProductAttention_1/out/kernel": (3, 64, 192),
+        f"{block}/MultiHeadDotProductAttention_1/out/bias": (192,),
+        f"{block}/MlpBlock_3/Dense_0/kernel": (192, 768), f"{block}/MlpBlock_3/Dense_1/kernel": (768, 192),
+    }  # fmt: skip
+    assert {k: npz[k].shape for k in shapes} == shapes
+    assert len(npz.files) == 6 + 12 * 16 == result["tensors"]
+    ours = mae.embed(imgs)
+    for number in range(11):
+        ours = mae.blocks[number](ours)
+    close(blocks_in_numpy_names(npz, imgs, 11), ours, 1e-4)
+
+
+class Segmenter(torch.nn.Module):
+    """Only what SETR's loaders touch."""
+
+    def __init__(self, side):
+        super().__init__()
+        self.backbone = VisionTransformer((side, side), 16, 192, 12, 3, fused_attn=False)
+
+
+def checksum(module):
+    return sum(value.double().abs().sum() for value in module.state_dict().values())
+
+
+def test_setr_loads_both_ways(tmp_path, full, mae, imgs):
+    result = convert(full, "setr", tmp_path / "setr.pth", input_size=(64, 64))
+    content = torch.load(tmp_path / "setr.pth", weights_only=True)
+    assert result["tensors"] == 152 + 150 == len(content["model"]) + len(content["state_dict"])
+    # its cache: two deletions that raise where there is no head, strict=False, table to the crop, bilinear
+    cached, weights = Segmenter(64), dict(content["model"])
+    del weights["head.weight"], weights["head.bias"]
+    table = weights.pop("pos_embed")
+    side = int(math.sqrt(table.shape[1]))
+    grid = table[:, -side * side :].transpose(1, 2).reshape(1, -1, side, side)
+    grid = F.interpolate(grid, size=(4, 4), mode="bilinear", align_corners=False)
+    weights["pos_embed"] = torch.cat([table[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
+    before = checksum(cached.backbone)
+    loaded = cached.backbone.load_state_dict(weights, strict=False)
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+    # load_from: names with the prefix, nothing to resize
+    whole = Segmenter(64)
+    loaded = whole.load_state_dict(content["state_dict"], strict=False)
+    assert not loaded.missing_keys and not loaded.unexpected_keys
+    assert checksum(cached.backbone) == checksum(whole.backbone) != before
+    assert torch.equal(whole.backbone.blocks[7].mlp.fc2.weight, mae.blocks[7].mlp.fc2.weight)
+    assert torch.equal(content["model"]["pos_embed"], mae.pos_embed)
+    assert "deit_base_distilled_patch16_384-d0272ac0.pth" in result["remark"]
+    with pytest.raises(InputError, match="squares of a multiple of the patch size 16"):
+        convert(full, "setr", tmp_path / "setr.pth", input_size=(64, 32))
+
+
+def test_our_own_file_has_its_config_and_a_reference(tmp_path, full, mae, imgs):
+    output = tmp_path / "encoder.safetensors"
+    assert convert(full, "safetensors", output)["tensors"] == 150
+    header = read_safetensors_header(output)
+    config = json.loads(header["config"])
+    wanted = full_file(mae, "mae_vit_tiny_patch16", 32)["config"]
+    assert {k: config[k] for k in wanted} == wanted
+    again = load_encoder(output, fused_attn=False)
+    close(again.forward_features(imgs), mae.forward_features(imgs), 0)
+    assert max(compare(json.loads(header["reference"]), again, output).values()) < 1e-5
+
+
+def test_base_to_timm(tmp_path, base):
+    model, file = base
+    imgs = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(4))
+    result = convert(file, "timm", tmp_path / "timm.pth")
+    assert result["tensors"] == 150 and result["parameters"] == 85_798_656
+    theirs = timm.create_model("vit_base_patch16_224", num_classes=0, checkpoint_path=tmp_path / "timm.pth")
+    with torch.no_grad():
+        close(theirs.eval().forward_features(imgs), model.forward_features(imgs))
+
+
+def test_base_to_hugging_face(tmp_path, base):
+    model, file = base
+    imgs = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(5))
+    noise = torch.rand(1, 196, generator=torch.Generator().manual_seed(6))
+    convert(file, "hf", tmp_path / "hf")
+    theirs = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hf")
+    same_as_hf_mae(theirs, model, imgs, noise)
+    # the same folder as a plain encoder
+    encoder = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
+    with torch.no_grad():
+        close(encoder(imgs).last_hidden_state, model.forward_features(imgs))
+
+
+def test_anything_goes_to_anything(tmp_path, full, state, mae):
+    """One encoder through all formats, each made of the one before; then the decoder through two."""
+    file = full
+    stations = (("hf", "hf"), ("transfg", "a.npz"), ("setr", "setr.pth"), ("timm", "t.pth"),
+                ("transreid", "r.pth"), ("safetensors", "own.safetensors"), ("mae", "mae.pth"))  # fmt: skip
+    for target, name in stations:
+        result = convert(file, target, tmp_path / name)
+        file = tmp_path / name
+        assert result["input_size"] == "32 x 32"
+        found = read_pretrained(file)
+        assert set(found.state) == set(state) and all(
+            torch.equal(v, state[k]) for k, v in found.state.items()
+        )
+    assert not read_pretrained(file).decoder  # the .npz lost it
+
+
+# ------------------------------------------------------------------------------------------------------- back
+
+
+def older_names(state: dict) -> dict:
+    """transformers' own model in memory (5.x) -> the names that all of 4.x had in memory and in files."""
+    pairs = (("layers.", "encoder.layer."), (".q_proj.", ".attention.query."),
+             (".k_proj.", ".attention.key."), (".v_proj.", ".attention.value."),
+             (".o_proj.", ".output.dense."), ("mlp.fc1", "intermediate.dense"),
+             ("mlp.fc2", "output.dense"))  # fmt: skip
+    renamed = {}
+    for key, value in state.items():
+        decoder = key.startswith("decoder.")
+        for new, old in pairs[decoder:]:
+            key = key.replace(new, old)
+        renamed[key] = value
+    return renamed
+
+
+def hf_model(kind: str):
+    sizes = dict(hidden_size=96, num_hidden_layers=3, num_attention_heads=4, intermediate_size=384,
+                 image_size=48, patch_size=16, layer_norm_eps=1e-6)  # fmt: skip
+    torch.manual_seed(0)
+    if kind == "ViTMAEForPreTraining":
+        decoder = dict(decoder_hidden_size=64, decoder_num_hidden_layers=2, decoder_num_attention_heads=4,
+                       decoder_intermediate_size=256, norm_pix_loss=True)  # fmt: skip
+        return shaken(transformers.ViTMAEForPreTraining(transformers.ViTMAEConfig(**sizes, **decoder)))
+    return shaken(getattr(transformers, kind)(transformers.ViTConfig(**sizes)))
+
+
+@pytest.mark.parametrize("names", ["in memory", "older"])
+@pytest.mark.parametrize("kind", ["ViTModel", "ViTForImageClassification", "ViTMAEForPreTraining"])
+def test_hugging_faces_files_load(tmp_path, kind, names):
+    theirs = hf_model(kind)
+    theirs.config.save_pretrained(tmp_path)
+    (tmp_path / "preprocessor_config.json").write_text(
+        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3})
+    )
+    weights = theirs.state_dict() if names == "in memory" else older_names(theirs.state_dict())
+    torch.save(weights, tmp_path / "pytorch_model.bin")
+    ours = load_encoder(tmp_path / "pytorch_model.bin", fused_attn=False)
+    imgs = torch.randn(2, 3, 48, 48)
+    vit = theirs if kind == "ViTModel" else theirs.vit
+    if kind == "ViTMAEForPreTraining":
+        theirs.config.mask_ratio = 0.0
+        got = vit(imgs, noise=torch.arange(9.0).repeat(2, 1))
+    else:
+        got = vit(imgs)
+    close(ours.forward_features(imgs), got.last_hidden_state)
+    assert "100% of the encoder" in ours.report and "new         0 tensors" in ours.report, ours.report
+    assert "Hugging Face ViT" in ours.report and ours.settings()["num_heads"] == 4
+    assert ours.settings()["mean"] == [0.5] * 3 and ours.settings()["std"] == [0.25] * 3
+    extra = {
+        "ViTModel": "pooler",
+        "ViTForImageClassification": "classifier",
+        "ViTMAEForPreTraining": "decoder_",
+    }
+    assert extra[kind] in ours.report.splitlines()[-1]
+
+
+def test_a_folder_that_transformers_wrote(tmp_path):
+    theirs = hf_model("ViTMAEForPreTraining")
+    theirs.save_pretrained(tmp_path / "mae")
+    found = read_pretrained(tmp_path / "mae")
+    assert (
+        found.origin == "Hugging Face ViTMAE" and found.config["norm_pix_loss"] and len(found.decoder) == 32
+    )
+    result = convert(tmp_path / "mae", "hf", tmp_path / "again")  # decoder heads of 16 are kept by the config
+    again = run(result["load"])["model"]
+    assert again.config.decoder_num_attention_heads == 4
+    imgs, noise = torch.randn(1, 3, 48, 48), torch.rand(1, 9)
+    with torch.no_grad():
+        close(again(imgs, noise=noise).loss, theirs(imgs, noise=noise).loss, 1e-6)
+    (tmp_path / "mae" / "config.json").unlink()
+    with pytest.raises(InputError, match="width 96: the known encoders"):
+        load_encoder(tmp_path / "mae" / "model.safetensors")
+    with pytest.raises(InputError, match="a folder without model.safetensors or pytorch_model.bin"):
+        read_pretrained(tmp_path)
+
+
+def test_what_lies_beside_a_hugging_face_file_is_believed_or_refused(tmp_path, encoder_file):
+    convert(encoder_file, "hf", tmp_path)
+    file, config = tmp_path / "model.safetensors", json.loads((tmp_path / "config.json").read_text())
+    for change, words in (
+        ({"hidden_act": "gelu_pytorch_tanh"}, "activation 'gelu_pytorch_tanh'"),
+        ({"image_size": 48}, "pos_embed with 5 rows, and its config says 48 x 48 px, which makes 10"),
+        ({"num_hidden_layers": 13}, "lacks blocks.12 as a whole: it has 12 blocks of 13"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | change))
+        with pytest.raises(InputError, match=words):
+            load_encoder(file)
+    (tmp_path / "config.json").write_text('{"image_size": 3')
+    with pytest.raises(InputError, match="config.json is damaged"):
+        load_encoder(file)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "preprocessor_config.json").write_text(
+        '{"image_mean": [1], "image_std": [1], "do_normalize": false}'
+    )
+    assert load_encoder(file).settings()["mean"] == [0.0] * 3
+
+
+def test_googles_own_file_loads(tmp_path, full, mae, imgs):
+    convert(full, "transfg", tmp_path / "a.npz")
+    arrays = dict(np.load(tmp_path / "a.npz"))
+    assert load_encoder(tmp_path / "a.npz").settings()["mean"] == [0.485, 0.456, 0.406]
+    head = {"head/kernel": np.zeros((192, 5), np.float32), "head/bias": np.zeros(5, np.float32)}
+    np.savez(tmp_path / "google.npz", **arrays, **head)
+    ours = load_encoder(tmp_path / "google.npz", fused_attn=False)
+    close(ours.forward_features(imgs), mae.forward_features(imgs), 0)
+    assert ours.settings()["mean"] == [0.5] * 3 and "Google ViT, 100% of the encoder" in ours.report
+    # the same file in timm's own reader of this format
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, num_classes=0, checkpoint_path=tmp_path / "a.npz"
+    )
+    close(theirs.eval().forward_features(imgs), mae.forward_features(imgs))
+
+
+def damaged(state: dict, key: str, other: str, block: str, how: str) -> tuple[dict, str]:
+    """(state with one fault, what the message must name)"""
+    if how == "renamed":
+        return {(other if k == key else k): v for k, v in state.items()}, other
+    if how == "shape":
+        return state | {key: torch.zeros(*state[key].shape[:-1], state[key].shape[-1] + 1)}, key
+    return {k: v for k, v in state.items() if block not in k}, "blocks.5"
+
+
+@pytest.mark.parametrize("how", ["renamed", "shape", "block"])
+@pytest.mark.parametrize("kind", ["timm", "hf", "facebook"])
+def test_one_fault_is_refused_by_name(tmp_path, full, how, kind):
+    if kind == "hf":
+        convert(full, "hf", tmp_path / "hf")
+        state = read_checkpoint(tmp_path / "hf" / "model.safetensors")["model"]
+        key = "vit.encoder.layer.3.intermediate.dense.weight"
+        broken, named = damaged(state, key, key.replace("dense", "dance"), "vit.encoder.layer.5.", how)
+        file = tmp_path / "hf" / "model.safetensors"
+        save_file({k: v.contiguous() for k, v in broken.items()}, file)
+    else:
+        convert(full, "timm" if kind == "timm" else "mae", tmp_path / "good.pth")
+        state = read_checkpoint(tmp_path / "good.pth")["model"]
+        key = "blocks.3.mlp.fc1.weight"
+        broken, named = damaged(state, key, key.replace("fc1", "fc9"), "blocks.5.", how)
+        file = tmp_path / "bad.pth"
+        torch.save(broken if kind == "timm" else {"model": broken}, file)
+    with pytest.raises(InputError) as error:
+        load_encoder(file)
+    assert named in str(error.value), error.value
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+def test_q_k_and_v_are_needed_and_alike(tmp_path, encoder_file, part):
+    convert(encoder_file, "hf", tmp_path)
+    file, name = tmp_path / "model.safetensors", f"encoder.layer.2.attention.attention.{part}.weight"
+    good = read_checkpoint(file)["model"]
+    save_file({k: v for k, v in good.items() if k != name}, file)
+    with pytest.raises(InputError, match=f"lacks {name}: blocks.2.attn.qkv.weight needs q, k and v"):
+        load_encoder(file)
+    save_file(good | {name: torch.zeros(191, 192)}, file)
+    with pytest.raises(InputError, match=rf"{name} as \(191, 192\)"):
+        load_encoder(file)
+
+
+def test_a_block_that_is_not_whole_is_refused_in_a_deep_model_too(tmp_path):
+    """One block of 24 is 4% of the tensors, one tensor 0.3%."""
+    deep = VisionTransformer((16, 16), 16, 192, 24, 3).state_dict()
+    for gone in ("blocks.7.", "blocks.7.norm2.bias"):
+        torch.save({"model": {k: v for k, v in deep.items() if gone not in k}}, tmp_path / "file.pth")
+        with pytest.raises(InputError, match="lacks blocks.7"):
+            load_encoder(tmp_path / "file.pth")
+
+
+def test_a_damaged_npz(tmp_path, encoder_file):
+    file = tmp_path / "a.npz"
+    convert(encoder_file, "transfg", file)
+    whole = file.read_bytes()
+    file.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match=r"bytes\) is truncated or damaged"):
+        load_encoder(file)
+    middle = len(whole) // 2
+    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
+    with pytest.raises(InputError, match="damaged"):
+        load_encoder(file)
+    file.write_bytes(b"no archive at all")
+    with pytest.raises(InputError, match="truncated or damaged: it is no archive of numbers"):
+        load_encoder(file)
+    np.savez(file, **{"embedding/kernel": np.array([print], dtype=object)})
+    with pytest.raises(InputError, match="holds Python objects, which could run code, and is refused"):
+        load_encoder(file)
+
+
+# ------------------------------------------------------------------------------------------ what is refused
+
+
+def test_a_rectangle_goes_where_it_can(tmp_path):
+    encoder = shaken(VisionTransformer((64, 32), 16, 192, 2, 3, fused_attn=False))
+    file = tmp_path / "r.safetensors"
+    write_safetensors(file, encoder.state_dict(), {"config": json.dumps(encoder.settings())})
+    imgs = torch.randn(1, 3, 64, 32)
+    wanted = encoder.forward_features(imgs)
+    close(
+        run(convert(file, "timm", tmp_path / "t.pth")["load"])["model"].eval().forward_features(imgs), wanted
+    )
+    close(run(convert(file, "hf", tmp_path / "hf")["load"])["model"](imgs).last_hidden_state, wanted)
+    for target, name in (("mae", "a.pth"), ("transreid", "a.pth"), ("transfg", "a.npz"), ("setr", "a.pth")):
+        with pytest.raises(
+            InputError, match=f"table of 4 x 2 patches, and --to {target} reads squares alone"
+        ):
+            convert(file, target, tmp_path / name)
+    result = convert(file, "transfg", tmp_path / "a.npz", input_size=(48, 48))
+    table = np.load(tmp_path / "a.npz")["Transformer/posembed_input/pos_embedding"]
+    assert result["input_size"] == "48 x 48" and table.shape == (1, 10, 192)
+    assert np.array_equal(table[:, 0], encoder.pos_embed[:, 0].detach().numpy())
+    assert np.array_equal(table, load_encoder(file, (48, 48)).pos_embed.detach().numpy())
+
+
+def test_other_sizes_with_a_decoder_are_refused(tmp_path, full):
+    for target, name in (("mae", "a.pth"), ("hf", "a")):
+        with pytest.raises(InputError, match="a decoder for 4 patches, and --input_size makes 16"):
+            convert(full, target, tmp_path / name, input_size=(64, 64))
+    assert convert(full, "timm", tmp_path / "t.pth", input_size=(64, 64))["input_size"] == "64 x 64"
+
+
+def test_what_else_is_refused(tmp_path, full, encoder_file, state, mae):
+    for target, name, words in (
+        ("keras", "a.h5", "--to keras: choose of mae, timm, hf"),
+        ("timm", "a.npz", "a name that ends with .pth or .safetensors"),
+        ("safetensors", "a.pth", "a name that ends with .safetensors"),
+        ("mae", "folder.pth", "is a folder: give a file name in it"),
+        ("hf", "file", "is a file: give a folder"),
+    ):
+        (tmp_path / "folder.pth").mkdir(exist_ok=True)
+        (tmp_path / "file").write_text("")
+        with pytest.raises(InputError, match=words):
+            convert(full, target, tmp_path / name)
+    before = encoder_file.read_bytes()
+    with pytest.raises(InputError, match="is the file that is converted"):
+        convert(encoder_file, "mae", encoder_file)
+    assert encoder_file.read_bytes() == before
+    torch.save(
+        {"model": {k: v for k, v in state.items() if not k.startswith("norm.")}}, tmp_path / "part.pth"
+    )
+    with pytest.raises(InputError, match="lacks norm.weight, which would be made up"):
+        convert(tmp_path / "part.pth", "timm", tmp_path / "t.pth")
+    torch.save({"model": state | {"cls_token": state["cls_token"] * float("nan")}}, tmp_path / "nan.pth")
+    with pytest.raises(InputError, match="numbers in cls_token that are not finite"):
+        convert(tmp_path / "nan.pth", "timm", tmp_path / "t.pth")
+    whole = mae.state_dict()
+    for gone in ("decoder_embed.weight", "decoder_blocks.1.mlp.fc1.bias", "mask_token"):
+        torch.save({"model": {k: v for k, v in whole.items() if k != gone}}, tmp_path / "cut.pth")
+        with pytest.raises(InputError, match=f"a decoder without {gone}"):
+            convert(tmp_path / "cut.pth", "mae", tmp_path / "m.pth")
+    torch.save({"model": state | {"mask_token": torch.zeros(1, 1, 192)}}, tmp_path / "ibot.pth")
+    assert convert(tmp_path / "ibot.pth", "mae", tmp_path / "m.pth")["tensors"] == 150
+
+
+@pytest.mark.parametrize("fault", ["changed", "lost", "added"])
+def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, encoder_file, monkeypatch, fault):
+    def bad_disk(file, value):
+        model = dict(value["model"])
+        if fault == "changed":
+            model["blocks.4.norm1.bias"] = model["blocks.4.norm1.bias"] + 1e-6
+        elif fault == "lost":
+            del model["norm.bias"]
+        else:
+            model["head.bias"] = torch.zeros(3)
+        torch.save({"model": model}, file)
+
+    monkeypatch.setattr("checkpoints.peer_files.write_torch", bad_disk)
+    words = {"changed": "1 of them changed .first blocks.4.norm1.bias", "lost": "149 tensors of 150 written",
+             "added": "151 tensors of 150 written"}  # fmt: skip
+    with pytest.raises(InputError, match=words[fault]):
+        convert(encoder_file, "mae", tmp_path / "m.pth")
+
+
+def test_what_is_written_is_float32_and_plain(tmp_path, state):
+    """Half precision and an argparse.Namespace in the source, neither in the copies."""
+    half, args = {k: v.half() for k, v in state.items()}, argparse.Namespace(model="mae_vit_tiny_patch16")
+    torch.save({"model": half, "args": args, "epoch": 3, "optimizer": {}}, tmp_path / "facebook.pth")
+    for target in ("mae", "transreid", "setr"):
+        convert(tmp_path / "facebook.pth", target, tmp_path / f"{target}.pth")
+        content = torch.load(tmp_path / f"{target}.pth", weights_only=True)  # would refuse `args`
+        tensors = [value for part in content.values() for value in part.values()]
+        assert len(tensors) >= 150 and all(v.dtype == torch.float32 and v.is_contiguous() for v in tensors)
+    convert(tmp_path / "facebook.pth", "transfg", tmp_path / "a.npz")
+    npz = np.load(tmp_path / "a.npz")
+    assert all(npz[name].dtype == np.float32 for name in npz.files)
