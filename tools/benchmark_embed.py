@@ -1,0 +1,121 @@
+"""load_encoder and embed_images beside timm's own ViT with the same weights and transforms, in one run.
+
+    python -m tools.benchmark_embed --data_path PHOTOS                             # ViT-B/16, random weights
+    python -m tools.benchmark_embed --data_path PHOTOS --checkpoint encoder.pth --count 1000
+
+Each turn is what a user would do: load the file, open the photos, resize the whole picture to the encoder's
+size by a bicubic filter, normalise, embed in float32. timm loads what `tools.checkpoint convert` writes with
+its own loader; its pictures go through torchvision's Resize, ToTensor and Normalize. The two take turns;
+medians. Features are compared: they differ by the rounding of resized pixels alone.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import timm
+import torch
+from PIL import Image
+from torchvision import transforms
+
+from checkpoints.fetch import fetch
+from checkpoints.peers import convert
+from datasets.manifest import list_images
+from finetune.encoder import encoder_models
+from models_vit import VisionTransformer, load_encoder
+from util.checkpoint import write_torch
+from util.dist import pick_device
+from util.errors import InputError
+from util.resolve import parse_input_size
+from util.tool import run_tool, tool_parser
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = tool_parser("tools.benchmark_embed", __doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("--data_path", required=True, help="folder or manifest of photos")
+    add("--count", default=1000, type=int, help="photos of it, from the first (default 1000)")
+    add("--checkpoint", default="", help="encoder (default: random weights of --model)")
+    add("--model", default="vit_base_patch16", choices=list(encoder_models()), metavar="NAME",
+        help="without --checkpoint (default vit_base_patch16)")
+    add("--input_size", default="224", help="pixels without --checkpoint: one side, or H,W (default 224)")
+    add("--batch_size", default=64, type=int, help="photos at a time (default 64)")
+    add("--rounds", default=3, type=int, help="turns of each (default 3)")
+    add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    add("--output", default="benchmark_embed.json", help="file (default benchmark_embed.json)")
+    # fmt: on
+    return parser
+
+
+def embed_with_timm(file: Path, like: VisionTransformer, photos: list[str], batch_size: int, device):
+    """Class tokens [N, D] after the final norm, as timm's documentation shows it."""
+    name = next(n for n, size in encoder_models().items() if size[0] == like.embed_dim)
+    model = timm.create_model(f"{name}_224", img_size=like.img_size, num_classes=0, checkpoint_path=str(file))
+    model = model.to(device).eval()
+    transform = transforms.Compose(
+        [
+            transforms.Resize(like.img_size, transforms.InterpolationMode.BICUBIC),
+            transforms.ToTensor(),
+            transforms.Normalize(like.pixel_mean.flatten(), like.pixel_std.flatten()),
+        ]
+    )
+    found = []
+    with torch.inference_mode():
+        for start in range(0, len(photos), batch_size):
+            part = photos[start : start + batch_size]
+            batch = torch.stack([transform(Image.open(photo).convert("RGB")) for photo in part])
+            found.append(model.forward_features(batch.to(device))[:, 0].cpu())
+    return torch.cat(found)
+
+
+def main(args) -> dict:
+    device = pick_device(args.device)
+    paths = list_images(args.data_path)
+    photos = [str(paths[i]) for i in range(min(args.count, len(paths)))]
+    with tempfile.TemporaryDirectory() as folder:
+        if args.checkpoint:
+            file = fetch(args.checkpoint)
+        else:
+            file = Path(folder) / "random.pth"
+            width, depth, heads, patch = encoder_models()[args.model]
+            torch.manual_seed(0)
+            random = VisionTransformer(parse_input_size(args.input_size), patch, width, depth, heads)
+            write_torch(file, {"model": random.state_dict()})
+        theirs_file = Path(folder) / "timm.pth"
+        convert(file, "timm", theirs_file)
+        like = load_encoder(file)
+        if like.patch_size not in (14, 16) or like.embed_dim not in {s[0] for s in encoder_models().values()}:
+            raise InputError(
+                f"{file} is no encoder that timm has a name for: give one of {list(encoder_models())}"
+            )
+        seconds: dict[str, list[float]] = {"ours": [], "timm": []}
+        for _ in range(args.rounds):
+            started = time.perf_counter()
+            ours = load_encoder(file, device=device).embed_images(photos, args.batch_size, ("cls", "mean"))[
+                "cls"
+            ]
+            seconds["ours"].append(time.perf_counter() - started)
+            started = time.perf_counter()
+            theirs = embed_with_timm(theirs_file, like, photos, args.batch_size, device)
+            seconds["timm"].append(time.perf_counter() - started)
+    difference = ((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max().item()
+    rates = {f"{name}_images_per_s": len(photos) / statistics.median(took) for name, took in seconds.items()}
+    ratios = [theirs / ours for ours, theirs in zip(seconds["ours"], seconds["timm"])]
+    return {
+        "photos": len(photos),
+        "encoder": f"{like.embed_dim} wide, {like.img_size[0]} x {like.img_size[1]} px",
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        **rates,
+        "times_timm": statistics.median(ratios),
+        "largest_difference": difference,
+    }
+
+
+if __name__ == "__main__":
+    run_tool(get_args_parser(), main, lambda args: Path(args.output))
