@@ -41,8 +41,8 @@ prepare() {  # TASK: its data and its flags, the same for all rows
             flags+=(--data_path "$output/veri_attr" --batch_size 8 --epochs 6 --warmup_epochs 1 "${gentle[@]}" --head_lr_factor 10 \
                 "${teacher[@]}") ;;
         fgvc)
-            "$python" -m datasets.demo_cars --output "$output/cars" --layout transfg --size 120 --seed 0
-            flags+=(--data_path "$output/cars" --batch_size 16 --epochs 10 --warmup_epochs 1 "${gentle[@]}" --no-auto_augment) ;;
+            "$python" -m datasets.demo_cars --output "$output/cars" --layout transfg --size 120 --train 40 --test 20 --seed 0
+            flags+=(--data_path "$output/cars" --batch_size 16 --epochs 8 --warmup_epochs 1 "${gentle[@]}" --no-auto_augment) ;;
         seg)
             "$python" -m datasets.demo_parts --output "$output/parts" --release canonical --num_images 300 --size 96 --seed 0
             flags+=(--data_path "$output/parts" --label_space car_parts --stride 8 --decoder naive --batch_size 4 --epochs 7 \
