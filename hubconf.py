@@ -2,7 +2,8 @@
 
     encoder = torch.hub.load("ORG/cgd-mae", "encoder", "mae_vit_base")
     features = encoder.embed_images(["car.jpg"])["cls"]                 # [1, 768]
-    mae = torch.hub.load("ORG/cgd-mae", "mae", "mae_vit_base_patch16", "mae_vit_base_full")
+    mae = torch.hub.load("ORG/cgd-mae", "mae", "mae_vit_base_patch16", "mae_vit_base_full",
+                         norm_pix_loss=True)
 
 With a folder in place of ORG/cgd-mae add `source="local"`; `model=` and `source=` are torch.hub's own, so the
 arguments here have other names. This project has packages `datasets` and `util`: a process that has imported
@@ -15,8 +16,7 @@ import difflib
 import models_mae
 import models_vit
 from checkpoints import fetch as downloads
-from util import checkpoint as files
-from util import errors, pretrained
+from util import errors
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "tqdm"]
 
@@ -39,7 +39,7 @@ def mae(name="mae_vit_base_patch16", checkpoint="", **kwargs):
     Args:
         name: of `models_mae.MODELS`.
         checkpoint: a file with a decoder, given as for `encoder`; "" keeps the initial weights.
-        kwargs: of `MaskedAutoencoderViT`; img_size and norm_pix_loss default to what the checkpoint says.
+        kwargs: of `models_mae.load_autoencoder`; facebook's files do not say norm_pix_loss=True.
     Raises:
         InputError: unknown name, no such file, or one without a decoder of this architecture.
     """
@@ -50,10 +50,4 @@ def mae(name="mae_vit_base_patch16", checkpoint="", **kwargs):
         )
     if not checkpoint:
         return models_mae.MODELS[name](**kwargs).eval()
-    file = downloads.fetch(checkpoint)
-    content = files.read_checkpoint(file)
-    config = pretrained.read_config(file, content)
-    said = {key: config[key] for key in ("img_size", "norm_pix_loss", "mean", "std") if key in config}
-    model = models_mae.MODELS[name](**(said | kwargs))
-    files.load_weights(model, content["model"], file, needed="all")
-    return model.eval()
+    return models_mae.load_autoencoder(downloads.fetch(checkpoint), name, **kwargs)

@@ -355,12 +355,13 @@ MODELS = {
 
 
 def load_autoencoder(
-    file: str | Path, model_name: str | None = None, norm_pix_loss: bool | None = None
+    file: str | Path, model_name: str | None = None, norm_pix_loss: bool | None = None, **kwargs
 ) -> MaskedAutoencoderViT:
     """The MAE of a checkpoint, decoder included, in eval mode.
 
     Args:
         model_name, norm_pix_loss: for files that do not say them; default the file's.
+        kwargs: of `MaskedAutoencoderViT`, as img_size; size and pixel statistics default to the file's.
     Raises:
         InputError: an encoder alone, another architecture, or a file that does not say what it is.
     """
@@ -378,8 +379,8 @@ def load_autoencoder(
         norm_pix_loss = config.get("norm_pix_loss")
     if norm_pix_loss is None:
         raise InputError(f"{file} does not say its target: pass --norm_pix_loss or --no-norm_pix_loss")
-    model = MODELS[name](
-        img_size=tuple(config.get("img_size", (224, 224))), norm_pix_loss=norm_pix_loss, fused_attn=False
-    )
+    said = {key: tuple(config[key]) for key in ("img_size", "mean", "std") if key in config}
+    said = {"fused_attn": False, **said, **kwargs}
+    model = MODELS[name](norm_pix_loss=norm_pix_loss, **said)
     load_weights(model, state, file, needed="all")
     return model.eval()

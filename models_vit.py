@@ -6,7 +6,9 @@
 Letters: N batch, C channels, H and W pixels, p patch size, L patches without class token, D width.
 """
 
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +26,7 @@ from util.dist import get_rank, get_world_size, pick_device
 from util.errors import InputError
 from util.pos_embed import resize_pos_embed, sincos_pos_embed
 from util.precision import pick_fused_attention, scoring
-from util.pretrained import load_pretrained, read_pretrained
+from util.pretrained import Pretrained, load_pretrained, read_pretrained
 
 # size: (width, blocks, heads, patch); base, large and huge as in MAE, Table 8 and Dosovitskiy et al.
 ENCODER_SIZES = {
@@ -258,11 +260,18 @@ class VisionTransformer(nn.Module):
         if wrong:
             raise InputError(f"read_outs {wrong[0]!r}: choose of {', '.join(FEATURES)}")
         collected: dict[str, list[torch.Tensor]] = {name: [] for name in read_outs}
-        with scoring(self):
+        device = self.cls_token.device
+        threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders let go of the interpreter's lock
+
+        def prepare(start: int):
+            part = range(start, min(start + batch_size, len(images)))
+            return threads.map(self._whole, [images[i] for i in part], part)
+
+        with threads, scoring(self), torch.autocast(device.type, enabled=False):
+            ahead = prepare(0)
             for start in range(0, len(images), batch_size):
-                part = range(start, min(start + batch_size, len(images)))
-                batch = torch.stack([self._whole(images[i], i) for i in part])
-                features = self.encode(batch.to(self.cls_token.device, non_blocking=True))
+                batch, ahead = torch.stack(list(ahead)), prepare(start + batch_size)
+                features = self.encode(batch.to(device, non_blocking=True))
                 for name in read_outs:
                     # contiguous: a class token is a view that would keep all tokens in memory
                     collected[name].append(features[name].float().cpu().contiguous())
@@ -338,7 +347,25 @@ def load_encoder(
     device = pick_device("auto") if device == "auto" else torch.device(device)
     if fused_attn is None:
         fused_attn = pick_fused_attention(device, None)
-    found = read_pretrained(file)
+    return encoder_from(
+        read_pretrained(file), file, img_size, device, fused_attn,
+        stride=stride, drop_path=drop_path, quick_gelu=quick_gelu, pos_resize=pos_resize,
+    )  # fmt: skip
+
+
+def encoder_from(
+    found: Pretrained,
+    file: str | Path,
+    img_size: tuple[int, int] | None = None,
+    device: torch.device | str = "cpu",
+    fused_attn: bool = True,
+    *,
+    stride: int | None = None,
+    drop_path: float = 0.0,
+    quick_gelu: bool = False,
+    pos_resize: str = "bicubic",
+) -> VisionTransformer:
+    """`load_encoder` of a file that has been read; `found` is used up."""
     pos_embed, patch = found.state["pos_embed"], found.state["patch_embed.proj.weight"]
     width, patch_size = patch.shape[0], patch.shape[2]
     heads = {w: h for w, _, h, _ in ENCODER_SIZES.values()}.get(width)
@@ -348,6 +375,10 @@ def load_encoder(
     if heads is None:
         known = ", ".join(str(w) for w, *_ in ENCODER_SIZES.values())
         raise InputError(f"{file} has width {width}: the known encoders are {known} wide")
+    if width % heads:
+        raise InputError(
+            f"{file} says num_heads {heads} of its model, which does not divide its width {width}"
+        )
     stats = CLIP_STATS if found.origin == "CLIP" else (IMAGENET_MEAN, IMAGENET_STD)
     own_size, own_grid = _source_grid(found.config, pos_embed.shape[1] - 1, patch_size, file)
     model = VisionTransformer(

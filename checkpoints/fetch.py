@@ -23,6 +23,7 @@ from urllib.parse import quote, unquote, urlsplit
 
 from checkpoints.transfer import discard, transfer
 from util.checkpoint import write_atomic
+from util.checksums import file_digests
 from util.errors import InputError
 from util.pretrained import weights_file
 
@@ -124,7 +125,7 @@ def _from_web(url: str, wanted: dict[str, str], cache: Path, title: str) -> Path
             return file
         print(title or f"downloading {url}", flush=True)
         part = transfer(quote(url, safe=string.punctuation), file)
-        found = _digests(part)
+        found = file_digests(part, tuple(HASHES))
         try:
             _compare(found, wanted, url)
         except InputError as error:
@@ -161,15 +162,6 @@ def _compare(found: dict[str, str], wanted: dict[str, str], file) -> None:
     for kind, prefix in wanted.items():
         if not found[kind].startswith(prefix):
             raise InputError(f"{file} has the {kind} {found[kind]}, not {prefix}... as published")
-
-
-def _digests(file: Path) -> dict[str, str]:
-    digests = {"sha256": hashlib.sha256(), "md5": hashlib.md5(usedforsecurity=False)}
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 24):
-            for digest in digests.values():
-                digest.update(block)
-    return {kind: digest.hexdigest() for kind, digest in digests.items()}
 
 
 @contextmanager
@@ -223,7 +215,7 @@ def _from_hugging_face(url: str, wanted: dict[str, str]) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(f"cannot get {url}: {_hugging_face_cure(error, errors)} ({reason[:200]})") from error
     if wanted:
-        _compare(_digests(file), wanted, f"{url} (kept by huggingface_hub in {file})")
+        _compare(file_digests(file, tuple(HASHES)), wanted, f"{url} (kept by huggingface_hub in {file})")
     return file
 
 

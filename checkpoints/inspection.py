@@ -10,6 +10,7 @@ import json
 import pickle
 import struct
 import zipfile
+import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,15 +18,18 @@ import numpy as np
 import torch
 
 from checkpoints.fetch import known
-from util.checkpoint import CONTAINERS, check_sums, file_digests, read_checkpoint, read_safetensors_header
+from util.checkpoint import CONTAINERS, read_checkpoint, read_safetensors_header
+from util.checksums import file_digests, kind_of_sums
 from util.errors import InputError
-from util.pretrained import read_config, read_pretrained
+from util.pretrained import read_config, recognise
 
 # what a broken or hostile pickle may raise
 PICKLE_ERRORS = (
     pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError, IndexError, ValueError,
     RuntimeError, struct.error, OverflowError, MemoryError, RecursionError, NotImplementedError,
+    AssertionError, zipfile.BadZipFile, zlib.error, OSError,
 )  # fmt: skip
+OF_TENSORS = ("torch.Size", "torch.device", "torch._utils._rebuild_parameter_with_state")  # not worth a line
 STORAGES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
     "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
@@ -76,26 +80,26 @@ def inspect_file(file: str | Path) -> dict:
     if file.suffix == ".onnx":
         return facts | _onnx(file)
     try:
-        content, objects = read_checkpoint(file), []
-        facts["checksums"] = check_sums(file) or "none in this format: compare sha256"
+        content, refused = read_checkpoint(file), False
+        facts["checksums"] = kind_of_sums(file)
     except InputError as error:
-        content, objects = _read_inert(file, error)
-        facts["python_objects"] = objects
+        content, facts["python_objects"] = _read_inert(file, error)
+        refused = True
     state = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
     facts |= {
         "tensors": len(state),
         "parameters": sum(v.numel() for v in state.values()),
-        "parts": _parts(state),
+        "parts": _by_part(state),
     }
     dtypes = sorted({str(v.dtype).removeprefix("torch.") for v in state.values()})
     facts["dtypes"] = ", ".join(dtypes)
     with_data = {k: v for k, v in state.items() if v.is_floating_point() and not v.is_meta}
-    broken = [k for k, v in with_data.items() if not torch.isfinite(v).all()]
+    broken = [k for k, v in with_data.items() if not torch.isfinite(v.float()).all()]
     if broken:
         facts["not_finite"] = broken[:5]
     header = read_safetensors_header(file) if file.suffix == ".safetensors" else {}
-    config = read_config(file, content) if not objects else {}
-    facts |= _model(file, content, config, refused=bool(objects))
+    config = read_config(file, content) if not refused else {}
+    facts |= _model(file, content, config, refused=refused)
     facts |= _run(file, content)
     facts |= {name: header[name] for name in ("licence", "data", "trained") if name in header}
     facts["reference"] = "inside: `verify` compares" if "reference" in header else "none inside"
@@ -125,10 +129,13 @@ def table(facts: dict) -> str:
 def _format(file: Path) -> str:
     if file.suffix in (".safetensors", ".npz", ".onnx"):
         return file.suffix[1:]
-    if not zipfile.is_zipfile(file):
-        return "pickle (torch before 1.6, or no checkpoint)"
-    with zipfile.ZipFile(file) as archive:
-        names = archive.namelist()
+    try:
+        if not zipfile.is_zipfile(file):
+            return "pickle (torch before 1.6, or no checkpoint)"
+        with zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except PICKLE_ERRORS as error:
+        raise InputError(f"{file} is damaged ({error}): fetch or copy it again") from error
     program = any(name.endswith("constants.pkl") for name in names)
     return "TorchScript program" if program else "torch zip file"
 
@@ -148,7 +155,9 @@ def _read_inert(file: Path, error: InputError) -> tuple[dict, list[str]]:
     `find_class` is a pickle's only way to anything that can be called, and it gives a stand-in for all,
     so nothing of the file runs.
     """
-    if "Python objects" not in str(error):
+    with open(file, "rb") as opened:
+        bare_pickle = opened.read(1) == b"\x80"  # of no torch: it may hold anything
+    if "Python objects" not in str(error) and not bare_pickle:
         raise error
     objects: dict[str, None] = {}
 
@@ -162,7 +171,7 @@ def _read_inert(file: Path, error: InputError) -> tuple[dict, list[str]]:
                 return lambda tensor, *_: tensor
             if module == "torch" and name.endswith("Storage"):
                 return STORAGES.get(name.removesuffix("Storage"), torch.float32)
-            if not module.startswith("torch"):
+            if f"{module}.{name}" not in OF_TENSORS:
                 objects[f"{module}.{name}"] = None
             return _Inert
 
@@ -181,6 +190,8 @@ def _read_inert(file: Path, error: InputError) -> tuple[dict, list[str]]:
                     found = Unpickler(opened).load()
     except (*PICKLE_ERRORS, StopIteration) as reason:
         objects[f"(reading ended early: {type(reason).__name__}: {str(reason)[:80]})"] = None
+    if "Python objects" not in str(error) and all(name.startswith("(") for name in objects):
+        raise error
     found = found if isinstance(found, dict) else {}
     inner = next((found[n] for n in ("model", *CONTAINERS) if isinstance(found.get(n), dict)), found)
     return {"model": {str(k): v for k, v in inner.items()}}, list(objects)
@@ -192,7 +203,7 @@ def _empty_tensor(dtype, offset, size, *_) -> torch.Tensor:
     return torch.empty(tuple(size), dtype=dtype, device="meta")
 
 
-def _parts(state: dict[str, torch.Tensor]) -> dict[str, list[int]]:
+def _by_part(state: dict[str, torch.Tensor]) -> dict[str, list[int]]:
     parts: dict[str, list[int]] = {}
     for key, value in state.items():
         first, *more = key.split(".")
@@ -211,7 +222,7 @@ def _model(file: Path, content: dict, config: dict, *, refused: bool) -> dict:
     if "optimizer" in content:
         kind = PRETRAINING if any(k.startswith("decoder_blocks") for k in content["model"]) else FINETUNING
     try:
-        found = read_pretrained(file)
+        found = recognise(content, file)
     except InputError as error:
         return {"kind": kind or f"not an encoder: {error}"}
     width, patch = (
@@ -265,6 +276,8 @@ def _onnx(file: Path) -> dict:
         graph = onnx.load(str(file), load_external_data=False)
     except DecodeError as error:
         raise InputError(f"{file} is truncated or no ONNX file: {str(error)[:100]}") from error
+    if not graph.graph.node:
+        raise InputError(f"{file} is empty or no ONNX file: fetch or copy it again")
     facts = {p.key: p.value for p in graph.metadata_props}
     shapes = {
         value.name: [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]

@@ -20,13 +20,15 @@ from torch import nn
 
 from checkpoints.reference import reference_images
 from checkpoints.verification import TRAINED
-from datasets.images import open_rgb
+from datasets.demo_render import render
+from datasets.images import open_given
 from datasets.transforms import whole_image
 from finetune.reid_model import KIND as REID
 from finetune.reid_model import load_reid
 from models_transreid import TransReID
 from models_vit import FEATURES, VisionTransformer, load_encoder
-from util.checkpoint import file_sha256, read_checkpoint
+from util.checkpoint import read_checkpoint
+from util.checksums import file_sha256
 from util.errors import InputError
 from util.pretrained import read_config
 
@@ -76,8 +78,8 @@ def export_onnx(
     """
     onnx, ort = _packages()
     output = Path(output)
-    if output.suffix != ".onnx":
-        raise InputError(f"--output {output}: give a name that ends in .onnx")
+    if output.suffix != ".onnx" or output.is_dir():
+        raise InputError(f"--output {output}: give a file name that ends in .onnx")
     content = read_checkpoint(file)
     kind = read_config(file, content).get("kind", "")
     if kind == REID:
@@ -92,7 +94,10 @@ def export_onnx(
     batch = _pictures(base.img_size, pictures)
     inputs = (batch, *(torch.zeros(len(batch), dtype=torch.int64) for _ in sides))
     names = ("images", *sides)
-    output.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write {output}: {error.strerror or error}") from error
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         written = Path(folder) / output.name
         started = time.perf_counter()
@@ -117,6 +122,10 @@ def export_onnx(
         graph = onnx.load(str(written), load_external_data=False)
         onnx.helper.set_model_props(graph, facts)
         onnx.save(graph, str(written))
+        weights = output.with_name(f"{output.name}.data")
+        size = sum(part.stat().st_size for part in Path(folder).iterdir())
+        if weights.is_file() and not (Path(folder) / weights.name).exists():
+            weights.unlink()  # of an earlier, larger one
         for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights first, then what needs them
             with open(part, "rb") as opened:
                 os.fsync(opened.fileno())
@@ -130,7 +139,7 @@ def export_onnx(
         **_timing(wrapped, session, inputs, names),
         "export_seconds": seconds,
         "onnxruntime": ort.__version__,
-        "bytes": sum(f.stat().st_size for f in output.parent.glob(output.name + "*")),
+        "bytes": size,
     }
 
 
@@ -148,8 +157,10 @@ def _packages() -> tuple:
 
 
 def _pictures(size: tuple[int, int], files: Sequence[str | Path]) -> torch.Tensor:
-    """[N, 3, H, W] uint8: the reference pictures and the given files."""
-    return torch.stack([whole_image(image, size) for image in [*reference_images(), *map(open_rgb, files)]])
+    """[N, 3, H, W] uint8: the reference pictures, four drawn vehicles, and the given files."""
+    vehicles = [render(seed=7, pid=i, camid=i, viewid=i, shot=0, size=256) for i in range(4)]
+    given = [open_given(file, "--pictures") for file in files]
+    return torch.stack([whole_image(image, size) for image in (*reference_images(), *vehicles, *given)])
 
 
 def _write(model: nn.Module, inputs: tuple, names: tuple, outputs: tuple, file: Path) -> None:

@@ -5,7 +5,7 @@ without Python objects, and is read back and compared before anybody relies on i
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from checkpoints import peer_files
 from checkpoints.fetch import fetch
 from checkpoints.peer_files import Source
-from models_vit import load_encoder
+from models_vit import encoder_from
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
 from util.pretrained import read_pretrained, recognise, weights_file
@@ -83,8 +83,8 @@ def convert(
 
 
 def _read_source(file: Path, input_size: tuple[int, int] | None, with_decoder: bool) -> Source:
-    encoder = load_encoder(file, input_size, fused_attn=False)
     found = read_pretrained(file)
+    encoder = encoder_from(replace(found, state=dict(found.state)), file, input_size, fused_attn=False)
     state = {k: v.detach().float().contiguous() for k, v in encoder.state_dict().items()}
     absent = next((k for k in state if k not in found.state), None)
     if absent:
@@ -114,6 +114,8 @@ def _check_output(file: Path, target: str, output: Path) -> None:
     if output.suffix not in suffixes and "" not in suffixes:
         wanted = " or ".join(suffixes)
         raise InputError(f"--to {target} --output {output}: give a name that ends with {wanted}")
+    if "" in suffixes and output.suffix in (".pth", ".pt", ".bin", ".safetensors", ".npz", ".onnx"):
+        raise InputError(f"--to {target} --output {output}: it writes a folder, give the name of one")
     if "" in suffixes and output.is_file():
         raise InputError(f"--to {target} --output {output} is a file: give a folder, new or old")
     if "" not in suffixes and output.is_dir():

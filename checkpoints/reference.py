@@ -19,11 +19,10 @@ SIZES = (
     (150, 100),
 )  # (H, W) in px; none is an encoder's own, so resizing is seen too
 READ_OUTS = ("cls", "mean")
-# largest relative difference that passes. A trained ViT-tiny: explicit instead of fused attention 2e-7,
-# Pillow's
-# bicubic filter instead of torch's 3e-4; no antialiasing 3e-3, Lanczos 4e-3, bilinear 9e-3, other
-# statistics 0.4
-TOLERANCE = 1e-3
+# Largest relative difference that passes. Of 15 trained ViT-tiny: explicit instead of fused attention 2e-7,
+# Pillow's bicubic filter instead of torch's 1e-4 to 1.6e-3. Of one: no antialiasing 3e-3, bilinear 9e-3,
+# other pixel statistics 0.4.
+TOLERANCE = 2e-3
 
 
 def reference_images() -> list[Image.Image]:

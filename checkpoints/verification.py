@@ -11,10 +11,11 @@ from finetune.attr_model import load_vtb
 from finetune.fgvc_model import load_fgvc
 from finetune.reid_model import load_reid
 from finetune.seg import load_setr
-from models_vit import load_encoder
-from util.checkpoint import check_sums, read_checkpoint, read_safetensors_header
+from models_vit import encoder_from
+from util.checkpoint import read_checkpoint, read_safetensors_header
+from util.checksums import kind_of_sums
 from util.errors import InputError
-from util.pretrained import read_config
+from util.pretrained import read_config, recognise
 
 # kind in a file's config -> (its loader, what it answers to [N, 3, H, W] uint8)
 TRAINED = {
@@ -36,7 +37,7 @@ def verify_file(file: str | Path) -> dict:
     """
     content = read_checkpoint(file)
     config = read_config(file, content)
-    result: dict = {"file": str(file), "checksums": check_sums(file) or "none in this format"}
+    result: dict = {"file": str(file), "checksums": kind_of_sums(file)}
     broken = [k for k, v in content["model"].items() if _broken(v)]
     if broken:
         raise InputError(
@@ -53,7 +54,7 @@ def verify_file(file: str | Path) -> dict:
             imgs = torch.stack([whole_image(image, encoder.img_size) for image in reference_images()])
             answers = answer(model, imgs)
     else:
-        encoder = load_encoder(file)
+        encoder = encoder_from(recognise(content, file), file)
         answers = encoder.embed_images(reference_images(), read_outs=("cls",))["cls"]
     if not torch.isfinite(answers).all():
         raise InputError(
@@ -76,7 +77,8 @@ def verify_file(file: str | Path) -> dict:
             "the way "
             "pictures are resized have changed"
         )
-    return result | {"verdict": "the same features as when it was written"}
+    rest = "; its decoder has no reference" if "decoder_embed.weight" in content["model"] else ""
+    return result | {"verdict": f"the same features as when it was written{rest}"}
 
 
 def _no_sides(model, imgs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -86,7 +88,11 @@ def _no_sides(model, imgs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Ten
 
 
 def _broken(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value).all()
+    return (
+        isinstance(value, torch.Tensor)
+        and value.is_floating_point()
+        and not torch.isfinite(value.float()).all()
+    )
 
 
 def _reference(file: str | Path) -> dict | None:

@@ -10,6 +10,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps
 
+from util.errors import InputError
+
 EXIF_ORIENTATION = 0x0112
 
 
@@ -64,6 +66,14 @@ def why_unreadable(error: Exception) -> str:
     """One line for lists and logs; the same for the same file, so without memory addresses."""
     text = re.sub(r" ?<_io\.[^>]*>", "", f"{type(error).__name__}: {error}")
     return " ".join(text.split())
+
+
+def open_given(file: str | Path, flag: str) -> Image.Image:
+    """`open_rgb` of a picture that a flag names; InputError where it cannot be read."""
+    try:
+        return open_rgb(file)
+    except UNREADABLE as error:
+        raise InputError(f"{flag} {file} cannot be read: {why_unreadable(error)}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -8,7 +8,8 @@ from models_vit import (
     VisionTransformer,
     load_encoder,
 )
-from util.checkpoint import file_sha256, read_checkpoint
+from util.checkpoint import read_checkpoint
+from util.checksums import file_sha256
 from util.errors import InputError
 from util.pretrained import read_config
 

@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ from datasets.transforms import whole_image
 from models_mae import MODELS, load_autoencoder
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer, load_encoder
-from util.checkpoint import check_sums, read_checkpoint, write_safetensors, write_torch
+from util.checkpoint import read_checkpoint, write_safetensors, write_torch
+from util.checksums import check_sums, kind_of_sums
 from util.errors import InputError
 
 SIZE = (32, 48)
@@ -85,6 +87,8 @@ def test_features_are_deterministic_also_in_training_mode(encoder_file, photos):
     encoder.train()
     assert torch.equal(encoder.embed_images(photos)["cls"], before) and encoder.training
     assert not before.requires_grad and before.dtype == torch.float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(encoder.embed_images(photos)["cls"], before)
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def test_a_run_exports_a_reference_that_verifies(pictures, tmp_path):
     assert done.returncode == 0, done.stderr
     result = verify_file(out / "encoder.safetensors")
     assert result["verdict"] == "the same features as when it was written"
-    assert result["cls_difference"] < 1e-5 and result["checksums"] == "crc32 of the tensors"
+    assert result["cls_difference"] < 1e-5 and result["checksums"] == "crc32 of header and tensors"
     assert "no reference" in verify_file(out / "encoder.pth")["verdict"]
     facts = inspect_file(out / "checkpoint-last.pth")
     assert facts["progress"] == {"finished_epochs": 2} and facts["args"]["model"] == "mae_vit_tiny_patch16"
@@ -122,14 +126,25 @@ def test_a_run_exports_a_reference_that_verifies(pictures, tmp_path):
     assert released["verdict"] == "the same features as when it was written"
     as_a_newcomer(tmp_path / "released", out, pictures)
     again = release(out, tmp_path / "released", name="small", licence="MIT", data_card=ROOT / "CITATION.cff")
-    assert "LICENSE" not in again["files"]
+    assert "LICENSE" not in again["files"] and "--licence_file" in again["licence_text"]
+    assert "without teacher" in (tmp_path / "released" / "README.md").read_text()
     assert (tmp_path / "released" / "DATA_CARD.md").read_text() == (ROOT / "CITATION.cff").read_text()
     for folder, name, message in (
-        (out, tmp_path, "is no release"),
-        (tmp_path, tmp_path / "x", "is no finished run"),
+        (out, tmp_path, "which is no file of a release"),
+        (tmp_path, tmp_path / "x", "is no run of main_pretrain.py"),
+        (out, ROOT / "LICENSE", "is a file"),
+        (out, "/proc/nowhere/x", "cannot write the release"),
     ):
         with pytest.raises(InputError, match=message):
             release(folder, name, name="small", licence="MIT")
+    with pytest.raises(InputError, match="--pictures absent.jpg cannot be read"):
+        release(out, tmp_path / "x", name="small", licence="MIT", pictures=("absent.jpg",))
+    assert not (tmp_path / "x").exists()
+    (tmp_path / "released" / "thesis.tex").write_text("years of work")
+    before = {file: file.read_bytes() for file in (tmp_path / "released").iterdir()}
+    with pytest.raises(InputError, match="thesis.tex, which is no file of a release"):
+        release(out, tmp_path / "released", name="small", licence="MIT")
+    assert before == {file: file.read_bytes() for file in (tmp_path / "released").iterdir()}
     unfinished = tmp_path / "unfinished"
     shutil.copytree(out, unfinished)
     settings = json.loads((out / "args.json").read_text()) | {"epochs": 9}
@@ -208,8 +223,12 @@ def test_damage_is_named(encoder, encoder_file, tmp_path):
         flipped, cut = tmp_path / f"flipped{file.suffix}", tmp_path / f"cut{file.suffix}"
         flipped.write_bytes(content)
         cut.write_bytes(file.read_bytes()[:middle])
-        assert check_sums(file)
-        for bad, words in ((flipped, "is damaged .* bytes have changed"), (cut, "truncated or damaged")):
+        check_sums(file)
+        assert kind_of_sums(file).startswith("crc32")
+        for bad, words in (
+            (flipped, "is damaged .* bytes have changed"),
+            (cut, "truncated or damaged|is damaged"),
+        ):
             for use in (read_checkpoint, load_encoder, verify_file, inspect_file):
                 with pytest.raises(InputError, match=words):
                     use(bad)
@@ -231,6 +250,36 @@ def test_damage_is_named(encoder, encoder_file, tmp_path):
             verify_file(tmp_path / "b.safetensors")
 
 
+def test_a_changed_byte_anywhere_is_damage_and_nothing_else(tmp_path):
+    """Not a traceback, and not an accusation: a flipped letter of a name is no foreign object."""
+    content = {"model": {"a.weight": torch.arange(6.0), "b.weight": torch.zeros(3)}, "epoch": 3}
+    torch.save(content, tmp_path / "whole.pth")
+    header = {"config": json.dumps({"kind": "CGD-MAE encoder", "mean": [0.485, 0.4, 0.4]})}
+    write_safetensors(tmp_path / "whole.safetensors", content["model"], header)
+    for name in ("whole.pth", "whole.safetensors"):
+        data = (tmp_path / name).read_bytes()
+        file = tmp_path / f"flipped{Path(name).suffix}"
+        found = {"damaged": 0, "same": 0}
+        for position in range(0, len(data), 3):
+            changed = bytearray(data)
+            changed[position] ^= 4
+            file.write_bytes(changed)
+            for use in (read_checkpoint, inspect_file):
+                try:
+                    result = use(file)
+                except InputError as error:
+                    assert "Python objects" not in str(error), (position, str(error))
+                    found["damaged"] += 1
+                    continue
+                found["same"] += 1
+                if use is read_checkpoint:
+                    for key, value in content["model"].items():
+                        assert torch.equal(result["model"][key], value), position
+                else:
+                    assert "python_objects" not in result, position
+        assert found["damaged"] > 100
+
+
 def test_files_written_without_checksums_are_read(encoder, tmp_path):
     torch.serialization.set_crc32_options(False)
     try:
@@ -243,6 +292,11 @@ def test_files_written_without_checksums_are_read(encoder, tmp_path):
 class Payload:
     def __reduce__(self):
         return os.system, (f"touch {Payload.trace}",)
+
+
+class Remote:
+    def __reduce__(self):
+        return torch.hub.load, ("attacker/repo", "x")
 
 
 @pytest.mark.parametrize("zip_format", [True, False])
@@ -261,12 +315,27 @@ def test_code_in_a_file_is_listed_and_not_run(encoder, tmp_path, zip_format):
         with pytest.raises(InputError, match="holds Python objects"):
             use(file)
     assert not Payload.trace.exists()
+    hub = tmp_path / "hub.pth"
+    torch.save({"model": {}, "x": Remote()}, hub)
+    facts = inspect_file(hub)
+    assert facts["python_objects"] == ["torch.hub.load"] and "refuses" in facts["kind"]
     bare = tmp_path / "bare.pth"
     bare.write_bytes(pickle.dumps(Payload()))
     assert any("system" in name for name in inspect_file(bare)["python_objects"])
     assert not Payload.trace.exists()
     done = run_command(command("-m", "tools.checkpoint", "inspect", str(file)))
     assert done.returncode == 0 and "posix.system" in done.stdout and not Payload.trace.exists()
+
+
+@pytest.mark.parametrize(
+    "config", [{"mean": [0.5]}, {"img_size": 96}, {"num_heads": "3"}, {"patch_size": -1}, {"std": [0, 1, 1]}]
+)
+def test_a_config_that_cannot_be_is_named(encoder, tmp_path, config):
+    settings = encoder.settings() | config
+    write_safetensors(tmp_path / "e.safetensors", encoder.state_dict(), {"config": json.dumps(settings)})
+    for use in (load_encoder, verify_file, inspect_file):
+        with pytest.raises(InputError, match=f"says {next(iter(config))} .* of its model"):
+            use(tmp_path / "e.safetensors")
 
 
 # ONNX
@@ -281,7 +350,7 @@ def onnx_packages():
 def test_onnx_of_an_encoder(encoder_file, encoder, photos, tmp_path):
     ort = onnx_packages()
     result = export_onnx(encoder_file, tmp_path / "e.onnx", pictures=photos[:2])
-    assert result["largest_difference"] < 1e-3 and result["images_compared"] == 5
+    assert result["largest_difference"] < 1e-3 and result["images_compared"] == 9
     session = ort.InferenceSession(str(tmp_path / "e.onnx"), providers=["CPUExecutionProvider"])
     batch = torch.stack([whole_image(Image.open(photo), SIZE) for photo in photos])
     cls, mean, tokens = session.run(["cls", "mean", "tokens"], {"images": batch.numpy()})
@@ -294,8 +363,19 @@ def test_onnx_of_an_encoder(encoder_file, encoder, photos, tmp_path):
     (tmp_path / "cut.onnx").write_bytes((tmp_path / "e.onnx").read_bytes()[:1000])
     with pytest.raises(InputError, match="truncated or no ONNX"):
         inspect_file(tmp_path / "cut.onnx")
-    with pytest.raises(InputError, match="ends in .onnx"):
-        export_onnx(encoder_file, tmp_path / "e.pb")
+    for output, pictures, message in (
+        ("e.pb", (), "ends in .onnx"),
+        (".onnx", (), "ends in .onnx"),
+        ("/proc/nowhere/e.onnx", (), "cannot write"),
+        ("f.onnx", ("absent.jpg",), "--pictures absent.jpg cannot be read"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export_onnx(encoder_file, tmp_path / output, pictures=pictures)
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(InputError, match="is empty or no ONNX"):
+        inspect_file(tmp_path / "empty.onnx")
+    with pytest.raises(InputError, match="is ONNX"):
+        verify_file(tmp_path / "e.onnx")
 
 
 @pytest.mark.parametrize("sides", [{}, {"cameras": 3, "views": 2}])

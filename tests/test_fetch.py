@@ -287,7 +287,7 @@ def test_killed_between_the_last_byte_and_the_check(server, tmp_path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(fetching, "_digests", killed)
+        patched.setattr(fetching, "file_digests", killed)
         with pytest.raises(KeyboardInterrupt):
             fetch(server.url, tmp_path)
     assert fetch(server.url, tmp_path).read_bytes() == FIRST and server.asked == [None]

@@ -13,7 +13,7 @@ import main_finetune
 from datasets.demo_reid import write_demo_reid
 from models_vit import VisionTransformer
 from tools import results_table
-from util.checkpoint import file_sha256
+from util.checksums import file_sha256
 from util.errors import InputError
 from util.finished_runs import published_counts
 from util.settings import code_commit

@@ -50,9 +50,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def timm_name(like: VisionTransformer) -> str:
+    """InputError where timm has no such model."""
+    size = (like.embed_dim, len(like.blocks), like.patch_size)
+    found = [
+        name for name, (width, depth, _, patch) in encoder_models().items() if (width, depth, patch) == size
+    ]
+    if not found or like.settings()["pre_norm"]:
+        raise InputError(f"timm has no name for this encoder: give one of {', '.join(encoder_models())}")
+    return found[0]
+
+
 def embed_with_timm(file: Path, like: VisionTransformer, photos: list[str], batch_size: int, device):
     """Class tokens [N, D] after the final norm, as timm's documentation shows it."""
-    name = next(n for n, size in encoder_models().items() if size[0] == like.embed_dim)
+    name = timm_name(like)
     model = timm.create_model(f"{name}_224", img_size=like.img_size, num_classes=0, checkpoint_path=str(file))
     model = model.to(device).eval()
     transform = transforms.Compose(
@@ -72,6 +83,8 @@ def embed_with_timm(file: Path, like: VisionTransformer, photos: list[str], batc
 
 
 def main(args) -> dict:
+    if min(args.rounds, args.count, args.batch_size) < 1:
+        raise InputError("--rounds, --count and --batch_size must be at least 1")
     device = pick_device(args.device)
     paths = list_images(args.data_path)
     photos = [str(paths[i]) for i in range(min(args.count, len(paths)))]
@@ -87,10 +100,6 @@ def main(args) -> dict:
         theirs_file = Path(folder) / "timm.pth"
         convert(file, "timm", theirs_file)
         like = load_encoder(file)
-        if like.patch_size not in (14, 16) or like.embed_dim not in {s[0] for s in encoder_models().values()}:
-            raise InputError(
-                f"{file} is no encoder that timm has a name for: give one of {list(encoder_models())}"
-            )
         seconds: dict[str, list[float]] = {"ours": [], "timm": []}
         for _ in range(args.rounds):
             started = time.perf_counter()

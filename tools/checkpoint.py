@@ -18,7 +18,7 @@ from checkpoints.fetch import fetch, known
 from checkpoints.inspection import inspect_file, table
 from checkpoints.onnx_file import export_onnx
 from checkpoints.peers import TARGETS, convert
-from checkpoints.release import push, release
+from checkpoints.release import push, release, repository
 from checkpoints.verification import verify_file
 from util.errors import InputError
 from util.resolve import parse_input_size
@@ -55,6 +55,8 @@ def get_args_parser() -> argparse.ArgumentParser:
                "--output_dir of main_pretrain.py").add_argument
     add("--output", required=True, help="folder to write: new, empty, or an earlier release")
     add("--licence", required=True, help="SPDX name of the weights' licence, e.g. Apache-2.0 or CC-BY-NC-4.0")
+    add("--licence_file", default=None, metavar="FILE",
+        help="text of that licence (default: Apache-2.0's own, else none)")
     add("--name", default=None, help="name in the cards (default: that of the run's folder)")
     add("--data_card", default=None, metavar="FILE",
         help="text on the training images (default: from the settings)")
@@ -71,10 +73,12 @@ def main(args) -> dict:
             print(f"{name:32} {row['what']} ({row['licence']}){'' if row['url'] else ' [no address yet]'}")
         return {"names": list(known())}
     if args.verb == "release":
+        if args.push:
+            repository(args.push)  # a wrong address is said before anything is written
         name = args.name or Path(args.run_dir).resolve().name
         result = release(
-            args.run_dir, args.output, name=name, licence=args.licence, data_card=args.data_card,
-            pictures=tuple(args.pictures),
+            args.run_dir, args.output, name=name, licence=args.licence, licence_file=args.licence_file,
+            data_card=args.data_card, pictures=tuple(args.pictures),
         )  # fmt: skip
         return result | ({"pushed": push(args.output, args.push)} if args.push else {})
     file = fetch(args.file, args.cache)

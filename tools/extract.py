@@ -18,7 +18,8 @@ from datasets.manifest import list_images
 from datasets.path_list import PathList, printable
 from engine_extract import WholeImages, extract_to_file
 from models_vit import load_encoder
-from util.checkpoint import file_sha256, write_atomic
+from util.checkpoint import write_atomic
+from util.checksums import file_sha256
 from util.dist import end_distributed, init_distributed, pick_device, print_main
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.resolve import parse_input_size

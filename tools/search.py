@@ -27,7 +27,8 @@ from datasets.path_list import PathList, printable
 from engine_extract import WholeImages, extract_batches, extract_to_file
 from engine_search import HEADER, KIND, best_of_block, build_index, load_faiss, open_index, search_rows
 from finetune.reid_model import load_reid
-from util.checkpoint import file_sha256, write_atomic, write_json
+from util.checkpoint import write_atomic, write_json
+from util.checksums import file_sha256
 from util.claim import claim
 from util.dist import end_distributed, init_distributed, is_main_process, pick_device, print_main
 from util.errors import InputError

@@ -1,10 +1,10 @@
 """Files of weights and runs: written atomically, read without running code from them."""
 
 import argparse
-import hashlib
 import json
 import os
 import pickle
+import struct
 import zipfile
 import zlib
 from pathlib import Path
@@ -15,9 +15,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as safetensors_bytes
 
+from util.checksums import NO_SUM, check_sums, with_checksum
 from util.errors import InputError
 
 CONTAINERS = ("state_dict", "teacher")  # where others keep their weights; DINO's teacher is what it evaluates
+# what torch says of a pickle with other objects than tensors and plain values
+FORBIDDEN = ("unsupported global", "unsupported class", "unrecognized function", "can only build")
+UNREADABLE = (  # what readers raise on files that are cut, changed or something else
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, SafetensorError, zipfile.BadZipFile, LookupError,
+    ValueError, TypeError, AttributeError, AssertionError, struct.error, OverflowError, MemoryError,
+)  # fmt: skip
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 DECODER_KEYS = ("mask_token", "decoder_")
 HEAD_KEYS = ("distill_head.",)
@@ -56,71 +63,10 @@ def write_torch(file: str | Path, value) -> None:
 
 
 def write_safetensors(file: str | Path, tensors: dict, metadata: dict[str, str]) -> None:
-    """safetensors with a string header, atomically."""
+    """safetensors with a string header, which gets a checksum, atomically."""
     tensors = {k: v.contiguous() for k, v in tensors.items()}
-    data = memoryview(safetensors_bytes(tensors, metadata))
-    start = 8 + int.from_bytes(data[:8], "little")
-    metadata = metadata | {"crc32": f"{zlib.crc32(data[start:]):08x}"}  # the format itself has no checksum
-    data = safetensors_bytes(tensors, metadata)
-    write_atomic(file, lambda opened: opened.write(data))
-
-
-def check_sums(file: str | Path) -> str:
-    """Compare the checksums inside a file of weights with its bytes; torch.load does not.
-
-    Returns:
-        What was compared: "crc32 of N records" (torch's zip files, .npz), "crc32 of the tensors" (safetensors
-        of ours), or "" where the file has none: an old .pth, safetensors of others.
-    Raises:
-        InputError: bytes have changed since the file was written.
-    """
-    file, damaged = Path(file), ""
-    if file.suffix == ".safetensors":
-        wanted = read_safetensors_header(file).get("crc32", "")
-        if not wanted:
-            return ""
-        with open(file, "rb") as opened:
-            start = 8 + int.from_bytes(opened.read(8), "little")
-            opened.seek(start)
-            found = 0
-            while block := opened.read(1 << 24):
-                found = zlib.crc32(block, found)
-        damaged = "" if f"{found:08x}" == wanted else f"crc32 of its tensors is {found:08x}, not {wanted}"
-        checked = "crc32 of the tensors"
-    elif zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            records = [record for record in archive.infolist() if record.CRC]  # 0: written without
-            for record in records:
-                try:
-                    with archive.open(record) as opened:
-                        while opened.read(1 << 24):
-                            pass
-                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-                    damaged = f"record {record.filename}: {error}"
-                    break
-        checked = f"crc32 of {len(records)} records"
-    else:
-        return ""
-    if damaged:
-        raise InputError(
-            f"checkpoint {file} is damaged ({damaged}): bytes have changed, fetch or copy it again"
-        )
-    return checked
-
-
-def file_sha256(file: str | Path) -> str:
-    """Identity of a file's bytes, 64 digits."""
-    return file_digests(file, ("sha256",))["sha256"]
-
-
-def file_digests(file: str | Path, names: tuple[str, ...]) -> dict[str, str]:
-    """{name of hashlib: hex digits} of a file's bytes, read once."""
-    digests = {name: hashlib.new(name) for name in names}
-    with open(file, "rb") as opened:
-        while block := opened.read(1 << 24):
-            for digest in digests.values():
-                digest.update(block)
-    return {name: digest.hexdigest() for name, digest in digests.items()}
+    head, numbers = with_checksum(safetensors_bytes(tensors, metadata | {"crc32": NO_SUM}))
+    write_atomic(file, lambda opened: (opened.write(head), opened.write(numbers)))
 
 
 def read_checkpoint(file: str | Path) -> dict:
@@ -134,6 +80,14 @@ def read_checkpoint(file: str | Path) -> dict:
     file = Path(file)
     if not file.is_file():
         raise InputError(f"checkpoint {file} does not exist")
+    if file.suffix == ".onnx":
+        raise InputError(
+            f"{file} is ONNX, whose weights are not read back: give the file that it was made from"
+        )
+    if not file.stat().st_size:
+        raise InputError(f"checkpoint {file} is damaged: it is empty")
+    if file.suffix != ".safetensors":
+        check_sums(file)  # before reading: a changed byte can look like a forbidden name
     try:
         if file.suffix == ".safetensors":
             content = load_file(file)
@@ -142,26 +96,12 @@ def read_checkpoint(file: str | Path) -> dict:
         else:
             with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's `args`: only holds values
                 content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "weights_only" not in str(error).lower() and "unsupported" not in str(error).lower():
-            raise InputError(f"checkpoint {file} is damaged or no checkpoint: {error}") from error
-        raise InputError(
-            f"checkpoint {file} holds Python objects, which could run code, and is refused: load it "
-            "once where you trust it and save its weights alone, "
-            "torch.save({'model': checkpoint['model']}, FILE)"
-        ) from error
-    except (RuntimeError, EOFError, OSError, SafetensorError, zipfile.BadZipFile, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
-        if "TorchScript" in reason:
-            raise InputError(
-                f"checkpoint {file} is a program (a TorchScript archive, as OpenAI's own CLIP files are) and "
-                "is refused: save its weights once where you trust it, torch.save(torch.jit.load(FILE)."
-                "state_dict(), OTHER)"
-            ) from error
-        raise InputError(
-            f"checkpoint {file} ({file.stat().st_size} bytes) is truncated or damaged: {reason}"
-        ) from error
-    check_sums(file)
+    except InputError:
+        raise
+    except UNREADABLE as error:
+        raise InputError(_why_unreadable(file, error)) from error
+    if file.suffix == ".safetensors":
+        check_sums(file)
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {file} holds a {type(content).__name__}, not a dict of weights")
     if "model" not in content and all(isinstance(v, torch.Tensor) for v in content.values()):
@@ -172,7 +112,29 @@ def read_checkpoint(file: str | Path) -> dict:
     if not isinstance(content.get("model"), dict):
         keys = ", ".join(map(str, list(content)[:8]))
         raise InputError(f"checkpoint {file} has no entry 'model': it has {keys or 'nothing'}")
+    unnamed = [k for k in content["model"] if not isinstance(k, str)]
+    if unnamed:
+        raise InputError(f"checkpoint {file} names a tensor {unnamed[0]!r}: names have to be text")
     return content
+
+
+def _why_unreadable(file: Path, error: Exception) -> str:
+    reason = " ".join(str(error).split())
+    if any(words in reason.lower() for words in FORBIDDEN):
+        return (
+            f"checkpoint {file} holds Python objects, which could run code, and is refused: load it "
+            "once where you trust it and save its weights alone, "
+            "torch.save({'model': checkpoint['model']}, FILE)"
+        )
+    if "TorchScript" in reason:
+        return (
+            f"checkpoint {file} is a program (a TorchScript archive, as OpenAI's own CLIP files are) and "
+            "is refused: save its weights once where you trust it, torch.save(torch.jit.load(FILE)."
+            "state_dict(), OTHER)"
+        )
+    reason = reason.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip()
+    size = f"{file.stat().st_size:,} bytes"
+    return f"checkpoint {file} ({size}) is truncated or damaged, or no checkpoint: {reason[:200] or 'no end'}"
 
 
 def _read_npz(file: Path) -> dict[str, torch.Tensor]:
@@ -241,11 +203,12 @@ def load_weights(model: torch.nn.Module, state: dict, file, *, needed: str) -> s
     new = [k for k in own if k not in loaded]
     ignored = [k for k in state if k not in own]
     return "\n".join(
-        f"  {title:8s} {len(keys):4d} tensors{_parts(keys)}"
+        f"  {title:8s} {len(keys):4d} tensors{parts_of(keys)}"
         for title, keys in (("loaded", loaded), ("new", new), ("ignored", ignored))
     )
 
 
-def _parts(keys) -> str:
+def parts_of(keys) -> str:
+    """ ": blocks, norm": first words of names, for a table."""
     parts = dict.fromkeys(key.split(".")[0] for key in keys)
     return ": " + ", ".join(parts) if parts else ""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from util.checkpoint import HEAD_KEYS, encoder_state, read_checkpoint, read_safetensors_header
+from util.checkpoint import HEAD_KEYS, encoder_state, parts_of, read_checkpoint, read_safetensors_header
 from util.errors import InputError
 from util.peer_names import CLIP_PATCHES, DECODER, PATCHES, from_clip, under_mae_names
 
@@ -170,12 +170,29 @@ def read_config(file: str | Path, content: dict) -> dict:
     files of others, whose entries of that name mean something else."""
     if Path(file).suffix != ".safetensors":
         config = content.get("config")
-        return config if isinstance(config, dict) and "kind" in config else {}
+        return _checked(config, file) if isinstance(config, dict) and "kind" in config else {}
     try:
         config = json.loads(read_safetensors_header(file).get("config", "{}"))
     except json.JSONDecodeError:
         return {}
-    return config if isinstance(config, dict) else {}
+    return _checked(config, file) if isinstance(config, dict) else {}
+
+
+def _checked(config: dict, file) -> dict:
+    """InputError where an entry that shapes an encoder is not what it has to be."""
+    whole = ("patch_size", "embed_dim", "depth", "num_heads", "stride")
+    for names, count, kinds in ((whole, 0, int), (("img_size",), 2, int), (("mean", "std"), 3, (int, float))):
+        for name in names:
+            value = config.get(name)
+            numbers = list(value) if isinstance(value, (list, tuple)) else [value]
+            fits = isinstance(value, (list, tuple)) == bool(count) and len(numbers) == (count or 1)
+            fits = fits and all(isinstance(n, kinds) and (n > 0 or name == "mean") for n in numbers)
+            if name in config and not fits:
+                wanted = f"{count} numbers" if count else "a positive number"
+                raise InputError(
+                    f"{file} says {name} {value!r} of its model, which has to be {wanted}: it is damaged"
+                )
+    return config
 
 
 def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: list[str]) -> str:
@@ -215,10 +232,5 @@ def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: li
         raise InputError(f"{file} lacks {in_block}: a block that is random in part would spoil the features")
     model.load_state_dict(found.state, strict=False)
     rows = (("loaded", list(found.state)), ("new", new), ("resized", resized), ("ignored", found.ignored))
-    table = [f"  {title:8s} {len(keys):4d} tensors{_parts(keys)}" for title, keys in rows]
+    table = [f"  {title:8s} {len(keys):4d} tensors{parts_of(keys)}" for title, keys in rows]
     return "\n".join([f"  {found.origin}, {share:.0%} of the encoder", *table])
-
-
-def _parts(keys) -> str:
-    parts = dict.fromkeys(key.split(".")[0] for key in keys)
-    return ": " + ", ".join(parts) if parts else ""
