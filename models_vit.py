@@ -394,7 +394,6 @@ def encoder_from(
         stride=stride,
         pre_norm="norm_pre.weight" in found.state,
         quick_gelu=quick_gelu or found.config.get("quick_gelu", False),
-        initialize=False,  # all but a final norm comes from the file
     )
     resized = [] if own_grid == model.grid_size else ["pos_embed"]
     found.state["pos_embed"] = resize_pos_embed(pos_embed, own_grid, model.grid_size, pos_resize)

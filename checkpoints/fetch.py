@@ -59,7 +59,7 @@ def fetch(source: str | Path, cache: str | Path | None = None) -> Path:
         raise InputError(f"checkpoint {text} is a folder: give a file ({holds})")
     nearest = difflib.get_close_matches(text, rows, n=3, cutoff=0.6)
     raise InputError(
-        f"checkpoint {text!r} does not exist as a file, and no released one has this name"
+        f"checkpoint {text or repr(text)} does not exist as a file, and no released one has this name"
         + (f": did you mean {' or '.join(nearest)}?" if nearest else ".")
         + f" Known names: {', '.join(rows)}; else give a file, https://HOST/FILE or hf://ORG/REPO/FILE"
     )

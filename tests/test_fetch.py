@@ -384,7 +384,7 @@ def test_the_default_cache(server, tmp_path, monkeypatch):
 
 def test_sources_that_are_nothing(tmp_path, monkeypatch, no_network):
     message = refused("mae_vit_bas", tmp_path)
-    assert "'mae_vit_bas' does not exist" in message and "did you mean mae_vit_base" in message
+    assert "mae_vit_bas does not exist" in message and "did you mean mae_vit_base" in message
     assert all(name in message for name in known())
     assert "did you mean" not in refused("/no/such/file.pth", tmp_path)
     (tmp_path / "encoder.pth").write_bytes(b"")
