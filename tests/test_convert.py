@@ -14,8 +14,10 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
+import main_finetune
 from checkpoints.peers import convert
 from checkpoints.reference import compare
+from finetune.encoder import build_encoder
 from models_mae import MODELS, MaskedAutoencoderViT
 from models_vit import VisionTransformer, load_encoder
 from util import checkpoint
@@ -693,3 +695,20 @@ def test_what_is_written_is_float32_and_plain(tmp_path, state):
     convert(tmp_path / "facebook.pth", "transfg", tmp_path / "a.npz")
     npz = np.load(tmp_path / "a.npz")
     assert all(npz[name].dtype == np.float32 for name in npz.files)
+
+
+@pytest.mark.parametrize("kind", ["timm", "hf", "mae", "transfg"])
+@pytest.mark.parametrize("task", ["reid", "attr", "fgvc", "seg"])
+def test_every_task_starts_from_every_format(tmp_path, full, imgs, task, kind):
+    """All four tasks have one loader; each prints its table."""
+    output = tmp_path / {"hf": "folder", "transfg": "w.npz"}.get(kind, "w.pth")
+    convert(full, kind, output)
+    words = f"--task {task} --finetune {output} --data_path x --input_size 48 --drop_path 0 --device cpu"
+    args = main_finetune.parse_args(words.split())
+    main_finetune.fill_recipe(args)
+    main_finetune.check_args(args)
+    encoder, table = build_encoder(args, False)
+    assert args.finetune != str(output) or kind != "hf"  # the folder's file of weights
+    assert len(args.weights_sha256) == 64 and "100% of the encoder" in table
+    assert "loaded    150 tensors" in table and "resized     1 tensors" in table
+    assert torch.equal(encoder.blocks[1].mlp.fc1.weight, load_encoder(full).blocks[1].mlp.fc1.weight)
