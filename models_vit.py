@@ -286,16 +286,14 @@ class VisionTransformer(nn.Module):
                 if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
                     raise InputError(
                         f"picture {number} is a {image.dtype} tensor of shape {tuple(image.shape)}: give "
-                        "uint8 "
-                        "[3, H, W] in 0..255; normalised floats go to encode()"
+                        "uint8 [3, H, W] in 0..255; normalised floats go to encode()"
                     )
                 if tuple(image.shape[1:]) == self.img_size:
                     return image.cpu()
                 image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
             elif not isinstance(image, Image.Image):
                 raise InputError(
-                    f"picture {number} is a {type(image).__name__}: give Pillow images, files or uint8 "
-                    "tensors"
+                    f"picture {number} is a {type(image).__name__}: give Pillow images, files or tensors"
                 )
             elif is_turned(image):
                 image = ImageOps.exif_transpose(image)

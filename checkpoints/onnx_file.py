@@ -1,9 +1,7 @@
-"""An encoder or a re-identification model as ONNX: uint8 pictures in, features out, checked before it is
-kept.
+"""An encoder or a re-identification model as ONNX, checked before it is kept.
 
-Normalisation and the position table are inside, the batch is of any size; pictures come as [N, 3, H, W]
-uint8 RGB,
-resized to the model's H x W (`datasets.transforms.whole_image` is what training uses).
+uint8 pictures in, features out: [N, 3, H, W] RGB, any N, resized to the model's H x W
+(`datasets.transforms.whole_image`); normalisation and the position table are inside.
 """
 
 import json
@@ -109,9 +107,8 @@ def export_onnx(
         if not largest < TOLERANCE:  # also NaN
             raise InputError(
                 f"{file} gives other features under onnxruntime {ort.__version__} (relative difference "
-                f"{largest:.2g}, "
-                f"at most {TOLERANCE} is accepted): nothing was written; try other versions of torch and "
-                "onnxruntime"
+                f"{largest:.2g}, at most {TOLERANCE} is accepted): nothing was written; try other versions of "
+                "torch and onnxruntime"
             )
         facts = {
             "kind": kind or "encoder", "source": Path(file).name, "source_sha256": file_sha256(file),

@@ -50,8 +50,7 @@ def reference_of(encoder) -> dict[str, str | int]:
     """What an encoder answers, as strings and numbers for a header or JSON.
 
     Args:
-        encoder: anything with `embed_images`, in float32 on the CPU so that the answer is as exact as it
-        can be.
+        encoder: anything with `embed_images`, in float32 on the CPU, where the answer is most exact.
     Returns:
         {"images": sha256 of the pictures, "width": D, "cls": base64 of [3, D] little-endian float32, "mean"}.
     """
