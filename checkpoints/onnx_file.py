@@ -107,8 +107,8 @@ def export_onnx(
         if not largest < TOLERANCE:  # also NaN
             raise InputError(
                 f"{file} gives other features under onnxruntime {ort.__version__} (relative difference "
-                f"{largest:.2g}, at most {TOLERANCE} is accepted): nothing was written; try other versions of "
-                "torch and onnxruntime"
+                f"{largest:.2g}, at most {TOLERANCE} is accepted): nothing was written; try other versions "
+                "of torch and onnxruntime"
             )
         facts = {
             "kind": kind or "encoder", "source": Path(file).name, "source_sha256": file_sha256(file),

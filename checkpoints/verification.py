@@ -71,8 +71,8 @@ def verify_file(file: str | Path) -> dict:
     if wrong:
         raise InputError(
             f"{file} answers its reference pictures differently from when it was written (relative "
-            f"{wrong[0]} {result[wrong[0]]:.2g}, at most {TOLERANCE} passes): its weights, its pixel statistics "
-            "or the way pictures are resized have changed"
+            f"{wrong[0]} {result[wrong[0]]:.2g}, at most {TOLERANCE} passes): its weights, its pixel "
+            "statistics or the way pictures are resized have changed"
         )
     rest = "; its decoder has no reference" if "decoder_embed.weight" in content["model"] else ""
     return result | {"verdict": f"the same features as when it was written{rest}"}
