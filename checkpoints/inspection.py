@@ -8,9 +8,7 @@ its keys and sizes can be shown; the names are listed.
 import io
 import json
 import pickle
-import struct
 import zipfile
-import zlib
 from collections import OrderedDict
 from pathlib import Path
 
@@ -19,16 +17,10 @@ import torch
 
 from checkpoints.fetch import known
 from util.checkpoint import CONTAINERS, read_checkpoint, read_safetensors_header
-from util.checksums import file_digests, kind_of_sums
+from util.checksums import DAMAGE, file_digests, kind_of_sums
 from util.errors import InputError
 from util.pretrained import read_config, recognise
 
-# what a broken or hostile pickle may raise
-PICKLE_ERRORS = (
-    pickle.UnpicklingError, EOFError, AttributeError, TypeError, KeyError, IndexError, ValueError,
-    RuntimeError, struct.error, OverflowError, MemoryError, RecursionError, NotImplementedError,
-    AssertionError, zipfile.BadZipFile, zlib.error, OSError,
-)  # fmt: skip
 OF_TENSORS = ("torch.Size", "torch.device", "torch._utils._rebuild_parameter_with_state")  # not worth a line
 STORAGES = {
     "Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
@@ -134,7 +126,7 @@ def _format(file: Path) -> str:
             return "pickle (torch before 1.6, or no checkpoint)"
         with zipfile.ZipFile(file) as archive:
             names = archive.namelist()
-    except PICKLE_ERRORS as error:
+    except DAMAGE as error:
         raise InputError(f"{file} is damaged ({error}): fetch or copy it again") from error
     program = any(name.endswith("constants.pkl") for name in names)
     return "TorchScript program" if program else "torch zip file"
@@ -188,7 +180,7 @@ def _read_inert(file: Path, error: InputError) -> tuple[dict, list[str]]:
             else:
                 for _ in range(PICKLES_BEFORE + 1):
                     found = Unpickler(opened).load()
-    except (*PICKLE_ERRORS, StopIteration) as reason:
+    except (*DAMAGE, StopIteration) as reason:
         objects[f"(reading ended early: {type(reason).__name__}: {str(reason)[:80]})"] = None
     if "Python objects" not in str(error) and all(name.startswith("(") for name in objects):
         raise error

@@ -68,7 +68,7 @@ def to_timm(source: Source, output: Path, size) -> tuple[dict, str, str]:
         write_safetensors(output, state, {"format": "pt", "config": json.dumps(_config(source))})
     else:
         write_torch(output, state)
-    name, more = _timm_name(settings)
+    name, more = timm_model(settings)
     default = timm.get_pretrained_cfg(name)
     stats = {"mean": tuple(settings["mean"]), "std": tuple(settings["std"])}
     remark = _pixels(source)
@@ -82,7 +82,7 @@ def to_timm(source: Source, output: Path, size) -> tuple[dict, str, str]:
     return state, f"model = timm.create_model('{name}', {words})", remark
 
 
-def _timm_name(settings: dict) -> tuple[str, dict]:
+def timm_model(settings: dict) -> tuple[str, dict]:
     """timm's model of these sizes, or its ViT-B with other sizes, and the arguments that it needs."""
     patch, pre_norm, quick = settings["patch_size"], settings["pre_norm"], settings["quick_gelu"]
     kind = ("_clip" + "_quickgelu" * quick) * pre_norm

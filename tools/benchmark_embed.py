@@ -21,6 +21,7 @@ from PIL import Image
 from torchvision import transforms
 
 from checkpoints.fetch import fetch
+from checkpoints.peer_files import timm_model
 from checkpoints.peers import convert
 from datasets.manifest import list_images
 from finetune.encoder import encoder_models
@@ -50,21 +51,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def timm_name(like: VisionTransformer) -> str:
-    """InputError where timm has no such model."""
-    size = (like.embed_dim, len(like.blocks), like.patch_size)
-    found = [
-        name for name, (width, depth, _, patch) in encoder_models().items() if (width, depth, patch) == size
-    ]
-    if not found or like.settings()["pre_norm"]:
-        raise InputError(f"timm has no name for this encoder: give one of {', '.join(encoder_models())}")
-    return found[0]
-
-
 def embed_with_timm(file: Path, like: VisionTransformer, photos: list[str], batch_size: int, device):
     """Class tokens [N, D] after the final norm, as timm's documentation shows it."""
-    name = timm_name(like)
-    model = timm.create_model(f"{name}_224", img_size=like.img_size, num_classes=0, checkpoint_path=str(file))
+    name, more = timm_model(like.settings())
+    model = timm.create_model(name, num_classes=0, checkpoint_path=str(file), **more)
     model = model.to(device).eval()
     transform = transforms.Compose(
         [

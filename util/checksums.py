@@ -6,6 +6,7 @@ over their names, sizes, header and numbers.
 
 import hashlib
 import json
+import pickle
 import struct
 import zipfile
 import zlib
@@ -15,9 +16,9 @@ from util.errors import InputError
 
 NO_SUM = "00000000"
 BLOCK_BYTES = 1 << 24
-DAMAGE = (  # what readers of zip files and headers raise on changed bytes
-    zipfile.BadZipFile, zlib.error, EOFError, ValueError, LookupError, AttributeError, RuntimeError,
-    struct.error, OSError,
+DAMAGE = (  # what readers raise on files of weights that are cut, changed or something else
+    zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, EOFError, OSError, MemoryError,
+    ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError, ArithmeticError,
 )  # fmt: skip
 
 
