@@ -1,8 +1,10 @@
 """A packed set: many JPEGs in a few big files, read through memory maps (made by tools.pack)."""
 
+import bisect
 import hashlib
 import io
 import json
+import mmap
 import zlib
 from pathlib import Path
 
@@ -49,8 +51,8 @@ class PackedImages:
                     "it is damaged; remove it and run python -m tools.pack again"
                 )
         self._index = np.concatenate(indices)
-        self._shard_ends = np.cumsum([len(index) for index in indices])
-        self._maps: dict[int, np.ndarray] = {}
+        self._shard_ends = np.cumsum([len(index) for index in indices]).tolist()
+        self._maps: dict[int, mmap.mmap] = {}
 
     def __len__(self) -> int:
         return len(self._index)
@@ -64,11 +66,12 @@ class PackedImages:
         Raises:
             ValueError: its checksum is wrong; named and counted like any unreadable image.
         """
-        shard = int(np.searchsorted(self._shard_ends, index, side="right"))
-        if shard not in self._maps:
-            self._maps[shard] = np.memmap(shard_file(self.folder, shard), dtype=np.uint8, mode="r")
         offset, length, crc = self._index[index].tolist()
-        data = self._maps[shard][offset : offset + length].tobytes()
+        shard = bisect.bisect_right(self._shard_ends, index)
+        if shard not in self._maps:
+            with open(shard_file(self.folder, shard), "rb") as opened:
+                self._maps[shard] = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+        data = self._maps[shard][offset : offset + length]
         if zlib.crc32(data) != crc:
             raise ValueError(f"checksum differs in {shard_file(self.folder, shard).name} at byte {offset}")
         return data

@@ -18,7 +18,7 @@ from datasets.transforms import (
     jpeg_reduction,
     mask_noise,
     random_crop_box,
-    sample_rng,
+    thread_rng,
     whole_image,
 )
 
@@ -115,7 +115,7 @@ class PretrainDataset(Dataset):
 
     def _draw_crop(self, picture: "Picture", view: int, full_size: tuple[int, int]) -> int:
         """Draw the crop of a picture of this (width, height); returns the reduction it allows."""
-        rng = sample_rng(self.seed, view, picture.index, CROP_STREAM)
+        rng = thread_rng.at(self.seed, view, picture.index, CROP_STREAM)
         picture.box, picture.flip = random_crop_box(rng, *full_size, self.min_area)
         factor = jpeg_reduction(picture.box, self.input_size)
         if self.teacher_size is not None and self.teacher_cache is None:

@@ -1,6 +1,7 @@
 """Augmentation as a pure function of (seed, epoch, index): no global random state anywhere."""
 
 import math
+import threading
 
 import numpy as np
 import torch
@@ -16,9 +17,28 @@ def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Gene
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, index]))
 
 
+class ThreadRng(threading.local):
+    """`sample_rng` without making a generator for each image, a sixth of the time: one generator of each
+    thread is set to the place asked for. For numbers drawn at once; the next call moves it on."""
+
+    def __init__(self):
+        self.philox = np.random.Philox(0)
+        self.generator = np.random.Generator(self.philox)
+        self.place = self.philox.state
+
+    def at(self, seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:
+        self.place["state"]["key"][:] = seed, epoch
+        self.place["state"]["counter"][:] = 0, 0, stream, index
+        self.philox.state = self.place  # its buffer is marked as used up, its half word as absent
+        return self.generator
+
+
+thread_rng = ThreadRng()
+
+
 def mask_noise(seed: int, epoch: int, index: int, num_patches: int) -> np.ndarray:
     """[L] float32 in [0, 1): the noise by which MAE orders the patches of one image."""
-    return sample_rng(seed, epoch, index, MASK_STREAM).random(num_patches, dtype=np.float32)
+    return thread_rng.at(seed, epoch, index, MASK_STREAM).random(num_patches, dtype=np.float32)
 
 
 def random_crop_box(

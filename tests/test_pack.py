@@ -52,6 +52,7 @@ def test_packed_set_reads_like_the_folder(photos, tmp_path, capsys):
     names = [packed.relative(i) for i in range(28)]
     good = [i for i in range(len(plain)) if plain.relative(i) not in ("cut.jpg", "text.jpg")]
     assert names == [plain.relative(i) for i in good]
+    assert [file.read() for file in packed] == [packed.read(i) for i in range(28)], "a loop ends at the end"
     assert packed.read(names.index("small.jpg")) == (photos / "small.jpg").read_bytes()
     with Image.open(packed[names.index("big.jpg")]) as image:
         assert image.size == (384, 256) and image.mode == "RGB"
