@@ -34,11 +34,11 @@ echo "== 6/7  what was learned"
 python -m tools.report "$out/run" --data_path "$out/pool/labels.csv" --label_column body colour viewid --read_out cls
 
 echo "== 7/7  fine-tuning the encoder to find the same vehicle again, scored before and after"
-python -m datasets.demo_reid --output "$out/veri" --layout veri776 --size 96 --train_ids 40 --test_ids 20 --images_per_id 10
+python -m datasets.demo_reid --output "$out/veri" --layout veri776 --size 96 --train_ids 40 --test_ids 20 --images_per_id 10 --mixed
 reid=(--task reid --data_path "$out/veri" --finetune "$out/run/encoder.safetensors" --input_size 96)
 python main_finetune.py "${reid[@]}" --eval --output_dir "$out/reid_before"
 python main_finetune.py "${reid[@]}" --output_dir "$out/reid" --resume auto --batch_size 16 --epochs 8 --warmup_epochs 1 \
-    --opt adamw --lr 2e-4 --weight_decay 0.05 --bias_lr_factor 1 --layer_decay 0.75 --drop_path 0 --triplet_weight 0.1 \
+    --opt adamw --lr 5e-4 --weight_decay 0.05 --bias_lr_factor 1 --layer_decay 0.75 --drop_path 0 --triplet_weight 0.1 \
     --jpm --jpm_shift 5 --report
 echo "Open $out/run/report.html, $out/data/report.html (what was chosen, and why), $out/texts/report.html and"
 echo "$out/reid/report.html (which vehicles were found)."
