@@ -16,6 +16,21 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 FINISHED = 0  # written into the pipe when the guard is left without a signal
 
 
+@contextmanager
+def deaths_unheard():
+    """Main thread only. torch raises in whatever line the main thread is at when a data worker dies; in here
+    it does not, and the loader finds out by itself within seconds."""
+    heard = signal.getsignal(signal.SIGCHLD)
+    if not callable(heard):  # no loader has started workers yet
+        yield
+        return
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, heard)
+
+
 class NoGuard:
     """In place of a `StopGuard` where nothing is worth saving."""
 
@@ -47,7 +62,7 @@ class StopGuard:
     @contextmanager
     def committing(self):
         """Around the optimiser step and the counters that belong to it."""
-        with self._lock:
+        with deaths_unheard(), self._lock:
             self._torn = True
             yield
             self._torn = False
@@ -63,17 +78,18 @@ class StopGuard:
         return self
 
     def __exit__(self, kind, error, trace):
-        if self._stopping.is_set():
-            self._thread.join()  # it ends the process; errors of dying peers do not matter now
-        signal.set_wakeup_fd(self._old_fd)
-        for number, handler in self._old_handlers.items():
-            signal.signal(number, handler)
-        os.write(self._write_end, bytes([FINISHED]))
-        self._thread.join()
-        os.close(self._read_end)
-        os.close(self._write_end)
-        if error is not None and self._is_main and not self._torn:
-            self._save()
+        with deaths_unheard():  # a signal to the whole group ends the workers while the state is saved
+            if self._stopping.is_set():
+                self._thread.join()  # it ends the process; errors of dying peers do not matter now
+            signal.set_wakeup_fd(self._old_fd)
+            for number, handler in self._old_handlers.items():
+                signal.signal(number, handler)
+            os.write(self._write_end, bytes([FINISHED]))
+            self._thread.join()
+            os.close(self._read_end)
+            os.close(self._write_end)
+            if error is not None and self._is_main and not self._torn:
+                self._save()
         return False
 
     def _wait(self):
