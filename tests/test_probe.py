@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import command, parse, run_command, small_flags, write_pictures
 from PIL import Image
 
@@ -21,6 +22,7 @@ from engine_linprobe import CropBatches, Recipe, StoredBatches, build_head, trai
 from models_mae import MODELS
 from models_probe import load_read_outs
 from models_vit import VisionTransformer, load_encoder
+from util import probe
 from util.errors import InputError
 from util.lars import LARS
 from util.lr_sched import cosine_lr
@@ -82,6 +84,40 @@ def test_linear_probe_separates_what_is_separable():
     assert topk_accuracy(logits, labels[150:], 1) > 0.95
     noise, _ = linear_predict(torch.randn(150, 16, generator=rng), labels[:150], x[150:], 5)
     assert topk_accuracy(noise, labels[150:], 1) < 0.6
+
+
+def test_linear_probe_chooses_its_l2_on_all_rows(monkeypatch):
+    fits = []
+
+    def fit(features, labels, num_classes, l2, steps=60, start=None):
+        fits.append((set(features[:, 0].tolist()), l2, start))
+        return torch.full((3, num_classes), l2)
+
+    monkeypatch.setattr(probe, "linear_fit", fit)
+    x = torch.arange(23.0)[:, None].repeat(1, 2)
+    _, best = probe.linear_predict(x, torch.zeros(23, dtype=torch.int64), x, 2)
+    assert best == max(probe.L2_GRID)  # all fits are equally right: the strongest
+    whole = fits[-1][0]
+    held = [whole - kept for kept, *_ in fits[: -1 : len(probe.L2_GRID)]]
+    assert len(held) == 5 and set.union(*held) == whole and sum(map(len, held)) == 23
+    assert fits[0][2] is None and torch.equal(fits[1][2], torch.full((3, 2), fits[0][1]))
+    fits.clear()
+    monkeypatch.setattr(probe, "HELD_OUT_ROWS", 6)
+    probe.linear_predict(x, torch.zeros(23, dtype=torch.int64), x, 2)
+    assert len(fits) == 2 * len(probe.L2_GRID) + 1
+
+
+def test_linear_probe_regularises_as_much_as_the_data_want():
+    rng = torch.Generator().manual_seed(1)
+    labels = torch.randint(3, (300,), generator=rng)
+    noise = torch.randn(300, 60, generator=rng)
+    weak = torch.cat([F.one_hot(labels, 3) * 0.7 + noise[:, :3], noise[:, 3:]], dim=1)
+    _, strong_l2 = linear_predict(weak, labels, weak, 3)
+    # a narrow margin between crowded classes: three slabs along one direction
+    slabs = noise.clone()
+    slabs[:, 0] = labels + 0.9 * torch.rand(300, generator=rng)
+    _, weak_l2 = linear_predict(slabs[:, :3], labels, slabs[:, :3], 3)
+    assert weak_l2 < strong_l2
 
 
 @pytest.mark.parametrize("processes", [1, 2])

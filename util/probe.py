@@ -30,19 +30,29 @@ def knn_predict(
     return torch.cat(votes)
 
 
+L2_GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)  # strongest first: each fit starts from the one before
+HELD_OUT_ROWS = 20_000  # its sampling error is 0.35 points at most
+
+
 def linear_fit(
-    features: torch.Tensor, labels: torch.Tensor, num_classes: int, l2: float, steps: int = 60
+    features: torch.Tensor,
+    labels: torch.Tensor,
+    num_classes: int,
+    l2: float,
+    steps: int = 60,
+    start: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multinomial logistic regression, full batch, L-BFGS.
 
     Args:
         features: [M, D] float32, standardised; labels: [M] int64; l2: weight of the mean squared
-            weights.
+            weights; start: [D + 1, num_classes], what another `l2` gave (default zeros).
     Returns:
         [D + 1, num_classes] float32, the last row is the bias.
     """
     x = F.pad(features, (0, 1), value=1.0)
-    weight = torch.zeros(x.shape[1], num_classes, device=x.device, requires_grad=True)
+    weight = torch.zeros(x.shape[1], num_classes, device=x.device) if start is None else start.clone()
+    weight.requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure():
@@ -56,28 +66,31 @@ def linear_fit(
 
 
 def linear_predict(
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    queries: torch.Tensor,
-    num_classes: int,
-    l2_grid: tuple[float, ...] = (1e-3, 1e-2, 1e-1),
+    train: torch.Tensor, train_labels: torch.Tensor, queries: torch.Tensor, num_classes: int
 ) -> tuple[torch.Tensor, float]:
-    """Linear probe on frozen features; the L2 weight is chosen on a fifth of the training rows.
+    """Linear probe on frozen features; the L2 weight of `L2_GRID` is chosen by five-fold cross-validation.
+
+    Folds beyond `HELD_OUT_ROWS` are left out. One fold of a small set chooses by chance: with 977
+    rows of 196 classes the choice alone moved top-1 by a point.
 
     Returns:
         ([Q, num_classes] logits, the chosen weight).
     """
-    mean, std = train.mean(dim=0), train.std(dim=0).clamp_min(1e-6)
+    mean, std = train.mean(dim=0), train.std(dim=0, correction=0).clamp_min(1e-6)
     train, queries = (train - mean) / std, (queries - mean) / std
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
-    held, kept = order[: len(order) // 5], order[len(order) // 5 :]
-
-    def held_out_accuracy(l2: float) -> float:
-        weight = linear_fit(train[kept], train_labels[kept], num_classes, l2)
-        guess = (F.pad(train[held], (0, 1), value=1.0) @ weight).argmax(dim=1)
-        return (guess == train_labels[held]).float().mean().item()
-
-    best = max(l2_grid, key=held_out_accuracy)
+    folds, right, seen = order.tensor_split(5), [0] * len(L2_GRID), 0
+    for number, held in enumerate(folds):
+        kept = torch.cat([*folds[:number], *folds[number + 1 :]])
+        weight = None
+        for i, l2 in enumerate(L2_GRID):
+            weight = linear_fit(train[kept], train_labels[kept], num_classes, l2, steps=20, start=weight)
+            guess = (F.pad(train[held], (0, 1), value=1.0) @ weight).argmax(dim=1)
+            right[i] += (guess == train_labels[held]).sum().item()
+        seen += len(held)
+        if seen >= HELD_OUT_ROWS:
+            break
+    best = L2_GRID[right.index(max(right))]
     weight = linear_fit(train, train_labels, num_classes, best)
     return F.pad(queries, (0, 1), value=1.0) @ weight, best
 
