@@ -7,7 +7,7 @@ import sys
 import pytest
 from conftest import ROOT
 
-# `kill` ends a child whose death torch's handler would report by raising in the line at hand
+# the child stands for a data worker, the handler for torch's, which raises in the line at hand
 SCRIPT = """
 import os, signal, sys, time
 from util.stop import StopGuard
