@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from checkpoints.fetch import fetch
 from datasets.labelled import LabelledImages, list_labelled
@@ -300,7 +301,8 @@ def probe(args, features: torch.Tensor, table, rows: dict, read_out: str, column
         add("knn", numbers(votes))
     if "linear" in args.protocol:
         logits, l2 = linear_predict(x["train"], y["train"], x["val"], num_classes)
-        add("linear", numbers(logits) | {"l2": l2})
+        nll = F.cross_entropy(logits, y["val"]).item()  # nats; far less noisy than top-1 on few images
+        add("linear", numbers(logits) | {"nll": nll, "l2": l2})
     if head is not None:
         with torch.no_grad():
             add(f"mae_{args.views}", numbers(head(x["val"])))

@@ -144,7 +144,7 @@ def test_extract(run_dir, tmp_path, processes):
     assert not (tmp_path / "features.parts").exists()
 
 
-def test_linprobe_on_a_table(run_dir, tmp_path, pictures):
+def test_linprobe_on_a_table(run_dir, tmp_path, pictures, monkeypatch):
     table = tmp_path / "labels.csv"
     lines = [f"{pictures}/{i:04d}.png,{'val' if i % 4 == 0 else 'train'},{'ab'[i % 2]}" for i in range(40)]
     table.write_text("path,split,kind\n" + "\n".join(lines) + "\n")
@@ -153,6 +153,14 @@ def test_linprobe_on_a_table(run_dir, tmp_path, pictures):
     metrics = main_linprobe.main(parse(main_linprobe.get_args_parser(), flags.split()))
     for name in ("knn_mean_kind_top1", "knn_cls_kind_top1", "linear_mean_kind_top1", "majority_cls_kind"):
         assert 0 <= metrics[name] <= 1
+
+    def answer(train, train_labels, queries, num_classes):  # sure of "a" by 3 to 1; all 10 val rows are "a"
+        return torch.tensor([[math.log(3), 0.0]]).expand(len(queries), 2), 0.1
+
+    monkeypatch.setattr(main_linprobe, "linear_predict", answer)
+    metrics = main_linprobe.main(parse(main_linprobe.get_args_parser(), flags.split()))
+    assert metrics["linear_mean_kind_nll"] == pytest.approx(math.log(4 / 3), abs=1e-6)
+    assert metrics["linear_mean_kind_top1"] == 1 and metrics["linear_cls_kind_l2"] == 0.1
 
 
 @pytest.fixture(scope="module")
