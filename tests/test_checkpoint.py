@@ -7,7 +7,14 @@ import torch
 
 from models_mae import MODELS
 from models_vit import load_encoder
-from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_atomic, write_safetensors
+from util.checkpoint import (
+    encoder_state,
+    load_weights,
+    read_checkpoint,
+    write_atomic,
+    write_safetensors,
+    write_torch,
+)
 from util.errors import InputError
 from util.resume import initialise_from
 
@@ -31,6 +38,23 @@ def test_write_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(InputError, match="No space left"):
         write_atomic(file, fails)
     assert file.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["x.bin"]
+
+
+def test_full_disk_is_named_where_torch_hides_it(tmp_path):
+    resource = pytest.importorskip("resource")
+    file, before = tmp_path / "x.pth", resource.getrlimit(resource.RLIMIT_FSIZE)
+    write_torch(file, {"old": 1})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+    try:
+        with pytest.raises(InputError, match="cannot write .*x.pth: File too large"):
+            write_torch(file, {"x": torch.zeros(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert torch.load(file, weights_only=True) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == [
+        "x.pth"
+    ]
+    with pytest.raises(RuntimeError, match="of its own"):  # no disk behind it: not ours to explain
+        write_atomic(file, lambda opened: (_ for _ in ()).throw(RuntimeError("of its own")))
 
 
 class Payload:

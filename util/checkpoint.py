@@ -38,8 +38,11 @@ def write_atomic(file: str | Path, write) -> None:
             opened.flush()
             os.fsync(opened.fileno())
         os.replace(temporary, file)
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error.strerror or error}") from error
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides the disk's
+        if not isinstance(reason, OSError):
+            raise
+        raise InputError(f"cannot write {file}: {reason.strerror or reason}") from error
     finally:
         temporary.unlink(missing_ok=True)  # gone where all went well
 
