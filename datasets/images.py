@@ -82,7 +82,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         return image
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
-        scale = 255 / 65535 if values.max(initial=0) > 255 else 1.0
+        is_wide = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode I does not tell
+        scale = 255 / 65535 if is_wide else 1.0
         image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
         return image.convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:

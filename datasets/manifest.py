@@ -119,8 +119,10 @@ def _read_json_row(file: Path, number: int, line: str) -> dict:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
-    if not isinstance(row, dict) or not row.get("path"):
-        raise InputError(f"{file}, line {number} has no key 'path': write one JSON object a line")
+    if not isinstance(row, dict) or not isinstance(row.get("path"), str) or not row["path"]:
+        raise InputError(
+            f"{file}, line {number} has no text under the key 'path': write one JSON object a line"
+        )
     return row
 
 

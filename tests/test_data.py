@@ -80,6 +80,7 @@ def test_bad_lists_have_one_clear_sentence(tmp_path):
         "hole.csv": "path,split\n,train\n",
         "broken.jsonl": '{"path": "a.png"}\nnot json\n',
         "nokey.jsonl": '{"file": "a.png"}\n',
+        "number.jsonl": '{"path": "a.png"}\n{"path": 5}\n',
         "nothing.csv": "path\n",
         "elsewhere.csv": "path\n/no/such/1.png\n/no/such/2.png\n",
         "odd.xlsx": "",
@@ -93,7 +94,8 @@ def test_bad_lists_have_one_clear_sentence(tmp_path):
         "nocolumn.csv": "no column 'path'",
         "hole.csv": "line 2: the column 'path' is empty",
         "broken.jsonl": "line 2 is not JSON",
-        "nokey.jsonl": "no key 'path'",
+        "nokey.jsonl": "line 1 has no text under the key 'path'",
+        "number.jsonl": "line 2 has no text under the key 'path'",
         "nothing.csv": "no row",
         "elsewhere.csv": "none of the first 2 images",
         "odd.xlsx": "neither a folder nor a manifest",
@@ -119,12 +121,13 @@ def save_modes(folder: Path) -> dict[str, tuple[int, int, int]]:
     Image.new("LA", (40, 24), (90, 255)).save(folder / "grey_alpha.png")
     Image.new("RGBA", (40, 24), (*red, 0)).save(folder / "transparent.png")
     Image.fromarray(np.full((24, 40), 90 * 257, dtype=np.uint16)).save(folder / "sixteen.png")
+    Image.fromarray(np.full((24, 40), 200, dtype=np.uint16)).save(folder / "night.png")  # 200 of 65,535
     Image.new("CMYK", (40, 24), (0, 255, 255, 0)).save(folder / "cmyk.jpg", quality=100)
     return {
         "rgb.png": red, "rgb.bmp": red, "rgb.webp": red, "palette.png": red, "grey.png": (90,) * 3,
         "bilevel.png": (255,) * 3, "grey_alpha.png": (90,) * 3, "transparent.png": (255,) * 3,
-        "sixteen.png": (90,) * 3, "cmyk.jpg": Image.new("CMYK", (1, 1), (0, 255, 255, 0))
-        .convert("RGB").getpixel((0, 0)),
+        "sixteen.png": (90,) * 3, "night.png": (0,) * 3,
+        "cmyk.jpg": Image.new("CMYK", (1, 1), (0, 255, 255, 0)).convert("RGB").getpixel((0, 0)),
     }  # fmt: skip
 
 
