@@ -34,7 +34,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
     add("--output", required=True, help="name of the files to write, without ending")
-    add("--read_out", default="mean", choices=("mean", "cls", "tokens"),
+    add("--read_out", "--pool", default="mean", choices=("mean", "cls", "tokens"),
         help="mean of the patch tokens, class token, or all patch tokens (default mean)")
     add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
