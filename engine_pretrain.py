@@ -20,7 +20,7 @@ from util.step_profile import StepProfile, part
 from util.stop import NoGuard, StopGuard
 
 FASTER_DATA = ", train from a packed set (python -m tools.pack), or on CUDA try --decode gpu"
-STEADIER = "lower --blr, set --clip_grad 1 or use --amp none"
+STEADIER = "lower --blr or set --clip_grad 1 (name lr or clip_grad after --allow_change), or use --amp none"
 
 
 @dataclass
@@ -44,6 +44,7 @@ class PretrainRun:
     bad_steps_in_row: int = 0
     profile: StepProfile | None = None
     buffers: None = None  # none change in training
+    text_bank: tuple | None = None  # (embeddings, texts, the teacher's identity), kept beside the checkpoints
     seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "data": 0.0})
 
 

@@ -16,6 +16,7 @@ from util.step_profile import part
 
 QUIET_SECONDS = 30
 DATA_WAIT_ADVICE = 0.2
+LEAST_SCALE = 1e-3  # of fp16's losses; healthy runs stay far above 1
 
 
 def apply_update(run, args, update_terms, problems, watch, lr: float, batches_done: int) -> None:
@@ -38,6 +39,8 @@ def apply_update(run, args, update_terms, problems, watch, lr: float, batches_do
     if args.clip_grad:
         nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, grad_norm)
 
+    # with fp16 an infinite gradient alone is the scaler finding its scale
+    watch.add(batches_done, lr, terms, loss_ok if run.scaler else ok, problems)
     with part("optimiser"), run.guard.committing():
         # a fused optimiser leaves weights and state alone where found_inf is 1
         run.optimizer.grad_scale = None
@@ -50,8 +53,6 @@ def apply_update(run, args, update_terms, problems, watch, lr: float, batches_do
         run.batches_done = batches_done
         if run.buffers:
             run.buffers.commit(ok)
-    # with fp16 an infinite gradient alone is the scaler finding its scale
-    watch.add(batches_done, lr, terms, loss_ok if run.scaler else ok, problems)
 
 
 class CommittedBuffers:
@@ -142,6 +143,9 @@ class StepWatch:
     def add(self, batches_done: int, lr: float, terms: dict, ok: torch.Tensor, problems) -> None:
         scalars = {k: v for k, v in terms.items() if v.numel() == 1}
         self.pending.append((batches_done, lr, scalars, ok))
+        if problems:  # at once: a stop would lose what waits
+            with open(self.run.output_dir / "bad_images.txt", "a") as opened:
+                opened.write("".join(f"{self.run.epoch}\t{p}\n" for p in problems))
         self.problems += problems
 
     def after_update(self, batches_done: int, lr: float) -> None:
@@ -181,10 +185,8 @@ class StepWatch:
         return f"{self.images / total:.3g} img/s  data wait {share:.0%}"
 
     def _check_images(self) -> None:
-        """Write down unreadable files; stop where they are too many of this epoch's images."""
+        """Name an unreadable file; stop where they are too many of this epoch's images."""
         if self.problems:
-            with open(self.run.output_dir / "bad_images.txt", "a") as opened:
-                opened.write("".join(f"{self.run.epoch}\t{p}\n" for p in self.problems))
             first, self.problems = self.problems[0], []
             if is_main_process():
                 self.bar.print(f"unreadable, another image stands in: {first}")
@@ -207,12 +209,18 @@ class StepWatch:
             self.run.bad_steps_in_row = 0 if ok else self.run.bad_steps_in_row + 1
             if not ok and is_main_process():
                 self._report_bad_step(batches_done, lr, terms)
-        if self.run.bad_steps_in_row >= self.args.max_bad_steps:
+            if self.run.bad_steps_in_row >= self.args.max_bad_steps:  # also where good ones have followed
+                raise InputError(
+                    f"{self.run.bad_steps_in_row} updates in a row had a non-finite loss or gradient and "
+                    f"were skipped (epoch {self.run.epoch}); none of them is in the weights, files and loss "
+                    f"terms are in {self.run.output_dir / 'bad_steps.jsonl'}: {self.steadier}, then "
+                    "--resume auto"
+                )
+        scale = self.run.scaler.get_scale() if self.run.scaler else 1.0
+        if scale < LEAST_SCALE:
             raise InputError(
-                f"{self.run.bad_steps_in_row} updates in a row had a non-finite loss or gradient and "
-                f"were skipped (epoch {self.run.epoch}); the weights are those of the last good "
-                f"update, files and loss terms are in {self.run.output_dir / 'bad_steps.jsonl'}: "
-                f"{self.steadier}, then --resume auto"
+                f"fp16 finds no loss scale at which the gradients are finite (epoch {self.run.epoch}, now "
+                f"{scale:.1g}), so nothing is learned any more: {self.steadier}, then --resume auto"
             )
 
     def _report_bad_step(self, batches_done: int, lr: float, terms: dict) -> None:

@@ -29,7 +29,7 @@ from util.memory import peak_gigabytes
 from util.meter import Meter, means
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.resolve import parse_input_size
-from util.resume import LAST, RunFiles
+from util.resume import RunFiles, refuse_used_folder
 from util.settings import default_workers, environment
 from util.stop import StopGuard, init_worker
 from util.tool import tool_parser
@@ -107,8 +107,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="stop above this fraction of unreadable training images (default 0.01)")
     add("--num_workers", default=None, type=int,
         help="data processes per rank (default: cores / ranks on this machine, at most 10)")
-    add("--pin_mem", action=argparse.BooleanOptionalAction, default=True,
-        help="pinned host memory for CUDA (default on)")
+    add("--pin_mem", action="store_true", default=True, help="pinned host memory for CUDA (default on)")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", help="switches it off (default on)")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval", action="store_true", help="score --resume FILE, or the encoder --finetune (default off)")
@@ -232,11 +232,8 @@ def evaluate(args, device: torch.device) -> dict:
 def train(args, device: torch.device) -> dict:
     started = time.time()
     args.device = device.type
-    if not args.resume and (Path(args.output_dir) / LAST).exists():
-        raise InputError(
-            f"{args.output_dir} holds a run: --resume auto goes on with it, another --output_dir starts "
-            "a new one"
-        )
+    if not args.resume:
+        refuse_used_folder(args.output_dir)
     run, files, lines = build_run(args, device)
     print_main(*lines)
     output_dir, writer = run.output_dir, None

@@ -21,7 +21,7 @@ from checkpoints.fetch import fetch
 from datasets.manifest import list_images
 from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
 from datasets.teacher_cache import TeacherCache
-from datasets.text_bank import build_bank, save_bank
+from datasets.text_bank import build_bank, hash_texts, is_encoded, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch
 from models_mae import CONTEXTS, MODELS
 from models_teacher import FrozenTeacher, load_clip
@@ -34,10 +34,12 @@ from util.meter import Meter, means, trivial_distillation
 from util.optim import build_adamw
 from util.panels import save_panels
 from util.precision import pick_amp_dtype, pick_fused_attention
-from util.resume import RunFiles, initialise_from
+from util.resume import RunFiles, initialise_from, refuse_used_folder
 from util.settings import check_args, environment, print_header, resolve
 from util.step_profile import StepProfile, compile_counts, profile_table
 from util.stop import NoGuard, StopGuard, init_worker
+
+CLIP_MODEL = "ViT-L-14"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -77,7 +79,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="temperature of both softmaxes (default: the teacher's own, 1/exp(logit_scale))")
     add("--distill_hidden", default=0, type=int,
         help="width of a hidden layer in the projection, 0 for a linear one (default 0)")
-    add("--clip_model", default="ViT-L-14",
+    add("--clip_model", default=CLIP_MODEL,
         help="open_clip name or path of an open_clip JSON config (default ViT-L-14)")
     add("--clip_pretrained", default="openai",
         help="open_clip tag, or a weight file .pt .bin .safetensors (default openai)")
@@ -100,8 +102,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="where JPEGs are decoded and cropped: in the workers, or by nvJPEG on CUDA (default cpu)")
     add("--num_workers", default=None, type=int,
         help="data processes per rank (default: cores / ranks on this machine, at most 10)")
-    add("--pin_mem", action=argparse.BooleanOptionalAction, default=True,
-        help="pinned host memory for CUDA (default on)")
+    add("--pin_mem", action="store_true", default=True, help="pinned host memory for CUDA (default on)")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", help="switches it off (default on)")
 
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default="./output_dir", help="folder of the run (default ./output_dir)")
@@ -154,6 +156,8 @@ def train(args, device: torch.device) -> dict[str, float]:
     started = time.time()
     args.device = device.type
     output_dir = Path(args.output_dir)
+    if not (args.resume or args.profile):
+        refuse_used_folder(output_dir)
     run, files, facts, lines = build_run(args, device)
     print_header(args, facts, lines)
     if args.profile:
@@ -163,10 +167,13 @@ def train(args, device: torch.device) -> dict[str, float]:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "args.json", facts)
         write_json(output_dir / "env.json", environment())
+        if run.text_bank:
+            save_bank(output_dir / "text_bank.safetensors", *run.text_bank)
         files.cut_log(run.epoch)
-        writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch * 1000)
+        # epoch e is drawn at 1000 (e + 1): the finished ones stay
+        writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch * 1000 + 1)
     run.guard = StopGuard(lambda: files.save(run), is_main_process())
-    record: dict[str, float] = {}
+    record = files.last_record()  # of a run that is resumed and finished already
     with run.guard:
         while run.epoch < args.epochs:
             train_one_epoch(run, args)
@@ -187,9 +194,8 @@ def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, 
     """Everything of a run that is ready to start or to go on: (run, its files, facts, header lines)."""
     torch.set_float32_matmul_precision("high")
     amp_dtype, amp_reason = pick_amp_dtype(args.amp, device)
-    output_dir = Path(args.output_dir)
     cache = TeacherCache(args.teacher_cache) if args.teacher_cache else None
-    teacher, distill, teacher_facts = build_teacher(args, device, amp_dtype, output_dir, cache)
+    teacher, distill, teacher_facts, text_bank = build_teacher(args, device, amp_dtype, cache)
     paths = list_images(args.data_path, args.split)
     if cache:
         cache.check(
@@ -203,6 +209,8 @@ def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, 
         )
     batches = EpochBatches(len(paths), args.batch_size, get_rank(), get_world_size(), args.seed)
     facts = resolve(args, paths, batches) | teacher_facts
+    facts["precision"] = str(amp_dtype or torch.float32).removeprefix("torch.")
+    facts["crop_views"] = 0 if cache is None or cache.is_full else cache.num_views  # 0: new crops each epoch
 
     torch.manual_seed(args.seed)
     fused = pick_fused_attention(device, amp_dtype)
@@ -222,6 +230,7 @@ def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, 
         "mask_ratio": args.mask_ratio,
         **bare.settings(),
     }
+    output_dir = Path(args.output_dir)
     files = RunFiles(output_dir, facts, config, args.save_minutes, args.keep_checkpoints)
     dataset = PretrainDataset(
         paths,
@@ -247,6 +256,7 @@ def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, 
         output_dir=output_dir,
         save_if_due=files.save_if_due,
         epoch=args.start_epoch,
+        text_bank=text_bank,
     )
     barrier()  # rank 0 holds the folder now: nobody else writes to what is read here
     decision = files.resume(run, args.resume, args.allow_change)
@@ -291,14 +301,20 @@ def profile_run(run: PretrainRun, args) -> dict:
     return result
 
 
-def build_teacher(args, device, amp_dtype, output_dir: Path, cache: TeacherCache | None):
-    """-> (teacher, keyword arguments of the distillation head, facts); (None, None, ...) for MAE,
-    and no teacher but a head where a cache stands in for it."""
+def build_teacher(args, device, amp_dtype, cache: TeacherCache | None):
+    """-> (teacher, keyword arguments of the distillation head, facts, what `save_bank` wants); for MAE None
+    but for the facts, and no teacher but a head where a cache stands in for it."""
     if args.no_distill:
-        return None, None, {"teacher": "none (plain MAE)"}
+        return None, None, {"teacher": "none (plain MAE)"}, None
     teacher = None
     if cache:
         identity = cache.identity
+        named = Path(args.clip_model).stem if args.clip_model.endswith(".json") else args.clip_model
+        if named != CLIP_MODEL and named.replace("/", "-") != identity.model:
+            raise InputError(
+                f"--clip_model {args.clip_model}: the --teacher_cache {args.teacher_cache} was made by "
+                f"{identity.model}: drop the flag, or build another cache with python -m tools.reinforce"
+            )
         bank, texts, source = cache.bank(args.text_bank)
     else:
         clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained)
@@ -306,17 +322,23 @@ def build_teacher(args, device, amp_dtype, output_dir: Path, cache: TeacherCache
         bank, texts, source = build_bank(args.text_bank, clip, tokenizer, identity)
         dtype = amp_dtype if device.type == "cuda" and amp_dtype else torch.float32
         teacher = FrozenTeacher(clip, identity, dtype, args.channels_last or None).to(device)
-    if is_main_process():
-        save_bank(output_dir / "text_bank.safetensors", bank, texts, identity)
     tau = args.kl_tau or identity.tau
     facts = {
         "teacher": f"{identity.model} {identity.weights_sha256[:16]}",
         "text_bank_used": source,
-        "text_bank_sha": hashlib.sha256(bank.numpy().tobytes()).hexdigest()[:16],
+        "text_bank_sha": bank_identity(args.text_bank, cache, bank, texts),
         "tau": tau,
     }
     distill = {"context": args.context, "bank": bank, "tau": tau, "hidden": args.distill_hidden}
-    return teacher, distill, facts
+    return teacher, distill, facts, (bank, texts, identity)
+
+
+def bank_identity(text_bank: str | None, cache, bank: torch.Tensor, texts: list[str]) -> str:
+    """What a continuation must share: the texts where they are encoded at each start, which on another
+    device gives other last bits; the numbers themselves where a file brings them."""
+    if cache is None and not (text_bank and is_encoded(Path(text_bank))):
+        return hash_texts(texts)[:16]
+    return hashlib.sha256(bank.numpy().tobytes()).hexdigest()[:16]
 
 
 def finish_epoch(run: PretrainRun, args, files: RunFiles, writer) -> dict[str, float]:

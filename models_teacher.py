@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from util.dist import print_main
 from util.errors import InputError
 
 
@@ -88,6 +89,7 @@ def load_clip(clip_model: str, clip_pretrained: str) -> tuple[nn.Module, object,
     """
     name = _register_config(clip_model)
     weights = _find_weights(name, clip_pretrained)
+    _say_activation(name, clip_pretrained)
     tag_config = open_clip.pretrained.get_pretrained_cfg(name, clip_pretrained) or {}
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # open_clip logs each step on the root logger
@@ -201,8 +203,26 @@ def _three_ways(name: str, tag: str) -> str:
         'Three ways to supply them: (1) with a network, run once: python -c "import open_clip; '
         f"open_clip.create_model('{name}', pretrained='{tag}')\"; (2) copy that machine's "
         "~/.cache/huggingface and ~/.cache/clip to this one; (3) pass the weight file itself: "
-        "--clip_pretrained /path/to/weights.safetensors"
+        f"--clip_model {_name_for_file(name, tag)} --clip_pretrained /path/to/weights.safetensors"
     )
+
+
+def _name_for_file(name: str, tag: str) -> str:
+    """The model that runs a tag's weights as they were trained when they come as a file, which does not say
+    with which activation."""
+    twin = f"{name}-quickgelu"
+    tag_config = open_clip.pretrained.get_pretrained_cfg(name, tag) or {}
+    return twin if tag_config.get("quick_gelu") and open_clip.get_model_config(twin) else name
+
+
+def _say_activation(name: str, clip_pretrained: str) -> None:
+    """Where weights come as a file and open_clip knows the model with two activations."""
+    twin = f"{name}-quickgelu"
+    if Path(clip_pretrained).is_file() and open_clip.get_model_config(twin):
+        print_main(
+            f"note: {clip_pretrained} does not say how it was trained; --clip_model {name} runs it with GELU "
+            f"and OpenAI's normalisation. OpenAI's, MetaCLIP's and DFN's weights want --clip_model {twin}"
+        )
 
 
 def _hash_weights(model: nn.Module) -> str:

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from conftest import ROOT, command, parse, read_log, run_command, small_flags
 import main_pretrain
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
+from util.meter import Meter, trivial_distillation
 
 
 def run_main(flags: list[str]) -> dict:
@@ -61,8 +63,23 @@ def test_trivial_baselines_are_what_a_constant_answer_reaches(pictures, teacher_
     run_main(small_flags(pictures, out, *teacher_flags(teacher_files, texts_file), "--epochs", "1"))
     row = read_log(out)[0]
     # a random untrained teacher answers nearly the same for every picture
-    assert 0.5 < row["train_cos_baseline"] <= 1
-    assert 0 <= row["train_kl_baseline"] < 0.5
+    assert 0.5 < row["train_cos_baseline"] < 1 and 0 < row["train_kl_baseline"] < 0.5
+
+
+def test_trivial_baselines_of_known_answers():
+    """Two images a quarter turn apart, each sure of a text of its own: numbers by hand."""
+    meter = Meter()
+    terms = {
+        "teacher_embed_mean": torch.tensor([0.5, 0.5]),  # mean of (1, 0) and (0, 1): length sqrt(1/2)
+        "teacher_marginal": torch.tensor([0.5, 0.5]),  # mean of (0.9, 0.1) and (0.1, 0.9): entropy ln 2
+        "teacher_entropy": torch.tensor(-(0.9 * math.log(0.9) + 0.1 * math.log(0.1))),
+    }
+    for _ in range(3):
+        meter.update(terms, torch.tensor(True))
+    meter.update({k: v * 7 for k, v in terms.items()}, torch.tensor(False))  # skipped: counts for nothing
+    found = trivial_distillation(*meter.read())
+    assert found["cos_baseline"] == pytest.approx(math.sqrt(0.5), abs=1e-6)
+    assert found["kl_baseline"] == pytest.approx(math.log(2) - 0.325083, abs=1e-5)
 
 
 def test_no_distill_is_plain_mae_bit_for_bit(pictures, tmp_path):
@@ -143,6 +160,10 @@ def test_resume_after_kill_is_exact(
         for line in process.stdout:
             if line.startswith("epoch") and rng.random() < 0.12 + 0.1 * kill:
                 break
+        ranks = children(process.pid) if processes > 1 else []  # of torchrun, each in a session of its own
+        for pid in ranks or [process.pid]:
+            os.kill(pid, signal.SIGKILL)
+        assert len(ranks) in (0, processes)
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     done = run_command(words)
@@ -155,6 +176,18 @@ def test_resume_after_kill_is_exact(
     for key, state in a["optimizer"]["state"].items():
         assert all(torch.equal(state[k], b["optimizer"]["state"][key][k]) for k in state)
     assert curve(straight) == curve(killed)
+
+
+def children(pid: int) -> list[int]:
+    """Processes that `pid` started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
+                found.append(int(stat.parent.name))
+        except OSError:  # it ended while we looked
+            continue
+    return found
 
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGINT)])
@@ -205,7 +238,9 @@ def test_non_finite_steps_are_skipped_and_reported(pictures, tmp_path, monkeypat
     assert all(torch.isfinite(v).all() for v in state["model"].values())
 
 
-def test_too_many_bad_steps_stop_with_good_weights(pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("print_freq", ["1", "20"])
+def test_too_many_bad_steps_stop_with_good_weights(pictures, tmp_path, monkeypatch, print_freq):
+    """Also where good updates follow before the run looks: 5 good, 4 bad, 1 good in the second epoch."""
     from models_mae import MaskedAutoencoderViT
 
     forward = MaskedAutoencoderViT.forward
@@ -214,14 +249,33 @@ def test_too_many_bad_steps_stop_with_good_weights(pictures, tmp_path, monkeypat
     def poisoned(self, *args, **kwargs):
         calls.append(1)
         terms = forward(self, *args, **kwargs)
-        return terms | {"pixel": terms["pixel"] * (math.inf if len(calls) > 5 else 1)}
+        return terms | {"pixel": terms["pixel"] * (math.inf if 5 < len(calls) < 10 else 1)}
 
     monkeypatch.setattr(MaskedAutoencoderViT, "forward", poisoned)
     out = tmp_path / "run"
     with pytest.raises(InputError, match="3 updates in a row"):
-        run_main(small_flags(pictures, out, "--no_distill", "--max_bad_steps", "3"))
+        run_main(
+            small_flags(pictures, out, "--no_distill", "--max_bad_steps", "3", "--print_freq", print_freq)
+        )
     content = read_checkpoint(out / "checkpoint-last.pth")
     assert all(torch.isfinite(v).all() for v in content["model"].values())
+    assert {int(s["step"]) for s in content["optimizer"]["state"].values()} == {5 + (print_freq == "20")}
+
+
+def test_fp16_without_a_loss_scale_stops(pictures, tmp_path, monkeypatch):
+    """Gradients that are never finite, under a finite loss."""
+    import main_pretrain
+
+    build = main_pretrain.build_adamw
+
+    def poisoned(model, *args):
+        model.cls_token.register_hook(lambda gradient: gradient * math.nan)
+        return build(model, *args)
+
+    monkeypatch.setattr(main_pretrain, "build_adamw", poisoned)
+    flags = small_flags(pictures, tmp_path / "run", "--no_distill", "--amp", "fp16", "--epochs", "30")
+    with pytest.raises(InputError, match="fp16 finds no loss scale"):
+        run_main(flags)
 
 
 def test_unreadable_images_are_replaced_counted_and_limited(tmp_path):
@@ -251,7 +305,7 @@ def test_init_from_an_encoder_starts_anew(pictures, tmp_path, capsys):
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_resume_refuses_another_run(pictures, tmp_path):
+def test_resume_refuses_another_run(pictures, tmp_path, capsys):
     out = tmp_path / "run"
     run_main(small_flags(pictures, out, "--no_distill", "--epochs", "1"))
     flags = small_flags(pictures, out, "--no_distill", "--resume", "auto")
@@ -259,6 +313,52 @@ def test_resume_refuses_another_run(pictures, tmp_path):
         run_main(flags)
     run_main([*flags, "--allow_change", "epochs"])
     assert [row["epoch"] for row in read_log(out)] == [0, 1]
+    with pytest.raises(InputError, match="--allow_change epoch: choose among .* epochs"):
+        run_main([*flags, "--allow_change", "epoch"])
+    with pytest.raises(InputError, match=r"clip_grad 0.0 -> 1.0.*--allow_change"):
+        run_main([*flags, "--epochs", "2", "--clip_grad", "1"])
+    capsys.readouterr()
+    run_main([*flags, "--epochs", "3", "--amp", "bf16", "--allow_change", "epochs"])
+    assert "precision was float32 and is bfloat16" in capsys.readouterr().out
+
+
+def test_a_used_folder_is_not_started_over(pictures, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = small_flags(pictures, out, "--no_distill", "--save_freq", "1", "--keep_checkpoints", "2")
+    run_main([*flags, "--epochs", "4"])
+    kept = {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()}
+    assert {name for name in kept if name.startswith("checkpoint")} == {
+        "checkpoint-last.pth", "checkpoint-2.pth", "checkpoint-3.pth"
+    }  # fmt: skip
+    with pytest.raises(InputError, match="holds a run .checkpoint-last.pth.: --resume auto goes on with it"):
+        run_main(flags)
+    (out / "checkpoint-last.pth").unlink()
+    with pytest.raises(InputError, match="holds a run .checkpoint-3.pth."):
+        run_main(flags)
+    (out / "checkpoint-last.pth").write_bytes(kept["checkpoint-last.pth"])
+    assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == kept
+    capsys.readouterr()
+    record = run_main([*flags, "--epochs", "4", "--resume", "auto"])  # finished: nothing but its numbers
+    assert (
+        json.loads((out / "metrics.json").read_text()) == record == read_log(out)[-1] and record["epoch"] == 3
+    )
+
+
+def test_going_back_keeps_what_is_written(pictures, tmp_path):
+    """From a file of an earlier epoch: new checkpoints stay beside those of later ones, TensorBoard keeps the
+    finished epochs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = tmp_path / "run"
+    flags = small_flags(pictures, out, "--no_distill", "--save_freq", "1", "--keep_checkpoints", "4")
+    run_main([*flags, "--epochs", "4"])
+    (out / "checkpoint-9.pth").write_bytes((out / "checkpoint-3.pth").read_bytes())
+    run_main([*flags, "--epochs", "4", "--keep_checkpoints", "1", "--resume", str(out / "checkpoint-0.pth")])
+    names = sorted(file.name for file in out.glob("checkpoint-*.pth"))
+    assert names == ["checkpoint-3.pth", "checkpoint-9.pth", "checkpoint-last.pth"]
+    assert [row["epoch"] for row in read_log(out)] == [0, 1, 2, 3]
+    events = EventAccumulator(str(out)).Reload()
+    assert [event.step for event in events.Scalars("train_loss")] == [1000, 2000, 3000, 4000]
 
 
 def test_resume_auto_passes_over_a_truncated_file(pictures, tmp_path, capsys):
@@ -303,6 +403,10 @@ BAD = {
     "mask everything": ("--no_distill --mask_ratio 1.0", "keeps 0 of 4"),
     "missing init": ("--no_distill --init /no/such.pth", "does not exist"),
     "missing resume": ("--no_distill --resume /no/such.pth", "does not exist"),
+    "output is a file": (
+        "--no_distill --output_dir README.md",
+        "README.md cannot be written to (File exists)",
+    ),
     "bad crop": ("--no_distill --crop_min 0", "must be in (0, 1]"),
 }
 

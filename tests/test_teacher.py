@@ -61,10 +61,10 @@ def test_missing_weights_say_what_was_looked_for(monkeypatch):
         load_clip("ViT-L-14", "openai")
     message = str(caught.value)
     assert "ViT-L-14" in message and all(f"({n})" in message for n in (1, 2, 3))
-    assert "--clip_pretrained /path/to" in message and "\n" not in message
+    assert "--clip_model ViT-L-14-quickgelu --clip_pretrained /path/to" in message and "\n" not in message
 
 
-def test_openai_weights_get_quickgelu(monkeypatch, tmp_path):
+def test_openai_weights_get_quickgelu(monkeypatch, tmp_path, capsys):
     seen = {}
 
     def create_model(name, **kwargs):
@@ -78,6 +78,12 @@ def test_openai_weights_get_quickgelu(monkeypatch, tmp_path):
     with pytest.raises(InputError):
         load_clip("ViT-L-14", "openai")
     assert seen["force_quick_gelu"] is True
+    capsys.readouterr()
+    for name, is_said in (("ViT-L-14", True), ("ViT-L-14-quickgelu", False)):  # a file names no activation
+        with pytest.raises(InputError):
+            load_clip(name, str(weights))
+        assert seen["force_quick_gelu"] is False
+        assert ("want --clip_model ViT-L-14-quickgelu" in capsys.readouterr().out) == is_said
 
 
 @pytest.mark.parametrize(
@@ -183,3 +189,16 @@ def test_cache_is_checked_resumed_and_verified(cache, pictures, tmp_path):
     assert done.returncode == 0 and '"verified": 16' in done.stdout
     other = run_command(command(*words.split(), "--seed", "5"))
     assert other.returncode == 2 and "seed differ" in other.stderr
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a red car\na blue car\n")
+    done = run_command(command(*words.split()[:-1], str(texts)))
+    assert done.returncode == 2 and "holds other texts than --text_bank" in done.stderr
+    with pytest.raises(InputError, match="--clip_model ViT-B-32: .* was made by MiniClip-test"):
+        main_pretrain.main(
+            parse(
+                main_pretrain.get_args_parser(),
+                small_flags(
+                    pictures, tmp_path / "run", "--teacher_cache", str(folder), "--clip_model", "ViT-B-32"
+                ),
+            )
+        )

@@ -26,7 +26,7 @@ from datasets.teacher_cache import (
     shard_file,
     shard_files,
 )
-from datasets.text_bank import build_bank, save_bank
+from datasets.text_bank import build_bank, load_bank, save_bank
 from models_teacher import FrozenTeacher, load_clip
 from util.checkpoint import write_atomic
 from util.claim import claim
@@ -141,9 +141,15 @@ def build_or_verify(args, device) -> dict:
     )
     folder = Path(args.output)
     claim(folder / HEADER, header, "cache")
-    if get_rank() == 0 and not (folder / "text_bank.safetensors").is_file():
+    bank_file = folder / "text_bank.safetensors"
+    if get_rank() == 0 and (args.text_bank or not bank_file.is_file()):
         bank, texts, _ = build_bank(args.text_bank, clip, tokenizer, identity)
-        save_bank(folder / "text_bank.safetensors", bank, texts, identity)
+        if bank_file.is_file() and load_bank(bank_file, identity)[1] != texts:
+            raise InputError(
+                f"{bank_file} holds other texts than --text_bank {args.text_bank}: delete it to have these "
+                "encoded, or choose another --output"
+            )
+        save_bank(bank_file, bank, texts, identity)
     teacher = FrozenTeacher(clip, identity, amp_dtype or torch.float32).to(device)
     if args.compile:
         teacher.compile()

@@ -127,6 +127,15 @@ def agree(value: object) -> bool:
     return all(other == values[0] for other in values)
 
 
+def from_main(value):
+    """Rank 0's value on all ranks."""
+    if get_world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values)
+    return values[0]
+
+
 def wrap_ddp(bare: torch.nn.Module, device: torch.device, one_backward: bool) -> DistributedDataParallel:
     """DDP that exchanges gradients only: the buffers never change (pixel statistics, text bank) or change
     alike on all ranks (BNNecks and centres see the gathered batch).

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from util.dist import from_main
 from util.errors import InputError
 
 
@@ -37,7 +38,7 @@ def pick_amp_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, 
 
     auto: bf16 on GPUs that have it, else fp16; on a CPU bf16 only where its matrix product is
     measured to be 1.3 times as fast as float32 (without hardware support it is hundreds of times
-    slower).
+    slower). Under torchrun rank 0's measurement counts for all.
     """
     if amp == "none":
         return None, "fp32 (asked for)"
@@ -49,7 +50,7 @@ def pick_amp_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, 
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "bf16 (this GPU has it)"
         return torch.float16, "fp16 with loss scaling (this GPU has no bf16)"
-    ratio = matmul_gflops(torch.bfloat16) / matmul_gflops(torch.float32)
+    ratio = from_main(matmul_gflops(torch.bfloat16) / matmul_gflops(torch.float32))
     if ratio > 1.3:
         return torch.bfloat16, f"bf16 ({ratio:.1f} x the speed of fp32 on this CPU)"
     return None, f"fp32 (bf16 runs at {ratio:.2g} x its speed on this CPU)"

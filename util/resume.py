@@ -24,8 +24,8 @@ LAST = "checkpoint-last.pth"
 # what makes a continuation another run; --allow_change NAME lets one through
 FIXED_ON_RESUME = (
     "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha "
-    "images_sha effective_batch epochs warmup_epochs lr min_lr weight_decay sim_weight kl_weight tau "
-    "crop_min teacher_view seed"
+    "images_sha effective_batch epochs warmup_epochs lr min_lr weight_decay clip_grad sim_weight kl_weight "
+    "tau crop_min crop_views decode teacher_view seed"
 ).split()  # of pre-training
 
 
@@ -84,16 +84,12 @@ class RunFiles:
             self.save(run)
 
     def save_epoch(self, run) -> None:
-        """`checkpoint-<finished epoch>.pth`; the oldest beyond `keep` go."""
+        """`checkpoint-<finished epoch>.pth`; of those up to it, the oldest beyond `keep` go."""
         self.save(run, f"checkpoint-{run.epoch - 1}.pth")
-        for file in self._epoch_files()[self.keep :]:
+        epochs = [file for file in _checkpoints(self.output_dir) if file.name != LAST]
+        earlier = [file for file in epochs if _epoch_number(file) < run.epoch]
+        for file in earlier[self.keep :]:
             file.unlink()
-
-    def _epoch_files(self) -> list[Path]:
-        """Newest epoch first."""
-        files = self.output_dir.glob("checkpoint-*.pth")
-        numbered = [f for f in files if f.stem.split("-")[1].isdigit()]
-        return sorted(numbered, key=lambda f: -int(f.stem.split("-")[1]))
 
     def resume(self, run, wanted: str, allow_change: list[str]) -> str:
         """Continue from a file, or with "auto" from the newest readable one in `output_dir`.
@@ -107,9 +103,8 @@ class RunFiles:
             return "fresh start (no --resume)"
         if wanted != "auto":
             return self._restore(run, Path(wanted), read_checkpoint(wanted), allow_change)
-        found = [f for f in [self.output_dir / LAST, *self._epoch_files()] if f.is_file()]
         skipped = []
-        for file in found:
+        for file in _checkpoints(self.output_dir):
             try:
                 content = read_checkpoint(file)
             except InputError as error:
@@ -131,6 +126,9 @@ class RunFiles:
                 f"it: use {self.init_flag} {file} to start a new run from these weights"
             )
         old, new = content["args"], self.args
+        unknown = sorted(set(allow_change) - set(self.fixed))
+        if unknown:
+            raise InputError(f"--allow_change {' '.join(unknown)}: choose among {', '.join(self.fixed)}")
         changed = [k for k in self.fixed if old.get(k) != new.get(k) and k not in allow_change]
         if changed:
             differences = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in changed)
@@ -152,7 +150,9 @@ class RunFiles:
         run.batches_done = content["batches_done"] if same_batches else 0
         if same_batches:
             run.meter.load_state_dict(content["meter"], run.device)
-        return f"resuming {file} at epoch {run.epoch}, batch {run.batches_done}"
+        was, now = (args.get("precision") for args in (old, new))
+        note = f"; precision was {was} and is {now}" if was != now else ""
+        return f"resuming {file} at epoch {run.epoch}, batch {run.batches_done}{note}"
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, content: dict, file: Path) -> None:
         """Its state; the settings of its groups are this run's, not the file's."""
@@ -163,8 +163,8 @@ class RunFiles:
         if not same or content["args"].get("opt") != self.args.get("opt"):
             raise InputError(
                 f"the optimiser in {file} is another one or has its tensors in other groups, so it cannot go "
-                "on: set --opt, --layer_decay, --bias_lr_factor and --head_lr_factor back, or start anew "
-                f"with {self.init_flag} {file}"
+                "on: set the flags that choose or group its tensors back (see args.json), or start anew in "
+                f"another --output_dir with {self.init_flag} {file}"
             )
         optimizer.load_state_dict(saved)
         for group, own in zip(optimizer.param_groups, settings):
@@ -178,6 +178,12 @@ class RunFiles:
             kept = [line for line in lines if _epoch_of(line) < epoch]
             if len(kept) < len(lines):
                 write_atomic(log, lambda opened: opened.write("".join(kept).encode()))
+
+    def last_record(self) -> dict:
+        """The last line of log.txt, {} without one."""
+        log = self.output_dir / "log.txt"
+        lines = log.read_text().splitlines() if log.is_file() else []
+        return json.loads(lines[-1]) if lines and _epoch_of(lines[-1]) < float("inf") else {}
 
     def export_encoder(self, bare: torch.nn.Module) -> None:
         """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors`, which also
@@ -206,6 +212,32 @@ def initialise_from(bare: torch.nn.Module, file: str) -> str:
     """`--init`: weights of ours or facebook's MAE, full or encoder only; returns what matched."""
     content = read_checkpoint(file)
     return load_weights(bare, content["model"], file, needed="encoder")
+
+
+def refuse_used_folder(output_dir: str | Path) -> None:
+    """Before a run that starts anew: it must not replace what another has left.
+
+    Raises:
+        InputError: there are checkpoints.
+    """
+    found = _checkpoints(Path(output_dir))
+    if found:
+        raise InputError(
+            f"{output_dir} holds a run ({found[0].name}): --resume auto goes on with it, another "
+            "--output_dir starts a new one"
+        )
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Those that are there: of the last update, then of epochs, the newest first."""
+    numbered = [f for f in output_dir.glob("checkpoint-*.pth") if f.stem.split("-")[1].isdigit()]
+    last = [file for file in [output_dir / LAST] if file.is_file()]
+    return last + sorted(numbered, key=_epoch_number, reverse=True)
+
+
+def _epoch_number(file: Path) -> int:
+    """Of checkpoint-<epoch>.pth."""
+    return int(file.stem.split("-")[1])
 
 
 def _epoch_of(line: str) -> float:

@@ -141,10 +141,16 @@ def run_lock(folder: Path, wait_s: float = 45.0):
     """One run at a time in a folder; the lock ends with the process, however it ends.
 
     Raises:
-        InputError: another process held it for all of `wait_s`.
+        InputError: another process held it for all of `wait_s`, or the folder cannot be written to.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "a+") as opened:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "a+")
+    except OSError as error:
+        raise InputError(
+            f"--output_dir {folder} cannot be written to ({error.strerror}): choose another"
+        ) from error
+    with lock as opened:
         deadline = time.monotonic() + wait_s
         while True:
             try:
