@@ -11,12 +11,12 @@ from torch import nn
 from util.dist import all_reduce_mean, get_world_size, is_main_process
 from util.errors import InputError
 from util.meter import means
+from util.precision import LEAST_SCALE
 from util.progress import Progress
 from util.step_profile import part
 
 QUIET_SECONDS = 30
 DATA_WAIT_ADVICE = 0.2
-LEAST_SCALE = 1e-3  # of fp16's losses; healthy runs stay far above 1
 
 
 def apply_update(run, args, update_terms, problems, watch, lr: float, batches_done: int) -> None:

@@ -241,7 +241,7 @@ def train(args, device: torch.device) -> dict:
         write_json(output_dir / "args.json", files.args)
         write_json(output_dir / "env.json", with_earlier_commit(environment(), output_dir / "env.json", args))
         files.cut_log(run.epoch)
-        writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch)
+        writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch + 1)
     run.guard = StopGuard(lambda: files.save(run), is_main_process())
     with run.guard:
         while run.epoch < args.epochs:

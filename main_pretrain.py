@@ -182,11 +182,11 @@ def train(args, device: torch.device) -> dict[str, float]:
         files.export_encoder(run.bare)
         writer.close()
         write_json(output_dir / "metrics.json", record)
-        print(json.dumps(record))
         print(
             f"done in {datetime.timedelta(seconds=int(time.time() - started))}: "
             f"{output_dir / 'encoder.pth'} holds the encoder"
         )
+        print(json.dumps(record))
     return record
 
 

@@ -4,7 +4,7 @@
 # Usage: [ROWS="mae attention"] [SEEDS="0 1 2"] [EPOCHS=30] [LABELS="make body class_name"] \
 #            bash scripts/pretrain_experiment.sh LABELS.csv CLIP.json CLIP.safetensors OUTPUT [FLAGS of main_pretrain.py]
 #   LABELS.csv: columns path, split (train, val) and LABELS. A row is mae, or a reading (attention, cls, mean, decoder)
-# About 160,000 images a row and seed for 5,000 photos: 40 to 70 minutes on one core. A stopped run goes on, a finished one is kept.
+# 150,000 images a row and seed for 5,000 photos: 40 to 75 minutes on one core. A stopped run goes on, a finished one is kept.
 set -euo pipefail
 table="$(realpath "$1")"
 teacher=(--clip_model "$(realpath "$2")" --clip_pretrained "$(realpath "$3")")

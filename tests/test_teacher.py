@@ -192,7 +192,7 @@ def test_cache_is_checked_resumed_and_verified(cache, pictures, tmp_path):
     texts = tmp_path / "texts.txt"
     texts.write_text("a red car\na blue car\n")
     done = run_command(command(*words.split()[:-1], str(texts)))
-    assert done.returncode == 2 and "holds other texts than --text_bank" in done.stderr
+    assert done.returncode == 2 and "holds another bank than --text_bank" in done.stderr
     with pytest.raises(InputError, match="--clip_model ViT-B-32: .* was made by MiniClip-test"):
         main_pretrain.main(
             parse(

@@ -24,6 +24,7 @@ from util.errors import InputError
 from util.memory import peak_gigabytes
 from util.progress import Progress
 from util.settings import check_args
+from util.stop import hear_no_deaths_at_exit
 from util.tool import run_tool, tool_parser
 
 
@@ -39,6 +40,7 @@ def main(args) -> dict:
     check_args(args)
     device = pick_device(args.device)
     args.device = device.type
+    hear_no_deaths_at_exit()
     init_distributed(device, args.dist_timeout)
     try:
         result = estimate(args, device)

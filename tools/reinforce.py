@@ -26,7 +26,7 @@ from datasets.teacher_cache import (
     shard_file,
     shard_files,
 )
-from datasets.text_bank import build_bank, load_bank, save_bank
+from datasets.text_bank import build_bank, is_encoded, load_bank, read_encoded, read_texts, save_bank
 from models_teacher import FrozenTeacher, load_clip
 from util.checkpoint import write_atomic
 from util.claim import claim
@@ -142,14 +142,14 @@ def build_or_verify(args, device) -> dict:
     folder = Path(args.output)
     claim(folder / HEADER, header, "cache")
     bank_file = folder / "text_bank.safetensors"
-    if get_rank() == 0 and (args.text_bank or not bank_file.is_file()):
+    if get_rank() == 0 and not bank_file.is_file():
         bank, texts, _ = build_bank(args.text_bank, clip, tokenizer, identity)
-        if bank_file.is_file() and load_bank(bank_file, identity)[1] != texts:
-            raise InputError(
-                f"{bank_file} holds other texts than --text_bank {args.text_bank}: delete it to have these "
-                "encoded, or choose another --output"
-            )
         save_bank(bank_file, bank, texts, identity)
+    elif get_rank() == 0 and args.text_bank and not same_bank(bank_file, Path(args.text_bank), identity):
+        raise InputError(
+            f"{bank_file} holds another bank than --text_bank {args.text_bank}: delete it to have this one "
+            "taken, or choose another --output"
+        )
     teacher = FrozenTeacher(clip, identity, amp_dtype or torch.float32).to(device)
     if args.compile:
         teacher.compile()
@@ -164,6 +164,16 @@ def build_or_verify(args, device) -> dict:
     if args.verify:
         return verify(args, folder, teacher, source, device)
     return build(args, folder, header, teacher, source, device)
+
+
+def same_bank(kept: Path, given: Path, identity) -> bool:
+    """Whether an encoded bank came from `given`: by its texts, and by its numbers where they are given, too.
+    Nothing is encoded again, which on another machine would give other last bits."""
+    bank, texts = load_bank(kept, identity)
+    if is_encoded(given):
+        other, other_texts, _ = read_encoded(given, identity)
+        return texts == other_texts and torch.equal(bank, other)
+    return texts == read_texts(given)
 
 
 def build(args, folder: Path, header: dict, teacher, source: PretrainDataset, device) -> dict:

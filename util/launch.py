@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from util.dist import end_distributed, init_distributed, is_main_process, pick_device
-from util.stop import end_with_launcher, run_lock
+from util.stop import end_with_launcher, hear_no_deaths_at_exit, run_lock
 
 
 def launch(
@@ -20,6 +20,7 @@ def launch(
     """
     bound = pick_device(device)
     end_with_launcher()
+    hear_no_deaths_at_exit()
     init_distributed(bound, timeout_s)
     try:
         with run_lock(Path(folder)) if is_main_process() else contextlib.nullcontext():

@@ -9,6 +9,8 @@ import torch
 from util.dist import from_main
 from util.errors import InputError
 
+LEAST_SCALE = 1e-3  # of fp16's losses; healthy runs stay far above 1
+
 
 def matmul_gflops(
     dtype: torch.dtype, size: int = 384, seconds: float = 0.05, device: torch.device | str = "cpu"

@@ -19,6 +19,7 @@ from util.checkpoint import (
 )
 from util.dist import is_main_process
 from util.errors import InputError
+from util.precision import LEAST_SCALE
 
 LAST = "checkpoint-last.pth"
 # what makes a continuation another run; --allow_change NAME lets one through
@@ -129,7 +130,8 @@ class RunFiles:
         unknown = sorted(set(allow_change) - set(self.fixed))
         if unknown:
             raise InputError(f"--allow_change {' '.join(unknown)}: choose among {', '.join(self.fixed)}")
-        changed = [k for k in self.fixed if old.get(k) != new.get(k) and k not in allow_change]
+        known = [k for k in self.fixed if k in old and k not in allow_change]  # older files lack new names
+        changed = [k for k in known if old[k] != new.get(k)]
         if changed:
             differences = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in changed)
             raise InputError(
@@ -140,7 +142,8 @@ class RunFiles:
         if run.buffers:
             run.buffers.take()
         self._restore_optimizer(run.optimizer, content, file)
-        if run.scaler and content["scaler"]:
+        # a scale that stopped the run would stop it again: the cure starts with a new one
+        if run.scaler and content["scaler"].get("scale", 0) >= LEAST_SCALE:
             run.scaler.load_state_dict(content["scaler"])
         run.epoch = content["epoch"] + 1
         run.bad_steps_in_row = content["bad_steps_in_row"]
@@ -151,7 +154,7 @@ class RunFiles:
         if same_batches:
             run.meter.load_state_dict(content["meter"], run.device)
         was, now = (args.get("precision") for args in (old, new))
-        note = f"; precision was {was} and is {now}" if was != now else ""
+        note = f"; precision was {was} and is {now}" if was and was != now else ""
         return f"resuming {file} at epoch {run.epoch}, batch {run.batches_done}{note}"
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, content: dict, file: Path) -> None:

@@ -1,5 +1,6 @@
 """Stopping without losing work: Ctrl-C, SIGTERM and crashes leave a resumable checkpoint."""
 
+import atexit
 import ctypes
 import fcntl
 import os
@@ -29,6 +30,12 @@ def deaths_unheard():
         yield
     finally:
         signal.signal(signal.SIGCHLD, heard)
+
+
+def hear_no_deaths_at_exit() -> None:
+    """Python ends the data workers that are left when a program is done, and torch would report them as
+    killed, with a traceback."""
+    atexit.register(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
 
 
 class NoGuard:
