@@ -175,4 +175,6 @@ def run_lock(folder: Path, wait_s: float = 45.0):
         opened.truncate(0)
         opened.write(f"{os.getpid()} on {os.uname().nodename}")
         opened.flush()
+        for left in folder.glob(".checkpoint-*.pth.*.tmp"):  # of a run that was killed while it wrote
+            left.unlink(missing_ok=True)
         yield
