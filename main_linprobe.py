@@ -301,7 +301,7 @@ def probe(args, features: torch.Tensor, table, rows: dict, read_out: str, column
         add("knn", numbers(votes))
     if "linear" in args.protocol:
         logits, l2 = linear_predict(x["train"], y["train"], x["val"], num_classes)
-        nll = F.cross_entropy(logits, y["val"]).item()  # nats; far less noisy than top-1 on few images
+        nll = F.cross_entropy(logits, y["val"]).item()  # nats
         add("linear", numbers(logits) | {"nll": nll, "l2": l2})
     if head is not None:
         with torch.no_grad():

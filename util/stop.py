@@ -155,7 +155,7 @@ def run_lock(folder: Path, wait_s: float = 45.0):
         lock = open(folder / ".lock", "a+")
     except OSError as error:
         raise InputError(
-            f"--output_dir {folder} cannot be written to ({error.strerror}): choose another"
+            f"the output folder {folder} cannot be written to ({error.strerror}): choose another"
         ) from error
     with lock as opened:
         deadline = time.monotonic() + wait_s
@@ -169,7 +169,7 @@ def run_lock(folder: Path, wait_s: float = 45.0):
                     holder = opened.read().strip() or "unknown"
                     raise InputError(
                         f"another run (process {holder}) is writing to {folder}: stop it, or choose "
-                        "another --output_dir"
+                        "another output folder"
                     ) from None
                 time.sleep(0.5)
         opened.truncate(0)
