@@ -63,11 +63,7 @@ def extract_batches(
     Nothing is masked or cropped. Rows of unreadable images are NaN, so that nobody takes them for embeddings.
     """
     loader = DataLoader(
-        images,
-        batch_size,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=init_worker,
+        images, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda", worker_init_fn=init_worker
     )
     for imgs, index, problem in loader:
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):

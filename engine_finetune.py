@@ -88,9 +88,7 @@ def forward_backward(run: FinetuneRun, batch: dict) -> dict[str, torch.Tensor]:
         InputError: it does not fit into memory.
     """
     with contextlib.suppress(torch.OutOfMemoryError):
-        batch = {
-            k: v if k in STAYS_ON_HOST else v.to(run.device, non_blocking=True) for k, v in batch.items()
-        }
+        batch = {k: v if k in STAYS_ON_HOST else v.to(run.device, non_blocking=True) for k, v in batch.items()}
         with torch.autocast(run.device.type, run.amp_dtype, enabled=run.amp_dtype is not None):
             terms = run.task.loss(run.model, batch)
         loss = terms["loss"]

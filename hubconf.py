@@ -45,9 +45,7 @@ def mae(name="mae_vit_base_patch16", checkpoint="", **kwargs):
     """
     if name not in models_mae.MODELS:
         nearest = difflib.get_close_matches(name, models_mae.MODELS, n=1, cutoff=0)
-        raise errors.InputError(
-            f"no model {name!r}: did you mean {nearest[0]}? {', '.join(models_mae.MODELS)}"
-        )
+        raise errors.InputError(f"no model {name!r}: did you mean {nearest[0]}? {', '.join(models_mae.MODELS)}")
     if not checkpoint:
         return models_mae.MODELS[name](**kwargs).eval()
     return models_mae.load_autoencoder(downloads.fetch(checkpoint), name, **kwargs)

@@ -177,17 +177,7 @@ class Curation:
         counts["leaks"] = run("leaks", self.settings(*copies, "leak_cosine"), self.drop_leaks)
         names = (*copies, "near_cosine", "group_cap", "track_cap")
         counts["duplicates"] = run("duplicates", self.settings(*names), self.drop_duplicates)
-        names = (
-            "stratify",
-            "levels",
-            "members",
-            "resampling",
-            "resample",
-            "iterations",
-            "init",
-            "spherical",
-            "seed",
-        )
+        names = ("stratify", "levels", "members", "resampling", "resample", "iterations", "init", "spherical", "seed")
         counts["cluster"] = run("cluster", self.settings(*names), self.cluster, shared=True)
         names = ("target_size", "quota", "sample", "seed")
         counts["sample"] = run("sample", self.settings(*names), self.sample)
@@ -198,9 +188,7 @@ class Curation:
             self.embedded, self.domains(), np.load(self.folder / "selection.npy"), self.device, args.seed
         )
         counts["evidence"] = evidence
-        write_json(
-            self.folder / "curation.json", {"settings": vars(args), "stages": self.stages.records} | counts
-        )
+        write_json(self.folder / "curation.json", {"settings": vars(args), "stages": self.stages.records} | counts)
         write_report(self, counts, sizes)
         return counts
 
@@ -261,9 +249,7 @@ class Curation:
         if self.args.checkpoint:
             file = Path(self.args.checkpoint)
             if not file.is_file():
-                raise InputError(
-                    f"--checkpoint {file} does not exist: give an encoder, or drop the flag for CLIP"
-                )
+                raise InputError(f"--checkpoint {file} does not exist: give an encoder, or drop the flag for CLIP")
             digest = hashlib.sha256(file.read_bytes()).hexdigest()
             return {"sha256": digest} | self.settings("input_size")
         _, _, identity = self.clip()
@@ -280,9 +266,7 @@ class Curation:
         amp_dtype = pick_amp_dtype("auto", self.device)[0] if self.device.type == "cuda" else None
         if a.checkpoint:
             size = (a.input_size, a.input_size) if a.input_size else None
-            model = load_encoder(
-                a.checkpoint, size, self.device, pick_fused_attention(self.device, amp_dtype)
-            )
+            model = load_encoder(a.checkpoint, size, self.device, pick_fused_attention(self.device, amp_dtype))
             size = model.img_size
 
             def encode(imgs):
@@ -290,9 +274,7 @@ class Curation:
 
         else:
             clip, _, identity = self.clip()
-            teacher = FrozenTeacher(clip.to(self.device), identity, amp_dtype or torch.float32).to(
-                self.device
-            )
+            teacher = FrozenTeacher(clip.to(self.device), identity, amp_dtype or torch.float32).to(self.device)
             size, encode, amp_dtype = teacher.size, teacher, None
         images = WholeImages(self.images, rows, size, self.index.box)
         workers = 2 if a.num_workers is None else a.num_workers
@@ -371,9 +353,7 @@ class Curation:
 
     def sample(self, job: str) -> dict:
         a = self.args
-        selection, shares = draw_sample(
-            self.domains(), self.trees_folder(), a.target_size, a.quota, a.seed, a.sample
-        )
+        selection, shares = draw_sample(self.domains(), self.trees_folder(), a.target_size, a.quota, a.seed, a.sample)
         write_atomic(self.folder / "selection.npy", lambda f: np.save(f, selection))
         return {"images": len(selection)} | {f"from {name}": share for name, share in shares.items()}
 
@@ -382,9 +362,7 @@ class Curation:
         clusters, distance = self.clusters_of(selection)
         progress = Progress("written", len(selection))
         cut_folder = self.stages.records["index"]["fingerprint"][:12]
-        counts = write_manifest(
-            self.folder, cut_folder, self.images, selection, clusters, distance, progress.update
-        )
+        counts = write_manifest(self.folder, cut_folder, self.images, selection, clusters, distance, progress.update)
         progress.close()
         return counts
 

@@ -149,9 +149,7 @@ def check_args(args) -> dict[str, str]:
     for pair in args.column:
         slot, sign, name = pair.partition("=")
         if not sign or slot not in (*SLOTS, "class_name"):
-            raise InputError(
-                f"--column {pair}: write SLOT=NAME with a slot of {', '.join(SLOTS)}, class_name"
-            )
+            raise InputError(f"--column {pair}: write SLOT=NAME with a slot of {', '.join(SLOTS)}, class_name")
         columns[slot] = name
     return columns
 

@@ -25,14 +25,7 @@ from util.checkpoint import write_atomic
 from util.dist import pick_device
 from util.errors import InputError
 from util.precision import pick_amp_dtype, pick_fused_attention
-from util.probe import (
-    balanced_accuracy,
-    class_mean_predict,
-    draw_shots,
-    knn_predict,
-    linear_predict,
-    topk_accuracy,
-)
+from util.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from util.probe_tables import Score, draw_layers, mean_attribute_accuracy, score_table
 from util.progress import Progress
 from util.protocols import evaluate, protocols_of
@@ -188,8 +181,7 @@ def judge_labels(args, read_outs: ReadOuts, amp_dtype) -> tuple[dict, list[Score
     features, problems = all_features(args, read_outs, paths, amp_dtype)
     readable = ~np.isin(np.arange(len(paths)), list(problems))
     rows = {
-        column: {split: ids[readable[ids]] for split, ids in table.splits.items()}
-        for column, table in tables.items()
+        column: {split: ids[readable[ids]] for split, ids in table.splits.items()} for column, table in tables.items()
     }
     for column, splits in rows.items():
         if len(splits["train"]) < 2 or not len(splits["val"]):

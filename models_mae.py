@@ -88,10 +88,7 @@ class GlobalContextHead(nn.Module):
             bottleneck = max(embed_dim // 8, 48)
             self.key = nn.Linear(embed_dim, 1)
             self.transform = nn.Sequential(
-                nn.Linear(embed_dim, bottleneck),
-                LayerNorm(bottleneck),
-                nn.ReLU(),
-                nn.Linear(bottleneck, embed_dim),
+                nn.Linear(embed_dim, bottleneck), LayerNorm(bottleneck), nn.ReLU(), nn.Linear(bottleneck, embed_dim)
             )
         elif context == "decoder":
             self.position_weight = nn.Parameter(torch.full((num_patches,), 1 / num_patches))
@@ -185,14 +182,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         **pixel_stats,
     ):
         super().__init__(
-            img_size,
-            patch_size,
-            embed_dim,
-            depth,
-            num_heads,
-            fused_attn=fused_attn,
-            initialize=False,
-            **pixel_stats,
+            img_size, patch_size, embed_dim, depth, num_heads, fused_attn=fused_attn, initialize=False, **pixel_stats
         )
         self.norm_pix_loss = norm_pix_loss
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
@@ -206,10 +196,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         self.distill_head = None
         if distill is not None:
             self.distill_head = GlobalContextHead(
-                embed_dim=embed_dim,
-                decoder_dim=decoder_embed_dim,
-                num_patches=self.num_patches,
-                **distill,
+                embed_dim=embed_dim, decoder_dim=decoder_embed_dim, num_patches=self.num_patches, **distill
             )
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
@@ -303,10 +290,7 @@ class MaskedAutoencoderViT(VisionTransformer):
                 removed = self.decoder_norm(decoded[:, 1 + len_keep :])
             pred = self.decoder_pred(removed).float()  # [N, L - len_keep, p * p * 3]
 
-        terms = {
-            "pixel": F.mse_loss(pred, target),
-            "pixel_baseline": target.var(dim=-1, correction=0).mean(),
-        }
+        terms = {"pixel": F.mse_loss(pred, target), "pixel_baseline": target.var(dim=-1, correction=0).mean()}
         if self.distill_head is not None:
             with part("distill head"):
                 terms |= self.distill_head(latent, decoded, ids_shuffle, teacher_embed)

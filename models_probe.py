@@ -155,7 +155,6 @@ def load_context(file: str | Path, img_size: tuple[int, int]) -> ContextReadOut:
     if other:
         size = " x ".join(map(str, img_size))
         raise InputError(
-            f"--read_out context at {size} px: {other[0]} of {file} is for another size; "
-            "leave --input_size out"
+            f"--read_out context at {size} px: {other[0]} of {file} is for another size; leave --input_size out"
         )
     return ContextReadOut(mae)

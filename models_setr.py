@@ -112,9 +112,7 @@ class UpHead(nn.Module):
     def __init__(self, dim: int, num_classes: int, kernel: int, scales: tuple[int, ...]):
         super().__init__()
         self.norm, self.scales = LayerNorm(dim), scales
-        self.convs = nn.ModuleList(
-            conv_bn_relu(CHANNELS if i else dim, CHANNELS, kernel) for i in range(len(scales))
-        )
+        self.convs = nn.ModuleList(conv_bn_relu(CHANNELS if i else dim, CHANNELS, kernel) for i in range(len(scales)))
         self.classify = nn.Conv2d(CHANNELS, num_classes, 1)
 
     def forward(self, x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -135,9 +133,7 @@ class MLAHead(nn.Module):
         self.lateral = nn.ModuleList(conv_bn_relu(dim, CHANNELS, 1) for _ in range(levels))
         self.smooth = nn.ModuleList(conv_bn_relu(CHANNELS, CHANNELS, 3) for _ in range(levels))
         self.branches = nn.ModuleList(
-            nn.Sequential(
-                conv_bn_relu(CHANNELS, MLA_CHANNELS, 3), conv_bn_relu(MLA_CHANNELS, MLA_CHANNELS, 3)
-            )
+            nn.Sequential(conv_bn_relu(CHANNELS, MLA_CHANNELS, 3), conv_bn_relu(MLA_CHANNELS, MLA_CHANNELS, 3))
             for _ in range(levels)
         )
         self.classify = nn.Conv2d(levels * MLA_CHANNELS, num_classes, 3, padding=1)
@@ -182,9 +178,7 @@ class SETR(nn.Module):
         is_pup = config.decoder == "pup"
         self.decoder = UpHead(dim, classes, 3, (2, 2, 2, 1)) if is_pup else UpHead(dim, classes, 1, (1,))
         kernel, scales, heads = (3, (4,), 4) if is_pup else (1, (1,), 3)
-        self.aux = nn.ModuleList(
-            UpHead(dim, classes, kernel, scales) for _ in range(heads if config.aux else 0)
-        )
+        self.aux = nn.ModuleList(UpHead(dim, classes, kernel, scales) for _ in range(heads if config.aux else 0))
 
     def features(self, imgs: torch.Tensor) -> list[torch.Tensor]:
         """[N, 3, H, W] uint8 or normalised float -> outputs of the taps, [N, L, D] each."""
@@ -232,9 +226,7 @@ def labelled_pixels(masks: torch.Tensor) -> torch.Tensor:
     return count.clamp_min(1) / get_world_size()
 
 
-def pixel_loss(
-    logits: torch.Tensor, masks: torch.Tensor, pixels: torch.Tensor, smoothing: float = 0.0
-) -> torch.Tensor:
+def pixel_loss(logits: torch.Tensor, masks: torch.Tensor, pixels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Cross-entropy of pixels, in float32:
 
         - 1/P sum_{p: y_p != 255} log softmax(z_p)[y_p]
@@ -243,9 +235,7 @@ def pixel_loss(
         logits: z, [N, K, H, W]. masks: y, [N, H, W] int64. pixels: P, of `labelled_pixels`.
         smoothing: epsilon of Szegedy et al., 2016, Sec. 7.
     """
-    total = F.cross_entropy(
-        logits.float(), masks, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing
-    )
+    total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
     return total / pixels
 
 

@@ -40,11 +40,7 @@ class FrozenTeacher(nn.Module):
     """
 
     def __init__(
-        self,
-        clip: nn.Module,
-        identity: TeacherIdentity,
-        dtype: torch.dtype,
-        channels_last: bool | None = None,
+        self, clip: nn.Module, identity: TeacherIdentity, dtype: torch.dtype, channels_last: bool | None = None
     ):
         super().__init__()
         preprocess = open_clip.get_model_preprocess_cfg(clip)
@@ -110,9 +106,7 @@ def load_clip(clip_model: str, clip_pretrained: str) -> tuple[nn.Module, object,
     finally:
         logging.disable(level)
     model.eval().requires_grad_(False)
-    identity = TeacherIdentity(
-        name, _hash_weights(model), _embed_dim(model), 1 / model.logit_scale.exp().item()
-    )
+    identity = TeacherIdentity(name, _hash_weights(model), _embed_dim(model), 1 / model.logit_scale.exp().item())
     return model, tokenizer, identity
 
 
@@ -158,9 +152,7 @@ def _register_config(clip_model: str) -> str:
             raise InputError(f"--clip_model {path} does not exist: give an open_clip JSON config")
         open_clip.add_model_config(path)
         if open_clip.get_model_config(path.stem) is None:
-            raise InputError(
-                f"--clip_model {path} is no open_clip config: it needs embed_dim, vision_cfg and text_cfg"
-            )
+            raise InputError(f"--clip_model {path} is no open_clip config: it needs embed_dim, vision_cfg and text_cfg")
         return path.stem
     name = clip_model.replace("/", "-")
     if open_clip.get_model_config(name) is None:
@@ -177,9 +169,7 @@ def _find_weights(name: str, clip_pretrained: str) -> Path:
     if path.is_file():
         return path
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or len(path.parts) > 1:
-        raise InputError(
-            f"teacher weights not found: no file {path.absolute()}. " + _three_ways(name, "openai")
-        )
+        raise InputError(f"teacher weights not found: no file {path.absolute()}. " + _three_ways(name, "openai"))
     config = open_clip.pretrained.get_pretrained_cfg(name, clip_pretrained)
     if not config:
         tags = open_clip.list_pretrained_tags_by_model(name)
@@ -193,8 +183,7 @@ def _find_weights(name: str, clip_pretrained: str) -> Path:
     except Exception as error:
         raise InputError(
             f"teacher weights not available: looked for {wanted} (tag {clip_pretrained} of {name}) in "
-            f"the local caches and on the network ({type(error).__name__}). "
-            + _three_ways(name, clip_pretrained)
+            f"the local caches and on the network ({type(error).__name__}). " + _three_ways(name, clip_pretrained)
         ) from error
 
 

@@ -97,10 +97,7 @@ class TransReID(nn.Module):
             InputError: an id that the table has no row for, or none given.
         """
         rows = None
-        for ids, count, flag in (
-            (camids, self.config.cameras, "camera"),
-            (viewids, self.config.views, "view"),
-        ):
+        for ids, count, flag in ((camids, self.config.cameras, "camera"), (viewids, self.config.views, "view")):
             if not count:
                 continue
             if flag == "view" and self.config.unknown_view and ids is not None:
@@ -178,9 +175,7 @@ class TransReID(nn.Module):
         batch, so that the number of ranks changes nothing.
         """
         features = gather_rows(torch.stack(self.branches(imgs, camids, viewids), dim=1)).unbind(dim=1)
-        logits = [
-            classifier(neck(x)) for x, neck, classifier in zip(features, self.bottleneck, self.classifier)
-        ]
+        logits = [classifier(neck(x)) for x, neck, classifier in zip(features, self.bottleneck, self.classifier)]
         return logits, list(features)
 
     def encode(

@@ -95,12 +95,7 @@ class SameOnAnyRanksDropPath(nn.Module):
 
 
 def build_blocks(
-    dim: int,
-    depth: int,
-    num_heads: int,
-    fused_attn: bool,
-    drop_path: float = 0.0,
-    quick_gelu: bool = False,
+    dim: int, depth: int, num_heads: int, fused_attn: bool, drop_path: float = 0.0, quick_gelu: bool = False
 ) -> nn.ModuleList:
     """MAE's pre-norm blocks: mlp ratio 4, qkv bias, erf GELU, LayerNorm eps 1e-6, no dropout.
 
@@ -113,9 +108,7 @@ def build_blocks(
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
     act = get_act_layer("quick_gelu" if quick_gelu else "gelu")
     blocks = nn.ModuleList(
-        Block(
-            dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate, act_layer=act
-        )
+        Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate, act_layer=act)
         for rate in rates
     )
     for name, module in list(blocks.named_modules()):
@@ -292,9 +285,7 @@ class VisionTransformer(nn.Module):
                     return image.cpu()
                 image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
             elif not isinstance(image, Image.Image):
-                raise InputError(
-                    f"picture {number} is a {type(image).__name__}: give Pillow images, files or tensors"
-                )
+                raise InputError(f"picture {number} is a {type(image).__name__}: give Pillow images, files or tensors")
             elif is_turned(image):
                 image = ImageOps.exif_transpose(image)
             return whole_image(to_rgb(image), self.img_size)
@@ -374,9 +365,7 @@ def encoder_from(
         known = ", ".join(str(w) for w, *_ in ENCODER_SIZES.values())
         raise InputError(f"{file} has width {width}: the known encoders are {known} wide")
     if width % heads:
-        raise InputError(
-            f"{file} says num_heads {heads} of its model, which does not divide its width {width}"
-        )
+        raise InputError(f"{file} says num_heads {heads} of its model, which does not divide its width {width}")
     stats = CLIP_STATS if found.origin == "CLIP" else (IMAGENET_MEAN, IMAGENET_STD)
     own_size, own_grid = _source_grid(found.config, pos_embed.shape[1] - 1, patch_size, file)
     model = VisionTransformer(
@@ -398,9 +387,7 @@ def encoder_from(
     model.report = load_pretrained(model, found, file, resized)
     if resized:
         rows, columns = own_grid
-        model.report += (
-            f" from {rows} x {columns} to {model.grid_size[0]} x {model.grid_size[1]}, {pos_resize}"
-        )
+        model.report += f" from {rows} x {columns} to {model.grid_size[0]} x {model.grid_size[1]}, {pos_resize}"
     return model.to(device).eval()
 
 

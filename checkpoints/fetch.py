@@ -221,10 +221,7 @@ def _from_hugging_face(url: str, wanted: dict[str, str]) -> Path:
 
 def _hugging_face_cure(error: Exception, errors) -> str:
     cures = (  # the narrow classes first: each is a kind of a later one
-        (
-            errors.GatedRepoError,
-            "it is gated: ask for access on its page, then log in with hf auth login",
-        ),
+        (errors.GatedRepoError, "it is gated: ask for access on its page, then log in with hf auth login"),
         (errors.RepositoryNotFoundError, "no such repository, or a private one: hf auth login"),
         (errors.RevisionNotFoundError, "the repository has no such revision"),
         (errors.LocalEntryNotFoundError, "not in its cache, and no network (or HF_HUB_OFFLINE is set)"),

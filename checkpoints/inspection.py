@@ -78,11 +78,7 @@ def inspect_file(file: str | Path) -> dict:
         content, facts["python_objects"] = _read_inert(file, error)
         refused = True
     state = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
-    facts |= {
-        "tensors": len(state),
-        "parameters": sum(v.numel() for v in state.values()),
-        "parts": _by_part(state),
-    }
+    facts |= {"tensors": len(state), "parameters": sum(v.numel() for v in state.values()), "parts": _by_part(state)}
     dtypes = sorted({str(v.dtype).removeprefix("torch.") for v in state.values()})
     facts["dtypes"] = ", ".join(dtypes)
     with_data = {k: v for k, v in state.items() if v.is_floating_point() and not v.is_meta}
@@ -217,10 +213,7 @@ def _model(file: Path, content: dict, config: dict, *, refused: bool) -> dict:
         found = recognise(content, file)
     except InputError as error:
         return {"kind": kind or f"not an encoder: {error}"}
-    width, patch = (
-        found.state["patch_embed.proj.weight"].shape[0],
-        found.state["patch_embed.proj.weight"].shape[2],
-    )
+    width, patch = (found.state["patch_embed.proj.weight"].shape[0], found.state["patch_embed.proj.weight"].shape[2])
     blocks = len({k.split(".")[1] for k in found.state if k.startswith("blocks.")})
     positions = found.state["pos_embed"].shape[1] - 1
     facts["architecture"] = f"ViT {width} wide, {blocks} blocks, patches of {patch} px, {positions} positions"
@@ -228,9 +221,7 @@ def _model(file: Path, content: dict, config: dict, *, refused: bool) -> dict:
         facts["architecture"] += " ({} x {} px)".format(*config["img_size"])
     if "decoder_embed.weight" in content["model"]:
         depth = len({k.split(".")[1] for k in content["model"] if k.startswith("decoder_blocks.")})
-        facts["architecture"] += (
-            f"; decoder {len(content['model']['decoder_embed.weight'])} wide, {depth} blocks"
-        )
+        facts["architecture"] += f"; decoder {len(content['model']['decoder_embed.weight'])} wide, {depth} blocks"
     return {"kind": kind or f"{found.origin} weights"} | facts
 
 
@@ -276,9 +267,4 @@ def _onnx(file: Path) -> dict:
         for value in (*graph.graph.input, *graph.graph.output)
     }
     weights = sum(int(np.prod(t.dims)) for t in graph.graph.initializer)
-    return {
-        "kind": f"ONNX of {facts.pop('kind', 'something else')}",
-        **facts,
-        "shapes": shapes,
-        "parameters": weights,
-    }
+    return {"kind": f"ONNX of {facts.pop('kind', 'something else')}", **facts, "shapes": shapes, "parameters": weights}

@@ -57,10 +57,7 @@ class _ReID(nn.Module):
 
 
 def export_onnx(
-    file: str | Path,
-    output: str | Path,
-    input_size: tuple[int, int] | None = None,
-    pictures: Sequence[str | Path] = (),
+    file: str | Path, output: str | Path, input_size: tuple[int, int] | None = None, pictures: Sequence[str | Path] = ()
 ) -> dict:
     """Write `output` (.onnx) and compare it with torch under onnxruntime.
 
@@ -147,8 +144,7 @@ def _packages() -> tuple:
         import onnxscript  # noqa: F401 - torch.onnx needs it
     except ImportError as error:
         raise InputError(
-            f"ONNX needs a package that is not installed ({error.name}): pip install onnx onnxscript "
-            "onnxruntime"
+            f"ONNX needs a package that is not installed ({error.name}): pip install onnx onnxscript onnxruntime"
         ) from error
     return onnx, onnxruntime
 

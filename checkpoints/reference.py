@@ -13,11 +13,7 @@ from PIL import Image
 
 from util.errors import InputError
 
-SIZES = (
-    (180, 240),
-    (256, 256),
-    (150, 100),
-)  # (H, W) in px; none is an encoder's own, so resizing is seen too
+SIZES = ((180, 240), (256, 256), (150, 100))  # (H, W) in px; none is an encoder's own, so resizing is seen too
 READ_OUTS = ("cls", "mean")
 # Largest relative difference that passes. Of 15 trained ViT-tiny: explicit instead of fused attention 2e-7,
 # Pillow's bicubic filter instead of torch's 1e-4 to 1.6e-3. Of one: no antialiasing 3e-3, bilinear 9e-3,
@@ -55,9 +51,7 @@ def reference_of(encoder) -> dict[str, str | int]:
         {"images": sha256 of the pictures, "width": D, "cls": base64 of [3, D] little-endian float32, "mean"}.
     """
     features = encoder.embed_images(reference_images(), read_outs=READ_OUTS)
-    coded = {
-        name: base64.b64encode(features[name].numpy().astype("<f4").tobytes()).decode() for name in READ_OUTS
-    }
+    coded = {name: base64.b64encode(features[name].numpy().astype("<f4").tobytes()).decode() for name in READ_OUTS}
     return {"images": images_sha256(), "width": features["cls"].shape[1], **coded}
 
 
@@ -75,8 +69,7 @@ def decode_reference(reference: dict, file) -> dict[str, torch.Tensor]:
             )
         arrays = {name: np.frombuffer(base64.b64decode(reference[name]), "<f4") for name in READ_OUTS}
         return {
-            name: torch.from_numpy(a.reshape(len(SIZES), int(reference["width"])).copy())
-            for name, a in arrays.items()
+            name: torch.from_numpy(a.reshape(len(SIZES), int(reference["width"])).copy()) for name, a in arrays.items()
         }
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"{file} holds a damaged reference ({error}): fetch the file again") from error
@@ -98,8 +91,6 @@ def compare(reference: dict, encoder, file) -> dict[str, float]:
             f"{found['cls'].shape[1]}: the weights or the reference were exchanged"
         )
     return {
-        f"{name}_difference": float(
-            ((found[name] - wanted[name]).norm(dim=1) / wanted[name].norm(dim=1)).max()
-        )
+        f"{name}_difference": float(((found[name] - wanted[name]).norm(dim=1) / wanted[name].norm(dim=1)).max())
         for name in READ_OUTS
     }

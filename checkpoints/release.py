@@ -156,9 +156,7 @@ def _verify(folder: Path) -> str:
     for name in ("encoder.pth", "full.pth"):
         difference = max(compare(reference, load_encoder(folder / name), name).values())
         if not difference <= TOLERANCE:
-            raise InputError(
-                f"{name} differs from encoder.safetensors by {difference:.2g}: nothing is released"
-            )
+            raise InputError(f"{name} differs from encoder.safetensors by {difference:.2g}: nothing is released")
     return verdict
 
 
@@ -203,15 +201,11 @@ def _read_run(run_dir: Path) -> tuple[dict, dict, list[dict]]:
     """(its last checkpoint, its settings, its log)."""
     missing = [name for name in RUN_FILES[:-1] if not (run_dir / name).is_file()]
     if missing:
-        raise InputError(
-            f"{run_dir} is no run of main_pretrain.py ({missing[0]} is missing): give its --output_dir"
-        )
+        raise InputError(f"{run_dir} is no run of main_pretrain.py ({missing[0]} is missing): give its --output_dir")
     try:
         args = json.loads((run_dir / "args.json").read_text())
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"{run_dir / 'args.json'} is damaged ({error}): restore it from {run_dir}"
-        ) from error
+        raise InputError(f"{run_dir / 'args.json'} is damaged ({error}): restore it from {run_dir}") from error
     if "task" in args:
         raise InputError(f"{run_dir} is a run of main_finetune.py: a release is made of pre-training runs")
     content = read_checkpoint(run_dir / "checkpoint-last.pth")
@@ -219,8 +213,7 @@ def _read_run(run_dir: Path) -> tuple[dict, dict, list[dict]]:
         raise InputError(f"{run_dir} is no run of this project's main_pretrain.py: give its --output_dir")
     if content["epoch"] + 1 < args["epochs"] or not (run_dir / "encoder.pth").is_file():
         raise InputError(
-            f"{run_dir} has finished {content['epoch'] + 1} of {args['epochs']} epochs: let the run end "
-            "(--resume auto)"
+            f"{run_dir} has finished {content['epoch'] + 1} of {args['epochs']} epochs: let the run end (--resume auto)"
         )
     log = []
     for line in (run_dir / "log.txt").read_text(errors="replace").splitlines():
@@ -283,12 +276,8 @@ def _teacher(args: dict) -> str:
 
 def _model_card(name, licence, facts, args, env, last: dict, photos: bool) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in _recipe(args).items())
-    losses = "\n".join(
-        f"| {key.removeprefix('train_')} | {last[key]:.4f} |" for key in LAST_LOG if key in last
-    )
-    parts = "\n".join(
-        f"| `{part}` | {count} | {numbers:,} |" for part, (count, numbers) in facts["parts"].items()
-    )
+    losses = "\n".join(f"| {key.removeprefix('train_')} | {last[key]:.4f} |" for key in LAST_LOG if key in last)
+    parts = "\n".join(f"| `{part}` | {count} | {numbers:,} |" for part, (count, numbers) in facts["parts"].items())
     plain = "Pre-trained as a plain MAE, without teacher"
     method = plain if _is_plain(args) else "Pre-trained with CGD-MAE"
     shown = "Pictures" if photos else "Drawn vehicles"

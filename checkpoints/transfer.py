@@ -80,10 +80,7 @@ def _go_on(url: str, part: Path) -> None:
             total = notes.get("total")
         else:
             if have:
-                print(
-                    f"{part.stem}: changed, or a server that cannot resume: from the beginning",
-                    flush=True,
-                )
+                print(f"{part.stem}: changed, or a server that cannot resume: from the beginning", flush=True)
             have, total = 0, _whole_number(response.headers.get("Content-Length"))
         _check_space(part, total, have)
         try:

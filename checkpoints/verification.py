@@ -56,13 +56,8 @@ def verify_file(file: str | Path) -> dict:
         encoder = encoder_from(recognise(content, file), file)
         answers = encoder.embed_images(reference_images(), read_outs=("cls",))["cls"]
     if not torch.isfinite(answers).all():
-        raise InputError(
-            f"{file} answers the reference pictures with numbers that are not finite: it is damaged"
-        )
-    result |= {
-        "kind": kind or "encoder of others",
-        "parameters": sum(p.numel() for p in encoder.parameters()),
-    }
+        raise InputError(f"{file} answers the reference pictures with numbers that are not finite: it is damaged")
+    result |= {"kind": kind or "encoder of others", "parameters": sum(p.numel() for p in encoder.parameters())}
     reference = _reference(file)
     if reference is None:
         return result | {"verdict": "loads and runs; no reference inside to compare with"}
@@ -85,11 +80,7 @@ def _no_sides(model, imgs: torch.Tensor) -> tuple[torch.Tensor | None, torch.Ten
 
 
 def _broken(value) -> bool:
-    return (
-        isinstance(value, torch.Tensor)
-        and value.is_floating_point()
-        and not torch.isfinite(value.float()).all()
-    )
+    return isinstance(value, torch.Tensor) and value.is_floating_point() and not torch.isfinite(value.float()).all()
 
 
 def _reference(file: str | Path) -> dict | None:

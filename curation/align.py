@@ -135,9 +135,7 @@ class Aligner:
         p, m = place.shape[:2]
         x = (place[..., 0:1] * self.line + place[..., 1:2]) * 2 - 1
         y = (place[..., 2:3] * self.line + place[..., 3:4]) * 2 - 1
-        grid = torch.stack(
-            [x[:, :, None].expand(-1, -1, SIDE, -1), y[:, :, :, None].expand(-1, -1, -1, SIDE)], dim=-1
-        )
+        grid = torch.stack([x[:, :, None].expand(-1, -1, SIDE, -1), y[:, :, :, None].expand(-1, -1, -1, SIDE)], dim=-1)
         views = F.grid_sample(
             imgs[:, None], grid.reshape(p, m * SIDE, SIDE, 2), padding_mode="border", align_corners=False
         )

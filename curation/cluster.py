@@ -53,9 +53,7 @@ def quotas(found: list[Domain], target: int, wanted: list[str], seed: int) -> di
         except ValueError:
             share = -1.0
         if name not in sizes or not 0 <= share <= 1:
-            raise InputError(
-                f"--quota {spec}: write NAME=SHARE, a share of 0 to 1 of one of {', '.join(sizes)}"
-            )
+            raise InputError(f"--quota {spec}: write NAME=SHARE, a share of 0 to 1 of one of {', '.join(sizes)}")
         fixed[name] = int(share * target)
         total_share += share
         if fixed[name] > sizes[name]:
@@ -90,13 +88,7 @@ def build_trees(
     for number, domain in enumerate(found):
         here = folder / domain.name
         plan = plan_levels(len(domain.rows), args.levels, args.members, args.resampling, clip=len(found) > 1)
-        rows = Rows(
-            embedded.data,
-            device,
-            embedded.place(domain.rows),
-            args.spherical,
-            resident_bytes=resident_bytes,
-        )
+        rows = Rows(embedded.data, device, embedded.place(domain.rows), args.spherical, resident_bytes=resident_bytes)
         tree = build_tree(
             rows,
             plan,

@@ -39,13 +39,7 @@ class Embedded:
 
 
 def near_pairs(
-    index: Index,
-    embedded: Embedded,
-    first: np.ndarray,
-    second: np.ndarray,
-    like: Likeness,
-    aligner: Aligner,
-    seed: int,
+    index: Index, embedded: Embedded, first: np.ndarray, second: np.ndarray, like: Likeness, aligner: Aligner, seed: int
 ) -> Pairs:
     """Near copies between two lists of index rows (or within one, given twice); value: their
     agreement (`Aligner.agreement`).

@@ -64,9 +64,7 @@ def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, wo
             text = io.StringIO()
             writer = csv.writer(text, lineterminator="\n")
             thumbnails = []
-            for row, thumbnail in map_in_order(
-                pool, _measure_chunk, range(start, parts.stop(start)), workers
-            ):
+            for row, thumbnail in map_in_order(pool, _measure_chunk, range(start, parts.stop(start)), workers):
                 writer.writerow(row)
                 thumbnails.append(thumbnail)
                 done += 1

@@ -99,9 +99,7 @@ def embedding_pairs(
     if not len(queries) or not len(base):
         return Pairs(*(np.zeros(0, dtype=t) for t in (np.int64, np.int64, np.float32)))
     if len(base) <= BRUTE_ROWS:
-        return _compare(
-            data, queries, base, np.arange(len(queries)), np.arange(len(base)), cosine, device, neighbours
-        )
+        return _compare(data, queries, base, np.arange(len(queries)), np.arange(len(base)), cosine, device, neighbours)
     rows = Rows(data, device, base, unit=True, alone=True)
     cells = max(2, len(base) // 1000)
     clusters = kmeans(rows, cells, iterations=8, rng=step_rng(seed, 2000), strict=False)
@@ -120,9 +118,7 @@ def embedding_pairs(
         there = members[offsets[cell] : offsets[cell + 1]]
         if len(asking) and len(there):
             found.append(_compare(data, queries, base, asking, there, cosine, device, neighbours))
-    first, second, value = (
-        np.concatenate([getattr(p, name) for p in found]) for name in ("first", "second", "value")
-    )
+    first, second, value = (np.concatenate([getattr(p, name) for p in found]) for name in ("first", "second", "value"))
     return _nearest(first, second, value, neighbours)
 
 

@@ -35,9 +35,7 @@ class Removals:
         self.value = np.zeros(count, dtype=np.float32)
         self.reasons: list[str] = []
 
-    def add(
-        self, reason: str, rows: np.ndarray, of: np.ndarray | int = -1, value: np.ndarray | float = 0
-    ) -> None:
+    def add(self, reason: str, rows: np.ndarray, of: np.ndarray | int = -1, value: np.ndarray | float = 0) -> None:
         """rows: int64, none twice."""
         of, value = np.broadcast_to(of, rows.shape), np.broadcast_to(value, rows.shape)
         new = self.reason[rows] < 0
@@ -72,6 +70,4 @@ def save_removal(folder: Path, name: str, removal: Removal, path_of) -> None:
 
 def load_removal(folder: Path, name: str) -> Removal:
     with np.load(folder / f"{name}.npz") as stored:
-        return Removal(
-            stored["rows"], stored["reason"], stored["of"], stored["value"], stored["reasons"].tolist()
-        )
+        return Removal(stored["rows"], stored["reason"], stored["of"], stored["value"], stored["reasons"].tolist())

@@ -38,10 +38,7 @@ class Thumbnails:
     def figure(self, row: int, caption: str = "", kind: str = "") -> str:
         name = self.images.name(row)
         words = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-        return (
-            f'<figure class="{kind}"><img src="{self.uri(row)}" title="{html.escape(name)}" alt="">{words}'
-            "</figure>"
-        )
+        return f'<figure class="{kind}"><img src="{self.uri(row)}" title="{html.escape(name)}" alt="">{words}</figure>'
 
 
 def write_report(run, counts: dict, sizes: dict[str, np.ndarray]) -> None:
@@ -102,9 +99,7 @@ def evidence_table(evidence: dict[str, dict[str, float]]) -> str:
     }
     head = "".join(f"<th>{name}</th>" for name in evidence)
     body = "".join(
-        f"<tr><td>{title}</td>"
-        + "".join(f'<td class="n">{row[name]:.4g}</td>' for row in evidence.values())
-        + "</tr>"
+        f"<tr><td>{title}</td>" + "".join(f'<td class="n">{row[name]:.4g}</td>' for row in evidence.values()) + "</tr>"
         for name, title in titles.items()
     )
     return f"<tr><th></th>{head}</tr>{body}"
@@ -176,11 +171,7 @@ def mosaic(run, selection: np.ndarray, pictures: Thumbnails) -> str:
 
 def spread(count: int, wanted: int) -> np.ndarray:
     """[<= wanted] int64 places spread over `count`."""
-    return (
-        np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64))
-        if count
-        else np.zeros(0, int)
-    )
+    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64)) if count else np.zeros(0, int)
 
 
 def removed_pairs(run, stage: str, pictures: Thumbnails) -> str:
@@ -211,9 +202,7 @@ def removed_examples(run, pictures: Thumbnails) -> str:
             if not len(mine):
                 continue
             if reason == "unreadable":
-                names = "".join(
-                    f"<li>{html.escape(run.images.name(int(row)))}</li>" for row in removal.rows[mine][:20]
-                )
+                names = "".join(f"<li>{html.escape(run.images.name(int(row)))}</li>" for row in removal.rows[mine][:20])
                 blocks.append(f"<h3>unreadable: {len(mine):,}</h3><ul>{names}</ul>")
                 continue
             mine = mine[np.argsort(removal.value[mine], kind="stable")]

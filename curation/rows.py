@@ -117,8 +117,6 @@ class Rows:
             dist.all_reduce(first_bad, dist.ReduceOp.MIN)
         if total[-1] > 0:
             row = int(self.numbers()[int(first_bad)])
-            raise InputError(
-                f"{int(total[-1])} embeddings are not finite, first row {row}: embed these images again"
-            )
+            raise InputError(f"{int(total[-1])} embeddings are not finite, first row {row}: embed these images again")
         mean = torch.zeros(self.dim) if self.unit else (total[:-1] / self.count).float()
         return mean.to(self.device)

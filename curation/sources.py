@@ -119,9 +119,7 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
             values[column].append("" if value is None else _as_text(value))
     if not kept:
         side = "validation or test" if role == "pool" else "training"
-        raise InputError(
-            f"--{role} {name}={path}: all {left_out} rows are {side} rows by their column 'split'"
-        )
+        raise InputError(f"--{role} {name}={path}: all {left_out} rows are {side} rows by their column 'split'")
     paths = PathList(path.parent, kept)
     check_first_exist(paths, path)
     columns = {column: PathList(Path(), texts) for column, texts in values.items() if any(texts)}

@@ -142,9 +142,7 @@ def read_attribute_set(
             )
         data = _read_veri(path, need_train)
         if known is not None and known != VERI:
-            raise InputError(
-                f"the model knows {_some(known)}, not VeRi-776's colours and types, as in {path}"
-            )
+            raise InputError(f"the model knows {_some(known)}, not VeRi-776's colours and types, as in {path}")
     else:
         data = _read_table(path, binary, categorical, test_split, known, need_train)
     for images in (data.train, data.test):
@@ -211,9 +209,7 @@ def _read_veri_xml(file: Path, folder: str) -> tuple[AttributeImages, set[str], 
     here = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
     missing = [name for name in rows if name not in here]
     if missing:
-        notes.append(
-            f"{len(missing):,} of the {len(rows):,} images of {file} are not in {place}, e.g. {missing[0]}"
-        )
+        notes.append(f"{len(missing):,} of the {len(rows):,} images of {file} are not in {place}, e.g. {missing[0]}")
     unlisted = sum(name.lower().endswith(".jpg") and name not in rows for name in here)
     if unlisted:
         notes.append(f"{unlisted:,} images of {place} have no item in {file.name} and are not used")
@@ -285,9 +281,7 @@ def _columns_of(
     named = [*binary, *categorical]
     twice = next((name for name in named if named.count(name) > 1 or name in NOT_ATTRIBUTES), None)
     if twice is not None:
-        raise InputError(
-            f"column '{twice}' of {file} cannot be an attribute here, or not twice: name it once"
-        )
+        raise InputError(f"column '{twice}' of {file} cannot be an attribute here, or not twice: name it once")
     return binary, categorical
 
 
@@ -338,9 +332,7 @@ def _labels(
                     f"columns of 0 and 1 with --attr_columns, or this one of words with --attr_categories"
                 )
         if max(row) == min(row) == UNKNOWN:
-            raise InputError(
-                f"{file}: of {printable(path)} no attribute is known: fill one in, or drop the row"
-            )
+            raise InputError(f"{file}: of {printable(path)} no attribute is known: fill one in, or drop the row")
         yield row
 
 

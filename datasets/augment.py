@@ -43,10 +43,7 @@ class PadCropErase:
 
 
 def erase_box(
-    rng: np.random.Generator,
-    size: tuple[int, int],
-    area: tuple[float, float] = (0.02, 1 / 3),
-    aspect: float = 0.3,
+    rng: np.random.Generator, size: tuple[int, int], area: tuple[float, float] = (0.02, 1 / 3), aspect: float = 0.3
 ) -> tuple[int, int, int, int]:
     """(top, left, height, width) in px: area uniform in its range as a fraction of the image, height / width
     log-uniform in [aspect, 1 / aspect], ten tries; height 0: none fitted."""

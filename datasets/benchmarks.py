@@ -109,9 +109,7 @@ def read_split(name: str, root: Path, split: str = "test") -> Iterator[str]:
     facts = load_benchmarks()[name]
     files = [file for wanted in facts["lists"][split] for file in sorted(root.rglob(wanted))]
     if not files:
-        raise InputError(
-            f"no {split} list of {name} below {root}: looked for {', '.join(facts['lists'][split])}"
-        )
+        raise InputError(f"no {split} list of {name} below {root}: looked for {', '.join(facts['lists'][split])}")
     image, ending = facts["image"][split], Path(facts["image"][split]).suffix
     seen: set[str] = set()
     for file in files:
@@ -144,9 +142,7 @@ def main(args: argparse.Namespace) -> None:
     if args.count is not None:
         paths = list_images(args.count)
         if not isinstance(paths, PathList):
-            raise InputError(
-                f"{args.count} is a packed set, which has no names: count what it was packed from"
-            )
+            raise InputError(f"{args.count} is a packed set, which has no names: count what it was packed from")
         print(json.dumps({"images": len(paths), **count_by_benchmark(paths)}))
     if args.name is not None:
         root = args.root.absolute()

@@ -94,9 +94,7 @@ def write_demo(
             f"got {num_images}, {size} and {val_ratio}"
         )
     about = (
-        json.dumps(
-            {"num_images": num_images, "size": size, "seed": seed, "val_ratio": val_ratio, "version": VERSION}
-        )
+        json.dumps({"num_images": num_images, "size": size, "seed": seed, "val_ratio": val_ratio, "version": VERSION})
         + "\n"
     )
     rows = _plan(num_images, seed, val_ratio)
@@ -121,9 +119,7 @@ def write_demo(
 
 
 def main():
-    parser = demo_parser(
-        "demo", "Write a small set of drawn vehicle pictures.", 96, "side of a picture in pixels"
-    )
+    parser = demo_parser("demo", "Write a small set of drawn vehicle pictures.", 96, "side of a picture in pixels")
     add = parser.add_argument
     add("--num_images", type=int, default=3000, help="number of pictures")
     add("--val_ratio", type=float, default=0.25, help="share of the identities held out, 0 to 1")

@@ -69,18 +69,14 @@ def _draw(p: _Painter, attrs: dict, phase: float):
     tubes.line([SEAT_TOP, (SEAT_TOP[0] - 0.03, SEAT_TOP[1] + 0.12)], 0.035, CHROME)
     for z in (-0.06, 0.0, 0.06):
         tubes.line(
-            [(SEAT_TOP[0] - 0.17, SEAT_TOP[1] + 0.15, z), (SEAT_TOP[0] + 0.12, SEAT_TOP[1] + 0.14, z / 3)],
-            0.08,
-            DARK,
+            [(SEAT_TOP[0] - 0.17, SEAT_TOP[1] + 0.15, z), (SEAT_TOP[0] + 0.12, SEAT_TOP[1] + 0.14, z / 3)], 0.08, DARK
         )
     p.part = HEAD
     top = (HEAD_TOP[0] - 0.02, HEAD_TOP[1] + attrs["raised"])
     tubes.line([HEAD_TOP, top], 0.045, CHROME)
     for sign in (-1, 1):
         tubes.line([(*top, 0), (top[0], top[1] + 0.02, sign * 0.24)], 0.045, CHROME)
-        tubes.line(
-            [(top[0], top[1] + 0.02, sign * 0.24), (top[0] - 0.14, top[1] - 0.03, sign * 0.25)], 0.055, DARK
-        )
+        tubes.line([(top[0], top[1] + 0.02, sign * 0.24), (top[0] - 0.14, top[1] - 0.03, sign * 0.25)], 0.055, DARK)
 
 
 def _shade(p: _Painter):

@@ -30,14 +30,7 @@ from util.errors import InputError
 VERSION = 1  # raise when the files change, so that an older folder is not taken for this one
 FOLDERS = {"transfg": "car/", "torchvision": "stanford_cars/", "annos": ""}
 # a rear view shows neither grille nor rims
-SHOWN = (
-    "front three-quarter",
-    "front",
-    "left side",
-    "front three-quarter",
-    "right side",
-    "rear three-quarter",
-)
+SHOWN = ("front three-quarter", "front", "left side", "front three-quarter", "right side", "rear three-quarter")
 WIDTHS = (1.0, 0.75, 1.25)  # of the pictures / size; their heights are three quarters
 WIDE = 320  # px, of the first training picture at least
 BOXES = "boxes"  # folder of what `finish` needs to know of the pictures; it is removed
@@ -72,9 +65,7 @@ def plan(layout: str, classes: int, train: int, test: int, size: int, seed: int)
             camid = int(demo_rng(seed, "cars", pid).integers(len(CAMERAS)))
             viewid = VIEWS.index(SHOWN[wanted[pair] % len(SHOWN)])
             number = list(names).index(pair) + 1
-            rows[split].append(
-                {"pid": pid, "camid": camid, "viewid": viewid, "class": number, "split": split}
-            )
+            rows[split].append({"pid": pid, "camid": camid, "viewid": viewid, "class": number, "split": split})
     listed = []
     for split, part in rows.items():
         order = demo_rng(seed, "cars order", split).permutation(len(part)).tolist()
@@ -155,14 +146,7 @@ def write_demo_cars(
             f"classes must be 2 to {most}, train and test 1 or more and size 32 or more, got {classes}, "
             f"{train}, {test} and {size}"
         )
-    settings = {
-        "layout": layout,
-        "classes": classes,
-        "train": train,
-        "test": test,
-        "size": size,
-        "seed": seed,
-    }
+    settings = {"layout": layout, "classes": classes, "train": train, "test": test, "size": size, "seed": seed}
     about = json.dumps(settings | {"version": [VERSION, demo.VERSION]}) + "\n"
     counts = {"classes": classes, "train": classes * train, "test": classes * test}
     if holds_set(output, "demo_cars.json", about, "set of fine-grained classes"):

@@ -53,9 +53,7 @@ def file_bytes(row: dict, seed: int, size: int) -> bytes:
         picture = picture.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.08, 0.14)))
     if kind == "exposure":
         rest = rng.uniform(0.01, 0.05)  # of the contrast
-        picture = picture.point(
-            [rest * v if how == "black" else 255 - rest * (255 - v) for v in range(256)] * 3
-        )
+        picture = picture.point([rest * v if how == "black" else 255 - rest * (255 - v) for v in range(256)] * 3)
     return encode(picture, Path(row["path"]).suffix, CAMERAS[row["camid"]].quality if "camid" in row else 88)
 
 
@@ -77,9 +75,7 @@ def _vehicle(row: dict, seed: int, size: int) -> Image.Image:
 def _frame(row: dict, rng: np.random.Generator, seed: int, size: int) -> Image.Image:
     """A frame of a track: the same view, a pixel or two further, with noise of its own."""
     margin = max(2, size // 24)
-    wide = render(
-        seed, row["pid"], row["camid"], row["viewid"], row["shot"], (size + 2 * margin, size + 2 * margin)
-    )
+    wide = render(seed, row["pid"], row["camid"], row["viewid"], row["shot"], (size + 2 * margin, size + 2 * margin))
     dx, dy = margin * (1 + np.sin(0.11 * row["frame"])), margin * (1 + 0.5 * np.sin(0.07 * row["frame"]))
     left, top = round(dx), round(dy)
     pixels = np.asarray(wide.crop((left, top, left + size, top + size)), dtype=float)
@@ -125,6 +121,4 @@ def _corrupt(row: dict, how: str, rng: np.random.Generator, seed: int, size: int
     if how == "truncated":
         whole = encode(_vehicle(row, seed, size), ".jpg")
         return whole[: int(len(whole) * rng.uniform(0.3, 0.7))]
-    return {"empty": b"", "text": f"photo {row['number']} to follow\n".encode(), "html": NOT_FOUND.encode()}[
-        how
-    ]
+    return {"empty": b"", "text": f"photo {row['number']} to follow\n".encode(), "html": NOT_FOUND.encode()}[how]

@@ -27,9 +27,7 @@ def holds_set(output: Path, stamp: str, about: str, what: str) -> bool:
         return False
     if (output / stamp).is_file() and (output / stamp).read_text(encoding="utf-8") == about:
         return True
-    raise InputError(
-        f"{output} exists and does not hold this {what}: name another output folder or remove it first."
-    )
+    raise InputError(f"{output} exists and does not hold this {what}: name another output folder or remove it first.")
 
 
 def write_folder(
@@ -112,9 +110,7 @@ def run_demo(
         draw_sheet: adds `--sheet`, a contact sheet of what was written.
     """
     if draw_sheet:
-        parser.add_argument(
-            "--sheet", type=Path, default=None, help="PNG file for a contact sheet, None: no sheet"
-        )
+        parser.add_argument("--sheet", type=Path, default=None, help="PNG file for a contact sheet, None: no sheet")
     args, start = parser.parse_args(), time.perf_counter()
     try:
         counts = write(**{name: value for name, value in vars(args).items() if name != "sheet"})

@@ -152,9 +152,7 @@ def coco(rows: list[dict], masks: Path) -> dict:
     for image_id, row in enumerate(rows, 1):
         mask = np.asarray(Image.open(masks / f"{row['name']}.png"))
         height, width = mask.shape
-        content["images"].append(
-            {"id": image_id, "file_name": f"{row['name']}.JPEG", "height": height, "width": width}
-        )
+        content["images"].append({"id": image_id, "file_name": f"{row['name']}.JPEG", "height": height, "width": width})
         for number in np.unique(mask[mask != BACKGROUND_ID]).tolist():
             is_body = row["kind"] == "Car" and number == min(PARTS["Car"])
             region = mask != BACKGROUND_ID if is_body else mask == number

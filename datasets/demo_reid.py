@@ -78,9 +78,7 @@ def _path(layout: str, row: dict, count: int) -> str:
     return f"images/{number:04}_{row['shot']:02}.jpg"
 
 
-def plan(
-    layout: str, train_ids: int, test_ids: int, images_per_id: int, seed: int, mixed: bool = False
-) -> list[dict]:
+def plan(layout: str, train_ids: int, test_ids: int, images_per_id: int, seed: int, mixed: bool = False) -> list[dict]:
     """One row a picture, in the order of the paths.
 
     Columns: those of `demo.label_row`; path, its last part name, split (train or test) and is_query; number,
@@ -260,9 +258,7 @@ def _check(layout: str, style: str | None, train_ids: int, test_ids: int, images
     if layout not in WRITERS:
         raise InputError(f"layout '{layout}' is unknown: choose one of {', '.join(WRITERS)}")
     if style is not None and (layout != "veriwild" or style not in STYLES):
-        raise InputError(
-            f"layout {layout} has no style '{style}': veriwild has {', '.join(STYLES)}, the others none"
-        )
+        raise InputError(f"layout {layout} has no style '{style}': veriwild has {', '.join(STYLES)}, the others none")
     if min(train_ids, test_ids) < 5 or train_ids + test_ids > MOST or images_per_id < 6 or size < 16:
         raise InputError(
             f"train_ids and test_ids must be 5 or more each and {MOST} or less together, images_per_id 6 or "

@@ -103,11 +103,7 @@ def _slabs(name: str) -> dict[str, _Slab]:
         def block(u, low, high, width):
             return _Slab(size, [(u, low), (u, high)], [(size, low), (size, high)], width, width)
 
-        slabs = {
-            "frame": block(0.3, 0.5, 0.98, half * 0.8),
-            **slabs,
-            "load": block(u3 + 0.2, 0.98, roof + 0.8, half),
-        }
+        slabs = {"frame": block(0.3, 0.5, 0.98, half * 0.8), **slabs, "load": block(u3 + 0.2, 0.98, roof + 0.8, half)}
     return slabs
 
 
@@ -225,12 +221,7 @@ def _backdrop(p: _Painter, rng: np.random.Generator, shift: float):
     p.image.paste(plain)
 
     def box(x0, y0, x1, y1, colour, glows=False, shape=p.draw.rectangle):
-        xy = [
-            width / 2 + (x0 + shift) * scale,
-            base - y1 * scale,
-            width / 2 + (x1 + shift) * scale,
-            base - y0 * scale,
-        ]
+        xy = [width / 2 + (x0 + shift) * scale, base - y1 * scale, width / 2 + (x1 + shift) * scale, base - y0 * scale]
         if xy[2] >= 0 and xy[0] <= width:
             shape(xy, fill=tuple(colour) if glows else p.lit(colour))
 
@@ -335,9 +326,7 @@ def _wheels(p: _Painter, body: Body, rim: int, phase: float, discs: bool):
             p.poly(np.insert(points, 2, z, axis=1), colour)
 
         if not discs:
-            outer, inner = (
-                np.insert(_circle(x, r, r, 12), 2, sign * (width - z), axis=1) for z in (0.04, 0.28)
-            )
+            outer, inner = (np.insert(_circle(x, r, r, 12), 2, sign * (width - z), axis=1) for z in (0.04, 0.28))
             for k in range(12):
                 p.poly(np.stack([outer[k - 1], outer[k], inner[k], inner[k - 1]]), (22, 22, 24))
         elif sign * p.lens.sin * p.lens.distance > width:
@@ -349,17 +338,10 @@ def _wheels(p: _Painter, body: Body, rim: int, phase: float, discs: bool):
             draw(_circle(x, r, r * 0.68), CHROME)
             draw(_circle(x, r, r * 0.6), (64, 66, 70) if rim else (150, 154, 160))
             for angle in phase + 2 * np.pi * np.arange(rim) / max(rim, 1):
-                out, across = (
-                    np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))]) * r
-                )
+                out, across = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))]) * r
                 across = across * 0.42 / max(rim, 3)
                 draw(
-                    [
-                        (x, r) - across,
-                        (x, r) + across,
-                        (x, r) + out * 0.62 + across,
-                        (x, r) + out * 0.62 - across,
-                    ],
+                    [(x, r) - across, (x, r) + across, (x, r) + out * 0.62 + across, (x, r) + out * 0.62 - across],
                     CHROME,
                 )
     p.part = CAR_BODY
@@ -509,9 +491,7 @@ def _nose(p: _Painter, slab: _Slab, attrs: dict, draw):
     """Bumper, grille and headlamps: the face of the make."""
     kind, y = attrs["grille"], slab.y0 + 0.52 * min(slab.y1 - slab.y0, 0.75)
     draw(_box(-0.97, slab.y0, 0.97, y - 0.24), DARK)
-    size = np.array(
-        {"oval": (0.34, 0.13), "slot": (0.5, 0.06), "shield": (0.24, 0.2)}.get(kind, (0.42, 0.12))
-    )
+    size = np.array({"oval": (0.34, 0.13), "slot": (0.5, 0.06), "shield": (0.24, 0.2)}.get(kind, (0.42, 0.12)))
     shape = {
         "oval": _circle(0, 0, 1, 16),
         "shield": np.array([(-1, 1), (1, 1), (0.6, -0.7), (0, -1), (-0.6, -0.7)]),
@@ -630,9 +610,7 @@ def _picture(scene: _Scene, attrs: dict, slabs: dict[str, _Slab], mirrors: bool)
     return _record(p, scene.rng, scene.size, scene.over), phase
 
 
-def render(
-    seed: int, pid: int, camid: int, viewid: int, shot: int, size: int | tuple[int, int] = 96
-) -> Image.Image:
+def render(seed: int, pid: int, camid: int, viewid: int, shot: int, size: int | tuple[int, int] = 96) -> Image.Image:
     """One RGB picture of vehicle `pid`; `size` is the side or (width, height) in pixels.
 
     `shot` numbers the pictures of equal (pid, camid, viewid): each has its own scale, position,

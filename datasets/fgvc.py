@@ -88,9 +88,7 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
     every = FgvcImages(found.paths, found.labels)
     train = every.take(found.splits["train"] if need_train else np.zeros(0, np.int64))
     name = "folder" if data_path.is_dir() else "table"
-    return _with_notes(
-        FgvcData(name, train, every.take(found.splits[test]), found.classes, notes), is_cars=False
-    )
+    return _with_notes(FgvcData(name, train, every.take(found.splits[test]), found.classes, notes), is_cars=False)
 
 
 def in_the_models_classes(data: FgvcData, classes: list[str], file: str | Path) -> FgvcData:
@@ -170,8 +168,7 @@ def _rows(file: Path, fields: tuple[str, ...], notes: list[str]) -> list[dict]:
     missing = [name for name in fields if name not in found]
     if missing:
         raise InputError(
-            f"{file} has no field '{missing[0]}': its fields are {', '.join(found)}, expected "
-            f"{', '.join(fields)}"
+            f"{file} has no field '{missing[0]}': its fields are {', '.join(found)}, expected {', '.join(fields)}"
         )
     if not values:
         raise InputError(f"{file} lists no image: copy it again")

@@ -24,10 +24,7 @@ class LabelledImages:
 
 
 def list_labelled(
-    data_path: str | Path,
-    label_column: str = "label",
-    held_out: tuple[str, ...] = ("val",),
-    need_train: bool = True,
+    data_path: str | Path, label_column: str = "label", held_out: tuple[str, ...] = ("val",), need_train: bool = True
 ) -> LabelledImages:
     """Read a table (.csv, .tsv, .jsonl with `path`, `split` and `label_column`) or a folder with
     `train/CLASS/...` and `val/CLASS/...`.
@@ -64,9 +61,7 @@ def list_labelled(
     for name, found in splits.items():
         if not len(found) and (need_train or name == test):
             has = ", ".join(sorted(set(split)))
-            raise InputError(
-                f"{data_path} has no row with split '{name}' and a '{label_column}': it has {has}"
-            )
+            raise InputError(f"{data_path} has no row with split '{name}' and a '{label_column}': it has {has}")
     unlabelled = int((np.isin(split, list(splits)) & (labels < 0)).sum())
     return LabelledImages(PathList(root, [row["path"] for row in rows]), labels, classes, splits, unlabelled)
 

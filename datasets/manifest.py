@@ -83,9 +83,7 @@ def iterate_manifest(file: str | Path) -> Iterator[dict[str, str]]:
     file = Path(file)
     ending = file.suffix.lower()
     if ending not in MANIFEST_ENDINGS:
-        raise InputError(
-            f"{file} is neither a folder nor a manifest: manifests end in {', '.join(MANIFEST_ENDINGS)}"
-        )
+        raise InputError(f"{file} is neither a folder nor a manifest: manifests end in {', '.join(MANIFEST_ENDINGS)}")
     count = 0
     try:
         with open(file, encoding="utf-8-sig", newline="") as opened:
@@ -120,9 +118,7 @@ def _read_json_row(file: Path, number: int, line: str) -> dict:
     except json.JSONDecodeError as error:
         raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
     if not isinstance(row, dict) or not isinstance(row.get("path"), str) or not row["path"]:
-        raise InputError(
-            f"{file}, line {number} has no text under the key 'path': write one JSON object a line"
-        )
+        raise InputError(f"{file}, line {number} has no text under the key 'path': write one JSON object a line")
     return row
 
 

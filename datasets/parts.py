@@ -89,9 +89,7 @@ def read_parts(data_path: str | Path, label_space: str, splits: tuple[str, ...])
     """
     root = Path(data_path)
     if not root.is_dir():
-        raise InputError(
-            f"--data_path {root} is no folder: give one with images/, annotations/, classes.json"
-        )
+        raise InputError(f"--data_path {root} is no folder: give one with images/, annotations/, classes.json")
     space = label_space_of(read_classes(root / "classes.json"), label_space, root)
     data = PartsData(space, {})
     for split in splits:
@@ -122,9 +120,7 @@ def read_classes(file: Path) -> tuple[dict[int, str], int]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be understood ({error}): write for example {example}") from error
     if not isinstance(ignore, int) or not 0 <= ignore <= 255 or ignore in values:
-        raise InputError(
-            f'{file}: "ignore" is {ignore!r}, and must be a value from 0 to 255 that no class has'
-        )
+        raise InputError(f'{file}: "ignore" is {ignore!r}, and must be a value from 0 to 255 that no class has')
     if len(values) < 2 or len(set(values.values())) < len(values) or not set(values) <= set(range(256)):
         raise InputError(
             f'{file}: "classes" must name two classes or more, each once, with values from 0 to 255; it '
@@ -282,9 +278,7 @@ def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, note
         raise InputError(fatal[0][1:])
     bad = [row for row in range(len(images)) if found[row][0] is None]
     if len(bad) == len(images):
-        raise InputError(
-            f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {found[0][1]}"
-        )
+        raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {found[0][1]}")
     classes = len(space.names)
     counts = np.zeros((len(images), classes + 1), dtype=np.int64)
     for row, (pixels, _) in found.items():
@@ -295,9 +289,7 @@ def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, note
         keep = counts[:, 1:classes].any(axis=1)
         keep[bad] = True
         if not keep.all():
-            notes.append(
-                f"{split}: {int((~keep).sum())} images show no class of {space.name} and are left out"
-            )
+            notes.append(f"{split}: {int((~keep).sum())} images show no class of {space.name} and are left out")
     rows = np.flatnonzero(keep).tolist()
     chosen = [PathList(paths.root, (paths.relative(row) for row in rows)) for paths in (images, masks)]
     result = PartsSplit(*chosen, counts[rows], len(bad))

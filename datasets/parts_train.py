@@ -33,9 +33,7 @@ class PartsAugment:
     flip: float = 0.5
     distort: bool = True
 
-    def __call__(
-        self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator
-    ) -> dict[str, torch.Tensor]:
+    def __call__(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """An RGB picture and its mask, [h, w] uint8 of targets -> `imgs` [3, H, W], `masks` [H, W] uint8."""
         short, long = sorted(image.size)
         side = min(self.size)

@@ -71,17 +71,12 @@ class PretrainDataset(Dataset):
         epoch, index = item
         view = self.teacher_cache.view_of(epoch) if self.teacher_cache else epoch
         picture, problem = self._open(view, index)
-        sample = {
-            "noise": torch.from_numpy(mask_noise(self.seed, epoch, index, self.num_patches)),
-            "problem": problem,
-        }
+        sample = {"noise": torch.from_numpy(mask_noise(self.seed, epoch, index, self.num_patches)), "problem": problem}
         if self.decode == "gpu":
             sample |= {"data": picture.data, "size": picture.full_size, "is_jpeg": picture.is_jpeg}
             sample |= {"box": picture.box, "flip": picture.flip}
         else:
-            sample["imgs"] = crop_resize(
-                picture.image, picture.box, self.input_size, picture.flip, picture.full_size
-            )
+            sample["imgs"] = crop_resize(picture.image, picture.box, self.input_size, picture.flip, picture.full_size)
             if self.teacher_cache is None and self.teacher_size is not None:
                 sample["teacher_imgs"] = whole_image(picture.image, self.teacher_size)
         if self.teacher_cache is not None:

@@ -142,8 +142,7 @@ def build(
         return ReidImages(PathList(root, (row[0] for row in rows)), pids, *columns)
 
     found = {
-        key: (images(first), images(second) if second is not None else None)
-        for key, (first, second) in tests.items()
+        key: (images(first), images(second) if second is not None else None) for key, (first, second) in tests.items()
     }
     return ReidData(name, images(train), found, names, len(known), list(notes))
 
@@ -178,9 +177,7 @@ def read_veri(root: Path, need_train: bool) -> ReidData:
             for number, line in enumerate(_lines(file), 1):
                 words = line.split()
                 if words[-1] not in VERI_VIEWS:
-                    raise InputError(
-                        f"{file}, line {number} ends with '{words[-1][:20]}', not with a view 0 to 7"
-                    )
+                    raise InputError(f"{file}, line {number} ends with '{words[-1][:20]}', not with a view 0 to 7")
                 views[words[0].rsplit("/", 1)[-1]] = int(words[-1])
     parts: dict[str, list[Row]] = {}
     junk = 0
@@ -336,8 +333,7 @@ def read_table(file: Path, need_train: bool = True) -> ReidData:
     rows = [row for part in listed.values() for row in part]
     # numbered in sorted order: the order of the rows must not matter to a model that has learned the numbers
     cameras, views = (
-        {name: i for i, name in enumerate(sorted({row[k] for row in rows if row[k]}, key=_by_number))}
-        for k in (2, 3)
+        {name: i for i, name in enumerate(sorted({row[k] for row in rows if row[k]}, key=_by_number))} for k in (2, 3)
     )
     parts = {
         split: [(p, pid, cameras.get(c, UNKNOWN), views.get(v, UNKNOWN)) for p, pid, c, v in part]
@@ -393,9 +389,7 @@ def _compare_counts(data: ReidData) -> list[str]:
             for name, number in published.items()
             if name in counts and counts[name] != number
         ]
-        lines.append(
-            f"other counts than published: {', '.join(other)}" if other else "all counts as published"
-        )
+        lines.append(f"other counts than published: {', '.join(other)}" if other else "all counts as published")
     return lines
 
 

@@ -65,9 +65,7 @@ class PKBatches(Sampler):
         InputError: all ranks' batch is no multiple of K, or fewer than P vehicles.
     """
 
-    def __init__(
-        self, pids: np.ndarray, batch_size: int, num_instances: int, rank: int, world: int, seed: int
-    ):
+    def __init__(self, pids: np.ndarray, batch_size: int, num_instances: int, rank: int, world: int, seed: int):
         if batch_size * world % num_instances:
             raise InputError(
                 f"--batch_size {batch_size} x {world} processes is no multiple of --num_instances "

@@ -75,9 +75,7 @@ class TeacherCache:
         """The encoded text bank: the one stored in the cache, or an encoded file of the same teacher."""
         file = Path(text_bank) if text_bank else self.folder / "text_bank.safetensors"
         if not file.exists():
-            raise InputError(
-                f"--text_bank {file} does not exist: give an encoded bank, or build the cache again"
-            )
+            raise InputError(f"--text_bank {file} does not exist: give an encoded bank, or build the cache again")
         if not is_encoded(file):
             raise InputError(
                 f"--text_bank {file} is not encoded and --teacher_cache brings no text tower: pass the "

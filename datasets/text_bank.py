@@ -36,9 +36,7 @@ def read_texts(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"--text_bank {file} is not UTF-8 text ({error.reason}): save it as UTF-8"
-        ) from error
+        raise InputError(f"--text_bank {file} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
     if file.suffix == ".jsonl":
         try:
             lines = [str(json.loads(line)["text"]).strip() for line in lines if line]
@@ -73,9 +71,7 @@ def build_bank(text_bank: str | None, clip, tokenizer, identity: TeacherIdentity
         if is_encoded(file):
             return read_encoded(file, identity)
         if file.suffix not in (".txt", ".jsonl"):
-            raise InputError(
-                f"--text_bank {file}: give .txt, .jsonl, .safetensors or a folder of main_describe.py"
-            )
+            raise InputError(f"--text_bank {file}: give .txt, .jsonl, .safetensors or a folder of main_describe.py")
         texts = read_texts(file)
         check_tokens(tokenizer, texts, getattr(tokenizer, "context_length", None) or clip.context_length)
     embeddings = encode_texts(clip, tokenizer, texts).cpu()
@@ -132,16 +128,12 @@ def load_bank_folder(folder: Path, identity: TeacherIdentity) -> tuple[torch.Ten
     """
     for name in FOLDER_FILES:
         if not (folder / name).is_file():
-            raise InputError(
-                f"--text_bank {folder} has no {name}: give the --output of a finished main_describe.py"
-            )
+            raise InputError(f"--text_bank {folder} has no {name}: give the --output of a finished main_describe.py")
     try:
         header = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
         made_by, texts_sha256, bank_sha256 = (header[k] for k in ("teacher", "texts_sha256", "bank_sha256"))
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--text_bank {folder}/bank.json is damaged ({error}): run main_describe.py again"
-        ) from error
+        raise InputError(f"--text_bank {folder}/bank.json is damaged ({error}): run main_describe.py again") from error
     _check_teacher(folder, made_by, identity)
     texts = read_texts(folder / "texts.jsonl")
     if hash_texts(texts) != texts_sha256:
@@ -152,16 +144,10 @@ def load_bank_folder(folder: Path, identity: TeacherIdentity) -> tuple[torch.Ten
     try:
         bank = np.load(folder / "bank.npy", allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
+        raise InputError(f"--text_bank {folder}/bank.npy is damaged ({error}): run main_describe.py again") from error
+    if hashlib.sha256(bank.tobytes()).hexdigest() != bank_sha256 or bank.shape != (len(texts), identity.embed_dim):
         raise InputError(
-            f"--text_bank {folder}/bank.npy is damaged ({error}): run main_describe.py again"
-        ) from error
-    if hashlib.sha256(bank.tobytes()).hexdigest() != bank_sha256 or bank.shape != (
-        len(texts),
-        identity.embed_dim,
-    ):
-        raise InputError(
-            f"--text_bank {folder}/bank.npy is not the one that bank.json describes: run main_describe.py "
-            "again"
+            f"--text_bank {folder}/bank.npy is not the one that bank.json describes: run main_describe.py again"
         )
     return torch.from_numpy(bank).float(), texts
 

@@ -24,13 +24,7 @@ def write_folder(args, candidates, templates, identity, facts: dict, paths) -> N
     output = Path(args.output)
     kept = []
     for number, (text, note) in enumerate(zip(candidates.texts, candidates.notes)):
-        row = {
-            "id": number,
-            "text": text.text,
-            "kind": text.kind,
-            "attrs": text.attrs,
-            "template": text.template,
-        }
+        row = {"id": number, "text": text.text, "kind": text.kind, "attrs": text.attrs, "template": text.template}
         if args.ensemble:
             row["wordings"] = wordings_of(text, templates, True)
         kept.append(row | {"rows": text.count} | note)
@@ -41,9 +35,7 @@ def write_folder(args, candidates, templates, identity, facts: dict, paths) -> N
     write_lines(output / "texts.jsonl", [_named(row, paths) for row in kept])
     write_lines(output / "removed.jsonl", [_named(row, paths) for row in candidates.removed])
     write_atomic(output / "bank.npy", lambda opened: np.save(opened, bank))
-    write_atomic(
-        output / "report.html", lambda opened: opened.write(text.encode("utf-8", "backslashreplace"))
-    )
+    write_atomic(output / "report.html", lambda opened: opened.write(text.encode("utf-8", "backslashreplace")))
     write_json(
         output / "bank.json",
         {

@@ -61,9 +61,7 @@ def detect(path: Path) -> str:
     for sign, format in signs.items():
         if (path / sign).is_file():
             return format
-    raise InputError(
-        f"--attributes {path}: none of {', '.join(signs)} is in this folder; give the file itself"
-    )
+    raise InputError(f"--attributes {path}: none of {', '.join(signs)} is in this folder; give the file itself")
 
 
 def read_table(path: Path, columns: dict[str, str], split: str | None, extra: tuple[str, ...] = ()) -> Rows:
@@ -103,9 +101,7 @@ def veri_code(file: Path, item: ET.Element, key: str, known: Collection[int]) ->
     if code is None:
         return None
     if not code.strip().isdecimal() or int(code) not in known:
-        raise InputError(
-            f"{file}: {item.get('imageName')} has {key} '{code}', known are {min(known)} to {max(known)}"
-        )
+        raise InputError(f"{file}: {item.get('imageName')} has {key} '{code}', known are {min(known)} to {max(known)}")
     return int(code)
 
 
@@ -121,8 +117,7 @@ def read_vehicleid(path: Path) -> Rows:
         names = _list_names(folder / f"{name}_names.txt")
         if not names:
             raise InputError(
-                f"{file} holds numbers only: write their names to {folder / f'{name}_names.txt'}, "
-                "'<name> <id>' a line"
+                f"{file} holds numbers only: write their names to {folder / f'{name}_names.txt'}, '<name> <id>' a line"
             )
         for number, line in enumerate(read_text(file).splitlines(), 1):
             words = line.split()
@@ -175,9 +170,7 @@ def read_stanford(path: Path) -> Rows:
     if path.is_dir():
         places = (path / "devkit" / "cars_meta.mat", path / "cars_meta.mat")
         if not any(place.is_file() for place in places):
-            raise InputError(
-                f"--attributes {path} holds no cars_meta.mat (nor devkit/cars_meta.mat): name the file"
-            )
+            raise InputError(f"--attributes {path} holds no cars_meta.mat (nor devkit/cars_meta.mat): name the file")
         path = next(place for place in places if place.is_file())
     if path.suffix.lower() == ".mat":
         names = read_cell_strings(path, "class_names")

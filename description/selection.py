@@ -48,9 +48,7 @@ def encode(args, candidates: Candidates, templates, clip, tokenizer, output: Pat
     flat = [wording for each in wordings for wording in each]
     context_length = getattr(tokenizer, "context_length", None) or clip.context_length
     facts["longest_tokens"] = check_tokens(tokenizer, [*flat, args.generic], context_length)
-    print(
-        f"{len(flat)} texts to encode, the longest has {facts['longest_tokens']} of {context_length} tokens"
-    )
+    print(f"{len(flat)} texts to encode, the longest has {facts['longest_tokens']} of {context_length} tokens")
     rows = embed_texts(clip, tokenizer, flat, output / "embeddings", args.batch_size)
     candidates.embeddings = mean_of_wordings(rows, [len(each) for each in wordings])
     near = near_duplicates(candidates.embeddings, [len(t.text) for t in candidates.texts], args.dedup_cos)
@@ -93,18 +91,12 @@ def ground_candidates(args, candidates: Candidates, paths, clip, tokenizer, iden
     kept = torch.tensor([not reason for reason in found.reasons])
     usage, corrected, gap = found.usage.tolist(), found.corrected.tolist(), found.gap.tolist()
     for j, best in enumerate(found.best_images.tolist()):
-        candidates.notes[j] = {
-            "usage": usage[j],
-            "corrected": corrected[j],
-            "images": [int(indices[i]) for i in best],
-        }
+        candidates.notes[j] = {"usage": usage[j], "corrected": corrected[j], "images": [int(indices[i]) for i in best]}
         if usage[j]:
             candidates.notes[j]["gap"] = round(gap[j], 4)
     why = {
         "ungrounded": lambda j: f"{usage[j]} images take it, {args.n_min} are needed",
-        "hub": lambda j: (
-            f"{corrected[j]} images take it after correction, more than {found.limit[j]:.1%} of them"
-        ),
+        "hub": lambda j: f"{corrected[j]} images take it after correction, more than {found.limit[j]:.1%} of them",
         "generic": lambda j: f"{gap[j]:+.3f} against '{args.generic}', {args.margin:+g} is needed",
     }
     texts = candidates.embeddings

@@ -85,8 +85,7 @@ def map_columns(
             other = next((n for n, s in chosen.items() if s == slot), None)
             if other:
                 raise InputError(
-                    f"{file}: the columns '{other}' and '{name}' both hold the {slot}; choose with "
-                    f"--column {slot}=NAME"
+                    f"{file}: the columns '{other}' and '{name}' both hold the {slot}; choose with --column {slot}=NAME"
                 )
             chosen[name] = slot
         elif name not in chosen and column_key(name) in extra:
@@ -110,8 +109,7 @@ def _csv_rows(file: Path, opened) -> Iterator[tuple[list[str], dict]]:
                 continue
             if len(values) != len(header):
                 raise InputError(
-                    f"{file}, line {reader.line_num} has {len(values)} fields where the first line has "
-                    f"{len(header)}"
+                    f"{file}, line {reader.line_num} has {len(values)} fields where the first line has {len(header)}"
                 )
             yield header, dict(zip(header, (value.strip() for value in values)))
     except csv.Error as error:

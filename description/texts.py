@@ -67,9 +67,7 @@ def read_templates(file: Path) -> Templates:
     for phrase in (p["phrase"] for p in templates.phrases):
         stripped = re.sub(r"{\w+}", "", phrase)
         if "{" in stripped or "}" in stripped or not slots_of(phrase):
-            raise InputError(
-                f"--templates {file}: '{phrase}' needs slots in braces, as in 'a {{colour}} {{body}}'"
-            )
+            raise InputError(f"--templates {file}: '{phrase}' needs slots in braces, as in 'a {{colour}} {{body}}'")
     if not templates.phrases:
         raise InputError(f"--templates {file} holds no template")
     return templates
@@ -173,9 +171,7 @@ def _is_odd(attrs: dict[str, str], slots: list[str], contradictions: list[dict[s
     return any(all(attrs.get(k) == v for k, v in rule.items()) for rule in contradictions)
 
 
-def _add(
-    texts: dict[str, Text], templates: Templates, phrase: str, attrs: dict[str, str], count: int
-) -> None:
+def _add(texts: dict[str, Text], templates: Templates, phrase: str, attrs: dict[str, str], count: int) -> None:
     filled = re.sub(r"{(\w+)}", lambda match: attrs[match[1]], phrase)
     text = word(filled, templates.wordings[0])
     key = text.lower()

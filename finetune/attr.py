@@ -149,18 +149,13 @@ def header_lines(args, data: AttributeData, model: VTB, known: Known, report: st
     return lines
 
 
-def attr_loss(
-    wrapped: nn.Module, batch: dict, rates: torch.Tensor, threshold: float
-) -> dict[str, torch.Tensor]:
+def attr_loss(wrapped: nn.Module, batch: dict, rates: torch.Tensor, threshold: float) -> dict[str, torch.Tensor]:
     """`attribute_loss` of the whole batch of all ranks, and the accuracy as in scoring."""
     attr_logits = wrapped(batch["imgs"])
     labels = gather_rows(batch["labels"])
     true, said = labels == 1, (attr_logits.sigmoid() > threshold) & (labels >= 0)
     both, either = (true & said).sum(dim=1), (true | said).sum(dim=1)
-    return {
-        "loss": attribute_loss(attr_logits, labels, rates),
-        "accuracy": (both / either.clamp_min(1)).mean(),
-    }
+    return {"loss": attribute_loss(attr_logits, labels, rates), "accuracy": (both / either.clamp_min(1)).mean()}
 
 
 def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> dict:

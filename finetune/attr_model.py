@@ -60,9 +60,7 @@ def attr_config(encoder: VisionTransformer, known: Known, text_dim: int) -> dict
     }  # fmt: skip
 
 
-def load_vtb(
-    file: str | Path, device: torch.device | str = "cpu", fused_attn: bool = True
-) -> tuple[VTB, Known, str]:
+def load_vtb(file: str | Path, device: torch.device | str = "cpu", fused_attn: bool = True) -> tuple[VTB, Known, str]:
     """A model that main_finetune.py trained for attributes, in eval mode, with its text vectors.
 
     Returns:

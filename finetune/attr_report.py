@@ -141,9 +141,7 @@ def confusion(name: str, columns: list[int], known: Known, probs: np.ndarray, la
             f"{f'<b>{n:,}</b>' if i == j else f'{n:,}' if n else ''}</td>"
             for j, n in enumerate(counts[i].tolist())
         )
-        body.append(
-            f"<tr><th>{value}</th>{cells}<td>{percent(share[i]) if counts[i].sum() else '-'}</td></tr>"
-        )
+        body.append(f"<tr><th>{value}</th>{cells}<td>{percent(share[i]) if counts[i].sum() else '-'}</td></tr>")
     head = "".join(f"<th>{value}</th>" for value in values)
     title = html.escape(printable(name))
     return (
@@ -264,6 +262,4 @@ class Cards:
         alt = f"{'right' if is_right else 'wrong'}: " + ", ".join(self.names[a] for a in np.flatnonzero(true))
         picture = self.pictures.one(self.paths, int(self.places[row]), alt)
         empty = "<li>nothing is true, nothing was said</li>"
-        return (
-            f'<li class="{"right" if is_right else "wrong"}">{picture}<ul>{"".join(lines) or empty}</ul></li>'
-        )
+        return f'<li class="{"right" if is_right else "wrong"}">{picture}<ul>{"".join(lines) or empty}</ul></li>'

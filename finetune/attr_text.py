@@ -55,24 +55,18 @@ def vectors_of_file(file: Path, count: int) -> tuple[torch.Tensor, str]:
         InputError: missing, damaged, of another shape, or with numbers that are not finite.
     """
     if not file.is_file():
-        raise InputError(
-            f"--attr_vectors {file} does not exist: give a .npy or .safetensors, or drop the flag"
-        )
+        raise InputError(f"--attr_vectors {file} does not exist: give a .npy or .safetensors, or drop the flag")
     try:
         if file.suffix == ".safetensors":
             found = list(load_file(file).values())
             if len(found) != 1:
-                raise InputError(
-                    f"--attr_vectors {file} holds {len(found)} tensors: keep the one that is meant"
-                )
+                raise InputError(f"--attr_vectors {file} holds {len(found)} tensors: keep the one that is meant")
             vectors = found[0]
         else:
             vectors = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
     except (OSError, ValueError, EOFError, SafetensorError, TypeError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(
-            f"--attr_vectors {file} is no .npy and no .safetensors of numbers: {reason}"
-        ) from error
+        raise InputError(f"--attr_vectors {file} is no .npy and no .safetensors of numbers: {reason}") from error
     if vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
         raise InputError(
             f"--attr_vectors {file} has the shape {tuple(vectors.shape)}, and {count} attributes need "

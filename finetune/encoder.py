@@ -1,13 +1,6 @@
 """The encoder of a downstream task: from a file of weights, random, or of a trained model."""
 
-from models_vit import (
-    CLIP_STATS,
-    ENCODER_SIZES,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    VisionTransformer,
-    load_encoder,
-)
+from models_vit import CLIP_STATS, ENCODER_SIZES, IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, load_encoder
 from util.checkpoint import read_checkpoint
 from util.checksums import file_sha256
 from util.errors import InputError
@@ -15,11 +8,7 @@ from util.pretrained import read_config
 
 # what shapes an encoder: a trained model has its own
 ENCODER_FLAGS = ("model", "input_size", "stride", "drop_path", "pixel_stats", "pos_resize", "quick_gelu")
-PIXEL_STATS = {
-    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
-    "half": ((0.5,) * 3, (0.5,) * 3),
-    "clip": CLIP_STATS,
-}
+PIXEL_STATS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": ((0.5,) * 3, (0.5,) * 3), "clip": CLIP_STATS}
 
 
 def encoder_models() -> dict[str, tuple[int, int, int, int]]:

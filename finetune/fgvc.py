@@ -73,8 +73,7 @@ def check(args) -> None:
         )
     if "label_column" in args.given and Path(args.data_path).is_dir():
         raise InputError(
-            f"--label_column {args.label_column}: {args.data_path} is a folder, whose layout names the "
-            "classes: drop it"
+            f"--label_column {args.label_column}: {args.data_path} is a folder, whose layout names the classes: drop it"
         )
     if not -1 <= args.contrastive_margin < 1:
         raise InputError(f"--contrastive_margin {args.contrastive_margin}: a cosine, from -1 to below 1")
@@ -159,9 +158,7 @@ def fgvc_loss(wrapped: nn.Module, batch: dict, args) -> dict[str, torch.Tensor]:
     terms = {"ce": identity_loss(logits, labels, args.smoothing)}
     terms["loss"] = terms["ce"]
     if args.contrastive_weight:
-        terms["contrastive"] = contrastive_loss(
-            gather_rows(features), gather_rows(labels), args.contrastive_margin
-        )
+        terms["contrastive"] = contrastive_loss(gather_rows(features), gather_rows(labels), args.contrastive_margin)
         terms["loss"] = terms["ce"] + args.contrastive_weight * terms["contrastive"]
     terms["accuracy"] = (logits.argmax(dim=1) == labels).float().mean()
     return terms
@@ -188,9 +185,7 @@ def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> di
     return score(model, data, size, args, amp_dtype)
 
 
-def score(
-    model: TransFG, data: FgvcData, resize: tuple[int, int], args, amp_dtype, is_over: bool = True
-) -> dict:
+def score(model: TransFG, data: FgvcData, resize: tuple[int, int], args, amp_dtype, is_over: bool = True) -> dict:
     """The test images once each: numbers printed beside their protocol. Products are not rounded to TF32."""
     try:
         with scoring(model):
@@ -199,9 +194,7 @@ def score(
         wait_for_main()
 
 
-def score_as_is(
-    model: TransFG, data: FgvcData, resize: tuple[int, int], args, amp_dtype, is_over: bool
-) -> dict:
+def score_as_is(model: TransFG, data: FgvcData, resize: tuple[int, int], args, amp_dtype, is_over: bool) -> dict:
     device = model.base.pos_embed.device
     found = predict(
         lambda imgs, _: model(imgs)[0],
@@ -256,10 +249,5 @@ def protocol_line(data: FgvcData, model: TransFG, resize: tuple[int, int], unrea
 
 
 def result_line(numbers: dict[str, float]) -> str:
-    shown = {
-        "top1": "top-1",
-        "top5": "top-5",
-        "mean_class_accuracy": "mean per class",
-        "majority": "majority",
-    }
+    shown = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean per class", "majority": "majority"}
     return "  " + "  ".join(f"{title} {100 * numbers[name]:.2f}" for name, title in shown.items())

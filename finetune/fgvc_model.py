@@ -14,9 +14,7 @@ from util.pretrained import read_config
 KIND = "CGD-MAE TransFG"
 
 
-def fgvc_config(
-    encoder: VisionTransformer, config: TransFGConfig, classes: list[str], resize: tuple[int, int]
-) -> dict:
+def fgvc_config(encoder: VisionTransformer, config: TransFGConfig, classes: list[str], resize: tuple[int, int]) -> dict:
     """What builds the model again, the names of its classes, and (H, W) in px that a picture has before its
     centre is cut out, as plain values."""
     return {

@@ -71,12 +71,7 @@ def write_fgvc_report(
         InputError: the file cannot be written.
     """
     numbers, pictures = found.scores.numbers, Pictures()
-    shares = {
-        "top1": "top-1",
-        "top5": "top-5",
-        "mean_class_accuracy": "mean per class",
-        "majority": "majority",
-    }
+    shares = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean per class", "majority": "majority"}
     tiles = {title: f"{100 * numbers[name]:.2f} %" for name, title in shares.items()}
     tiles |= {"images": f"{len(found.images):,}", "classes": f"{numbers['classes_with_images']:,}"}
     sections = [
@@ -98,9 +93,7 @@ def class_charts(found: Answers) -> str:
     share, images = found.scores.per_class()
     share = 100 * share[images > 0].numpy()
     heights, edges = np.histogram(share, 20, (0, 100))
-    caption = (
-        f"Median {np.median(share):.1f} %; {(share == 0).sum():,} of {len(share):,} classes are never right."
-    )
+    caption = f"Median {np.median(share):.1f} %; {(share == 0).sum():,} of {len(share):,} classes are never right."
     first = chart("Classes by their accuracy", (0, 100), (0, max(heights.max(), 1)),
                   {"": (*steps(edges, heights), FILLED)}, "% of its images", "classes", caption)  # fmt: skip
     last = min(20, max(len(found.classes), 2))
@@ -254,11 +247,7 @@ def framed(pixels: torch.Tensor, ids: list[int], patches: tuple[int, int, int]) 
     for head, number in enumerate(ids):
         row, column = divmod(number, columns)
         inset, seen[number] = 3 * seen[number], seen[number] + 1
-        left, top, side = (
-            column * stride * scale + inset,
-            row * stride * scale + inset,
-            patch * scale - 2 * inset,
-        )
+        left, top, side = (column * stride * scale + inset, row * stride * scale + inset, patch * scale - 2 * inset)
         if side > 4:
             colour = COLOURS[head % len(COLOURS)]
             draw.rectangle([left, top, left + side - 1, top + side - 1], outline=colour, width=2)

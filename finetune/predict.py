@@ -116,7 +116,5 @@ def write_unreadable(names: list[str], folder: Path) -> None:
     """Count the test images that could not be read and list them in a file; nothing where there are none."""
     if names:
         file = folder / "unreadable_test_images.txt"
-        write_atomic(
-            file, lambda opened: opened.write("".join(f"{n}\n" for n in sorted(set(names))).encode())
-        )
+        write_atomic(file, lambda opened: opened.write("".join(f"{n}\n" for n in sorted(set(names))).encode()))
         print(f"{len(set(names))} test images cannot be read: {file} lists them")

@@ -179,9 +179,7 @@ def side_information(args, data: ReidData) -> dict:
         if not train.has_cameras():
             raise InputError(f"--sie_camera: {args.data_path} does not say which camera took what; drop it")
         names = data.camera_names
-        sizes["cameras"] = (
-            len(names) if names else max(CAMERAS.get(data.name, 0), int(train.camids.max()) + 1)
-        )
+        sizes["cameras"] = len(names) if names else max(CAMERAS.get(data.name, 0), int(train.camids.max()) + 1)
     if args.sie_view:
         if not (train.viewids >= 0).any():
             hint = "; put keypoint_train.txt and keypoint_test.txt there" if data.name == "veri776" else ""
@@ -196,9 +194,7 @@ def side_information(args, data: ReidData) -> dict:
 
 def side_line(config: TransReIDConfig) -> str:
     """SIE in words: what numbers of different settings must not be compared without."""
-    used = [
-        f"{count} {name}" for name, count in (("cameras", config.cameras), ("views", config.views)) if count
-    ]
+    used = [f"{count} {name}" for name, count in (("cameras", config.cameras), ("views", config.views)) if count]
     return f"SIE on ({', '.join(used)}, weight {config.sie_weight:g})" if used else "SIE off"
 
 

@@ -52,6 +52,4 @@ def cosine_chart(ranking: Ranking) -> str:
         f"{100 * above[0][cut]:.1f} % of the same."
     )
     top = max(h.max() for h in heights)
-    return chart(
-        "Cosine of query and gallery", edges[[0, -1]], (0, top), lines, "cosine", "% of the pairs", caption
-    )
+    return chart("Cosine of query and gallery", edges[[0, -1]], (0, top), lines, "cosine", "% of the pairs", caption)

@@ -194,12 +194,7 @@ def score(model: SETR, data: PartsData, split: str, args, amp_dtype, is_over: bo
             if args.report and is_over:
                 file = Path(args.output_dir) / "report.html"
                 weights = args.resume if args.eval else Path(args.output_dir) / "model.pth"
-                about = {
-                    "set": args.data_path,
-                    "weights": weights,
-                    "model": model_line(model),
-                    "seed": args.seed,
-                }
+                about = {"set": args.data_path, "weights": weights, "model": model_line(model), "seed": args.seed}
                 write_seg_report(file, protocol, about, model, data, split, args.seg_eval, result, amp_dtype)
                 print(f"report: {file}")
             return flat_metrics(numbers, data, result) | {"protocol": protocol}

@@ -107,10 +107,7 @@ def evaluate_parts(
     device = model.base.pos_embed.device
     resized = partial(model_size, crop=model.base.img_size, mode=mode)
     loader = DataLoader(
-        PartsTestItems(part, space, rows, resized),
-        batch_size=None,
-        num_workers=num_workers,
-        worker_init_fn=init_worker,
+        PartsTestItems(part, space, rows, resized), batch_size=None, num_workers=num_workers, worker_init_fn=init_worker
     )
     progress = Progress(f"{mode}: test images", len(rows), shown=is_main_process())
     found: dict[int, torch.Tensor | str] = {}

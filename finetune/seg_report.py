@@ -88,9 +88,7 @@ def thickest(region: np.ndarray) -> tuple[int, int]:
     window = int(0.8 * math.sqrt(region.sum())) | 1  # odd
     padded = np.pad(region, window // 2 + 1)
     sums = padded.cumsum(axis=0).cumsum(axis=1)
-    around = (
-        sums[window:, window:] - sums[:-window, window:] - sums[window:, :-window] + sums[:-window, :-window]
-    )
+    around = sums[window:, window:] - sums[:-window, window:] - sums[window:, :-window] + sums[:-window, :-window]
     around = around[: region.shape[0], : region.shape[1]]
     y, x = np.unravel_index(np.argmax(np.where(region, around, -1)), region.shape)
     return int(x), int(y)
@@ -227,8 +225,7 @@ def _article(model, data, split, mode, result, place: int, score: float, amp_dty
         shrunk = np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST))
         figures.append((title, overlay(small, shrunk, 1)))
     body = "".join(
-        f'<figure><img src="{jpeg_uri(image, SIDE, 85)}" alt="{title}"><figcaption>{title}</figcaption>'
-        "</figure>"
+        f'<figure><img src="{jpeg_uri(image, SIDE, 85)}" alt="{title}"><figcaption>{title}</figcaption></figure>'
         for title, image in figures
     )
     size = f"{picture.size[0]} x {picture.size[1]} px"

@@ -19,13 +19,7 @@ from finetune.attr_text import orthogonal_vectors, sentence, vectors_of_clip, ve
 from models_teacher import encode_texts, load_clip
 from models_vit import VisionTransformer
 from models_vtb import VTB, attribute_loss
-from util.attribute_metrics import (
-    attribute_metrics,
-    attribute_rows,
-    average_precision,
-    constant_answer,
-    group_top1,
-)
+from util.attribute_metrics import attribute_metrics, attribute_rows, average_precision, constant_answer, group_top1
 from util.errors import InputError
 
 # metrics
@@ -189,9 +183,7 @@ def test_a_mixed_drawn_set_shows_what_it_tests():
     for mixed in (False, True):
         rows = plan("veri776", 140, 60, 6, 0, mixed)
         assert len(rows) == 1200 and len({row["pid"] for row in rows}) == 200
-        looks[mixed] = [
-            {(r["body"], r["colour"]) for r in rows if r["split"] == s} for s in ("train", "test")
-        ]
+        looks[mixed] = [{(r["body"], r["colour"]) for r in rows if r["split"] == s} for s in ("train", "test")]
     assert looks[True][1] <= looks[True][0] and len(looks[True][1]) == 60 and len(looks[True][0]) == 100
     assert len(looks[False][1]) == 15 and not looks[False][1] & looks[False][0]
 
@@ -233,9 +225,7 @@ def test_a_damaged_veri_is_refused_or_told(copy):
     notes = "\n".join(read(short).notes)
     assert "train_label.xml holds 47 items and says 48" in notes
     assert f"1 of the 47 images of {file} are not in {copy / 'image_train'}, e.g. {gone}" in notes
-    assert (
-        "have no item in train_label.xml and are not used" in notes and "labels of train are unknown" in notes
-    )
+    assert "have no item in train_label.xml and are not used" in notes and "labels of train are unknown" in notes
     shutil.rmtree(copy / "image_train")
     with pytest.raises(InputError, match="none of the first 47 images"):
         read(short)
@@ -255,8 +245,7 @@ def write_table(folder, text: str, name="own.csv"):
 
 def test_tables_of_binary_columns(tmp_path):
     file = write_table(
-        tmp_path,
-        "path,split,taxi,rack\n0.jpg,train,1,0\n1.jpg,train,0,\n2.jpg,test,False,TRUE\n3.jpg,val,1,1\n",
+        tmp_path, "path,split,taxi,rack\n0.jpg,train,1,0\n1.jpg,train,0,\n2.jpg,test,False,TRUE\n3.jpg,val,1,1\n"
     )
     data = read_attribute_set(file)
     assert data.attributes == (Attribute("taxi"), Attribute("rack"))
@@ -441,10 +430,7 @@ def test_vtb_is_what_its_equations_say():
         fused = encoder.norm(encoder.blocks[1](torch.cat([torch.stack(text), x])[None]))[0]
         for a in range(5):
             one = nn.Linear(24, 1)
-            one.weight.data, one.bias.data = (
-                model.classifier.weight[a : a + 1],
-                model.classifier.bias[a : a + 1],
-            )
+            one.weight.data, one.bias.data = (model.classifier.weight[a : a + 1], model.classifier.bias[a : a + 1])
             logit = one(fused[a])[0]
             scale = model.bn.weight[a] / (model.bn.running_var[a] + model.bn.eps).sqrt()
             expected[n, a] = (logit - model.bn.running_mean[a]) * scale + model.bn.bias[a]
@@ -454,9 +440,7 @@ def test_vtb_is_what_its_equations_say():
 def test_the_fusion_block_is_the_encoders_own():
     model = build_vtb()
     encoder = sum(p.numel() for p in model.base.parameters())
-    added = (
-        (7 * 24 + 24) + 2 * 24 + (5 * 24 + 5) + 2 * 5
-    )  # word_embed, modality embeddings, classifiers, norm
+    added = (7 * 24 + 24) + 2 * 24 + (5 * 24 + 5) + 2 * 5  # word_embed, modality embeddings, classifiers, norm
     assert sum(p.numel() for p in model.parameters()) == encoder + added
     attribute_loss(model(torch.randn(4, 3, 32, 32)), torch.ones(4, 5), torch.full((5,), 0.5)).backward()
     assert all(p.grad is not None and p.requires_grad for p in model.parameters())

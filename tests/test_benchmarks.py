@@ -56,14 +56,7 @@ def test_no_false_alarm(path):
 def test_counting_agrees_with_one_by_one(monkeypatch):
     monkeypatch.setattr(benchmarks, "CHUNK", 7)
     names = ["VeRi/image_test/a.jpg", "b.jpg", "cars_test/cars_test/c.jpg", "/abs/VRIC/probe_images/d.jpg"]
-    names += [
-        "VeRi/image",
-        "_test/e.jpg",
-        "cars_",
-        "test/f.jpg",
-        "VRIC/probe_images/g\nh.jpg",
-        "ü/cars_test/i.jpg",
-    ]
+    names += ["VeRi/image", "_test/e.jpg", "cars_", "test/f.jpg", "VRIC/probe_images/g\nh.jpg", "ü/cars_test/i.jpg"]
     paths = PathList("/data", names * 3)
     counts = benchmarks.count_by_benchmark(paths)
     assert counts == {"VeRi-776": 3, "StanfordCars": 6, "VRIC": 6}

@@ -7,14 +7,7 @@ import torch
 
 from models_mae import MODELS
 from models_vit import load_encoder
-from util.checkpoint import (
-    encoder_state,
-    load_weights,
-    read_checkpoint,
-    write_atomic,
-    write_safetensors,
-    write_torch,
-)
+from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_atomic, write_safetensors, write_torch
 from util.errors import InputError
 from util.resume import initialise_from
 
@@ -50,9 +43,7 @@ def test_full_disk_is_named_where_torch_hides_it(tmp_path):
             write_torch(file, {"x": torch.zeros(100_000)})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert torch.load(file, weights_only=True) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == [
-        "x.pth"
-    ]
+    assert torch.load(file, weights_only=True) == {"old": 1} and [p.name for p in tmp_path.iterdir()] == ["x.pth"]
     with pytest.raises(RuntimeError, match="of its own"):  # no disk behind it: not ours to explain
         write_atomic(file, lambda opened: (_ for _ in ()).throw(RuntimeError("of its own")))
 

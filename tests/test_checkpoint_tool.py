@@ -56,11 +56,7 @@ def test_every_kind_of_picture_gives_the_same_features(encoder_file, photos, tmp
     images = [Image.open(photo).convert("RGB") for photo in photos]
     found = encoder.embed_images(images)
     D, L = 192, 6
-    assert {k: tuple(v.shape) for k, v in found.items()} == {
-        "cls": (5, D),
-        "mean": (5, D),
-        "tokens": (5, L, D),
-    }
+    assert {k: tuple(v.shape) for k, v in found.items()} == {"cls": (5, D), "mean": (5, D), "tokens": (5, L, D)}
     by_hand = encoder.encode(torch.stack([whole_image(image, SIZE) for image in images]))
     uint8 = torch.stack([torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in images])
     for other in (
@@ -164,9 +160,7 @@ def as_a_newcomer(folder, run, pictures):
     assert all(torch.equal(features[0], other) for other in features)
     assert set(torch.load(folder / "encoder.pth", weights_only=True)) == {"model"}
     full = load_autoencoder(folder / "full.safetensors")
-    assert torch.equal(
-        full.decoder_pred.weight, load_autoencoder(run / "checkpoint-last.pth").decoder_pred.weight
-    )
+    assert torch.equal(full.decoder_pred.weight, load_autoencoder(run / "checkpoint-last.pth").decoder_pred.weight)
     facts = inspect_file(folder / "encoder.safetensors")
     assert facts["licence"] == "Apache-2.0" and "40 images" in facts["data"]
     sums = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
@@ -225,16 +219,11 @@ def test_damage_is_named(encoder, encoder_file, tmp_path):
         cut.write_bytes(file.read_bytes()[:middle])
         check_sums(file)
         assert kind_of_sums(file).startswith("crc32")
-        for bad, words in (
-            (flipped, "is damaged .* bytes have changed"),
-            (cut, "truncated or damaged|is damaged"),
-        ):
+        for bad, words in ((flipped, "is damaged .* bytes have changed"), (cut, "truncated or damaged|is damaged")):
             for use in (read_checkpoint, load_encoder, verify_file, inspect_file):
                 with pytest.raises(InputError, match=words):
                     use(bad)
-    write_torch(
-        tmp_path / "nan.pth", {"model": encoder.state_dict() | {"norm.bias": torch.full((192,), torch.nan)}}
-    )
+    write_torch(tmp_path / "nan.pth", {"model": encoder.state_dict() | {"norm.bias": torch.full((192,), torch.nan)}})
     with pytest.raises(InputError, match="not finite in 1 tensors, first norm.bias"):
         verify_file(tmp_path / "nan.pth")
     assert inspect_file(tmp_path / "nan.pth")["not_finite"] == ["norm.bias"]
@@ -307,9 +296,7 @@ def test_code_in_a_file_is_listed_and_not_run(encoder, tmp_path, zip_format):
     torch.save(content, file, _use_new_zipfile_serialization=zip_format)
     facts = inspect_file(file)
     assert any("system" in name for name in facts["python_objects"]) and "refuses" in facts["kind"]
-    assert facts["parts"]["blocks.*"][0] == 24 and facts["parameters"] == sum(
-        p.numel() for p in encoder.parameters()
-    )
+    assert facts["parts"]["blocks.*"][0] == 24 and facts["parameters"] == sum(p.numel() for p in encoder.parameters())
     assert "posix.system" in table(facts)
     for use in (load_encoder, verify_file, read_checkpoint, lambda f: export_onnx(f, tmp_path / "x.onnx")):
         with pytest.raises(InputError, match="holds Python objects"):
@@ -419,11 +406,7 @@ def test_the_command(encoder_file, tmp_path):
     assert done.returncode == 0 and json.loads(out.read_text())["verdict"].startswith("the same features")
     done = run_command(command("-m", "tools.checkpoint", "convert", str(encoder_file), "--to", "timm",
                                "--output", str(tmp_path / "t.pth"), "--pictures", "a.jpg"))  # fmt: skip
-    assert (
-        done.returncode == 2
-        and done.stderr.startswith("error: --pictures")
-        and "Traceback" not in done.stderr
-    )
+    assert done.returncode == 2 and done.stderr.startswith("error: --pictures") and "Traceback" not in done.stderr
     done = run_command(command("-m", "tools.checkpoint", "verify", "mae_vit_bas"))
     assert done.returncode == 2 and "did you mean mae_vit_base" in done.stderr
 

@@ -69,9 +69,7 @@ def test_spherical_clusters_follow_directions():
     directions = np.linalg.qr(rng.standard_normal((6, 6)))[0]
     truth = rng.integers(0, 6, 500)
     x = (directions[truth] + 0.05 * rng.standard_normal((500, 6))) * rng.uniform(0.1, 100, (500, 1))
-    found = kmeans(
-        Rows(x.astype(np.float32), CPU, unit=True), 6, iterations=20, init="kmeans++", rng=step_rng(0, 1)
-    )
+    found = kmeans(Rows(x.astype(np.float32), CPU, unit=True), 6, iterations=20, init="kmeans++", rng=step_rng(0, 1))
     assert len({(a, b) for a, b in zip(truth.tolist(), found.assignment.tolist())}) == 6
     norms = found.centroids.norm(dim=1)
     assert torch.allclose(norms, torch.ones(6), atol=1e-5)
@@ -131,9 +129,7 @@ if get_rank() == 0:
     np.save(out + "/path.npy", tree.path())
 end_distributed()
 """
-    (tmp_path / "job.py").write_text(
-        "import os, sys\nsys.path.insert(0, os.getcwd())\nout = sys.argv[1]\n" + code
-    )
+    (tmp_path / "job.py").write_text("import os, sys\nsys.path.insert(0, os.getcwd())\nout = sys.argv[1]\n" + code)
     for ranks in (1, 2):
         (tmp_path / str(ranks)).mkdir()
         words = command(str(tmp_path / "job.py"), str(tmp_path / str(ranks)), processes=ranks)
@@ -217,11 +213,7 @@ def test_balance_of_known_histograms():
     assert even["gini"] == pytest.approx(0) and even["entropy"] == pytest.approx(1)
     assert even["effective"] == pytest.approx(200) and even["top_share"] == pytest.approx(0.01)
     one = balance(np.array([0, 0, 0, 8]))
-    assert (
-        one["gini"] == pytest.approx(0.75)
-        and one["effective"] == pytest.approx(1)
-        and one["coverage"] == 0.25
-    )
+    assert one["gini"] == pytest.approx(0.75) and one["effective"] == pytest.approx(1) and one["coverage"] == 0.25
     assert tail_coverage(np.array([1, 1, 50, 50] * 5), np.array([1, 0, 9, 9] * 5)) == 0.5
 
 

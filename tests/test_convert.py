@@ -117,9 +117,7 @@ def test_timm_loads_it_with_its_own_loader(tmp_path, full, mae, imgs, suffix):
 
 
 def test_timm_with_statistics_of_its_own_and_odd_sizes(tmp_path):
-    encoder = shaken(
-        VisionTransformer((48, 32), 8, 96, 2, 4, mean=(0.5,) * 3, std=(0.5,) * 3, fused_attn=False)
-    )
+    encoder = shaken(VisionTransformer((48, 32), 8, 96, 2, 4, mean=(0.5,) * 3, std=(0.5,) * 3, fused_attn=False))
     header = {"config": json.dumps(encoder.settings())}
     write_safetensors(tmp_path / "odd.safetensors", encoder.state_dict(), header)
     result = convert(tmp_path / "odd.safetensors", "timm", tmp_path / "timm.safetensors")
@@ -171,9 +169,7 @@ def test_hugging_face_loads_the_encoder(tmp_path, encoder_file, mae, imgs):
     close(again.forward_features(imgs), mae.forward_features(imgs), 0)
     assert type(got["model"]).__name__ == "ViTModel" and config.layer_norm_eps == 1e-6
     assert (config.image_size, config.patch_size, config.num_attention_heads) == (32, 16, 3)
-    _, info = transformers.ViTModel.from_pretrained(
-        tmp_path / "hf", add_pooling_layer=False, output_loading_info=True
-    )
+    _, info = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False, output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     # 32 x 32: nothing is resized, so that only scale and statistics are compared; then the filter
     pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
@@ -193,11 +189,7 @@ def test_hugging_face_reconstructs(tmp_path, full, mae, imgs):
     content = torch.load(tmp_path / "mae.pth", weights_only=True)["model"]
     assert set(content) == set(mae.state_dict())
     assert all(torch.equal(v, mae.state_dict()[k]) for k, v in content.items())
-    assert (
-        theirs.config.norm_pix_loss
-        and theirs.config.mask_ratio == 0.75
-        and "norm_pix" not in result["remark"]
-    )
+    assert theirs.config.norm_pix_loss and theirs.config.mask_ratio == 0.75 and "norm_pix" not in result["remark"]
     _, info = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
     content = checkpoint.read_checkpoint(full)  # facebook's: nothing beside the weights
@@ -279,17 +271,12 @@ def blocks_in_numpy_names(npz, imgs, depth):
         attention = f"{block}/MultiHeadDotProductAttention_1"
         y = norm(x, f"{block}/LayerNorm_0")
         q, k, v = (
-            torch.einsum("ntd,dhe->nthe", y, array(f"{attention}/{name}/kernel"))
-            + array(f"{attention}/{name}/bias")
+            torch.einsum("ntd,dhe->nthe", y, array(f"{attention}/{name}/kernel")) + array(f"{attention}/{name}/bias")
             for name in ("query", "key", "value")
         )
         weights = torch.einsum("nqhe,nkhe->nhqk", q / math.sqrt(q.shape[-1]), k).softmax(dim=-1)
         y = torch.einsum("nhqk,nkhe->nqhe", weights, v)
-        x = (
-            x
-            + torch.einsum("nthe,hed->ntd", y, array(f"{attention}/out/kernel"))
-            + array(f"{attention}/out/bias")
-        )
+        x = x + torch.einsum("nthe,hed->ntd", y, array(f"{attention}/out/kernel")) + array(f"{attention}/out/bias")
         y = norm(x, f"{block}/LayerNorm_2")
         for layer in ("Dense_0", "Dense_1"):
             y = y @ array(f"{block}/MlpBlock_3/{layer}/kernel") + array(f"{block}/MlpBlock_3/{layer}/bias")
@@ -405,9 +392,7 @@ def test_anything_goes_to_anything(tmp_path, full, state, mae):
         file = tmp_path / name
         assert result["input_size"] == "32 x 32"
         found = read_pretrained(file)
-        assert set(found.state) == set(state) and all(
-            torch.equal(v, state[k]) for k, v in found.state.items()
-        )
+        assert set(found.state) == set(state) and all(torch.equal(v, state[k]) for k, v in found.state.items())
     assert not read_pretrained(file).decoder  # the .npz lost it
 
 
@@ -445,9 +430,7 @@ def hf_model(kind: str):
 def test_hugging_faces_files_load(tmp_path, kind, names):
     theirs = hf_model(kind)
     theirs.config.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(
-        json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3})
-    )
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
     weights = theirs.state_dict() if names == "in memory" else older_names(theirs.state_dict())
     torch.save(weights, tmp_path / "pytorch_model.bin")
     ours = load_encoder(tmp_path / "pytorch_model.bin", fused_attn=False)
@@ -462,11 +445,7 @@ def test_hugging_faces_files_load(tmp_path, kind, names):
     assert "100% of the encoder" in ours.report and "new         0 tensors" in ours.report, ours.report
     assert "Hugging Face ViT" in ours.report and ours.settings()["num_heads"] == 4
     assert ours.settings()["mean"] == [0.5] * 3 and ours.settings()["std"] == [0.25] * 3
-    extra = {
-        "ViTModel": "pooler",
-        "ViTForImageClassification": "classifier",
-        "ViTMAEForPreTraining": "decoder_",
-    }
+    extra = {"ViTModel": "pooler", "ViTForImageClassification": "classifier", "ViTMAEForPreTraining": "decoder_"}
     assert extra[kind] in ours.report.splitlines()[-1]
 
 
@@ -474,9 +453,7 @@ def test_a_folder_that_transformers_wrote(tmp_path):
     theirs = hf_model("ViTMAEForPreTraining")
     theirs.save_pretrained(tmp_path / "mae")
     found = read_pretrained(tmp_path / "mae")
-    assert (
-        found.origin == "Hugging Face ViTMAE" and found.config["norm_pix_loss"] and len(found.decoder) == 32
-    )
+    assert found.origin == "Hugging Face ViTMAE" and found.config["norm_pix_loss"] and len(found.decoder) == 32
     result = convert(tmp_path / "mae", "hf", tmp_path / "again")  # decoder heads of 16 are kept by the config
     again = run(result["load"])["model"]
     assert again.config.decoder_num_attention_heads == 4
@@ -505,9 +482,7 @@ def test_what_lies_beside_a_hugging_face_file_is_believed_or_refused(tmp_path, e
     with pytest.raises(InputError, match="config.json is damaged"):
         load_encoder(file)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "preprocessor_config.json").write_text(
-        '{"image_mean": [1], "image_std": [1], "do_normalize": false}'
-    )
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [1], "image_std": [1], "do_normalize": false}')
     assert load_encoder(file).settings()["mean"] == [0.0] * 3
 
 
@@ -521,9 +496,7 @@ def test_googles_own_file_loads(tmp_path, full, mae, imgs):
     close(ours.forward_features(imgs), mae.forward_features(imgs), 0)
     assert ours.settings()["mean"] == [0.5] * 3 and "Google ViT, 100% of the encoder" in ours.report
     # the same file in timm's own reader of this format
-    theirs = timm.create_model(
-        "vit_tiny_patch16_224", img_size=32, num_classes=0, checkpoint_path=tmp_path / "a.npz"
-    )
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0, checkpoint_path=tmp_path / "a.npz")
     close(theirs.eval().forward_features(imgs), mae.forward_features(imgs))
 
 
@@ -608,14 +581,10 @@ def test_a_rectangle_goes_where_it_can(tmp_path):
     write_safetensors(file, encoder.state_dict(), {"config": json.dumps(encoder.settings())})
     imgs = torch.randn(1, 3, 64, 32)
     wanted = encoder.forward_features(imgs)
-    close(
-        run(convert(file, "timm", tmp_path / "t.pth")["load"])["model"].eval().forward_features(imgs), wanted
-    )
+    close(run(convert(file, "timm", tmp_path / "t.pth")["load"])["model"].eval().forward_features(imgs), wanted)
     close(run(convert(file, "hf", tmp_path / "hf")["load"])["model"](imgs).last_hidden_state, wanted)
     for target, name in (("mae", "a.pth"), ("transreid", "a.pth"), ("transfg", "a.npz"), ("setr", "a.pth")):
-        with pytest.raises(
-            InputError, match=f"table of 4 x 2 patches, and --to {target} reads squares alone"
-        ):
+        with pytest.raises(InputError, match=f"table of 4 x 2 patches, and --to {target} reads squares alone"):
             convert(file, target, tmp_path / name)
     result = convert(file, "transfg", tmp_path / "a.npz", input_size=(48, 48))
     table = np.load(tmp_path / "a.npz")["Transformer/posembed_input/pos_embedding"]
@@ -647,9 +616,7 @@ def test_what_else_is_refused(tmp_path, full, encoder_file, state, mae):
     with pytest.raises(InputError, match="is the file that is converted"):
         convert(encoder_file, "mae", encoder_file)
     assert encoder_file.read_bytes() == before
-    torch.save(
-        {"model": {k: v for k, v in state.items() if not k.startswith("norm.")}}, tmp_path / "part.pth"
-    )
+    torch.save({"model": {k: v for k, v in state.items() if not k.startswith("norm.")}}, tmp_path / "part.pth")
     with pytest.raises(InputError, match="lacks norm.weight, which would be made up"):
         convert(tmp_path / "part.pth", "timm", tmp_path / "t.pth")
     torch.save({"model": state | {"cls_token": state["cls_token"] * float("nan")}}, tmp_path / "nan.pth")

@@ -180,9 +180,7 @@ def test_killed_anywhere_the_manifest_is_the_same(pool, teacher_files, curated, 
     assert (tmp_path / "out" / "manifest.csv").read_bytes() == (output / "manifest.csv").read_bytes()
 
 
-def test_broken_off_at_any_write_the_manifest_is_the_same(
-    pool, teacher_files, curated, tmp_path, monkeypatch
-):
+def test_broken_off_at_any_write_the_manifest_is_the_same(pool, teacher_files, curated, tmp_path, monkeypatch):
     """The n-th run breaks off at its n-th rename of a finished file, until one gets through."""
     words = flags(pool, teacher_files, tmp_path / "out")
     rename, left, interrupted = os.replace, 0, []
@@ -259,8 +257,7 @@ def test_packed_and_boxed_images_get_files_of_their_own(pool, teacher_files, tmp
     pack.main(flags_of(["--data_path", str(tmp_path / "clean.txt"), "--output", str(tmp_path / "packed")]))
     with open(tmp_path / "boxed.csv", "w") as opened:
         opened.write(
-            "path,box,pid,camid\n"
-            + "".join(f"{p},10 5 60 50,{i % 5},0\n" for i, p in enumerate(clean[40:80]))
+            "path,box,pid,camid\n" + "".join(f"{p},10 5 60 50,{i % 5},0\n" for i, p in enumerate(clean[40:80]))
         )
     words = f"--pool packed={tmp_path}/packed boxed={tmp_path}/boxed.csv --output {tmp_path}/out --device cpu"
     words += f" --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --target_size 20"

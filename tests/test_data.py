@@ -57,10 +57,9 @@ def test_manifests(tmp_path, ending):
     names = [f"pics/{i:04d}.png" for i in range(3)]
     rows = [{"path": n, "split": "train" if i else "val"} for i, n in enumerate(names)]
     comma = "\t" if ending == "tsv" else ","
-    text = {
-        "txt": "\n".join(names),
-        "jsonl": "\n".join(json.dumps(row) for row in rows),
-    }.get(ending, "\n".join([f"path{comma}split"] + [f"{r['path']}{comma}{r['split']}" for r in rows]))
+    text = {"txt": "\n".join(names), "jsonl": "\n".join(json.dumps(row) for row in rows)}.get(
+        ending, "\n".join([f"path{comma}split"] + [f"{r['path']}{comma}{r['split']}" for r in rows])
+    )
     file = tmp_path / f"list.{ending}"
     file.write_text("\ufeff" + text if ending == "csv" else text)  # Excel writes a byte order mark
     paths = list_images(file)
@@ -221,9 +220,7 @@ def detailed_photo(width: int, height: int, seed: int) -> Image.Image:
     return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
 
-@pytest.mark.parametrize(
-    "width, height, expected", [(300, 200, {1}), (1024, 768, {1, 2}), (1900, 1400, {2, 4})]
-)
+@pytest.mark.parametrize("width, height, expected", [(300, 200, {1}), (1024, 768, {1, 2}), (1900, 1400, {2, 4})])
 def test_fast_decoding_stays_close_to_plain_pillow(tmp_path, width, height, expected):
     """The training path (reduced decode, resize of the box only) against decode, crop, resize."""
     detailed_photo(width, height, seed=width).save(tmp_path / "a.jpg", quality=92)

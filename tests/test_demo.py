@@ -78,9 +78,7 @@ def test_a_size_too_small_is_refused():
 
 
 def test_equal_vehicles_differ_in_their_marks():
-    seen = [
-        (v["body"], v["colour"], v["marks"]) for v in (demo_vehicle.vehicle(0, pid) for pid in range(1000))
-    ]
+    seen = [(v["body"], v["colour"], v["marks"]) for v in (demo_vehicle.vehicle(0, pid) for pid in range(1000))]
     assert len(set(seen)) == len(seen)
 
 

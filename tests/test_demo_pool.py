@@ -169,9 +169,7 @@ def test_labels_and_captions_belong_to_readable_files(pool):
     folder, _ = pool
     labels, captions = table(folder / "labels.csv"), table(folder / "captions.csv")
     truth = {row["path"]: row for row in table(folder / "truth.csv")}
-    assert {row["kind"] for row in truth.values() if row["path"] in {x["path"] for x in labels}} == set(
-        demo_plan.GOOD
-    )
+    assert {row["kind"] for row in truth.values() if row["path"] in {x["path"] for x in labels}} == set(demo_plan.GOOD)
     for row in labels:
         assert all(row[key] == truth[row["path"]][key] for key in ("body", "colour", "make", "pid", "camid"))
         assert row["colour"] in row["caption"]

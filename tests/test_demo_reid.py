@@ -126,9 +126,7 @@ def test_veri_indices_agree_with_the_rule(sets):
 
 def test_veri_attributes_are_in_range_and_true(sets):
     folder, _ = sets["veri776"]
-    colours, types = (
-        dict(line.split() for line in lines(folder / f"list_{k}.txt")) for k in ("color", "type")
-    )
+    colours, types = (dict(line.split() for line in lines(folder / f"list_{k}.txt")) for k in ("color", "type"))
     assert list(colours) == [str(i) for i in range(1, 11)] and list(types) == [str(i) for i in range(1, 10)]
     rows = {row["name"]: row for row in demo_reid.plan("veri776", 6, 6, 7, 0)}
     for part in ("train", "test"):
@@ -151,10 +149,7 @@ def test_vehicleid_is_read_as_planned(sets):
     for size, (images, gallery) in data.tests.items():
         per_id = Counter(images.pids.tolist())
         assert gallery is None and set(images.camids) == set(images.viewids) == {-1}
-        assert (
-            set(per_id.values()) == ({7} if size == "800" else {2, 7})
-            and len(images) == counts[f"test_{size}"]
-        )
+        assert set(per_id.values()) == ({7} if size == "800" else {2, 7}) and len(images) == counts[f"test_{size}"]
         kept, asked = draw_gallery(images, 0, 0)
         assert len(kept) == len(per_id) and len(asked) == len(images) - len(per_id)
     assert not any("can only be distractors" in note for note in data.notes) and counts["cameras"] == 0
@@ -178,19 +173,13 @@ def test_veriwild_styles_are_the_same_set(sets):
     old, headless, new = (read(sets, name) for name in ("old", "old_headless", "new"))
     for other in (headless, new):
         assert other.pid_names == old.pid_names and other.classes == old.classes == 6
-        for one, two in zip(
-            [old.train, *sum(old.tests.values(), ())], [other.train, *sum(other.tests.values(), ())]
-        ):
-            assert list(map(one.paths.relative, range(len(one)))) == list(
-                map(two.paths.relative, range(len(two)))
-            )
+        for one, two in zip([old.train, *sum(old.tests.values(), ())], [other.train, *sum(other.tests.values(), ())]):
+            assert list(map(one.paths.relative, range(len(one)))) == list(map(two.paths.relative, range(len(two))))
             for column in ("pids", "camids", "viewids"):
                 assert (getattr(one, column) == getattr(two, column)).all()
     assert not any("left its gallery" in note for note in old.notes)
     assert any("6 images of the test list are queries" in note for note in new.notes)
-    first = {
-        name: lines(sets[name][0] / "train_test_split" / "vehicle_info.txt")[0] for name in ("old", "new")
-    }
+    first = {name: lines(sets[name][0] / "train_test_split" / "vehicle_info.txt")[0] for name in ("old", "new")}
     assert set(first.values()) == {"id/image;Camera ID;Time;Model;Type;Color"}
     label = [line.split()[1] for line in lines(sets["new"][0] / "train_test_split" / "train_list_start0.txt")]
     assert sorted(set(map(int, label))) == list(range(6))
@@ -249,9 +238,7 @@ def test_vehicles_that_share_body_and_colour_are_in_the_test():
         assert len(looks) == groups and set(looks.values()) == {4}
     test = {row["pid"] for row in rows if row["split"] == "test"}
     assert {r["pid"] for r in demo_reid.plan("table", 5, 20, 6, 0) if r["split"] == "test"} == test
-    marks = Counter(
-        (v["body"], v["colour"], v["marks"]) for v in (vehicle(0, pid) for pid in {r["pid"] for r in rows})
-    )
+    marks = Counter((v["body"], v["colour"], v["marks"]) for v in (vehicle(0, pid) for pid in {r["pid"] for r in rows}))
     assert set(marks.values()) == {1}
 
 
@@ -276,9 +263,7 @@ def test_views_are_those_that_are_drawn(monkeypatch):
 def test_two_processes_write_the_same_bytes(sets, tmp_path):
     folder, _ = sets["veri776"]
     demo_reid.write_demo_reid(tmp_path / "two", "veri776", **SETTINGS, processes=2)
-    one, two = (
-        sorted(file for file in root.rglob("*") if file.is_file()) for root in (folder, tmp_path / "two")
-    )
+    one, two = (sorted(file for file in root.rglob("*") if file.is_file()) for root in (folder, tmp_path / "two"))
     assert [f.relative_to(folder) for f in one] == [f.relative_to(tmp_path / "two") for f in two]
     assert all(a.read_bytes() == b.read_bytes() for a, b in zip(one, two))
     assert demo_reid.plan("veri776", 6, 6, 7, 1) != demo_reid.plan("veri776", 6, 6, 7, 0)

@@ -68,24 +68,8 @@ def test_canonical_values(raw, canonical):
 
 
 def test_articles_follow_the_sound():
-    words = {
-        "Audi": "an",
-        "SUV": "an",
-        "BMW": "a",
-        "MAN truck": "a",
-        "MG": "an",
-        "X5": "an",
-        "M3": "an",
-        "Z4": "a",
-    }
-    words |= {
-        "Hyundai": "a",
-        "European van": "a",
-        "orange bus": "an",
-        "GMC": "a",
-        "2012 Audi": "a",
-        "Fiat": "a",
-    }
+    words = {"Audi": "an", "SUV": "an", "BMW": "a", "MAN truck": "a", "MG": "an", "X5": "an", "M3": "an", "Z4": "a"}
+    words |= {"Hyundai": "a", "European van": "a", "orange bus": "an", "GMC": "a", "2012 Audi": "a", "Fiat": "a"}
     for word, article in words.items():
         assert with_articles(f"a photo of a {word}.") == f"a photo of {article} {word}."
 
@@ -97,12 +81,7 @@ def test_only_combinations_of_the_rows():
         {"make": "Ram", "model": "Pickup 3500", "body": "pickup", "length": "4850"},
         {"make": "Kia", "body": "convertible"},
     )
-    phrases = [
-        "a {make} {model} {body}",
-        "a {colour} {make}",
-        "a {body} of {length} mm",
-        "a {scene} {year} {make}",
-    ]
+    phrases = ["a {make} {model} {body}", "a {colour} {make}", "a {body} of {length} mm", "a {scene} {year} {make}"]
     own = {"phrase": "a {body} with {part}", "words": ["part"]}
     templates = Templates(
         [{"phrase": p} for p in phrases] + [own, {"phrase": "a {body}", "unless": ["model"]}],
@@ -131,21 +110,9 @@ def test_measures_are_invisible():
     def says(text):
         return invisible_reason(Text(text, text, "", "", {}, 1)) is not None
 
-    for text in (
-        "a car of 150 hp",
-        "a 4,850 mm long van",
-        "a car for $20,000",
-        "a 2.0 litre sedan",
-        "a 90kW bus",
-    ):
+    for text in ("a car of 150 hp", "a 4,850 mm long van", "a car for $20,000", "a 2.0 litre sedan", "a 90kW bus"):
         assert says(text), text
-    for text in (
-        "a 2012 Mazda 3",
-        "a Mercedes-Benz C 200",
-        "an Audi 100 sedan",
-        "a Land Rover LR2",
-        "a Volvo 240",
-    ):
+    for text in ("a 2012 Mazda 3", "a Mercedes-Benz C 200", "an Audi 100 sedan", "a Land Rover LR2", "a Volvo 240"):
         assert not says(text), text
 
 
@@ -180,10 +147,7 @@ def test_veri(tmp_path):
     items += '<Item imageName="b.jpg" vehicleID="2" camID="c002" colorID="10" typeID="9"/>\n'
     head = '<?xml version="1.0" encoding="gb2312"?>\n<TrainingImages Version="1.0">\n<Items number="2">\n'
     write(tmp_path / "train_label.xml", head + items + "</Items>\n</TrainingImages>\n")
-    assert read_all(tmp_path) == [
-        {"colour": "red", "body": "hatchback"},
-        {"colour": "black", "body": "station wagon"},
-    ]
+    assert read_all(tmp_path) == [{"colour": "red", "body": "hatchback"}, {"colour": "black", "body": "station wagon"}]
     write(tmp_path / "list_color.txt", "5 pink\n10 white\n")
     assert [row["colour"] for row in read_all(tmp_path)] == ["pink", "white"]
     write(tmp_path / "train_label.xml", head + items.replace('"9"', '"12"') + "</Items></TrainingImages>")
@@ -233,9 +197,7 @@ def test_stanford(tmp_path):
     names = [row["class_name"] for row in read_all(tmp_path)]
     assert names == ["AM General Hummer SUV 2000", "Audi TTS Coupe 2012"]
     assert canonical_row({"class_name": names[0]})["make"] == "AM General"
-    assert read_all(write(tmp_path / "names.txt", "\n".join(names) + "\n\n")) == [
-        {"class_name": n} for n in names
-    ]
+    assert read_all(write(tmp_path / "names.txt", "\n".join(names) + "\n\n")) == [{"class_name": n} for n in names]
     with pytest.raises(InputError, match="damaged"):
         read_all(write(tmp_path / "cut.mat", mat(MAT_CARS)[:-40]))
     with pytest.raises(InputError, match="no MATLAB 5 file"):
@@ -439,9 +401,7 @@ def test_bank_statistics():
     share = share[share > 0]
     found = bank_statistics(V, U, kept, 0.1, block=7)
     assert found["coverage"] == np.mean([bool(kept[j]) for j in S.argmax(axis=1)])
-    assert found["teacher_entropy"] == pytest.approx(
-        -(p * np.log(p)).sum(axis=1).mean() / math.log(count), abs=1e-5
-    )
+    assert found["teacher_entropy"] == pytest.approx(-(p * np.log(p)).sum(axis=1).mean() / math.log(count), abs=1e-5)
     assert found["usage_entropy"] == pytest.approx(-(share * np.log(share)).sum() / math.log(count), abs=1e-6)
 
 
@@ -464,7 +424,9 @@ def made(teacher_files, tmp_path_factory):
     table = write(
         folder / "a.csv", "make,model,body,color,price\nAudi,TT Coupe,coupe,Red,9\nKia,Rio,hatchback,gray,5\n"
     )
-    flags = f"--attributes {table} --images {pictures} --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]}"  # noqa: E501
+    flags = (
+        f"--attributes {table} --images {pictures} --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]}"  # noqa: E501
+    )
     flags += " --device cpu --num_workers 0 --n_min 1 --margin -2 --dedup_cos 0.9999"
     done = run_command(command("main_describe.py", *flags.split(), "--output", str(folder / "out")))
     assert done.returncode == 0, done.stderr
@@ -472,9 +434,7 @@ def made(teacher_files, tmp_path_factory):
 
 
 def run_describe(flags: str, output) -> dict:
-    return main_describe.main(
-        parse(main_describe.get_args_parser(), [*flags.split(), "--output", str(output)])
-    )
+    return main_describe.main(parse(main_describe.get_args_parser(), [*flags.split(), "--output", str(output)]))
 
 
 def lines_of(file):
@@ -489,9 +449,7 @@ def test_files_of_a_run(made, teacher_files):
     assert len(kept) == numbers["kept"] > 20
     assert len(kept) + len(removed) == numbers["candidates"]
     by_reason = Counter(row["reason"] for row in removed)
-    assert by_reason == {
-        k.removeprefix("removed_"): v for k, v in numbers.items() if k.startswith("removed_")
-    }
+    assert by_reason == {k.removeprefix("removed_"): v for k, v in numbers.items() if k.startswith("removed_")}
     assert not any("price" in row["text"] for row in kept) and numbers["invisible_columns"] == ["price"]
     model, tokenizer, identity = load_clip(*map(str, teacher_files))
     bank, texts, source = build_bank(str(out), model, tokenizer, identity)
@@ -532,28 +490,20 @@ def test_ensemble_and_limits(made, tmp_path):
     kept = lines_of(tmp_path / "e" / "texts.jsonl")
     assert all(len(row["wordings"]) == 5 and row["text"] == row["wordings"][0] for row in kept)
     assert (
-        "coverage" not in numbers
-        and max(Counter(r["attrs"].get("make", i) for i, r in enumerate(kept)).values()) == 3
+        "coverage" not in numbers and max(Counter(r["attrs"].get("make", i) for i, r in enumerate(kept)).values()) == 3
     )
     assert json.loads((tmp_path / "e" / "bank.json").read_text())["ensemble"] is True
 
 
 def test_too_many_tokens_are_named(made, tmp_path):
     flags = made[0] + f" --templates {write(tmp_path / 't.txt', 'a {make} ' + 'very ' * 20 + '{body}')}"
-    with pytest.raises(
-        InputError, match=r"'an Audi very very.* has 2\d tokens where the teacher reads 16 \(2 of 3"
-    ):
+    with pytest.raises(InputError, match=r"'an Audi very very.* has 2\d tokens where the teacher reads 16 \(2 of 3"):
         run_describe(flags, tmp_path / "o")
 
 
 def test_invisible_on_request(made, tmp_path):
     templates = write(tmp_path / "t.txt", "a {body} for {price}\na {body}\na {make}\n")
-    flags = (
-        made[0].split(" --images")[0]
-        + " --clip"
-        + made[0].split("--clip", 1)[1]
-        + f" --templates {templates}"
-    )
+    flags = made[0].split(" --images")[0] + " --clip" + made[0].split("--clip", 1)[1] + f" --templates {templates}"
     assert run_describe(flags, tmp_path / "without")["removed_invisible"] == 2
     assert "price" in [
         row["reason"] and row["detail"].split()[0] for row in lines_of(tmp_path / "without/removed.jsonl")

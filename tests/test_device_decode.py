@@ -46,9 +46,7 @@ def test_same_batches_as_on_the_cpu(tmp_path, device, workers):
     paths = list_images(tmp_path)
     kinds = {}
     for decode in ("cpu", "gpu"):
-        dataset = PretrainDataset(
-            paths, (64, 96), 24, seed=1, min_area=0.3, teacher_size=(48, 48), decode=decode
-        )
+        dataset = PretrainDataset(paths, (64, 96), 24, seed=1, min_area=0.3, teacher_size=(48, 48), decode=decode)
         batches = EpochBatches(len(paths), 6, 0, 1, 1)
         kinds[decode] = list(build_loader(dataset, batches, workers, False, init_worker))
     for plain, encoded in zip(kinds["cpu"], kinds["gpu"], strict=True):

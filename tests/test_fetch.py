@@ -203,9 +203,7 @@ def test_after_giving_up_another_process_goes_on(server, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert Path(done.stdout.splitlines()[-1]).read_bytes() == FIRST
-    assert server.asked[4:] == [f"bytes={HALF}-", f"bytes={len(FIRST) - 7}-"] and sum(server.sent) == len(
-        FIRST
-    )
+    assert server.asked[4:] == [f"bytes={HALF}-", f"bytes={len(FIRST) - 7}-"] and sum(server.sent) == len(FIRST)
     assert left_in(tmp_path) == ["weights.pth", "weights.pth.sha256"]
 
 
@@ -404,12 +402,7 @@ def test_sources_that_are_nothing(tmp_path, monkeypatch, no_network):
 
 def test_names_in_addresses_stay_in_the_cache(server, tmp_path):
     host = server.url.removesuffix("/weights.pth")
-    for path in (
-        "/%2e%2e/%2e%2e",
-        "/a/..%2f..%2fpasswd",
-        "/" + 300 * "x" + ".safetensors",
-        "/a%20b.pth?key=secret",
-    ):
+    for path in ("/%2e%2e/%2e%2e", "/a/..%2f..%2fpasswd", "/" + 300 * "x" + ".safetensors", "/a%20b.pth?key=secret"):
         if path.endswith("%2e%2e"):
             assert "names no file" in refused(host + path, tmp_path)
             continue
@@ -433,10 +426,7 @@ def test_hugging_face(tmp_path, monkeypatch):
     assert fetch(Path("hf://org/repo/encoder.safetensors")) == file
     sha256 = hashlib.sha256(FIRST).hexdigest()
     assert fetch(f"hf://org/repo/encoder.safetensors#sha256={sha256}") == file
-    assert calls[:2] == [
-        ("org/repo", "encoder.safetensors", None),
-        ("org/repo", "folder/encoder.safetensors", "v1"),
-    ]
+    assert calls[:2] == [("org/repo", "encoder.safetensors", None), ("org/repo", "folder/encoder.safetensors", "v1")]
     message = refused("hf://org/repo/encoder.safetensors#md5=123456")
     assert "123456" in message and hashlib.md5(FIRST).hexdigest() in message
     for source in ("hf://", "hf://org/repo", "hf://org/repo/", "hf:///repo/file"):
@@ -469,9 +459,7 @@ def test_hugging_face_says_why_not(monkeypatch):
 
 def test_the_registry_is_well_formed():
     rows = known()
-    assert {"mae_vit_base", "mae_vit_huge_full", "cgd_mae_vit_base", "mae_automobile1m_vit_base_full"} <= set(
-        rows
-    )
+    assert {"mae_vit_base", "mae_vit_huge_full", "cgd_mae_vit_base", "mae_automobile1m_vit_base_full"} <= set(rows)
     for name, row in rows.items():
         assert (
             {"url", "what", "kind", "model", "licence"}
@@ -522,10 +510,7 @@ def test_torch_hub(tiny, no_network):
 def test_torch_hub_lists_the_entries_alone():
     import hubconf
 
-    assert [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and name[0] != "_"] == [
-        "encoder",
-        "mae",
-    ]
+    assert [name for name in dir(hubconf) if callable(getattr(hubconf, name)) and name[0] != "_"] == ["encoder", "mae"]
 
 
 def test_the_script(tmp_path):

@@ -112,9 +112,7 @@ def test_every_layout_tells_the_same(cars):
         assert np.bincount(data.train.labels).tolist() == [2] * 6
         assert "published are 8,144 training images" in data.notes[0]
     inside = read_fgvc(cars / "torchvision" / "stanford_cars")
-    assert (
-        as_rows(inside) == as_rows(found["torchvision"]) and inside.sha256() == found["torchvision"].sha256()
-    )
+    assert as_rows(inside) == as_rows(found["torchvision"]) and inside.sha256() == found["torchvision"].sha256()
     pictures = [Image.open(found[layout].train.paths[1]) for layout in found]
     assert {picture.mode for picture in pictures} == {"L"}
     assert Image.open(found["annos"].train.paths[0]).width == demo_cars.WIDE

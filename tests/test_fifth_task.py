@@ -88,16 +88,4 @@ def test_the_page_s_fifth_task_trains_resumes_and_scores(fifth_task, years, tmp_
     run(*new, "--epochs", "12", "--lr", "1e-3", "--output_dir", out, "--resume", "auto")
     assert json.loads(env.read_text())["commit"].count("then") == 1
     with pytest.raises(ValueError, match="year_beta"):
-        run(
-            *new,
-            "--epochs",
-            "12",
-            "--lr",
-            "1e-3",
-            "--output_dir",
-            out,
-            "--resume",
-            "auto",
-            "--year_beta",
-            "1",
-        )
+        run(*new, "--epochs", "12", "--lr", "1e-3", "--output_dir", out, "--resume", "auto", "--year_beta", "1")

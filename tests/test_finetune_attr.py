@@ -98,16 +98,11 @@ def test_the_files_of_a_run(trained, veri, teacher_files):
         assert name in page
     model, known, _ = load_vtb(output / "model.pth")
     clip, tokenizer, _ = load_clip(*map(str, teacher_files))
-    assert torch.equal(
-        model.attr_vectors, encode_texts(clip, tokenizer, [sentence(a) for a in known.attributes])
-    )
+    assert torch.equal(model.attr_vectors, encode_texts(clip, tokenizer, [sentence(a) for a in known.attributes]))
     assert known.constant.sum() >= 1 and known.rates == pytest.approx(data.train.rates())
     for name in ("model.pth", "checkpoint-last.pth", "checkpoint-1.pth", "model.safetensors"):
         assert read_checkpoint(output / name)["model"]  # weights_only
-    assert torch.load(output / "model.pth", weights_only=True)["config"]["attributes"][0] == [
-        "colour",
-        "yellow",
-    ]
+    assert torch.load(output / "model.pth", weights_only=True)["config"]["attributes"][0] == ["colour", "yellow"]
 
 
 class Crash(Exception):
@@ -136,9 +131,7 @@ def test_a_crashed_run_goes_on_bit_for_bit(veri, encoder, tmp_path, monkeypatch)
     train("broken", "--resume", "auto")
     one, two = (read_checkpoint(tmp_path / n / "model.pth")["model"] for n in ("straight", "broken"))
     assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
-    assert (tmp_path / "straight" / "metrics.json").read_text() == (
-        tmp_path / "broken" / "metrics.json"
-    ).read_text()
+    assert (tmp_path / "straight" / "metrics.json").read_text() == (tmp_path / "broken" / "metrics.json").read_text()
     np.save(tmp_path / "v.npy", np.eye(19))
     with pytest.raises(InputError, match="other settings .*text_vectors random orthogonal: .* -> v.npy"):
         train("broken", "--resume", "auto", "--attr_vectors", str(tmp_path / "v.npy"))
@@ -169,9 +162,7 @@ def test_a_table_from_words_to_numbers_and_its_unknowns(veri, encoder, tmp_path,
     (tmp_path / "own.csv").write_text("\n".join(rows) + "\n")
     columns = ["--attr_categories", "colour", "--attr_columns", "pale"]
     numbers = run(
-        *flags_of(
-            tmp_path / "own.csv", encoder, tmp_path / "o", *columns, "--report", "--input_size", "48,32"
-        )
+        *flags_of(tmp_path / "own.csv", encoder, tmp_path / "o", *columns, "--report", "--input_size", "48,32")
     )
     printed = capsys.readouterr().out
     assert "THE TEXT VECTORS ARE RANDOM" in printed and "labels of train are unknown" in printed
@@ -191,9 +182,7 @@ def test_a_table_from_words_to_numbers_and_its_unknowns(veri, encoder, tmp_path,
 
 def test_unreadable_test_images_are_listed_and_named_in_the_protocol(veri, trained, tmp_path):
     copy = shutil.copytree(veri, tmp_path / "VeRi")
-    (copy / "image_test" / sorted(f.name for f in (copy / "image_test").iterdir())[2]).write_bytes(
-        b"no image"
-    )
+    (copy / "image_test" / sorted(f.name for f in (copy / "image_test").iterdir())[2]).write_bytes(b"no image")
     numbers = run("--task", "attr", "--eval", "--resume", trained[0] / "model.pth", "--data_path", copy, *CPU,
                   "--output_dir", tmp_path / "out", "--report", "--batch_size", "8")  # fmt: skip
     assert numbers["protocol"].startswith("veri776/1-unreadable-left-out (") and numbers["images"] == 29
@@ -247,15 +236,8 @@ def test_eval_takes_no_flag_that_would_change_the_model(veri, encoder, trained, 
 
 
 def test_the_recipe_is_vtbs():
-    args = parse(
-        main_finetune.get_args_parser(), "--task attr --data_path x --model vit_tiny_patch16".split()
-    )
+    args = parse(main_finetune.get_args_parser(), "--task attr --data_path x --model vit_tiny_patch16".split())
     main_finetune.check_args(args)
     assert (args.img_size, args.batch_size, args.epochs, args.warmup_epochs) == ((224, 224), 128, 20, 5)
-    assert (args.opt, args.weight_decay, args.min_lr_ratio, args.warmup_lr_ratio) == (
-        "sgd",
-        1e-4,
-        0.002,
-        0.01,
-    )
+    assert (args.opt, args.weight_decay, args.min_lr_ratio, args.warmup_lr_ratio) == ("sgd", 1e-4, 0.002, 0.01)
     assert attr.default_lr(args) == 8e-3 and args.attr_threshold == 0.45

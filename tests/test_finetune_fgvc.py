@@ -68,9 +68,7 @@ def test_a_run_leaves_a_model_that_scores_the_same(files, trained, tmp_path):
     assert {"top1", "top5", "mean_class_accuracy", "majority", "images", "protocol"} <= set(numbers)
     assert numbers["images"] == 12 and numbers["majority"] == 0.25 and numbers["top5"] == 1.0
     assert numbers["parts"] == "3 parts after 2 blocks"
-    assert (
-        "12 test images of 4 classes; whole picture to 43 x 43 px, centre crop 32 x 32" in numbers["protocol"]
-    )
+    assert "12 test images of 4 classes; whole picture to 43 x 43 px, centre crop 32 x 32" in numbers["protocol"]
     assert json.loads((output / "metrics.json").read_text()) == numbers
     log = log_of(output)
     assert [row["epoch"] for row in log] == [0, 1, 1] and log[-1]["test_top1"] == numbers["top1"]
@@ -195,9 +193,7 @@ def test_schedule_is_linear_then_a_cosine_in_updates():
         lr, warmup_epochs, epochs, min_lr_ratio, warmup_lr_ratio = 0.03, 1.0, 20, 0.0, 0.0
 
     assert learning_rate(0, Args) == 0 and learning_rate(0.5, Args) == pytest.approx(0.015)
-    assert learning_rate(1, Args) == pytest.approx(0.03) and learning_rate(20, Args) == pytest.approx(
-        0, abs=1e-9
-    )
+    assert learning_rate(1, Args) == pytest.approx(0.03) and learning_rate(20, Args) == pytest.approx(0, abs=1e-9)
     middle = 0.03 * 0.5 * (1 + np.cos(np.pi * 9 / 19))
     assert learning_rate(10, Args) == pytest.approx(middle)
     Args.warmup_lr_ratio = 0.1
@@ -205,9 +201,7 @@ def test_schedule_is_linear_then_a_cosine_in_updates():
 
 
 def test_defaults_are_the_recipes():
-    args = parse(
-        main_finetune.get_args_parser(), ["--task", "fgvc", "--data_path", "x", "--model", "vit_base_patch16"]
-    )
+    args = parse(main_finetune.get_args_parser(), ["--task", "fgvc", "--data_path", "x", "--model", "vit_base_patch16"])
     main_finetune.check_args(args)
     found = (args.img_size, args.batch_size, args.opt, args.weight_decay, args.clip_grad, args.epochs)
     assert found == ((448, 448), 16, "sgd", 0.0, 1.0, 20) and args.contrastive_weight == 1

@@ -61,9 +61,7 @@ def test_a_run_leaves_a_model_that_scores_the_same(veri, trained, tmp_path, caps
     output, numbers = trained
     assert {"mAP", "R1", "mINP", "reranked_mAP", "protocol", "sie"} <= set(numbers)
     assert json.loads((output / "metrics.json").read_text()) == numbers
-    assert "same-camera matches removed" in numbers["protocol"] and numbers["sie"].startswith(
-        "SIE on (20 cam"
-    )
+    assert "same-camera matches removed" in numbers["protocol"] and numbers["sie"].startswith("SIE on (20 cam")
     log = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
     assert [row["epoch"] for row in log] == [0, 1, 1] and log[-1]["test_mAP"] == numbers["mAP"]
     assert log[1]["train_loss"] < log[0]["train_loss"] and log[0]["train_center"] > 0
@@ -149,9 +147,7 @@ def test_tables_number_cameras_by_name_and_not_by_row(veri, tmp_path):
     other = [*rows, rows[-1].replace("gate", "door")]
     for name, lines in (("same", rows), ("reversed", rows[::-1]), ("other", other)):
         (tmp_path / f"{name}.csv").write_text("\n".join([head, *lines]) + "\n")
-        score = (
-            f"--task reid --eval --resume {tmp_path / 'o' / 'model.pth'} --data_path {tmp_path / name}.csv"
-        )
+        score = f"--task reid --eval --resume {tmp_path / 'o' / 'model.pth'} --data_path {tmp_path / name}.csv"
         args = parse(main_finetune.get_args_parser(), [*score.split(), *CPU, "--batch_size", "1"])
         if name == "other":
             with pytest.raises(InputError, match="knows the cameras gate .*, not door"):
@@ -159,11 +155,7 @@ def test_tables_number_cameras_by_name_and_not_by_row(veri, tmp_path):
         else:
             found[name] = main_finetune.main(args)
     assert found["same"]["mAP"] == pytest.approx(found["reversed"]["mAP"], abs=1e-6)
-    assert sorted(f.name for f in (tmp_path / "o").glob("eval_*")) == [
-        "eval_other",
-        "eval_reversed",
-        "eval_same",
-    ]
+    assert sorted(f.name for f in (tmp_path / "o").glob("eval_*")) == ["eval_other", "eval_reversed", "eval_same"]
 
 
 def test_rows_of_side_information_that_nobody_trains_are_zero():
@@ -195,9 +187,7 @@ def test_a_killed_run_goes_on_bit_for_bit(veri, tmp_path):
     killed(resumed, broken / "checkpoint-last.pth", 0)  # in the first epoch
     done = run_command(resumed)
     assert done.returncode == 0 and "resuming" in done.stdout, done.stderr
-    straight, continued = (
-        read_checkpoint(tmp_path / n / "model.pth")["model"] for n in ("straight", "broken")
-    )
+    straight, continued = (read_checkpoint(tmp_path / n / "model.pth")["model"] for n in ("straight", "broken"))
     assert all(torch.equal(straight[name], continued[name]) for name in straight)
     metrics = [(tmp_path / n / "metrics.json").read_text() for n in ("straight", "broken")]
     assert metrics[0] == metrics[1]
@@ -211,9 +201,7 @@ def test_two_ranks_are_one(veri, trained, tmp_path):
     words[-1] = "8"
     done = run_command(command(*words, "--output_dir", str(tmp_path / "one")))
     assert done.returncode == 0, done.stderr
-    logs = [
-        [json.loads(r) for r in (tmp_path / n / "log.txt").read_text().splitlines()] for n in ("one", "two")
-    ]
+    logs = [[json.loads(r) for r in (tmp_path / n / "log.txt").read_text().splitlines()] for n in ("one", "two")]
     for one, two in zip(*logs):
         for name in ("train_loss", "train_id", "train_triplet", "train_grad_norm"):
             assert two.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-4), name
@@ -256,9 +244,7 @@ def test_unreadable_test_images_make_another_protocol(veri, tmp_path, trained):
         and len(found.images) == len(query) - 1
     )
     assert torch.equal(found.values, whole.values[[0, *range(2, len(query))]])
-    words = (
-        f"--task reid --eval --resume {trained[0] / 'model.pth'} --data_path {copy} --device cpu --amp none"
-    )
+    words = f"--task reid --eval --resume {trained[0] / 'model.pth'} --data_path {copy} --device cpu --amp none"
     words += f" --num_workers 0 --output_dir {tmp_path / 'out'}"
     numbers = main_finetune.main(parse(main_finetune.get_args_parser(), words.split()))
     assert numbers["protocol"].startswith("veri776/2-unreadable-left-out (")
@@ -300,13 +286,8 @@ def test_contradictions_stop_at_once(veri, tmp_path, flags, message):
 
 
 def test_side_information_that_the_set_lacks_is_refused(tmp_path):
-    write_demo_reid(
-        tmp_path / "id", "vehicleid", train_ids=5, test_ids=5, images_per_id=6, size=16, processes=1
-    )
-    for flag, message in (
-        ("--sie_camera", "does not say which camera"),
-        ("--sie_view", "knows no viewpoints"),
-    ):
+    write_demo_reid(tmp_path / "id", "vehicleid", train_ids=5, test_ids=5, images_per_id=6, size=16, processes=1)
+    for flag, message in (("--sie_camera", "does not say which camera"), ("--sie_view", "knows no viewpoints")):
         words = [word for word in SMALL if not word.startswith("--sie")]
         words += ["--data_path", str(tmp_path / "id"), "--output_dir", str(tmp_path / "o"), flag]
         words += ["--num_instances", "2"]
@@ -385,9 +366,7 @@ def test_the_schedule_is_transreids():
 
 
 def test_layers_and_groups_of_the_optimiser():
-    model = TransReID(
-        VisionTransformer((32, 32), 16, 24, 3, 3), 5, TransReIDConfig(jpm=True, parts=2, shift=2)
-    )
+    model = TransReID(VisionTransformer((32, 32), 16, 24, 3, 3), 5, TransReIDConfig(jpm=True, parts=2, shift=2))
     names = {name: layer_number(name, 3) for name, _ in model.named_parameters()}
     assert names["base.pos_embed"] == names["base.patch_embed.proj.weight"] == 0
     assert names["base.blocks.1.norm1.bias"] == 2 and names["b1.0.mlp.fc1.weight"] == 3
@@ -462,11 +441,6 @@ def test_transreids_loader_takes_our_encoder(tmp_path):
         for name, value in VisionTransformer((32, 32), 16, 192, 12, 3).state_dict().items()
     }
     for name, value in content["model"].items():
-        assert (
-            "head" not in name
-            and "dist" not in name
-            and value.dtype == torch.float32
-            and value.is_contiguous()
-        )
+        assert "head" not in name and "dist" not in name and value.dtype == torch.float32 and value.is_contiguous()
         theirs[name].copy_(value)
     assert all(torch.equal(theirs[name], mae.state_dict()[name]) for name in theirs)

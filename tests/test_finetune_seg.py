@@ -109,12 +109,8 @@ def test_the_heads_have_setrs_layers():
     assert kernels(mla.decoder.lateral) == [(256, 24, 1, 1)] * 4
     assert kernels(mla.decoder.smooth) == [(256, 256, 3, 3)] * 4
     assert kernels(mla.decoder.branches) == [(128, 256, 3, 3), (128, 128, 3, 3)] * 4
-    assert (
-        kernels(mla.decoder.classify) == [(5, 512, 3, 3)] and kernels(mla.decoder.aux) == [(5, 256, 1, 1)] * 4
-    )
-    assert all(
-        not hasattr(m.base.norm, "weight") and m.base.pos_embed.requires_grad for m in (naive, pup, mla)
-    )
+    assert kernels(mla.decoder.classify) == [(5, 512, 3, 3)] and kernels(mla.decoder.aux) == [(5, 256, 1, 1)] * 4
+    assert all(not hasattr(m.base.norm, "weight") and m.base.pos_embed.requires_grad for m in (naive, pup, mla))
 
 
 def test_multi_level_aggregation_by_hand():
@@ -128,8 +124,7 @@ def test_multi_level_aggregation_by_hand():
     sums = [sum(lateral[i:]) for i in range(4)]
     maps = [head.smooth[i](x) for i, x in enumerate(sums)]
     large = [
-        F.interpolate(head.branches[i](x), (8, 12), mode="bilinear", align_corners=True)
-        for i, x in enumerate(maps)
+        F.interpolate(head.branches[i](x), (8, 12), mode="bilinear", align_corners=True) for i, x in enumerate(maps)
     ]
     found = head(levels, (2, 3))
     assert torch.allclose(found[0], head.classify(torch.cat(large, dim=1)), atol=1e-5)
@@ -319,9 +314,7 @@ def test_colours_are_distorted_within_bounds():
     levels = [distort_colours(grey, np.random.default_rng(s)) for s in range(200)]
     assert all((pixels == pixels[0, 0, 0]).all() for pixels in levels)  # grey has neither hue nor saturation
     values = np.array([pixels[0, 0, 0] for pixels in levels], dtype=float)
-    assert (
-        values.min() >= 0.5 * 88 - 1 and values.max() <= 1.5 * 152 + 1 and 0.15 < (values == 120).mean() < 0.4
-    )
+    assert values.min() >= 0.5 * 88 - 1 and values.max() <= 1.5 * 152 + 1 and 0.15 < (values == 120).mean() < 0.4
     hues = [distort_colours(red, np.random.default_rng(s))[0, 0] for s in range(100)]
     assert any((hue != hues[0]).any() for hue in hues) and all(hue[0] >= hue[1:].max() for hue in hues)
 
@@ -330,9 +323,7 @@ def write_pair(root, split, name, mask, image_size=None, **save):
     mask = np.asarray(mask, dtype=np.uint8)
     for folder in ("images", "annotations"):
         (root / folder / split).mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", image_size or mask.shape[::-1], "grey").save(
-        root / "images" / split / f"{name}.png", **save
-    )
+    Image.new("RGB", image_size or mask.shape[::-1], "grey").save(root / "images" / split / f"{name}.png", **save)
     Image.fromarray(mask).save(root / "annotations" / split / f"{name}.png")
 
 
@@ -667,9 +658,7 @@ def test_broken_pairs_are_counted_and_named(small, parts, trained, tmp_path):
     images, masks = (sorted((broken / kind / "test").iterdir()) for kind in ("images", "annotations"))
     images[0].write_bytes(images[0].read_bytes()[:300])
     masks[1].write_bytes(b"no image")
-    words = (
-        f"--task seg --eval --resume {trained[0] / 'model.pth'} --data_path {broken} --output_dir {tmp_path}"
-    )
+    words = f"--task seg --eval --resume {trained[0] / 'model.pth'} --data_path {broken} --output_dir {tmp_path}"
     numbers = main_finetune.main(parse(main_finetune.get_args_parser(), [*words.split(), *CPU]))
     assert numbers["unreadable"] == 2 and "2 unreadable left out" in numbers["protocol"]
     listed = (tmp_path / "unreadable_test_images.txt").read_text()

@@ -47,9 +47,7 @@ def test_every_flag_has_help_and_is_read(name):
 def test_mae_flags_keep_their_defaults():
     args = main_pretrain.get_args_parser().parse_args([])
     assert {name: getattr(args, name) for name in MAE_DEFAULTS} == MAE_DEFAULTS
-    words = (
-        "--input_size 224 --log_dir x --device cuda --pin_mem --no_pin_mem --num_workers 10 --world_size 2"
-    )
+    words = "--input_size 224 --log_dir x --device cuda --pin_mem --no_pin_mem --num_workers 10 --world_size 2"
     words += " --local_rank 0 --dist_on_itp --dist_url env:// --data_path x --model mae_vit_large_patch16"
     assert not main_pretrain.get_args_parser().parse_args(words.split()).pin_mem
 
@@ -64,9 +62,7 @@ def test_the_published_command_parses():
 
 def test_abbreviated_and_unknown_flags_are_refused():
     for words in (["--mask", "0.5"], ["--no_such_flag"]):
-        done = subprocess.run(
-            [sys.executable, "main_pretrain.py", *words], cwd=ROOT, capture_output=True, text=True
-        )
+        done = subprocess.run([sys.executable, "main_pretrain.py", *words], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 2 and "Traceback" not in done.stderr
 
 

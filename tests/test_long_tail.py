@@ -28,16 +28,7 @@ def labels(tmp_path_factory):
 
 
 def make(labels, output, *more):
-    words = [
-        "--data_path",
-        str(labels),
-        "--label_column",
-        "kind",
-        "--output",
-        str(output),
-        "--per_class",
-        "5",
-    ]
+    words = ["--data_path", str(labels), "--label_column", "kind", "--output", str(output), "--per_class", "5"]
     return long_tail.main(long_tail.get_args_parser().parse_args([*words, *more]))
 
 

@@ -25,9 +25,7 @@ def run_main(flags: list[str]) -> dict:
 
 def teacher_flags(teacher_files, texts_file) -> list[str]:
     config, weights = teacher_files
-    return (
-        f"--clip_model {config} --clip_pretrained {weights} --text_bank {texts_file} --kl_weight 0.05".split()
-    )
+    return f"--clip_model {config} --clip_pretrained {weights} --text_bank {texts_file} --kl_weight 0.05".split()
 
 
 def curve(output) -> list[float]:
@@ -103,9 +101,9 @@ def test_no_distill_is_plain_mae_bit_for_bit(pictures, tmp_path):
             samples = [dataset[item] for item in items]
             for group in optimizer.param_groups:
                 group["lr"] = cosine_lr(epoch + step / 5, 1e-3 * 8 / 256, 0, 1, 2)
-            loss = model(
-                torch.stack([s["imgs"] for s in samples]), 0.75, torch.stack([s["noise"] for s in samples])
-            )["pixel"]
+            loss = model(torch.stack([s["imgs"] for s in samples]), 0.75, torch.stack([s["noise"] for s in samples]))[
+                "pixel"
+            ]
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -138,9 +136,7 @@ def test_leftover_micro_batches_are_used(pictures, tmp_path):
 
 
 @pytest.mark.parametrize("processes, kills, speed_flags", [(1, 3, []), (2, 3, []), (1, 1, ["--compile"])])
-def test_resume_after_kill_is_exact(
-    pictures, teacher_files, texts_file, tmp_path, processes, kills, speed_flags
-):
+def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_path, processes, kills, speed_flags):
     teacher = teacher_flags(teacher_files, texts_file)
     more = [*teacher, *speed_flags, "--epochs", "6", "--batch_size", str(4 // processes),
             "--save_minutes", "0.001", "--save_freq", "2"]  # fmt: skip
@@ -178,9 +174,7 @@ def test_resume_after_kill_is_exact(
     assert curve(straight) == curve(killed)
 
 
-@pytest.mark.parametrize(
-    "script", ["main_pretrain.py", "main_pretrain.py --profile 2", "-m tools.estimate --steps 5"]
-)
+@pytest.mark.parametrize("script", ["main_pretrain.py", "main_pretrain.py --profile 2", "-m tools.estimate --steps 5"])
 def test_ends_quietly(pictures, tmp_path, script):
     """Data workers that are left at the end are no news; the last line is the numbers."""
     flags = small_flags(pictures, tmp_path / "run", "--no_distill", "--num_workers", "2", "--epochs", "1")
@@ -265,9 +259,7 @@ def test_too_many_bad_steps_stop_with_good_weights(pictures, tmp_path, monkeypat
     monkeypatch.setattr(MaskedAutoencoderViT, "forward", poisoned)
     out = tmp_path / "run"
     with pytest.raises(InputError, match="3 updates in a row"):
-        run_main(
-            small_flags(pictures, out, "--no_distill", "--max_bad_steps", "3", "--print_freq", print_freq)
-        )
+        run_main(small_flags(pictures, out, "--no_distill", "--max_bad_steps", "3", "--print_freq", print_freq))
     content = read_checkpoint(out / "checkpoint-last.pth")
     assert all(torch.isfinite(v).all() for v in content["model"].values())
     assert {int(s["step"]) for s in content["optimizer"]["state"].values()} == {5 + (print_freq == "20")}
@@ -354,9 +346,7 @@ def test_a_used_folder_is_not_started_over(pictures, tmp_path, capsys):
     assert {file.name: file.read_bytes() for file in out.iterdir() if file.is_file()} == kept
     capsys.readouterr()
     record = run_main([*flags, "--epochs", "4", "--resume", "auto"])  # finished: nothing but its numbers
-    assert (
-        json.loads((out / "metrics.json").read_text()) == record == read_log(out)[-1] and record["epoch"] == 3
-    )
+    assert json.loads((out / "metrics.json").read_text()) == record == read_log(out)[-1] and record["epoch"] == 3
 
 
 def test_going_back_keeps_what_is_written(pictures, tmp_path):
@@ -418,10 +408,7 @@ BAD = {
     "mask everything": ("--no_distill --mask_ratio 1.0", "keeps 0 of 4"),
     "missing init": ("--no_distill --init /no/such.pth", "does not exist"),
     "missing resume": ("--no_distill --resume /no/such.pth", "does not exist"),
-    "output is a file": (
-        "--no_distill --output_dir README.md",
-        "README.md cannot be written to (File exists)",
-    ),
+    "output is a file": ("--no_distill --output_dir README.md", "README.md cannot be written to (File exists)"),
     "bad crop": ("--no_distill --crop_min 0", "must be in (0, 1]"),
 }
 

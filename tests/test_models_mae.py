@@ -46,13 +46,7 @@ def test_keys_and_sizes(base):
     state = base.state_dict()
     assert len(state) == 254
     assert sum(p.numel() for p in base.parameters()) == 111_907_840
-    assert list(state)[:5] == [
-        "cls_token",
-        "pos_embed",
-        "mask_token",
-        "decoder_pos_embed",
-        "patch_embed.proj.weight",
-    ]
+    assert list(state)[:5] == ["cls_token", "pos_embed", "mask_token", "decoder_pos_embed", "patch_embed.proj.weight"]
     encoder = encoder_state(state)
     assert len(encoder) == 150
     assert sum(v.numel() for v in encoder.values()) == 85_798_656

@@ -74,9 +74,7 @@ def test_killed_packing_goes_on_and_ends_the_same(tmp_path):
     deadline = time.monotonic() + 120
     while len(list(killed.glob("shard*.bin"))) < 3 and time.monotonic() < deadline:
         time.sleep(0.02)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert children
@@ -166,8 +164,6 @@ def test_training_on_a_packed_set(photos, tmp_path):
     from conftest import read_log, small_flags
 
     pack.main(flags(photos, tmp_path / "p"))
-    done = run_command(
-        command("main_pretrain.py", *small_flags(tmp_path / "p", tmp_path / "run", "--no_distill"))
-    )
+    done = run_command(command("main_pretrain.py", *small_flags(tmp_path / "p", tmp_path / "run", "--no_distill")))
     assert done.returncode == 0, done.stderr
     assert [row["bad_images"] for row in read_log(tmp_path / "run")] == [0, 0]

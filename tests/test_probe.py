@@ -26,14 +26,7 @@ from util import probe
 from util.errors import InputError
 from util.lars import LARS
 from util.lr_sched import cosine_lr
-from util.probe import (
-    balanced_accuracy,
-    class_mean_predict,
-    draw_shots,
-    knn_predict,
-    linear_predict,
-    topk_accuracy,
-)
+from util.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from util.probe_tables import Score, draw_layers, mean_attribute_accuracy, score_table
 
 
@@ -268,9 +261,7 @@ def test_files_without_a_context_head_say_so(run_dir, tmp_path):
         with pytest.raises(InputError, match=f"--read_out context: .*{message}.*give checkpoint-last.pth"):
             load_read_outs(run_dir / name, ("context",), None, "cpu", False)
     file, _ = with_head(run_dir, tmp_path, "decoder")
-    with pytest.raises(
-        InputError, match="48 x 32 px: distill_head.position_weight .* leave --input_size out"
-    ):
+    with pytest.raises(InputError, match="48 x 32 px: distill_head.position_weight .* leave --input_size out"):
         load_read_outs(file, ("context",), (48, 32), "cpu", False)
 
 
@@ -428,9 +419,7 @@ def test_visualize_and_report(run_dir, tmp_path, pictures):
     done = run_command(command(*words.split(), "--output", str(tmp_path / "p.png")))
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["images"] == 3 and (tmp_path / "p.png").is_file()
-    words = (
-        f"-m tools.visualize {pictures} --checkpoint {run_dir / 'encoder.pth'} --model mae_vit_tiny_patch16"
-    )
+    words = f"-m tools.visualize {pictures} --checkpoint {run_dir / 'encoder.pth'} --model mae_vit_tiny_patch16"
     done = run_command(command(*words.split()))
     assert done.returncode == 2 and "encoder only" in done.stderr and "Traceback" not in done.stderr
     table = tmp_path / "labels.csv"

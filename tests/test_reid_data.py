@@ -113,9 +113,7 @@ def test_vehicleid_draws_one_gallery_image_a_vehicle(vehicleid):
     found = evaluate(protocol, images, features)
     by_draw = []
     for kept, asked in draws:
-        by_draw.append(
-            scores(rank_hits(features[asked], features[kept], images.pids[asked], images.pids[kept]))
-        )
+        by_draw.append(scores(rank_hits(features[asked], features[kept], images.pids[asked], images.pids[kept])))
     assert found["R1"] == pytest.approx(np.mean([row["R1"] for row in by_draw]))
     assert found["R1_std"] == pytest.approx(np.std([row["R1"] for row in by_draw])) and found["queries"] == 20
 
@@ -138,10 +136,7 @@ def test_own_table(tmp_path):
     assert not protocols_of(data)["test"].remove_same_camera
     assert any("same-camera filter and the camera embedding are off" in note for note in data.notes)
     features = torch.eye(2)
-    assert (
-        evaluate(protocols_of(data)["test"], *sum(((i, features[:1]) for i in data.tests["test"]), ()))["R1"]
-        == 1
-    )
+    assert evaluate(protocols_of(data)["test"], *sum(((i, features[:1]) for i in data.tests["test"]), ()))["R1"] == 1
 
 
 @pytest.mark.parametrize(
@@ -151,15 +146,9 @@ def test_own_table(tmp_path):
         ("path,pid,split a.jpg,x,test", "split 'test' is none of train, query, gallery"),
         ("path,pid,split a.jpg,x,train b.jpg,y,query", "no row with split 'gallery'"),
         ("path,pid,split b.jpg,y,query c.jpg,y,gallery", "no training image is listed"),
-        (
-            "path,pid,split a.jpg,x,train b.jpg,y,query c.jpg,z,gallery",
-            "1 are of vehicles missing from the gallery",
-        ),
+        ("path,pid,split a.jpg,x,train b.jpg,y,query c.jpg,z,gallery", "1 are of vehicles missing from the gallery"),
         ("path,pid,camid,split a.jpg,x,1,train b.jpg,y,2,query c.jpg,y,2,gallery", "their own camera only"),
-        (
-            "path,pid,camid,split a.jpg,x,1,train b.jpg,y,,query c.jpg,y,2,gallery",
-            "1 of 3 rows have no camid",
-        ),
+        ("path,pid,camid,split a.jpg,x,1,train b.jpg,y,,query c.jpg,y,2,gallery", "1 of 3 rows have no camid"),
         ("path,pid,split q.jpg,x,train r.jpg,y,query s.jpg,y,gallery", "none of the first"),
     ],
 )

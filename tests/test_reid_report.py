@@ -111,16 +111,11 @@ def test_the_page_shows_the_lists_of_the_metrics(tmp_path, folder, protocol, cam
     sections = read_sections(page)
     assert list(sections) == ["worst", "best", "random"] and all(len(x) == 5 for x in sections.values())
     ap = [ap for ap, _ in slow]
-    assert [found[1] for found in sections["worst"]] == pytest.approx(
-        [100 * v for v in sorted(ap)[:5]], abs=0.06
-    )
+    assert [found[1] for found in sections["worst"]] == pytest.approx([100 * v for v in sorted(ap)[:5]], abs=0.06)
     by_title = {}  # of equal titles, one of the queries must fit
     for (value, cards), pid, camid in zip(slow, query.pids, query.camids):
         title = f"pid car &lt;{pid}&gt;" + (f", camid {camid}" if cameras else "")
-        shown = [
-            (m, r, pytest.approx(c, abs=6e-4), gallery.paths.relative(g))
-            for g, r, m, c in first_cards(cards, 6)
-        ]
+        shown = [(m, r, pytest.approx(c, abs=6e-4), gallery.paths.relative(g)) for g, r, m, c in first_cards(cards, 6)]
         by_title.setdefault(title, []).append((pytest.approx(100 * value, abs=0.06), shown))
     for title, value, cards in (found for section in sections.values() for found in section):
         assert (value, cards) in by_title[title]
@@ -135,15 +130,11 @@ def test_ties_stand_in_the_order_of_the_gallery(folder, seed):
     ranking = Ranking(WITH, query, gallery, shown=len(query), seed=0)
     ranking.add(next(cosine_blocks(x, y, torch.device("cpu"))))
     hits = rank_hits(x, y, query.pids, gallery.pids, query.camids, gallery.camids)
-    assert np.array_equal(ranking.ranks.hits, hits.hits) and np.array_equal(
-        ranking.ranks.offsets, hits.offsets
-    )
+    assert np.array_equal(ranking.ranks.hits, hits.hits) and np.array_equal(ranking.ranks.offsets, hits.offsets)
     for row in ranking.chosen["worst"].tolist():
         cards = ranking.cards(row, topk=len(gallery))
         assert [c[:3] for c in cards] == [c[:3] for c in slow_lists(WITH, *case)[row][1]][: len(cards)]
-        assert [c.rank for c in cards if c.mark == "right"] == hits.hits[
-            slice(*hits.offsets[row : row + 2])
-        ].tolist()
+        assert [c.rank for c in cards if c.mark == "right"] == hits.hits[slice(*hits.offsets[row : row + 2])].tolist()
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -192,17 +183,13 @@ def test_histograms_count_every_pair(folder, monkeypatch):
 def test_junk_is_bounded_and_the_first_right_one_is_shown(tmp_path, folder):
     """30 same-camera images ahead, then wrong ones, and the only match last."""
     paths = PathList(folder, [f"{i % 20:04d}.png" for i in range(50)])
-    gallery = ReidImages(
-        paths, np.repeat([1, 2, 1], [30, 19, 1]), np.repeat([0, 0, 1], [30, 19, 1]), np.zeros(50, int)
-    )
+    gallery = ReidImages(paths, np.repeat([1, 2, 1], [30, 19, 1]), np.repeat([0, 0, 1], [30, 19, 1]), np.zeros(50, int))
     query = ReidImages(PathList(folder, ["0000.png"]), np.array([1]), np.array([0]), np.array([0]))
     angle = torch.linspace(0, 1, 50)
     case = query, torch.tensor([[1.0, 0.0]]), gallery, torch.stack([angle.cos(), angle.sin()], dim=1)
     page = write(tmp_path, WITH, case, topk=4)
     cards = read_sections(page)["worst"][0][2]
-    assert [card[:2] for card in cards] == [("junk", 0)] * 4 + [("wrong", r) for r in range(1, 5)] + [
-        ("right", 20)
-    ]
+    assert [card[:2] for card in cards] == [("junk", 0)] * 4 + [("wrong", r) for r in range(1, 5)] + [("right", 20)]
     assert page.count('<li class="right later">') == 3 and "AP 5.0 %, 1 match, at rank 20" in page
 
 

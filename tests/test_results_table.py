@@ -195,10 +195,7 @@ def test_what_lacks_its_origin_is_listed_and_not_printed(tmp_path):
         ("nowhere --output x.md", "nowhere is no folder"),
         ("{runs} --output x.txt", "ends in .md"),
         ("{runs}/empty --output x.md", "no args.json and no metrics.json in or below"),
-        (
-            "{runs} --output x.md --name 12=mine",
-            "0 of the weights begin with '12'; they are aaaaaaaaaaaaaaaa",
-        ),
+        ("{runs} --output x.md --name 12=mine", "0 of the weights begin with '12'; they are aaaaaaaaaaaaaaaa"),
         ("{runs} --output x.md --name aaaa", "write HASH=TEXT"),
     ],
 )
@@ -213,9 +210,7 @@ def test_refusals(tmp_path, words, message):
 def test_published_numbers_are_those_of_the_sheet_and_name_their_source():
     published = json.loads(results_table.PUBLISHED.read_text())
     rows = {row["name"]: row for row in published["rows"]}
-    assert len(rows) == len(published["rows"]) and {r["source"] for r in rows.values()} == set(
-        published["sources"]
-    )
+    assert len(rows) == len(published["rows"]) and {r["source"] for r in rows.values()} == set(published["sources"])
     assert rows["VehicleMAE, Autobot1M"]["numbers"] == {
         "reid veri776": {"mAP": 85.6, "R1": 97.9},
         "attr veri776": {"mA": 92.21, "accuracy": 94.91, "F1": 96.17},
@@ -230,9 +225,7 @@ def test_counts_of_the_published_sets():
     wild = {"train": 277_797, "classes": 30_671, "test": 10_000, "gallery": 128_517}
     assert published_counts("reid", "veriwild/10000") == wild
     assert published_counts("reid", "vehicleid/1600")["test"] == 11_777
-    others = (
-        "reid table, reid veri776/same-camera-kept, reid vehicleid/100, attr table, fgvc folder, seg parts/x"
-    )
+    others = "reid table, reid veri776/same-camera-kept, reid vehicleid/100, attr table, fgvc folder, seg parts/x"
     for other in others.split(", "):
         assert published_counts(*other.split()) is None
 
@@ -260,9 +253,7 @@ def test_the_commit_of_a_checkout_of_an_archive_and_of_neither(tmp_path):
 
 def test_runs_of_main_finetune_say_what_the_table_needs(tmp_path):
     """Real runs of two seeds: one row of the drawn set, with the hash of the weights and the commit."""
-    write_demo_reid(
-        tmp_path / "set", "veri776", train_ids=5, test_ids=5, images_per_id=6, size=32, processes=1
-    )
+    write_demo_reid(tmp_path / "set", "veri776", train_ids=5, test_ids=5, images_per_id=6, size=32, processes=1)
     weights = tmp_path / "weights" / "encoder.pth"
     weights.parent.mkdir()
     torch.save({"model": VisionTransformer((32, 32), 16, 192, 2, 3).state_dict()}, weights)

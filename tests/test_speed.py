@@ -22,9 +22,7 @@ def run_main(flags):
 
 def test_profile_accounts_for_the_whole_step(pictures, teacher_files, texts_file, tmp_path):
     teacher = ["--clip_model", str(teacher_files[0]), "--clip_pretrained", str(teacher_files[1])]
-    flags = small_flags(
-        pictures, tmp_path / "run", *teacher, "--text_bank", str(texts_file), "--profile", "8"
-    )
+    flags = small_flags(pictures, tmp_path / "run", *teacher, "--text_bank", str(texts_file), "--profile", "8")
     done = run_command(command("main_pretrain.py", *flags))
     assert done.returncode == 0, done.stderr
     result = json.loads((tmp_path / "run" / "profile" / "metrics.json").read_text())
@@ -96,9 +94,7 @@ def test_slow_data_is_pointed_at_once(pictures, tmp_path, monkeypatch, capsys):
 def test_silent_start_is_broken(pictures, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(engine_updates, "QUIET_SECONDS", 0.05)
     real = main_pretrain.PretrainDataset.__getitem__
-    monkeypatch.setattr(
-        main_pretrain.PretrainDataset, "__getitem__", lambda s, i: time.sleep(0.02) or real(s, i)
-    )
+    monkeypatch.setattr(main_pretrain.PretrainDataset, "__getitem__", lambda s, i: time.sleep(0.02) or real(s, i))
     run_main(small_flags(pictures, tmp_path / "run", "--no_distill", "--epochs", "1"))
     assert "still waiting for the first batch" in capsys.readouterr().out
 
@@ -132,9 +128,7 @@ def test_gpu_decoding_trains(pictures, tmp_path):
 
 
 def test_data_benchmark_counts_what_it_times(pictures, tmp_path, capsys):
-    flags = (
-        f"--data_path {pictures} --images 8 --rounds 2 --input_size 32 --large 2 --output {tmp_path}/b.json"
-    )
+    flags = f"--data_path {pictures} --images 8 --rounds 2 --input_size 32 --large 2 --output {tmp_path}/b.json"
     rows = benchmark_data.main(benchmark_data.get_args_parser().parse_args(flags.split()))["rows"]
     assert [(row["set"], row["variant"]) for row in rows] == [
         (name, variant) for name in ("given", "large") for variant in ("mae", "ours", "packed")

@@ -144,9 +144,7 @@ def test_the_same_weights_with_another_activation_are_another_teacher(teacher_fi
 @pytest.fixture(scope="module")
 def cache(pictures, teacher_files, texts_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "crops"
-    words = (
-        f"-m tools.reinforce --data_path {pictures} --output {folder} --views 3 --input_size 32 --device cpu"
-    )
+    words = f"-m tools.reinforce --data_path {pictures} --output {folder} --views 3 --input_size 32 --device cpu"
     words += f" --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --text_bank {texts_file}"
     done = run_command(command(*words.split()))
     assert done.returncode == 0, done.stderr
@@ -197,8 +195,6 @@ def test_cache_is_checked_resumed_and_verified(cache, pictures, tmp_path):
         main_pretrain.main(
             parse(
                 main_pretrain.get_args_parser(),
-                small_flags(
-                    pictures, tmp_path / "run", "--teacher_cache", str(folder), "--clip_model", "ViT-B-32"
-                ),
+                small_flags(pictures, tmp_path / "run", "--teacher_cache", str(folder), "--clip_model", "ViT-B-32"),
             )
         )

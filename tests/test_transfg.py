@@ -25,9 +25,7 @@ def sharp(fused=True, size=(96, 80), stride=12, depth=4, **more) -> VisionTransf
 
 
 def images(count=3, size=(96, 80)):
-    return torch.randint(
-        0, 256, (count, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1)
-    )
+    return torch.randint(0, 256, (count, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
 def full_product(encoder, blocks, imgs):
@@ -103,10 +101,7 @@ def test_gradients_reach_everything_and_checkpoints_change_nothing():
         model = TransFG(sharp(), 5, TransFGConfig())
         model.base.grad_checkpoint = checkpointed
         logits, feature = model(images())
-        (
-            identity_loss(logits, torch.tensor([0, 1, 1]))
-            + contrastive_loss(feature, torch.tensor([0, 1, 1]))
-        ).backward()
+        (identity_loss(logits, torch.tensor([0, 1, 1])) + contrastive_loss(feature, torch.tensor([0, 1, 1]))).backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
         grads.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert torch.equal(*grads) and torch.isfinite(grads[0]).all()

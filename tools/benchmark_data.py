@@ -57,9 +57,7 @@ def main(args) -> dict:
         sets = {"given": chosen}
         if args.large:
             sets["large"] = tile_photos(chosen, args.large, Path(name) / "large")
-        rows = [
-            row for title, images in sets.items() for row in compare(title, images, size, args, Path(name))
-        ]
+        rows = [row for title, images in sets.items() for row in compare(title, images, size, args, Path(name))]
     for row in rows:
         print(
             f"{row['set']:6s} {row['variant']:7s} {row['images_per_s']:8.1f} images/s/core  "
@@ -142,9 +140,7 @@ def tile_photos(images: PathList, count: int, folder: Path) -> PathList:
         columns, rows = ((2, 2), (3, 3), (4, 4))[k % 3]
         sheet = Image.new("RGB", (512 * columns, 384 * rows))
         for tile in range(columns * rows):
-            photo = open_rgb(images[(k * 7 + tile) % len(images)]).resize(
-                (512, 384), Image.Resampling.BICUBIC
-            )
+            photo = open_rgb(images[(k * 7 + tile) % len(images)]).resize((512, 384), Image.Resampling.BICUBIC)
             sheet.paste(photo, (tile % columns * 512, tile // columns * 384))
         names.append(f"{k:05d}.jpg")
         sheet.save(folder / names[-1], quality=92)

@@ -93,9 +93,7 @@ def main(args) -> dict:
         seconds: dict[str, list[float]] = {"ours": [], "timm": []}
         for _ in range(args.rounds):
             started = time.perf_counter()
-            ours = load_encoder(file, device=device).embed_images(photos, args.batch_size, ("cls", "mean"))[
-                "cls"
-            ]
+            ours = load_encoder(file, device=device).embed_images(photos, args.batch_size, ("cls", "mean"))["cls"]
             seconds["ours"].append(time.perf_counter() - started)
             started = time.perf_counter()
             theirs = embed_with_timm(theirs_file, like, photos, args.batch_size, device)

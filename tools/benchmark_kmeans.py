@@ -75,9 +75,7 @@ def run_faiss(x, args) -> np.ndarray:
     import faiss
 
     faiss.omp_set_num_threads(torch.get_num_threads())
-    found = faiss.Kmeans(
-        args.dim, args.clusters, niter=args.iterations, seed=0, max_points_per_centroid=10**9
-    )
+    found = faiss.Kmeans(args.dim, args.clusters, niter=args.iterations, seed=0, max_points_per_centroid=10**9)
     found.train(x)
     found.assign(x)  # ours ends with the assignment too
     return np.ascontiguousarray(found.centroids)
@@ -125,10 +123,7 @@ def compare(args) -> list[dict]:
         }
         rows.append(row)
         took = f"{row['seconds']:8.2f} s, spread {row['spread']:.0%}, {row['time_ratio']:.3f} x faiss"
-        print(
-            f"{name:16s} {took}; inertia {row['inertia']:.6g}, {row['inertia_ratio']:.4f} x faiss",
-            flush=True,
-        )
+        print(f"{name:16s} {took}; inertia {row['inertia']:.6g}, {row['inertia_ratio']:.4f} x faiss", flush=True)
     return rows
 
 

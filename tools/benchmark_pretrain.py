@@ -124,9 +124,7 @@ class Variant:
             bank = F.normalize(torch.randn(TEXTS, width, generator=torch.Generator().manual_seed(2)), dim=1)
             distill = {"context": "attention", "bank": bank, "tau": TAU}
         torch.manual_seed(0)
-        self.model = MODELS[args.model](
-            img_size=self.size, norm_pix_loss=True, fused_attn=fused, distill=distill
-        )
+        self.model = MODELS[args.model](img_size=self.size, norm_pix_loss=True, fused_attn=fused, distill=distill)
         if self.is_mae:
             self.model.__class__ = ReferenceMAE
         self.model.to(self.device).train()
@@ -148,10 +146,7 @@ class Variant:
         """The same batch again and again, on the device."""
         N, generator = args.batch_size, torch.Generator().manual_seed(1)
         imgs = torch.randint(0, 256, (N, 3, *self.size), dtype=torch.uint8, generator=generator)
-        batch = {
-            "imgs": imgs.to(self.device),
-            "noise": torch.rand(N, self.model.num_patches, generator=generator),
-        }
+        batch = {"imgs": imgs.to(self.device), "noise": torch.rand(N, self.model.num_patches, generator=generator)}
         if self.is_mae:
             batch["imgs"] = self.model.normalize(batch["imgs"])
         if kind == "ours+cache":
@@ -164,18 +159,12 @@ class Variant:
         workers = args.num_workers or os.cpu_count() or 1
         batches = EpochBatches(len(paths), args.batch_size, 0, 1, 0)
         if batches.batches_per_epoch < 1:
-            raise InputError(
-                f"{args.data_path} has {len(paths)} images, less than --batch_size {args.batch_size}"
-            )
+            raise InputError(f"{args.data_path} has {len(paths)} images, less than --batch_size {args.batch_size}")
         pin = self.device.type == "cuda"
         if self.is_mae:
             dataset = MaeImages(paths, self.size, self.model.num_patches)
             loader = DataLoader(
-                dataset,
-                batch_sampler=batches,
-                num_workers=workers,
-                pin_memory=pin,
-                worker_init_fn=init_worker,
+                dataset, batch_sampler=batches, num_workers=workers, pin_memory=pin, worker_init_fn=init_worker
             )
         else:
             dataset = PretrainDataset(paths, self.size, self.model.num_patches, seed=0, min_area=0.2)
@@ -187,9 +176,7 @@ class Variant:
                 if kind == "ours+cache":
                     batch["teacher_embed"] = stored_embeddings(args.batch_size, generator)
                 yield {
-                    name: value.to(self.device, non_blocking=True)
-                    for name, value in batch.items()
-                    if name != "problem"
+                    name: value.to(self.device, non_blocking=True) for name, value in batch.items() if name != "problem"
                 }
 
     def step(self) -> torch.Tensor:
@@ -243,9 +230,7 @@ class MaeImages(Dataset):
 def build_clip(name: str) -> torch.nn.Module:
     known = open_clip.list_models()
     if name not in known:
-        raise InputError(
-            f"--teacher {name}: open_clip knows {', '.join(known[:4])}, ... ({len(known)} names)"
-        )
+        raise InputError(f"--teacher {name}: open_clip knows {', '.join(known[:4])}, ... ({len(known)} names)")
     logging.disable(logging.WARNING)  # it would warn that the weights are random
     clip = open_clip.create_model(name)
     logging.disable(logging.NOTSET)
@@ -299,9 +284,7 @@ def main(args) -> dict:
     kinds = [kind for kind in args.variants if args.teacher or not kind.endswith("+teacher")]
     if "mae" not in kinds:
         raise InputError("--variants: everything is compared with mae, so name it too")
-    print(
-        f"default precision here: {auto_reason}; torch {torch.__version__}; {torch.get_num_threads()} threads"
-    )
+    print(f"default precision here: {auto_reason}; torch {torch.__version__}; {torch.get_num_threads()} threads")
     flops = needed_gflops(args)
     rows = {}
     for precision in precisions:

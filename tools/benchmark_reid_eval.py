@@ -115,11 +115,7 @@ def main(args) -> dict:
             started = time.perf_counter()
             found[name] = variant()
             seconds[name].append(time.perf_counter() - started)
-    result: dict = {
-        "size": args.size,
-        "dim": args.dim,
-        "torch": torch.__version__,
-    }
+    result: dict = {"size": args.size, "dim": args.dim, "torch": torch.__version__}
     result |= {"threads": torch.get_num_threads(), "gigabytes_features": before}
     for name in variants:
         result[f"{name}_seconds"] = statistics.median(seconds[name])

@@ -34,9 +34,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         if what:
             found.add_argument(what, help=what_help or "file, registry name, https:// or hf:// address")
         found.add_argument("--cache", default=None, help="folder of downloads (default ~/.cache/cgd_mae)")
-        found.add_argument(
-            "--metrics", default=None, help="write the printed JSON here, too (default: nowhere)"
-        )
+        found.add_argument("--metrics", default=None, help="write the printed JSON here, too (default: nowhere)")
         return found
 
     # fmt: off

@@ -86,12 +86,7 @@ def extract(args, device) -> dict:
         return {}
     shape, problems = result
     write_table(output, paths, problems)
-    return {
-        "images": len(paths),
-        "unreadable": len(problems),
-        "shape": list(shape),
-        "read_out": args.read_out,
-    }
+    return {"images": len(paths), "unreadable": len(problems), "shape": list(shape), "read_out": args.read_out}
 
 
 def write_table(output: Path, paths: PathList, problems: dict[int, str]) -> None:
@@ -100,9 +95,7 @@ def write_table(output: Path, paths: PathList, problems: dict[int, str]) -> None
     writer.writerow(["path", "problem"])
     for index in range(len(paths)):
         writer.writerow([printable(paths.relative(index)), problems.get(index, "")])
-    write_atomic(
-        output.with_name(output.name + ".csv"), lambda opened: opened.write(text.getvalue().encode())
-    )
+    write_atomic(output.with_name(output.name + ".csv"), lambda opened: opened.write(text.getvalue().encode()))
 
 
 if __name__ == "__main__":

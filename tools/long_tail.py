@@ -136,18 +136,14 @@ def main(args) -> dict:
         "balanced_classes": len({row[args.label_column] for row in judged}),
         "balanced_val": sum(row["split"] == "val" for row in judged),
     }
-    settings = {
-        name: getattr(args, name) for name in ("label_column", "exponent", "copies", "per_class", "seed")
-    }
+    settings = {name: getattr(args, name) for name in ("label_column", "exponent", "copies", "per_class", "seed")}
     about = json.dumps({"version": VERSION, "table": str(table), **settings, **result}, indent=1) + "\n"
     output = Path(args.output).absolute()
 
     def finish(folder: Path) -> None:
         write_table(folder / "pool.csv", ["path", "of", *columns], pool)
         write_table(
-            folder / "balanced.csv",
-            ["path", "split", *columns],
-            ({**row, "path": row["source"]} for row in judged),
+            folder / "balanced.csv", ["path", "split", *columns], ({**row, "path": row["source"]} for row in judged)
         )
         (folder / "long_tail.json").write_text(about, encoding="utf-8")
 

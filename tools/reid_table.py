@@ -39,17 +39,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 def main(args) -> dict:
     """Returns counts: identities and images of each part, and what was left out."""
     if not 0 < args.test_share < 1 or args.queries < 1:
-        raise InputError(
-            f"--test_share {args.test_share}, --queries {args.queries}: give a share in (0, 1), 1 or more"
-        )
+        raise InputError(f"--test_share {args.test_share}, --queries {args.queries}: give a share in (0, 1), 1 or more")
     file = Path(args.data_path)
     members: dict[str, list[dict]] = defaultdict(list)
     unnamed = 0
     for number, row in enumerate(iterate_manifest(file), 1):
         if args.label_column not in row:
-            raise InputError(
-                f"{file}, row {number} has no column {args.label_column}: it has {', '.join(row)}"
-            )
+            raise InputError(f"{file}, row {number} has no column {args.label_column}: it has {', '.join(row)}")
         label = cell(row, args.label_column)
         unnamed += not label
         if label:

@@ -18,14 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.manifest import list_images
 from datasets.pretrain import PretrainDataset
-from datasets.teacher_cache import (
-    HEADER,
-    SHARD_IMAGES,
-    TeacherCache,
-    cache_header,
-    shard_file,
-    shard_files,
-)
+from datasets.teacher_cache import HEADER, SHARD_IMAGES, TeacherCache, cache_header, shard_file, shard_files
 from datasets.text_bank import build_bank, is_encoded, load_bank, read_encoded, read_texts, save_bank
 from models_teacher import FrozenTeacher, load_clip
 from util.checkpoint import write_atomic
@@ -95,10 +88,7 @@ class OneView(Dataset):
 def embed_view(teacher, source: PretrainDataset, view: int, indices, args, device, progress=None):
     """-> ([len(indices), D_t] float32, list of problems)."""
     loader = DataLoader(
-        OneView(source, view, indices),
-        args.batch_size,
-        num_workers=args.num_workers,
-        worker_init_fn=init_worker,
+        OneView(source, view, indices), args.batch_size, num_workers=args.num_workers, worker_init_fn=init_worker
     )
     rows, problems = [], []
     for imgs, problem in loader:
@@ -180,8 +170,7 @@ def build(args, folder: Path, header: dict, teacher, source: PretrainDataset, de
     images, views = header["images"], header["views"]
     size = images * views * header["teacher"]["embed_dim"] * 2
     print_main(
-        f"{images} images x {views} views x {header['teacher']['embed_dim']} float16 = "
-        f"{size / 1e9:.3f} GB in {folder}"
+        f"{images} images x {views} views x {header['teacher']['embed_dim']} float16 = {size / 1e9:.3f} GB in {folder}"
     )
     shards = -(-images // SHARD_IMAGES)
     jobs = [(v, s) for v in range(views) for s in range(shards)]

@@ -56,9 +56,7 @@ def knn_accuracy(model, tables: dict, read_out: str, title: str) -> dict[str, fl
     features, problems = extract_features(model, paths, (read_out,), progress=progress.update)
     progress.close()
     if problems:
-        raise InputError(
-            f"{len(problems)} images could not be read, first {paths[min(problems)]}: remove them"
-        )
+        raise InputError(f"{len(problems)} images could not be read, first {paths[min(problems)]}: remove them")
     x = torch.from_numpy(features[read_out])
     scores = {}
     for column, table in tables.items():
@@ -113,8 +111,7 @@ def draw(log: list[dict], before: dict, after: dict, chance: dict, panel: Image.
 
 def page(title: str, png: bytes, facts: dict, metrics: dict) -> str:
     rows = "".join(
-        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(f'{v:.4g}' if isinstance(v, float) else str(v))}"
-        "</td></tr>"
+        f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(f'{v:.4g}' if isinstance(v, float) else str(v))}</td></tr>"
         for k, v in (metrics | facts).items()
     )
     picture = base64.b64encode(png).decode()

@@ -38,9 +38,7 @@ def main(args) -> dict:
     """Returns counts: runs, rows, left_out; and the files."""
     for path in args.runs:
         if not Path(path).is_dir():
-            raise InputError(
-                f"{path} is no folder: give output folders of main_finetune.py, or folders of them"
-            )
+            raise InputError(f"{path} is no folder: give output folders of main_finetune.py, or folders of them")
     output = Path(args.output)
     if output.suffix != ".md":
         raise InputError(f"--output {output}: the table is Markdown, so name a file that ends in .md")

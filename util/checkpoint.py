@@ -77,9 +77,7 @@ def read_checkpoint(file: str | Path) -> dict:
     if not file.is_file():
         raise InputError(f"checkpoint {file} does not exist")
     if file.suffix == ".onnx":
-        raise InputError(
-            f"{file} is ONNX, whose weights are not read back: give the file that it was made from"
-        )
+        raise InputError(f"{file} is ONNX, whose weights are not read back: give the file that it was made from")
     if not file.stat().st_size:
         raise InputError(f"checkpoint {file} is damaged: it is empty")
     if file.suffix != ".safetensors":

@@ -41,8 +41,7 @@ def pick_device(name: str) -> torch.device:
         raise InputError(f"--device {name}: choose auto, cuda or cpu; CUDA_VISIBLE_DEVICES picks the GPU")
     if not torch.cuda.is_available():
         raise InputError(
-            "--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver "
-            "with nvidia-smi"
+            "--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver with nvidia-smi"
         )
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if local_rank >= torch.cuda.device_count():
@@ -70,9 +69,7 @@ def init_distributed(device: torch.device, timeout_s: float) -> None:
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
     try:
         dist.init_process_group(
-            backend,
-            timeout=datetime.timedelta(seconds=timeout_s),
-            device_id=device if device.type == "cuda" else None,
+            backend, timeout=datetime.timedelta(seconds=timeout_s), device_id=device if device.type == "cuda" else None
         )
         dist.monitored_barrier(group=_gloo_group(device), timeout=datetime.timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:

@@ -61,9 +61,7 @@ class Run:
     def words(self) -> str:
         """What the command said of the recipe."""
         names = [name for name in self.args.get("given", []) if name not in NOT_CONFIG]
-        parts = [
-            f"{name} {_plain(self.args[name])}".removesuffix(" True") for name in names if name in self.args
-        ]
+        parts = [f"{name} {_plain(self.args[name])}".removesuffix(" True") for name in names if name in self.args]
         return ", ".join(parts) or "defaults"
 
 
@@ -83,12 +81,7 @@ class TestNumbers:
 
 def find_folders(paths: list[str]) -> list[Path]:
     """Folders with args.json or metrics.json, at and below `paths`."""
-    found = {
-        file.parent
-        for path in paths
-        for name in ("args.json", "metrics.json")
-        for file in Path(path).rglob(name)
-    }
+    found = {file.parent for path in paths for name in ("args.json", "metrics.json") for file in Path(path).rglob(name)}
     return sorted(found)
 
 
@@ -127,13 +120,9 @@ def _check_log(folder: Path, args: dict, metrics: dict) -> None:
         raise LeftOut("log.txt is missing or its last line is damaged") from None
     named = METRICS[args["task"]][0]
     tested = {name.removeprefix("test_"): value for name, value in last.items() if name.startswith("test_")}
-    same = [
-        tested[name] == value for name, value in metrics.items() if name.endswith(named) and name in tested
-    ]
+    same = [tested[name] == value for name, value in metrics.items() if name.endswith(named) and name in tested]
     if last.get("epoch") != args.get("epochs", 0) - 1 or not same or not all(same):
-        raise LeftOut(
-            f"log.txt does not end with the numbers of metrics.json after {args.get('epochs')} epochs"
-        )
+        raise LeftOut(f"log.txt does not end with the numbers of metrics.json after {args.get('epochs')} epochs")
 
 
 def _read_json(file: Path) -> dict:
@@ -176,9 +165,7 @@ def _test_numbers(run: Run, prefix: str, protocol: str, numbers: dict) -> TestNu
     usual = run.task != "attr" or run.args.get("attr_threshold") == THRESHOLD
     if usual and counts == published_counts(run.task, name):
         return TestNumbers(f"{run.task} {name}", True, name, numbers)
-    tested = (
-        f"{_count(counts['test'])} queries" if run.task == "reid" else f"{_count(counts['test'])} test images"
-    )
+    tested = f"{_count(counts['test'])} queries" if run.task == "reid" else f"{_count(counts['test'])} test images"
     if counts["gallery"]:
         tested += f" in {_count(counts['gallery'])}"
     title = (
@@ -195,12 +182,7 @@ def published_counts(task: str, name: str) -> dict | None:
     PartImageNet has none: which of its vehicles and parts the published numbers are of is not known.
     """
     if task == "attr" and name == "veri776":
-        return {
-            "train": ATTRIBUTE_COUNTS["train"],
-            "classes": 19,
-            "test": ATTRIBUTE_COUNTS["test"],
-            "gallery": None,
-        }
+        return {"train": ATTRIBUTE_COUNTS["train"], "classes": 19, "test": ATTRIBUTE_COUNTS["test"], "gallery": None}
     if task == "fgvc" and name == "StanfordCars":
         images = CAR_COUNTS["training images"], CAR_COUNTS["classes"], CAR_COUNTS["test images"]
         return dict(zip(("train", "classes", "test", "gallery"), (*images, None)))

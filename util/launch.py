@@ -10,9 +10,7 @@ from util.dist import end_distributed, init_distributed, is_main_process, pick_d
 from util.stop import end_with_launcher, hear_no_deaths_at_exit, run_lock
 
 
-def launch(
-    device: str, folder: str | Path, job: Callable[[torch.device], dict], timeout_s: float = 600.0
-) -> dict:
+def launch(device: str, folder: str | Path, job: Callable[[torch.device], dict], timeout_s: float = 600.0) -> dict:
     """Run `job(device)` with torchrun's group joined, if there is one, and `folder` locked on rank 0.
 
     Raises:

@@ -54,9 +54,7 @@ def center_loss(features: torch.Tensor, pids: torch.Tensor, centers: torch.Tenso
 
 
 @torch.no_grad()
-def move_centers(
-    centers: torch.Tensor, features: torch.Tensor, pids: torch.Tensor, rate: float = 0.5
-) -> None:
+def move_centers(centers: torch.Tensor, features: torch.Tensor, pids: torch.Tensor, rate: float = 0.5) -> None:
     """c_k <- c_k - rate * sum_{y_i = k} (c_k - x_i) / (1 + n_k), in place (Wen et al., 2016, eq. 4)."""
     sums = torch.zeros_like(centers).index_add_(0, pids, centers[pids] - features.float())
     counts = torch.zeros_like(centers[:, 0]).index_add_(0, pids, torch.ones_like(pids, dtype=centers.dtype))

@@ -15,10 +15,7 @@ def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
         if parameter.requires_grad:
             is_plain = parameter.ndim <= 1 or name.endswith(".bias")
             (no_decay if is_plain else decay).append(parameter)
-    return [
-        {"params": no_decay, "weight_decay": 0.0},
-        {"params": decay, "weight_decay": weight_decay},
-    ]
+    return [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
 
 
 def build_adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:

@@ -206,9 +206,7 @@ def _from_google(whole: dict, prefix: str, file: Path) -> Renamed:
 
 def _with_dims(value: torch.Tensor, dims: int, key: str, file: Path) -> torch.Tensor:
     if value.ndim != dims:
-        raise InputError(
-            f"{file} holds {key} as {tuple(value.shape)}: a Google ViT has {dims} dimensions there"
-        )
+        raise InputError(f"{file} holds {key} as {tuple(value.shape)}: a Google ViT has {dims} dimensions there")
     return value
 
 

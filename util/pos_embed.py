@@ -26,9 +26,7 @@ def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int]) -> torch.Tensor
     omega = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
     column_angle = np.tile(np.arange(columns), rows)[:, None] * omega  # [L, D/4]
     row_angle = np.repeat(np.arange(rows), columns)[:, None] * omega  # [L, D/4]
-    table = np.concatenate(
-        [np.sin(column_angle), np.cos(column_angle), np.sin(row_angle), np.cos(row_angle)], axis=1
-    )
+    table = np.concatenate([np.sin(column_angle), np.cos(column_angle), np.sin(row_angle), np.cos(row_angle)], axis=1)
     table = np.concatenate([np.zeros((1, embed_dim)), table])
     return torch.from_numpy(table).float()
 

@@ -189,9 +189,7 @@ def _checked(config: dict, file) -> dict:
             fits = fits and all(isinstance(n, kinds) and (n > 0 or name == "mean") for n in numbers)
             if name in config and not fits:
                 wanted = f"{count} numbers" if count else "a positive number"
-                raise InputError(
-                    f"{file} says {name} {value!r} of its model, which has to be {wanted}: it is damaged"
-                )
+                raise InputError(f"{file} says {name} {value!r} of its model, which has to be {wanted}: it is damaged")
     return config
 
 

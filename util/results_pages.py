@@ -35,14 +35,7 @@ TABLES = {  # heading: {test: (title, metrics)}
         PARTS: ("PartImageNet vehicles", ("mIoU", "mAcc")),
     },
 }
-DRAWN = (
-    "reid veri776",
-    "reid vehicleid/800",
-    "reid veriwild/3000",
-    "attr veri776",
-    "fgvc StanfordCars",
-    PARTS,
-)
+DRAWN = ("reid veri776", "reid vehicleid/800", "reid veriwild/3000", "attr veri776", "fgvc StanfordCars", PARTS)
 
 
 @dataclass(frozen=True)
@@ -122,12 +115,7 @@ def _own_table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
     metrics = [m for m in METRICS[task] if any(m in group.values for group in groups)]
     head = ["pre-training", "recipe", *(NAMES[m] for m in metrics), "runs"]
     rows = [
-        [
-            group.name,
-            group.runs[0].words(),
-            *(group.cell(m, DIGITS[task]) for m in metrics),
-            f"[{group.number}]",
-        ]
+        [group.name, group.runs[0].words(), *(group.cell(m, DIGITS[task]) for m in metrics), f"[{group.number}]"]
         for group in groups
     ]
     return head, rows
@@ -144,17 +132,7 @@ def _runs_table(groups: list[Group]) -> tuple[list[str], list[list[str]]]:
             ", ".join(str(run.seed) for run in runs), ", ".join(commits), f"`{weights}`",
             " ".join(f"`{run.folder}`" for run in runs),
         ])  # fmt: skip
-    head = [
-        "runs",
-        "task",
-        "pre-training",
-        "recipe",
-        "config",
-        "seeds",
-        "commit",
-        "weights, SHA-256",
-        "folders",
-    ]
+    head = ["runs", "task", "pre-training", "recipe", "config", "seeds", "commit", "weights, SHA-256", "folders"]
     return head, rows
 
 

@@ -9,14 +9,7 @@ import torch
 
 from checkpoints.reference import reference_of
 from models_vit import VisionTransformer
-from util.checkpoint import (
-    encoder_state,
-    load_weights,
-    read_checkpoint,
-    write_atomic,
-    write_safetensors,
-    write_torch,
-)
+from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_atomic, write_safetensors, write_torch
 from util.dist import is_main_process
 from util.errors import InputError
 from util.precision import LEAST_SCALE
@@ -113,9 +106,7 @@ class RunFiles:
                 continue
             return "; ".join([*skipped, self._restore(run, file, content, allow_change)])
         if skipped:
-            raise InputError(
-                "; ".join(skipped) + ": no readable checkpoint is left; remove --resume to start anew"
-            )
+            raise InputError("; ".join(skipped) + ": no readable checkpoint is left; remove --resume to start anew")
         return f"fresh start (--resume auto found no checkpoint in {self.output_dir})"
 
     def _restore(self, run, file: Path, content: dict, allow_change: list[str]) -> str:
@@ -191,14 +182,10 @@ class RunFiles:
     def export_encoder(self, bare: torch.nn.Module) -> None:
         """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors`, which also
         says what the encoder answers to the reference pictures."""
-        state = {
-            k: v.detach().float().cpu().contiguous() for k, v in encoder_state(bare.state_dict()).items()
-        }
+        state = {k: v.detach().float().cpu().contiguous() for k, v in encoder_state(bare.state_dict()).items()}
         encoder = VisionTransformer(**bare.settings(), initialize=False)
         encoder.load_state_dict(state)
-        self._export(
-            "encoder", {"model": state}, state, {"reference": json.dumps(reference_of(encoder.eval()))}
-        )
+        self._export("encoder", {"model": state}, state, {"reference": json.dumps(reference_of(encoder.eval()))})
 
     def export_model(self, bare: torch.nn.Module) -> None:
         """`model.pth` ({"model", "config"}) and `model.safetensors`: to score and search with."""

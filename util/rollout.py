@@ -17,21 +17,12 @@ from models_vit import VisionTransformer
 
 Rollout = Callable[[torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
 
-HEAT = (
-    (0, 0, 4),
-    (87, 16, 110),
-    (188, 55, 84),
-    (249, 142, 9),
-    (252, 255, 164),
-)  # dark to light, also in grey
+HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))  # dark to light, also in grey
 
 
 @torch.no_grad()
 def attention_rollout(
-    base: VisionTransformer,
-    imgs: torch.Tensor,
-    blocks: Iterable[Block] | None = None,
-    side: torch.Tensor | None = None,
+    base: VisionTransformer, imgs: torch.Tensor, blocks: Iterable[Block] | None = None, side: torch.Tensor | None = None
 ) -> torch.Tensor:
     """How much of each patch has reached the class token through all blocks.
 

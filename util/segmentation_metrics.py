@@ -25,9 +25,7 @@ def confusion_matrix(truth: torch.Tensor, predicted: torch.Tensor, num_classes: 
     for name, x in (("truth", truth), ("prediction", predicted)):
         if len(x) and (x.min() < 0 or x.max() >= num_classes):
             raise ValueError(f"{name} has classes from {x.min()} to {x.max()}, there are {num_classes}")
-    return torch.bincount(truth * num_classes + predicted, minlength=num_classes**2).view(
-        num_classes, num_classes
-    )
+    return torch.bincount(truth * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 @dataclass(frozen=True)

@@ -81,9 +81,7 @@ class StepProfile:
             self._profile.export_chrome_trace(str(self.folder / "trace.json"))
         spent = dict.fromkeys(PARTS, 0.0) | {"data wait": self.data_wait * 1e3}
         for name, started, ended in self.spans:
-            spent[name] += (
-                (ended - started) * 1e3 if isinstance(started, float) else started.elapsed_time(ended)
-            )
+            spent[name] += (ended - started) * 1e3 if isinstance(started, float) else started.elapsed_time(ended)
         update_ms = self.seconds / self.updates * 1e3
         parts = {name: value / self.updates for name, value in spent.items()}
         return {
