@@ -11,9 +11,9 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from datasets.transforms import whole_image
 from models_vit import VisionTransformer
-from util.checkpoint import write_atomic, write_json
 from util.dist import is_main_process
-from util.parts import Parts
+from util.files import write_atomic, write_json
+from util.parallel import Parts
 from util.progress import Progress
 from util.stop import init_worker
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import nn
 
-from engine_updates import CommittedBuffers, StepWatch, apply_update
 from finetune.task import Task
 from util.errors import InputError
-from util.lr_sched import set_lr
+from util.loop import CommittedBuffers, StepWatch, apply_update
 from util.meter import Meter
+from util.optim import set_lr
 from util.stop import NoGuard, StopGuard
 
 STEADIER = "lower --lr or set --clip_grad 1 (name them after --allow_change), or use --amp none"

@@ -16,8 +16,7 @@ from datasets.path_list import PathList
 from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
 from models_probe import ReadOuts
 from util.errors import InputError
-from util.lars import LARS
-from util.lr_sched import cosine_lr, set_lr
+from util.optim import LARS, cosine_lr, set_lr
 from util.progress import Progress
 from util.stop import init_worker
 

@@ -11,11 +11,10 @@ import torch
 from torch import nn
 
 from datasets.device_decode import decode_batch
-from engine_updates import StepWatch, apply_update
 from util.errors import InputError
-from util.lr_sched import cosine_lr, ramp, set_lr
-from util.memory import largest_that_fits
-from util.meter import Meter
+from util.loop import StepWatch, apply_update
+from util.meter import Meter, largest_that_fits
+from util.optim import cosine_lr, ramp, set_lr
 from util.step_profile import StepProfile, part
 from util.stop import NoGuard, StopGuard
 

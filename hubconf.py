@@ -15,8 +15,8 @@ import difflib
 # modules, not their functions: torch.hub takes every function of this file for an entry
 import models_mae
 import models_vit
-from checkpoints import fetch as downloads
 from util import errors
+from util import fetch as downloads
 
 dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "tqdm"]
 

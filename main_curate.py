@@ -24,7 +24,6 @@ from curation.measure import SIDE
 from curation.near import MAX_BITS
 from curation.quality import poor_images
 from curation.removal import Removals, load_removal, save_removal
-from curation.report import write_report
 from curation.sources import JoinedImages, open_sources
 from curation.stages import Stages
 from curation.vehicles import not_vehicles, read_prompts
@@ -32,13 +31,13 @@ from datasets.benchmarks import recognise
 from engine_extract import WholeImages, extract_to_file
 from models_teacher import FrozenTeacher, encode_texts, load_clip
 from models_vit import load_encoder
-from util.checkpoint import write_atomic, write_json
-from util.dist import is_main_process
+from reports.curation import write_report
+from util.cli import Parser, run_tool
+from util.dist import is_main_process, launch
 from util.errors import InputError
-from util.launch import launch
+from util.files import write_atomic, write_json
 from util.precision import pick_amp_dtype, pick_fused_attention
 from util.progress import Progress
-from util.tool import run_tool, tool_parser
 
 DROPS = ("quality", "vehicle", "leaks", "duplicates")
 
@@ -386,8 +385,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(
-        tool_parser("main_curate.py", __doc__, parents=[get_args_parser()]),
-        main,
-        lambda args: Path(args.output) / "metrics.json",
-    )
+    ARGS = Parser("main_curate.py", __doc__, parents=[get_args_parser()]).parse_args()
+    run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")

@@ -23,10 +23,10 @@ from description.rows import read_rows
 from description.selection import Candidates, encode, ground_candidates
 from description.texts import DEFAULT_TEMPLATES, fill, invisible_reason, read_templates
 from models_teacher import load_clip
-from util.claim import claim
+from util.cli import Parser, run_tool
 from util.dist import pick_device
 from util.errors import InputError
-from util.tool import run_tool, tool_parser
+from util.parallel import claim
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -191,8 +191,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(
-        tool_parser("main_describe.py", __doc__, parents=[get_args_parser()]),
-        main,
-        lambda args: Path(args.output) / "metrics.json",
-    )
+    ARGS = Parser("main_describe.py", __doc__, parents=[get_args_parser()]).parse_args()
+    run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")

@@ -17,22 +17,19 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoints.fetch import fetch
 from engine_finetune import FinetuneRun, train_one_epoch
 from finetune import attr, fgvc, reid, seg
 from finetune.encoder import PIXEL_STATS, encoder_models
-from util.checkpoint import write_json
-from util.dist import agree, barrier, get_rank, get_world_size, is_main_process, print_main, wrap_ddp
+from util.cli import Parser, parse_input_size
+from util.dist import agree, barrier, get_rank, get_world_size, is_main_process, launch, print_main, wrap_ddp
 from util.errors import InputError, run_or_explain
-from util.launch import launch
-from util.memory import peak_gigabytes
-from util.meter import Meter, means
+from util.fetch import fetch
+from util.files import write_json
+from util.meter import Meter, means, peak_gigabytes
+from util.parallel import default_workers
 from util.precision import pick_amp_dtype, pick_fused_attention
-from util.resolve import parse_input_size
-from util.resume import RunFiles, refuse_used_folder
-from util.settings import default_workers, environment
+from util.run_files import RunFiles, environment, refuse_used_folder
 from util.stop import StopGuard, init_worker
-from util.tool import tool_parser
 
 TASKS = {"reid": reid, "attr": attr, "fgvc": fgvc, "seg": seg}
 FIXED_ON_RESUME = (
@@ -392,8 +389,8 @@ def append_log(run: FinetuneRun, record: dict) -> None:
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:
     """The command line; `given` names what it says, also where that is the default."""
-    args = tool_parser("main_finetune.py", __doc__, parents=[get_args_parser()]).parse_args(words)
-    silent = tool_parser("main_finetune.py", __doc__, parents=[get_args_parser()])
+    args = Parser("main_finetune.py", __doc__, parents=[get_args_parser()]).parse_args(words)
+    silent = Parser("main_finetune.py", __doc__, parents=[get_args_parser()])
     for action in silent._actions:  # set_defaults would convert the marker to the flag's type
         action.default = argparse.SUPPRESS
     args.given = list(vars(silent.parse_args(words)))

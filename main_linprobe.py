@@ -14,23 +14,22 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from checkpoints.fetch import fetch
 from datasets.labelled import LabelledImages, list_labelled
 from datasets.reid import READERS, read_reid
 from engine_extract import extract_features
 from engine_linprobe import CropBatches, Recipe, StoredBatches, train_heads
 from finetune.reid_eval import evaluate_reid, flat_metrics, unreadable_of
+from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
+from metrics.protocols import evaluate, protocols_of
 from models_probe import READ_OUTS, ReadOuts, SearchReadOuts, load_read_outs
-from util.checkpoint import write_atomic
+from reports.probe import Score, draw_layers, mean_attribute_accuracy, score_table
+from util.cli import Parser, parse_input_size, run_tool
 from util.dist import pick_device
 from util.errors import InputError
+from util.fetch import fetch
+from util.files import write_atomic
 from util.precision import pick_amp_dtype, pick_fused_attention
-from util.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
-from util.probe_tables import Score, draw_layers, mean_attribute_accuracy, score_table
 from util.progress import Progress
-from util.protocols import evaluate, protocols_of
-from util.resolve import parse_input_size
-from util.tool import run_tool, tool_parser
 
 PROTOCOLS = ("knn", "linear", "mae", "fewshot", "reid")
 
@@ -319,4 +318,5 @@ def metrics_file(args) -> Path:
 
 
 if __name__ == "__main__":
-    run_tool(tool_parser("main_linprobe.py", __doc__, parents=[get_args_parser()]), main, metrics_file)
+    ARGS = Parser("main_linprobe.py", __doc__, parents=[get_args_parser()]).parse_args()
+    run_tool(main, ARGS, metrics_file(ARGS))

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from checkpoints.fetch import fetch
 from datasets.manifest import list_images
 from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
 from datasets.teacher_cache import TeacherCache
@@ -25,17 +24,16 @@ from datasets.text_bank import build_bank, hash_texts, is_encoded, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch
 from models_mae import CONTEXTS, MODELS
 from models_teacher import FrozenTeacher, load_clip
-from util.checkpoint import write_json
-from util.dist import agree, barrier, get_rank, get_world_size, is_main_process, wrap_ddp
+from reports.panels import save_panels
+from util.dist import agree, barrier, get_rank, get_world_size, is_main_process, launch, wrap_ddp
 from util.errors import InputError, run_or_explain
-from util.launch import launch
-from util.memory import peak_gigabytes
-from util.meter import Meter, means, trivial_distillation
+from util.fetch import fetch
+from util.files import write_json
+from util.meter import Meter, means, peak_gigabytes, trivial_distillation
 from util.optim import build_adamw
-from util.panels import save_panels
 from util.precision import pick_amp_dtype, pick_fused_attention
-from util.resume import RunFiles, initialise_from, refuse_used_folder
-from util.settings import check_args, environment, print_header, resolve
+from util.run_files import RunFiles, environment, initialise_from, refuse_used_folder
+from util.settings import check_args, print_header, resolve
 from util.step_profile import StepProfile, compile_counts, profile_table
 from util.stop import NoGuard, StopGuard, init_worker
 

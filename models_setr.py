@@ -10,10 +10,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from metrics.seg import IGNORE
 from models_vit import LayerNorm, VisionTransformer, run_blocks
 from util.dist import get_world_size
 from util.errors import InputError
-from util.segmentation_metrics import IGNORE
 
 # blocks of 12 whose outputs are used, from 0: the auxiliary heads' in order, the main head's (the last) last
 TAPS = {"naive": (2, 5, 8, 11), "pup": (4, 7, 9, 11), "mla": (2, 5, 8, 11)}

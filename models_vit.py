@@ -19,23 +19,16 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from checkpoints.fetch import fetch
 from datasets.images import UNREADABLE, is_turned, open_rgb, to_rgb, why_unreadable
 from datasets.transforms import whole_image
 from util.dist import get_rank, get_world_size, pick_device
 from util.errors import InputError
+from util.fetch import fetch
+from util.names import ENCODER_SIZES
 from util.pos_embed import resize_pos_embed, sincos_pos_embed
 from util.precision import pick_fused_attention, scoring
 from util.pretrained import Pretrained, load_pretrained, read_pretrained
 
-# size: (width, blocks, heads, patch); base, large and huge as in MAE, Table 8 and Dosovitskiy et al.
-ENCODER_SIZES = {
-    "tiny": (192, 12, 3, 16),
-    "small": (384, 12, 6, 16),
-    "base": (768, 12, 12, 16),
-    "large": (1024, 24, 16, 16),
-    "huge": (1280, 32, 16, 14),
-}
 FEATURES = ("cls", "mean", "tokens")
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -321,7 +314,7 @@ def load_encoder(
     `stride` resizes the position table.
 
     Args:
-        source: a file, a name of checkpoints/registry.json, https://..., or hf://ORG/REPO/FILE.
+        source: a file, a name of util/registry.json, https://..., or hf://ORG/REPO/FILE.
         img_size: (H, W) in px, default the file's.
         device: a torch device, or "auto": CUDA where there is one.
         fused_attn: None: what is fast on the device.

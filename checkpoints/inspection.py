@@ -15,10 +15,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints.fetch import known
 from util.checkpoint import CONTAINERS, read_checkpoint, read_safetensors_header
-from util.checksums import DAMAGE, file_digests, kind_of_sums
+from util.checksums import DAMAGE, kind_of_sums
 from util.errors import InputError
+from util.fetch import known
+from util.files import file_digests
 from util.pretrained import read_config, recognise
 
 OF_TENSORS = ("torch.Size", "torch.device", "torch._utils._rebuild_parameter_with_state")  # not worth a line

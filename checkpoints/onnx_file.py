@@ -18,16 +18,16 @@ from torch import nn
 
 from checkpoints.reference import reference_images
 from checkpoints.verification import TRAINED
-from datasets.demo_render import render
 from datasets.images import open_given
 from datasets.transforms import whole_image
+from demo.render import render
 from finetune.reid_model import KIND as REID
 from finetune.reid_model import load_reid
 from models_transreid import TransReID
 from models_vit import FEATURES, VisionTransformer, load_encoder
 from util.checkpoint import read_checkpoint
-from util.checksums import file_sha256
 from util.errors import InputError
+from util.files import file_sha256
 from util.pretrained import read_config
 
 ONE_FILE_BYTES = 1 << 30  # more goes to NAME.onnx.data beside it: ONNX files end at 2 GiB

@@ -14,8 +14,9 @@ import torch
 
 from checkpoints.reference import reference_of
 from models_vit import ENCODER_SIZES, VisionTransformer
-from util.checkpoint import write_atomic, write_json, write_safetensors, write_torch
+from util.checkpoint import write_safetensors, write_torch
 from util.errors import InputError
+from util.files import write_atomic, write_json
 from util.peer_names import google_names, hf_names
 from util.pos_embed import resize_pos_embed
 from util.pretrained import Pretrained

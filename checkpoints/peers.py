@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 from checkpoints import peer_files
-from checkpoints.fetch import fetch
 from checkpoints.peer_files import Source
 from models_vit import encoder_from
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
+from util.fetch import fetch
 from util.pretrained import read_pretrained, recognise, weights_file
 
 

@@ -12,23 +12,15 @@ import torch
 from checkpoints.inspection import inspect_file, table
 from checkpoints.reference import TOLERANCE, compare, reference_of
 from checkpoints.verification import verify_file
-from datasets.demo_render import render
 from datasets.images import open_given
 from datasets.transforms import mask_noise, whole_image
+from demo.render import render
 from models_mae import load_autoencoder
 from models_vit import VisionTransformer, load_encoder
-from util.checkpoint import (
-    encoder_state,
-    read_checkpoint,
-    read_safetensors_header,
-    write_atomic,
-    write_json,
-    write_safetensors,
-    write_torch,
-)
-from util.checksums import file_sha256
+from reports.panels import draw_panel, panel_caption, reconstruction_columns
+from util.checkpoint import encoder_state, read_checkpoint, read_safetensors_header, write_safetensors, write_torch
 from util.errors import InputError
-from util.panels import draw_panel, panel_caption, reconstruction_columns
+from util.files import file_sha256, write_atomic, write_json
 
 RUN_FILES = ("args.json", "log.txt", "checkpoint-last.pth", "encoder.pth")
 FILES = (  # of a release; the sums last, because they vouch for the others

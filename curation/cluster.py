@@ -10,9 +10,9 @@ from curation.duplicates import Embedded
 from curation.hierarchy import Tree, build_tree, members_by_cluster, plan_levels, step_rng
 from curation.rows import Rows
 from curation.sample import sample_tree, water_fill
-from util.checkpoint import write_atomic
 from util.dist import is_main_process
 from util.errors import InputError
+from util.files import write_atomic
 
 
 @dataclass(frozen=True)

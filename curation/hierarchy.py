@@ -13,9 +13,9 @@ import torch
 
 from curation.kmeans import Clusters, assign, kmeans, memory_bytes
 from curation.rows import Rows
-from util.checkpoint import write_atomic
 from util.dist import barrier, is_main_process, print_main
 from util.errors import InputError
+from util.files import write_atomic
 
 AUTO_PLUS_PLUS = {"cpu": 5_000, "cuda": 50_000}  # clusters up to which `auto` seeds by k-means++
 

@@ -12,11 +12,10 @@ import numpy as np
 
 from curation.measure import FIELDS, SIDE, measure_image
 from curation.sources import JoinedImages
-from util.checkpoint import write_atomic
 from util.dist import is_main_process
-from util.parts import Parts
+from util.files import write_atomic
+from util.parallel import Parts, map_in_order, shared, worker_pool
 from util.progress import Progress
-from util.work import map_in_order, shared, worker_pool
 
 PART_IMAGES = 4096
 BLOCK_ROWS = 65_536

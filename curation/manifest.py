@@ -10,7 +10,7 @@ from curation.index import read_rows
 from curation.sources import JoinedImages
 from datasets.images import open_rgb
 from datasets.packed import PackedImages
-from util.checkpoint import write_atomic
+from util.files import write_atomic
 
 COLUMNS = ("path", "source", "sha256", "width", "height", "box", "identity", "camera")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from util.checkpoint import write_atomic
+from util.files import write_atomic
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from util.checkpoint import write_json
 from util.dist import is_main_process, print_main
+from util.files import write_json
 
 
 class Stages:

@@ -22,9 +22,9 @@ import numpy as np
 
 from datasets.manifest import list_images
 from datasets.path_list import PathList
-from util.checkpoint import write_atomic
+from util.cli import Parser
 from util.errors import InputError, run_or_explain
-from util.tool import tool_parser
+from util.files import write_atomic
 
 CHUNK = 65536  # paths looked at in one go
 
@@ -124,7 +124,7 @@ def read_split(name: str, root: Path, split: str = "test") -> Iterator[str]:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("datasets.benchmarks", __doc__)
+    parser = Parser("datasets.benchmarks", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--count", type=Path, help="folder or manifest to look through (default none)")

@@ -13,9 +13,9 @@ from torch.utils.data import DataLoader
 from datasets.text_bank import hash_texts
 from engine_extract import WholeImages
 from models_teacher import FrozenTeacher, encode_texts
-from util.checkpoint import write_atomic, write_json
-from util.claim import claim
 from util.errors import InputError
+from util.files import write_atomic, write_json
+from util.parallel import claim
 from util.progress import Progress
 from util.stop import init_worker
 

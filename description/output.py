@@ -11,9 +11,9 @@ import open_clip
 
 from datasets.path_list import printable
 from datasets.text_bank import hash_texts
-from description.report import page
 from description.texts import wordings_of
-from util.checkpoint import write_atomic, write_json
+from reports.description import page
+from util.files import write_atomic, write_json
 
 
 def write_folder(args, candidates, templates, identity, facts: dict, paths) -> None:

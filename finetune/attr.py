@@ -10,23 +10,22 @@ import numpy as np
 import torch
 from torch import nn
 
-from datasets.attributes import AttributeData, AttributeTrainImages, read_attribute_set
+from datasets.attr import AttributeData, AttributeTrainImages, read_attribute_set
 from datasets.augment import PadCropErase
 from datasets.train_items import epoch_batches
 from engine_extract import WholeImages
 from finetune.attr_model import KIND, Known, attr_config, load_vtb
-from finetune.attr_report import write_attr_report
 from finetune.attr_text import text_vectors
 from finetune.encoder import build_encoder, check_trained
 from finetune.predict import predict, write_unreadable
 from finetune.task import Task
+from metrics.attr import THRESHOLD, attribute_metrics, attribute_rows, group_top1
 from models_vtb import VTB, attribute_loss
-from util.attribute_metrics import THRESHOLD, attribute_metrics, attribute_rows, group_top1
-from util.checkpoint import write_atomic
+from reports.attr import write_attr_report
 from util.dist import gather_rows, print_main, wait_for_main
 from util.errors import InputError
-from util.lr_sched import transreid_lr
-from util.optim import build_finetune_optimizer
+from util.files import write_atomic
+from util.optim import build_finetune_optimizer, transreid_lr
 from util.precision import scoring
 
 RECIPE = {  # VTB's

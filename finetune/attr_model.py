@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.attributes import Attribute, AttributeData
+from datasets.attr import Attribute, AttributeData
 from finetune.encoder import encoder_of
+from metrics.attr import constant_answer
 from models_vit import VisionTransformer
 from models_vtb import VTB
-from util.attribute_metrics import constant_answer
 from util.checkpoint import load_weights, read_checkpoint
 from util.pretrained import read_config
 

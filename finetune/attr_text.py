@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from datasets.attributes import Attribute
+from datasets.attr import Attribute
 from description.canonical import slot_of, with_articles
 from util.errors import InputError
 

@@ -2,8 +2,8 @@
 
 from models_vit import CLIP_STATS, ENCODER_SIZES, IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, load_encoder
 from util.checkpoint import read_checkpoint
-from util.checksums import file_sha256
 from util.errors import InputError
+from util.files import file_sha256
 from util.pretrained import read_config
 
 # what shapes an encoder: a trained model has its own

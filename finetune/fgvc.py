@@ -12,16 +12,15 @@ from datasets.fgvc_train import CenterCrops, CropFlipAugment, FgvcTrainImages
 from datasets.train_items import epoch_batches
 from finetune.encoder import build_encoder, check_trained
 from finetune.fgvc_model import KIND, fgvc_config, load_fgvc
-from finetune.fgvc_report import Answers, write_fgvc_report
 from finetune.predict import predict, write_unreadable
 from finetune.task import Task
+from metrics.fgvc import class_scores
 from models_transfg import TransFG, TransFGConfig, contrastive_loss
-from util.class_metrics import class_scores
+from reports.fgvc import Answers, write_fgvc_report
 from util.dist import gather_rows, is_main_process, print_main, wait_for_main
 from util.errors import InputError
 from util.losses import identity_loss
-from util.lr_sched import cosine_lr
-from util.optim import build_finetune_optimizer
+from util.optim import build_finetune_optimizer, cosine_lr
 from util.precision import scoring
 
 RECIPE = {  # TransFG's of StanfordCars: 500 of its 10,000 steps of 16 images are warm-up

@@ -10,9 +10,9 @@ import torch.distributed as dist
 
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from engine_extract import WholeImages, extract_batches
-from util.checkpoint import write_atomic
 from util.dist import get_rank, get_world_size, is_main_process
 from util.errors import InputError
+from util.files import write_atomic
 from util.progress import Progress
 
 

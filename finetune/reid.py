@@ -16,18 +16,17 @@ from finetune.encoder import build_encoder, check_trained
 from finetune.predict import write_unreadable
 from finetune.reid_eval import evaluate_reid, flat_metrics, result_lines, unreadable_of
 from finetune.reid_model import KIND, in_the_models_numbers, load_reid, reid_config
-from finetune.reid_report import write_reid_report
 from finetune.task import Task
+from metrics.protocols import draw_gallery, protocols_of
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
+from reports.reid import write_reid_report
+from reports.rollout import reid_rollout
 from util.dist import gather_rows, get_rank, get_world_size, is_main_process, print_main, wait_for_main
 from util.errors import InputError
 from util.losses import center_loss, hard_triplet_loss, identity_loss, move_centers, over_branches
-from util.lr_sched import transreid_lr
-from util.optim import build_finetune_optimizer
+from util.optim import build_finetune_optimizer, transreid_lr
 from util.precision import scoring
-from util.protocols import draw_gallery, protocols_of
-from util.rollout import reid_rollout
 
 # up to which a published set numbers its cameras: train alone may not show the last
 CAMERAS = {"veri776": 20, "veriwild": 175}

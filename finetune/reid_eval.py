@@ -8,9 +8,9 @@ import torch
 from datasets.reid import ReidData, ReidImages
 from engine_extract import WholeImages
 from finetune.predict import predict
+from metrics.protocols import Protocol, evaluate
 from models_transreid import TransReID
 from util.dist import wait_for_main
-from util.protocols import Protocol, evaluate
 
 
 @dataclass(frozen=True)

@@ -6,23 +6,22 @@ from pathlib import Path
 
 import torch
 
-from datasets.parts import LABEL_SPACES, SPLITS, PartsData, read_parts
-from datasets.parts_train import PartsAugment, PartsTrainItems
+from datasets.seg import LABEL_SPACES, SPLITS, PartsData, read_parts
+from datasets.seg_train import PartsAugment, PartsTrainItems
 from datasets.train_items import epoch_batches
 from finetune.encoder import build_encoder, check_trained, encoder_of
 from finetune.predict import write_unreadable
 from finetune.seg_eval import MODES, PartsResult, evaluate_parts
-from finetune.seg_report import write_seg_report
 from finetune.task import Task
+from metrics.seg import SegmentationNumbers, segmentation_numbers
 from models_setr import SETR, TAPS, SETRConfig, setr_loss, synchronized
+from reports.seg import write_seg_report
 from util.checkpoint import load_weights, read_checkpoint
 from util.dist import is_main_process, print_main, wait_for_main
 from util.errors import InputError
-from util.lr_sched import poly_lr
-from util.optim import build_finetune_optimizer
+from util.optim import build_finetune_optimizer, poly_lr
 from util.precision import scoring
 from util.pretrained import read_config
-from util.segmentation_metrics import SegmentationNumbers, segmentation_numbers
 
 KIND = "CGD-MAE SETR"
 RECIPE = {  # SETR's for ADE20K, without dropout; 20,000 updates of 16 are 320,000 / images epochs

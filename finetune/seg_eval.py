@@ -10,13 +10,13 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from datasets.parts import LabelSpace, PartsSplit
-from datasets.parts_train import PartsTestItems
+from datasets.seg import LabelSpace, PartsSplit
+from datasets.seg_train import PartsTestItems
+from metrics.seg import confusion_matrix
 from models_setr import SETR
 from util.dist import get_rank, get_world_size, is_main_process
 from util.errors import InputError
 from util.progress import Progress
-from util.segmentation_metrics import confusion_matrix
 from util.stop import init_worker
 
 MODES = ("slide", "whole")

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/.."
 python="${PYTHON:-python}"
 
 # pre-training sees other vehicles than the tests, and no labels; the teacher has learned from the same pictures' captions
-"$python" -m datasets.demo --output "$output/pictures" --num_images 3000 --size 96 --seed 1 --val_ratio 0
+"$python" -m demo.draw --output "$output/pictures" --num_images 3000 --size 96 --seed 1 --val_ratio 0
 if [ ! -f "$output/teacher/texts.txt" ]; then
     "$python" -m tools.train_teacher --data_path "$output/pictures/labels.csv" --caption_column short_caption \
         --output "$output/teacher" --epochs 8
@@ -33,18 +33,18 @@ prepare() {  # TASK: its data and its flags, the same for all rows
     local gentle=(--lr 1e-3 --layer_decay 0.75 --drop_path 0)
     case "$1" in
         reid)
-            "$python" -m datasets.demo_reid --output "$output/veri" --layout veri776 --size 96 --train_ids 60 --test_ids 40 --seed 0
+            "$python" -m demo.reid --output "$output/veri" --layout veri776 --size 96 --train_ids 60 --test_ids 40 --seed 0
             flags+=(--data_path "$output/veri" --batch_size 32 --epochs 20 --warmup_epochs 3 --lr 5e-4 --jpm --jpm_shift 5) ;;
         attr)
-            "$python" -m datasets.demo_reid --output "$output/veri_attr" --layout veri776 --size 96 --train_ids 140 --test_ids 60 \
+            "$python" -m demo.reid --output "$output/veri_attr" --layout veri776 --size 96 --train_ids 140 --test_ids 60 \
                 --images_per_id 6 --mixed --seed 0
             flags+=(--data_path "$output/veri_attr" --batch_size 8 --epochs 6 --warmup_epochs 1 "${gentle[@]}" --head_lr_factor 10 \
                 "${teacher[@]}") ;;
         fgvc)
-            "$python" -m datasets.demo_cars --output "$output/cars" --layout transfg --size 120 --train 40 --test 20 --seed 0
+            "$python" -m demo.cars --output "$output/cars" --layout transfg --size 120 --train 40 --test 20 --seed 0
             flags+=(--data_path "$output/cars" --batch_size 16 --epochs 8 --warmup_epochs 1 "${gentle[@]}" --no-auto_augment) ;;
         seg)
-            "$python" -m datasets.demo_parts --output "$output/parts" --release canonical --num_images 300 --size 96 --seed 0
+            "$python" -m demo.parts --output "$output/parts" --release canonical --num_images 300 --size 96 --seed 0
             flags+=(--data_path "$output/parts" --label_space car_parts --stride 8 --decoder naive --batch_size 4 --epochs 7 \
                 --warmup_epochs 0.5 --lr 1e-3 --head_lr_factor 5 --min_lr_ratio 0.01 --clip_grad 1 --resize_range 0.9 1.3 --no-distort) ;;
         *) echo "task '$1': choose reid, attr, fgvc or seg" >&2; exit 2 ;;

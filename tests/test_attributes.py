@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from datasets.attributes import VERI, Attribute, AttributeTrainImages, read_attribute_set
+from datasets.attr import VERI, Attribute, AttributeTrainImages, read_attribute_set
 from datasets.augment import PadCropErase
-from datasets.demo_reid import VERI_COLOURS, VERI_TYPES, VERI_WORDS, plan, write_demo_reid
+from demo.reid import VERI_COLOURS, VERI_TYPES, VERI_WORDS, plan, write_demo_reid
 from finetune.attr_text import orthogonal_vectors, sentence, vectors_of_clip, vectors_of_file
+from metrics.attr import attribute_metrics, attribute_rows, average_precision, constant_answer, group_top1
 from models_teacher import encode_texts, load_clip
 from models_vit import VisionTransformer
 from models_vtb import VTB, attribute_loss
-from util.attribute_metrics import attribute_metrics, attribute_rows, average_precision, constant_answer, group_top1
 from util.errors import InputError
 
 # metrics

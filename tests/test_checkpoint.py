@@ -7,9 +7,10 @@ import torch
 
 from models_mae import MODELS
 from models_vit import load_encoder
-from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_atomic, write_safetensors, write_torch
+from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_safetensors, write_torch
 from util.errors import InputError
-from util.resume import initialise_from
+from util.files import write_atomic
+from util.run_files import initialise_from
 
 TINY = MODELS["mae_vit_tiny_patch16"]
 

@@ -30,11 +30,11 @@ from curation.rows import Rows
 from curation.sample import sample_tree
 from curation.sources import open_sources, parse_box
 from curation.stages import Stages
-from datasets.demo_pool import write_pool
 from datasets.manifest import list_images
+from demo.pool import write_pool
 from tools import pack
 from util.errors import InputError
-from util.parts import Parts
+from util.parallel import Parts
 
 CPU = torch.device("cpu")
 COLUMNS = {"identity": "pid", "camera": "camid", "box": "box"}
@@ -354,10 +354,10 @@ def test_a_stage_done_again_redoes_those_after_it(tmp_path):
 
 
 def test_ranks_that_look_at_different_moments_leave_no_part_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("util.parts.get_world_size", lambda: 2)
+    monkeypatch.setattr("util.parallel.get_world_size", lambda: 2)
     done = set()
     for rank in (0, 1):
-        monkeypatch.setattr("util.parts.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("util.parallel.get_rank", lambda rank=rank: rank)
         parts = Parts(tmp_path / "p", {"job": 1}, "work", 50, 10, ".txt")
         done |= set(parts.todo)
         if rank == 0:  # rank 1 comes when this one has begun

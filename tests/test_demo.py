@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import demo, demo_render, demo_vehicle
+from demo import draw as demo
+from demo import render as demo_render
+from demo import vehicle as demo_vehicle
 
 NUM = 64
 

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets import demo_plan, demo_pool
-from datasets.demo_flaws import HOWS, file_bytes
-from datasets.demo_others import SUBJECTS, draw_other
-from datasets.demo_render import render_place
 from datasets.images import UNREADABLE, open_rgb
+from demo import plan as demo_plan
+from demo import pool as demo_pool
+from demo.flaws import HOWS, file_bytes
+from demo.others import SUBJECTS, draw_other
+from demo.render import render_place
 from util.errors import InputError
 
 NUM, SIZE = 112, 32

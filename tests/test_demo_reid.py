@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
-from datasets import demo_reid, demo_render
-from datasets.demo_vehicle import vehicle
 from datasets.images import open_rgb
 from datasets.reid import read_reid
+from demo import reid as demo_reid
+from demo import render as demo_render
+from demo.vehicle import vehicle
+from metrics.protocols import draw_gallery, protocols_of
+from metrics.reid import rank_hits
 from util.errors import InputError
-from util.metrics import rank_hits
-from util.protocols import draw_gallery, protocols_of
 
 SETTINGS = {"train_ids": 6, "test_ids": 6, "images_per_id": 7, "size": 16}
 IMAGES, TRAIN = 12 * 7, 6 * 7

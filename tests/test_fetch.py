@@ -24,13 +24,13 @@ import torch
 from conftest import ROOT
 from huggingface_hub import errors as hub_errors
 
-from checkpoints import fetch as fetching
-from checkpoints import transfer as transferring
-from checkpoints.fetch import fetch, known, read_record
 from models_mae import MODELS
 from models_vit import load_encoder
+from util import fetch as fetching
+from util import transfer as transferring
 from util.checkpoint import encoder_state
 from util.errors import InputError
+from util.fetch import fetch, known, read_record
 
 FIRST = bytes(range(256)) * 4096  # 1 MiB
 SECOND = FIRST[::-1]
@@ -196,8 +196,8 @@ def test_after_giving_up_another_process_goes_on(server, tmp_path):
     assert "run the command again and it goes on" in message and "0.5 MB of 1.0 MB are kept" in message
     assert "503" in message and "4 times in a row" in message
     assert len(server.asked) == 4 and left_in(tmp_path) == ["weights.pth.part", "weights.pth.part.json"]
-    code = "import sys; from checkpoints import transfer; transfer.PAUSES_S = (0,)\n"
-    code += "from checkpoints.fetch import fetch; print(fetch(*sys.argv[1:]))"
+    code = "import sys; from checkpoints import transfer; transfer.PAUSES_S =(0,)\n"
+    code += "from util.fetch import fetch; print(fetch(*sys.argv[1:]))"
     done = subprocess.run(
         [sys.executable, "-c", code, server.url, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )

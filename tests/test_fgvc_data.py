@@ -11,12 +11,12 @@ import torch
 from conftest import write_pictures
 from PIL import Image
 
-from datasets import demo_cars
-from datasets.demo_cars import write_demo_cars
-from datasets.demo_matfile import write_mat
-from datasets.demo_vehicle import vehicle
 from datasets.fgvc import DEVKIT_FIELDS, TEST, TRAIN, in_the_models_classes, read_fgvc
 from datasets.fgvc_train import CenterCrops, CropFlipAugment, FgvcTrainImages, auto_augment
+from demo import cars as demo_cars
+from demo.cars import write_demo_cars
+from demo.matfile import write_mat
+from demo.vehicle import vehicle
 from description.matfile import read_cell_strings, read_struct_array
 from description.readers import read_attributes
 from util.errors import InputError

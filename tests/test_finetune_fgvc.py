@@ -11,15 +11,15 @@ from PIL import ImageColor
 
 import engine_finetune
 import main_finetune
-from datasets.demo_cars import write_demo_cars
 from datasets.fgvc import read_fgvc
+from demo.cars import write_demo_cars
 from finetune.fgvc import learning_rate
 from finetune.fgvc_model import load_fgvc
-from finetune.fgvc_report import COLOURS, Answers, class_tables, confused_pairs, framed, sure_and_wrong
-from finetune.page import Pictures
+from metrics.fgvc import class_scores
 from models_vit import VisionTransformer, load_encoder
+from reports.fgvc import COLOURS, Answers, class_tables, confused_pairs, framed, sure_and_wrong
+from reports.page import Pictures
 from util.checkpoint import read_checkpoint
-from util.class_metrics import class_scores
 from util.errors import InputError
 
 CPU = "--device cpu --amp none --num_workers 0".split()

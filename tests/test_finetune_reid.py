@@ -13,9 +13,9 @@ from conftest import ROOT, command, parse, run_command
 
 import main_finetune
 from datasets.augment import PadCropErase, erase_box, erase_boxes
-from datasets.demo_reid import write_demo_reid
 from datasets.reid import read_reid
 from datasets.reid_train import PKBatches
+from demo.reid import write_demo_reid
 from engine_finetune import forward_backward, seed_of_step
 from finetune.reid_eval import extract_reid
 from finetune.reid_model import load_reid
@@ -25,9 +25,8 @@ from models_vit import SameOnAnyRanksDropPath, VisionTransformer
 from util.checkpoint import read_checkpoint, write_safetensors
 from util.errors import InputError
 from util.losses import center_loss, hard_triplet_loss, move_centers
-from util.lr_sched import transreid_lr
-from util.optim import build_finetune_optimizer, layer_number
-from util.resume import RunFiles
+from util.optim import build_finetune_optimizer, layer_number, transreid_lr
+from util.run_files import RunFiles
 
 SMALL = (
     "--task reid --model vit_tiny_patch16 --input_size 32 --stride 8 --batch_size 8 --num_instances 2 "

@@ -13,23 +13,23 @@ from conftest import command, parse, read_log, run_command
 from PIL import Image
 
 import main_finetune
-from datasets import demo_parts
-from datasets.demo_bicycle import render_bicycle
-from datasets.demo_parts import write_demo_parts
-from datasets.demo_render import render, render_parts
 from datasets.partimagenet import KINDS, SYNSETS, kind_of, part_names
-from datasets.parts import open_mask, open_pair, read_parts
-from datasets.parts_train import PartsAugment, distort_colours
 from datasets.polygons import fill_polygon
+from datasets.seg import open_mask, open_pair, read_parts
+from datasets.seg_train import PartsAugment, distort_colours
+from demo import parts as demo_parts
+from demo.bicycle import render_bicycle
+from demo.parts import write_demo_parts
+from demo.render import render, render_parts
 from finetune import seg
 from finetune.seg_eval import evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
+from metrics.seg import confusion_matrix, segmentation_numbers
 from models_setr import SETR, TAPS, SameOnAnyRanksBatchNorm, SETRConfig, scaled_taps, setr_loss, synchronized
 from models_vit import VisionTransformer
 from tools import convert_partimagenet
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
-from util.lr_sched import poly_lr
-from util.segmentation_metrics import confusion_matrix, segmentation_numbers
+from util.optim import poly_lr
 
 CPU = "--device cpu --amp none --num_workers 0".split()
 

@@ -85,8 +85,7 @@ def test_no_distill_is_plain_mae_bit_for_bit(pictures, tmp_path):
     from datasets.manifest import list_images
     from datasets.pretrain import EpochBatches, PretrainDataset
     from models_mae import MODELS
-    from util.lr_sched import cosine_lr
-    from util.optim import adamw_groups
+    from util.optim import adamw_groups, cosine_lr
 
     out = tmp_path / "run"
     run_main(small_flags(pictures, out, "--no_distill"))

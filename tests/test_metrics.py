@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from util.metrics import rank_blocks, rank_hits, scores
-from util.rerank import reranked_blocks
+from metrics.reid import rank_blocks, rank_hits, scores
+from metrics.rerank import reranked_blocks
 
 
 def by_hand(query, gallery, q_pids, g_pids, q_cams=None, g_cams=None, topk=(1, 5, 10)):

@@ -14,20 +14,19 @@ from PIL import Image
 import main_finetune
 import main_linprobe
 import main_pretrain
-from datasets.demo_reid import write_demo_reid
 from datasets.manifest import list_images
 from datasets.path_list import PathList
+from demo.reid import write_demo_reid
 from engine_extract import WholeImages, extract_batches
 from engine_linprobe import CropBatches, Recipe, StoredBatches, build_head, train_heads
+from metrics import probe
+from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from models_mae import MODELS
 from models_probe import load_read_outs
 from models_vit import VisionTransformer, load_encoder
-from util import probe
+from reports.probe import Score, draw_layers, mean_attribute_accuracy, score_table
 from util.errors import InputError
-from util.lars import LARS
-from util.lr_sched import cosine_lr
-from util.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
-from util.probe_tables import Score, draw_layers, mean_attribute_accuracy, score_table
+from util.optim import LARS, cosine_lr
 
 
 @pytest.fixture(scope="module")

@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from datasets.reid import read_reid
+from metrics.protocols import draw_gallery, evaluate, protocols_of
+from metrics.reid import rank_hits, scores
 from util.errors import InputError
-from util.metrics import rank_hits, scores
-from util.protocols import draw_gallery, evaluate, protocols_of
 
 
 def touch(root, *names):

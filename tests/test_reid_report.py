@@ -7,17 +7,17 @@ import pytest
 import torch
 from conftest import write_pictures
 
-import finetune.ranking as ranks_module
-import finetune.reid_report as report
+import metrics.ranking as ranks_module
+import reports.reid as report
 from datasets.path_list import PathList
 from datasets.reid import ReidImages
-from finetune.ranking import BINS, Ranking
-from finetune.reid_report import write_reid_report
+from metrics.protocols import Protocol, evaluate
+from metrics.ranking import BINS, Ranking
+from metrics.reid import cosine_blocks, rank_hits, scores
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
-from util.metrics import cosine_blocks, rank_hits, scores
-from util.protocols import Protocol, evaluate
-from util.rollout import attention_rollout, heat_picture, reid_rollout
+from reports.reid import write_reid_report
+from reports.rollout import attention_rollout, heat_picture, reid_rollout
 
 NAMES = [f"car <{i}>" for i in range(7)]
 WITH, WITHOUT = Protocol("table", True), Protocol("table", False)

@@ -10,13 +10,13 @@ from conftest import ROOT, parse
 from PIL import Image
 
 import main_finetune
-from datasets.demo_reid import write_demo_reid
+from demo.reid import write_demo_reid
 from models_vit import VisionTransformer
 from tools import results_table
-from util.checksums import file_sha256
+from tools.finished_runs import published_counts
 from util.errors import InputError
-from util.finished_runs import published_counts
-from util.settings import code_commit
+from util.files import file_sha256
+from util.run_files import code_commit
 
 A, B = "a" * 64, "b" * 64
 VERI = "veri776 (same-camera matches removed, cosine, no re-ranking) #2ef7f79a"

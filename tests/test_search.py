@@ -20,8 +20,8 @@ from finetune.reid_model import reid_config
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
 from tools import pack, search
+from util.cli import run_tool
 from util.errors import InputError
-from util.tool import run_tool
 
 
 def tiny(seed: int) -> VisionTransformer:
@@ -375,5 +375,6 @@ def test_mistakes_end_in_a_sentence(encoders, gallery, tmp_path, monkeypatch, ca
         assert not (tmp_path / "out.index").exists()
     monkeypatch.setattr(sys, "argv", ["search", *flags(tmp_path / "no.png", *common)])
     with pytest.raises(SystemExit) as stopped:
-        run_tool(search.get_args_parser(), search.main, lambda args: Path(args.output) / "metrics.json")
+        args = search.get_args_parser().parse_args()
+        run_tool(search.main, args, Path(args.output) / "metrics.json")
     assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: none of")

@@ -8,11 +8,11 @@ import torch
 from conftest import command, parse, run_command, small_flags
 
 import engine_pretrain
-import engine_updates
 import main_pretrain
+import util.loop
 from tools import benchmark_data, benchmark_growth, benchmark_pretrain, estimate
 from util.errors import InputError
-from util.memory import largest_that_fits
+from util.meter import largest_that_fits
 from util.step_profile import PARTS, compile_counts
 
 
@@ -92,7 +92,7 @@ def test_slow_data_is_pointed_at_once(pictures, tmp_path, monkeypatch, capsys):
 
 
 def test_silent_start_is_broken(pictures, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(engine_updates, "QUIET_SECONDS", 0.05)
+    monkeypatch.setattr(util.loop, "QUIET_SECONDS", 0.05)
     real = main_pretrain.PretrainDataset.__getitem__
     monkeypatch.setattr(main_pretrain.PretrainDataset, "__getitem__", lambda s, i: time.sleep(0.02) or real(s, i))
     run_main(small_flags(pictures, tmp_path / "run", "--no_distill", "--epochs", "1"))

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+from metrics.fgvc import class_scores, rank_of_truth
 from models_transfg import TransFG, TransFGConfig, class_token_row, contrastive_loss, row_times_attention
 from models_vit import VisionTransformer
 from tools import benchmark_parts
-from util.class_metrics import class_scores, rank_of_truth
 from util.errors import InputError
 from util.losses import identity_loss
 

@@ -24,13 +24,12 @@ from datasets.manifest import list_images
 from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset
 from tools import pack
+from util.cli import Parser, parse_input_size, run_tool
 from util.errors import InputError
-from util.resolve import parse_input_size
-from util.tool import run_tool, tool_parser
 
 
 def get_args_parser():
-    parser = tool_parser("tools.benchmark_data", __doc__)
+    parser = Parser("tools.benchmark_data", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
@@ -148,4 +147,5 @@ def tile_photos(images: PathList, count: int, folder: Path) -> PathList:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output))

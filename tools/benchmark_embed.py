@@ -20,21 +20,20 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
-from checkpoints.fetch import fetch
 from checkpoints.peer_files import timm_model
 from checkpoints.peers import convert
 from datasets.manifest import list_images
 from finetune.encoder import encoder_models
 from models_vit import VisionTransformer, load_encoder
 from util.checkpoint import write_torch
+from util.cli import Parser, parse_input_size, run_tool
 from util.dist import pick_device
 from util.errors import InputError
-from util.resolve import parse_input_size
-from util.tool import run_tool, tool_parser
+from util.fetch import fetch
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.benchmark_embed", __doc__)
+    parser = Parser("tools.benchmark_embed", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--data_path", required=True, help="folder or manifest of photos")
@@ -115,4 +114,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output))

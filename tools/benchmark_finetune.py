@@ -20,13 +20,12 @@ import torch
 from finetune.encoder import encoder_models
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
+from util.cli import Parser, parse_input_size, run_tool
 from util.dist import pick_device
 from util.losses import hard_triplet_loss, identity_loss, over_branches
-from util.memory import peak_gigabytes
+from util.meter import peak_gigabytes
 from util.optim import build_finetune_optimizer
 from util.precision import pick_amp_dtype, pick_fused_attention
-from util.resolve import parse_input_size
-from util.tool import run_tool, tool_parser
 
 ROWS = {  # stride, side information and JPM
     "baseline": (None, TransReIDConfig()),
@@ -37,7 +36,7 @@ CLASSES = 575
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.benchmark_finetune", __doc__)
+    parser = Parser("tools.benchmark_finetune", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--model", default="vit_base_patch16", choices=list(encoder_models()), metavar="NAME",
@@ -141,4 +140,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output))

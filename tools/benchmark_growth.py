@@ -22,10 +22,11 @@ from PIL import Image
 from datasets.manifest import list_images
 from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
 from tools import pack, reinforce
-from util.checkpoint import write_json, write_torch
+from util.checkpoint import write_torch
+from util.cli import Parser, run_tool
 from util.errors import InputError
+from util.files import write_json
 from util.stop import init_worker
-from util.tool import run_tool, tool_parser
 
 STAGES = ("manifest", "pack", "start", "cache")
 TEACHER = {
@@ -36,7 +37,7 @@ TEACHER = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.benchmark_growth", __doc__)
+    parser = Parser("tools.benchmark_growth", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--images", nargs="+", default=[10_000, 100_000], type=int, metavar="N",
@@ -143,4 +144,5 @@ def make_teacher(folder: Path) -> tuple[Path, Path]:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output))

@@ -24,12 +24,12 @@ import torch
 from curation.hierarchy import build_tree, plan_levels, step_rng
 from curation.kmeans import BLOCK, kmeans, memory_bytes
 from curation.rows import Rows
+from util.cli import Parser, run_tool
 from util.errors import InputError
-from util.tool import run_tool, tool_parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.benchmark_kmeans", __doc__)
+    parser = Parser("tools.benchmark_kmeans", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--points", default=200_000, type=int, help="vectors (default 200000)")
@@ -208,4 +208,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output))

@@ -24,12 +24,11 @@ import torch
 from finetune.encoder import encoder_models
 from models_transfg import TransFG, TransFGConfig, class_token_row
 from models_vit import VisionTransformer
+from util.cli import Parser, parse_input_size, run_tool
 from util.dist import pick_device
 from util.errors import InputError
-from util.memory import peak_gigabytes
+from util.meter import peak_gigabytes
 from util.precision import pick_amp_dtype
-from util.resolve import parse_input_size
-from util.tool import run_tool, tool_parser
 
 VARIANTS = ("none", "row", "full")
 MEASURES = ("seconds", "cpu_seconds", "gigabytes")  # CPU time does not count what other programs take
@@ -37,7 +36,7 @@ SHARPER = 4.0  # of the weights that make queries and keys: random attention wou
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.benchmark_parts", __doc__)
+    parser = Parser("tools.benchmark_parts", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--model", default="vit_base_patch16", choices=list(encoder_models()), metavar="NAME",
@@ -166,4 +165,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output))

@@ -40,13 +40,12 @@ from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
 from models_mae import MODELS, MaskedAutoencoderViT, take_rows
 from models_teacher import FrozenTeacher, TeacherIdentity
 from tools.benchmark_data import mae_transform
+from util.cli import Parser, parse_input_size, run_tool
 from util.dist import pick_device
 from util.errors import InputError
 from util.optim import build_adamw
 from util.precision import matmul_gflops, pick_amp_dtype, pick_fused_attention
-from util.resolve import parse_input_size
 from util.stop import init_worker
-from util.tool import run_tool, tool_parser
 
 KINDS = ("mae", "mae+teacher", "ours", "ours-alt", "ours+teacher", "ours+cache")
 DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,7 +53,7 @@ EMBED_DIM, TEXTS, TAU = 768, 2304, 0.01  # of the stored embeddings where no tea
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.benchmark_pretrain", __doc__)
+    parser = Parser("tools.benchmark_pretrain", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--model", default="mae_vit_base_patch16", choices=list(MODELS), metavar="NAME",
@@ -355,4 +354,5 @@ def compare(kinds: list[str], precision: str, flops: dict, device: torch.device,
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output))

@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from util.memory import peak_gigabytes
-from util.metrics import cosine_blocks, rank_hits, scores
-from util.tool import run_tool, tool_parser
+from metrics.reid import cosine_blocks, rank_hits, scores
+from util.cli import Parser, run_tool
+from util.meter import peak_gigabytes
 
 SIZES = {  # queries, gallery, identities, cameras
     "veri": (1678, 11_579, 200, 20),
@@ -29,7 +29,7 @@ SIZES = {  # queries, gallery, identities, cameras
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.benchmark_reid_eval", __doc__)
+    parser = Parser("tools.benchmark_reid_eval", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--size", default="veri", choices=SIZES, help="published size of a set (default veri)")
@@ -130,4 +130,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output))

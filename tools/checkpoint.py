@@ -6,7 +6,7 @@
     python -m tools.checkpoint download mae_vit_base
     python -m tools.checkpoint release RUN_DIR --output released --licence Apache-2.0
 
-FILE may be a name of checkpoints/registry.json, https://... or hf://ORG/REPO/FILE, too: it is then
+FILE may be a name of util/registry.json, https://... or hf://ORG/REPO/FILE, too: it is then
 downloaded once.
 Code inside a file is never run.
 """
@@ -14,19 +14,18 @@ Code inside a file is never run.
 import argparse
 from pathlib import Path
 
-from checkpoints.fetch import fetch, known
 from checkpoints.inspection import inspect_file, table
 from checkpoints.onnx_file import export_onnx
 from checkpoints.peers import TARGETS, convert
 from checkpoints.release import push, release, repository
 from checkpoints.verification import verify_file
+from util.cli import Parser, parse_input_size, run_tool
 from util.errors import InputError
-from util.resolve import parse_input_size
-from util.tool import run_tool, tool_parser
+from util.fetch import fetch, known
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.checkpoint", __doc__)
+    parser = Parser("tools.checkpoint", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str, what: str = "file", what_help: str = "") -> argparse.ArgumentParser:
@@ -99,4 +98,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.metrics) if args.metrics else None)
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.metrics) if ARGS.metrics else None)

@@ -19,16 +19,16 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from datasets.demo_folder import holds_set, write_folder
-from datasets.demo_vehicle import demo_rng
 from datasets.images import UNREADABLE, is_turned, why_unreadable
 from datasets.manifest import IMAGE_ENDINGS
 from datasets.partimagenet import BACKGROUND_ID, KINDS, NUM_IDS, PARTS, kind_of, part_names
-from datasets.parts import SPLITS, open_mask, read_parts
 from datasets.polygons import fill_polygon
+from datasets.seg import SPLITS, open_mask, read_parts
+from demo.folder import holds_set, write_folder
+from demo.vehicle import demo_rng
+from metrics.seg import IGNORE
+from util.cli import Parser, run_tool
 from util.errors import InputError
-from util.segmentation_metrics import IGNORE
-from util.tool import run_tool, tool_parser
 
 TEST_SHARE, VAL_SHARE = 0.10, 0.05  # about those of the release "_Seg"
 SYNSET = re.compile(r"n\d{8}")
@@ -45,7 +45,7 @@ class Found:
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.convert_partimagenet", __doc__)
+    parser = Parser("tools.convert_partimagenet", __doc__)
     add = parser.add_argument
     add("--input", type=Path, required=True, help="folder of the release")
     add("--output", type=Path, required=True, help="folder to write")
@@ -346,4 +346,5 @@ def report(result: dict, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: args.output / "conversion.json")
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, ARGS.output / "conversion.json")

@@ -17,19 +17,19 @@ from pathlib import Path
 import torch
 
 from engine_pretrain import forward_backward, to_device
-from engine_updates import apply_update
 from main_pretrain import build_run, get_args_parser
+from util.cli import Parser, run_tool
 from util.dist import end_distributed, get_world_size, init_distributed, is_main_process, pick_device
 from util.errors import InputError
-from util.memory import peak_gigabytes
+from util.loop import apply_update
+from util.meter import peak_gigabytes
 from util.progress import Progress
 from util.settings import check_args
 from util.stop import hear_no_deaths_at_exit
-from util.tool import run_tool, tool_parser
 
 
 def get_estimate_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.estimate", __doc__, parents=[get_args_parser()])
+    parser = Parser("tools.estimate", __doc__, parents=[get_args_parser()])
     parser.add_argument("--steps", default=30, type=int, help="steps to run (default 30)")
     return parser
 
@@ -130,4 +130,5 @@ class QuietWatch:
 
 
 if __name__ == "__main__":
-    run_tool(get_estimate_parser(), main, lambda args: Path(args.output_dir) / "estimate" / "metrics.json")
+    ARGS = get_estimate_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output_dir) / "estimate" / "metrics.json")

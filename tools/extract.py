@@ -13,21 +13,19 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoints.fetch import fetch
 from datasets.manifest import list_images
 from datasets.path_list import PathList, printable
 from engine_extract import WholeImages, extract_to_file
 from models_vit import load_encoder
-from util.checkpoint import write_atomic
-from util.checksums import file_sha256
+from util.cli import Parser, parse_input_size, run_tool
 from util.dist import end_distributed, init_distributed, pick_device, print_main
+from util.fetch import fetch
+from util.files import file_sha256, write_atomic
 from util.precision import pick_amp_dtype, pick_fused_attention
-from util.resolve import parse_input_size
-from util.tool import run_tool, tool_parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.extract", __doc__)
+    parser = Parser("tools.extract", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--checkpoint", required=True, help="encoder: what main_finetune.py --finetune takes")
@@ -99,4 +97,5 @@ def write_table(output: Path, paths: PathList, problems: dict[int, str]) -> None
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output).with_suffix(".metrics.json"))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output).with_suffix(".metrics.json"))

@@ -22,18 +22,18 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.demo_flaws import encode
-from datasets.demo_folder import holds_set, write_folder, write_table
 from datasets.images import UNREADABLE, open_rgb
 from datasets.manifest import read_manifest
+from demo.flaws import encode
+from demo.folder import holds_set, write_folder, write_table
+from util.cli import Parser, run_tool
 from util.errors import InputError
-from util.tool import run_tool, tool_parser
 
 VERSION = 1  # raise when the files change, so that an older folder is not taken for this one
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.long_tail", __doc__)
+    parser = Parser("tools.long_tail", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--data_path", required=True,
@@ -153,4 +153,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output) / "metrics.json")
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")

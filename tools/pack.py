@@ -26,16 +26,15 @@ from datasets.manifest import list_images
 from datasets.packed import HEADER, shard_file
 from datasets.path_list import PathList
 from datasets.webshards import WebShards, is_webdataset
-from util.checkpoint import write_atomic, write_json
-from util.claim import claim
+from util.cli import Parser, run_tool
 from util.errors import InputError
+from util.files import write_atomic, write_json
+from util.parallel import claim, map_in_order, worker_pool
 from util.progress import Progress
-from util.tool import run_tool, tool_parser
-from util.work import map_in_order, worker_pool
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.pack", __doc__)
+    parser = Parser("tools.pack", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--data_path", required=True,
@@ -194,4 +193,5 @@ def finish(folder: Path, shards: int) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output) / "metrics.json")
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.demo_folder import write_table
 from datasets.manifest import iterate_manifest
 from datasets.reid import cell
+from demo.folder import write_table
+from util.cli import Parser, run_tool
 from util.errors import InputError
-from util.tool import run_tool, tool_parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.reid_table", __doc__)
+    parser = Parser("tools.reid_table", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--data_path", required=True, help="table .csv .tsv .jsonl with the columns path and the label")
@@ -90,4 +90,5 @@ def part_row(file: Path, row: dict, name: str, split: str) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output).with_suffix(".metrics.json"))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output).with_suffix(".metrics.json"))

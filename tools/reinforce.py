@@ -21,19 +21,18 @@ from datasets.pretrain import PretrainDataset
 from datasets.teacher_cache import HEADER, SHARD_IMAGES, TeacherCache, cache_header, shard_file, shard_files
 from datasets.text_bank import build_bank, is_encoded, load_bank, read_encoded, read_texts, save_bank
 from models_teacher import FrozenTeacher, load_clip
-from util.checkpoint import write_atomic
-from util.claim import claim
+from util.cli import Parser, parse_input_size, run_tool
 from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
 from util.errors import InputError
+from util.files import write_atomic
+from util.parallel import claim
 from util.precision import pick_amp_dtype
 from util.progress import Progress
-from util.resolve import parse_input_size
 from util.stop import init_worker
-from util.tool import run_tool, tool_parser
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.reinforce", __doc__)
+    parser = Parser("tools.reinforce", __doc__)
     add = parser.add_argument
     add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
@@ -228,4 +227,5 @@ def verify(args, folder: Path, teacher, source: PretrainDataset, device) -> dict
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output) / "metrics.json")
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")

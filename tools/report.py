@@ -19,20 +19,20 @@ from PIL import Image
 
 from datasets.labelled import list_labelled
 from engine_extract import extract_features
+from metrics.probe import knn_predict, topk_accuracy
 from models_mae import MODELS
 from models_vit import VisionTransformer, load_encoder
-from util.checkpoint import write_atomic
+from util.cli import Parser, run_tool
 from util.errors import InputError
-from util.probe import knn_predict, topk_accuracy
+from util.files import write_atomic
 from util.progress import Progress
-from util.tool import run_tool, tool_parser
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402  the backend must be chosen first
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.report", __doc__)
+    parser = Parser("tools.report", __doc__)
     add = parser.add_argument
     # fmt: off
     add("run_dir", help="output folder of main_pretrain.py")
@@ -156,4 +156,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.run_dir) / "report_metrics.json")
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.run_dir) / "report_metrics.json")

@@ -12,17 +12,17 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from util.checkpoint import write_atomic
+from tools.finished_runs import LeftOut, Run, find_folders, numbers_of, read_run
+from tools.results_pages import Group, draw, markdown
+from util.cli import Parser, run_tool
 from util.errors import InputError
-from util.finished_runs import LeftOut, Run, find_folders, numbers_of, read_run
-from util.results_pages import Group, draw, markdown
-from util.tool import run_tool, tool_parser
+from util.files import write_atomic
 
 PUBLISHED = Path(__file__).with_name("published_results.json")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.results_table", __doc__)
+    parser = Parser("tools.results_table", __doc__)
     add = parser.add_argument
     # fmt: off
     add("runs", nargs="+", metavar="RUN_OR_FOLDER",
@@ -117,4 +117,5 @@ def group_runs(runs: list[tuple[Run, list]], names: dict[str, str]) -> list[Grou
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output).with_suffix(".metrics.json"))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output).with_suffix(".metrics.json"))

@@ -19,28 +19,26 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from checkpoints.fetch import fetch
 from datasets.images import UNREADABLE, open_rgb
 from datasets.manifest import MANIFEST_ENDINGS, list_images
 from datasets.packed import PackedImages
 from datasets.path_list import PathList, printable
 from engine_extract import WholeImages, extract_batches, extract_to_file
-from engine_search import HEADER, KIND, best_of_block, build_index, load_faiss, open_index, search_rows
 from finetune.reid_model import load_reid
-from util.checkpoint import write_atomic, write_json
-from util.checksums import file_sha256
-from util.claim import claim
+from tools.search_index import HEADER, KIND, best_of_block, build_index, load_faiss, open_index, search_rows
+from util.cli import Parser, parse_input_size, run_tool
 from util.dist import end_distributed, init_distributed, is_main_process, pick_device, print_main
 from util.errors import InputError
+from util.fetch import fetch
+from util.files import file_sha256, write_atomic, write_json
+from util.parallel import claim
 from util.precision import pick_amp_dtype, pick_fused_attention
-from util.resolve import parse_input_size
-from util.tool import run_tool, tool_parser
 
 TILE, QUERIES_DRAWN, RANKS_DRAWN = 128, 20, 20
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.search", __doc__)
+    parser = Parser("tools.search", __doc__)
     # fmt: off
     add = parser.add_argument_group("images").add_argument
     add("queries", nargs="+", metavar="QUERY", help="image files, or one folder or manifest")
@@ -271,4 +269,5 @@ def write_results(args, queries, problems: dict[int, str], found: dict[int, list
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output) / "metrics.json")
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")

@@ -21,12 +21,13 @@ from datasets.images import UNREADABLE, open_rgb
 from datasets.manifest import read_manifest
 from datasets.path_list import PathList
 from datasets.transforms import CROP_STREAM, crop_resize, random_crop_box, sample_rng
-from util.checkpoint import write_atomic, write_json, write_safetensors
+from util.checkpoint import write_safetensors
+from util.cli import Parser, run_tool
 from util.dist import pick_device
 from util.errors import InputError
-from util.lr_sched import cosine_lr, set_lr
+from util.files import write_atomic, write_json
+from util.optim import cosine_lr, set_lr
 from util.progress import Progress
-from util.tool import run_tool, tool_parser
 
 CONFIG = {
     "embed_dim": 64,
@@ -36,7 +37,7 @@ CONFIG = {
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.train_teacher", __doc__)
+    parser = Parser("tools.train_teacher", __doc__)
     add = parser.add_argument
     # fmt: off
     add("--data_path", required=True, help="table with columns path, captions and, optionally, split")
@@ -140,4 +141,5 @@ def crop(picture, seed: int, epoch: int, index: int) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output) / "metrics.json")
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")

@@ -9,19 +9,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from checkpoints.fetch import fetch
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from datasets.manifest import list_images
 from datasets.transforms import mask_noise, whole_image
 from models_mae import MODELS, count_kept, load_autoencoder
-from util.checkpoint import write_atomic
+from reports.panels import draw_panel, panel_caption, reconstruction_columns
+from util.cli import Parser, run_tool
 from util.errors import InputError
-from util.panels import draw_panel, panel_caption, reconstruction_columns
-from util.tool import run_tool, tool_parser
+from util.fetch import fetch
+from util.files import write_atomic
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = tool_parser("tools.visualize", __doc__)
+    parser = Parser("tools.visualize", __doc__)
     add = parser.add_argument
     # fmt: off
     add("images", nargs="+", help="image files, or one folder or manifest (its first --count images)")
@@ -67,4 +67,5 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(get_args_parser(), main, lambda args: Path(args.output).with_suffix(".metrics.json"))
+    ARGS = get_args_parser().parse_args()
+    run_tool(main, ARGS, Path(ARGS.output).with_suffix(".metrics.json"))

@@ -1,8 +1,6 @@
 """Files of weights and runs: written atomically, read without running code from them."""
 
 import argparse
-import json
-import os
 import zlib
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors.torch import save as safetensors_bytes
 
 from util.checksums import DAMAGE, NO_SUM, check_sums, with_checksum
 from util.errors import InputError
+from util.files import write_atomic
 
 CONTAINERS = ("state_dict", "teacher")  # where others keep their weights; DINO's teacher is what it evaluates
 # what torch says of a pickle with other objects than tensors and plain values
@@ -21,36 +20,6 @@ FORBIDDEN = ("unsupported global", "unsupported class", "unrecognized function",
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 DECODER_KEYS = ("mask_token", "decoder_")
 HEAD_KEYS = ("distill_head.",)
-
-
-def write_atomic(file: str | Path, write) -> None:
-    """`write(binary file)` under a temporary name, then fsync and rename: whole or not at all.
-
-    Raises:
-        InputError: the disk is full or the folder not writable; an older file stays as it was.
-    """
-    file = Path(file)
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as opened:
-            write(opened)
-            opened.flush()
-            os.fsync(opened.fileno())
-        os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:
-        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides the disk's
-        if not isinstance(reason, OSError):
-            raise
-        raise InputError(f"cannot write {file}: {reason.strerror or reason}") from error
-    finally:
-        temporary.unlink(missing_ok=True)  # gone where all went well
-
-
-def write_json(file: str | Path, value) -> None:
-    """JSON with a final newline, atomically."""
-    text = json.dumps(value, indent=1) + "\n"
-    write_atomic(file, lambda opened: opened.write(text.encode()))
 
 
 def write_torch(file: str | Path, value) -> None:

@@ -4,7 +4,6 @@ torch.load does not compare the checksums that its zip files hold, and safetenso
 over their names, sizes, header and numbers.
 """
 
-import hashlib
 import json
 import pickle
 import struct
@@ -13,9 +12,9 @@ import zlib
 from pathlib import Path
 
 from util.errors import InputError
+from util.files import BLOCK_BYTES
 
 NO_SUM = "00000000"
-BLOCK_BYTES = 1 << 24
 DAMAGE = (  # what readers raise on files of weights that are cut, changed or something else
     zipfile.BadZipFile, zlib.error, pickle.UnpicklingError, struct.error, EOFError, OSError, MemoryError,
     ValueError, LookupError, TypeError, AttributeError, AssertionError, RuntimeError, ArithmeticError,
@@ -88,18 +87,3 @@ def _check_zip(file: Path) -> None:
             with archive.open(record) as opened:
                 while opened.read(BLOCK_BYTES):
                     pass
-
-
-def file_sha256(file: str | Path) -> str:
-    """Identity of a file's bytes, 64 digits."""
-    return file_digests(file, ("sha256",))["sha256"]
-
-
-def file_digests(file: str | Path, names: tuple[str, ...]) -> dict[str, str]:
-    """{name of hashlib: hex digits} of a file's bytes, read once."""
-    digests = {name: hashlib.new(name) for name in names}
-    with open(file, "rb") as opened:
-        while block := opened.read(BLOCK_BYTES):
-            for digest in digests.values():
-                digest.update(block)
-    return {name: digest.hexdigest() for name, digest in digests.items()}

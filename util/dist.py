@@ -1,14 +1,18 @@
 """Processes: start and end of the group, ranks, and what only rank 0 says."""
 
+import contextlib
 import datetime
 import inspect
 import os
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError
+from util.stop import end_with_launcher, hear_no_deaths_at_exit, run_lock
 
 _patient = None  # the group of `wait_for_main`
 
@@ -169,3 +173,20 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
     on the whole batch: each rank passes back the part of its own rows, `world` times.
     """
     return _GatherRows.apply(x) if get_world_size() > 1 else x
+
+
+def launch(device: str, folder: str | Path, job: Callable[[torch.device], dict], timeout_s: float = 600.0) -> dict:
+    """Run `job(device)` with torchrun's group joined, if there is one, and `folder` locked on rank 0.
+
+    Raises:
+        InputError: no such device, a rank that did not come within `timeout_s`, or another run in the folder.
+    """
+    bound = pick_device(device)
+    end_with_launcher()
+    hear_no_deaths_at_exit()
+    init_distributed(bound, timeout_s)
+    try:
+        with run_lock(Path(folder)) if is_main_process() else contextlib.nullcontext():
+            return job(bound)
+    finally:
+        end_distributed()

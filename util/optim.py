@@ -1,4 +1,7 @@
-"""Optimisers of pre-training and fine-tuning."""
+"""Optimisers and learning rate schedules of pre-training, fine-tuning and probes."""
+
+import math
+from collections.abc import Iterable
 
 import torch
 from torch import nn
@@ -73,3 +76,93 @@ def build_finetune_optimizer(
         # fused SGD leaves a fresh buffer unset where `found_inf` skips the very first update
         optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
+
+
+class LARS(torch.optim.Optimizer):
+    """Layer-wise adaptive rates (You et al., 2017, arXiv 1708.03888, eq. 5 to 6), with momentum:
+
+        u = g + weight_decay w;   v <- momentum v + eta |w| / |u| u;   w <- w - lr v
+
+    Tensors of one dimension (biases) get v <- momentum v + g: no weight decay, no adaptation. The ratio is 1
+    where |w| or |u| is 0. As in MAE's and MoCo v3's probes `lr` scales all of v; in the paper it enters v,
+    which is the same while it does not change.
+
+    Args:
+        params: tensors or groups. lr: learning rate. weight_decay: of tensors with two dimensions and more.
+        momentum: of v. trust_coefficient: eta.
+    """
+
+    def __init__(
+        self,
+        params: Iterable,
+        lr: float = 0.0,
+        *,
+        weight_decay: float = 0.0,
+        momentum: float = 0.9,
+        trust_coefficient: float = 0.001,
+    ):
+        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
+        super().__init__(params, defaults | {"trust_coefficient": trust_coefficient})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One update of every tensor that has a gradient."""
+        for group in self.param_groups:
+            for weight in (w for w in group["params"] if w.grad is not None):
+                update = weight.grad
+                if weight.ndim > 1:
+                    update = update.add(weight, alpha=group["weight_decay"])
+                    sizes = weight.norm(), update.norm()
+                    ratio = group["trust_coefficient"] * sizes[0] / sizes[1]
+                    usable = (sizes[0] > 0) & (sizes[1] > 0)
+                    update = update * torch.where(usable, ratio, torch.ones_like(ratio))
+                velocity = self.state[weight].setdefault("velocity", torch.zeros_like(weight))
+                velocity.mul_(group["momentum"]).add_(update)
+                weight.sub_(group["lr"] * velocity)
+
+
+def cosine_lr(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
+    """MAE's schedule: linear warm-up from 0, then half a cosine down to min_lr.
+
+    Args:
+        epoch: epochs done, fractional; 0 at the start.
+    """
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def transreid_lr(epoch: float, lr: float, warmup_lr: float, min_lr: float, warmup: float, epochs: float):
+    """TransReID's schedule: linear from `warmup_lr`, then half a cosine that counts from epoch 0.
+
+    Args:
+        epoch: the number of the epoch, from 1; it is constant within one.
+    """
+    if epoch < warmup:
+        return warmup_lr + (lr - warmup_lr) * epoch / warmup
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1)))
+
+
+def poly_lr(epoch: float, lr: float, warmup_lr: float, min_lr: float, warmup: float, epochs: float) -> float:
+    """SETR's schedule: (1 - progress)^0.9 from lr down to min_lr; before it, where there is a warm-up, linear
+    from `warmup_lr`.
+
+    Args:
+        epoch: epochs done, fractional; 0 at the start.
+    """
+    if epoch < warmup:
+        return warmup_lr + (lr - warmup_lr) * epoch / warmup
+    left = 1 - min((epoch - warmup) / max(epochs - warmup, 1e-12), 1)
+    return min_lr + (lr - min_lr) * left**0.9
+
+
+def ramp(epoch: float, warmup_epochs: float) -> float:
+    """0 -> 1 linearly over the warm-up, then 1; scales the distillation weights."""
+    return min(1.0, epoch / warmup_epochs) if warmup_epochs > 0 else 1.0
+
+
+def set_lr(optimizer, lr: float) -> None:
+    """Write lr into every parameter group, times the group's `lr_scale` where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)

@@ -1,18 +1,12 @@
 """Settings of a pre-training run: what contradicts, what follows from flags and data, what is printed."""
 
-import os
-import platform
-import subprocess
-from pathlib import Path
-
-import torch
-
 from datasets.pretrain import EpochBatches
 from models_mae import count_kept
 from models_vit import ENCODER_SIZES, check_img_size
+from util.cli import parse_input_size
 from util.dist import get_world_size, is_main_process, pick_device
 from util.errors import InputError
-from util.resolve import parse_input_size
+from util.parallel import default_workers
 
 
 def check_args(args) -> None:
@@ -74,12 +68,6 @@ def check_args(args) -> None:
         args.weights = {name: weight for name, weight in terms.items() if weight}
 
 
-def default_workers() -> int:
-    """Data processes of a rank: one for each of its cores, at most 10."""
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(10, max(1, (os.cpu_count() or 1) // local))
-
-
 def resolve(args, paths, batches: EpochBatches) -> dict:
     """Everything derived from flags and data, as plain values; refuses runs that could not learn."""
     global_batch = args.batch_size * get_world_size()
@@ -134,39 +122,3 @@ def print_header(args, facts: dict, lines: list[str]) -> None:
             f"tau {facts['tau']:.4g}, the teacher sees the {args.teacher_view}"
         )
     print("\n".join(lines), flush=True)
-
-
-def environment() -> dict[str, str]:
-    """Versions, machine and commit, kept beside the log."""
-    import numpy
-    import open_clip
-    import timm
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "open_clip": open_clip.__version__,
-        "numpy": numpy.__version__,
-        "machine": f"{platform.node()}, {os.cpu_count()} cores, {device}",
-        "commit": code_commit(),
-    }
-
-
-def code_commit(folder: Path | None = None) -> str:
-    """The git commit of the code in `folder` (default: this code), " + changes" where tracked files differ;
-    of an archive that git or its host has made, the commit that it is of; else "unknown"."""
-    folder = folder or Path(__file__).resolve().parent.parent
-
-    def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=60)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    try:
-        if (folder / ".git").exists() and (commit := git("rev-parse", "HEAD")):
-            return commit + (" + changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-        written = (folder / "util" / "commit.txt").read_text().strip()  # filled in by git archive
-        return written if len(written) == 40 else "unknown"
-    except (OSError, subprocess.TimeoutExpired):
-        return "unknown"

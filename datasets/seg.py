@@ -1,0 +1,315 @@
+"""Images with a mask of parts: one folder layout, named label spaces, everything looked at before training.
+
+    SET/images/{train,val,test}/NAME.jpg         any image ending, sub-folders allowed
+    SET/annotations/{train,val,test}/NAME.png    one byte a pixel (mode L or P): the value of its class
+    SET/classes.json                             {"classes": ["background", "door", ...], "ignore": 255}
+
+`classes` names the values 0, 1, ...; or it is a dict {"40": "background", "24": "Car Body", ...}.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch.distributed as dist
+from PIL import Image
+
+from datasets.images import UNREADABLE, is_turned, open_rgb, to_rgb, why_unreadable
+from datasets.manifest import IMAGE_ENDINGS
+from datasets.partimagenet import KINDS, part_names
+from datasets.path_list import PathList
+from metrics.seg import IGNORE
+from util.dist import get_rank, get_world_size, is_main_process
+from util.errors import InputError
+from util.progress import Progress
+
+SPLITS = ("train", "val", "test")
+LABEL_SPACES = ("own", *KINDS)
+UNKNOWN = 254  # target of values that classes.json does not name; IGNORE is that of pixels without a label
+MASK_MODES = ("L", "P", "1")
+
+
+@dataclass(frozen=True)
+class LabelSpace:
+    """name: of `LABEL_SPACES`. names: of the classes; target t is names[t].
+    background: whether class 0 is the background. table: [256] uint8, value of a mask's pixel -> target.
+    is_part: the set has other classes too, so images may be about something else."""
+
+    name: str
+    names: tuple[str, ...]
+    background: bool
+    table: np.ndarray
+    is_part: bool = False
+
+
+@dataclass(frozen=True)
+class PartsSplit:
+    """images, masks: files, pair by pair. counts: [n, K + 1] int64 pixels of each class, then of none
+    (zeros where the pair cannot be read). unreadable: how many cannot."""
+
+    images: PathList
+    masks: PathList
+    counts: np.ndarray
+    unreadable: int
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+
+@dataclass(frozen=True)
+class PartsData:
+    """A set by split; notes: what a user should know of it."""
+
+    space: LabelSpace
+    splits: dict[str, PartsSplit]
+    notes: list[str] = field(default_factory=list)
+
+    def sha256(self, split: str) -> str:
+        """Identity of a split: file names and how many pixels have which label."""
+        part = self.splits[split]
+        digest = hashlib.sha256(part.images.sha256().encode() + part.masks.sha256().encode())
+        digest.update(json.dumps(self.space.names).encode() + part.counts.tobytes())
+        return digest.hexdigest()
+
+
+def read_parts(data_path: str | Path, label_space: str, splits: tuple[str, ...]) -> PartsData:
+    """Read and check the `splits` of a set; the ranks share the work.
+
+    Every mask is opened once: sizes must be those of the images, values those of classes.json.
+
+    Args:
+        label_space: "own": the classes of classes.json; a name of `KINDS`: PartImageNet's parts by name, the
+            other classes become background; where there are such, images that show none of the parts are left
+            out and counted.
+    Raises:
+        InputError: a folder, classes.json, a mask or a class is missing, sizes differ, or a mask has a value
+            that classes.json does not name.
+    """
+    root = Path(data_path)
+    if not root.is_dir():
+        raise InputError(f"--data_path {root} is no folder: give one with images/, annotations/, classes.json")
+    space = label_space_of(read_classes(root / "classes.json"), label_space, root)
+    data = PartsData(space, {})
+    for split in splits:
+        images, masks, without = list_pairs(root, split)
+        if without:
+            data.notes.append(f"{split}: {without} masks have no image and are not used")
+        data.splits[split] = _scan(images, masks, space, split, data.notes)
+    return data
+
+
+def read_classes(file: Path) -> tuple[dict[int, str], int]:
+    """classes.json -> ({value: name}, value of pixels without a label).
+
+    Raises:
+        InputError: it is missing or says something else.
+    """
+    example = '{"classes": ["background", "door"], "ignore": 255}'
+    if not file.is_file():
+        raise InputError(
+            f"{file} is missing: write which class each pixel value is, for example {example}; "
+            "PartImageNet's releases are converted by python -m tools.convert_partimagenet"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        classes, ignore = content["classes"], content.get("ignore", IGNORE)
+        pairs = enumerate(classes) if isinstance(classes, list) else classes.items()
+        values = {int(value): str(name) for value, name in pairs}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{file} cannot be understood ({error}): write for example {example}") from error
+    if not isinstance(ignore, int) or not 0 <= ignore <= 255 or ignore in values:
+        raise InputError(f'{file}: "ignore" is {ignore!r}, and must be a value from 0 to 255 that no class has')
+    if len(values) < 2 or len(set(values.values())) < len(values) or not set(values) <= set(range(256)):
+        raise InputError(
+            f'{file}: "classes" must name two classes or more, each once, with values from 0 to 255; it '
+            f"names {', '.join(values.values()) or 'none'}"
+        )
+    if len(values) > 250:
+        raise InputError(f"{file} names {len(values)} classes: at most 250 fit beside what has no label")
+    return values, ignore
+
+
+def label_space_of(classes: tuple[dict[int, str], int], name: str, where: Path) -> LabelSpace:
+    """The targets of a label space on a set with these classes; the background is target 0 where there is
+    one.
+
+    Raises:
+        InputError: the set lacks a class of it.
+    """
+    values, ignore = classes
+    table = np.full(256, UNKNOWN, dtype=np.uint8)
+    is_background = {value: text.lower() == "background" for value, text in values.items()}
+    order = sorted(values, key=lambda value: (not is_background[value], value))
+    names = tuple(values[value] for value in order)
+    targets, is_part = {value: place for place, value in enumerate(order)}, False
+    if name != "own":
+        wanted = part_names(name)
+        missing = [part for part in wanted if part not in names]
+        if missing or not any(is_background.values()):
+            what = f"class '{missing[0]}'" if missing else "class 'background'"
+            raise InputError(
+                f"--label_space {name}: {where / 'classes.json'} has no {what}; it names "
+                f"{', '.join(names)[:160]}: use --label_space own, or convert the release again"
+            )
+        targets = {v: wanted.index(text) + 1 if text in wanted else 0 for v, text in values.items()}
+        is_part = len(names) > len(wanted) + 1
+        names = ("background", *wanted)
+    table[list(targets)] = list(targets.values())
+    table[ignore] = IGNORE
+    return LabelSpace(name, names, any(is_background.values()), table, is_part)
+
+
+def list_pairs(root: Path, split: str) -> tuple[PathList, PathList, int]:
+    """Images of a split and their masks, in the order of the names, and how many masks have no image.
+
+    Raises:
+        InputError: no such folder, no image, an image without a mask, or two images of one name.
+    """
+    folders = root / "images" / split, root / "annotations" / split
+    for folder in folders:
+        if not folder.is_dir():
+            found = ", ".join(name for name in SPLITS if (root / "images" / name).is_dir()) or "none"
+            raise InputError(
+                f"{folder} is missing: a set has images/SPLIT and annotations/SPLIT (splits found: {found})"
+            )
+    images: dict[str, str] = {}
+    for file in sorted(folders[0].rglob("*")):
+        if file.suffix.lower() in IMAGE_ENDINGS and file.is_file():
+            relative = file.relative_to(folders[0])
+            key = str(relative.with_suffix(""))
+            if key in images:
+                raise InputError(
+                    f"{folders[0]} has {images[key]} and {relative}, and one mask cannot serve two images: "
+                    "rename one of them"
+                )
+            images[key] = str(relative)
+    masks = {str(f.relative_to(folders[1]).with_suffix("")) for f in folders[1].rglob("*.png")}
+    if not images:
+        raise InputError(f"no image under {folders[0]} (looked for {' '.join(IMAGE_ENDINGS)})")
+    lacking = [key for key in images if key not in masks]
+    if lacking:
+        raise InputError(
+            f"{len(lacking)} of {len(images)} images under {folders[0]} have no mask: first "
+            f"{folders[1] / lacking[0]}.png is missing"
+        )
+    pairs = PathList(folders[0], images.values()), PathList(folders[1], (f"{key}.png" for key in images))
+    return *pairs, len(masks - set(images))
+
+
+def open_mask(file: str | Path) -> np.ndarray:
+    """[H, W] uint8: the values of a mask; palettes are not looked at.
+
+    Raises:
+        one of `UNREADABLE`: no picture, or one with more than a byte a pixel.
+    """
+    with Image.open(file) as image:
+        if image.mode not in MASK_MODES:
+            raise ValueError(f"its mode is {image.mode}: a mask holds one class a pixel, mode L or P")
+        return np.array(image, dtype=np.uint8)
+
+
+def open_pair(image_file: Path, mask_file: Path) -> tuple[Image.Image, np.ndarray]:
+    """RGB picture and [H, W] uint8 values of its mask, of one size. A photo that EXIF turns is taken as the
+    mask was drawn: upright, or as it is stored.
+
+    Raises:
+        one of `UNREADABLE`: either cannot be read, or their sizes differ.
+    """
+    mask = open_mask(mask_file)
+    picture = open_rgb(image_file)
+    if picture.size != mask.shape[::-1]:
+        with Image.open(image_file) as stored:
+            if stored.size != mask.shape[::-1]:
+                raise ValueError(_sizes(picture.size, mask))
+            picture = to_rgb(stored)
+    return picture, mask
+
+
+def _sizes(size: tuple[int, int], mask: np.ndarray) -> str:
+    return f"the image is {size[0]} x {size[1]} px, its mask {mask.shape[1]} x {mask.shape[0]}"
+
+
+def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> tuple[np.ndarray | None, str]:
+    """([256] pixels of each target or None, problem); the image's pixels are not decoded.
+
+    Raises:
+        InputError: sizes differ, or a value has no name.
+    """
+    try:
+        mask = open_mask(mask_file)
+        with Image.open(image_file) as image:
+            size = image.size
+            sizes = {size, size[::-1]} if is_turned(image) else {size}
+    except UNREADABLE as error:
+        return None, why_unreadable(error)
+    if mask.shape[::-1] not in sizes:
+        raise InputError(f"{image_file} and {mask_file} differ: {_sizes(size, mask)}")
+    values = np.bincount(mask.ravel(), minlength=256)
+    strange = np.flatnonzero((values > 0) & (space.table == UNKNOWN))
+    if len(strange):
+        raise InputError(
+            f"{mask_file} has {values[strange[0]]} pixels of value {strange[0]}, which classes.json does not "
+            'name: name it there, or make it the value of "ignore"'
+        )
+    return np.bincount(space.table, weights=values, minlength=256).astype(np.int64), ""
+
+
+def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, notes: list[str]) -> PartsSplit:
+    """Open every mask of a split; which images have what."""
+    mine = range(get_rank(), len(images), get_world_size())
+    progress = Progress(f"masks of {split}", len(mine), shown=is_main_process() and len(mine) > 500)
+    found: dict[int, tuple[np.ndarray | None, str]] = {}
+    for done, row in enumerate(mine, 1):
+        try:
+            found[row] = _look(images[row], masks[row], space)
+        except InputError as error:
+            found[row] = None, f"!{error}"  # all ranks must hear of it
+            break
+        progress.update(done)
+    progress.close()
+    if get_world_size() > 1:
+        parts = [None] * get_world_size()
+        dist.all_gather_object(parts, found)
+        found = {row: value for part in parts for row, value in part.items()}
+    fatal = [problem for _, (_, problem) in sorted(found.items()) if problem.startswith("!")]
+    if fatal:
+        raise InputError(fatal[0][1:])
+    bad = [row for row in range(len(images)) if found[row][0] is None]
+    if len(bad) == len(images):
+        raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {found[0][1]}")
+    classes = len(space.names)
+    counts = np.zeros((len(images), classes + 1), dtype=np.int64)
+    for row, (pixels, _) in found.items():
+        if pixels is not None:
+            counts[row] = [*pixels[:classes], pixels[IGNORE]]
+    keep = np.ones(len(images), dtype=bool)
+    if space.is_part:
+        keep = counts[:, 1:classes].any(axis=1)
+        keep[bad] = True
+        if not keep.all():
+            notes.append(f"{split}: {int((~keep).sum())} images show no class of {space.name} and are left out")
+    rows = np.flatnonzero(keep).tolist()
+    chosen = [PathList(paths.root, (paths.relative(row) for row in rows)) for paths in (images, masks)]
+    result = PartsSplit(*chosen, counts[rows], len(bad))
+    if not result.counts[:, :classes].any():
+        raise InputError(f"{images.root}: not one pixel of {split} has a class of --label_space {space.name}")
+    notes += _count_notes(result, space, split)
+    return result
+
+
+def _count_notes(part: PartsSplit, space: LabelSpace, split: str) -> list[str]:
+    """How many images and pixels a split has of each class."""
+    pixels = part.counts.sum(axis=0)
+    shown = (part.counts[:, :-1] > 0).sum(axis=0)
+    lines = [f"{split}: {len(part)} images; of their pixels, and in how many images:"]
+    for name, count, images in zip(space.names, pixels[:-1].tolist(), shown.tolist()):
+        share = f"{count / pixels.sum():8.3%}" if count else "  absent"
+        lines.append(f"  {share} {images:6d}  {name}")
+    if pixels[-1]:
+        images = int((part.counts[:, -1] > 0).sum())
+        lines.append(f"  {pixels[-1] / pixels.sum():8.3%} {images:6d}  without a label (not counted)")
+    if part.unreadable:
+        lines.append(f"  {part.unreadable} pairs cannot be read")
+    return lines

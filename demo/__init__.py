@@ -1,0 +1,1 @@
+"""Drawn vehicles: the data of the quickstart and of the tests."""

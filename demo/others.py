@@ -1,0 +1,117 @@
+"""Pictures without any vehicle: what a careless crawl brings along."""
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from demo.render import render_place
+from demo.vehicle import CAMERAS, COLOURS, demo_rng
+
+WORDS = "the of and sale price open house market report notes weekly river winter music garden".split()
+
+
+def draw_other(subject: str, seed: int, number: int, size: int) -> Image.Image:
+    """One RGB picture, `size` px square, of a subject of `SUBJECTS`; a function of its arguments."""
+    return SUBJECTS[subject][0](demo_rng(seed, "other", subject, number), seed, number, size)
+
+
+def describe_other(subject: str, number: int) -> tuple[str, str]:
+    """Caption and short caption of `draw_other`'s picture."""
+    short = SUBJECTS[subject][1]
+    if subject == "place":
+        return f"{short} {CAMERAS[number % len(CAMERAS)].place}", short
+    return f"a picture of {short}", short
+
+
+def _colour(rng: np.random.Generator) -> tuple:
+    return tuple(int(value) for value in rng.integers(0, 256, 3))
+
+
+def _place(rng, seed, number, size):
+    return render_place(seed, number % len(CAMERAS), number, size)
+
+
+def _gradient(rng, seed, number, size):
+    corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
+    return corners.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _texture(rng, seed, number, size):
+    page = np.zeros((size, size, 3))
+    for cells, weight in ((6, 0.5), (16, 0.3), (size, 0.2)):  # coarse to fine, as in bark or cloth
+        shape = (cells, max(2, cells // int(rng.integers(1, 5))), 3)
+        noise = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
+        page += weight * np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
+    tint = np.array(_colour(rng)) / 255
+    grey = page.mean(axis=2, keepdims=True)
+    return Image.fromarray((grey * (0.4 + 0.6 * tint)).clip(0, 255).astype(np.uint8))
+
+
+def _chart(rng, seed, number, size):
+    page = Image.new("RGB", (size, size), "white")
+    draw, unit = ImageDraw.Draw(page), size / 20
+    for row in range(4, 18, 3):
+        draw.line([(2 * unit, row * unit), (19 * unit, row * unit)], fill=(214, 216, 220))
+    heights = rng.uniform(2, 14, 8)
+    fill = _colour(rng)
+    tops = [((3 + 2 * k) * unit, (18 - heights[k]) * unit) for k in range(8)]
+    if rng.random() < 0.5:
+        for x, y in tops:
+            draw.rectangle([x, y, x + 1.4 * unit, 18 * unit], fill=fill)
+    else:
+        draw.line(tops, fill=fill, width=max(1, round(unit / 2)))
+    draw.line([(2 * unit, 2 * unit), (2 * unit, 18 * unit), (19 * unit, 18 * unit)], fill=(40, 40, 44))
+    return page
+
+
+def _page(rng, seed, number, size):
+    paper = tuple(int(value) for value in rng.integers(225, 256, 3))
+    page = Image.new("RGB", (size, size), paper)
+    draw, high = ImageDraw.Draw(page), max(8, size // 10)
+    for y in range(high // 2, size, high + 2):
+        line = " ".join(WORDS[k] for k in rng.integers(0, len(WORDS), 6))
+        draw.text((high // 2, y), line, fill=(40, 40, 48), font_size=high)
+    return page
+
+
+def _shapes(rng, seed, number, size):
+    page = Image.new("RGB", (size, size), _colour(rng))
+    draw = ImageDraw.Draw(page)
+    for _ in range(int(rng.integers(5, 10))):
+        x, y, r = rng.uniform(0, size), rng.uniform(0, size), rng.uniform(0.08, 0.35) * size
+        if rng.random() < 0.5:
+            draw.ellipse([x - r, y - r, x + r, y + r], fill=_colour(rng))
+        else:
+            draw.regular_polygon((x, y, r), int(rng.integers(3, 7)), int(rng.integers(0, 360)), _colour(rng))
+    return page
+
+
+def _flower(rng, seed, number, size):
+    """A close-up of petals around a disc before a blurred lawn."""
+    over = 3 * size
+    lawn = Image.fromarray(rng.integers((20, 70, 10), (70, 150, 50), (9, 9, 3)).astype(np.uint8)).resize(
+        (over, over), Image.Resampling.BICUBIC
+    )
+    page = lawn.filter(ImageFilter.GaussianBlur(over / 60))
+    draw = ImageDraw.Draw(page)
+    x, y, r = over * rng.uniform(0.4, 0.6), over * rng.uniform(0.4, 0.6), over * rng.uniform(0.26, 0.4)
+    petals, turn = int(rng.integers(5, 13)), rng.uniform(0, 6)
+    fill = COLOURS[("white", "red", "yellow", "orange", "blue")[rng.integers(5)]]
+    for k in range(petals):
+        angle = turn + 2 * np.pi * k / petals
+        px, py, pr = x + 0.62 * r * np.cos(angle), y + 0.62 * r * np.sin(angle), r * min(0.42, 2.2 / petals)
+        shade = tuple(int(c * (0.82 + 0.18 * (k % 2))) for c in fill)
+        draw.ellipse([px - pr, py - pr, px + pr, py + pr], fill=shade)
+    r *= 0.36
+    draw.ellipse([x - r, y - r, x + r, y + r], fill=(120, 84, 20))
+    return page.reduce(3)
+
+
+SUBJECTS = {  # subject: how it is drawn, its short caption
+    "place": (_place, "an empty place without any vehicle"),
+    "gradient": (_gradient, "a smooth colour gradient"),
+    "texture": (_texture, "a rough texture"),
+    "chart": (_chart, "a chart on white paper"),
+    "page": (_page, "a page of printed text"),
+    "shapes": (_shapes, "overlapping coloured shapes"),
+    "flower": (_flower, "a flower seen from close by"),
+}

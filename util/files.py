@@ -1,0 +1,55 @@
+"""Files: written whole or not at all, and known by their bytes. Free of torch."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from util.errors import InputError
+
+BLOCK_BYTES = 1 << 24
+
+
+def write_atomic(file: str | Path, write) -> None:
+    """`write(binary file)` under a temporary name, then fsync and rename: whole or not at all.
+
+    Raises:
+        InputError: the disk is full or the folder not writable; an older file stays as it was.
+    """
+    file = Path(file)
+    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as opened:
+            write(opened)
+            opened.flush()
+            os.fsync(opened.fileno())
+        os.replace(temporary, file)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch.save hides the disk's
+        if not isinstance(reason, OSError):
+            raise
+        raise InputError(f"cannot write {file}: {reason.strerror or reason}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # gone where all went well
+
+
+def write_json(file: str | Path, value) -> None:
+    """JSON with a final newline, atomically."""
+    text = json.dumps(value, indent=1) + "\n"
+    write_atomic(file, lambda opened: opened.write(text.encode()))
+
+
+def file_sha256(file: str | Path) -> str:
+    """Identity of a file's bytes, 64 digits."""
+    return file_digests(file, ("sha256",))["sha256"]
+
+
+def file_digests(file: str | Path, names: tuple[str, ...]) -> dict[str, str]:
+    """{name of hashlib: hex digits} of a file's bytes, read once."""
+    digests = {name: hashlib.new(name) for name in names}
+    with open(file, "rb") as opened:
+        while block := opened.read(BLOCK_BYTES):
+            for digest in digests.values():
+                digest.update(block)
+    return {name: digest.hexdigest() for name, digest in digests.items()}

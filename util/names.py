@@ -1,0 +1,21 @@
+"""Names that flags offer, apart from the code behind them: --help and a mistyped flag are answered without torch."""
+
+# width, depth, heads, patch size; tiny and small as in DeiT, the others as in MAE
+ENCODER_SIZES = {
+    "tiny": (192, 12, 3, 16),
+    "small": (384, 12, 6, 16),
+    "base": (768, 12, 12, 16),
+    "large": (1024, 24, 16, 16),
+    "huge": (1280, 32, 16, 14),
+}
+# width, blocks and heads of the decoder; tiny and small keep base's 2/3 width and head size 32
+DECODER_SIZES = {
+    "tiny": (128, 8, 4),
+    "small": (256, 8, 8),
+    "base": (512, 8, 16),
+    "large": (512, 8, 16),
+    "huge": (512, 8, 16),
+}
+MAE_MODELS = {f"mae_vit_{size}_patch{sizes[3]}": size for size, sizes in ENCODER_SIZES.items()}
+ENCODER_MODELS = {name.removeprefix("mae_"): size for name, size in MAE_MODELS.items()}
+CONTEXTS = ("attention", "cls", "mean", "decoder")

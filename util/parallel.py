@@ -1,0 +1,132 @@
+"""Work that processes share: pools with results in order, jobs cut into parts, folders that belong to one job."""
+
+import json
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from itertools import islice
+from pathlib import Path
+
+from util.dist import barrier, get_rank, get_world_size, is_main_process
+from util.errors import InputError
+from util.files import write_json
+from util.stop import end_with_parent, init_worker
+
+CHUNK = 64  # items a worker takes at a time
+
+
+_shared: object = None
+
+
+def worker_pool(workers: int, for_all: object = None) -> ProcessPoolExecutor:
+    """Processes that leave Ctrl-C to their parent and end with it, also when it is killed.
+
+    `for_all` reaches every worker once, as `shared()`; what goes with a chunk is pickled every time.
+    """
+    return ProcessPoolExecutor(workers, initializer=_init_pool_worker, initargs=(for_all,))
+
+
+def shared() -> object:
+    """In a worker: what `worker_pool` was given for all."""
+    return _shared
+
+
+def _init_pool_worker(for_all: object) -> None:
+    global _shared
+    _shared = for_all
+    init_worker(0)
+    end_with_parent()
+
+
+def map_in_order(
+    pool: ProcessPoolExecutor, function: Callable[[list], list], items: Iterable, workers: int
+) -> Iterator:
+    """`pool.map` of `function`, which turns a list of items into a list of results; its input is read only a
+    few chunks ahead, so that memory stays bounded."""
+    items = iter(items)
+    pending: deque = deque()
+    while chunk := list(islice(items, CHUNK)):
+        pending.append(pool.submit(function, chunk))
+        if len(pending) > 2 * workers:
+            yield from pending.popleft().result()
+    while pending:
+        yield from pending.popleft().result()
+
+
+def claim(file: Path, header: dict, what: str) -> bool:
+    """Write `header` to `file` (rank 0), or make sure that the one there is the same.
+
+    Args:
+        what: the folder's content in words, for the message.
+    Returns:
+        Whether the folder is new.
+    Raises:
+        InputError: it holds something else, with the names that differ, or a damaged header.
+    """
+    if not file.is_file():
+        if is_main_process():
+            write_json(file, header)
+        return True
+    try:
+        old = json.loads(file.read_text())
+    except json.JSONDecodeError as error:
+        raise InputError(f"{file} is damaged ({error}): remove {file.parent} and start again") from error
+    different = [key for key in header if old.get(key) != header[key]]
+    if different:
+        raise InputError(
+            f"{file.parent} holds another {what} (its {', '.join(different)} differ): choose another "
+            "--output or remove it"
+        )
+    return False
+
+
+class Parts:
+    """The parts of `total` items, `size` items each, in a folder of their own that only this job may use.
+
+    Args:
+        job: what the parts depend on; a folder with parts of another job is refused.
+        what: the folder's content in words, for that message.
+        ending: of the files.
+    """
+
+    def __init__(self, folder: Path, job: dict, what: str, total: int, size: int, ending: str):
+        self.folder, self.total, self.size, self.ending = folder, total, size, ending
+        claim(folder / "job.json", job, what)
+        self.starts = range(0, total, size)
+        # shared out before looking what is there: ranks that look at different moments must not disagree
+        self.todo = [s for s in self.starts[get_rank() :: get_world_size()] if not self.file(s).is_file()]
+        barrier()  # rank 0 may remove the folder only after all have looked
+
+    def file(self, start: int) -> Path:
+        return self.folder / f"part_{start:010d}{self.ending}"
+
+    def stop(self, start: int) -> int:
+        return min(start + self.size, self.total)
+
+    def items_to_do(self) -> int:
+        """Items of this rank that are still to do."""
+        return sum(self.stop(start) - start for start in self.todo)
+
+    def complete(self) -> bool:
+        """On rank 0 True, once every rank has done its parts; False at once elsewhere."""
+        if not is_main_process():
+            return False
+        while not all(self.file(start).is_file() for start in self.starts):
+            time.sleep(0.2)
+        return True
+
+    def remove(self) -> None:
+        """All files, also what a killed write left; job.json last: no other job can adopt the rest."""
+        for file in self.folder.iterdir():
+            if file.name != "job.json":
+                file.unlink()
+        (self.folder / "job.json").unlink()
+        self.folder.rmdir()
+
+
+def default_workers() -> int:
+    """Data processes of a rank: one for each of its cores, at most 10."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return min(10, max(1, (os.cpu_count() or 1) // local))

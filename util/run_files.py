@@ -1,0 +1,278 @@
+"""The files of a pre-training run: saving, finding and continuing it, exporting the encoder."""
+
+import json
+import os
+import platform
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from checkpoints.reference import reference_of
+from models_vit import VisionTransformer
+from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_safetensors, write_torch
+from util.dist import is_main_process
+from util.errors import InputError
+from util.files import write_atomic
+from util.precision import LEAST_SCALE
+
+LAST = "checkpoint-last.pth"
+# what makes a continuation another run; --allow_change NAME lets one through
+FIXED_ON_RESUME = (
+    "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha "
+    "images_sha effective_batch epochs warmup_epochs lr min_lr weight_decay clip_grad sim_weight kl_weight "
+    "tau crop_min crop_views decode teacher_view seed"
+).split()  # of pre-training
+
+
+class RunFiles:
+    """Checkpoints of one run in `output_dir`.
+
+    Args:
+        output_dir: folder of the run.
+        args: resolved settings as plain values, kept in every checkpoint.
+        config: what is needed to build the model again, plain values.
+        save_minutes: time between saves of `checkpoint-last.pth`.
+        keep: how many `checkpoint-<epoch>.pth` stay.
+        fixed: names in `args` that a continuation must share.
+        init_flag: what starts a new run from weights alone.
+    """
+
+    def __init__(
+        self, output_dir: Path, args: dict, config: dict, save_minutes, keep: int, fixed=FIXED_ON_RESUME,
+        init_flag: str = "--init"
+    ):  # fmt: skip
+        self.output_dir = output_dir
+        self.args = args
+        self.config = config
+        self.save_seconds = 60 * save_minutes
+        self.keep = keep
+        self.fixed, self.init_flag = fixed, init_flag
+        self.saved_at = time.monotonic()
+        self._writing = threading.Lock()  # the loop and the StopGuard's thread may both save
+
+    def save(self, run, name: str = LAST) -> None:
+        """Write the state of the last update; whole or not at all.
+
+        `epoch` is the last finished epoch, as in MAE; `batches_done` counts global micro-batches of
+        the next one. Nothing random is kept: order, crops and masks follow from (seed, epoch, index).
+        """
+        with self._writing:
+            write_torch(self.output_dir / name, self._content(run))
+            self.saved_at = time.monotonic()
+
+    def _content(self, run) -> dict:
+        return {
+            "model": run.bare.state_dict() | (run.buffers.saved if run.buffers else {}),
+            "optimizer": run.optimizer.state_dict(),
+            "epoch": run.epoch - 1,
+            "scaler": run.scaler.state_dict() if run.scaler else {},
+            "args": self.args,
+            "config": self.config,
+            "batches_done": run.batches_done,
+            "meter": run.meter.state_dict(),
+            "bad_steps_in_row": run.bad_steps_in_row,
+            "seconds": dict(run.seconds),
+        }
+
+    def save_if_due(self, run) -> None:
+        if is_main_process() and time.monotonic() - self.saved_at >= self.save_seconds:
+            self.save(run)
+
+    def save_epoch(self, run) -> None:
+        """`checkpoint-<finished epoch>.pth`; of those up to it, the oldest beyond `keep` go."""
+        self.save(run, f"checkpoint-{run.epoch - 1}.pth")
+        epochs = [file for file in _checkpoints(self.output_dir) if file.name != LAST]
+        earlier = [file for file in epochs if _epoch_number(file) < run.epoch]
+        for file in earlier[self.keep :]:
+            file.unlink()
+
+    def resume(self, run, wanted: str, allow_change: list[str]) -> str:
+        """Continue from a file, or with "auto" from the newest readable one in `output_dir`.
+
+        Returns:
+            One line that says what was decided.
+        Raises:
+            InputError: the file is unusable, or settings differ that make it another run.
+        """
+        if not wanted:
+            return "fresh start (no --resume)"
+        if wanted != "auto":
+            return self._restore(run, Path(wanted), read_checkpoint(wanted), allow_change)
+        skipped = []
+        for file in _checkpoints(self.output_dir):
+            try:
+                content = read_checkpoint(file)
+            except InputError as error:
+                skipped.append(f"skipped: {error}")
+                continue
+            return "; ".join([*skipped, self._restore(run, file, content, allow_change)])
+        if skipped:
+            raise InputError("; ".join(skipped) + ": no readable checkpoint is left; remove --resume to start anew")
+        return f"fresh start (--resume auto found no checkpoint in {self.output_dir})"
+
+    def _restore(self, run, file: Path, content: dict, allow_change: list[str]) -> str:
+        needed = ("optimizer", "epoch", "args", "batches_done", "meter")
+        missing = [key for key in needed if key not in content]
+        if missing:
+            raise InputError(
+                f"{file} holds weights without {', '.join(missing)}, so a run cannot continue from "
+                f"it: use {self.init_flag} {file} to start a new run from these weights"
+            )
+        old, new = content["args"], self.args
+        unknown = sorted(set(allow_change) - set(self.fixed))
+        if unknown:
+            raise InputError(f"--allow_change {' '.join(unknown)}: choose among {', '.join(self.fixed)}")
+        known = [k for k in self.fixed if k in old and k not in allow_change]  # older files lack new names
+        changed = [k for k in known if old[k] != new.get(k)]
+        if changed:
+            differences = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in changed)
+            raise InputError(
+                f"{file} belongs to a run with other settings ({differences}): set them back, or pass "
+                f"--allow_change {' '.join(changed)}"
+            )
+        load_weights(run.bare, content["model"], file, needed="all")
+        if run.buffers:
+            run.buffers.take()
+        self._restore_optimizer(run.optimizer, content, file)
+        # a scale that stopped the run would stop it again: the cure starts with a new one
+        if run.scaler and content["scaler"].get("scale", 0) >= LEAST_SCALE:
+            run.scaler.load_state_dict(content["scaler"])
+        run.epoch = content["epoch"] + 1
+        run.bad_steps_in_row = content["bad_steps_in_row"]
+        run.seconds = dict(content["seconds"])
+        # a changed batch or list of images moves the batch borders: then the epoch starts again
+        same_batches = all(old.get(k) == new.get(k) for k in ("global_batch", "images_sha"))
+        run.batches_done = content["batches_done"] if same_batches else 0
+        if same_batches:
+            run.meter.load_state_dict(content["meter"], run.device)
+        was, now = (args.get("precision") for args in (old, new))
+        note = f"; precision was {was} and is {now}" if was and was != now else ""
+        return f"resuming {file} at epoch {run.epoch}, batch {run.batches_done}{note}"
+
+    def _restore_optimizer(self, optimizer: torch.optim.Optimizer, content: dict, file: Path) -> None:
+        """Its state; the settings of its groups are this run's, not the file's."""
+        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
+        sizes = [len(g["params"]) for g in optimizer.param_groups]
+        saved = content["optimizer"]
+        same = [len(g["params"]) for g in saved["param_groups"]] == sizes
+        if not same or content["args"].get("opt") != self.args.get("opt"):
+            raise InputError(
+                f"the optimiser in {file} is another one or has its tensors in other groups, so it cannot go "
+                "on: set the flags that choose or group its tensors back (see args.json), or start anew in "
+                f"another --output_dir with {self.init_flag} {file}"
+            )
+        optimizer.load_state_dict(saved)
+        for group, own in zip(optimizer.param_groups, settings):
+            group.update(own)
+
+    def cut_log(self, epoch: int) -> None:
+        """Drop log lines of epochs that will be trained again."""
+        log = self.output_dir / "log.txt"
+        if log.is_file():
+            lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if _epoch_of(line) < epoch]
+            if len(kept) < len(lines):
+                write_atomic(log, lambda opened: opened.write("".join(kept).encode()))
+
+    def last_record(self) -> dict:
+        """The last line of log.txt, {} without one."""
+        log = self.output_dir / "log.txt"
+        lines = log.read_text().splitlines() if log.is_file() else []
+        return json.loads(lines[-1]) if lines and _epoch_of(lines[-1]) < float("inf") else {}
+
+    def export_encoder(self, bare: torch.nn.Module) -> None:
+        """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors`, which also
+        says what the encoder answers to the reference pictures."""
+        state = {k: v.detach().float().cpu().contiguous() for k, v in encoder_state(bare.state_dict()).items()}
+        encoder = VisionTransformer(**bare.settings(), initialize=False)
+        encoder.load_state_dict(state)
+        self._export("encoder", {"model": state}, state, {"reference": json.dumps(reference_of(encoder.eval()))})
+
+    def export_model(self, bare: torch.nn.Module) -> None:
+        """`model.pth` ({"model", "config"}) and `model.safetensors`: to score and search with."""
+        state = {k: v.detach().cpu().contiguous() for k, v in bare.state_dict().items()}
+        self._export("model", {"model": state, "config": self.config}, state)
+
+    def _export(self, name: str, content: dict, state: dict, more: dict[str, str] | None = None) -> None:
+        write_torch(self.output_dir / f"{name}.pth", content)
+        header = {"format": "pt", "config": json.dumps(self.config), **(more or {})}
+        write_safetensors(self.output_dir / f"{name}.safetensors", state, header)
+
+
+def initialise_from(bare: torch.nn.Module, file: str) -> str:
+    """`--init`: weights of ours or facebook's MAE, full or encoder only; returns what matched."""
+    content = read_checkpoint(file)
+    return load_weights(bare, content["model"], file, needed="encoder")
+
+
+def refuse_used_folder(output_dir: str | Path) -> None:
+    """Before a run that starts anew: it must not replace what another has left.
+
+    Raises:
+        InputError: there are checkpoints.
+    """
+    found = _checkpoints(Path(output_dir))
+    if found:
+        raise InputError(
+            f"{output_dir} holds a run ({found[0].name}): --resume auto goes on with it, another "
+            "--output_dir starts a new one"
+        )
+
+
+def _checkpoints(output_dir: Path) -> list[Path]:
+    """Those that are there: of the last update, then of epochs, the newest first."""
+    numbered = [f for f in output_dir.glob("checkpoint-*.pth") if f.stem.split("-")[1].isdigit()]
+    last = [file for file in [output_dir / LAST] if file.is_file()]
+    return last + sorted(numbered, key=_epoch_number, reverse=True)
+
+
+def _epoch_number(file: Path) -> int:
+    """Of checkpoint-<epoch>.pth."""
+    return int(file.stem.split("-")[1])
+
+
+def _epoch_of(line: str) -> float:
+    """Of a line of log.txt; infinity where the line was cut by a full disk or a kill."""
+    try:
+        return json.loads(line)["epoch"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return float("inf")
+
+
+def environment() -> dict[str, str]:
+    """Versions, machine and commit, kept beside the log."""
+    import numpy
+    import open_clip
+    import timm
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "open_clip": open_clip.__version__,
+        "numpy": numpy.__version__,
+        "machine": f"{platform.node()}, {os.cpu_count()} cores, {device}",
+        "commit": code_commit(),
+    }
+
+
+def code_commit(folder: Path | None = None) -> str:
+    """The git commit of the code in `folder` (default: this code), " + changes" where tracked files differ;
+    of an archive that git or its host has made, the commit that it is of; else "unknown"."""
+    folder = folder or Path(__file__).resolve().parent.parent
+
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=60)
+        return done.stdout.strip() if done.returncode == 0 else ""
+
+    try:
+        if (folder / ".git").exists() and (commit := git("rev-parse", "HEAD")):
+            return commit + (" + changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        written = (folder / "util" / "commit.txt").read_text().strip()  # filled in by git archive
+        return written if len(written) == 40 else "unknown"
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
