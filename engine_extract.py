@@ -10,7 +10,6 @@ from torch.utils.data import DataLoader, Dataset
 
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from datasets.transforms import whole_image
-from models_vit import VisionTransformer
 from util.dist import is_main_process
 from util.files import write_atomic, write_json
 from util.parallel import Parts
@@ -25,8 +24,7 @@ class WholeImages(Dataset):
 
     Args:
         paths: image files by number: a PathList, PackedImages, or anything like them.
-        boxes: [len(paths), 4] int32 (left, upper, right, lower) in px to cut out; an empty box is the whole
-        picture.
+        boxes: [len(paths), 4] int32 (left, upper, right, lower) in px to cut out; an empty box is the whole picture.
     """
 
     def __init__(self, paths, indices: np.ndarray, size: tuple[int, int], boxes: np.ndarray | None = None):
@@ -43,8 +41,7 @@ class WholeImages(Dataset):
                 image = image.crop(tuple(self.boxes[index].tolist()))
             return whole_image(image, self.size), index, ""
         except UNREADABLE as error:
-            reason = why_unreadable(error)
-            return torch.zeros(3, *self.size, dtype=torch.uint8), index, reason
+            return torch.zeros(3, *self.size, dtype=torch.uint8), index, why_unreadable(error)
 
 
 @torch.inference_mode()
@@ -59,8 +56,8 @@ def extract_batches(
 ) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], dict[int, str]]]:
     """Yield (indices [n], {name: float32 [n, D] or [n, L, D]}, {index: problem}) batch by batch.
 
-    `encode` gets the images on the device and their numbers [n] int64 on the CPU.
-    Nothing is masked or cropped. Rows of unreadable images are NaN, so that nobody takes them for embeddings.
+    `encode` gets the images on the device and their numbers [n] int64 on the CPU. Rows of unreadable images are NaN,
+    so that nobody takes them for features.
     """
     loader = DataLoader(
         images, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda", worker_init_fn=init_worker
@@ -76,6 +73,33 @@ def extract_batches(
         yield index.numpy(), rows, problems
 
 
+def extract_features(
+    model: torch.nn.Module, paths, names: tuple[str, ...], *, progress: Callable[[int], None], **loading
+) -> tuple[dict[str, np.ndarray], dict[int, str]]:
+    """All features in memory: ({name: [len(paths), ...] float32}, {index: problem}).
+
+    Args:
+        model: has `img_size` and `encode`. progress: is told how many images are done.
+        loading: batch_size, num_workers, amp_dtype of `extract_batches`.
+    """
+    collected: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    problems: dict[int, str] = {}
+    done, device = 0, next(model.parameters()).device
+    images = WholeImages(paths, np.arange(len(paths)), model.img_size)
+
+    def encode(imgs: torch.Tensor, _) -> dict[str, torch.Tensor]:
+        found = model.encode(imgs)
+        return {name: found[name] for name in names}
+
+    for index, rows, bad in extract_batches(encode, images, device, **loading):
+        for name, parts in collected.items():
+            parts.append(rows[name])
+        problems |= bad
+        done += len(index)
+        progress(done)
+    return {name: np.concatenate(parts) for name, parts in collected.items()}, problems
+
+
 def extract_to_file(
     encode: Callable[[torch.Tensor], torch.Tensor],
     images: WholeImages,
@@ -84,15 +108,14 @@ def extract_to_file(
     job: dict,
     *,
     dtype: type = np.float32,
-    batch_size: int = 128,
-    num_workers: int = 2,
-    amp_dtype: torch.dtype | None = None,
+    **loading,
 ) -> tuple[tuple[int, ...], dict[int, str]] | None:
     """Embeddings of `images` as OUTPUT.npy, row for row; the ranks share the work, a killed run goes on.
 
     Args:
         encode: uint8 [n, 3, H, W] -> [n, D] or [n, L, D].
         job: what the file depends on; parts of another job are refused.
+        loading: batch_size, num_workers, amp_dtype of `extract_batches`.
     Returns:
         (shape, {index: problem}) on rank 0, None elsewhere.
     """
@@ -101,16 +124,9 @@ def extract_to_file(
     progress = Progress("images", parts.items_to_do(), shown=is_main_process())
     done = 0
     for start in parts.todo:
-        chosen = images.indices[start : parts.stop(start)]
+        chosen = WholeImages(images.paths, images.indices[start : parts.stop(start)], images.size, images.boxes)
         rows, problems = [], {}
-        for index, features, bad in extract_batches(
-            lambda imgs, _: {"": encode(imgs)},
-            WholeImages(images.paths, chosen, images.size, images.boxes),
-            device,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            amp_dtype=amp_dtype,
-        ):
+        for index, features, bad in extract_batches(lambda imgs, _: {"": encode(imgs)}, chosen, device, **loading):
             rows.append(features[""])
             problems |= bad
             done += len(index)
@@ -121,12 +137,12 @@ def extract_to_file(
     progress.close()
     if not parts.complete():
         return None
-    result = join_parts(parts, output)
+    result = _join(parts, output)
     parts.remove()
     return result
 
 
-def join_parts(parts: Parts, output: Path) -> tuple[tuple[int, ...], dict[int, str]]:
+def _join(parts: Parts, output: Path) -> tuple[tuple[int, ...], dict[int, str]]:
     """Parts -> OUTPUT.npy, without holding more than one part in memory."""
     first = np.load(parts.file(0), mmap_mode="r")
     shape = (parts.total, *first.shape[1:])
@@ -141,34 +157,3 @@ def join_parts(parts: Parts, output: Path) -> tuple[tuple[int, ...], dict[int, s
     joined.flush()
     temporary.replace(output.with_name(output.name + ".npy"))
     return shape, problems
-
-
-def extract_features(
-    model: VisionTransformer,
-    paths,
-    read_outs: tuple[str, ...],
-    *,
-    batch_size: int = 128,
-    num_workers: int = 2,
-    amp_dtype: torch.dtype | None = None,
-    progress: Callable[[int], None] = lambda done: None,
-) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-    """All embeddings in memory: ({name: [len(paths), ...] float32}, {index: problem})."""
-    collected: dict[str, list[np.ndarray]] = {name: [] for name in read_outs}
-    problems: dict[int, str] = {}
-    done = 0
-    images = WholeImages(paths, np.arange(len(paths)), model.img_size)
-    for index, rows, bad in extract_batches(
-        lambda imgs, _: {name: values for name, values in model.encode(imgs).items() if name in read_outs},
-        images,
-        model.pos_embed.device,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        amp_dtype=amp_dtype,
-    ):
-        for name in read_outs:
-            collected[name].append(rows[name])
-        problems |= bad
-        done += len(index)
-        progress(done)
-    return {name: np.concatenate(parts) for name, parts in collected.items()}, problems

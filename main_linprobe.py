@@ -10,66 +10,44 @@ import argparse
 import os
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-
-from datasets.labelled import LabelledImages, list_labelled
-from datasets.reid import READERS, read_reid
-from engine_extract import extract_features
-from engine_linprobe import CropBatches, Recipe, StoredBatches, train_heads
-from finetune.reid_eval import evaluate_reid, flat_metrics, unreadable_of
-from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
-from metrics.protocols import evaluate, protocols_of
-from models_probe import READ_OUTS, ReadOuts, SearchReadOuts, load_read_outs
-from reports.probe import Score, draw_layers, mean_attribute_accuracy, score_table
+from datasets.reid import READERS
 from util.cli import Parser, parse_input_size, run_tool
-from util.dist import pick_device
 from util.errors import InputError
-from util.fetch import fetch
-from util.files import write_atomic
-from util.precision import pick_amp_dtype, pick_fused_attention
-from util.progress import Progress
 
+READ_OUTS = ("cls", "mean", "context", "layers")
 PROTOCOLS = ("knn", "linear", "mae", "fewshot", "reid")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("main_linprobe.py", add_help=False, allow_abbrev=False)
+    parser = Parser("main_linprobe.py", __doc__)
     # fmt: off
     add = parser.add_argument_group("features").add_argument
     add("--checkpoint", required=True,
         help="encoder: any file that main_finetune.py --finetune takes; context needs a checkpoint-*.pth")
     add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
-    add("--read_out", nargs="+", default=["mean"], choices=READ_OUTS,
-        help="class token, mean of patch tokens, projected global context, both tokens of every block "
-        "(default mean)")
+    add("--read_out", nargs="+", default=["mean"], choices=READ_OUTS, help="class token, mean of patch tokens, "
+        "projected global context, both tokens of every block (default mean)")
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", required=True,
-        help="folder with train/CLASS and val/CLASS, or a table with columns path, split and a label; with "
-        "--protocol reid a re-identification set")
+    add("--data_path", required=True, help="folder with train/CLASS and val/CLASS, or a table with columns path, split "
+        "and a label; with --protocol reid a re-identification set")
     add("--label_column", nargs="+", default=["label"], help="label columns of a table (default label)")
     add("--format", default="auto", choices=("auto", *READERS),
         help="layout of a re-identification set (default auto: by the files that are there)")
     add = parser.add_argument_group("protocol").add_argument
-    add("--protocol", nargs="+", default=["knn"], choices=PROTOCOLS,
-        help="nearest neighbours; regularised logistic fit; MAE's recipe; a few images a class; search for "
-        "the same vehicle (default knn)")
+    add("--protocol", nargs="+", default=["knn"], choices=PROTOCOLS, help="nearest neighbours; regularised logistic "
+        "fit; MAE's recipe; a few images a class; search for the same vehicle (default knn)")
     add("--k", default=20, type=int, help="neighbours (default 20)")
     add("--temperature", default=0.07, type=float, help="of the kNN vote (default 0.07)")
     add("--shots", nargs="+", default=[1, 5, 10], type=int, help="fewshot: images a class (default 1 5 10)")
     add("--draws", default=10, type=int, help="fewshot: how often they are drawn (default 10)")
     add = parser.add_argument_group("MAE's recipe (--protocol mae)").add_argument
-    add("--views", default="stored", choices=("stored", "crop"),
-        help="stored: features of the whole images, once; crop: new crops through the encoder each epoch, as "
-        "in MAE (default stored)")
+    add("--views", default="stored", choices=("stored", "crop"), help="stored: features of the whole images, once; "
+        "crop: new crops through the encoder each epoch, as in MAE (default stored)")
     add("--epochs", default=90, type=int, help="length of the schedule in epochs (default 90)")
     add("--warmup_epochs", default=10.0, type=float, help="epochs of linear warm-up (default 10)")
     add("--blr", default=0.1, type=float, help="learning rate for a batch of 256 (default 0.1)")
-    add("--probe_batch", default=16384, type=int,
-        help="images an update, at most all there are (default 16384)")
-    add("--crop_min", default=0.08, type=float,
-        help="crop: smallest crop as a share of the image's area (default 0.08)")
+    add("--probe_batch", default=16384, type=int, help="images an update, at most all there are (default 16384)")
+    add("--crop_min", default=0.08, type=float, help="crop: smallest share of the image's area (default 0.08)")
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=None,
         help="folder for metrics.json and layers.png (default: linprobe beside the checkpoint)")
@@ -83,21 +61,15 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def check_args(args) -> None:
-    """Contradictions among flags, before anything is loaded.
-
-    Raises:
-        InputError: one sentence on the first.
-    """
-    for name in ("k", "draws", "epochs", "probe_batch", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
-    if min(args.shots) < 1:
-        raise InputError(f"--shots {min(args.shots)}: must be at least 1")
+    """Contradictions among flags, before anything is loaded."""
+    least = dict.fromkeys(("k", "draws", "epochs", "probe_batch", "batch_size", "shots"), 1)
+    for name, limit in (least | dict.fromkeys(("seed", "num_workers", "warmup_epochs"), 0)).items():
+        value = min(args.shots) if name == "shots" else getattr(args, name)
+        if value < limit:
+            raise InputError(f"--{name} {value}: must be at least {limit}")
     for name in ("temperature", "blr"):
         if getattr(args, name) <= 0:
             raise InputError(f"--{name} {getattr(args, name)}: must be positive")
-    if min(args.seed, args.num_workers, args.warmup_epochs) < 0:
-        raise InputError("--seed, --num_workers and --warmup_epochs must not be negative")
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
     if not 0 < args.crop_min <= 1:
@@ -106,42 +78,73 @@ def check_args(args) -> None:
         raise InputError("--protocol reid reads a set of another kind than the others: call it alone")
     if args.views == "crop" and "mae" not in args.protocol:
         raise InputError("--views crop is for --protocol mae: add it, or drop --views")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("main_linprobe.py works in one process: start it with python, not with torchrun")
+
+
+def metrics_file(args) -> Path:
+    folder = Path(args.output_dir) if args.output_dir else Path(args.checkpoint).parent / "linprobe"
+    return folder / "metrics.json"
+
+
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
+
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from datasets.labelled import LabelledImages, list_labelled
+from datasets.path_list import PathList
+from datasets.pretrain import EpochBatches, PretrainDataset
+from datasets.reid import read_reid
+from engine_extract import extract_features
+from engine_linprobe import crop_batches, stored_batches, train_heads
+from finetune.reid_eval import evaluate_reid, flat_metrics, unreadable_of
+from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
+from metrics.protocols import evaluate, protocols_of
+from models_probe import ReadOuts, SearchReadOuts, load_read_outs
+from reports.probe import Score, draw_layers, mean_attribute_accuracy, score_table
+from util.dist import pick_device
+from util.fetch import fetch
+from util.files import write_atomic
+from util.precision import pick_amp_dtype
+from util.progress import Progress
 
 
 def main(args) -> dict[str, float | str]:
     """Returns e.g. {"knn_mean_make_top1": 0.12, ...}, shares in [0, 1]."""
     check_args(args)
-    args.output_dir = str(metrics_file(args).parent)
+    file = metrics_file(args)
+    args.output_dir = str(file.parent)
     args.checkpoint = str(fetch(args.checkpoint))
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("main_linprobe.py works in one process: start it with python, not with torchrun")
     device = pick_device(args.device)
-    amp_dtype, _ = pick_amp_dtype(args.amp, device)
     size = parse_input_size(args.input_size) if args.input_size else None
-    fused = pick_fused_attention(device, amp_dtype)
-    read_outs, report = load_read_outs(args.checkpoint, tuple(args.read_out), size, device, fused)
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    loading["amp_dtype"], _ = pick_amp_dtype(args.amp, device)
+    read_outs, report = load_read_outs(args.checkpoint, tuple(args.read_out), size, device)
     print(f"encoder {args.checkpoint}:\n{report}", flush=True)
     judge = judge_search if "reid" in args.protocol else judge_labels
-    facts, scores = judge(args, read_outs, amp_dtype)
+    facts, scores = judge(args, read_outs, loading)
     print(score_table(scores))
     if "layers" in args.read_out:
-        file = metrics_file(args).with_name("layers.png")
         picture = draw_layers(scores, "/".join(Path(args.checkpoint).parts[-2:]))
-        write_atomic(file, lambda opened: opened.write(picture))
-        print(f"curves over the blocks: {file}")
+        write_atomic(file.with_name("layers.png"), lambda opened: opened.write(picture))
+        print(f"curves over the blocks: {file.with_name('layers.png')}")
     return facts | {score.name: score.value for score in scores}
 
 
 # re-identification without fine-tuning
 
 
-def judge_search(args, read_outs: ReadOuts, amp_dtype) -> tuple[dict, list[Score]]:
+def judge_search(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[Score]]:
     """Each read-out as the feature of a search, by the protocol that `main_finetune.py --eval` uses."""
     data = read_reid(args.data_path, args.format, need_train=False)
     print(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes), sep="\n")
     model = SearchReadOuts(read_outs)
-    options = {"batch_size": args.batch_size, "num_workers": args.num_workers, "amp_dtype": amp_dtype}
-    results = evaluate_reid(model, data, protocols_of(data, seed=args.seed), **options, columns=model.columns)
+    results = evaluate_reid(model, data, protocols_of(data, seed=args.seed), **loading, columns=model.columns)
     print("\n".join(dict.fromkeys(result.protocol.line() for result in results.values())), flush=True)
     facts: dict[str, float | str] = {"unreadable": len(unreadable_of(results))}
     facts |= {f"reid_{name}": value for name, value in flat_metrics(results).items()}
@@ -149,10 +152,8 @@ def judge_search(args, read_outs: ReadOuts, amp_dtype) -> tuple[dict, list[Score
     for key, result in results.items():
         read_out, test = key.split(" ", 1)
         column = "" if test == "test" else test
-        found = [("reid", metric, result.metrics[metric]) for metric in ("mAP", "R1", "R5")]
-        trivial = random_order(result, args.seed)
-        found += [("random", metric, trivial[metric]) for metric in ("mAP", "R1", "R5")]
-        scores += [Score(protocol, read_out, column, metric, v) for protocol, metric, v in found]
+        for protocol, numbers in (("reid", result.metrics), ("random", random_order(result, args.seed))):
+            scores += [Score(protocol, read_out, column, metric, numbers[metric]) for metric in ("mAP", "R1", "R5")]
     return facts, scores
 
 
@@ -161,26 +162,25 @@ def random_order(result, seed: int) -> dict[str, float]:
     rng = np.random.default_rng(seed)
     rows = []
     for part in (result.query, result.gallery):
-        images = part.images if part else None
-        noise = torch.from_numpy(rng.standard_normal((len(images), 16), np.float32)) if part else None
-        rows += [images, noise]
+        if part:
+            rows += [part.images, torch.from_numpy(rng.standard_normal((len(part.images), 16), np.float32))]
     return evaluate(result.protocol, *rows)
 
 
 # classes and attributes
 
 
-def judge_labels(args, read_outs: ReadOuts, amp_dtype) -> tuple[dict, list[Score]]:
+def judge_labels(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[Score]]:
     """Every protocol on every read-out and label column; features are extracted once."""
     tables = {column: list_labelled(args.data_path, column) for column in args.label_column}
     for column, table in tables.items():
         if table.unlabelled:
             print(f"{table.unlabelled} rows have no {column} and are left out of its numbers")
     paths = next(iter(tables.values())).paths
-    features, problems = all_features(args, read_outs, paths, amp_dtype)
-    readable = ~np.isin(np.arange(len(paths)), list(problems))
+    features, problems = all_features(args, read_outs, paths, loading)
     rows = {
-        column: {split: ids[readable[ids]] for split, ids in table.splits.items()} for column, table in tables.items()
+        column: {split: ids[~np.isin(ids, list(problems))] for split, ids in table.splits.items()}
+        for column, table in tables.items()
     }
     for column, splits in rows.items():
         if len(splits["train"]) < 2 or not len(splits["val"]):
@@ -191,27 +191,21 @@ def judge_labels(args, read_outs: ReadOuts, amp_dtype) -> tuple[dict, list[Score
     facts = {"unreadable": len(problems), **short_classes(args, tables, rows)}
     heads = {}
     if "mae" in args.protocol:
-        heads = train_mae_heads(args, read_outs, features, tables, rows, amp_dtype)
+        heads = train_mae_heads(args, read_outs, features, tables, rows, loading)
         facts |= {"mae_blr": args.blr}
     scores: list[Score] = []
     for column, table in tables.items():
         for read_out, values in features.items():
             head = heads.get((read_out, column))
-            scores += probe(args, values, table, rows[column], read_out, column, head)
+            scores += probe(args, values, table, rows[column], head, partial(Score, read_out=read_out, column=column))
     return facts, scores + mean_attribute_accuracy(scores)
 
 
-def all_features(args, read_outs: ReadOuts, paths, amp_dtype) -> tuple[dict, dict[int, str]]:
-    """({read-out: [n, D] float32 on the device}, {index: problem}) of one pass over all images.
-
-    Raises:
-        InputError: no image can be read, or features are not finite.
-    """
+def all_features(args, read_outs: ReadOuts, paths, loading: dict) -> tuple[dict, dict[int, str]]:
+    """({read-out: [n, D] float32 on the device}, {index: problem}) of one pass over all images."""
     progress = Progress("features", len(paths))
-    features, problems = extract_features(
-        read_outs, paths, read_outs.names, batch_size=args.batch_size, num_workers=args.num_workers,
-        amp_dtype=amp_dtype, progress=progress.update,
-    )  # fmt: skip
+    names = tuple(read_outs.widths)
+    features, problems = extract_features(read_outs, paths, names, progress=progress.update, **loading)
     progress.close()
     for index, problem in problems.items():
         print(f"unreadable, left out: {paths[index]}: {problem}")
@@ -225,7 +219,7 @@ def all_features(args, read_outs: ReadOuts, paths, amp_dtype) -> tuple[dict, dic
                 f"{args.checkpoint}: the read-out {name} of {int(bad.sum())} images, e.g. "
                 f"{paths[int(bad.argmax())]}, is not finite: the model has diverged, or needs --amp none"
             )
-    device = read_outs.pos_embed.device
+    device = next(read_outs.parameters()).device
     return {name: torch.from_numpy(values).to(device) for name, values in features.items()}, problems
 
 
@@ -245,78 +239,71 @@ def short_classes(args, tables: dict[str, LabelledImages], rows: dict) -> dict[s
     return found
 
 
-def train_mae_heads(args, read_outs: ReadOuts, features: dict, tables: dict, rows: dict, amp_dtype) -> dict:
+def train_mae_heads(args, read_outs: ReadOuts, features: dict, tables: dict, rows: dict, loading: dict) -> dict:
     """The heads of MAE's recipe, {(read-out, column): head}."""
-    device = read_outs.pos_embed.device
-    recipe = Recipe(args.blr, args.probe_batch, args.epochs, args.warmup_epochs, args.seed)
     train = np.unique(np.concatenate([splits["train"] for splits in rows.values()]))
+    order = EpochBatches(len(train), min(args.probe_batch, len(train)), 0, 1, args.seed)
     if args.views == "stored":
-        batches = StoredBatches(features, train, recipe)
+        batches = partial(stored_batches, order=order, rows=train, features=features)
     else:
         paths = next(iter(tables.values())).paths
-        batches = CropBatches(
-            read_outs, paths, train, recipe, crop_min=args.crop_min, batch_size=args.batch_size,
-            num_workers=args.num_workers, amp_dtype=amp_dtype,
-        )  # fmt: skip
+        chosen = PathList(paths.root, (paths.relative(row) for row in train.tolist()))
+        images = PretrainDataset(chosen, read_outs.img_size, 0, seed=args.seed, min_area=args.crop_min)
+        batches = partial(crop_batches, order=order, rows=train, images=images, read_outs=read_outs, **loading)
     labels = {name: (torch.from_numpy(table.labels), len(table.classes)) for name, table in tables.items()}
-    size, updates = batches.order.batch_size, recipe.epochs * batches.order.batches_per_epoch
+    size = order.batch_size
     print(
-        f"MAE's recipe, views {args.views}: {recipe.epochs} epochs, {updates} updates of {size} images, lr "
-        f"{recipe.blr * size / 256:.4g} = blr {recipe.blr:g} x {size} / 256"
+        f"MAE's recipe, views {args.views}: {args.epochs} epochs, {args.epochs * order.batches_per_epoch} updates of "
+        f"{size} images, lr {args.blr * size / 256:.4g} = blr {args.blr:g} x {size} / 256"
     )
-    return train_heads(batches, read_outs.widths, labels, recipe, device)
+    return train_heads(batches, order, read_outs.widths, labels, args, next(read_outs.parameters()).device)
 
 
-def probe(args, features: torch.Tensor, table, rows: dict, read_out: str, column: str, head) -> list[Score]:
+def probe(args, features: torch.Tensor, table: LabelledImages, rows: dict, head, score) -> list[Score]:
     """All protocols on one read-out and one label column.
 
     Args:
         features: [n, D]. rows: {split: numbers of its readable images}. head: of MAE's recipe, or None.
+        score: `Score` of this read-out and column.
     """
     x = {split: features[torch.from_numpy(ids).to(features.device)] for split, ids in rows.items()}
     y = {split: torch.from_numpy(table.labels[ids]).to(features.device) for split, ids in rows.items()}
     num_classes = len(table.classes)
-    found: list[Score] = []
+    found: dict[str, dict[str, float]] = {}
 
-    def add(protocol: str, values: dict[str, float]) -> None:
-        found.extend(Score(protocol, read_out, column, metric, value) for metric, value in values.items())
-
-    def numbers(logits: torch.Tensor) -> dict[str, float]:
-        values = {f"top{k}": topk_accuracy(logits, y["val"], k) for k in (1, 5)}
+    def numbers(scores: torch.Tensor) -> dict[str, float]:
+        values = {f"top{k}": topk_accuracy(scores, y["val"], k) for k in (1, 5)}
         if table.classes == ["0", "1"]:
-            values["balanced"] = balanced_accuracy(logits, y["val"])
+            values["balanced"] = balanced_accuracy(scores, y["val"])
         return values
 
     if "knn" in args.protocol:
         votes = knn_predict(x["train"], y["train"], x["val"], num_classes, args.k, args.temperature)
-        add("knn", numbers(votes))
+        found["knn"] = numbers(votes)
     if "linear" in args.protocol:
         logits, l2 = linear_predict(x["train"], y["train"], x["val"], num_classes)
         nll = F.cross_entropy(logits, y["val"]).item()  # nats
-        add("linear", numbers(logits) | {"nll": nll, "l2": l2})
+        found["linear"] = numbers(logits) | {"nll": nll, "l2": l2}
     if head is not None:
         with torch.no_grad():
-            add(f"mae_{args.views}", numbers(head(x["val"])))
+            found[f"mae_{args.views}"] = numbers(head(x["val"]))
     for shots in args.shots if "fewshot" in args.protocol else ():
         draws = []
         for draw in range(args.draws):
             chosen = torch.from_numpy(draw_shots(y["train"].cpu().numpy(), shots, args.seed, draw))
-            chosen = chosen.to(features.device)
-            few = x["train"][chosen], y["train"][chosen]
+            few = (values["train"][chosen.to(features.device)] for values in (x, y))
             draws.append(numbers(class_mean_predict(*few, x["val"], num_classes)))
-        for metric in draws[0]:
-            values = [draw[metric] for draw in draws]
-            add(f"fewshot{shots}", {metric: float(np.mean(values)), f"{metric}_std": float(np.std(values))})
+        mean = {metric: float(np.mean([draw[metric] for draw in draws])) for metric in draws[0]}
+        std = {f"{metric}_std": float(np.std([draw[metric] for draw in draws])) for metric in draws[0]}
+        found[f"fewshot{shots}"] = mean | std
     guess = torch.bincount(y["train"], minlength=num_classes).argmax()
-    add("majority", {"": (y["val"] == guess).float().mean().item()})
-    return found
-
-
-def metrics_file(args) -> Path:
-    folder = Path(args.output_dir) if args.output_dir else Path(args.checkpoint).parent / "linprobe"
-    return folder / "metrics.json"
+    found["majority"] = {"": (y["val"] == guess).float().mean().item()}
+    return [
+        score(protocol=protocol, metric=metric, value=value)
+        for protocol, values in found.items()
+        for metric, value in values.items()
+    ]
 
 
 if __name__ == "__main__":
-    ARGS = Parser("main_linprobe.py", __doc__, parents=[get_args_parser()]).parse_args()
     run_tool(main, ARGS, metrics_file(ARGS))

@@ -1,25 +1,18 @@
-"""How good frozen embeddings are: nearest neighbours, class means of a few images, a linear classifier."""
+"""How good frozen features are: nearest neighbours, class means of a few images, a linear classifier.
+
+Shapes: train [M, D] float, train_labels [M] int64, queries [Q, D] float, scores [Q, num_classes].
+"""
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+L2_GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)  # strongest first: each fit starts from the one before
+HELD_OUT_ROWS = 20_000  # its sampling error is 0.35 points at most
 
-def knn_predict(
-    train: torch.Tensor,
-    train_labels: torch.Tensor,
-    queries: torch.Tensor,
-    num_classes: int,
-    k: int = 20,
-    temperature: float = 0.07,
-) -> torch.Tensor:
-    """Weighted vote of the k nearest by cosine, weight exp(cos / temperature) (Wu et al., 2018).
 
-    Args:
-        train: [M, D] float; train_labels: [M] int64; queries: [Q, D] float.
-    Returns:
-        [Q, num_classes] float32 votes.
-    """
+def knn_predict(train, train_labels, queries, num_classes: int, k: int = 20, temperature: float = 0.07) -> torch.Tensor:
+    """Votes of the k nearest by cosine, each with weight exp(cos / temperature) (Wu et al., 2018)."""
     train, queries = F.normalize(train.float(), dim=1), F.normalize(queries.float(), dim=1)
     votes = []
     for block in queries.split(1024):  # never the full Q x M matrix
@@ -30,23 +23,12 @@ def knn_predict(
     return torch.cat(votes)
 
 
-L2_GRID = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3)  # strongest first: each fit starts from the one before
-HELD_OUT_ROWS = 20_000  # its sampling error is 0.35 points at most
-
-
-def linear_fit(
-    features: torch.Tensor,
-    labels: torch.Tensor,
-    num_classes: int,
-    l2: float,
-    steps: int = 60,
-    start: torch.Tensor | None = None,
-) -> torch.Tensor:
+def linear_fit(features, labels, num_classes: int, l2: float, steps: int = 60, start=None) -> torch.Tensor:
     """Multinomial logistic regression, full batch, L-BFGS.
 
     Args:
-        features: [M, D] float32, standardised; labels: [M] int64; l2: weight of the mean squared
-            weights; start: [D + 1, num_classes], what another `l2` gave (default zeros).
+        features: [M, D] float32, standardised. l2: weight of the mean squared weights.
+        start: [D + 1, num_classes], what another `l2` gave (None: zeros).
     Returns:
         [D + 1, num_classes] float32, the last row is the bias.
     """
@@ -65,16 +47,11 @@ def linear_fit(
     return weight.detach()
 
 
-def linear_predict(
-    train: torch.Tensor, train_labels: torch.Tensor, queries: torch.Tensor, num_classes: int
-) -> tuple[torch.Tensor, float]:
-    """Linear probe on frozen features; the L2 weight of `L2_GRID` is chosen by five-fold cross-validation.
+def linear_predict(train, train_labels, queries, num_classes: int) -> tuple[torch.Tensor, float]:
+    """Linear probe -> (logits, its L2 weight of `L2_GRID`, chosen by five-fold cross-validation).
 
-    Folds beyond `HELD_OUT_ROWS` are left out. One fold of a small set chooses by chance: with 977
-    rows of 196 classes the choice alone moved top-1 by a point.
-
-    Returns:
-        ([Q, num_classes] logits, the chosen weight).
+    Folds beyond `HELD_OUT_ROWS` are left out. One fold of a small set chooses by chance: with 977 rows of 196
+    classes the choice alone moved top-1 by a point.
     """
     mean, std = train.mean(dim=0), train.std(dim=0, correction=0).clamp_min(1e-6)
     train, queries = (train - mean) / std, (queries - mean) / std
@@ -95,20 +72,10 @@ def linear_predict(
     return F.pad(queries, (0, 1), value=1.0) @ weight, best
 
 
-def topk_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
-    """Share of rows whose label is among the k highest scores, in [0, 1]."""
-    k = min(k, scores.shape[1])
-    return (scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean().item()
-
-
 def draw_shots(labels: np.ndarray, shots: int, seed: int, draw: int) -> np.ndarray:
-    """A few training images of each class: a function of (seed, draw, labels), and those of fewer shots are
-    among those of more.
+    """A few rows of each class, all of one that has fewer: [m] int64, ascending.
 
-    Args:
-        labels: [M] int64. shots: images of a class; one that has fewer gives all.
-    Returns:
-        [m] int64 numbers in `labels`, ascending.
+    A function of (seed, draw, labels); those of fewer shots are among those of more.
     """
     order = np.random.default_rng((seed, draw)).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
@@ -117,17 +84,9 @@ def draw_shots(labels: np.ndarray, shots: int, seed: int, draw: int) -> np.ndarr
     return np.sort(by_class[place < shots])
 
 
-def class_mean_predict(
-    train: torch.Tensor, train_labels: torch.Tensor, queries: torch.Tensor, num_classes: int
-) -> torch.Tensor:
-    """Cosine with the mean of each class's unit vectors (nearest class mean; Wang et al., 2019, SimpleShot,
-    arXiv 1911.04623, their L2N without base classes).
-
-    Args:
-        train: [M, D] float; train_labels: [M] int64; queries: [Q, D] float.
-    Returns:
-        [Q, num_classes] float32, -inf for classes without an image.
-    """
+def class_mean_predict(train, train_labels, queries, num_classes: int) -> torch.Tensor:
+    """Cosines with the mean of each class's unit vectors, -inf for classes without an image (nearest class mean;
+    Wang et al., 2019, SimpleShot, arXiv 1911.04623, their L2N without base classes)."""
     train, queries = F.normalize(train.float(), dim=1), F.normalize(queries.float(), dim=1)
     sums = torch.zeros(num_classes, train.shape[1], device=train.device)
     sums.index_add_(0, train_labels, train)
@@ -135,9 +94,15 @@ def class_mean_predict(
     return (queries @ F.normalize(sums, dim=1).T).masked_fill(empty, -torch.inf)
 
 
+def topk_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
+    """Share of rows whose label is among the k highest scores, in [0, 1]."""
+    k = min(k, scores.shape[1])
+    return (scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean().item()
+
+
 def balanced_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean over the classes that occur of the share of each that is named rightly, in [0, 1]; with two
-    classes (TPR + TNR) / 2, whose mean over attributes is mA."""
+    """Mean over the classes that occur of the share of each that is named rightly, in [0, 1]; with two classes
+    (TPR + TNR) / 2, whose mean over attributes is mA."""
     right = (scores.argmax(dim=1) == labels).float()
     counts = torch.bincount(labels).float()
     hits = torch.bincount(labels, weights=right)

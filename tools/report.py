@@ -53,7 +53,8 @@ def initial_encoder(config: dict) -> VisionTransformer:
 def knn_accuracy(model, tables: dict, read_out: str, title: str) -> dict[str, float]:
     paths = next(iter(tables.values())).paths
     progress = Progress(title, len(paths))
-    features, problems = extract_features(model, paths, (read_out,), progress=progress.update)
+    loading = {"batch_size": 128, "num_workers": 2}
+    features, problems = extract_features(model, paths, (read_out,), progress=progress.update, **loading)
     progress.close()
     if problems:
         raise InputError(f"{len(problems)} images could not be read, first {paths[min(problems)]}: remove them")
