@@ -27,7 +27,7 @@ from util.errors import InputError
 def tiny(seed: int) -> VisionTransformer:
     """Random weights, large enough that pictures differ."""
     torch.manual_seed(seed)
-    model = VisionTransformer((32, 32), 16, 192, 1, 3, fused_attn=False)
+    model = VisionTransformer((32, 32), 16, 192, 1, 3)
     for block in model.blocks:
         torch.nn.init.normal_(block.mlp.fc2.weight, std=0.2)
     return model.eval()
@@ -210,7 +210,7 @@ def stop_after(monkeypatch, count: int) -> list[int]:
     real, seen = search.load_embedder, []
 
     def load(*arguments):
-        embed, size, amp_dtype = real(*arguments)
+        embed, size = real(*arguments)
 
         def counting(imgs):
             if len(seen) == count:
@@ -218,7 +218,7 @@ def stop_after(monkeypatch, count: int) -> list[int]:
             seen.append(len(imgs))
             return embed(imgs)
 
-        return counting, size, amp_dtype
+        return counting, size
 
     monkeypatch.setattr(search, "load_embedder", load)
     return seen

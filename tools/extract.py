@@ -7,21 +7,9 @@ images are NaN and named in the table.
 """
 
 import argparse
-import csv
-import io
 from pathlib import Path
 
-import numpy as np
-
-from datasets.manifest import list_images
-from datasets.path_list import PathList, printable
-from engine_extract import WholeImages, extract_to_file
-from models_vit import load_encoder
 from util.cli import Parser, parse_input_size, run_tool
-from util.dist import end_distributed, init_distributed, pick_device, print_main
-from util.fetch import fetch
-from util.files import file_sha256, write_atomic
-from util.precision import pick_amp_dtype, pick_fused_attention
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -44,6 +32,24 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
+
+import csv
+import io
+
+import numpy as np
+
+from datasets.manifest import list_images
+from datasets.path_list import printable
+from engine_extract import WholeImages, extract_to_file
+from models_vit import load_encoder
+from util.dist import end_distributed, init_distributed, pick_device, print_main
+from util.fetch import fetch
+from util.files import file_sha256, write_atomic
+from util.precision import pick_amp_dtype
+
+
 def main(args) -> dict:
     device = pick_device(args.device)
     init_distributed(device, timeout_s=600)
@@ -59,7 +65,7 @@ def extract(args, device) -> dict:
     args.checkpoint = str(fetch(args.checkpoint))
     amp_dtype, _ = pick_amp_dtype(args.amp, device)
     size = parse_input_size(args.input_size) if args.input_size else None
-    model = load_encoder(args.checkpoint, size, device, pick_fused_attention(device, amp_dtype))
+    model = load_encoder(args.checkpoint, size, device)
     print_main(f"encoder {args.checkpoint}:\n{model.report}")
     paths = list_images(args.data_path, args.split)
     job = {
@@ -70,32 +76,18 @@ def extract(args, device) -> dict:
         "img_size": list(model.img_size),
         "amp": str(amp_dtype),
     }
-    result = extract_to_file(
-        lambda imgs: model.encode(imgs)[args.read_out],
-        WholeImages(paths, np.arange(len(paths)), model.img_size),
-        device,
-        output,
-        job,
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        amp_dtype=amp_dtype,
-    )
+    images = WholeImages(paths, np.arange(len(paths)), model.img_size)
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "amp_dtype": amp_dtype}
+    result = extract_to_file(lambda imgs: model.encode(imgs)[args.read_out], images, device, output, job, **loading)
     if result is None:
         return {}
     shape, problems = result
-    write_table(output, paths, problems)
+    table = io.StringIO()
+    rows = [[printable(paths.relative(index)), problems.get(index, "")] for index in range(len(paths))]
+    csv.writer(table, lineterminator="\n").writerows([["path", "problem"], *rows])
+    write_atomic(output.with_name(output.name + ".csv"), lambda opened: opened.write(table.getvalue().encode()))
     return {"images": len(paths), "unreadable": len(problems), "shape": list(shape), "read_out": args.read_out}
 
 
-def write_table(output: Path, paths: PathList, problems: dict[int, str]) -> None:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "problem"])
-    for index in range(len(paths)):
-        writer.writerow([printable(paths.relative(index)), problems.get(index, "")])
-    write_atomic(output.with_name(output.name + ".csv"), lambda opened: opened.write(text.getvalue().encode()))
-
-
 if __name__ == "__main__":
-    ARGS = get_args_parser().parse_args()
     run_tool(main, ARGS, Path(ARGS.output).with_suffix(".metrics.json"))

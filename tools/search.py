@@ -7,32 +7,9 @@ Under torchrun the ranks share the embedding; a call that was stopped goes on wh
 """
 
 import argparse
-import json
-import os
-import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
-
-from datasets.images import UNREADABLE, open_rgb
-from datasets.manifest import MANIFEST_ENDINGS, list_images
-from datasets.packed import PackedImages
-from datasets.path_list import PathList, printable
-from engine_extract import WholeImages, extract_batches, extract_to_file
-from finetune.reid_model import load_reid
-from tools.search_index import HEADER, KIND, best_of_block, build_index, load_faiss, open_index, search_rows
 from util.cli import Parser, parse_input_size, run_tool
-from util.dist import end_distributed, init_distributed, is_main_process, pick_device, print_main
-from util.errors import InputError
-from util.fetch import fetch
-from util.files import file_sha256, write_atomic, write_json
-from util.parallel import claim
-from util.precision import pick_amp_dtype, pick_fused_attention
 
 TILE, QUERIES_DRAWN, RANKS_DRAWN = 128, 20, 20
 
@@ -68,16 +45,132 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def load_embedder(args, device: torch.device, read_out: str, size: tuple[int, int] | None):
-    """-> (uint8 [n, 3, H, W] -> [n, D] float32 of unit length, (H, W) in px, autocast dtype).
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
-    Raises:
-        InputError: no such model, one that needs cameras or views, or `read_out` or `size` do not go with it.
-    """
-    args.checkpoint = file = str(fetch(args.checkpoint))
+import json
+import os
+import time
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+from datasets.images import UNREADABLE, open_rgb
+from datasets.manifest import MANIFEST_ENDINGS, list_images
+from datasets.packed import PackedImages
+from datasets.path_list import PathList, printable
+from engine_extract import WholeImages, extract_batches, extract_to_file
+from finetune.reid_model import load_reid
+from tools.search_index import HEADER, KIND, best_of_block, build_index, load_faiss, open_index, search_rows
+from util.dist import end_distributed, init_distributed, is_main_process, pick_device, print_main
+from util.errors import InputError
+from util.fetch import fetch
+from util.files import file_sha256, write_atomic, write_json
+from util.parallel import claim
+from util.precision import pick_amp_dtype
+
+
+def main(args) -> dict:
+    if args.topk < 1:
+        raise InputError(f"--topk {args.topk}: must be at least 1")
+    device = pick_device(args.device)
+    init_distributed(device, timeout_s=600)
+    try:
+        return search(args, device)
+    finally:
+        end_distributed()
+
+
+def search(args, device: torch.device) -> dict:
+    best = load_faiss() if args.faiss else best_of_block
+    queries = open_queries(args.queries)
+    folder, known, paths = locate_index(args)
+    read_out = args.read_out or known.get("read_out", "cls")
+    size = parse_input_size(args.input_size) if args.input_size else known.get("img_size")
+    embed, size = load_embedder(args, device, read_out, size)
+    sha256 = file_sha256(args.checkpoint)
+    header = {"kind": KIND, "checkpoint_sha256": sha256, "read_out": read_out, "img_size": list(size)}
+    if paths is not None:
+        header |= {"images_sha256": paths.sha256(), "images": len(paths)}
+    if known:
+        claim(folder / HEADER, header, KIND)
     amp_dtype, _ = pick_amp_dtype(args.amp, device)
-    fused = pick_fused_attention(device, amp_dtype)
-    model, config, report = load_reid(file, device, img_size=size, fused_attn=fused)
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "amp_dtype": amp_dtype}
+    features, problems = embed_queries(embed, queries, size, device, loading)
+    started = time.perf_counter()
+    is_new = "unreadable" not in known
+    if is_new:
+        images, job = WholeImages(paths, np.arange(len(paths)), size), header | {"amp": str(amp_dtype)}
+        extract = partial(extract_to_file, embed, images, device, job=job, dtype=np.float16, **loading)
+        build_index(folder, header, paths, extract)
+    if not is_main_process():
+        return {}
+    embedded = time.perf_counter()
+    header, rows, paths = open_index(folder, paths)
+    readable = [number for number in range(len(queries)) if number not in problems]
+    names = [image_name(queries, number) for number in readable]
+    lists = find_hits(names, features[readable].to(device), rows, paths, args, best)
+    searched = time.perf_counter()
+    if header["unreadable"]:
+        print(f"{header['unreadable']} gallery images are unreadable and not found: {folder}/unreadable.json")
+    write_results(args, queries, problems, dict(zip(readable, lists)), paths)
+    return {
+        "queries": len(queries),
+        "unreadable_queries": len(problems),
+        "gallery": len(rows),
+        "unreadable": header["unreadable"],
+        "embedded": len(rows) if is_new else 0,
+        "topk": args.topk,
+        "same_file": sum(hit["same_file"] for hits in lists for hit in hits),
+        "embed_seconds": embedded - started,
+        "search_seconds": searched - embedded,
+        "index": str(folder),
+    }
+
+
+def open_queries(words: list[str]) -> PathList | PackedImages:
+    first = Path(words[0])
+    if len(words) == 1 and (first.is_dir() or first.suffix.lower() in MANIFEST_ENDINGS):
+        return list_images(first)
+    return PathList(Path(), words)
+
+
+def image_name(paths: PathList | PackedImages, number: int) -> str:
+    """Its path; of a packed set PACK:NAME."""
+    if isinstance(paths, PackedImages):
+        return f"{os.path.realpath(paths.root)}:{paths.relative(number)}"
+    return str(paths[number])
+
+
+def locate_index(args) -> tuple[Path, dict, PathList | PackedImages | None]:
+    """-> (folder, its header or {} where it is new, the images or None where the gallery is the index)."""
+    gallery = Path(args.gallery)
+    if not gallery.exists():
+        raise InputError(f"--gallery {gallery} does not exist: give images, or the index of an earlier call")
+    is_index = (gallery / HEADER).is_file()
+    if is_index and args.index:
+        raise InputError(f"--index {args.index}: {gallery} is an index already; drop --index")
+    folder = gallery if is_index else Path(args.index or f"{os.path.abspath(args.output)}.index")
+    known = {}
+    if (folder / HEADER).is_file():
+        claim(folder / HEADER, {"kind": KIND}, KIND)
+        known = json.loads((folder / HEADER).read_text())
+    if is_index and "unreadable" not in known:
+        raise InputError(f"{folder} is unfinished: repeat the call that made it, with its own --gallery")
+    paths = None if is_index else list_images(gallery)
+    where = f"of {folder}" if is_index else f"under {paths.root}"
+    print_main(f"gallery: {known['images'] if is_index else len(paths)} images {where}")
+    return folder, known, paths
+
+
+def load_embedder(args, device: torch.device, read_out: str, size) -> tuple[Callable, tuple[int, int]]:
+    """-> (uint8 [n, 3, H, W] -> [n, D] float32 of unit length; (H, W) in px)."""
+    args.checkpoint = file = str(fetch(args.checkpoint))
+    model, config, report = load_reid(file, device, img_size=size)
     print_main(f"model {file}:\n{report}")
     if model.config.cameras or model.config.views:
         raise InputError(
@@ -93,14 +186,24 @@ def load_embedder(args, device: torch.device, read_out: str, size: tuple[int, in
             raise InputError(f"{file} gives embeddings that are not finite at --amp {args.amp}: try another")
         return F.normalize(features.float(), dim=1)
 
-    return embed, model.base.img_size, amp_dtype
+    return embed, model.base.img_size
 
 
-def image_name(paths: PathList | PackedImages, number: int) -> str:
-    """Its path; of a packed set PACK:NAME."""
-    if isinstance(paths, PackedImages):
-        return f"{os.path.realpath(paths.root)}:{paths.relative(number)}"
-    return str(paths[number])
+def embed_queries(embed: Callable, queries, size, device, loading: dict) -> tuple[torch.Tensor, dict[int, str]]:
+    """-> ([Q, D] float32, {number: why it could not be read}); InputError if that is all of them."""
+    workers = loading["num_workers"] if len(queries) > loading["batch_size"] else 0
+    parts, problems = [], {}
+    images = WholeImages(queries, np.arange(len(queries)), size)
+    for _, rows, bad in extract_batches(
+        lambda imgs, _: {"": embed(imgs)}, images, device, **loading | {"num_workers": workers}
+    ):
+        parts.append(rows[""])
+        problems |= bad
+    for number, why in problems.items():
+        print_main(f"unreadable query, left out: {printable(image_name(queries, number))}: {why}")
+    if len(problems) == len(queries):
+        raise InputError(f"none of the {len(queries)} queries could be read")
+    return torch.from_numpy(np.concatenate(parts)), problems
 
 
 def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, paths, args, best) -> list[list]:
@@ -109,18 +212,38 @@ def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, paths,
     while True:
         lists, own = [], 0
         for place, values, found in zip(places, *search_rows(features, rows, wanted, best=best)):
-            hits = [
-                {"row": row, "path": image_name(paths, row), "cosine": value}
-                for row, value in zip(found.tolist(), values.tolist())
-                if value > -np.inf
-            ]
-            hits = [hit | {"same_file": os.path.realpath(hit["path"]) == place} for hit in hits]
+            hits = []
+            for row, cosine in zip(found.tolist(), values.tolist()):
+                path = image_name(paths, row)
+                hits.append({"row": row, "path": path, "cosine": cosine, "same_file": os.path.realpath(path) == place})
+            hits = [hit for hit in hits if hit["cosine"] > -np.inf]
             others = [hit for hit in hits if not (args.exclude_self and hit["same_file"])]
             own = max(own, len(hits) - len(others))
             lists.append([hit | {"rank": rank} for rank, hit in enumerate(others[: args.topk], 1)])
         if own <= wanted - args.topk or wanted >= len(rows):
             return lists
         wanted *= 2  # links to the query's file have pushed others out
+
+
+def write_results(args, queries, problems: dict[int, str], found: dict[int, list[dict]], paths) -> None:
+    """The table on stdout, results.json and results.png."""
+    output, names = Path(args.output), [image_name(queries, number) for number in range(len(queries))]
+    width = max(len(printable(names[number])) for number in found)
+    print(f"{'query':{width}}  rank   cosine  path")
+    for number, hits in found.items():
+        for hit in hits:
+            same = "  (same file)" if hit["same_file"] else ""
+            line = f"{hit['rank']:4d}  {hit['cosine']:7.4f}  {printable(hit['path'])}{same}"
+            print(f"{printable(names[number]):{width}}  {line}")
+    results = [
+        {"query": name, "problem": problems.get(number, ""), "results": found.get(number, [])}
+        for number, name in enumerate(names)
+    ]
+    write_json(output / "results.json", results)
+    if args.picture:
+        drawn = {number: found[number][:RANKS_DRAWN] for number in list(found)[:QUERIES_DRAWN]}
+        sheet = draw_results(queries, paths, drawn)
+        write_atomic(output / "results.png", lambda opened: sheet.save(opened, format="PNG"))
 
 
 def draw_results(queries, paths, found: dict[int, list[dict]]) -> Image.Image:
@@ -147,127 +270,5 @@ def draw_results(queries, paths, found: dict[int, list[dict]]) -> Image.Image:
     return sheet
 
 
-def main(args) -> dict:
-    if args.topk < 1:
-        raise InputError(f"--topk {args.topk}: must be at least 1")
-    device = pick_device(args.device)
-    init_distributed(device, timeout_s=600)
-    try:
-        return search(args, device)
-    finally:
-        end_distributed()
-
-
-def search(args, device: torch.device) -> dict:
-    best = load_faiss() if args.faiss else best_of_block
-    queries = open_queries(args.queries)
-    folder, known, paths = locate_index(args)
-    read_out = args.read_out or known.get("read_out", "cls")
-    size = parse_input_size(args.input_size) if args.input_size else known.get("img_size")
-    embed, size, amp_dtype = load_embedder(args, device, read_out, size)
-    sha256 = file_sha256(args.checkpoint)
-    header = {"kind": KIND, "checkpoint_sha256": sha256, "read_out": read_out, "img_size": list(size)}
-    if paths is not None:
-        header |= {"images_sha256": paths.sha256(), "images": len(paths)}
-    if known:
-        claim(folder / HEADER, header, KIND)
-    how = {"batch_size": args.batch_size, "num_workers": args.num_workers, "amp_dtype": amp_dtype}
-    features, problems = embed_queries(embed, queries, size, device, how)
-    started = time.perf_counter()
-    if "unreadable" not in known:
-        images, job = WholeImages(paths, np.arange(len(paths)), size), header | {"amp": str(amp_dtype)}
-        extract = partial(extract_to_file, embed, images, device, job=job, dtype=np.float16, **how)
-        if not build_index(folder, header, paths, extract):
-            return {}
-    elif not is_main_process():
-        return {}
-    embedded = time.perf_counter()
-    header, rows, paths = open_index(folder, paths)
-    readable = [number for number in range(len(queries)) if number not in problems]
-    names = [image_name(queries, number) for number in readable]
-    lists = find_hits(names, features[readable].to(device), rows, paths, args, best)
-    searched = time.perf_counter()
-    if header["unreadable"]:
-        print(f"{header['unreadable']} gallery images are unreadable and not found: {folder}/unreadable.json")
-    write_results(args, queries, problems, dict(zip(readable, lists)), paths)
-    return {
-        "queries": len(queries),
-        "unreadable_queries": len(problems),
-        "gallery": len(rows),
-        "unreadable": header["unreadable"],
-        "embedded": 0 if "unreadable" in known else len(rows),
-        "topk": args.topk,
-        "same_file": sum(hit["same_file"] for hits in lists for hit in hits),
-        "embed_seconds": embedded - started,
-        "search_seconds": searched - embedded,
-        "index": str(folder),
-    }
-
-
-def open_queries(words: list[str]) -> PathList | PackedImages:
-    first = Path(words[0])
-    if len(words) == 1 and (first.is_dir() or first.suffix.lower() in MANIFEST_ENDINGS):
-        return list_images(first)
-    return PathList(Path(), words)
-
-
-def locate_index(args) -> tuple[Path, dict, PathList | PackedImages | None]:
-    """-> (folder, its header or {} where it is new, the images or None where the gallery is the index)."""
-    gallery = Path(args.gallery)
-    if not gallery.exists():
-        raise InputError(f"--gallery {gallery} does not exist: give images, or the index of an earlier call")
-    is_index = (gallery / HEADER).is_file()
-    if is_index and args.index:
-        raise InputError(f"--index {args.index}: {gallery} is an index already; drop --index")
-    folder = gallery if is_index else Path(args.index or f"{os.path.abspath(args.output)}.index")
-    known = {}
-    if (folder / HEADER).is_file():
-        claim(folder / HEADER, {"kind": KIND}, KIND)
-        known = json.loads((folder / HEADER).read_text())
-    if is_index and "unreadable" not in known:
-        raise InputError(f"{folder} is unfinished: repeat the call that made it, with its own --gallery")
-    paths = None if is_index else list_images(gallery)
-    where = f"of {folder}" if is_index else f"under {paths.root}"
-    print_main(f"gallery: {known['images'] if is_index else len(paths)} images {where}")
-    return folder, known, paths
-
-
-def embed_queries(embed: Callable, queries, size, device, how: dict) -> tuple[torch.Tensor, dict[int, str]]:
-    """-> ([Q, D] float32, {number: why it could not be read}); InputError if that is all of them."""
-    how = how | {"num_workers": how["num_workers"] if len(queries) > how["batch_size"] else 0}
-    parts, problems = [], {}
-    images = WholeImages(queries, np.arange(len(queries)), size)
-    for _, rows, bad in extract_batches(lambda imgs, _: {"": embed(imgs)}, images, device, **how):
-        parts.append(rows[""])
-        problems |= bad
-    for number, why in problems.items():
-        print_main(f"unreadable query, left out: {printable(image_name(queries, number))}: {why}")
-    if len(problems) == len(queries):
-        raise InputError(f"none of the {len(queries)} queries could be read")
-    return torch.from_numpy(np.concatenate(parts)), problems
-
-
-def write_results(args, queries, problems: dict[int, str], found: dict[int, list[dict]], paths) -> None:
-    """The table on stdout, results.json and results.png."""
-    output, names = Path(args.output), [image_name(queries, number) for number in range(len(queries))]
-    width = max(len(printable(names[number])) for number in found)
-    print(f"{'query':{width}}  rank   cosine  path")
-    for number, hits in found.items():
-        for hit in hits:
-            same = "  (same file)" if hit["same_file"] else ""
-            line = f"{hit['rank']:4d}  {hit['cosine']:7.4f}  {printable(hit['path'])}{same}"
-            print(f"{printable(names[number]):{width}}  {line}")
-    results = [
-        {"query": name, "problem": problems.get(number, ""), "results": found.get(number, [])}
-        for number, name in enumerate(names)
-    ]
-    write_json(output / "results.json", results)
-    if args.picture:
-        drawn = {number: found[number][:RANKS_DRAWN] for number in list(found)[:QUERIES_DRAWN]}
-        sheet = draw_results(queries, paths, drawn)
-        write_atomic(output / "results.png", lambda opened: sheet.save(opened, format="PNG"))
-
-
 if __name__ == "__main__":
-    ARGS = get_args_parser().parse_args()
     run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")

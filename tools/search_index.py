@@ -48,7 +48,7 @@ def best_of_block(q: torch.Tensor, block: np.ndarray, k: int) -> tuple[torch.Ten
 
 
 def load_faiss() -> Callable:
-    """`best_of_block` by faiss.IndexFlatIP, in float32; InputError where faiss is not installed."""
+    """`best_of_block` by faiss.IndexFlatIP, in float32."""
     try:
         faiss = importlib.import_module("faiss")
     except ImportError as error:
@@ -72,8 +72,8 @@ def search_rows(
     """The k rows most similar to each query; the rows are read once, block by block.
 
     Args:
-        query: [Q, D] float, finite; its device computes. rows: [M, D] float array or memory map; those with
-            NaN are never found. block_numbers: held at a time; about 24 bytes each.
+        query: [Q, D] float, finite; its device computes. rows: [M, D] float array or memory map; those with NaN are
+            never found. block_numbers: held at a time; about 24 bytes each.
     Returns:
         Cosines [Q, min(k, M)] float32, descending, ties in the order of the rows, -inf: there are no more;
         rows [Q, min(k, M)] int64.
@@ -92,40 +92,34 @@ def search_rows(
     return values.cpu().numpy(), found.cpu().numpy()
 
 
-def build_index(folder: Path, header: dict, paths, extract: Callable) -> bool:
+def build_index(folder: Path, header: dict, paths: PathList | PackedImages, extract: Callable) -> None:
     """Embed a gallery into a folder, or go on with it.
 
     Args:
-        header: what the index depends on; it claims the folder. extract: file name without ending -> what
-            `extract_to_file` returns.
-    Returns:
-        False on ranks other than 0, whose work is done.
+        header: what the index depends on; it claims the folder.
+        extract: file name without ending -> what `extract_to_file` returns.
     """
-    file = folder / "embeddings.npy"
-    embedded = file.is_file()  # by a call that was killed in its last moment
+    embedded = (folder / "embeddings.npy").is_file()  # by a call that was killed in its last moment
     barrier()  # all ranks have looked
     claim(folder / HEADER, header, KIND)
-    result = None if embedded else extract(folder / "embeddings")
+    problems = {}
+    if not embedded:
+        _, problems = extract(folder / "embeddings") or (None, {})
     if not is_main_process():
-        return False
-    problems = {} if embedded else result[1]
-    lost = np.flatnonzero(np.isnan(np.load(file, mmap_mode="r")[:, 0])).tolist()
+        return
+    lost = np.flatnonzero(np.isnan(np.load(folder / "embeddings.npy", mmap_mode="r")[:, 0])).tolist()
     unreadable = {printable(paths.relative(i)): problems.get(i, "unreadable") for i in lost}
     write_json(folder / "unreadable.json", unreadable)
     names = PathList(Path(), (paths.relative(i) for i in range(len(paths))))
     write_atomic(folder / "names.npz", lambda opened: np.savez(opened, names=names.bytes, ends=names.ends))
     about = {"root": os.path.abspath(paths.root), "packed": isinstance(paths, PackedImages)}
     write_json(folder / HEADER, header | about | {"unreadable": len(lost)})  # last: the index is whole
-    return True
 
 
 def open_index(folder: Path, paths) -> tuple[dict, np.ndarray, PathList | PackedImages]:
     """-> (header; rows [M, D] float16, a memory map, NaN where unreadable; the images).
 
-    Args:
-        paths: the images where they were just listed, for they may have moved; else None.
-    Raises:
-        InputError: it is damaged, or its packed set is gone.
+    `paths` are the images where they were just listed, for they may have moved; else None.
     """
     header = json.loads((folder / HEADER).read_text())
     try:
