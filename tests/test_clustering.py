@@ -1,6 +1,7 @@
 """k-means, the hierarchy and the balanced sample, against plain NumPy and known answers."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from curation.hierarchy import build_tree, members_by_cluster, plan_levels, step
 from curation.kmeans import assign, kmeans, plus_plus
 from curation.rows import Rows
 from curation.sample import sample_tree, water_fill
-from tools import benchmark_kmeans
 from util.errors import InputError
 
 CPU = torch.device("cpu")
@@ -226,17 +226,31 @@ def test_assignment_is_exact_for_any_block_size(monkeypatch):
     assert (assign(rows, centroids).assignment == whole.assignment).all()
 
 
-def test_memory_stays_within_the_formula(tmp_path, capsys):
+MEMORY = """
+from pathlib import Path
+import sys
+import numpy as np
+import torch
+from curation.hierarchy import build_tree, plan_levels
+from curation.kmeans import memory_bytes
+from curation.rows import Rows
+
+def resident(field):
+    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
+
+N, levels, folder = 60_000, [300, 30, 3], Path(sys.argv[1])
+np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((N, 32)).astype(np.float16))
+rows = Rows(np.load(folder / "x.npy", mmap_mode="r"), torch.device("cpu"), resident_bytes=0)
+Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+before = resident("VmRSS")
+build_tree(rows, plan_levels(N, levels, None, 1), folder / "tree", seed=0, iterations=2, init="random")
+print(resident("VmHWM") - before, memory_bytes(rows, levels[0]))
+"""
+
+
+def test_memory_stays_within_the_formula(tmp_path):
     """A hierarchy over a memory map, nothing kept: far from N x k, near what is printed."""
-    flags = f"--growth 60000 --dim 32 --iterations 2 --output {tmp_path}/b.json".split()
-    (row,) = benchmark_kmeans.main(benchmark_kmeans.get_args_parser().parse_args(flags))["rows"]
-    assert row["formula_mb"] < row["matrix_mb"] and row["peak_mb"] < 1.3 * row["formula_mb"] + 60
-
-
-def test_the_comparison_measures_all_alike(tmp_path, capsys):
-    pytest.importorskip("faiss", reason="faiss-cpu is not installed")
-    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
-    flags = "--points 3000 --dim 16 --clusters 40 --iterations 5 --rounds 1".split()
-    rows = benchmark_kmeans.main(benchmark_kmeans.get_args_parser().parse_args(flags))["rows"]
-    ratio = {row["variant"]: row["inertia_ratio"] for row in rows}
-    assert ratio["faiss"] == 1 and 0.9 < ratio["ours"] < 1.05
+    done = run_command([sys.executable, "-c", MEMORY, str(tmp_path)])
+    assert done.returncode == 0, done.stderr
+    peak, formula = (int(number) for number in done.stdout.split()[-2:])
+    assert formula < 60_000 * 300 * 4 and peak < 1.3 * formula + 60e6

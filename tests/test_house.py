@@ -79,7 +79,7 @@ def test_one_image_names_resolve():
 def test_documented_commands_parse():
     """Every command of a main_*.py in README and docs has only known flags."""
     commands = 0
-    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("*.sh")]:
+    for file in [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "scripts").glob("**/*.sh")]:
         text = file.read_text().replace("\\\n", " ")
         for name, module in PARSERS.items():
             known = {flag for a in module.get_args_parser()._actions for flag in a.option_strings}

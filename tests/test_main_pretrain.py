@@ -173,7 +173,7 @@ def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_pat
     assert curve(straight) == curve(killed)
 
 
-@pytest.mark.parametrize("script", ["main_pretrain.py", "main_pretrain.py --profile 2", "-m tools.estimate --steps 5"])
+@pytest.mark.parametrize("script", ["main_pretrain.py", "main_pretrain.py --profile 2"])
 def test_ends_quietly(pictures, tmp_path, script):
     """Data workers that are left at the end are no news; the last line is the numbers."""
     flags = small_flags(pictures, tmp_path / "run", "--no_distill", "--num_workers", "2", "--epochs", "1")

@@ -1,16 +1,16 @@
-"""What users see of speed and memory: profile, estimate, advice, the batch that fits."""
+"""What users see of speed and memory: profile, advice, the batch that fits, benchmarks."""
 
 import json
 import time
 
 import pytest
 import torch
-from conftest import command, parse, run_command, small_flags
+from conftest import ROOT, command, parse, run_command, small_flags
 
 import engine_pretrain
 import main_pretrain
 import util.loop
-from tools import benchmark_data, benchmark_growth, benchmark_pretrain, estimate
+from benchmarks import data, kmeans, ranking, step
 from util.errors import InputError
 from util.meter import largest_that_fits
 from util.step_profile import PARTS, compile_counts
@@ -35,22 +35,6 @@ def test_profile_accounts_for_the_whole_step(pictures, teacher_files, texts_file
     named = [event for event in trace["traceEvents"] if event.get("name") == "encoder"]
     assert len(named) >= 8
     assert not list((tmp_path / "run").glob("checkpoint*")) and not (tmp_path / "run" / "log.txt").exists()
-
-
-def test_estimate_agrees_with_the_run(pictures, tmp_path):
-    """Hours of the recipe against the time such epochs really take."""
-    flags = small_flags(pictures, tmp_path / "run", "--no_distill", "--epochs", "12", "--accum_iter", "2")
-    args = estimate.get_estimate_parser().parse_args([*flags, "--steps", "20"])
-    result = estimate.main(args)
-    assert (result["images"], result["epochs"], result["micro_batch"]) == (40, 12, 8)
-    started = time.perf_counter()
-    record = run_main(flags)
-    seconds = time.perf_counter() - started
-    # other processes may run beside either: a factor of three finds wrong units and wrong counts
-    assert result["images_per_s"] / 3 < record["images_per_s"] < result["images_per_s"] * 3
-    assert result["hours"] * 3600 < 3 * seconds
-    assert result["hours"] == pytest.approx(40 * 12 / result["images_per_s"] / 3600)
-    assert not list((tmp_path / "run").glob("estimate/checkpoint*"))
 
 
 @pytest.mark.parametrize("limit", [0, 1, 5, 100, 511])
@@ -127,40 +111,32 @@ def test_gpu_decoding_trains(pictures, tmp_path):
     assert run_main(flags)["train_loss"] > 0
 
 
-def test_data_benchmark_counts_what_it_times(pictures, tmp_path, capsys):
-    flags = f"--data_path {pictures} --images 8 --rounds 2 --input_size 32 --large 2 --output {tmp_path}/b.json"
-    rows = benchmark_data.main(benchmark_data.get_args_parser().parse_args(flags.split()))["rows"]
-    assert [(row["set"], row["variant"]) for row in rows] == [
-        (name, variant) for name in ("given", "large") for variant in ("mae", "ours", "packed")
-    ]
-    assert all(row["images_per_s"] > 0 for row in rows) and rows[0]["ratio"] == 1
-    large = {row["variant"]: row for row in rows if row["set"] == "large"}
-    assert large["packed"]["kilobytes"] < large["mae"]["kilobytes"] / 3
+BENCHMARKS = [
+    (step, "--model mae_vit_tiny_patch16 --input_size 32 --batch_size 2", ["mae", "ours"]),
+    (data, "--images 8 --input_size 32", ["mae", "packed", "ours"]),
+    (ranking, "--size small --dim 16", ["sorting", "ours"]),
+    (kmeans, "--points 600 --dim 8 --clusters 9 --iterations 3", ["ours"]),
+]
 
 
-def test_step_benchmark_compares_equal_work(pictures, tmp_path, monkeypatch, capsys):
-    """All variants start from the same loss; ratios are to MAE's formulation."""
-    monkeypatch.setattr(benchmark_pretrain, "peak_gigabytes", lambda *_: 0.0)
-    flags = "--model mae_vit_tiny_patch16 --input_size 32 --batch_size 2 --rounds 2 --precision fp32"
-    flags += " --device cpu"
-    parse_flags = benchmark_pretrain.get_args_parser().parse_args
-    result = benchmark_pretrain.main(parse_flags(flags.split()))
+@pytest.mark.parametrize("benchmark, words, variants", BENCHMARKS)
+def test_benchmarks_time_equal_work(pictures, benchmark, words, variants):
+    flags = [*words.split(), "--rounds", "2", *(["--data_path", str(pictures)] if benchmark is data else [])]
+    result = benchmark.main(benchmark.get_args_parser().parse_args(flags))
     rows = result["rows"]
-    assert list(rows) == ["mae fp32", "ours fp32", "ours-alt fp32", "ours+cache fp32"]
-    losses = [row["loss"] for row in rows.values()]
-    assert max(losses) - min(losses) < 1e-5 and rows["mae fp32"]["ratio"] == 1
-    # 12 blocks of 192 on 2 tokens, 8 of 128 on 5, forward and twice backward: by hand within the embeddings
-    by_hand = 3 * 2 * (12 * 12 * 192**2 * 2 + 8 * 12 * 128**2 * 5) / 1e9
-    assert by_hand < result["gflop_per_image"]["student"] < 1.25 * by_hand
-    flags += f" --data_path {pictures} --num_workers 1 --variants mae ours"
-    result = benchmark_pretrain.main(parse_flags(flags.split()))
-    assert list(result["rows"]) == ["mae fp32", "ours fp32"]
-    with pytest.raises(InputError, match="open_clip knows"):
-        benchmark_pretrain.main(parse_flags([*flags.split(), "--teacher", "ViT-Q-1"]))
+    assert [name for name in rows if name not in ("faiss", "sklearn")] == variants and result["torch"]
+    assert all(row["seconds"] > 0 for row in rows.values()) and next(iter(rows.values()))["times_as_fast"] == 1
+    for number in ("loss", "mAP", "R1"):
+        values = [row[number] for row in rows.values() if number in row]
+        assert not values or max(values) - min(values) < 1e-5
 
 
-def test_growth_benchmark_measures_every_stage(tmp_path, capsys):
-    flags = f"--images 1000 --stages manifest pack start --folder {tmp_path}"
-    rows = benchmark_growth.main(benchmark_growth.get_args_parser().parse_args(flags.split()))["rows"]
-    assert [row["stage"] for row in rows] == ["manifest", "pack", "start"]
-    assert all(row["seconds"] > 0 and row["peak_mb"] > 10 for row in rows) and rows[2]["worker_mb"] > 0
+def test_a_benchmark_times_another_checkout(tmp_path, monkeypatch):
+    flags = "--size small --dim 16 --rounds 2 --against".split()
+    result = ranking.main(ranking.get_args_parser().parse_args([*flags, str(ROOT)]))
+    rows = result["rows"]
+    assert rows["against"]["mAP"] == rows["ours"]["mAP"] and rows["against"]["seconds"] > 0
+    (tmp_path / "metrics").mkdir()
+    (tmp_path / "metrics" / "__init__.py").write_text("raise SystemExit(3)")
+    with pytest.raises(InputError, match="its process ended with status 3"):
+        ranking.main(ranking.get_args_parser().parse_args([*flags, str(tmp_path)]))

@@ -1,7 +1,6 @@
 """TransFG's parts, loss and scores against slow or hand-worked versions."""
 
 import math
-import subprocess
 
 import numpy as np
 import pytest
@@ -10,7 +9,6 @@ import torch
 from metrics.fgvc import class_scores, rank_of_truth
 from models_transfg import TransFG, TransFGConfig, class_token_row, contrastive_loss, row_times_attention
 from models_vit import VisionTransformer
-from tools import benchmark_parts
 from util.errors import InputError
 from util.losses import identity_loss
 
@@ -194,33 +192,3 @@ def test_a_constant_answer_is_right_for_one_class_only():
     labels = torch.tensor([0, 1, 2, 2])
     assert rank_of_truth(torch.zeros(4, 3), labels).tolist() == [0, 1, 2, 2]
     assert class_scores(torch.zeros(4, 3), labels).numbers["top1"] == 0.25
-
-
-def test_the_benchmark_compares_equal_work(monkeypatch, capsys):
-    parser = benchmark_parts.get_args_parser()
-    flags = "--model vit_tiny_patch16 --input_size 48 --stride 12 --rounds 2 --batch_size 2".split()
-
-    def here(variant, args):
-        return benchmark_parts.one_turn(parser.parse_args([*flags, "--only", variant]))
-
-    monkeypatch.setattr(benchmark_parts, "in_own_process", here)
-    result = benchmark_parts.main(parser.parse_args(flags))
-    assert result["largest_difference"] < 1e-5 < 1e-1 < result["largest_weight"] and result["same_parts"] == 1
-    assert all(result[f"{name}_seconds"] > 0 for name in benchmark_parts.VARIANTS)
-    assert "variant" in capsys.readouterr().out
-    args = parser.parse_args([*flags, "--train"])
-    model, imgs = benchmark_parts.build(args, torch.device("cpu"))
-    ours, (theirs, *_) = model.features(imgs)[0], benchmark_parts.by_full_product(model, imgs)
-    assert torch.allclose(ours, theirs, atol=1e-4)
-
-
-def test_a_benchmark_turn_that_fails_says_why(monkeypatch):
-    args = benchmark_parts.get_args_parser().parse_args(["--stride", "40", "--train"])
-
-    def fails(command, **_):
-        assert {"--stride=40", "--train", "--model=vit_base_patch16"} < set(command)
-        return subprocess.CompletedProcess(command, 2, "", "x\nerror: --stride 40\n")
-
-    monkeypatch.setattr(subprocess, "run", fails)
-    with pytest.raises(InputError, match="row failed with status 2: error: --stride 40"):
-        benchmark_parts.in_own_process("row", args)

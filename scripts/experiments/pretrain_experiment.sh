@@ -2,7 +2,7 @@
 # Is CGD-MAE ahead of plain MAE on photos with labels? The same small model, flags and seeds with and without distillation, then kNN
 # and linear probes of the class token. docs/RESULTS.md has the outcome.
 # Usage: [ROWS="mae attention"] [SEEDS="0 1 2"] [EPOCHS=30] [LABELS="make body class_name"] \
-#            bash scripts/pretrain_experiment.sh LABELS.csv CLIP.json CLIP.safetensors OUTPUT [FLAGS of main_pretrain.py]
+#            bash scripts/experiments/pretrain_experiment.sh LABELS.csv CLIP.json CLIP.safetensors OUTPUT [FLAGS of main_pretrain.py]
 #   LABELS.csv: columns path, split (train, val) and LABELS. A row is mae, or a reading (attention, cls, mean, decoder)
 # 150,000 images a row and seed for 5,000 photos: 40 to 75 minutes on one core. A stopped run goes on, a finished one is kept.
 set -euo pipefail
@@ -11,7 +11,7 @@ teacher=(--clip_model "$(realpath "$2")" --clip_pretrained "$(realpath "$3")")
 output="$(realpath -m "$4")"
 shift 4
 mkdir -p "$output"
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python="${PYTHON:-python}"
 epochs="${EPOCHS:-30}"
 read -r -a labels <<< "${LABELS:-make body class_name}"

@@ -2,7 +2,7 @@
 # Does curation help, and which texts? One small model, the same number of updates, on a random half of an unbalanced pool,
 # on its curated half, on all of it, and on all of it with the KL over two banks. docs/RESULTS.md has the outcome.
 # Usage: [ROWS="random curated all words classes"] [SEEDS="0 1 2"] [LABEL=make] \
-#            bash scripts/curation_experiment.sh LABELS.csv CLIP.json CLIP.safetensors OUTPUT
+#            bash scripts/experiments/curation_experiment.sh LABELS.csv CLIP.json CLIP.safetensors OUTPUT
 #   LABELS.csv: columns path, split (train, val), LABEL, body, class_name; 12 train and val rows of a class are judged
 # What is done is not done again; a stopped run goes on.
 set -euo pipefail
@@ -10,7 +10,7 @@ labels="$(realpath "$1")"
 teacher=(--clip_model "$(realpath "$2")" --clip_pretrained "$(realpath "$3")")
 mkdir -p "$4"
 output="$(realpath "$4")"
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python="${PYTHON:-python}"
 label="${LABEL:-make}"
 crowd="$output/crowd"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Does the pre-training help downstream? Each task on drawn vehicles, from a CGD-MAE encoder, from plain MAE and from random
 # weights, the same epochs and seeds. docs/RESULTS.md has the outcome.
-# Usage: [TASKS="reid attr fgvc seg"] [SEEDS="0 1 2"] [ROWS="cgd mae random"] bash scripts/downstream_experiment.sh OUTPUT [FLAGS of main_finetune.py]
+# Usage: [TASKS="reid attr fgvc seg"] [SEEDS="0 1 2"] [ROWS="cgd mae random"] bash scripts/experiments/downstream_experiment.sh OUTPUT [FLAGS of main_finetune.py]
 # About 20 minutes of pre-training, then 8 (reid) or 2 minutes a run on one core. A stopped run goes on, a finished one is only
 # scored again; with other FLAGS it refuses, so take another OUTPUT.
 set -euo pipefail
 output="$(realpath -m "${1:?output folder}")"
 shift
 mkdir -p "$output"
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 python="${PYTHON:-python}"
 
 # pre-training sees other vehicles than the tests, and no labels; the teacher has learned from the same pictures' captions

@@ -1,0 +1,71 @@
+"""k-means: ours, faiss's and scikit-learn's and, with --against, another checkout's, in one run.
+
+    pip install faiss-cpu scikit-learn
+    python -m benchmarks.kmeans
+
+A mixture of Gaussians with twice as many centres as clusters; the same iterations, no resampling, all from random rows.
+Variants whose package is not installed are left out.
+"""
+
+import argparse
+from pathlib import Path
+
+from benchmarks.turns import add_flags
+from util.cli import Parser, run_tool
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser("benchmarks.kmeans", __doc__)
+    add = parser.add_argument
+    # fmt: off
+    add("--points", default=200_000, type=int, help="vectors (default 200000)")
+    add("--dim", default=256, type=int, help="numbers a vector (default 256)")
+    add("--clusters", default=2000, type=int, help="k (default 2000)")
+    add("--iterations", default=10, type=int, help="of Lloyd's algorithm (default 10)")
+    add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    # fmt: on
+    add_flags(add, "kmeans")
+    return parser
+
+
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()
+
+import importlib.util
+from functools import partial
+
+import numpy as np
+import torch
+
+from benchmarks.turns import cluster, inertia, mixture, take_turns, timed
+
+
+def with_faiss(x: np.ndarray, args) -> np.ndarray:
+    import faiss
+
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    found = faiss.Kmeans(args.dim, args.clusters, niter=args.iterations, seed=0, max_points_per_centroid=10**9)
+    found.train(x)
+    found.assign(x)  # ours ends with the assignment too
+    return np.ascontiguousarray(found.centroids)
+
+
+def with_mini_batches(x: np.ndarray, args) -> np.ndarray:
+    from sklearn.cluster import MiniBatchKMeans
+
+    options = {"init": "random", "n_init": 1, "batch_size": 8192, "max_no_improvement": None, "tol": 0.0}
+    found = MiniBatchKMeans(args.clusters, max_iter=args.iterations, random_state=0, **options).fit(x)
+    return np.ascontiguousarray(found.cluster_centers_, dtype=np.float32)
+
+
+def main(args) -> dict:
+    work = {name: getattr(args, name) for name in ("points", "dim", "clusters", "iterations", "device")}
+    x, variants = mixture(work), {}
+    for package, fit in (("faiss", with_faiss), ("sklearn", with_mini_batches)):
+        if importlib.util.find_spec(package):
+            variants[package] = timed(partial(fit, x, args), lambda found: {"inertia": inertia(x, found)})
+    return take_turns(variants, cluster, work, args)
+
+
+if __name__ == "__main__":
+    run_tool(main, ARGS, Path(ARGS.output))

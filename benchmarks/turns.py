@@ -1,0 +1,211 @@
+"""What the benchmarks time of this project, and how variants take turns.
+
+With --against FOLDER another checkout takes part: a process of its own runs this very file on that checkout's modules
+and prints a JSON line a turn. So the functions below take plain values and use only names that every checkout since
+03f0466 has, and this file imports the project inside of functions alone.
+"""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+Turn = Callable[[], dict]  # does the work once; {"seconds": ..., what came out of it}
+
+
+def timed(work: Callable, judge: Callable = lambda _: {}, count: int = 1, clock: Callable = time.perf_counter) -> Turn:
+    """A turn is one `work()`, which does something `count` times; `judge` makes numbers of what it returns."""
+
+    def turn() -> dict:
+        started = clock()
+        found = work()
+        return {"seconds": (clock() - started) / count, **judge(found)}
+
+    return turn
+
+
+def pretrain_step(args: dict) -> Turn:
+    """Training steps of the masked autoencoder with random weights."""
+    import torch
+
+    from models_mae import MODELS
+
+    torch.manual_seed(0)
+    return train(MODELS[args["model"]](img_size=tuple(args["input_size"]), norm_pix_loss=True), args)
+
+
+def train(model, args: dict) -> Turn:
+    """Steps of a model that is called as MAE's, forward, backward and AdamW, on the same images again and again."""
+    import torch
+
+    device, dtype = torch.device(args["device"]), getattr(torch, args["precision"])
+    model = model.to(device).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
+    generator = torch.Generator().manual_seed(1)
+    shape = (args["batch_size"], 3, *args["input_size"])
+    imgs = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+    noise = torch.rand(args["batch_size"], args["patches"], generator=generator).to(device)
+
+    def steps() -> float:
+        for _ in range(args["steps"]):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = model(imgs, 0.75, noise)["pixel"]
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return loss.item()  # waits for the device
+
+    return timed(steps, lambda loss: {"loss": loss}, args["steps"])
+
+
+def read_images(args: dict) -> Turn:
+    """Items of the training data set, one thread: CPU seconds an image."""
+    import torch
+
+    from datasets.manifest import list_images
+    from datasets.pretrain import PretrainDataset
+
+    torch.set_num_threads(1)
+    size, count = tuple(args["input_size"]), args["images"]
+    images = PretrainDataset(list_images(args["data_path"]), size, size[0] * size[1] // 256, seed=0, min_area=0.2)
+    return timed(lambda: [images[0, index] for index in range(count)], count=count, clock=time.process_time)
+
+
+def make_features(queries: int, gallery: int, identities: int, cameras: int, dim: int) -> tuple:
+    """(query, gallery [*, dim] float32, pids and camids of both); identities overlap. One camera: no camids."""
+    import numpy as np
+    import torch
+
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((identities, dim), dtype=np.float32)
+    pids = np.arange(queries) % identities, rng.permutation(np.arange(gallery) % identities)
+    noise = (3 * rng.standard_normal((len(ids), dim), dtype=np.float32) for ids in pids)
+    features = [torch.from_numpy(centres[ids] + more) for ids, more in zip(pids, noise)]
+    camids = rng.integers(0, cameras, queries), rng.integers(0, cameras, gallery)
+    return *features, *pids, *(camids if cameras > 1 else (None, None))
+
+
+def rank_features(args: dict) -> Turn:
+    """From features to mAP and R1."""
+    try:
+        from metrics.reid import rank_hits, scores
+    except ImportError:  # where it was in 03f0466
+        from util.metrics import rank_hits, scores
+
+    case = make_features(*args["sizes"])
+    return timed(
+        lambda: scores(rank_hits(*case, device=args["device"])), lambda found: {k: found[k] for k in ("mAP", "R1")}
+    )
+
+
+def mixture(args: dict):
+    """[points, dim] float32 of a mixture of Gaussians with twice as many centres as clusters."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    middle = rng.standard_normal((2 * args["clusters"], args["dim"]), dtype=np.float32)
+    x = rng.standard_normal((args["points"], args["dim"]), dtype=np.float32)
+    return x + 1.5 * middle[rng.integers(0, len(middle), len(x))]
+
+
+def cluster(args: dict) -> Turn:
+    """Our k-means from random rows."""
+    import torch
+
+    from curation.hierarchy import step_rng
+    from curation.kmeans import kmeans
+    from curation.rows import Rows
+
+    x = mixture(args)
+
+    def centroids():
+        rows = Rows(x, torch.device(args["device"]))
+        return rows.restore(kmeans(rows, args["clusters"], iterations=args["iterations"], rng=step_rng(0, 1)).centroids)
+
+    return timed(centroids, lambda found: {"inertia": inertia(x, found)})
+
+
+def inertia(x, centroids) -> float:
+    """Sum of squared distances to the nearest centroid, the distances in float64."""
+    import torch
+
+    c, total = torch.from_numpy(centroids), 0.0
+    for part in torch.from_numpy(x).split(4096):
+        nearest = torch.addmm(-0.5 * c.square().sum(dim=1), part, c.t()).argmax(dim=1)
+        total += float((part.double() - c[nearest].double()).square().sum())
+    return total
+
+
+def add_flags(add: Callable, name: str) -> None:
+    """Flags that all benchmarks have."""
+    add("--rounds", default=5, type=int, help="turns of each variant (default 5)")
+    add("--against", default="", metavar="FOLDER", help="another checkout to time beside this one (default none)")
+    add("--output", default=f"benchmark_{name}.json", help=f"file of the numbers (default benchmark_{name}.json)")
+
+
+def other_checkout(folder: str, what: Callable[[dict], Turn], args: dict) -> Turn:
+    """`what(args)` by the modules of another checkout, in a process that lives until this one ends."""
+    command = [sys.executable, __file__, what.__name__, json.dumps(args)]
+    env = os.environ | {"PYTHONPATH": str(Path(folder).resolve())}
+    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def turn() -> dict:
+        from util.errors import InputError
+
+        try:
+            print("turn", file=process.stdin, flush=True)
+            return json.loads(process.stdout.readline())
+        except (BrokenPipeError, json.JSONDecodeError) as error:
+            raise InputError(f"--against {folder}: its process ended with status {process.wait()}") from error
+
+    return turn
+
+
+def take_turns(variants: dict[str, Turn], what: Callable[[dict], Turn], work: dict, args) -> dict:
+    """Each variant, ours and the other checkout's `what(work)` once to warm up, then in turns, so that a machine that
+    is slow for a while is slow for all.
+
+    Returns:
+        The machine and versions, and a row a variant: median seconds, their spread, how many times as fast as the
+        first variant it is (median over the rounds), and what its first turn gave.
+    """
+    import numpy
+    import torch
+
+    variants = {**variants, "ours": what(work)}
+    if args.against:
+        variants["against"] = other_checkout(args.against, what, work)
+    first = {name: turn() for name, turn in variants.items()}
+    seconds = {name: [] for name in variants}
+    for _ in range(args.rounds):
+        for name, turn in variants.items():
+            seconds[name].append(turn()["seconds"])
+    rows = {}
+    reference = seconds[next(iter(variants))]
+    for name, own in seconds.items():
+        median = statistics.median(own)
+        ratio = statistics.median(theirs / ours for theirs, ours in zip(reference, own))
+        rows[name] = first[name] | {"seconds": median, "spread": (max(own) - min(own)) / median, "times_as_fast": ratio}
+        values = "".join(f"  {key} {value:.6g}" for key, value in rows[name].items() if key != "seconds")
+        print(f"{name:16s} {median:10.4g} s{values}", flush=True)
+    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    machine = f"{len(cpu)} x {cpu[0]}, {torch.get_num_threads()} threads, {gpu}"
+    versions = {"torch": torch.__version__, "numpy": numpy.__version__, "python": platform.python_version()}
+    return {"machine": machine, **versions, "rounds": args.rounds, **work, "rows": rows}
+
+
+def serve(turn: Turn) -> None:
+    """In the process of `other_checkout`: a turn for each line on stdin, its numbers as a line on stdout."""
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for _ in sys.stdin:
+        print(json.dumps(turn()), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve(globals()[sys.argv[1]](json.loads(sys.argv[2])))
