@@ -1,265 +1,196 @@
-"""One page about an attribute test: each attribute beside a constant answer, pictures of what is wrong."""
+"""The page of an attribute test: each attribute beside a constant answer, pictures of what is wrong."""
 
-import html
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from datasets.path_list import PathList, printable
-from finetune.attr_model import Known
+from datasets.path_list import PathList
 from metrics.attr import attribute_metrics, ratio
-from reports.page import Pictures, Section, write_page
-from reports.svg import DASHED, FILLED, SOLID, chart, steps
+from reports.page import Html, Page, Pictures, card, cards, confusion_table, join, mark, new_axes, percent, table, tag
 
-NUMBERS = ("mA", "accuracy", "precision", "recall", "F1")
+NUMBERS = ("mA", "accuracy", "precision", "recall", "F1", "mA_supported")
+HEAD = ["attribute", "train rate", "true in test", "positive rate", "TPR", "TNR", "mA", "AP", "right answers"]
 WORST = 6  # attributes shown with pictures
+SHOWN = 16  # images a section
 MOST_CELLS = 25  # values of a column that are drawn as a table of confusions
-STYLE = """table.wide td,table.wide th{padding:.1em .7em .1em 0;text-align:right;white-space:nowrap}
-table.wide th:first-child,table.wide td:first-child{text-align:left}table.wide td small{color:#555}
-.scroll{overflow-x:auto}table.wide tr.low td{background:#fdf0ef}
-table.cells td,table.cells th{padding:.15em .5em;text-align:right;font-size:12px;border:1px solid #eee}
-table.cells thead th{writing-mode:vertical-rl;transform:rotate(180deg);text-align:left}
-.cards{gap:12px}.cards li{width:170px;text-align:left;line-height:1.45}
-.cards li img,.cards .gone{width:calc(var(--s)*1.6);height:calc(var(--s)*1.6)}
-.cards ul{list-style:none;padding:0;margin:.3em 0 0}.cards li li b.right{color:#17803d}
-h4{margin:.8em 0 0;font-weight:normal}"""
+MOST_LINES = 12  # of one kind below a picture
+VERDICTS = {"right": "right", "false": "wrong", "missed": "wrong"}  # word: drawing
 
 
-def percent(value: float) -> str:
-    return "-" if np.isnan(value) else f"{100 * value:.1f}"
+@dataclass(frozen=True)
+class AttributeTest:
+    """What was scored.
 
+    known: what the model knows of its set: `set`, `names`, `attributes`, `groups`. paths: the test list; places: [n]
+    int64 which of it the n images are. probs: [n, A] float in [0, 1]; labels: [n, A] int, 1 true, 0 not, -1 unknown.
+    """
 
-def beside(value: float, constant: float) -> str:
-    """A cell of the table: the number, a constant answer's in small type."""
-    return f"<td>{percent(value)} <small>[{percent(constant)}]</small></td>"
+    known: object
+    paths: PathList
+    places: np.ndarray
+    probs: np.ndarray
+    labels: np.ndarray
+    threshold: float
+
+    @property
+    def said(self) -> np.ndarray:
+        return (self.probs > self.threshold) & (self.labels >= 0)
+
+    def image_f1(self) -> np.ndarray:
+        """[n] float64: 2 |g & p| / (|g| + |p|) of each image, 0 where both are empty."""
+        true = self.labels == 1
+        return ratio(2 * (true & self.said).sum(axis=1), true.sum(axis=1) + self.said.sum(axis=1))
 
 
 def write_attr_report(
-    file: Path,
-    protocol: str,
-    facts: dict[str, object],
-    metrics: dict[str, float],
-    rows: list[dict],
-    known: Known,
-    paths: PathList,
-    places: np.ndarray,
-    probs: np.ndarray,
-    labels: np.ndarray,
-    threshold: float,
-    shown: int = 16,
-    seed: int = 0,
+    file: Path, facts: dict[str, object], metrics: dict, rows: list[dict], test: AttributeTest, seed: int = 0
 ) -> None:
-    """Write one HTML page that needs no other file and no network.
+    """Write the page.
 
     Args:
-        protocol: the line that belongs to the numbers. facts: weights, set, seed.
-        metrics, rows: of `finetune.attr.all_metrics` and `metrics.attr.attribute_rows`.
-        paths, places: the test list, and [n] int64 which of it the n images are.
-        probs: [n, A] float in [0, 1]. labels: [n, A] int, 1 true, 0 not, -1 unknown.
-        shown: images a section. seed: of the random draw.
-    Raises:
-        InputError: the file cannot be written.
+        metrics: numbers, those of a constant answer as `constant_...`, and the protocol. rows: of `attribute_rows`.
+        seed: of the random images.
     """
-    cards = Cards(known.names, paths, places, probs, labels, threshold)
-    sections = [
-        Section("attributes", "Attributes", attribute_table(rows, threshold)),
-        Section("curves", "Curves", f'<div class="charts">{charts(probs, labels, threshold)}</div>'),
-    ]
-    confused = "".join(confusion(name, c, known, probs, labels) for name, c in known.groups.items())
-    if confused:
-        sections.append(Section("confusions", "Confusions", confused))
-    worst = "".join(worst_attribute(cards, row, known.names.index(row["attribute"])) for row in lowest(rows))
-    note = "<p>Those of the lowest mean of TPR and TNR among the attributes with true and false images.</p>"
-    sections.append(Section("worst", "Worst attributes", note + (worst or "<p>None.</p>")))
-    for name, title, words, chosen in choose(probs, labels, threshold, shown, seed):
-        body = f"<p>{words} {legend()}</p>" + cards.list(chosen)
-        sections.append(Section(name, title, body))
-    if cards.pictures.lost:
-        gone = f'<p><b class="wrong">{len(cards.pictures.lost):,} of the pictures cannot be opened.</b></p>'
-        sections.append(Section("lost", "Pictures that are gone", gone, linked=False))
+    names = [name for name in (*NUMBERS, *(f"top1_{g}" for g in test.known.groups)) if f"constant_{name}" in metrics]
     tiles = {
-        f"{name} [constant {percent(metrics['constant_' + name])}]": f"{percent(metrics[name])} %"
-        for name in (*NUMBERS, "mA_supported", *(f"top1_{group}" for group in known.groups))
-        if f"constant_{name}" in metrics
+        f"{name} [constant {percent(metrics[f'constant_{name}'])}]": percent(metrics[name], sign=" %") for name in names
     }
-    intro = f"<p><code>{html.escape(protocol)}</code></p>" + (
-        f"<p>{len(probs):,} images, {len(rows)} attributes. In square brackets: the best answer without "
-        "looking, the same for every image.</p>"
+    page = Page(f"Attributes: {test.known.set}", metrics["protocol"], tiles, facts)
+    page.note(
+        f"{len(test.probs):,} images, {len(rows)} attributes. In square brackets: the best answer without looking, "
+        "the same for every image."
     )
-    write_page(file, "Attributes: " + known.set, intro, tiles, facts, sections, STYLE)
-
-
-# the attributes
-
-
-def lowest(rows: list[dict]) -> list[dict]:
-    """The WORST attributes by their term of mA; those that are perfect or unsupported are none."""
     able = [row for row in rows if not np.isnan(row["TPR"] + row["TNR"]) and row["mA"] < 1]
-    return sorted(able, key=lambda row: row["mA"])[:WORST]
+    worst = sorted(able, key=lambda row: row["mA"])[:WORST]
+    add_attributes(page, rows, [row["attribute"] for row in worst], test.threshold)
+    page.section("Curves")
+    draw_curves(page, test)
+    add_confusions(page, test)
+    page.section("Worst attributes", "Those of the lowest mean of TPR and TNR among those with true and false images.")
+    shown = Cards(test)
+    for row in worst:
+        add_worst_attribute(page, shown, row)
+    f1 = test.image_f1()
+    wrong_by = np.where(test.labels == 1, 1 - test.probs, np.where(test.labels == 0, test.probs, 0)).max(axis=1)
+    lowest = "Those of the lowest F1, among equals the surest of what is wrong first."
+    for title, words, chosen in (
+        ("Worst images", lowest, np.lexsort((-wrong_by, f1))),
+        ("Random images", f"Drawn from all, seed {seed}.", np.random.default_rng(seed).permutation(len(f1))),
+    ):
+        page.section(title, words, " ", legend())
+        page.add(shown.list(chosen[:SHOWN]))
+    if lost := len(shown.pictures.lost):
+        page.note(tag("b", f"{lost:,} of the pictures cannot be opened.", kind="wrong"))
+    page.write(file)
 
 
-def attribute_table(rows: list[dict], threshold: float) -> str:
-    head = (
-        "attribute", "train rate", "true in test", "positive rate", "TPR", "TNR", "mA", "AP", "right answers"
-    )  # fmt: skip
-    low = {row["attribute"] for row in lowest(rows)}
-    lines = []
-    for row in rows:
-        name = html.escape(printable(row["attribute"]))
-        lines.append(
-            f"<tr{' class=low' if row['attribute'] in low else ''}><td>{name}</td>"
-            f"<td>{percent(row['train_rate'])}</td><td>{row['support']:,} of {row['images']:,}</td>"
-            f"<td>{percent(row['positive_rate'])}</td><td>{percent(row['TPR'])}</td>"
-            f"<td>{percent(row['TNR'])}</td>{beside(row['mA'], row['constant_mA'])}"
-            f"{beside(row['AP'], row['constant_AP'])}{beside(row['accuracy'], row['constant_accuracy'])}</tr>"
-        )
-    titles = "".join(f"<th>{title}</th>" for title in head)
-    return (
-        "<p>In %. mA: mean of TPR and TNR, with TPR 0 where no test image has the attribute. A constant "
-        "answer gets the numbers in brackets: for AP the positive rate, for right answers those of always "
-        f"saying what is commoner in training. True above {threshold:g}. A dash: not defined. Shaded: the "
-        "worst.</p>"
-        f'<div class="scroll"><table class="wide"><tr>{titles}</tr>{"".join(lines)}</table></div>'
+def add_attributes(page: Page, rows: list[dict], worst: list[str], threshold: float) -> None:
+    """A row an attribute, a constant answer's numbers in brackets."""
+
+    def beside(row: dict, name: str) -> Html:
+        return join(" ", [percent(row[name]), tag("small", f"[{percent(row[f'constant_{name}'])}]")])
+
+    lines = [
+        [tag("b", row["attribute"], kind="wrong") if row["attribute"] in worst else row["attribute"],
+         percent(row["train_rate"]), f"{row['support']:,} of {row['images']:,}",
+         *(percent(row[name]) for name in ("positive_rate", "TPR", "TNR")),
+         *(beside(row, name) for name in ("mA", "AP", "accuracy"))]
+        for row in rows
+    ]  # fmt: skip
+    page.section(
+        "Attributes",
+        "In %. mA: mean of TPR and TNR, with TPR 0 where no test image has the attribute. A constant answer gets the "
+        "numbers in brackets: for AP the positive rate, for right answers those of always saying what is commoner in "
+        f"training. True above {threshold:g}. A dash: not defined. Red: the worst.",
     )
+    page.add(table(HEAD, lines))
 
 
-def confusion(name: str, columns: list[int], known: Known, probs: np.ndarray, labels: np.ndarray) -> str:
-    """Rows: what is true; columns: the most probable value. For images with one true value."""
-    inside = labels[:, columns] == 1
-    rows = inside.sum(axis=1) == 1
-    if not rows.any() or len(columns) > MOST_CELLS:
-        return ""
-    true, said = inside[rows].argmax(axis=1), probs[rows][:, columns].argmax(axis=1)
-    counts = np.bincount(true * len(columns) + said, minlength=len(columns) ** 2)
-    counts = counts.reshape(len(columns), len(columns))
-    values = [html.escape(printable(known.attributes[c].value)) for c in columns]
-    body = []
-    for i, value in enumerate(values):
-        share = ratio(counts[i], np.full(len(columns), counts[i].sum()))
-        cells = "".join(
-            f'<td style="background:rgba({"23,128,61" if i == j else "194,38,29"},{0.6 * share[j]:.2f})">'
-            f"{f'<b>{n:,}</b>' if i == j else f'{n:,}' if n else ''}</td>"
-            for j, n in enumerate(counts[i].tolist())
-        )
-        body.append(f"<tr><th>{value}</th>{cells}<td>{percent(share[i]) if counts[i].sum() else '-'}</td></tr>")
-    head = "".join(f"<th>{value}</th>" for value in values)
-    title = html.escape(printable(name))
-    return (
-        f"<h3>{title}</h3><p>Rows: true; columns: the most probable; on the diagonal, in bold, right; at the "
-        'end the share of the row that is right, in %.</p><div class="scroll"><table class="cells">'
-        f"<thead><tr><td></td>{head}<th>right, %</th></tr></thead>{''.join(body)}</table></div>"
-    )
-
-
-def charts(probs: np.ndarray, labels: np.ndarray, threshold: float) -> str:
+def draw_curves(page: Page, test: AttributeTest) -> None:
     """Probabilities of what is true and what is not, numbers by threshold, F1 of the images."""
-    edges = np.linspace(0, 1, 21)
-    parts = {"true": probs[labels == 1], "not true": probs[labels == 0]}
-    heights = {k: 100 * np.histogram(x, edges)[0] / max(len(x), 1) for k, x in parts.items()}
-    styles = (FILLED, DASHED)
-    lines = {k: (*steps(edges, h), style) for (k, h), style in zip(heights.items(), styles)}
-    some = ", ".join(f"{len(x):,} {name}" for name, x in parts.items())
-    top = max(1.0, *(h.max() for h in heights.values()))
-    first = chart("Probabilities", (0, 1), (0, top), lines, "probability", "% of the labels",
-                  f"Of all attributes: {some}. True is said above {threshold:g}.")  # fmt: skip
-    at = np.linspace(0.05, 0.95, 19)
-    found = [attribute_metrics(probs > t, labels) for t in at]
-    curves = {name: [100 * m[name] for m in found] for name in ("mA", "F1")}
-    lines = {name: (at, y, style) for (name, y), style in zip(curves.items(), (SOLID, DASHED))}
-    best = ", ".join(f"{name} is highest at {at[int(np.argmax(y))]:.2f}" for name, y in curves.items())
-    low = 10 * np.floor(min(map(min, curves.values())) / 10)
-    second = chart("Threshold", (0, 1), (min(low, 90), 100), lines, "threshold", "%",
-                   f"Scored at {threshold:g}; {best}. The test chooses nothing.")  # fmt: skip
-    f1 = image_f1(probs > threshold, labels)
-    heights = np.histogram(100 * f1, 20, (0, 100))[0]
-    third = chart("F1 of the images", (0, 100), (0, max(int(heights.max()), 1)),
-                  {"": (*steps(np.linspace(0, 100, 21), heights), FILLED)}, "F1, %", "images",
-                  f"{(f1 == 1).sum():,} of {len(f1):,} images without a fault.")  # fmt: skip
-    return first + second + third
+    axes, some = new_axes("probability", "% of the labels"), []
+    for name, value, filled in (("true", 1, True), ("not true", 0, False)):
+        x = test.probs[test.labels == value]
+        heights, edges = np.histogram(x, 20, (0, 1))
+        axes.stairs(100 * heights / max(len(x), 1), edges, fill=filled, alpha=0.6 if filled else 1, label=name)
+        some.append(f"{len(x):,} {name}")
+    axes.legend()
+    caption = f"Of all attributes: {', '.join(some)}. True is said above {test.threshold:g}."
+    page.figure("Probabilities", axes.figure, caption)
+    at, axes, best = np.linspace(0.05, 0.95, 19), new_axes("threshold", "%"), []
+    found = [attribute_metrics(test.probs > t, test.labels) for t in at]
+    for name, style in (("mA", "-"), ("F1", "--")):
+        values = [100 * metrics[name] for metrics in found]
+        axes.plot(at, values, style, label=name)
+        best.append(f"{name} is highest at {at[int(np.argmax(values))]:.2f}")
+    axes.legend()
+    caption = f"Scored at {test.threshold:g}; {', '.join(best)}. The test chooses nothing."
+    page.figure("Threshold", axes.figure, caption)
+    axes, f1 = new_axes("F1, %", "images"), test.image_f1()
+    axes.hist(100 * f1, 20, (0, 100))
+    page.figure("F1 of the images", axes.figure, f"{(f1 == 1).sum():,} of {len(f1):,} images without a fault.")
 
 
-def image_f1(said: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """[n] float64: 2 |g & p| / (|g| + |p|) of each image, 0 where both are empty."""
-    true, said = labels == 1, said & (labels >= 0)
-    return ratio(2 * (true & said).sum(axis=1), true.sum(axis=1) + said.sum(axis=1))
-
-
-# the images
-
-
-def choose(probs: np.ndarray, labels: np.ndarray, threshold: float, shown: int, seed: int):
-    """(id, title, words, [*] rows of the images) of each section of pictures."""
-    f1 = image_f1(probs > threshold, labels)
-    wrong_by = np.where(labels == 1, 1 - probs, np.where(labels == 0, probs, 0)).max(axis=1)
-    worst = np.lexsort((-wrong_by, f1))[:shown]
-    some = np.random.default_rng(seed).permutation(len(probs))[:shown]
-    lowest_f1 = "Those of the lowest F1, among equals the surest of what is wrong first."
-    return (
-        ("images", "Worst images", lowest_f1, worst),
-        ("random", "Random images", f"Drawn from all, seed {seed}.", some),
-    )  # fmt: skip
-
-
-VERDICTS = {"right": "right", "false": "wrong", "missed": "wrong"}  # word: frame and drawing
-MOST_LINES = 12  # of one kind below a picture
-
-
-def verdict(word: str) -> str:
-    """The word with a check mark or a cross."""
-    kind = VERDICTS[word]
-    return f'<b class="{kind}"><svg class="mark" aria-hidden="true"><use href="#{kind}"/></svg> {word}</b>'
-
-
-def legend() -> str:
-    return (
-        f"{verdict('right')}: true and said. {verdict('false')}: said, but not true. {verdict('missed')}: "
-        "true, but not said. With the probability of each. Solid green frame: without a fault; dashed red "
-        "frame: with one."
+def add_confusions(page: Page, test: AttributeTest) -> None:
+    """Of each column of words: rows: what is true; columns: the most probable. For images with one true value."""
+    page.section(
+        "Confusions",
+        "Rows: true; columns: the most probable; on the diagonal, in bold, right; at the end the share of the row that "
+        "is right, in %.",
     )
+    for name, columns in test.known.groups.items():
+        inside, K = test.labels[:, columns] == 1, len(columns)
+        rows = inside.sum(axis=1) == 1
+        if rows.any() and K <= MOST_CELLS:
+            true, said = inside[rows].argmax(axis=1), test.probs[rows][:, columns].argmax(axis=1)
+            counts = np.bincount(true * K + said, minlength=K * K).reshape(K, K)
+            values = [test.known.attributes[c].value for c in columns]
+            page.add(tag("h3", name), confusion_table(values, counts))
 
 
-def worst_attribute(cards: "Cards", row: dict, column: int) -> str:
+def legend() -> Html:
+    words = {"right": ": true and said. ", "false": ": said, but not true. ", "missed": ": true, but not said. "}
+    parts = [part for word, text in words.items() for part in (mark(VERDICTS[word], word), text)]
+    return join("", [*parts, "With the probability of each. Solid green frame: no fault; dashed red: one."])
+
+
+def add_worst_attribute(page: Page, shown: "Cards", row: dict) -> None:
     """What was missed and what was taken for it, the surest first."""
-    true, said = cards.labels[:, column] == 1, cards.said[:, column]
-    score = cards.probs[:, column]
-    missed = np.flatnonzero(true & ~said)
-    taken = np.flatnonzero((cards.labels[:, column] == 0) & said)
-    missed = missed[np.argsort(score[missed], kind="stable")]
-    taken = taken[np.argsort(-score[taken], kind="stable")]
-    name = html.escape(printable(row["attribute"]))
+    test, name = shown.test, row["attribute"]
+    column = test.known.names.index(name)
+    label, said, score = test.labels[:, column], test.said[:, column], test.probs[:, column]
     numbers = f"mA {percent(row['mA'])} %, AP {percent(row['AP'])} %"
-    parts = [f"<h3>{name}<span>{numbers}, true in {row['support']:,} of {row['images']:,} images</span></h3>"]
-    for words, found in ((f"Missed: {name}, not said", missed), (f"False: {name} said, not true", taken)):
+    parts = [tag("h3", name, tag("span", f"{numbers}, true in {row['support']:,} of {row['images']:,} images"))]
+    missed, taken = np.flatnonzero((label == 1) & ~said), np.flatnonzero((label == 0) & said)
+    for words, found, order in (("Missed: {}, not said", missed, score), ("False: {} said, not true", taken, -score)):
         if len(found):
-            parts.append(f"<h4>{words}: {len(found):,}.</h4>{cards.list(found[:WORST])}")
-    return f"<article>{''.join(parts)}</article>"
+            chosen = found[np.argsort(order[found], kind="stable")][:WORST]
+            parts += [tag("h4", words.format(name), f": {len(found):,}."), shown.list(chosen)]
+    page.add(tag("article", *parts))
 
 
 class Cards:
     """Images as HTML, with what is true of them and what was said."""
 
-    def __init__(self, names, paths: PathList, places, probs, labels, threshold: float):
-        self.names = [html.escape(printable(name)) for name in names]
-        self.paths, self.places, self.probs, self.labels = paths, places, probs, labels
-        self.said = (probs > threshold) & (labels >= 0)
-        self.pictures = Pictures()
+    def __init__(self, test: AttributeTest):
+        self.test, self.said, self.pictures = test, test.said, Pictures()
 
-    def list(self, rows: np.ndarray) -> str:
-        if not len(rows):
-            return "<p>None.</p>"
-        return f'<ol class="cards">{"".join(self.one(row) for row in rows.tolist())}</ol>'
+    def list(self, rows: np.ndarray) -> Html:
+        return cards([self.one(row) for row in rows.tolist()], "cards")
 
-    def one(self, row: int) -> str:
-        true, said, probs = self.labels[row] == 1, self.said[row], self.probs[row]
+    def one(self, row: int) -> Html:
+        test, names = self.test, self.test.known.names
+        true, said, probs = test.labels[row] == 1, self.said[row], test.probs[row]
         lines = []
         for word, which in (("right", true & said), ("missed", true & ~said), ("false", said & ~true)):
-            found = np.flatnonzero(which)
+            found, sign = np.flatnonzero(which), mark(VERDICTS[word], word)
             found = found[np.argsort(-probs[found], kind="stable")].tolist()
-            lines += [f"<li>{verdict(word)} {self.names[a]} {probs[a]:.2f}</li>" for a in found[:MOST_LINES]]
+            lines += [tag("li", sign, f" {names[a]} {probs[a]:.2f}") for a in found[:MOST_LINES]]
             if len(found) > MOST_LINES:
-                lines.append(f"<li>{verdict(word)}: {len(found) - MOST_LINES} more</li>")
-        is_right = bool((true == said).all())
-        alt = f"{'right' if is_right else 'wrong'}: " + ", ".join(self.names[a] for a in np.flatnonzero(true))
-        picture = self.pictures.one(self.paths, int(self.places[row]), alt)
-        empty = "<li>nothing is true, nothing was said</li>"
-        return f'<li class="{"right" if is_right else "wrong"}">{picture}<ul>{"".join(lines) or empty}</ul></li>'
+                lines.append(tag("li", sign, f": {len(found) - MOST_LINES} more"))
+        kind = "right" if (true == said).all() else "wrong"
+        place = int(test.places[row])
+        alt = f"{kind}: " + ", ".join(names[a] for a in np.flatnonzero(true))
+        picture = self.pictures.one(test.paths[place], test.paths.relative(place), alt)
+        return card(picture, tag("ul", *(lines or [tag("li", "nothing is true, nothing was said")])), kind=kind)

@@ -1,214 +1,181 @@
-"""report.html: what was removed and why, how even the sample is, and pictures of all of it, in one file."""
+"""The page of a curation: what was removed and why, how even the sample is, and pictures of all of it."""
 
-import html
 import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
 
-from curation.cluster import load_tree
-from curation.hierarchy import step_rng
-from curation.removal import load_removal
-from datasets.images import UNREADABLE, open_rgb
-from reports.thumbnail import jpeg_uri
-from util.files import write_atomic
+from reports.page import Html, Page, Pictures, card, cards, join, mark, new_axes, table, tag
 
-THUMB = 96  # px
-PAIRS_SHOWN, EXAMPLES_SHOWN, CLUSTERS_SHOWN, MEMBERS_SHOWN = 12, 10, 24, 12
-PAGE = Path(__file__).with_name("curation.html")
-
-
-class Thumbnails:
-    """Pictures of index rows as data URIs; boxes are cut out as in training."""
-
-    def __init__(self, images, index):
-        self.images, self.index = images, index
-
-    def uri(self, row: int) -> str:
-        try:
-            image = open_rgb(self.images[row])
-            if self.index.box[row, 2] > 0:
-                image = image.crop(tuple(self.index.box[row].tolist()))
-        except UNREADABLE:
-            image = Image.new("RGB", (THUMB, THUMB), "#b33")
-        tile = ImageOps.pad(image, (THUMB, THUMB), Image.Resampling.BICUBIC, color="#eee")
-        return jpeg_uri(tile, THUMB, quality=72)
-
-    def figure(self, row: int, caption: str = "", kind: str = "") -> str:
-        name = self.images.name(row)
-        words = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
-        return f'<figure class="{kind}"><img src="{self.uri(row)}" title="{html.escape(name)}" alt="">{words}</figure>'
+PAIRS_SHOWN, EXAMPLES_SHOWN, CLUSTERS_SHOWN, MEMBERS_SHOWN, NAMES_SHOWN = 12, 10, 24, 12, 20
+EVIDENCE = {
+    "entropy": "entropy of the images over the cells (1: all equal)",
+    "gini": "Gini coefficient (0: all equal)",
+    "effective": "effective number of cells",
+    "coverage": "cells with at least one image",
+    "tail_coverage": "of the rarest tenth of cells, those with at least one image",
+    "top_share": "share of the images in the largest 1% of cells",
+}
+COPIES = (
+    "Removed picture, then the one that stands for it, with their agreement: the correlation that three quarters of the "
+    "tiles of the picture reach, once a crop or mirror is undone. From the least to the most alike: if the first pairs "
+    "are not the same photo, raise --near_agreement and --near_cosine or lower --near_bits."
+)
 
 
-def write_report(run, counts: dict, sizes: dict[str, np.ndarray]) -> None:
-    """Draw the page of a finished `Curation`.
+@dataclass(frozen=True)
+class Curated:
+    """A finished curation; rows number the N images of all sources.
 
-    Args:
-        counts: of every stage, and "evidence" of `judge`. sizes: cluster sizes of `judge`.
+    images: row -> file, with `name(row)`. index: its `sources`, `source` [N], `excluded` [N], `box` [N, 4].
+    removals: by stage, in their order: `rows`, `reason` (into `reasons`), `of` and `value`, all [n]. left, selection:
+    rows that no stage removed, rows that were chosen. clusters: {domain: (rows, the cluster of each)}.
+    evidence: {set: {number}}; sizes: {set: [cells] images}. settings: all flags.
     """
-    pictures = Thumbnails(run.images, run.index)
-    selection = np.load(run.folder / "selection.npy")
-    parts = {
-        "TITLE": f"{counts['sample']['images']:,} of {int((~run.index.excluded).sum()):,} images",
-        "FUNNEL": funnel(run, counts),
-        "EVIDENCE": evidence_table(counts["evidence"]),
-        "CURVES": size_curves(sizes),
-        "SOURCES": source_table(run, selection),
-        "MOSAIC": mosaic(run, selection, pictures),
-        "COPIES": removed_pairs(run, "duplicates", pictures),
-        "LEAKS": removed_pairs(run, "leaks", pictures),
-        "REMOVED": removed_examples(run, pictures),
-        "SETTINGS": html.escape(json.dumps(vars(run.args), indent=1)),
-    }
-    page = PAGE.read_text(encoding="utf-8")
-    for name, text in parts.items():
-        page = page.replace("{{" + name + "}}", text)
-    write_atomic(run.folder / "report.html", lambda f: f.write(page.encode("utf-8", "replace")))
+
+    images: Callable[[int], Path]
+    index: object
+    removals: dict
+    left: np.ndarray
+    selection: np.ndarray
+    clusters: dict[str, tuple[np.ndarray, np.ndarray]]
+    evidence: dict[str, dict[str, float]]
+    sizes: dict[str, np.ndarray]
+    settings: dict
 
 
-def funnel(run, counts: dict) -> str:
+def write_curation_report(file: Path, found: Curated) -> None:
+    """Write the page."""
+    pool, pictures = int((~found.index.excluded).sum()), Album(found)
+    page = Page(f"Curation: {len(found.selection):,} of {pool:,} images")
+    page.section("What was removed")
+    page.add(funnel(found, pool), tag("h3", "By source"), source_table(found))
+    page.section(
+        "How even is it?",
+        "Counted over cells of equal radius in the space of embeddings, which had no part in the choice. (Clusters of "
+        "k-means would hold about equally many images each and make any draw look even.) pool: all images that could be "
+        "chosen; random: a random draw of the sample's size, with as many images of each source where sources are kept "
+        "apart; selection: the curated sample. Curation has worked where the selection is more even than the random "
+        "draw and reaches more of the rare cells.",
+    )
+    rows = [[title, *(f"{row[name]:.4g}" for row in found.evidence.values())] for name, title in EVIDENCE.items()]
+    page.add(table(["", *found.evidence], rows))
+    draw_sizes(page, found.sizes)
+    page.section("Clusters", "From the largest to the smallest. Green frame: chosen. Click a picture to enlarge it.")
+    page.add(mosaic(found, pictures))
+    page.section("Copies within the pool", COPIES)
+    page.add(removed_pairs(found.removals["duplicates"], pictures))
+    page.section("Benchmark pictures in the pool")
+    page.add(removed_pairs(found.removals["leaks"], pictures))
+    page.section("Other removals", "With the value that was measured, from the smallest to the largest.")
+    page.add(removed_examples(found, pictures))
+    page.section("Settings")
+    page.add(tag("pre", json.dumps(found.settings, indent=1)))
+    page.write(file)
+
+
+def funnel(found: Curated, pool: int) -> Html:
     """Bars of how many images are left after each stage, and why the others left."""
-    total = left = int((~run.index.excluded).sum())
-    rows = [("in the pools", left, "")]
-    for name in ("quality", "vehicle", "leaks", "duplicates"):
-        removal = load_removal(run.folder, name)
-        gone = int((~run.index.excluded[removal.rows]).sum())
-        if not gone and name == "vehicle" and not run.args.vehicle_filter:
-            continue
-        left -= gone
-        why = "; ".join(f"{reason} {count:,}" for reason, count in removal.counts().items())
-        rows.append((f"after {name}", left, why))
-    rows.append(("chosen", counts["sample"]["images"], ""))
-    return "".join(
-        f'<tr><td>{html.escape(name)}</td><td class="n">{value:,}</td><td class="bar"><div style="width:'
-        f'{100 * value / max(total, 1):.2f}%"></div></td><td>{html.escape(why)}</td></tr>'
-        for name, value, why in rows
-    )
+    rows, left = [("in the pools", pool, "")], pool
+    for name, removal in found.removals.items():
+        left -= int((~found.index.excluded[removal.rows]).sum())
+        counts = zip(removal.reasons, np.bincount(removal.reason, minlength=len(removal.reasons)).tolist())
+        rows.append((f"after {name}", left, "; ".join(f"{reason} {count:,}" for reason, count in counts if count)))
+    rows.append(("chosen", len(found.selection), ""))
+    bars = [tag("span", kind="bar", style=f"width:{200 * count / max(pool, 1):.0f}px") for _, count, _ in rows]
+    return table([], [[name, f"{count:,}", bar, why] for (name, count, why), bar in zip(rows, bars)])
 
 
-def evidence_table(evidence: dict[str, dict[str, float]]) -> str:
-    """One row a number, one column a set."""
-    titles = {
-        "entropy": "entropy of the images over the cells (1: all equal)",
-        "gini": "Gini coefficient (0: all equal)",
-        "effective": "effective number of cells",
-        "coverage": "cells with at least one image",
-        "tail_coverage": "of the rarest tenth of cells, those with at least one image",
-        "top_share": "share of the images in the largest 1% of cells",
-    }
-    head = "".join(f"<th>{name}</th>" for name in evidence)
-    body = "".join(
-        f"<tr><td>{title}</td>" + "".join(f'<td class="n">{row[name]:.4g}</td>' for row in evidence.values()) + "</tr>"
-        for name, title in titles.items()
-    )
-    return f"<tr><th></th>{head}</tr>{body}"
+def source_table(found: Curated) -> Html:
+    index, rows = found.index, []
+    for number, name in enumerate(index.sources):
+        pool = int(((index.source == number) & ~index.excluded).sum())
+        left, chosen = (int((index.source[rows] == number).sum()) for rows in (found.left, found.selection))
+        if pool:
+            share = f"{100 * chosen / len(found.selection):.1f} %"
+            rows.append([name, f"{pool:,}", f"{left:,}", f"{chosen:,}", share])
+    return table(["source", "in the pool", "left", "chosen", "share"], rows)
 
 
-def size_curves(sizes: dict[str, np.ndarray]) -> str:
-    """Cell sizes, largest first, of each set relative to its mean; logarithmic upwards; as SVG."""
-    width, height, floor, top = 720, 260, 0.03, 30.0
-    colours = {"pool": "#888", "random": "#d80", "selection": "#06c"}
-
-    def y(value: np.ndarray) -> np.ndarray:
-        share = np.log(np.clip(value, floor, top) / floor) / np.log(top / floor)
-        return (height - 24) * (1 - share) + 8
-
-    lines = []
-    for value in (0.1, 1, 10):
-        at = float(y(np.array(value)))
-        lines.append(f'<line x1="40" x2="{width}" y1="{at:.1f}" y2="{at:.1f}" stroke="#ddd"/>')
-        lines.append(f'<text x="4" y="{at + 4:.1f}">{value:g}x</text>')
-    for number, (name, values) in enumerate(sizes.items()):
+def draw_sizes(page: Page, sizes: dict[str, np.ndarray]) -> None:
+    """Cell sizes, largest first, of each set relative to its mean; logarithmic upwards."""
+    axes = new_axes("cells, from the largest to the smallest, %", "images, of the set's mean", size=(7.2, 2.8))
+    for name, values in sizes.items():
         ordered = np.sort(values)[::-1] / max(values.mean(), 1e-9)
-        x = np.linspace(40, width, len(ordered))
-        points = " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(x, y(ordered)))
-        lines.append(f'<polyline points="{points}" fill="none" stroke="{colours[name]}" stroke-width="2"/>')
-        lines.append(f'<text x="{width - 110}" y="{22 + 16 * number}" fill="{colours[name]}">{name}</text>')
-    return f'<svg viewBox="0 0 {width} {height}" role="img">{"".join(lines)}</svg>'
+        axes.plot(np.linspace(0, 100, len(ordered)), ordered.clip(0.03, 30), label=name)
+    axes.set_yscale("log")
+    axes.legend()
+    words = (
+        "Images in a cell, from the largest to the smallest, relative to each set's mean. A flat line is an even set."
+    )
+    page.figure("Sizes of the cells", axes.figure, words, "wide")
 
 
-def source_table(run, selection: np.ndarray) -> str:
-    left = run.alive()
-    rows = ["<tr><th>source</th><th>in the pool</th><th>left</th><th>chosen</th><th>share</th></tr>"]
-    for number, name in enumerate(run.index.sources):
-        pool = (run.index.source == number) & ~run.index.excluded
-        if pool.any():
-            chosen = int((run.index.source[selection] == number).sum())
-            still = int((run.index.source[left] == number).sum())
-            numbers = (f"{int(pool.sum()):,}", f"{still:,}", f"{chosen:,}", f"{chosen / len(selection):.1%}")
-            cells = "".join(f'<td class="n">{number}</td>' for number in numbers)
-            rows.append(f"<tr><td>{html.escape(name)}</td>{cells}</tr>")
-    return "".join(rows)
+class Album:
+    """Pictures of rows; boxes are cut out as in training."""
+
+    def __init__(self, found: Curated):
+        self.found, self.pictures = found, Pictures()
+
+    def card(self, row: int, kind: str, *words: object) -> Html:
+        box = self.found.index.box[row].tolist()
+        file, name = self.found.images[row], self.found.images.name(row)
+        return card(self.pictures.one(file, name, name, tuple(box) if box[2] > 0 else None), *words, kind=kind)
 
 
-def mosaic(run, selection: np.ndarray, pictures: Thumbnails) -> str:
-    """Clusters from the largest to the smallest: images kept (framed) and left out."""
+def mosaic(found: Curated, album: Album) -> Html:
+    """Of clusters from the largest to the smallest some images that were chosen, and some that were left out."""
     blocks = []
-    found = run.domains()
-    for domain in found:
-        tree, rows = load_tree(run.trees_folder() / domain.name)
-        level = min(1, len(tree.sizes) - 1)
-        clusters, sizes = tree.path()[:, level], tree.images_below(level)
-        order = np.argsort(-sizes, kind="stable")
-        order = order[sizes[order] > 0]
-        count = min(len(order), max(1, CLUSTERS_SHOWN // len(found)))
-        for cluster in order[np.linspace(0, len(order) - 1, count).astype(int)]:
-            members = rows[clusters == cluster]
-            kept = np.isin(members, selection)
-            rng = step_rng(run.args.seed, 5000, int(cluster))
-            shown = []
-            for wanted, kind in ((members[kept], "kept"), (members[~kept], "left")):
+    for number, (domain, (rows, cluster_of)) in enumerate(found.clusters.items()):
+        sizes, rng = np.bincount(cluster_of), np.random.default_rng([number, 5000])
+        order = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
+        count = min(len(order), max(1, CLUSTERS_SHOWN // len(found.clusters)))
+        for cluster in order[np.linspace(0, len(order) - 1, count).astype(int)].tolist():
+            members = rows[cluster_of == cluster]
+            kept, items = np.isin(members, found.selection), []
+            for wanted, kind in ((members[kept], "right"), (members[~kept], "")):
                 some = rng.choice(wanted, min(len(wanted), MEMBERS_SHOWN // 2), replace=False)
-                shown += [pictures.figure(int(row), kind=kind) for row in np.sort(some)]
-            name = f"{domain.name}, " if len(found) > 1 else ""
-            blocks.append(
-                f'<div class="cluster"><h3>{html.escape(name)}cluster {cluster}: {int(kept.sum()):,} of '
-                f"{len(members):,}</h3>{''.join(shown)}</div>"
-            )
-    return "".join(blocks)
+                items += [album.card(row, kind) for row in np.sort(some).tolist()]
+            name = f"{domain}, " * (len(found.clusters) > 1)
+            title = f"{name}cluster {cluster}: {kept.sum():,} of {len(members):,}"
+            blocks.append(tag("div", tag("h3", title), cards(items)))
+    return tag("div", *blocks, kind="row")
 
 
-def spread(count: int, wanted: int) -> np.ndarray:
-    """[<= wanted] int64 places spread over `count`."""
-    return np.unique(np.linspace(0, count - 1, min(wanted, count)).astype(np.int64)) if count else np.zeros(0, int)
-
-
-def removed_pairs(run, stage: str, pictures: Thumbnails) -> str:
-    """For each reason a few removed images beside what stands for them, from the least to the most alike."""
-    removal = load_removal(run.folder, stage)
-    blocks = []
+def by_reason(removal, has_other: bool, wanted: int):
+    """(reason, [k] places in the removal, some of them from the smallest to the largest value) of each reason with
+    (or without) an image that stands for the removed one."""
     for number, reason in enumerate(removal.reasons):
-        mine = np.flatnonzero((removal.reason == number) & (removal.of >= 0))
-        if not len(mine):
-            continue
-        mine = mine[np.argsort(removal.value[mine], kind="stable")]
-        pairs = "".join(
-            f'<div class="pair">{pictures.figure(int(removal.rows[k]), "removed", "left")}'
-            f"{pictures.figure(int(removal.of[k]), f'{removal.value[k]:.3f}', 'kept')}</div>"
-            for k in mine[spread(len(mine), PAIRS_SHOWN)]
-        )
-        blocks.append(f"<h3>{html.escape(reason)}: {len(mine):,}</h3>{pairs}")
-    return "".join(blocks) or "<p>None.</p>"
-
-
-def removed_examples(run, pictures: Thumbnails) -> str:
-    """For each reason without a counterpart a few images, from the smallest to the largest value."""
-    blocks = []
-    for stage in ("quality", "vehicle", "leaks", "duplicates"):
-        removal = load_removal(run.folder, stage)
-        for number, reason in enumerate(removal.reasons):
-            mine = np.flatnonzero((removal.reason == number) & (removal.of < 0))
-            if not len(mine):
-                continue
-            if reason == "unreadable":
-                names = "".join(f"<li>{html.escape(run.images.name(int(row)))}</li>" for row in removal.rows[mine][:20])
-                blocks.append(f"<h3>unreadable: {len(mine):,}</h3><ul>{names}</ul>")
-                continue
+        mine = np.flatnonzero((removal.reason == number) & ((removal.of >= 0) == has_other))
+        if len(mine):
             mine = mine[np.argsort(removal.value[mine], kind="stable")]
-            figures = "".join(
-                pictures.figure(int(removal.rows[k]), f"{removal.value[k]:.3g}", "left")
-                for k in mine[spread(len(mine), EXAMPLES_SHOWN)]
-            )
-            blocks.append(f"<h3>{html.escape(reason)}: {len(mine):,}</h3>{figures}")
-    return "".join(blocks) or "<p>None.</p>"
+            yield reason, mine, mine[np.unique(np.linspace(0, len(mine) - 1, wanted).astype(int))].tolist()
+
+
+def removed_pairs(removal, album: Album) -> Html:
+    """For each reason a few removed images beside what stands for them, from the least to the most alike."""
+    blocks = []
+    for reason, mine, some in by_reason(removal, True, PAIRS_SHOWN):
+        pairs = [
+            cards([album.card(removal.rows[k], "wrong", mark("wrong", "removed")),
+                   album.card(removal.of[k], "right", f"{removal.value[k]:.3f}")])
+            for k in some
+        ]  # fmt: skip
+        blocks += [tag("h3", f"{reason}: {len(mine):,}"), tag("div", *pairs, kind="row")]
+    return join("", blocks or [tag("p", "None.")])
+
+
+def removed_examples(found: Curated, album: Album) -> Html:
+    """For each reason without a counterpart a few images; of unreadable ones the names."""
+    blocks = []
+    for removal in found.removals.values():
+        for reason, mine, some in by_reason(removal, False, EXAMPLES_SHOWN):
+            if reason == "unreadable":
+                names = (found.images.name(int(row)) for row in removal.rows[mine][:NAMES_SHOWN])
+                shown = tag("ul", *(tag("li", name) for name in names))
+            else:
+                shown = cards([album.card(removal.rows[k], "", f"{removal.value[k]:.3g}") for k in some])
+            blocks += [tag("h3", f"{reason}: {len(mine):,}"), shown]
+    return join("", blocks or [tag("p", "None.")])

@@ -1,239 +1,185 @@
-"""One page about a test of fine-grained classes: which are confused, with what, and what was looked at."""
+"""The page of a test of fine-grained classes: which are confused, with what, and what was looked at."""
 
-import base64
-import html
-import io
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib.colors import PowerNorm
 from PIL import Image, ImageDraw
 
 from datasets.fgvc import FgvcImages
-from datasets.fgvc_train import CenterCrops
-from datasets.path_list import printable
 from metrics.fgvc import ClassScores
-from reports.page import Pictures, Section, mark, write_page
-from reports.rollout import HEAT
-from reports.svg import FILLED, SOLID, chart, steps
-from reports.thumbnail import jpeg_uri
+from reports.page import BREAK, Html, Page, Pictures, card, cards, folded, image, join, mark, new_axes, table, tag
 
 WORST, PAIRS, SIDE = 15, 8, 4  # classes in the first table; confused pairs; pictures of each class of a pair
-MATRIX = 588  # px, side of the drawn confusion matrix at most
+SHOWN = 12  # pictures a section
 PARTS_SIDE = 240  # px of the pictures with parts
 COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45",
            "#fabed4", "#469990", "#dcbeff", "#9a6324", "#fffac8", "#800000", "#aaffc3")  # fmt: skip
-STYLE = """.pair{display:flex;flex-wrap:wrap;gap:24px}
-.pair h4{margin:.2em 0;font-weight:normal;max-width:360px}
-.matrix{image-rendering:pixelated;max-width:100%;border:1px solid #ccc}.parts{--s:200px;gap:14px}
-td.num{text-align:right;padding-right:2em}summary{cursor:pointer;margin:.6em 0;color:#06c}"""
+TILES = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean per class", "majority": "majority"}
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the page is about: n images in the order of `logits` [n, K] float32, all classes by name."""
+    """What the page is about: n images in the order of `logits` [n, K] float32, all classes by name.
+
+    crop: row -> [3, H, W] uint8, an image as the model sees it. parts: [n, 3, H, W] uint8 -> [n, h] int64, the part
+    patch of each head; None: the model has none. patches: columns of their grid, px from one to the next, their px.
+    """
 
     images: FgvcImages
     classes: list[str]
     logits: torch.Tensor
     scores: ClassScores
+    crop: Callable[[int], torch.Tensor] | None = None
+    parts: Callable[[torch.Tensor], torch.Tensor] | None = None
+    patches: tuple[int, int, int] = (0, 0, 0)
 
     @property
     def answers(self) -> torch.Tensor:
         return self.logits.argmax(dim=1)
 
-    def name(self, number: int) -> str:
-        return html.escape(printable(self.classes[number]))
+    def card(self, pictures: Pictures, row: int, kind: str, *words: object) -> Html:
+        paths, true = self.images.paths, self.classes[int(self.images.labels[row])]
+        return card(pictures.one(paths[row], paths.relative(row), f"{true}, {kind}"), *words, kind=kind)
 
 
-def write_fgvc_report(
-    file: Path,
-    protocol: str,
-    facts: dict[str, object],
-    found: Answers,
-    parts: Callable[[torch.Tensor], torch.Tensor] | None,
-    crops: CenterCrops,
-    patches: tuple[int, int, int],
-    shown: int = 12,
-    seed: int = 0,
-) -> None:
-    """Write one HTML page that needs no other file and no network.
-
-    Args:
-        protocol: the line that belongs to the numbers. facts: weights, set, seed.
-        parts: [n, 3, H, W] uint8 -> [n, h] int64, the part patch of each head; None: the model has none.
-        crops: the test images as the model sees them, in the order of `found`.
-        patches: columns of the grid of patches, px from patch to patch, px of a patch.
-        shown: pictures a section. seed: of the random draw.
-    Raises:
-        InputError: the file cannot be written.
-    """
+def write_fgvc_report(file: Path, protocol: str, facts: dict[str, object], found: Answers, seed: int = 0) -> None:
+    """Write the page; protocol: the line that belongs to the numbers; seed: of the random draw."""
     numbers, pictures = found.scores.numbers, Pictures()
-    shares = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean per class", "majority": "majority"}
-    tiles = {title: f"{100 * numbers[name]:.2f} %" for name, title in shares.items()}
+    tiles = {title: f"{100 * numbers[name]:.2f} %" for name, title in TILES.items()}
     tiles |= {"images": f"{len(found.images):,}", "classes": f"{numbers['classes_with_images']:,}"}
-    sections = [
-        Section("classes", "Classes", class_charts(found) + class_tables(found)),
-        Section("confusion", "Confusion", matrix_picture(found)),
-        Section("pairs", "Most confused classes", confused_pairs(found, pictures)),
-        Section("sure", "Sure and wrong", sure_and_wrong(found, pictures, shown)),
-    ]
-    if parts is not None:
-        rows = drawn_rows(found, shown, seed)
-        body = part_pictures(found, rows, parts, crops, patches)
-        sections.append(Section("parts", "Selected parts", body))
-    intro = f"<p><code>{html.escape(protocol)}</code></p>"
-    write_page(file, "Fine-grained classes", intro, tiles, facts, sections, STYLE)
+    page = Page("Fine-grained classes", protocol, tiles, facts)
+    page.section("Classes")
+    draw_curves(page, found)
+    page.add(class_tables(found))
+    page.section("Confusion")
+    draw_confusion(page, found.scores.confusion.numpy())
+    page.section(
+        "Most confused classes",
+        "Pairs of classes by the number of images of either that are taken for the other; those images come first. ",
+        mark("right"), ": answered right, ", mark("wrong"), ": taken for the other class; no mark: for a third, "
+        "which is named.",
+    )  # fmt: skip
+    page.add(confused_pairs(found, pictures))
+    page.section("Sure and wrong", "Wrong answers with the highest probability: some are mistakes of the labels.")
+    page.add(sure_and_wrong(found, pictures))
+    if found.parts is not None:
+        page.section("Selected parts")
+        add_parts(page, found, seed)
+    page.write(file)
 
 
-def class_charts(found: Answers) -> str:
+def draw_curves(page: Page, found: Answers) -> None:
     """How the classes spread, and how far down the list the right one is."""
     share, images = found.scores.per_class()
     share = 100 * share[images > 0].numpy()
-    heights, edges = np.histogram(share, 20, (0, 100))
+    axes = new_axes("% of its images", "classes")
+    axes.hist(share, 20, (0, 100))
     caption = f"Median {np.median(share):.1f} %; {(share == 0).sum():,} of {len(share):,} classes are never right."
-    first = chart("Classes by their accuracy", (0, 100), (0, max(heights.max(), 1)),
-                  {"": (*steps(edges, heights), FILLED)}, "% of its images", "classes", caption)  # fmt: skip
+    page.figure("Classes by their accuracy", axes.figure, caption)
     last = min(20, max(len(found.classes), 2))
-    ks = range(1, last + 1)
-    right = [100 * (found.scores.ranks < k).float().mean().item() for k in ks]
+    right = [100 * (found.scores.ranks < k).float().mean().item() for k in range(1, last + 1)]
+    axes = new_axes("k", "% of the images")
+    axes.plot(range(1, last + 1), right)
+    axes.set_ylim(0, 102)
     some = ", ".join(f"{k}: {right[k - 1]:.1f} %" for k in (1, 2, 5, 10, 20) if k <= last)
-    second = chart("Right class among the first k", (1, last), (0, 100), {"": (ks, right, SOLID)},
-                   "k", "% of the images", f"Images with their class in the first k. {some}.")  # fmt: skip
-    return f'<div class="charts">{first}{second}</div>'
+    page.figure("Right class among the first k", axes.figure, f"Images with their class in the first k. {some}.")
 
 
-def class_tables(found: Answers) -> str:
+def class_tables(found: Answers) -> Html:
     """The worst classes, of equal ones those with more images first; all of them behind a click."""
     share, images = found.scores.per_class()
     has = (images > 0).nonzero()[:, 0].tolist()
-    order = sorted(has, key=lambda number: (float(share[number]), -int(images[number])))
-    head = "<tr><th>class</th><th>right</th><th>images</th><th>most frequent wrong answer</th></tr>"
-
-    def row(number: int) -> str:
+    rows = []
+    for number in sorted(has, key=lambda number: (float(share[number]), -int(images[number]))):
         wrong = found.scores.confusion[number].clone()
         wrong[number] = 0
         most = int(wrong.argmax())
-        other = f"{found.name(most)} ({int(wrong[most])} x)" if wrong[most] else "none"
-        right = f"{100 * share[number]:.1f} %"
-        return (
-            f'<tr><td>{found.name(number)}</td><td class="num">{right}</td>'
-            f'<td class="num">{int(images[number])}</td><td>{other}</td></tr>'
-        )
-
-    worst = "".join(map(row, order[:WORST]))
-    text = f"<h3>The {min(WORST, len(order))} worst</h3><table>{head}{worst}</table>"
-    if len(order) > WORST:
-        rows = "".join(map(row, order))
-        text += f"<details><summary>all {len(order):,} classes</summary><table>{head}{rows}</table></details>"
-    absent = len(images) - len(order)
-    return text + (f"<p>{absent:,} further classes have no test image.</p>" if absent else "")
+        other = f"{found.classes[most]} ({int(wrong[most])} x)" if wrong[most] else "none"
+        rows.append([found.classes[number], f"{100 * share[number]:.1f} %", int(images[number]), other])
+    head, absent = ["class", "right", "images", "most frequent wrong answer"], len(images) - len(rows)
+    parts = [tag("h3", f"The {min(WORST, len(rows))} worst"), table(head, rows[:WORST])]
+    if len(rows) > WORST:
+        parts.append(folded(f"all {len(rows):,} classes", table(head, rows)))
+    if absent:
+        parts.append(tag("p", f"{absent:,} further classes have no test image."))
+    return join("", parts)
 
 
-def matrix_picture(found: Answers) -> str:
+def draw_confusion(page: Page, confusion: np.ndarray) -> None:
     """Rows: classes, columns: answers, in the order of the classes; share of a row's images."""
-    confusion = found.scores.confusion.numpy()
     share = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
-    stops = np.linspace(0, 1, len(HEAT))
-    level = np.sqrt(share)  # so that a single image of many is seen
-    pixels = np.stack([np.interp(level, stops, channel) for channel in zip(*HEAT)], axis=-1)
-    picture, data = Image.fromarray(pixels.round().astype(np.uint8)), io.BytesIO()
-    times = min(max(MATRIX // len(share), 1), 24)
-    picture.resize((times * len(share),) * 2, Image.Resampling.NEAREST).save(data, "PNG", optimize=True)
-    uri = "data:image/png;base64," + base64.b64encode(data.getvalue()).decode()
+    axes = new_axes("answer", "class", size=(5.4, 5.0))
+    axes.grid(False)  # square root, so that a single image of many is seen
+    axes.figure.colorbar(axes.imshow(share, "inferno", PowerNorm(0.5, 0, 1), interpolation="nearest"))
     wrong = int(confusion.sum() - confusion.trace())
-    return (
-        "<p>Row: class, column: answer, both in the order of the classes' names, from the upper left on. "
-        f"Black: none of the class's images, light yellow: all. {wrong:,} of {confusion.sum():,} answers "
-        f'lie off the diagonal.</p><img class="matrix" src="{uri}" alt="confusion of {len(share)} classes">'
+    caption = (
+        "Row: class, column: answer, both in the order of the classes' names. Black: none of the class's images, "
+        f"light yellow: all. {wrong:,} of {confusion.sum():,} answers lie off the diagonal."
     )
+    page.figure(f"Confusion of {len(share)} classes", axes.figure, caption, "wide")
 
 
-def confused_pairs(found: Answers, pictures: Pictures) -> str:
+def confused_pairs(found: Answers, pictures: Pictures) -> Html:
     """The two-way most confused classes side by side, images that were taken for the other first."""
     confusion = found.scores.confusion
     both = (confusion + confusion.t()).triu(1)
     order = both.flatten().argsort(descending=True, stable=True)[:PAIRS].tolist()
     pairs = [divmod(place, len(both)) for place in order if both.flatten()[place]]
-    text = (
-        "Pairs of classes by the number of images of either that are taken for the other; those images come "
-        f"first. {mark('right')}: answered right, {mark('wrong')}: taken for the other class; no mark: for a "
-        "third, which is named."
-    )
-    articles = []
-    for one, other in pairs:
-        times = [int(confusion[one, other]), int(confusion[other, one])]
-        sides = "".join(
-            pair_side(found, pictures, a, b, count) for a, b, count in zip((one, other), (other, one), times)
-        )
-        articles.append(f'<article class="pair">{sides}</article>')
-    return f"<p>{text}</p>" + ("".join(articles) or "<p>No class is taken for another.</p>")
+    articles = [
+        tag("article", pair_side(found, pictures, a, b), pair_side(found, pictures, b, a), kind="row") for a, b in pairs
+    ]
+    return join("", articles or [tag("p", "No class is taken for another.")])
 
 
-def pair_side(found: Answers, pictures: Pictures, number: int, other: int, times: int) -> str:
-    """Pictures of one class of a pair."""
+def pair_side(found: Answers, pictures: Pictures, number: int, other: int) -> Html:
+    """Images of class `number`: those taken for `other`, then those answered right, then the rest."""
     rows = np.flatnonzero(found.images.labels == number)
     answers = found.answers.numpy()[rows]
-    order = np.argsort(np.where(answers == other, 0, np.where(answers == number, 1, 2)), kind="stable")[:SIDE]
-    cards = []
-    for row, answer in zip(rows[order].tolist(), answers[order].tolist()):
+    order = np.argsort(np.select([answers == other, answers == number], [0, 1], 2), kind="stable")
+    items = []
+    for row, answer in zip(rows[order[:SIDE]].tolist(), answers[order].tolist()):
         kind = {other: "wrong", number: "right"}.get(answer, "")
-        picture = pictures.one(found.images.paths, row, f"{found.name(number)}, answer {found.name(answer)}")
-        cards.append(f'<li class="{kind}">{picture}{mark(kind) if kind else found.name(answer)}</li>')
-    title = f"<b>{found.name(number)}</b><br>{times} of {len(rows)} taken for the other"
-    return f"<div><h4>{title}</h4><ol>{''.join(cards)}</ol></div>"
+        items.append(found.card(pictures, row, kind, mark(kind) if kind else found.classes[answer]))
+    times = f"{int(found.scores.confusion[number, other])} of {len(rows)} taken for the other"
+    return tag("div", tag("h4", tag("b", found.classes[number]), BREAK, times), cards(items))
 
 
-def sure_and_wrong(found: Answers, pictures: Pictures, shown: int) -> str:
+def sure_and_wrong(found: Answers, pictures: Pictures) -> Html:
     """Wrong answers by the probability that the model gives them."""
-    probability, answers = found.logits.softmax(dim=1).max(dim=1)
+    probability = found.logits.softmax(dim=1).amax(dim=1)
     wrong = (found.scores.ranks > 0).nonzero()[:, 0]
-    rows = wrong[probability[wrong].argsort(descending=True, stable=True)][:shown].tolist()
-    cards = "".join(
-        f'<li class="wrong">{pictures.one(found.images.paths, row, "wrong")}{100 * probability[row]:.0f} %: '
-        f"{found.name(int(answers[row]))}<br>is {found.name(int(found.images.labels[row]))}</li>"
-        for row in rows
-    )
-    text = "Wrong answers with the highest probability: some are mistakes of the labels."
-    return f"<p>{text}</p>" + (f"<ol>{cards}</ol>" if cards else "<p>No answer is wrong.</p>")
+    items = []
+    for row in wrong[probability[wrong].argsort(descending=True, stable=True)][:SHOWN].tolist():
+        said, true = (found.classes[int(k)] for k in (found.answers[row], found.images.labels[row]))
+        items.append(found.card(pictures, row, "wrong", f"{100 * probability[row]:.0f} %: {said}", BREAK, f"is {true}"))
+    return cards(items, empty="No answer is wrong.")
 
 
-def drawn_rows(found: Answers, shown: int, seed: int) -> list[int]:
-    """Random images, half of them answered right as far as there are any."""
-    rng = np.random.Generator(np.random.Philox(key=[seed, 0]))
-    right = found.scores.ranks.numpy() == 0
+def add_parts(page: Page, found: Answers, seed: int) -> None:
+    """Random images as the model sees them, half of them answered right as far as there are any; each head's part in
+    a frame of its own colour."""
+    rng, right = np.random.default_rng(seed), found.scores.ranks.numpy() == 0
     order = [rng.permutation(np.flatnonzero(chosen)) for chosen in (right, ~right)]
-    half = max(shown // 2, shown - len(order[1]))
-    rows = np.concatenate([order[0][:half], order[1]])[:shown]
-    return rows.tolist()
-
-
-def part_pictures(
-    found: Answers,
-    rows: list[int],
-    parts: Callable[[torch.Tensor], torch.Tensor],
-    crops: CenterCrops,
-    patches: tuple[int, int, int],
-) -> str:
-    """Test images as the model sees them, each head's part in a frame of its own colour."""
-    imgs = torch.stack([crops[row][0] for row in rows])
-    chosen, answers = parts(imgs).cpu(), found.answers
-    cards = []
+    half = max(SHOWN // 2, SHOWN - len(order[1]))
+    rows = np.concatenate([order[0][:half], order[1]])[:SHOWN].tolist()
+    imgs = torch.stack([found.crop(row) for row in rows])
+    items, chosen = [], found.parts(imgs).cpu()
     for row, pixels, ids in zip(rows, imgs, chosen.tolist()):
-        uri = jpeg_uri(framed(pixels, ids, patches), PARTS_SIDE, quality=85)
-        kind = "right" if found.scores.ranks[row] == 0 else "wrong"
-        words = found.name(int(answers[row]))
-        words += "" if kind == "right" else f"<br>is {found.name(int(found.images.labels[row]))}"
-        cards.append(f'<li class="{kind}"><img src="{uri}" alt="selected parts">{mark(kind)}<br>{words}</li>')
-    kinds = [len(set(ids)) for ids in chosen.tolist()]
-    text = (
+        kind, said = "right" if right[row] else "wrong", found.classes[int(found.answers[row])]
+        words = [mark(kind), said] if right[row] else [
+            mark(kind), said, f"is {found.classes[int(found.images.labels[row])]}"]  # fmt: skip
+        picture = image(framed(pixels, ids, found.patches), "selected parts", PARTS_SIDE)
+        items.append(card(picture, join(BREAK, words), kind=kind))
+    different = np.mean([len(set(ids)) for ids in chosen.tolist()])
+    page.note(
         f"The patch that each of the {chosen.shape[1]} heads leads to (a colour a head; heads may agree: "
-        f"{np.mean(kinds):.1f} different patches an image here). Only these and the class token reach "
-        "the last block."
+        f"{different:.1f} different patches an image here). Only these and the class token reach the last block."
     )
-    return f'<p>{text}</p><ol class="parts">{"".join(cards)}</ol>'
+    page.add(cards(items, "big"))
 
 
 def framed(pixels: torch.Tensor, ids: list[int], patches: tuple[int, int, int]) -> Image.Image:

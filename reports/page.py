@@ -1,14 +1,19 @@
-"""The shell of every report: one HTML page that needs no other file and no network."""
+"""The page of every report: one HTML file that needs no other file and no network."""
 
+import base64
 import html
+import io
+import re
 from pathlib import Path
 from string import Template
-from typing import NamedTuple
 
-from datasets.images import UNREADABLE, open_reduced, why_unreadable
-from datasets.path_list import PathList, printable
-from datasets.transforms import jpeg_reduction
-from reports.thumbnail import jpeg_uri
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from util.files import write_atomic
 
 THUMB = 144  # px, longer side of the embedded pictures
@@ -17,79 +22,217 @@ MARKS = {  # name and drawing: not every font has check marks
     "wrong": ("wrong", "M2 2 10 10M10 2 2 10"),
     "junk": ("same camera", "M1 6a5 5 0 1 0 10 0a5 5 0 1 0-10 0M2.5 9.5l7-7"),
 }
-PAGE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+SHELL = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+INK = "#010203"  # in figures; the page puts its own colour of text there, so that it suits light and dark
+matplotlib.rcParams.update(
+    dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), INK)
+    | {"axes.facecolor": "none", "legend.facecolor": "none", "axes.grid": True, "grid.color": "#8884", "font.size": 9}
+    | {"axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "legend.frameon": False}
+    | {"svg.fonttype": "none", "svg.hashsalt": "report", "text.parse_math": False}  # names may hold a "$"
+)
 
 
-class Section(NamedTuple):
-    """id: of links to it. title: text. body: HTML. linked: whether the navigation shows it."""
-
-    id: str
-    title: str
-    body: str
-    linked: bool = True
+class Html(str):
+    """Text that is HTML already; any other is escaped where it becomes part of one."""
 
 
-def write_page(
-    file: Path,
-    title: str,
-    intro: str,
-    tiles: dict[str, str],
-    facts: dict[str, object],
-    sections: list[Section],
-    style: str = "",
-) -> None:
-    """Write the page.
+def html_of(content: object) -> Html:
+    return content if isinstance(content, Html) else Html(html.escape(str(content)))
+
+
+def tag(name: str, *content: object, **attributes: object) -> Html:
+    """An element. Content and attributes are escaped; `kind` is its class; attributes that are empty are left out."""
+    given = "".join(
+        f' {"class" if key == "kind" else key.replace("_", "-")}="{html_of(value)}"'
+        for key, value in attributes.items()
+        if value != "" or key == "alt"
+    )
+    inside = "".join(map(html_of, content))
+    return Html(f"<{name}{given}>{inside}" + ("" if name in ("img", "br") else f"</{name}>"))
+
+
+BREAK = tag("br")
+
+
+def join(between: object, parts) -> Html:
+    return Html(html_of(between).join(map(html_of, parts)))
+
+
+def mark(kind: str, words: str = "") -> Html:
+    """ "right", "wrong" or "same camera" with its drawing."""
+    drawing = Html(f'<svg class="mark" aria-hidden="true"><use href="#{kind}"/></svg>')
+    return tag("b", drawing, " ", words or MARKS[kind][0], kind=kind)
+
+
+def percent(share: float, digits: int = 1, sign: str = "", missing: str = "-") -> str:
+    """A share of [0, 1] in percent; NaN: `missing`."""
+    return missing if np.isnan(share) else f"{100 * share:.{digits}f}{sign}"
+
+
+def jpeg_uri(picture: Image.Image, side: int = THUMB, quality: int = 75) -> str:
+    """An RGB picture as a data URI, shrunk to at most `side` px where it is larger."""
+    data, small = io.BytesIO(), picture.copy()
+    small.thumbnail((side, side), Image.Resampling.BICUBIC)
+    small.save(data, "JPEG", quality=quality)
+    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+
+
+def image(picture: Image.Image, alt: str, side: int = THUMB) -> Html:
+    return tag("img", src=jpeg_uri(picture, side, 85), alt=alt)
+
+
+class Pictures:
+    """Pictures of files as HTML, each read once; lost: {file that cannot be opened: why}."""
+
+    def __init__(self):
+        self.uris: dict[tuple, str] = {}
+        self.lost: dict[Path, str] = {}
+
+    def one(self, file: Path, name: str, alt: str = "", box: tuple[int, ...] | None = None) -> Html:
+        """The picture, or what lies in the box (left, top, right, bottom); or words that there is none."""
+        if (file, box) not in self.uris and file not in self.lost:
+            try:
+                picture = open_rgb(file)
+                self.uris[file, box] = jpeg_uri(picture.crop(box) if box else picture)
+            except UNREADABLE as error:
+                self.lost[file] = why_unreadable(error)
+        if file in self.lost:
+            return tag("div", name, " cannot be opened", kind="gone", title=self.lost[file])
+        return tag("img", src=self.uris[file, box], alt=alt, title=name)
+
+
+def card(picture: Html, *words: object, kind: str = "") -> Html:
+    """A picture of a row of pictures, with words below; kind: right, wrong or junk frames it."""
+    return tag("li", picture, *words, kind=kind)
+
+
+def cards(items: list[Html], kind: str = "", empty: str = "None.") -> Html:
+    """Pictures side by side."""
+    return tag("ol", *items, kind=kind) if items else tag("p", empty)
+
+
+def table(head: list, rows: list[list], kind: str = "") -> Html:
+    """A table that scrolls by itself where it is too wide; numbers to the right; a cell may be a `td` of its own."""
+
+    def cell(content: object) -> Html:
+        if isinstance(content, Html) and content.startswith("<t"):
+            return content
+        return tag("td", content, kind="n" if re.match(r"[-\d.,]+( %| x|$| <)|absent", str(content)) else "")
+
+    first = tag("thead", tag("tr", *(tag("th", name) for name in head))) if head else Html()
+    lines = (tag("tr", *map(cell, row)) for row in rows)
+    return tag("div", tag("table", first, *lines, kind=kind), kind="scroll")
+
+
+def folded(title: str, content: Html, is_open: bool = False) -> Html:
+    """Content behind a click on its title."""
+    return Html(f"<details{' open' * is_open}>{tag('summary', title)}{content}</details>")
+
+
+def confusion_table(names: list[str], counts: np.ndarray, as_shares: bool = False) -> Html:
+    """Rows: what is true, columns: the answers; shaded by the share of the row, and the right share at its end.
 
     Args:
-        title: text. intro: HTML below it: the protocol.
-        tiles: numbers in large type, text by name. facts: what belongs to the numbers: weights, commit, seed.
-        style: CSS of this kind of report. Classes `right` and `wrong` frame pictures, `<ol><li>` puts them
-            side by side, `charts` holds figures of reports.svg.
-    Raises:
-        InputError: the file cannot be written.
+        counts: [K, K] integers. as_shares: show % of the row instead of counts.
     """
-    text = html.escape
-    page = PAGE.substitute(
-        title=text(title),
-        style=style,
-        symbols='<svg width="0" height="0" style="position:absolute" aria-hidden="true">'
-        + "".join(
+    rows = []
+    for i, row in enumerate(counts.tolist()):
+        total, cells = sum(row), [tag("th", names[i])]
+        for j, count in enumerate(row):
+            share = count / max(total, 1)
+            text = percent(share) if as_shares and count and total else f"{count:,}" if count or as_shares else ""
+            colour = "23,128,61" if i == j else "194,38,29"
+            shade = f"background:rgba({colour},{0.6 * share:.2f})"
+            cells.append(tag("td", tag("b", text) if i == j else text if total else "", style=shade, kind="n"))
+        rows.append([*cells, percent(row[i] / total) if total else "-"])
+    return table(["truth \\ answer", *names, "right, %"], rows, "matrix")
+
+
+def new_axes(x_title: str, y_title: str, title: str = "", size: tuple[float, float] = (4.2, 2.6)) -> Axes:
+    """The axes of a figure of their own, inches; `axes.figure` is what `Page.figure` takes."""
+    axes = Figure(size, layout="constrained").subplots()
+    axes.set(xlabel=x_title, ylabel=y_title, title=title)
+    return axes
+
+
+def png_bytes(figure: Figure) -> bytes:
+    data = io.BytesIO()
+    figure.savefig(data, dpi=110, facecolor="white")
+    return data.getvalue()
+
+
+def inline_svg(figure: Figure, words: str) -> Html:
+    """A figure as an element of the page, in its colours; words: for those who do not see it."""
+    data = io.StringIO()
+    figure.savefig(data, format="svg", transparent=True, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    root, inside = re.search(r"(<svg.*?>)(.*)</svg>", data.getvalue(), re.S).groups()
+    inside = re.sub(r' id="\w+_\d+"', "", inside).replace(INK, "currentColor")
+    box = re.search(r'viewBox="[^"]*"', root)[0]
+    return Html(f'<svg {box} role="img" aria-label="{html_of(words)}">{inside}</svg>')
+
+
+class Page:
+    """A page that grows section by section; content that is not `Html` is escaped.
+
+    Args:
+        protocol: the line that belongs to the numbers.
+        tiles: numbers in large type, text by name. facts: what belongs to them: weights, commit, seed.
+        style: CSS of this page alone.
+    """
+
+    def __init__(
+        self, title: str, protocol: str = "", tiles: dict | None = None, facts: dict | None = None, style: str = ""
+    ):
+        self.title, self.style, self.tiles, self.facts = title, style, tiles or {}, facts or {}
+        self.intro = tag("p", tag("code", protocol)) if protocol else Html()
+        self.links: list[Html] = []
+        self.body: list[Html] = []
+
+    def section(self, title: str, *words: object) -> None:
+        """Begin a section, with a paragraph of words."""
+        name = re.sub(r"\W+", "-", title.lower()).strip("-")
+        self.links.append(tag("a", title, href=f"#{name}"))
+        self.add(tag("h2", title, id=name), *([tag("p", *words)] if words else []))
+
+    def add(self, *content: object) -> None:
+        self.body.extend(map(html_of, content))
+
+    def note(self, *words: object) -> None:
+        self.add(tag("p", *words))
+
+    def figure(self, title: str, figure: Figure, caption: str = "", kind: str = "") -> None:
+        """A drawing of matplotlib; several fit beside one another; kind "wide": it has a row of its own."""
+        drawing = inline_svg(figure, f"{title}: {caption}")
+        words = tag("figcaption", caption)
+        self.add(tag("figure", tag("h3", title), drawing, words, kind=f"chart {kind}".strip()))
+
+    def pictures(self, title: object, items: list[Html], kind: str = "") -> None:
+        """A heading and pictures side by side."""
+        self.add(tag("article", tag("h3", title), cards(items, kind)))
+
+    def rank_lists(self, lists: list[tuple]) -> None:
+        """Of each (title, words, own cards, found cards) an article: what was asked, beside it what was found."""
+        for title, words, own, found in lists:
+            beside = tag("div", cards(own, "own"), cards(found), kind="list")
+            self.add(tag("article", tag("h3", title, tag("span", words)), beside))
+        if not lists:
+            self.note("None.")
+
+    def write(self, file: Path) -> None:
+        """Write the page atomically."""
+        symbols = "".join(
             f'<symbol id="{name}" viewBox="0 0 12 12"><path d="{path}" fill="none" stroke="currentColor" '
             'stroke-width="2.2"/></symbol>'
             for name, (_, path) in MARKS.items()
         )
-        + "</svg>",
-        intro=intro,
-        tiles="".join(f"<div>{text(name)}<b>{text(value)}</b></div>" for name, value in tiles.items()),
-        facts="".join(f"<tr><th>{text(k)}</th><td>{text(str(v))}</td></tr>" for k, v in facts.items()),
-        links="".join(f'<a href="#{s.id}">{text(s.title)}</a>' for s in sections if s.linked),
-        sections="".join(f'<h2 id="{s.id}">{text(s.title)}</h2>{s.body}' for s in sections),
-    )
-    write_atomic(file, lambda opened: opened.write(page.encode("utf-8", "replace")))
-
-
-def mark(name: str) -> str:
-    """ "right", "wrong" or "same camera" with its drawing."""
-    drawing = f'<svg class="mark" aria-hidden="true"><use href="#{name}"/></svg>'
-    return f'<b class="{name}">{drawing} {MARKS[name][0]}</b>'
-
-
-class Pictures:
-    """Pictures of files as HTML, each read once; `lost`: {file that cannot be opened: why}."""
-
-    def __init__(self):
-        self.uris: dict[Path, str] = {}
-        self.lost: dict[Path, str] = {}
-
-    def one(self, paths: PathList, row: int, alt: str) -> str:
-        """The picture, or a box that says that there is none. alt: HTML."""
-        file, name = paths[row], html.escape(printable(paths.relative(row)))
-        if file not in self.uris and file not in self.lost:
-            try:
-                image, _ = open_reduced(file, lambda w, h: jpeg_reduction((0, 0, w, h), (THUMB, THUMB)))
-                self.uris[file] = jpeg_uri(image, THUMB)
-            except UNREADABLE as error:
-                self.lost[file] = html.escape(printable(why_unreadable(error)))
-        if file in self.lost:
-            return f'<div class="gone" title="{self.lost[file]}">{name} cannot be opened</div>'
-        return f'<img src="{self.uris[file]}" alt="{alt}" title="{name}">'
+        text = SHELL.substitute(
+            title=html_of(self.title),
+            style=self.style,
+            symbols=f'<svg width="0" height="0" style="position:absolute" aria-hidden="true">{symbols}</svg>',
+            intro=self.intro,
+            tiles="".join(tag("div", name, tag("b", value)) for name, value in self.tiles.items()),
+            facts="".join(tag("tr", tag("th", name), tag("td", value)) for name, value in self.facts.items()),
+            links="".join(self.links),
+            sections="\n".join(self.body),
+        )
+        write_atomic(file, lambda opened: opened.write(text.encode("utf-8", "backslashreplace")))

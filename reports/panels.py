@@ -1,11 +1,20 @@
-"""Reconstruction pictures: input, masked, reconstruction, reconstruction over the visible."""
+"""Pictures of what a model sees: reconstructions beside their input, and where the class token has looked.
+
+Letters as in models_vit.py; T = 1 + L tokens.
+"""
+
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from PIL import Image, ImageDraw
+from timm.models.vision_transformer import Block
 
 from datasets.images import UNREADABLE, open_rgb
 from datasets.transforms import mask_noise, whole_image
+from models_transreid import TransReID
+from models_vit import VisionTransformer
 
 TITLES = ("input", "masked", "reconstruction", "reconstruction + visible")
 
@@ -85,3 +94,70 @@ def _some_readable(dataset, count: int) -> list[torch.Tensor]:
         if len(found) == count:
             break
     return found
+
+
+@torch.no_grad()
+def attention_rollout(
+    base: VisionTransformer, imgs: torch.Tensor, blocks: Iterable[Block] | None = None, side: torch.Tensor | None = None
+) -> torch.Tensor:
+    """How much of each patch has reached the class token (Abnar and Zuidema, ACL 2020, arXiv 2005.00928).
+
+    The attention of a block, averaged over its heads, is mixed with the identity, which stands for the residual
+    connection: A' = A / 2 + I / 2 (Sec. 3). The roll-out is the product of A' over the blocks. Only the class token's
+    row of it is needed, so a vector goes backwards through the blocks: T^2 products each instead of T^3.
+
+    Args:
+        base: embeds the images, in evaluation mode. imgs: [N, 3, H, W] uint8 or normalised float, on any device.
+        blocks: those to run, in order (None: the blocks of `base`).
+        side: [N, 1, D] float that is added to all tokens, e.g. side information (None: nothing).
+    Returns:
+        [N, rows, columns] float32 in [0, 1] on the CPU: of each image relative to its largest patch. Only
+        the order and ratios within one image mean something.
+    """
+    x = base.embed(imgs.to(base.cls_token.device))  # [N, T, D]
+    x = x if side is None else x + side
+    attentions = []
+    for block in base.blocks if blocks is None else blocks:
+        attentions.append(mean_attention(block, x))
+        x = block(x)
+    row = torch.zeros(len(x), 1, x.shape[1], device=x.device)
+    row[:, :, 0] = 1
+    for attention in reversed(attentions):
+        row = (row + row @ attention) / 2
+    patches = row[:, 0, 1:]
+    tiny = torch.finfo(patches.dtype).tiny  # a class token that looks at itself alone gives zeros, not NaN
+    return (patches / patches.amax(dim=1, keepdim=True).clamp_min(tiny)).view(-1, *base.grid_size).cpu()
+
+
+def mean_attention(block: Block, x: torch.Tensor) -> torch.Tensor:
+    """The attention weights of a block, which a fused kernel does not return: [N, T, D] tokens as they enter the
+    block -> [N, T, T] float32, averaged over the heads; rows sum to 1."""
+    attn, (N, T, _) = block.attn, x.shape
+    qkv = attn.qkv(block.norm1(x)).view(N, T, 3, attn.num_heads, -1)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # [N, heads, T, head width] each
+    weights = (attn.q_norm(q) * attn.scale) @ attn.k_norm(k).transpose(-2, -1)
+    return weights.float().softmax(dim=-1).mean(dim=1)
+
+
+def reid_rollout(model: TransReID, imgs: torch.Tensor, camids: torch.Tensor, viewids: torch.Tensor) -> torch.Tensor:
+    """The roll-out of TransReID's global branch, with its side information; with JPM through the branch's own last
+    block. camids, viewids: [N] int64 on the CPU."""
+    side = None
+    if model.sie_embed is not None:
+        rows = model.side_rows(camids, viewids).to(model.sie_embed.device)
+        side = model.config.sie_weight * model.sie_embed[rows]  # [N, 1, D]
+    last = [model.b1[0]] if model.config.jpm else []
+    return attention_rollout(model.base, imgs, [*model.base.blocks, *last], side)
+
+
+def heat_picture(image: Image.Image, heat: torch.Tensor) -> Image.Image:
+    """A grey picture under its heat, from its coolest patch (black) to its hottest (light yellow).
+
+    Args:
+        image: RGB; heat: [rows, columns] float, stretched over the whole picture.
+    """
+    low, high = heat.min(), heat.max()
+    level = Image.fromarray(((heat - low) / (high - low).clamp_min(1e-12)).numpy().astype(np.float32))
+    colour = 255 * colormaps["inferno"](np.asarray(level.resize(image.size, Image.Resampling.BILINEAR)))[:, :, :3]
+    grey = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None]
+    return Image.fromarray((0.45 * grey + 0.55 * colour).round().astype(np.uint8))

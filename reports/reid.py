@@ -1,8 +1,8 @@
-"""One page about a re-identification test: what was found first, how far off it was, what was looked at."""
+"""The page of a re-identification test: what was found first, how far off it was, what was looked at."""
 
-import html
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -10,27 +10,76 @@ import torch
 from PIL import Image, ImageOps
 
 from datasets.images import UNREADABLE, open_rgb
-from datasets.path_list import printable
 from datasets.reid import ReidImages
 from datasets.transforms import whole_image
 from metrics.protocols import Protocol
-from metrics.ranking import Card, Ranking
-from metrics.reid import cosine_blocks
-from reports.page import MARKS, THUMB, Pictures, Section, mark, write_page
-from reports.reid_charts import charts
-from reports.rollout import Rollout, heat_picture
-from reports.thumbnail import jpeg_uri
+from metrics.ranking import BINS, Card, Ranking
+from metrics.reid import cosine_blocks, scores
+from models_transreid import TransReID
+from reports.page import BREAK, MARKS, THUMB, Html, Page, Pictures, card, image, join, mark, new_axes, tag
+from reports.panels import heat_picture, reid_rollout
 
 ROLLOUT_BATCH = 8
+CMC_RANKS = 50
 SECTIONS = {
     "worst": ("Worst queries", "Those of the lowest average precision (AP)."),
     "best": ("Best queries", "Those of the highest AP, among equals those with most matches; different "
              "vehicles as far as there are any."),
     "random": ("Random queries", "Drawn from all scored queries, seed {seed}."),
 }  # fmt: skip
-STYLE = """.list{display:flex;gap:16px;padding:0;margin:0}.own{flex:none}.heat img{border-color:#ccc}
-.later{margin-left:20px;position:relative}.later::before{content:'...';position:absolute;left:-17px;top:2em}
-.junk img,.junk .gone{border:3px dotted #777}.junk img{opacity:.6}"""
+
+
+@dataclass(frozen=True)
+class ReidTest:
+    """What was scored: metrics are those of `evaluate`; where the protocol draws galleries, query and gallery are one
+    of the draws. Features: [Q, D], [G, D] float, in the order of the images. pid_names: of all pids."""
+
+    protocol: Protocol
+    metrics: dict[str, float]
+    query: ReidImages
+    query_features: torch.Tensor
+    gallery: ReidImages
+    gallery_features: torch.Tensor
+    pid_names: list[str]
+
+
+def write_reid_report(
+    file: Path,
+    facts: dict[str, object],
+    test: ReidTest,
+    model: TransReID | None = None,
+    shown: int = 12,
+    topk: int = 10,
+    seed: int = 0,
+) -> None:
+    """Write the page; it takes the time of one more `evaluate`.
+
+    Args:
+        model: draws roll-outs of the queries shown, and cosines are computed on its device (None: neither).
+        shown: queries a section. topk: counted gallery images a list. seed: of the random draw.
+    Raises:
+        ValueError: features that do not fit the images or are not finite; a protocol with re-ranking.
+    """
+    for images, x in ((test.query, test.query_features), (test.gallery, test.gallery_features)):
+        if len(images) != len(x) or not torch.isfinite(x).all():
+            raise ValueError(f"{len(images)} images, {len(x)} features, which must all be finite")
+    if test.protocol.rerank:
+        raise ValueError(f"the page shows lists by cosine, and {test.protocol.name} ranks otherwise")
+    device = torch.device("cpu") if model is None else model.base.pos_embed.device
+    ranking = Ranking(test.protocol, test.query, test.gallery, shown, seed)
+    for similar in cosine_blocks(test.query_features, test.gallery_features, device):
+        ranking.add(similar)
+    heats = query_heats(model, test.query, sorted(ranking.similar)) if model is not None else {}
+    lists = Lists(ranking, test.pid_names, topk, heats)
+    drawn = {name: [lists.one(row) for row in ranking.chosen[name].tolist()] for name in SECTIONS}
+    page = Page(f"Re-identification: {test.protocol.name}", test.protocol.line(), tiles(test.metrics), facts)
+    page.section("Ranking", summary(ranking))
+    draw_curves(page, ranking)
+    page.note(legend(test.protocol, topk, bool(heats), len(lists.pictures.lost)))
+    for name, (title, words) in SECTIONS.items():
+        page.section(title, words.format(seed=seed))
+        page.rank_lists(drawn[name])
+    page.write(file)
 
 
 class Lists:
@@ -40,49 +89,35 @@ class Lists:
         self.ranking, self.pid_names, self.topk, self.heats = ranking, pid_names, topk, heats
         self.pictures = Pictures()
 
-    def section(self, name: str, seed: int) -> Section:
-        title, words = SECTIONS[name]
-        lists = "".join(self.one(row) for row in self.ranking.chosen[name].tolist())
-        return Section(name, title, f"<p>{words.format(seed=seed)}</p>{lists or '<p>None.</p>'}")
-
-    def one(self, row: int) -> str:
-        """The query, its roll-out, and its cards."""
-        ranking, who = self.ranking, self.who(self.ranking.query, row)
+    def one(self, row: int) -> tuple[str, str, list[Html], list[Html]]:
+        """Who the query is, its numbers, the query with its roll-out, and what was found."""
+        ranking, who = self.ranking, ", ".join(self.who(self.ranking.query, row))
         hits = ranking.ranks.hits[slice(*ranking.ranks.offsets[row : row + 2])]
         where = f"1 match, at rank {hits[0]:,}"
         if len(hits) > 1:
             where = f"{len(hits):,} matches, at ranks {hits[0]:,} to {hits[-1]:,}"
-        picture = self.picture(ranking.query, row, f"query, {who}")
-        own = f"<li>{picture}<b>query</b></li>"
+        own = [card(self.picture(ranking.query, row, f"query, {who}"), tag("b", "query"))]
         if row in self.heats:
-            uri = jpeg_uri(self.heats[row], THUMB)
-            own += f'<li class="heat"><img src="{uri}" alt="roll-out of the query"><b>roll-out</b></li>'
-        cards = "".join(self.card(card) for card in ranking.cards(row, self.topk))
-        return (
-            f"<article><h3>{who}<span>AP {100 * ranking.ap[row]:.1f} %, {where}</span></h3>"
-            f'<div class="list"><ol class="own">{own}</ol><ol>{cards}</ol></div></article>'
-        )
+            own.append(card(image(self.heats[row], "roll-out of the query"), tag("b", "roll-out")))
+        found = [self.found(card) for card in ranking.cards(row, self.topk)]
+        return who, f"AP {100 * ranking.ap[row]:.1f} %, {where}", own, found
 
-    def card(self, card: Card) -> str:
-        which, word = (self.ranking.gallery, card.row), MARKS[card.mark][0]
-        rank = f"rank {card.rank:,}" if card.rank else "not counted"
-        picture = self.picture(*which, f"{word}, {rank}, {self.who(*which)}")
-        words = f"{mark(card.mark)}<br>{rank}<br>cos {card.cosine:.3f}<br>{self.who(*which, '<br>')}"
-        later = " later" if card.rank > self.topk else ""
-        return f'<li class="{card.mark}{later}">{picture}{words}</li>'
+    def found(self, hit: Card) -> Html:
+        rank = f"rank {hit.rank:,}" if hit.rank else "not counted"
+        who = self.who(self.ranking.gallery, hit.row)
+        picture = self.picture(self.ranking.gallery, hit.row, ", ".join([MARKS[hit.mark][0], rank, *who]))
+        words = join(BREAK, [mark(hit.mark), rank, f"cos {hit.cosine:.3f}", *who])
+        return card(picture, words, kind=hit.mark + " later" * (hit.rank > self.topk))
 
-    def who(self, images: ReidImages, row: int, between: str = ", ") -> str:
+    def who(self, images: ReidImages, row: int) -> list[str]:
         pid, camid = int(images.pids[row]), int(images.camids[row])
-        name = html.escape(printable(self.pid_names[pid])) if pid >= 0 else "unknown"
-        return f"pid {name}" + (f"{between}camid {camid}" if camid >= 0 else "")
+        return [f"pid {self.pid_names[pid] if pid >= 0 else 'unknown'}", *([f"camid {camid}"] if camid >= 0 else [])]
 
-    def picture(self, images: ReidImages, row: int, alt: str) -> str:
-        return self.pictures.one(images.paths, row, alt)
+    def picture(self, images: ReidImages, row: int, alt: str) -> Html:
+        return self.pictures.one(images.paths[row], images.paths.relative(row), alt)
 
 
-def query_heats(
-    rollout: Rollout, query: ReidImages, rows: list[int], img_size: tuple[int, int]
-) -> dict[int, Image.Image]:
+def query_heats(model: TransReID, query: ReidImages, rows: list[int]) -> dict[int, Image.Image]:
     """{row: the query under its roll-out, THUMB px}, without files that cannot be opened."""
     imgs, small = [], {}
     for row in rows:
@@ -90,13 +125,13 @@ def query_heats(
             picture = open_rgb(query.paths[row])
         except UNREADABLE:
             continue  # the list says so
-        imgs.append(whole_image(picture, img_size))
+        imgs.append(whole_image(picture, model.base.img_size))
         small[row] = ImageOps.contain(picture, (THUMB, THUMB))
     drawn = {}
     for start in range(0, len(imgs), ROLLOUT_BATCH):
         part = list(small)[start : start + ROLLOUT_BATCH]
         ids = (torch.from_numpy(x[part]) for x in (query.camids, query.viewids))
-        heats = rollout(torch.stack(imgs[start : start + ROLLOUT_BATCH]), *ids)
+        heats = reid_rollout(model, torch.stack(imgs[start : start + ROLLOUT_BATCH]), *ids)
         drawn |= {row: heat_picture(small[row], heat) for row, heat in zip(part, heats)}
     return drawn
 
@@ -107,91 +142,19 @@ def tiles(metrics: dict[str, float]) -> dict[str, str]:
     for name, value in metrics.items():
         if name.endswith("_std") and name[:-4] in metrics:
             continue
-        percent = re.match(r"(mAP|mINP|R\d+)", name) is not None
-        text = f"{100 * value:.2f} %" if percent else f"{value:,.6g}"
-        if percent and f"{name}_std" in metrics:
+        is_share = re.match(r"(mAP|mINP|R\d+)", name) is not None
+        text = f"{100 * value:.2f} %" if is_share else f"{value:,.6g}"
+        if is_share and f"{name}_std" in metrics:
             text += f" ± {100 * metrics[f'{name}_std']:.2f}"
         found[name.replace("_", " ")] = "none" if math.isnan(value) else text
     return found
 
 
-def write_reid_report(
-    file: Path,
-    title: str,
-    facts: dict[str, str],
-    protocol: Protocol,
-    metrics: dict[str, float],
-    query: ReidImages,
-    query_features: torch.Tensor,
-    gallery: ReidImages,
-    gallery_features: torch.Tensor,
-    pid_names: list[str],
-    rollout: Rollout | None = None,
-    img_size: tuple[int, int] | None = None,
-    shown: int = 12,
-    topk: int = 10,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-) -> None:
-    """Write one HTML page that needs no other file and no network.
-
-    It takes the time of one more `evaluate`; memory: the gallery's features once more, and a few blocks.
-
-    Args:
-        facts: what belongs to the numbers: weights, commit, seed.
-        metrics: of `evaluate`; where the protocol draws galleries, query and gallery are one of the draws.
-        query_features, gallery_features: [Q, D], [G, D] float, in the order of the images.
-        pid_names: of all pids.
-        rollout: of `reid_rollout`, drawn for the queries shown; img_size: (H, W) px of its images.
-        shown: queries a section. topk: counted gallery images a list. seed: of the random draw.
-        device: where cosines are computed.
-    Raises:
-        ValueError: lengths that differ, features that are not finite, a pid without a name, cameras that the
-            protocol needs but are unknown, a protocol with re-ranking, a roll-out without img_size, shown or
-            topk below 1.
-        InputError: the file cannot be written.
-    """
-    _check(protocol, query, query_features, gallery, gallery_features, len(pid_names))
-    if min(shown, topk) < 1 or (rollout is not None and img_size is None):
-        raise ValueError(f"shown {shown}, topk {topk} from 1; a roll-out needs img_size, which is {img_size}")
-    ranking = Ranking(protocol, query, gallery, shown, seed)
-    for similar in cosine_blocks(query_features, gallery_features, torch.device(device)):
-        ranking.add(similar)
-    heats = query_heats(rollout, query, sorted(ranking.similar), img_size) if rollout is not None else {}
-    lists = Lists(ranking, pid_names, topk, heats)
-    shown_lists = [lists.section(name, seed) for name in SECTIONS]
-    ranks = f'<p>{_words(ranking)}</p><div class="charts">{charts(ranking)}</div>'
-    legend = f"<p>{_legend(protocol, topk, heats, lists.pictures.lost)}</p>"
-    write_page(
-        file,
-        title,
-        f"<p><code>{html.escape(protocol.line())}</code></p>",
-        tiles(metrics),
-        facts,
-        [Section("ranking", "Ranking", ranks), Section("lists", "Ranked lists", legend, False), *shown_lists],
-        STYLE,
-    )
-
-
-def _check(protocol, query, query_features, gallery, gallery_features, names: int) -> None:
-    for what, images, x in (("query", query, query_features), ("gallery", gallery, gallery_features)):
-        if len(images) != len(x) or not len(x):
-            raise ValueError(f"{what}: {len(images)} images, {len(x)} features")
-        if not torch.isfinite(x).all():
-            raise ValueError(f"{what}: features that are not finite")
-        if images.pids.max() >= names:
-            raise ValueError(f"{what}: pid {images.pids.max()} has none of the {names} names")
-        if protocol.remove_same_camera and not images.has_cameras():
-            raise ValueError(f"{what}: {protocol.name} removes same-camera matches, but cameras are unknown")
-    if protocol.rerank:
-        raise ValueError(f"the page shows lists by cosine, and {protocol.name} ranks otherwise")
-
-
-def _words(ranking: Ranking) -> str:
+def summary(ranking: Ranking) -> str:
     """What the lists and curves are of."""
     ap = ranking.ap[~np.isnan(ranking.ap)]
     text = f"{len(ranking.query):,} queries against {len(ranking.gallery):,} gallery images"
-    text += f": mAP {100 * ap.mean():.2f} %." if len(ap) else "."
+    text += f": mAP {100 * ap.mean():.2f} %." if len(ap) else ". No query has a match: there is nothing to draw."
     if len(ap) < len(ranking.ap):
         text += f" {len(ranking.ap) - len(ap):,} queries have no match; they are not scored and not shown."
     if ranking.protocol.draws:
@@ -199,22 +162,69 @@ def _words(ranking: Ranking) -> str:
     return text
 
 
-def _legend(protocol: Protocol, topk: int, heats: dict, lost: dict) -> str:
+def draw_curves(page: Page, ranking: Ranking) -> None:
+    """CMC, AP and cosines."""
+    ap = 100 * ranking.ap[~np.isnan(ranking.ap)]
+    if not len(ap):
+        return
+    last = min(CMC_RANKS, len(ranking.gallery))
+    found = scores(ranking.ranks, tuple(range(1, last + 1)))
+    cmc = [100 * found[f"R{k}"] for k in range(1, last + 1)]
+    some = ", ".join(f"{k}: {cmc[k - 1]:.1f} %" for k in (1, 5, 10, 20, 50) if k <= last)
+    axes = new_axes("rank k", "% of the queries")
+    axes.plot(range(1, last + 1), cmc)
+    axes.set_ylim(min(math.floor(cmc[0] / 10) * 10, 90), 100)
+    page.figure("CMC", axes.figure, f"Queries with a match in the first k. {some}.")
+    axes = new_axes("AP, %", "queries")
+    axes.hist(ap, 20, (0, 100))
+    caption = f"Median {np.median(ap):.1f} %; {(ap < 10).sum():,} of {len(ap):,} queries are below 10 %."
+    page.figure("AP of the queries", axes.figure, caption)
+    if ranking.others.any():
+        draw_cosines(page, ranking)
+
+
+def draw_cosines(page: Page, ranking: Ranking) -> None:
+    """Both histograms over the range that holds all but a two-thousandth at either end of each."""
+    pairs = {"same vehicle": ranking.true, "different vehicles": ranking.others}
+    above = [np.append(np.cumsum(x[::-1])[::-1], 0) / x.sum() for x in pairs.values()]  # share from a bin on
+    inside = np.flatnonzero(np.any([(x > 5e-4) & (x <= 1 - 5e-4) for x in above], axis=0))
+    low, high = (inside[0] - 1, inside[-1] + 1) if inside.size else (0, BINS)
+    width = math.ceil((high - low) / min(50, max(10, math.isqrt(int(ranking.true.sum())))))
+    count = math.ceil((high - low) / width)
+    place = np.clip((np.arange(BINS) - low) // width, 0, count - 1)
+    edges = (low + width * np.arange(count + 1)) * 2 / BINS - 1
+    axes = new_axes("cosine", "% of the pairs")
+    for (name, x), filled in zip(pairs.items(), (True, False)):
+        axes.stairs(100 * np.bincount(place, x, count) / x.sum(), edges, fill=filled, alpha=0.6 + 0.4 * (not filled),
+                    linewidth=1.5, label=name)  # fmt: skip
+    axes.legend()
+    cut = int(np.argmax(above[1] <= 1e-3))
+    sample = "" if ranking.sampled.all() else ", of a random part of the gallery"
+    caption = (
+        f"{ranking.true.sum():,} pairs of one vehicle, {ranking.others.sum():,} of different ones{sample}. "
+        f"A cosine of {2 * cut / BINS - 1:.3f} is reached by at most 1 in 1,000 of the different ones and by "
+        f"{100 * above[0][cut]:.1f} % of the same."
+    )
+    page.figure("Cosine of query and gallery", axes.figure, caption)
+
+
+def legend(protocol: Protocol, topk: int, with_heats: bool, lost: int) -> Html:
     parts = [
-        "Beside each query its gallery images, from the highest cosine on, with their counted ranks. "
-        f"{mark('right')}, solid green frame: the same vehicle. {mark('wrong')}, dashed red frame: another."
+        "Beside each query its gallery images, from the highest cosine on, with their counted ranks.",
+        join("", [mark("right"), ", solid green frame: the same vehicle. ", mark("wrong"), ", dashed red: another."]),
     ]
     if protocol.remove_same_camera:
-        parts.append(
-            f"{mark('junk')}, dotted grey frame: the same vehicle seen by the query's own camera, which the "
-            f"protocol does not count; it stands where it would be; at most {topk} a list are shown."
+        words = (
+            ", dotted grey frame: the same vehicle seen by the query's own camera, which the protocol does not "
+            f"count; it stands where it would be; at most {topk} a list are shown."
         )
+        parts.append(join("", [mark("junk"), words]))
     parts.append(f"Behind the dots stands the first right one, if it comes after rank {topk}.")
-    if heats:
+    if with_heats:
         parts.append(
             "Roll-out of attention (Abnar and Zuidema, 2020): from the patch that reaches the class token "
             "least (black) to the one that does most (light yellow), each picture for itself."
         )
     if lost:
-        parts.append(f'<b class="wrong">{len(lost):,} of the pictures cannot be opened.</b>')
-    return " ".join(parts)
+        parts.append(tag("b", f"{lost:,} of the pictures cannot be opened.", kind="wrong"))
+    return join(" ", parts)
