@@ -31,7 +31,7 @@ from datasets.benchmarks import recognise
 from engine_extract import WholeImages, extract_to_file
 from models_teacher import FrozenTeacher, encode_texts, load_clip
 from models_vit import load_encoder
-from reports.curation import write_report
+from reports.curation import Curated, write_curation_report
 from util.cli import Parser, run_tool
 from util.dist import is_main_process, launch
 from util.errors import InputError
@@ -188,8 +188,20 @@ class Curation:
         )
         counts["evidence"] = evidence
         write_json(self.folder / "curation.json", {"settings": vars(args), "stages": self.stages.records} | counts)
-        write_report(self, counts, sizes)
+        self.write_report(evidence, sizes)
         return counts
+
+    def write_report(self, evidence: dict, sizes: dict) -> None:
+        stages = ("quality", *(["vehicle"] if self.args.vehicle_filter else []), "leaks", "duplicates")
+        clusters = {}
+        for domain in self.domains():
+            tree, rows = load_tree(self.trees_folder() / domain.name)
+            clusters[domain.name] = rows, tree.path()[:, min(1, len(tree.sizes) - 1)]
+        found = Curated(
+            self.images, self.index, {name: load_removal(self.folder, name) for name in stages}, self.alive(),
+            np.load(self.folder / "selection.npy"), clusters, evidence, sizes, vars(self.args),
+        )  # fmt: skip
+        write_curation_report(self.folder / "report.html", found)
 
     # index
 

@@ -106,7 +106,7 @@ from finetune.reid_eval import evaluate_reid, flat_metrics, unreadable_of
 from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from metrics.protocols import evaluate, protocols_of
 from models_probe import ReadOuts, SearchReadOuts, load_read_outs
-from reports.probe import Score, draw_layers, mean_attribute_accuracy, score_table
+from reports.run import Score, draw_layers, mean_attribute_accuracy, score_table
 from util.dist import pick_device
 from util.fetch import fetch
 from util.files import write_atomic

@@ -12,7 +12,7 @@ import open_clip
 from datasets.path_list import printable
 from datasets.text_bank import hash_texts
 from description.texts import wordings_of
-from reports.description import page
+from reports.description import write_description_report
 from util.files import write_atomic, write_json
 
 
@@ -30,12 +30,12 @@ def write_folder(args, candidates, templates, identity, facts: dict, paths) -> N
         kept.append(row | {"rows": text.count} | note)
     bank = candidates.embeddings.numpy().astype(np.float32)
     title = f"Texts for {identity.model}: {len(kept)} kept, {len(candidates.removed)} removed"
-    text = page(title, facts, kept, candidates.removed, paths, args.report_texts)
     (output / "bank.json").unlink(missing_ok=True)
     write_lines(output / "texts.jsonl", [_named(row, paths) for row in kept])
     write_lines(output / "removed.jsonl", [_named(row, paths) for row in candidates.removed])
     write_atomic(output / "bank.npy", lambda opened: np.save(opened, bank))
-    write_atomic(output / "report.html", lambda opened: opened.write(text.encode("utf-8", "backslashreplace")))
+    lists = {"kept": kept, "removed": candidates.removed}
+    write_description_report(output / "report.html", title, facts, lists, paths, args.report_texts)
     write_json(
         output / "bank.json",
         {

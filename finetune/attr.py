@@ -21,7 +21,7 @@ from finetune.predict import predict, write_unreadable
 from finetune.task import Task
 from metrics.attr import THRESHOLD, attribute_metrics, attribute_rows, group_top1
 from models_vtb import VTB, attribute_loss
-from reports.attr import write_attr_report
+from reports.attr import AttributeTest, write_attr_report
 from util.dist import gather_rows, print_main, wait_for_main
 from util.errors import InputError
 from util.files import write_atomic
@@ -212,9 +212,8 @@ def scored(found, known: Known, data: AttributeData, args, is_over: bool) -> dic
             facts = {"set": args.data_path, "weights": weights, "seed": args.seed}
             facts |= {"text vectors": known.vectors_from}
             file = folder / "report.html"
-            write_attr_report(
-                file, rule, facts, flat, rows, known, data.test.paths, found.rows, probs, labels, threshold
-            )
+            test = AttributeTest(known, data.test.paths, found.rows, probs, labels, threshold)
+            write_attr_report(file, facts, flat, rows, test)
             print(f"report: {file}")
     return flat
 

@@ -216,12 +216,11 @@ def score_as_is(model: TransFG, data: FgvcData, resize: tuple[int, int], args, a
     if args.report and is_over:
         weights = args.resume if args.eval else folder / "model.pth"
         facts = {"set": args.data_path, "weights": weights, "seed": args.seed, "model": parts_line(model)}
-        answers = Answers(images, data.classes, found.values, scores)
-        write_fgvc_report(
-            folder / "report.html", protocol, facts, answers, part_finder(model, amp_dtype),
-            CenterCrops(images.paths, model.base.img_size, resize),
-            (model.base.grid_size[1], model.base.stride, model.base.patch_size), seed=args.seed,
-        )  # fmt: skip
+        crops = CenterCrops(images.paths, model.base.img_size, resize)
+        patches = model.base.grid_size[1], model.base.stride, model.base.patch_size
+        parts = part_finder(model, amp_dtype)
+        answers = Answers(images, data.classes, found.values, scores, lambda row: crops[row][0], parts, patches)
+        write_fgvc_report(folder / "report.html", protocol, facts, answers, args.seed)
         print(f"report: {folder / 'report.html'}")
     return scores.numbers | {"protocol": protocol, "parts": parts_line(model)}
 

@@ -20,8 +20,7 @@ from finetune.task import Task
 from metrics.protocols import draw_gallery, protocols_of
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
-from reports.reid import write_reid_report
-from reports.rollout import reid_rollout
+from reports.reid import ReidTest, write_reid_report
 from util.dist import gather_rows, get_rank, get_world_size, is_main_process, print_main, wait_for_main
 from util.errors import InputError
 from util.losses import center_loss, hard_triplet_loss, identity_loss, move_centers, over_branches
@@ -303,19 +302,6 @@ def write_reports(model: TransReID, data: ReidData, results: dict, folder: Path,
             query, gallery = query.take(asked), query.take(kept)
             values = values[0][asked], values[0][kept]
         file = folder / ("report.html" if test == "test" else f"report_{test}.html")
-        write_reid_report(
-            file,
-            f"Re-identification: {result.protocol.name}",
-            facts,
-            result.protocol,
-            result.metrics,
-            query,
-            values[0],
-            gallery,
-            values[1],
-            data.pid_names,
-            reid_rollout(model),
-            model.base.img_size,
-            device=model.base.pos_embed.device,
-        )
+        found = ReidTest(result.protocol, result.metrics, query, values[0], gallery, values[1], data.pid_names)
+        write_reid_report(file, facts, found, model)
         print(f"report: {file}")

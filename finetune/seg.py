@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,11 +12,11 @@ from datasets.seg_train import PartsAugment, PartsTrainItems
 from datasets.train_items import epoch_batches
 from finetune.encoder import build_encoder, check_trained, encoder_of
 from finetune.predict import write_unreadable
-from finetune.seg_eval import MODES, PartsResult, evaluate_parts
+from finetune.seg_eval import MODES, PartsResult, evaluate_parts, look_at
 from finetune.task import Task
 from metrics.seg import SegmentationNumbers, segmentation_numbers
 from models_setr import SETR, TAPS, SETRConfig, setr_loss, synchronized
-from reports.seg import write_seg_report
+from reports.seg import SegTest, write_seg_report
 from util.checkpoint import load_weights, read_checkpoint
 from util.dist import is_main_process, print_main, wait_for_main
 from util.errors import InputError
@@ -194,7 +195,10 @@ def score(model: SETR, data: PartsData, split: str, args, amp_dtype, is_over: bo
                 file = Path(args.output_dir) / "report.html"
                 weights = args.resume if args.eval else Path(args.output_dir) / "model.pth"
                 about = {"set": args.data_path, "weights": weights, "model": model_line(model), "seed": args.seed}
-                write_seg_report(file, protocol, about, model, data, split, args.seg_eval, result, amp_dtype)
+                part = data.splits[split]
+                look = partial(look_at, model, part, data.space, args.seg_eval, amp_dtype)
+                test = SegTest(data.space, part.images, result.rows, result.each, look)
+                write_seg_report(file, protocol, about, test)
                 print(f"report: {file}")
             return flat_metrics(numbers, data, result) | {"protocol": protocol}
     finally:

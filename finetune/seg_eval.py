@@ -10,8 +10,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from datasets.seg import LabelSpace, PartsSplit
-from datasets.seg_train import PartsTestItems
+from datasets.seg import LabelSpace, PartsSplit, open_pair
+from datasets.seg_train import PartsTestItems, shown_to_model
 from metrics.seg import confusion_matrix
 from models_setr import SETR
 from util.dist import get_rank, get_world_size, is_main_process
@@ -125,6 +125,16 @@ def evaluate_parts(
         progress.update(done)
     progress.close()
     return _gathered(found, part)
+
+
+@torch.inference_mode()
+def look_at(model: SETR, part: PartsSplit, space: LabelSpace, mode: str, amp_dtype, row: int) -> tuple:
+    """An image of the split, its truth and the model's answer, [h, w] uint8 classes at its size."""
+    picture, mask = open_pair(part.images[row], part.masks[row])
+    truth, crop = space.table[mask], model.base.img_size
+    imgs = shown_to_model(picture, model_size(picture.size, crop, mode)).to(model.base.pos_embed.device)
+    answer = predict_mask(model, imgs, truth.shape, 16, amp_dtype)
+    return picture, truth, answer.cpu().numpy().astype(np.uint8)
 
 
 def _gathered(found: dict[int, torch.Tensor | str], part: PartsSplit) -> PartsResult:

@@ -128,7 +128,7 @@ def draw_curves(page: Page, test: AttributeTest) -> None:
     caption = f"Scored at {test.threshold:g}; {', '.join(best)}. The test chooses nothing."
     page.figure("Threshold", axes.figure, caption)
     axes, f1 = new_axes("F1, %", "images"), test.image_f1()
-    axes.hist(100 * f1, 20, (0, 100))
+    axes.hist(100 * f1, 20, range=(0, 100))
     page.figure("F1 of the images", axes.figure, f"{(f1 == 1).sum():,} of {len(f1):,} images without a fault.")
 
 

@@ -19,9 +19,9 @@ EVIDENCE = {
     "top_share": "share of the images in the largest 1% of cells",
 }
 COPIES = (
-    "Removed picture, then the one that stands for it, with their agreement: the correlation that three quarters of the "
-    "tiles of the picture reach, once a crop or mirror is undone. From the least to the most alike: if the first pairs "
-    "are not the same photo, raise --near_agreement and --near_cosine or lower --near_bits."
+    "Removed picture, then the one that stands for it, with their agreement: the correlation that three quarters of "
+    "the tiles of the picture reach, once a crop or mirror is undone. From the least to the most alike: if the first "
+    "pairs are not the same photo, raise --near_agreement and --near_cosine or lower --near_bits."
 )
 
 
@@ -55,10 +55,10 @@ def write_curation_report(file: Path, found: Curated) -> None:
     page.section(
         "How even is it?",
         "Counted over cells of equal radius in the space of embeddings, which had no part in the choice. (Clusters of "
-        "k-means would hold about equally many images each and make any draw look even.) pool: all images that could be "
-        "chosen; random: a random draw of the sample's size, with as many images of each source where sources are kept "
-        "apart; selection: the curated sample. Curation has worked where the selection is more even than the random "
-        "draw and reaches more of the rare cells.",
+        "k-means would hold about equally many images each and make any draw look even.) pool: all images that could "
+        "be chosen; random: a random draw of the sample's size, with as many images of each source where sources are "
+        "kept apart; selection: the curated sample. Curation has worked where the selection is more even than the "
+        "random draw and reaches more of the rare cells.",
     )
     rows = [[title, *(f"{row[name]:.4g}" for row in found.evidence.values())] for name, title in EVIDENCE.items()]
     page.add(table(["", *found.evidence], rows))

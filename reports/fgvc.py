@@ -77,7 +77,7 @@ def draw_curves(page: Page, found: Answers) -> None:
     share, images = found.scores.per_class()
     share = 100 * share[images > 0].numpy()
     axes = new_axes("% of its images", "classes")
-    axes.hist(share, 20, (0, 100))
+    axes.hist(share, 20, range=(0, 100))
     caption = f"Median {np.median(share):.1f} %; {(share == 0).sum():,} of {len(share):,} classes are never right."
     page.figure("Classes by their accuracy", axes.figure, caption)
     last = min(20, max(len(found.classes), 2))

@@ -19,7 +19,6 @@ from models_transreid import TransReID
 from reports.page import BREAK, MARKS, THUMB, Html, Page, Pictures, card, image, join, mark, new_axes, tag
 from reports.panels import heat_picture, reid_rollout
 
-ROLLOUT_BATCH = 8
 CMC_RANKS = 50
 SECTIONS = {
     "worst": ("Worst queries", "Those of the lowest average precision (AP)."),
@@ -119,20 +118,15 @@ class Lists:
 
 def query_heats(model: TransReID, query: ReidImages, rows: list[int]) -> dict[int, Image.Image]:
     """{row: the query under its roll-out, THUMB px}, without files that cannot be opened."""
-    imgs, small = [], {}
+    drawn = {}
     for row in rows:
         try:
             picture = open_rgb(query.paths[row])
         except UNREADABLE:
             continue  # the list says so
-        imgs.append(whole_image(picture, model.base.img_size))
-        small[row] = ImageOps.contain(picture, (THUMB, THUMB))
-    drawn = {}
-    for start in range(0, len(imgs), ROLLOUT_BATCH):
-        part = list(small)[start : start + ROLLOUT_BATCH]
-        ids = (torch.from_numpy(x[part]) for x in (query.camids, query.viewids))
-        heats = reid_rollout(model, torch.stack(imgs[start : start + ROLLOUT_BATCH]), *ids)
-        drawn |= {row: heat_picture(small[row], heat) for row, heat in zip(part, heats)}
+        ids = (torch.from_numpy(x[[row]]) for x in (query.camids, query.viewids))
+        heat = reid_rollout(model, whole_image(picture, model.base.img_size)[None], *ids)[0]
+        drawn[row] = heat_picture(ImageOps.contain(picture, (THUMB, THUMB)), heat)
     return drawn
 
 
@@ -176,7 +170,7 @@ def draw_curves(page: Page, ranking: Ranking) -> None:
     axes.set_ylim(min(math.floor(cmc[0] / 10) * 10, 90), 100)
     page.figure("CMC", axes.figure, f"Queries with a match in the first k. {some}.")
     axes = new_axes("AP, %", "queries")
-    axes.hist(ap, 20, (0, 100))
+    axes.hist(ap, 20, range=(0, 100))
     caption = f"Median {np.median(ap):.1f} %; {(ap < 10).sum():,} of {len(ap):,} queries are below 10 %."
     page.figure("AP of the queries", axes.figure, caption)
     if ranking.others.any():

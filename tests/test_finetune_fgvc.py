@@ -96,7 +96,7 @@ def test_the_page_shows_what_was_measured(trained):
     output, numbers = trained
     page = (output / "report.html").read_text()
     assert numbers["protocol"] in page and f"{100 * numbers['top1']:.2f} %" in page
-    assert "Most confused classes" in page and "Selected parts" in page and "confusion of 4 classes" in page
+    assert "Most confused classes" in page and "Selected parts" in page and "Confusion of 4 classes" in page
     assert page.count('alt="selected parts"') == 12 and "http" not in page.replace("http-equiv", "")
 
 
@@ -109,8 +109,8 @@ def test_confused_pairs_and_worst_classes_by_hand(files):
     logits = 5 * torch.nn.functional.one_hot(torch.from_numpy(answers), 4).float()
     scores = class_scores(logits, torch.from_numpy(data.test.labels))
     found = Answers(data.test, data.classes, logits, scores)
-    names = [found.name(k) for k in range(4)]
-    pairs = confused_pairs(found, Pictures()).split('<article class="pair">')[1:]
+    names = found.classes
+    pairs = confused_pairs(found, Pictures()).split('<article class="row">')[1:]
     assert len(pairs) == 2 and f"<b>{names[1]}</b><br>2 of 3 taken for the other" in pairs[0]
     assert f"<b>{names[3]}</b><br>1 of 3 taken for the other" in pairs[0]
     assert pairs[0].count('class="wrong"><img') == 3 and pairs[0].count('class="right"><img') == 2
@@ -118,7 +118,7 @@ def test_confused_pairs_and_worst_classes_by_hand(files):
     table = class_tables(found)
     assert table.index(names[1]) < table.index("0.0 %") < table.index("66.7 %") < table.index("100.0 %")
     assert f"{names[3]} (2 x)" in table and "(1 x)" in table
-    assert sure_and_wrong(found, Pictures(), 12).count('class="wrong"><img') == 4
+    assert sure_and_wrong(found, Pictures()).count('class="wrong"><img') == 4
 
 
 def test_frames_lie_around_their_patches():

@@ -28,7 +28,7 @@ from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn
 from models_mae import MODELS
 from models_probe import load_read_outs
 from models_vit import VisionTransformer, load_encoder
-from reports.probe import Score, draw_layers, mean_attribute_accuracy, score_table
+from reports.run import Score, draw_layers, mean_attribute_accuracy, score_table
 from tools import report, visualize
 from util.errors import InputError
 from util.optim import LARS, cosine_lr
@@ -423,7 +423,7 @@ def test_visualize_and_report(run_dir, tmp_path, pictures):
     table.write_text("path,split,kind\n" + "\n".join(lines) + "\n")
     words = [str(run_dir), "--data_path", str(table), "--label_column", "kind"]
     report.main(report.get_args_parser().parse_args(words))
-    assert (run_dir / "report.html").stat().st_size > 20_000 and (run_dir / "report.png").is_file()
+    assert (run_dir / "report.html").stat().st_size > 20_000
 
 
 def test_a_class_token_does_not_keep_the_patches_in_memory(pictures):

@@ -16,8 +16,8 @@ from metrics.ranking import BINS, Ranking
 from metrics.reid import cosine_blocks, rank_hits, scores
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
-from reports.reid import write_reid_report
-from reports.rollout import attention_rollout, heat_picture, reid_rollout
+from reports.panels import attention_rollout, heat_picture, reid_rollout
+from reports.reid import ReidTest, write_reid_report
 
 NAMES = [f"car <{i}>" for i in range(7)]
 WITH, WITHOUT = Protocol("table", True), Protocol("table", False)
@@ -82,14 +82,14 @@ def first_cards(cards, topk):
 def write(tmp_path, protocol, case, **more):
     metrics = evaluate(protocol, *case)
     file = tmp_path / "page.html"
-    write_reid_report(file, "Test & page", {"weights": "w.pth"}, protocol, metrics, *case, NAMES, **more)
+    write_reid_report(file, {"weights": "<w>&.pth"}, ReidTest(protocol, metrics, *case, NAMES), **more)
     return file.read_text(encoding="utf-8")
 
 
 def read_sections(page):
     """{section: [(title, AP in %, [(mark, rank, cosine, file)])]}"""
     sections = {}
-    for name, text in re.findall(r'<h2 id="(worst|best|random)">(.*?)(?=<h2|<script)', page, re.S):
+    for name, text in re.findall(r'<h2 id="(worst|best|random)-queries">(.*?)(?=<h2|<script)', page, re.S):
         sections[name] = []
         for article in re.findall(r"<article>(.*?)</article>", text, re.S):
             title, ap = re.search(r"<h3>(.*?)<span>AP ([\d.]+) %", article).groups()
@@ -120,7 +120,7 @@ def test_the_page_shows_the_lists_of_the_metrics(tmp_path, folder, protocol, cam
     for title, value, cards in (found for section in sections.values() for found in section):
         assert (value, cards) in by_title[title]
     assert ("not counted" in page) == (protocol is WITH)
-    assert ("camid" in page.split('<h2 id="worst')[1]) == cameras
+    assert ("camid" in page.split('<h2 id="worst-queries')[1]) == cameras
     assert f"mAP {100 * np.mean(ap):.2f} %." in page and protocol.line() in page
 
 
@@ -199,21 +199,21 @@ def test_a_lost_file_is_named_not_fatal(tmp_path, folder):
     names = ["gone<1>.png", "bad.png"] * 30
     gallery = ReidImages(PathList(tmp_path, names), gallery.pids, gallery.camids, gallery.viewids)
     query = ReidImages(PathList(tmp_path, names[:15]), query.pids, query.camids, query.viewids)
-    page = write(tmp_path, WITH, (query, x, gallery, y), rollout=lambda *_: pytest.fail(), img_size=(32, 32))
+    page = write(tmp_path, WITH, (query, x, gallery, y), model=TransReID(tiny(), 5, TransReIDConfig()))
     assert "gone&lt;1&gt;.png cannot be opened" in page and "bad.png cannot be opened" in page
-    assert "2 of the pictures cannot be opened" in page and "<img" not in page
+    assert "2 of the pictures cannot be opened" in page and "<img src" not in page
     assert "FileNotFoundError" in page and "UnidentifiedImageError" in page
 
 
 def test_the_page_needs_nothing_else(tmp_path, folder):
     page = write(tmp_path, WITH, make_case(folder), shown=2)
-    assert not re.search(r"https?://|//[\w.]+/|url\(|@import|<link|<iframe|fetch\(", page)
+    assert not re.search(r"https?://|//[\w.]+/|url\((?!#)|@import|<link|<iframe|fetch\(", page)
     sources = re.findall(r'(?:src|href)="(.*?)"', page)
     assert all(source.startswith(("data:image/jpeg;base64,", "#")) for source in sources)
     images = re.findall(r"<img .*?>", page)
     assert images and all(re.search(r'alt="[^"]+"', image) for image in images)
     assert len(re.findall(r'<svg viewBox=[^>]* role="img" aria-label="[^"]{20,}"', page)) == 3
-    assert "Test &amp; page" in page and "w.pth" in page and "<0>" not in page
+    assert "&lt;w&gt;&amp;.pth" in page and "<w>" not in page and "<0>" not in page
 
 
 def test_queries_without_a_match(tmp_path, folder):
@@ -229,18 +229,14 @@ def test_queries_without_a_match(tmp_path, folder):
 
 def test_wrong_arguments_are_refused(tmp_path, folder):
     query, x, gallery, y = make_case(folder)
-    blind = ReidImages(query.paths, query.pids, np.full(len(query), -1), query.viewids)
-    for case, more, why in (
-        ((query, x[:-1], gallery, y), {}, "14 features"),
-        ((query, x, gallery, y * torch.nan), {}, "finite"),
-        ((blind, x, gallery, y), {}, "cameras are unknown"),
-        ((query, x, gallery, y), {"topk": 0}, "topk 0"),
-        ((query, x, gallery, y), {"rollout": print}, "img_size"),
+    reranked = Protocol("table", True, rerank=(20, 6, 0.3))
+    for protocol, case, why in (
+        (WITH, (query, x[:-1], gallery, y), "14 features"),
+        (WITH, (query, x, gallery, y * torch.nan), "finite"),
+        (reranked, (query, x, gallery, y), "ranks otherwise"),
     ):
         with pytest.raises(ValueError, match=why):
-            write_reid_report(tmp_path / "p.html", "t", {}, WITH, {}, *case, NAMES, **more)
-    with pytest.raises(ValueError, match="pid 6"):
-        write_reid_report(tmp_path / "p.html", "t", {}, WITH, {}, query, x, gallery, y, NAMES[:6])
+            write_reid_report(tmp_path / "p.html", {}, ReidTest(protocol, {}, *case, NAMES))
     assert not (tmp_path / "p.html").exists()
 
 
@@ -279,45 +275,36 @@ def test_rollout_is_the_product_of_the_layers():
     for block in model.blocks:
         block.attn.fused_attn = True
     assert torch.allclose(attention_rollout(model, imgs), expected, atol=1e-5)
-    with pytest.raises(ValueError, match="block"):
-        attention_rollout(model, imgs, [])
 
 
 @pytest.mark.parametrize("jpm", [False, True])
-def test_rollout_of_the_global_branch_leaves_the_model_alone(jpm):
+def test_rollout_of_the_global_branch(jpm):
     config = TransReIDConfig(cameras=3, views=2, jpm=jpm, shift=2, parts=2)
     model = TransReID(tiny(drop_path=0.5), 5, config)
     torch.nn.init.normal_(model.sie_embed)
     imgs = torch.randint(0, 256, (4, 3, 48, 32), dtype=torch.uint8)
     ids = torch.tensor([0, 1, 2, 0]), torch.tensor([1, 0, 1, 0])
-    model.train()
-    model.base.blocks[1].eval()
-    modes = [module.training for module in model.modules()]
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    random = torch.get_rng_state()
-    found = reid_rollout(model)(imgs, *ids)
-    assert [module.training for module in model.modules()] == modes
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
-    assert torch.equal(torch.get_rng_state(), random) and not found.requires_grad
     model.eval()
+    found = reid_rollout(model, imgs, *ids)
+    assert not found.requires_grad
     blocks = [*model.base.blocks, *([model.b1[0]] if jpm else [])]
     assert len(blocks) == 3
     assert torch.allclose(found, slow_rollout(blocks, lambda: model.encode(imgs, *ids), (3, 2)), atol=1e-6)
-    assert not torch.allclose(found, reid_rollout(model)(imgs, ids[0].flip(0), ids[1]), atol=1e-3)
+    assert not torch.allclose(found, reid_rollout(model, imgs, ids[0].flip(0), ids[1]), atol=1e-3)
 
 
 def test_the_page_shows_rollouts(tmp_path, folder, monkeypatch):
     query, x, gallery, y = case = make_case(folder)
-    model = TransReID(tiny(), 5, TransReIDConfig(cameras=3))
+    model = TransReID(tiny(), 5, TransReIDConfig(cameras=3)).eval()
     asked = []
 
-    def rollout(imgs, camids, viewids):
+    def rollout(model, imgs, camids, viewids):
         asked.extend(camids.tolist())
-        assert imgs.shape[1:] == (3, 48, 32) and imgs.dtype == torch.uint8 and len(imgs) <= 4
-        return reid_rollout(model)(imgs, camids, viewids)
+        assert imgs.shape == (1, 3, 48, 32) and imgs.dtype == torch.uint8
+        return reid_rollout(model, imgs, camids, viewids)
 
-    monkeypatch.setattr(report, "ROLLOUT_BATCH", 4)
-    page = write(tmp_path, WITH, case, rollout=rollout, img_size=(48, 32), shown=5)
+    monkeypatch.setattr(report, "reid_rollout", rollout)
+    page = write(tmp_path, WITH, case, model=model, shown=5)
     assert page.count('alt="roll-out of the query"') == 15 and "Abnar" in page
     assert 5 <= len(asked) <= 15 and set(asked) <= set(query.camids.tolist())
 
