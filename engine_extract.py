@@ -6,10 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from datasets.images import UNREADABLE, open_rgb, why_unreadable
-from datasets.transforms import whole_image
+from datasets.eval_images import WholeImages
 from util.dist import is_main_process
 from util.files import write_atomic, write_json
 from util.parallel import Parts
@@ -17,31 +16,6 @@ from util.progress import Progress
 from util.stop import init_worker
 
 PART_IMAGES = 4096
-
-
-class WholeImages(Dataset):
-    """Item i -> ([3, H, W] uint8 of the whole picture, index, problem: '' or why it is black).
-
-    Args:
-        paths: image files by number: a PathList, PackedImages, or anything like them.
-        boxes: [len(paths), 4] int32 (left, upper, right, lower) in px to cut out; an empty box is the whole picture.
-    """
-
-    def __init__(self, paths, indices: np.ndarray, size: tuple[int, int], boxes: np.ndarray | None = None):
-        self.paths, self.indices, self.size, self.boxes = paths, indices, size, boxes
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, item: int):
-        index = int(self.indices[item])
-        try:
-            image = open_rgb(self.paths[index])
-            if self.boxes is not None and self.boxes[index, 2] > 0:
-                image = image.crop(tuple(self.boxes[index].tolist()))
-            return whole_image(image, self.size), index, ""
-        except UNREADABLE as error:
-            return torch.zeros(3, *self.size, dtype=torch.uint8), index, why_unreadable(error)
 
 
 @torch.inference_mode()

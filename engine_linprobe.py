@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
+from datasets.pretrain import PretrainDataset, build_loader
+from datasets.samplers import EpochBatches
 from models_probe import ReadOuts
 from util.errors import InputError
 from util.optim import LARS, cosine_lr, set_lr

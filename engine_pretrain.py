@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datasets.device_decode import decode_batch
 from util.errors import InputError
 from util.loop import StepWatch, apply_update
 from util.meter import Meter, largest_that_fits
@@ -18,7 +17,7 @@ from util.optim import cosine_lr, ramp, set_lr
 from util.step_profile import StepProfile, part
 from util.stop import NoGuard, StopGuard
 
-FASTER_DATA = ", train from a packed set (python -m tools.pack), or on CUDA try --decode gpu"
+FASTER_DATA = " or train from a packed set (python -m tools.pack)"
 STEADIER = "lower --blr or set --clip_grad 1 (name lr or clip_grad after --allow_change), or use --amp none"
 
 
@@ -106,10 +105,7 @@ def shown_terms(values: dict[str, float]) -> list[str]:
 
 
 def to_device(run: PretrainRun, batch: dict) -> dict:
-    """Tensors of a batch on the device, decoded there where the workers sent files."""
-    dataset = run.loader.dataset
-    if "data" in batch:
-        return decode_batch(batch, dataset.input_size, dataset.teacher_size, run.device)
+    """Tensors of a batch on the device."""
     return {k: v.to(run.device, non_blocking=True) if k != "problem" else v for k, v in batch.items()}
 
 

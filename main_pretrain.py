@@ -18,7 +18,8 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from datasets.manifest import list_images
-from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
+from datasets.pretrain import PretrainDataset, build_loader
+from datasets.samplers import EpochBatches
 from datasets.teacher_cache import TeacherCache
 from datasets.text_bank import build_bank, hash_texts, is_encoded, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch
@@ -96,8 +97,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--crop_min", default=0.2, type=float, help="smallest crop, fraction of area (default 0.2)")
     add("--max_bad_ratio", default=0.01, type=float,
         help="stop above this fraction of unreadable images (default 0.01)")
-    add("--decode", default="cpu", choices=("cpu", "gpu"),
-        help="where JPEGs are decoded and cropped: in the workers, or by nvJPEG on CUDA (default cpu)")
     add("--num_workers", default=None, type=int,
         help="data processes per rank (default: cores / ranks on this machine, at most 10)")
     add("--pin_mem", action="store_true", default=True, help="pinned host memory for CUDA (default on)")
@@ -238,7 +237,6 @@ def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, 
         min_area=args.crop_min,
         teacher_size=teacher.size if teacher and args.teacher_view == "full" else None,
         teacher_cache=cache,
-        decode=args.decode,
     )
     pin_memory = args.pin_mem and device.type == "cuda"
     run = PretrainRun(

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 
 import open_clip
@@ -11,22 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from datasets.text_bank import TeacherIdentity, built_in_texts, is_encoded, read_encoded, read_texts
 from util.dist import print_main
 from util.errors import InputError
-
-
-@dataclass(frozen=True)
-class TeacherIdentity:
-    """What a text bank or a cache must have been made with; kept in headers as plain values.
-
-    `weights_sha256` also covers what else changes its answers: the activation, size, mean and standard
-    deviation of its input. `tau` is the teacher's own temperature, 1 / exp(logit_scale).
-    """
-
-    model: str
-    weights_sha256: str
-    embed_dim: int
-    tau: float
 
 
 class FrozenTeacher(nn.Module):
@@ -143,6 +129,34 @@ def encode_texts(clip: nn.Module, tokenizer, texts: list[str], batch_size: int =
         for i in range(0, len(texts), batch_size)
     ]
     return torch.cat(rows)
+
+
+def build_bank(text_bank: str | None, clip, tokenizer, identity: TeacherIdentity):
+    """The bank U of the distillation.
+
+    Args:
+        text_bank: .txt or .jsonl of texts, an encoded bank (.safetensors, or a folder of
+            main_describe.py), or None for the built-in vehicle vocabulary.
+        clip, tokenizer, identity: the teacher; only used to encode where the file is not encoded.
+    Returns:
+        (embeddings [T, D_t] float32 CPU unit rows, texts, one line that says what it is).
+    Raises:
+        InputError: no such file, too few texts, or a bank that is damaged or that another teacher made.
+    """
+    if text_bank is None:
+        texts, source = built_in_texts(), "built-in vehicle vocabulary"
+    else:
+        file, source = Path(text_bank), str(text_bank)
+        if not file.exists():
+            raise InputError(f"--text_bank {file} does not exist: give texts, one a line (.txt)")
+        if is_encoded(file):
+            return read_encoded(file, identity)
+        if file.suffix not in (".txt", ".jsonl"):
+            raise InputError(f"--text_bank {file}: give .txt, .jsonl, .safetensors or a folder of main_describe.py")
+        texts = read_texts(file)
+        check_tokens(tokenizer, texts, getattr(tokenizer, "context_length", None) or clip.context_length)
+    embeddings = encode_texts(clip, tokenizer, texts).cpu()
+    return embeddings, texts, f"{len(texts)} texts of {source}"
 
 
 def _register_config(clip_model: str) -> str:

@@ -1,25 +1,21 @@
 """Images with attributes: VeRi-776's colours and types from its XML, or any table whose header names them."""
 
 import hashlib
+import re
+import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 
-from datasets.augment import PadCropErase
-from datasets.images import open_reduced
-from datasets.manifest import check_first_exist, iterate_manifest
+from datasets.manifest import cell, check_first_exist, iterate_manifest
 from datasets.path_list import PathList, printable
-from datasets.reid import cell
 from datasets.train_items import TrainItems
-from datasets.transforms import jpeg_reduction
-from description.canonical import TABLE
-from description.readers import veri_code, veri_xml
+from datasets.transforms import PadCropErase
 from util.errors import InputError
 
 UNKNOWN = -1
@@ -41,11 +37,11 @@ class Attribute(NamedTuple):
         return f"{self.column}: {self.value}" if self.value else self.column
 
 
-VERI = tuple(
-    Attribute(column, value)
-    for column, slot in (("colour", "colour"), ("type", "body"))
-    for value in TABLE["veri"][slot]
-)  # 10 colours and 9 types, in the order of their ids
+VERI_COLOURS = ("yellow", "orange", "green", "grey", "red", "blue", "white", "gold", "brown", "black")
+VERI_TYPES = ("sedan", "SUV", "van", "hatchback", "MPV", "pickup truck", "bus", "truck", "station wagon")
+VERI = (
+    *(Attribute("colour", name) for name in VERI_COLOURS), *(Attribute("type", name) for name in VERI_TYPES),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,27 +78,15 @@ class AttributeData:
 
 
 class AttributeTrainImages(TrainItems):
-    """Item (epoch, index) -> imgs [3, H, W] uint8, labels [A] int64, problem: a function of (seed, epoch,
-    index)."""
+    """Item (epoch, index) -> imgs [3, H, W] uint8, labels [A] int64, problem."""
 
     def __init__(self, images: AttributeImages, augment: PadCropErase, seed: int):
-        super().__init__(len(images), seed)
+        super().__init__(images.paths, augment.size, seed)
         self.images, self.augment = images, augment
-        self.paths = images.paths
 
-    def read(self, index: int) -> Image.Image:
-        size = self.augment.size
-        return open_reduced(self.paths[index], lambda w, h: jpeg_reduction((0, 0, w, h), size))[0]
-
-    def sample(self, content: Image.Image, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def sample(self, content, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         labels = torch.from_numpy(self.images.labels[index].astype(np.int64))
         return {"imgs": self.augment(content, rng)["imgs"], "labels": labels}
-
-    def relative(self, index: int) -> str:
-        return self.paths.relative(index)
-
-    def blank(self) -> Image.Image:
-        return Image.new("RGB", self.augment.size[::-1], "grey")
 
 
 def read_attribute_set(
@@ -142,7 +126,8 @@ def read_attribute_set(
             )
         data = _read_veri(path, need_train)
         if known is not None and known != VERI:
-            raise InputError(f"the model knows {_some(known)}, not VeRi-776's colours and types, as in {path}")
+            some = ", ".join(a.name for a in known[:4]) + (" ..." if len(known) > 4 else "")
+            raise InputError(f"the model knows {some}, not VeRi-776's colours and types, as in {path}")
     else:
         data = _read_table(path, binary, categorical, test_split, known, need_train)
     for images in (data.train, data.test):
@@ -155,13 +140,6 @@ def read_attribute_set(
                     "table, are missing or empty"
                 )
     return replace(data, notes=[*data.notes, *_describe(data)])
-
-
-def _some(attributes: tuple[Attribute, ...]) -> str:
-    return ", ".join(a.name for a in attributes[:4]) + (" ..." if len(attributes) > 4 else "")
-
-
-# VeRi-776
 
 
 def _read_veri(root: Path, need_train: bool) -> AttributeData:
@@ -187,14 +165,14 @@ def _read_veri(root: Path, need_train: bool) -> AttributeData:
 def _read_veri_xml(file: Path, folder: str) -> tuple[AttributeImages, set[str], list[str]]:
     """(images, vehicles, notes) of one of the two label files; the images lie in `folder` beside it."""
     root = veri_xml(file)
-    codes = {"colorID": range(1, 11), "typeID": range(1, 10)}
+    codes = {"colorID": range(1, len(VERI_COLOURS) + 1), "typeID": range(1, len(VERI_TYPES) + 1)}
     rows: dict[str, list[int]] = {}
     vehicles = set()
     for item in root.iter("Item"):
         name = (item.get("imageName") or "").strip()
         if not name or name in rows:
-            raise InputError(f"{file}: item {len(rows) + 1} has {'no' if not name else 'a repeated'} "
-                             f"imageName {name}: copy it again")  # fmt: skip
+            what = "a repeated" if name else "no"
+            raise InputError(f"{file}: item {len(rows) + 1} has {what} imageName {name}: copy it again")
         rows[name] = []
         for key, known in codes.items():
             code = veri_code(file, item, key, known)
@@ -218,17 +196,34 @@ def _read_veri_xml(file: Path, folder: str) -> tuple[AttributeImages, set[str], 
     return AttributeImages(paths, labels), vehicles - {None}, notes
 
 
-# anyone's own
+def veri_xml(file: Path) -> ET.Element:
+    """The root of one of VeRi-776's label files. They declare gb2312, which ElementTree refuses, so they are decoded
+    first."""
+    try:
+        return ET.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", file.read_text(encoding="gb18030")))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not GB18030 text (byte {error.start}): copy it again") from error
+    except ET.ParseError as error:
+        line = error.position[0]
+        raise InputError(f"{file}, line {line} is not well-formed XML ({error}): copy it again") from error
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+
+
+def veri_code(file: Path, item: ET.Element, key: str, known: Collection[int]) -> int | None:
+    """colorID or typeID of an item, None where it has none; InputError where it is not among the known."""
+    code = item.get(key)
+    if code is None:
+        return None
+    if not code.strip().isdecimal() or int(code) not in known:
+        raise InputError(f"{file}: {item.get('imageName')} has {key} '{code}', known are {min(known)} to {max(known)}")
+    return int(code)
 
 
 def _read_table(
-    file: Path,
-    binary: list[str] | None,
-    categorical: list[str] | None,
-    test_split: str,
-    known: tuple[Attribute, ...] | None,
-    need_train: bool,
-) -> AttributeData:
+    file: Path, binary: list[str] | None, categorical: list[str] | None, test_split: str,
+    known: tuple[Attribute, ...] | None, need_train: bool,
+) -> AttributeData:  # fmt: skip
     if known is not None:
         categorical = list(dict.fromkeys(a.column for a in known if a.value))
         binary = [a.column for a in known if not a.value]
@@ -336,9 +331,6 @@ def _labels(
         yield row
 
 
-# what is said about a set
-
-
 def _describe(data: AttributeData) -> list[str]:
     """Counts, and attributes that a split never shows."""
     parts = {"train": data.train, "test": data.test}
@@ -358,8 +350,6 @@ def _describe(data: AttributeData) -> list[str]:
             notes.append(f"{unknown:,} labels of {split} are unknown: no loss, not scored")
         without = int(((images.labels == 1).sum(axis=1) == 0).sum())
         if without:
-            notes.append(
-                f"{without:,} images of {split} have no true attribute: their accuracy and F1 are 0, as in "
-                "the published code"
-            )
+            said = "their accuracy and F1 are 0, as in the published code"
+            notes.append(f"{without:,} images of {split} have no true attribute: {said}")
     return notes

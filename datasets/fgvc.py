@@ -7,10 +7,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
+from PIL import Image
 
 from datasets.labelled import list_labelled
+from datasets.matfile import read_cell_strings, read_struct_array
 from datasets.path_list import PathList
-from description.matfile import read_cell_strings, read_struct_array
+from datasets.train_items import TrainItems
+from datasets.transforms import whole_image
 from util.errors import InputError
 
 BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
@@ -79,19 +83,17 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
     found = list_labelled(data_path, label_column, ("test", "val"), need_train)
     test = "test" if "test" in found.splits else "val"
     notes = [] if test == "test" else ["there is no split test: scores are of split val"]
-    unused = len(found.labels) - sum(map(len, found.splits.values())) - found.unlabelled
     if found.unlabelled:
         notes.append(f"{found.unlabelled} rows have no '{label_column}' and are left out")
-    if unused:
+    if unused := len(found.labels) - sum(map(len, found.splits.values())) - found.unlabelled:
         notes.append(f"{unused} rows of other splits than train and {test} are not used")
-
     every = FgvcImages(found.paths, found.labels)
     train = every.take(found.splits["train"] if need_train else np.zeros(0, np.int64))
     name = "folder" if data_path.is_dir() else "table"
     return _with_notes(FgvcData(name, train, every.take(found.splits[test]), found.classes, notes), is_cars=False)
 
 
-def in_the_models_classes(data: FgvcData, classes: list[str], file: str | Path) -> FgvcData:
+def renumber_classes(data: FgvcData, classes: list[str], file: str | Path) -> FgvcData:
     """The set with its labels numbered as a trained model has learned them.
 
     Raises:
@@ -114,13 +116,10 @@ def in_the_models_classes(data: FgvcData, classes: list[str], file: str | Path) 
 
 def _read_devkit(folder: Path, need_train: bool) -> FgvcData:
     """StanfordCars as TransFG (`car/`) and torchvision (`stanford_cars/`) want it."""
-    test_file = folder / TEST
-    if not test_file.is_file():
-        test_file = folder / "devkit" / TEST
-    if not test_file.is_file():
+    test_file = next((file for file in (folder / TEST, folder / "devkit" / TEST) if file.is_file()), None)
+    if test_file is None:
         raise InputError(
-            f"{folder} lacks {TEST}; devkit/cars_test_annos.mat holds no classes: get the file with labels "
-            f"and put it there"
+            f"{folder} lacks {TEST}; {UNLABELLED} holds no classes: get the file with labels and put it there"
         )
     notes: list[str] = []
     files = {"train": folder / TRAIN, "test": test_file}
@@ -247,3 +246,50 @@ def _with_notes(data: FgvcData, is_cars: bool) -> FgvcData:
         found = np.bincount(data.train.labels, minlength=len(data.classes))
         notes.append(f"training images of a class: {found.min()} to {found.max()}")
     return replace(data, notes=notes)
+
+
+@dataclass(frozen=True)
+class CropFlipAugment:
+    """The whole picture to `resize`, a random crop of `size`, perhaps mirrored; then AutoAugment's policy of
+    ImageNet (Cubuk et al., 2019, arXiv 1805.09501).
+
+    size, resize: (H, W) in px. flip: chance of mirroring. auto_augment: whether the policy is applied.
+    """
+
+    size: tuple[int, int]
+    resize: tuple[int, int]
+    flip: float = 0.5
+    auto_augment: bool = True
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        """An RGB picture -> [3, H, W] uint8, a function of the picture and of `rng`."""
+        imgs = whole_image(image, self.resize)
+        (height, width), (rows, columns) = self.size, self.resize
+        top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
+        imgs = imgs[:, top : top + height, left : left + width]
+        if rng.random() < self.flip:
+            imgs = imgs.flip(2)
+        return auto_augment(imgs, rng) if self.auto_augment else imgs.contiguous()
+
+
+def auto_augment(imgs: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """One of AutoAugment's 25 sub-policies for ImageNet on [3, H, W] uint8, chosen by `rng`: torchvision
+    draws from torch's global generator, which is set for this image and put back."""
+    from torchvision.transforms import AutoAugment  # here and not above: torchvision takes a second to import
+
+    picture = Image.fromarray(imgs.permute(1, 2, 0).numpy())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(1 << 62)))
+        picture = AutoAugment(fill=[128, 128, 128])(picture)  # grey, as the policy's authors have it
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+class FgvcTrainImages(TrainItems):
+    """Training images: `imgs` [3, H, W] uint8, `labels` int64 scalar."""
+
+    def __init__(self, images: FgvcImages, augment: CropFlipAugment, seed: int):
+        super().__init__(images.paths, augment.resize, seed)
+        self.images, self.augment = images, augment
+
+    def sample(self, content: Image.Image, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        return {"imgs": self.augment(content, rng), "labels": torch.tensor(self.images.labels[index])}

@@ -5,9 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.manifest import list_images, read_manifest
+from datasets.manifest import cell, list_images, read_manifest
 from datasets.path_list import PathList
-from datasets.reid import cell
 from util.errors import InputError
 
 

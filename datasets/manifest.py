@@ -112,6 +112,12 @@ def _rows(file: Path, ending: str, opened) -> Iterator[dict[str, str]]:
             yield row
 
 
+def cell(row: dict, column: str) -> str:
+    """A value of a table as text; '' where there is none (0 is a value)."""
+    value = row.get(column)
+    return "" if value is None else str(value).strip()
+
+
 def _read_json_row(file: Path, number: int, line: str) -> dict:
     try:
         row = json.loads(line)

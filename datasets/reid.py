@@ -12,9 +12,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from datasets.manifest import check_first_exist, iterate_manifest
+from datasets.manifest import cell, check_first_exist, iterate_manifest
 from datasets.path_list import PathList
+from datasets.train_items import TrainItems
+from datasets.transforms import PadCropErase
 from util.errors import InputError
 
 UNKNOWN = -1
@@ -28,6 +31,10 @@ PUBLISHED = {  # images and identities as published; another count is said, not 
         "train": 277_797, "train identities": 30_671, "query_3000": 3000, "gallery_3000": 38_861,
         "query_5000": 5000, "gallery_5000": 64_389, "query_10000": 10_000, "gallery_10000": 128_517,
     },
+}  # fmt: skip
+SIGNS = {  # files and folders by which a layout is recognised
+    "image_train": "veri776", "train_test_split/test_list_800.txt": "vehicleid", "attribute/img2vid.txt": "vehicleid",
+    "train_test_split/train_list.txt": "veriwild", "train_test_split/train_list_start0.txt": "veriwild",
 }  # fmt: skip
 VERI_VIEWS = tuple("01234567")
 VERI_NAME = re.compile(r"(-?\d+)_c(\d+)")
@@ -52,6 +59,22 @@ class ReidImages:
 
     def has_cameras(self) -> bool:
         return bool((self.camids >= 0).all())
+
+
+class ReidTrainImages(TrainItems):
+    """Item (epoch, slot, index) -> imgs [3, H, W] uint8, erase [5] int64, pids, camids, viewids int64 scalars, problem
+    ('' or what was wrong with the file; then another image of the vehicle stands in)."""
+
+    def __init__(self, images: ReidImages, augment: PadCropErase, seed: int):
+        super().__init__(images.paths, augment.size, seed)
+        self.images, self.augment = images, augment
+
+    def stand_ins(self, index: int) -> Iterable[int]:
+        return np.flatnonzero(self.images.pids == self.images.pids[index]).tolist()
+
+    def sample(self, content, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        ids = {name: torch.tensor(getattr(self.images, name)[index]) for name in ("pids", "camids", "viewids")}
+        return self.augment(content, rng) | ids
 
 
 @dataclass(frozen=True)
@@ -99,7 +122,9 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
     data = READERS[format](path, need_train)
     if need_train and not len(data.train):
         raise InputError(f"{path}: no training image is listed")
-    _check_files(data)
+    for images in _all_images(data).values():
+        if len(images):
+            check_first_exist(images.paths, Path(images.paths.root))
     notes = [*data.notes, *_compare_counts(data), *_check_tests(data)]
     return replace(data, notes=notes)
 
@@ -107,20 +132,12 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
 def _detect(path: Path) -> str:
     if path.is_file():
         return "table"
-    signs = {
-        "image_train": "veri776",
-        "train_test_split/test_list_800.txt": "vehicleid",
-        "attribute/img2vid.txt": "vehicleid",
-        "train_test_split/train_list.txt": "veriwild",
-        "train_test_split/train_list_start0.txt": "veriwild",
-    }
-    for sign, name in signs.items():
+    for sign, name in SIGNS.items():
         if (path / sign).exists():
             return name
     raise InputError(
-        f"{path} has no layout that is known: VeRi-776 has image_train/, VehicleID "
-        "train_test_split/test_list_800.txt, VERI-Wild train_test_split/train_list.txt; or give a table "
-        "with the columns path, pid, split"
+        f"{path} has no layout that is known: VeRi-776 has image_train/, VehicleID train_test_split/test_list_800.txt, "
+        "VERI-Wild train_test_split/train_list.txt; or give a table with the columns path, pid, split"
     )
 
 
@@ -165,27 +182,22 @@ def _lines(file: Path) -> list[str]:
     return lines
 
 
-# VeRi-776
-
-
 def read_veri(root: Path, need_train: bool) -> ReidData:
-    """image_{train,query,test}/ with names VVVV_cCCC_TTTTTTTT_K.jpg, name_*.txt where they exist, and the
+    """VeRi-776: image_{train,query,test}/ with names VVVV_cCCC_TTTTTTTT_K.jpg, name_*.txt where they exist, and the
     views of keypoint_{train,test}.txt if someone has put them there."""
     views: dict[str, int] = {}
     for file in (root / "keypoint_train.txt", root / "keypoint_test.txt"):
-        if file.is_file():
-            for number, line in enumerate(_lines(file), 1):
-                words = line.split()
-                if words[-1] not in VERI_VIEWS:
-                    raise InputError(f"{file}, line {number} ends with '{words[-1][:20]}', not with a view 0 to 7")
-                views[words[0].rsplit("/", 1)[-1]] = int(words[-1])
+        for number, line in enumerate(_lines(file) if file.is_file() else (), 1):
+            words = line.split()
+            if words[-1] not in VERI_VIEWS:
+                raise InputError(f"{file}, line {number} ends with '{words[-1][:20]}', not with a view 0 to 7")
+            views[words[0].rsplit("/", 1)[-1]] = int(words[-1])
     parts: dict[str, list[Row]] = {}
     junk = 0
     for part in ("train", "query", "test"):
-        names = root / f"name_{part}.txt"
-        folder = root / f"image_{part}"
+        names, folder = root / f"name_{part}.txt", root / f"image_{part}"
         if names.is_file():
-            listed: Iterable[str] = _lines(names)
+            listed = _lines(names)
         elif folder.is_dir():
             listed = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".jpg")
         elif part == "train" and not need_train:
@@ -200,8 +212,7 @@ def read_veri(root: Path, need_train: bool) -> ReidData:
             if int(found[1]) < 0:  # derived sets mark junk so
                 junk += 1
                 continue
-            row = (f"image_{part}/{name}", found[1], int(found[2]) - 1, views.get(name, UNKNOWN))
-            parts[part].append(row)
+            parts[part].append((f"image_{part}/{name}", found[1], int(found[2]) - 1, views.get(name, UNKNOWN)))
     notes = [f"{junk} images of vehicle -1 are left out"] if junk else []
     if views:
         without = sum(row[3] < 0 for rows in parts.values() for row in rows)
@@ -209,11 +220,8 @@ def read_veri(root: Path, need_train: bool) -> ReidData:
     return build("veri776", root, parts["train"], {"test": (parts["query"], parts["test"])}, notes)
 
 
-# VehicleID
-
-
 def read_vehicleid(root: Path, need_train: bool) -> ReidData:
-    """image/NNNNNNN.jpg; train_test_split/{train_list,test_list_N}.txt with lines `name id`; no cameras."""
+    """VehicleID: image/NNNNNNN.jpg; train_test_split/{train_list,test_list_N}.txt with lines `name id`; no cameras."""
     folder = root / "train_test_split"
 
     def rows(file: Path) -> list[Row]:
@@ -234,24 +242,12 @@ def read_vehicleid(root: Path, need_train: bool) -> ReidData:
     return build("vehicleid", root, rows(folder / "train_list.txt") if has_train else [], tests, [])
 
 
-# VERI-Wild
-
-
 def read_veriwild(root: Path, need_train: bool) -> ReidData:
-    """images/VVVVV/NNNNNN.jpg and train_test_split/ in the old style (`00001/000001`, cameras in
+    """VERI-Wild: images/VVVVV/NNNNNN.jpg and train_test_split/ in the old style (`00001/000001`, cameras in
     vehicle_info.txt) or the new one (`00001/000001.jpg label camera`); the first line of vehicle_info.txt may
     be a header or not."""
     folder = root / "train_test_split"
-    cameras: dict[str, int] | None = None
-
-    def camera_of(image: str, file: Path, number: int) -> int:
-        nonlocal cameras
-        if cameras is None:
-            cameras = _wild_cameras(folder / "vehicle_info.txt")
-        key = image.rsplit("/", 1)[-1]
-        if key not in cameras:
-            raise InputError(f"{file}, line {number}: vehicle_info.txt has no camera for {image}")
-        return cameras[key]
+    cameras: dict[str, int] = {}  # of the old style, read when it is met
 
     def rows(*names: str) -> list[Row]:
         file = next((folder / name for name in names if (folder / name).is_file()), None)
@@ -267,7 +263,11 @@ def read_veriwild(root: Path, need_train: bool) -> ReidData:
                     f"{file}, line {number} is '{line[:60]}', neither '00001/000001' nor "
                     "'00001/000001.jpg label camera'"
                 )
-            camera = int(words[2]) if len(words) == 3 else camera_of(image, file, number)
+            if len(words) == 1 and not cameras:
+                cameras.update(_wild_cameras(folder / "vehicle_info.txt"))
+            camera = int(words[2]) if len(words) == 3 else cameras.get(image.rsplit("/", 1)[-1])
+            if camera is None:
+                raise InputError(f"{file}, line {number}: vehicle_info.txt has no camera for {image}")
             found.append((f"images/{image}.jpg", vehicle, camera, UNKNOWN))
         return found
 
@@ -304,15 +304,6 @@ def _wild_cameras(file: Path) -> dict[str, int]:
         elif number > 1:  # the first may be a header
             raise InputError(f"{file}, line {number} is '{line[:60]}', not 'id/image;camera;...'")
     return cameras
-
-
-# anyone's own
-
-
-def cell(row: dict, column: str) -> str:
-    """A value of a table as text; '' where there is none (0 is a value)."""
-    value = row.get(column)
-    return "" if value is None else str(value).strip()
 
 
 def read_table(file: Path, need_train: bool = True) -> ReidData:
@@ -358,9 +349,6 @@ def read_table(file: Path, need_train: bool = True) -> ReidData:
 READERS = {"veri776": read_veri, "vehicleid": read_vehicleid, "veriwild": read_veriwild, "table": read_table}
 
 
-# checks
-
-
 def _all_images(data: ReidData) -> dict[str, ReidImages]:
     found = {"train": data.train}
     for test, (query, gallery) in data.tests.items():
@@ -370,11 +358,6 @@ def _all_images(data: ReidData) -> dict[str, ReidImages]:
         else:
             found |= {f"query{ending}": query, f"gallery{ending}": gallery}
     return found
-
-
-def _check_files(data: ReidData) -> None:
-    for images in (part for part in _all_images(data).values() if len(part)):
-        check_first_exist(images.paths, Path(images.paths.root))
 
 
 def _compare_counts(data: ReidData) -> list[str]:
@@ -403,8 +386,8 @@ def _check_tests(data: ReidData) -> list[str]:
     for name, (query, gallery) in data.tests.items():
         shared = np.intersect1d(query.pids, np.arange(data.classes))
         if len(shared):
-            notes.append(f"test {name}: {len(shared)} of its identities are trained on, e.g. "
-                         f"{data.pid_names[shared[0]]}")  # fmt: skip
+            example = data.pid_names[shared[0]]
+            notes.append(f"test {name}: {len(shared)} of its identities are trained on, e.g. {example}")
         if gallery is None:
             alone = int((np.unique(query.pids, return_counts=True)[1] < 2).sum())
             if alone:

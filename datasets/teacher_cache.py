@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.text_bank import is_encoded, read_encoded
-from models_teacher import TeacherIdentity
+from datasets.text_bank import TeacherIdentity, is_encoded, read_encoded
 from util.errors import InputError
 
 HEADER = "cache.json"

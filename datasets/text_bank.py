@@ -1,22 +1,36 @@
-"""The text side of the teacher: texts of vehicles -> one unit vector each."""
+"""Banks of texts: what to say of vehicles, and the encoded form that the distillation reads."""
 
 import hashlib
 import itertools
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from models_teacher import TeacherIdentity, check_tokens, encode_texts
-from util.checkpoint import write_safetensors
 from util.errors import InputError
+from util.files import write_atomic
 
 VOCABULARY = Path(__file__).with_name("vocabulary.json")
 FOLDER_FILES = ("bank.json", "bank.npy", "texts.jsonl")
+
+
+@dataclass(frozen=True)
+class TeacherIdentity:
+    """What a text bank or a cache must have been made with; kept in headers as plain values.
+
+    `weights_sha256` also covers what else changes its answers: the activation, size, mean and standard
+    deviation of its input. `tau` is the teacher's own temperature, 1 / exp(logit_scale).
+    """
+
+    model: str
+    weights_sha256: str
+    embed_dim: int
+    tau: float
 
 
 def built_in_texts() -> list[str]:
@@ -50,34 +64,6 @@ def read_texts(file: Path) -> list[str]:
     return texts
 
 
-def build_bank(text_bank: str | None, clip, tokenizer, identity: TeacherIdentity):
-    """The bank U of the distillation.
-
-    Args:
-        text_bank: .txt or .jsonl of texts, an encoded bank (.safetensors, or a folder of
-            main_describe.py), or None for the built-in vehicle vocabulary.
-        clip, tokenizer, identity: the teacher; only used to encode where the file is not encoded.
-    Returns:
-        (embeddings [T, D_t] float32 CPU unit rows, texts, one line that says what it is).
-    Raises:
-        InputError: no such file, too few texts, or a bank that is damaged or that another teacher made.
-    """
-    if text_bank is None:
-        texts, source = built_in_texts(), "built-in vehicle vocabulary"
-    else:
-        file, source = Path(text_bank), str(text_bank)
-        if not file.exists():
-            raise InputError(f"--text_bank {file} does not exist: give texts, one a line (.txt)")
-        if is_encoded(file):
-            return read_encoded(file, identity)
-        if file.suffix not in (".txt", ".jsonl"):
-            raise InputError(f"--text_bank {file}: give .txt, .jsonl, .safetensors or a folder of main_describe.py")
-        texts = read_texts(file)
-        check_tokens(tokenizer, texts, getattr(tokenizer, "context_length", None) or clip.context_length)
-    embeddings = encode_texts(clip, tokenizer, texts).cpu()
-    return embeddings, texts, f"{len(texts)} texts of {source}"
-
-
 def is_encoded(text_bank: Path) -> bool:
     """Whether a bank holds embeddings, so that no text tower is needed."""
     return text_bank.suffix == ".safetensors" or text_bank.is_dir()
@@ -103,7 +89,8 @@ def save_bank(file: Path, embeddings: torch.Tensor, texts: list[str], identity) 
         "texts_sha256": hash_texts(texts),
         "teacher": json.dumps(asdict(identity)),
     }
-    write_safetensors(file, {"bank": embeddings}, header)
+    data = save({"bank": embeddings.contiguous()}, header)
+    write_atomic(file, lambda opened: opened.write(data))
 
 
 def load_bank(file: Path, identity: TeacherIdentity) -> tuple[torch.Tensor, list[str]]:

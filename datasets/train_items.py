@@ -1,77 +1,61 @@
-"""Training images of a task whose batches are drawn evenly: one item, and what stands in for a broken one."""
+"""Training images of a task: one item, and what stands in for a broken one."""
 
+import itertools
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import Dataset
 
-from datasets.augment import AUGMENT_STREAM
-from datasets.images import UNREADABLE, why_unreadable
-from datasets.pretrain import REPLACEMENT_TRIES, EpochBatches
-from datasets.transforms import sample_rng
-from util.dist import get_rank, get_world_size
-from util.errors import InputError
+from datasets.images import UNREADABLE, open_reduced, why_unreadable
+from datasets.path_list import PathList
+from datasets.pretrain import REPLACEMENT_TRIES
+from datasets.transforms import AUGMENT_STREAM, jpeg_reduction, sample_rng
 
 
 class TrainItems(Dataset, ABC):
-    """Item (epoch, index) -> image `index` as the epoch shows it, with its targets: a function of (seed,
-    epoch, index). A subclass says how one is read and what is made of it.
+    """Item (epoch, index) -> image `index` as the epoch shows it, with its targets; (epoch, slot, index) where an
+    image may fill several slots of an epoch. A function of (seed, epoch, slot or index).
 
     Args:
-        count: images. seed: of the augmentation.
+        size: (H, W) in px that the augmentation starts from. seed: of the augmentation.
     """
 
-    def __init__(self, count: int, seed: int):
-        self.count, self.seed = count, seed
-
-    @abstractmethod
-    def read(self, index: int):
-        """Image `index`, decoded; raises one of `UNREADABLE`."""
+    def __init__(self, paths: PathList, size: tuple[int, int], seed: int):
+        self.paths, self.size, self.seed = paths, size, seed
 
     @abstractmethod
     def sample(self, content, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """What was read of image `index` -> `imgs` [3, H, W] uint8 and the targets."""
 
-    @abstractmethod
-    def relative(self, index: int) -> str:
-        """The name of image `index` in messages."""
+    def read(self, index: int):
+        """Image `index`, decoded; raises one of `UNREADABLE`."""
+        return open_reduced(self.paths[index], lambda *full: jpeg_reduction((0, 0, *full), self.size))[0]
 
-    @abstractmethod
     def blank(self):
         """What stands in where no image can be read."""
+        return Image.new("RGB", self.size[::-1], "grey")
+
+    def stand_ins(self, index: int) -> Iterable[int]:
+        """Images that may be shown in place of a broken one, with their own targets."""
+        return (i % len(self.paths) for i in range(index + 1, index + REPLACEMENT_TRIES))
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.paths)
 
-    def __getitem__(self, item: tuple[int, int]) -> dict:
-        """-> `sample`, and `problem`: '' or what was wrong with the file; then the next readable image stands
-        in, with its own targets."""
-        epoch, index = item
+    def __getitem__(self, item: tuple[int, ...]) -> dict:
+        """-> `sample`, and `problem`: '' or what was wrong with the file, in place of which another stands."""
+        epoch, place, index = item[0], item[1], item[-1]
+        rng = sample_rng(self.seed, epoch, place, AUGMENT_STREAM)
         problem = ""
-        rng = sample_rng(self.seed, epoch, index, AUGMENT_STREAM)
-        for used in range(index, index + min(REPLACEMENT_TRIES, self.count)):
-            used %= self.count
+        for used in itertools.chain([index], self.stand_ins(index)):
             try:
                 content = self.read(used)
             except UNREADABLE as error:
-                problem = problem or f"{self.relative(index)}\t{why_unreadable(error)}"
+                problem = problem or f"{self.paths.relative(index)}\t{why_unreadable(error)}"
                 continue
             return self.sample(content, used, rng) | {"problem": problem}
         # a run this full of bad files is stopped by --max_bad_ratio; until then it gets grey
         return self.sample(self.blank(), index, rng) | {"problem": problem}
-
-
-def epoch_batches(num_images: int, batch_size: int, seed: int) -> EpochBatches:
-    """This rank's batches of (epoch, index).
-
-    Raises:
-        InputError: the images do not fill one batch of all ranks.
-    """
-    world = get_world_size()
-    if num_images < batch_size * world:
-        raise InputError(
-            f"{num_images} training images do not fill one batch of {batch_size * world} (--batch_size "
-            f"{batch_size} x {world} processes): lower --batch_size to at most {max(num_images // world, 1)}"
-        )
-    return EpochBatches(num_images, batch_size, get_rank(), world, seed)

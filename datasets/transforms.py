@@ -2,14 +2,15 @@
 
 import math
 import threading
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-CROP_STREAM, MASK_STREAM = 0, 1  # independent random streams of one (seed, epoch, index)
-CROP_TRIES = 10
+CROP_STREAM, MASK_STREAM, AUGMENT_STREAM = 0, 1, 2  # independent random streams of one (seed, epoch, index)
+TRIES = 10
 
 
 def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:
@@ -18,8 +19,8 @@ def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Gene
 
 
 class ThreadRng(threading.local):
-    """`sample_rng` without making a generator for each image, a sixth of the time: one generator of each
-    thread is set to the place asked for. For numbers drawn at once; the next call moves it on."""
+    """`sample_rng` in a sixth of its time: each thread has one generator, set to the place asked for. Draw at once:
+    the next call moves it."""
 
     def __init__(self):
         self.philox = np.random.Philox(0)
@@ -49,7 +50,7 @@ def random_crop_box(
     Area uniform in [min_area, 1] of the image, aspect log-uniform in [3/4, 4/3], ten tries, then
     the largest central crop of allowed aspect (torchvision's RandomResizedCrop rule).
     """
-    draws = rng.random((CROP_TRIES, 4))
+    draws = rng.random((TRIES, 4))
     flip = bool(rng.random() < 0.5)
     low, high = math.log(3 / 4), math.log(4 / 3)
     for area_draw, aspect_draw, x_draw, y_draw in draws.tolist():
@@ -75,11 +76,7 @@ def jpeg_reduction(box: tuple[int, int, int, int], size: tuple[int, int], oversa
 
 
 def crop_resize(
-    image: Image.Image,
-    box: tuple[int, int, int, int],
-    size: tuple[int, int],
-    flip: bool,
-    full_size: tuple[int, int] | None = None,
+    image: Image.Image, box: tuple, size: tuple[int, int], flip: bool, full_size: tuple[int, int] | None = None
 ) -> torch.Tensor:
     """Box of an RGB image, bicubic with antialiasing to (H, W) -> [3, H, W] uint8.
 
@@ -102,3 +99,58 @@ def crop_resize(
 def whole_image(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     """The evaluation view: the whole picture, bicubic to (H, W), no crop -> [3, H, W] uint8."""
     return crop_resize(image, (0, 0, *image.size), size, flip=False)
+
+
+@dataclass(frozen=True)
+class PadCropErase:
+    """Resize, flip, pad and crop: the recipe of re-identification (Luo et al., 2019, Sec. 2). Erasing follows on the
+    device, after normalisation, since its noise is normal there (Zhong et al., 2020, arXiv 1708.04896).
+
+    size: (H, W) in px. flip: chance of mirroring. pad: black border in px, some of which a random crop cuts
+    off again. erase: chance of losing a rectangle.
+    """
+
+    size: tuple[int, int]
+    flip: float = 0.5
+    pad: int = 10
+    erase: float = 0.5
+
+    def __call__(self, image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """An RGB picture -> `imgs` [3, H, W] uint8 and `erase` [5] int64 for `erase_boxes`."""
+        height, width = self.size
+        imgs = whole_image(image, self.size)
+        if rng.random() < self.flip:
+            imgs = imgs.flip(2)
+        top, left = rng.integers(0, 2 * self.pad + 1, 2).tolist()
+        imgs = F.pad(imgs, (self.pad,) * 4)[:, top : top + height, left : left + width].contiguous()
+        erase = erase_box(rng, self.size) if rng.random() < self.erase else (0, 0, 0, 0)
+        return {"imgs": imgs, "erase": torch.tensor([*erase, int(rng.integers(1 << 62))])}
+
+
+def erase_box(
+    rng: np.random.Generator, size: tuple[int, int], area: tuple[float, float] = (0.02, 1 / 3), aspect: float = 0.3
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) in px: area uniform in its range as a fraction of the image, height / width
+    log-uniform in [aspect, 1 / aspect], ten tries; height 0: none fitted."""
+    height, width = size
+    for _ in range(TRIES):
+        pixels = rng.uniform(*area) * height * width
+        ratio = math.exp(rng.uniform(math.log(aspect), -math.log(aspect)))
+        h, w = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < h < height and 0 < w < width:
+            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+    return 0, 0, 0, 0
+
+
+def erase_boxes(imgs: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
+    """Normal noise in one rectangle of each image, in place.
+
+    Args:
+        imgs: [N, 3, H, W] float, normalised, on any device.
+        boxes: [N, 5] int64 on the CPU: top, left, height, width in px, seed of the noise.
+    """
+    for image, (top, left, height, width, seed) in zip(imgs, boxes.tolist()):
+        if height:
+            generator = torch.Generator(imgs.device).manual_seed(seed)
+            image[:, top : top + height, left : left + width].normal_(generator=generator)
+    return imgs

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.fgvc import ANNOS_FIELDS, BOX, DEVKIT_FIELDS, TEST, TRAIN, UNLABELLED
-from datasets.partimagenet import BACKGROUND_ID
+from datasets.seg import BACKGROUND_ID
 from demo import draw as demo
 from demo.folder import demo_parser, holds_set, run_demo, write_folder
 from demo.matfile import write_mat

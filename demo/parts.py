@@ -18,7 +18,7 @@ import contourpy
 import numpy as np
 from PIL import Image
 
-from datasets.partimagenet import BACKGROUND_ID, PARTS, part_names
+from datasets.seg import BACKGROUND_ID, PARTS, part_names
 from demo.bicycle import render_bicycle
 from demo.folder import demo_parser, holds_set, run_demo, write_folder
 from demo.others import draw_other

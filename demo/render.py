@@ -12,7 +12,7 @@ from functools import cache, partial
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from datasets.partimagenet import BACKGROUND_ID
+from datasets.seg import BACKGROUND_ID
 from demo.vehicle import BODIES, CAMERAS, CHROME, COLOURS, DARK, GLASS, SHEEN, VIEWS, Body, Camera, demo_rng, vehicle
 
 CAR_BODY, CAR_TYRE, CAR_MIRROR = 24, 25, 26  # PartImageNet's ids

@@ -5,11 +5,11 @@ names and DVM-CAR. Every reader raises InputError naming file and, where there i
 """
 
 import re
-import xml.etree.ElementTree as ET
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from datasets.attr import veri_code, veri_xml
 from description.canonical import TABLE
 from description.matfile import read_cell_strings
 from description.tables import iterate_table, read_text
@@ -82,27 +82,6 @@ def read_veri(path: Path) -> Rows:
             if code is not None:
                 row[slot] = names[slot][code]
         yield row
-
-
-def veri_xml(file: Path) -> ET.Element:
-    """The root of one of VeRi-776's label files. They declare gb2312, which ElementTree refuses, so they are
-    decoded first."""
-    text = re.sub(r"^\s*<\?xml[^>]*\?>", "", read_text(file, "gb18030"))
-    try:
-        return ET.fromstring(text)
-    except ET.ParseError as error:
-        line = error.position[0]
-        raise InputError(f"{file}, line {line} is not well-formed XML ({error}): copy it again") from error
-
-
-def veri_code(file: Path, item: ET.Element, key: str, known: Collection[int]) -> int | None:
-    """colorID or typeID of an item, None where it has none; InputError where it is not among the known."""
-    code = item.get(key)
-    if code is None:
-        return None
-    if not code.strip().isdecimal() or int(code) not in known:
-        raise InputError(f"{file}: {item.get('imageName')} has {key} '{code}', known are {min(known)} to {max(known)}")
-    return int(code)
 
 
 def read_vehicleid(path: Path) -> Rows:

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from datasets.attr import AttributeData, AttributeTrainImages, read_attribute_set
-from datasets.augment import PadCropErase
-from datasets.train_items import epoch_batches
+from datasets.samplers import epoch_batches
+from datasets.transforms import PadCropErase
 from engine_extract import WholeImages
 from finetune.attr_model import KIND, Known, attr_config, load_vtb
 from finetune.attr_text import text_vectors

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datasets.fgvc import FgvcData, in_the_models_classes, read_fgvc
-from datasets.fgvc_train import CenterCrops, CropFlipAugment, FgvcTrainImages
-from datasets.train_items import epoch_batches
+from datasets.eval_images import CenterCrops
+from datasets.fgvc import CropFlipAugment, FgvcData, FgvcTrainImages, read_fgvc, renumber_classes
+from datasets.samplers import epoch_batches
 from finetune.encoder import build_encoder, check_trained
 from finetune.fgvc_model import KIND, fgvc_config, load_fgvc
 from finetune.predict import predict, write_unreadable
@@ -177,7 +177,7 @@ def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> di
             f"{model.base.img_size[1]} px that {args.resume} was trained with"
         )
     data = read_fgvc(args.data_path, args.label_column, need_train=False)
-    data = in_the_models_classes(data, config["classes"], args.resume)
+    data = renumber_classes(data, config["classes"], args.resume)
     print_main(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes))
     print_main(f"model {args.resume}:\n{report}\n{parts_line(model)}")
     size = resized(model.base.img_size, args.resize) if args.resize else tuple(config["resize"])

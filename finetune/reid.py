@@ -8,10 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from datasets.augment import PadCropErase, erase_boxes
-from datasets.pk_batches import count_used
-from datasets.reid import ReidData, ReidImages, read_reid
-from datasets.reid_train import PKBatches, ReidTrainImages
+from datasets.reid import ReidData, ReidImages, ReidTrainImages, read_reid
+from datasets.samplers import PKBatches, count_used
+from datasets.transforms import PadCropErase, erase_boxes
 from finetune.encoder import build_encoder, check_trained
 from finetune.predict import write_unreadable
 from finetune.reid_eval import evaluate_reid, flat_metrics, result_lines, unreadable_of

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import torch
 
-from datasets.seg import LABEL_SPACES, SPLITS, PartsData, read_parts
-from datasets.seg_train import PartsAugment, PartsTrainItems
-from datasets.train_items import epoch_batches
+from datasets.samplers import epoch_batches
+from datasets.seg import LABEL_SPACES, SPLITS, PartsAugment, PartsData, PartsTrainItems, read_parts
 from finetune.encoder import build_encoder, check_trained, encoder_of
 from finetune.predict import write_unreadable
 from finetune.seg_eval import MODES, PartsResult, evaluate_parts, look_at

@@ -10,8 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
-from datasets.seg import LabelSpace, PartsSplit, open_pair
-from datasets.seg_train import PartsTestItems, shown_to_model
+from datasets.seg import LabelSpace, PartsSplit, PartsTestItems, open_pair, shown_to_model
 from metrics.seg import confusion_matrix
 from models_setr import SETR
 from util.dist import get_rank, get_world_size, is_main_process

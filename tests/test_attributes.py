@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from datasets.attr import VERI, Attribute, AttributeTrainImages, read_attribute_set
-from datasets.augment import PadCropErase
+from datasets.transforms import PadCropErase
 from demo.reid import VERI_COLOURS, VERI_TYPES, VERI_WORDS, plan, write_demo_reid
 from finetune.attr_text import orthogonal_vectors, sentence, vectors_of_clip, vectors_of_file
 from metrics.attr import attribute_metrics, attribute_rows, average_precision, constant_answer, group_top1

@@ -16,7 +16,8 @@ from datasets.images import UNREADABLE, open_reduced, open_rgb
 from datasets.labelled import list_labelled
 from datasets.manifest import list_images
 from datasets.path_list import PathList
-from datasets.pretrain import EpochBatches, PretrainDataset, build_loader
+from datasets.pretrain import PretrainDataset, build_loader
+from datasets.samplers import EpochBatches
 from datasets.transforms import (
     CROP_STREAM,
     MASK_STREAM,

@@ -11,8 +11,17 @@ import torch
 from conftest import write_pictures
 from PIL import Image
 
-from datasets.fgvc import DEVKIT_FIELDS, TEST, TRAIN, in_the_models_classes, read_fgvc
-from datasets.fgvc_train import CenterCrops, CropFlipAugment, FgvcTrainImages, auto_augment
+from datasets.eval_images import CenterCrops
+from datasets.fgvc import (
+    DEVKIT_FIELDS,
+    TEST,
+    TRAIN,
+    CropFlipAugment,
+    FgvcTrainImages,
+    auto_augment,
+    read_fgvc,
+    renumber_classes,
+)
 from demo import cars as demo_cars
 from demo.cars import write_demo_cars
 from demo.matfile import write_mat
@@ -238,11 +247,11 @@ def test_folders_and_tables(tmp_path):
 
 def test_labels_in_the_numbers_of_a_model(cars):
     data = read_fgvc(cars / "transfg")
-    assert in_the_models_classes(data, data.classes, "m.pth") is data
-    turned = in_the_models_classes(data, ["other", *data.classes[::-1]], "m.pth")
+    assert renumber_classes(data, data.classes, "m.pth") is data
+    turned = renumber_classes(data, ["other", *data.classes[::-1]], "m.pth")
     assert as_rows(turned) == as_rows(data) and turned.test.labels.max() == 6
     with pytest.raises(InputError, match="m.pth knows 5 classes .*, not 'Velmar Sedan 2012' of 1 test"):
-        in_the_models_classes(data, data.classes[:-1], "m.pth")
+        renumber_classes(data, data.classes[:-1], "m.pth")
 
 
 # pictures

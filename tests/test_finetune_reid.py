@@ -12,9 +12,9 @@ import torch
 from conftest import ROOT, command, parse, run_command
 
 import main_finetune
-from datasets.augment import PadCropErase, erase_box, erase_boxes
 from datasets.reid import read_reid
-from datasets.reid_train import PKBatches
+from datasets.samplers import PKBatches
+from datasets.transforms import PadCropErase, erase_box, erase_boxes
 from demo.reid import write_demo_reid
 from engine_finetune import forward_backward, seed_of_step
 from finetune.reid_eval import extract_reid

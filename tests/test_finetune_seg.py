@@ -14,10 +14,7 @@ from conftest import command, parse, read_log, run_command
 from PIL import Image
 
 import main_finetune
-from datasets.partimagenet import KINDS, SYNSETS, kind_of, part_names
-from datasets.polygons import fill_polygon
-from datasets.seg import open_mask, open_pair, read_parts
-from datasets.seg_train import PartsAugment, distort_colours
+from datasets.seg import KINDS, PartsAugment, distort_colours, open_mask, open_pair, part_names, read_parts
 from demo import parts as demo_parts
 from demo.bicycle import render_bicycle
 from demo.parts import write_demo_parts
@@ -28,6 +25,7 @@ from metrics.seg import confusion_matrix, segmentation_numbers
 from models_setr import SETR, TAPS, SameOnAnyRanksBatchNorm, SETRConfig, scaled_taps, setr_loss, synchronized
 from models_vit import VisionTransformer
 from tools import convert_partimagenet
+from tools.convert_partimagenet import SYNSETS, fill_polygon, kind_of
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
 from util.optim import poly_lr

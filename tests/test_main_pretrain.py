@@ -83,7 +83,8 @@ def test_trivial_baselines_of_known_answers():
 def test_no_distill_is_plain_mae_bit_for_bit(pictures, tmp_path):
     """The loop against a few lines of MAE with torch's own AdamW: same losses, same weights."""
     from datasets.manifest import list_images
-    from datasets.pretrain import EpochBatches, PretrainDataset
+    from datasets.pretrain import PretrainDataset
+    from datasets.samplers import EpochBatches
     from models_mae import MODELS
     from util.optim import adamw_groups, cosine_lr
 

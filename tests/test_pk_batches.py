@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from datasets.pk_batches import count_used, pk_batches
+from datasets.samplers import count_used, pk_batches
 from util.errors import InputError
 
 # vehicle: images; 3 and 7 have fewer than K

@@ -100,17 +100,6 @@ def test_recompilations_are_counted():
     assert second["recompiles"] == first["recompiles"] + 1
 
 
-def test_gpu_decoding_without_a_gpu_is_refused(pictures, tmp_path):
-    with pytest.raises(InputError, match="--decode gpu needs a CUDA device"):
-        run_main(small_flags(pictures, tmp_path / "run", "--no_distill", "--decode", "gpu"))
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-def test_gpu_decoding_trains(pictures, tmp_path):
-    flags = small_flags(pictures, tmp_path / "run", "--no_distill", "--decode", "gpu", "--device", "cuda")
-    assert run_main(flags)["train_loss"] > 0
-
-
 BENCHMARKS = [
     (step, "--model mae_vit_tiny_patch16 --input_size 32 --batch_size 2", ["mae", "ours"]),
     (data, "--images 8 --input_size 32", ["mae", "packed", "ours"]),

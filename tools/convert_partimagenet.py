@@ -8,30 +8,61 @@ counted and printed, file by file in OUTPUT/conversion.json. The output appears 
 """
 
 import argparse
+from pathlib import Path
+
+from util.cli import Parser, run_tool
+
+
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = Parser("tools.convert_partimagenet", __doc__)
+    add = parser.add_argument
+    add("--input", type=Path, required=True, help="folder of the release")
+    add("--output", type=Path, required=True, help="folder to write")
+    add("--release", default="auto", choices=("auto", "ood", "seg"), help="which it is (default auto)")
+    add("--label_space", default="vehicle_parts", choices=("car_parts", "car_bicycle", "vehicle_parts"),
+        help="whose parts become classes; only their pictures are kept (default vehicle_parts)")  # fmt: skip
+    add("--resplit", action=argparse.BooleanOptionalAction, default=None,
+        help="split each class anew (default: on for ood, off for seg)")  # fmt: skip
+    add("--seed", default=0, type=int, help="seed of the new splits (default 0)")
+    add("--link", action="store_true", help="link the images instead of copying them (default off)")
+    add("--processes", default=None, type=int, help="workers (default: one a core)")
+    return parser
+
+
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
+
+import hashlib
 import json
+import os
 import re
 import shutil
+import tempfile
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from datasets.images import UNREADABLE, is_turned, why_unreadable
 from datasets.manifest import IMAGE_ENDINGS
-from datasets.partimagenet import BACKGROUND_ID, KINDS, NUM_IDS, PARTS, kind_of, part_names
-from datasets.polygons import fill_polygon
-from datasets.seg import SPLITS, open_mask, read_parts
-from demo.folder import holds_set, write_folder
-from demo.vehicle import demo_rng
-from metrics.seg import IGNORE
-from util.cli import Parser, run_tool
+from datasets.seg import BACKGROUND_ID, IGNORE, KINDS, PARTS, SPLITS, open_mask, part_names, read_parts
 from util.errors import InputError
+from util.parallel import map_in_order, worker_pool
 
+NUM_IDS = 40  # 0 to 23 are parts of animals, 38 and 39 of bottles
 TEST_SHARE, VAL_SHARE = 0.10, 0.05  # about those of the release "_Seg"
 SYNSET = re.compile(r"n\d{8}")
+SYNSETS = {
+    "Car": (
+        "n02701002 n02814533 n02930766 n03100240 n03417042 n03444034 n03445924 n03594945 n03670208 n03769881 "
+        "n03770679 n03977966 n04037443 n04065272 n04146614 n04252225 n04285008 n04465501 n04487081"
+    ).split(),
+    "Bicycle": "n02835271 n03785016 n03791053 n03792782 n04482393 n04509417".split(),
+    "Boat": "n03947888 n04147183 n04483307 n04612504".split(),
+    "Aeroplane": "n02690373 n04552348".split(),
+}
 
 
 @dataclass
@@ -44,22 +75,6 @@ class Found:
     counts: Counter = field(default_factory=Counter)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = Parser("tools.convert_partimagenet", __doc__)
-    add = parser.add_argument
-    add("--input", type=Path, required=True, help="folder of the release")
-    add("--output", type=Path, required=True, help="folder to write")
-    add("--release", default="auto", choices=("auto", "ood", "seg"), help="which it is (default auto)")
-    add("--label_space", default="vehicle_parts", choices=tuple(KINDS),
-        help="whose parts become classes; only their pictures are kept (default vehicle_parts)")  # fmt: skip
-    add("--resplit", action=argparse.BooleanOptionalAction, default=None,
-        help="split each class anew (default: on for ood, off for seg)")  # fmt: skip
-    add("--seed", default=0, type=int, help="seed of the new splits (default 0)")
-    add("--link", action="store_true", help="link the images instead of copying them (default off)")
-    add("--processes", default=None, type=int, help="workers (default: one a core)")
-    return parser
-
-
 def main(args) -> dict:
     """Convert; returns the counts of conversion.json."""
     source, output = args.input.absolute(), args.output.absolute()
@@ -69,40 +84,30 @@ def main(args) -> dict:
     resplit = release == "ood" if args.resplit is None else args.resplit
     settings = {"input": str(source), "release": release, "label_space": args.label_space}
     settings |= {"resplit": args.seed if resplit else None}
-    about = json.dumps(settings, indent=1) + "\n"
-    if holds_set(output, "source.json", about, "conversion"):
-        print(f"{output} already holds this conversion: left as it is", flush=True)
-        return json.loads((output / "conversion.json").read_text())
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        report = output / "conversion.json"
+        result = json.loads(report.read_text()) if report.is_file() else {}
+        if {name: result.get(name) for name in settings} == settings:
+            print(f"{output} already holds this conversion: left as it is", flush=True)
+            return result
+        raise InputError(f"{output} exists and does not hold this conversion: name another output or remove it first.")
     found = (read_ood if release == "ood" else read_seg)(source, args.label_space)
     if not found.rows:
+        reasons = ", ".join(f"{len(names)} x {why}" for why, names in found.left_out.items())
         raise InputError(
             f"{source} has no picture of {', '.join(KINDS[args.label_space])} that can be used; left out: "
-            f"{_reasons(found) or 'nothing, it holds no such picture'}"
+            f"{reasons or 'nothing, it holds no such picture'}"
         )
     if resplit:
         split_anew(found.rows, args.seed)
-    for row in found.rows:
-        row["path"] = f"images/{row['split']}/{row['name']}"
     result = {**settings, **summary(found)}
-
-    def finish(folder: Path) -> None:
-        classes = {"classes": ["background", *part_names(args.label_space)], "ignore": IGNORE}
-        (folder / "classes.json").write_text(json.dumps(classes, indent=1) + "\n")
-        (folder / "conversion.json").write_text(json.dumps(result, indent=1) + "\n")
-        (folder / "source.json").write_text(about)
-
-    job = partial(write_pair, space=args.label_space, link=args.link)
-    write_folder(output, found.rows, job, args.processes, finish)
-    report(result, output)
+    write_set(output, found.rows, result, args.link, args.processes or os.cpu_count() or 1)
+    say(result, output)
     return result
 
 
 def which_release(source: Path) -> str:
-    """ood or seg, by the files that are there.
-
-    Raises:
-        InputError: neither.
-    """
+    """ood or seg, by the files that are there."""
     if any(file.is_file() for file in json_files(source).values()):
         return "ood"
     if (source / "annotations" / "train").is_dir():
@@ -115,11 +120,13 @@ def which_release(source: Path) -> str:
 
 def json_files(source: Path) -> dict[str, Path]:
     """{split: its json}, beside the images or in annotations/."""
-    found = {}
-    for split in SPLITS:
-        beside = source / f"{split}.json"
-        found[split] = beside if beside.is_file() else source / "annotations" / f"{split}.json"
-    return found
+    beside = {split: source / f"{split}.json" for split in SPLITS}
+    return {s: file if file.is_file() else source / "annotations" / file.name for s, file in beside.items()}
+
+
+def kind_of(synset: str) -> str | None:
+    """Car, Bicycle, Boat, Aeroplane, or None for what is no vehicle."""
+    return next((kind for kind, synsets in SYNSETS.items() if synset in synsets), None)
 
 
 def read_ood(source: Path, space: str) -> Found:
@@ -129,40 +136,28 @@ def read_ood(source: Path, space: str) -> Found:
         if not file.is_file():
             continue
         content = read_coco(file)
-        polygons: dict[int, list] = defaultdict(list)
+        annotations: dict[int, list] = defaultdict(list)
         for annotation in content["annotations"]:
-            polygons[annotation["image_id"]].append(annotation)
+            annotations[annotation["image_id"]].append(annotation)
         root = next((p for p in (source / split, source / "images" / split) if p.is_dir()), source / split)
         for image in content["images"]:
-            name = Path(image["file_name"]).name
-            kind = kind_of(name[:9])
-            if kind not in KINDS[space]:
+            name, size = Path(image["file_name"]).name, (image["width"], image["height"])
+            if kind_of(name[:9]) not in KINDS[space]:
                 found.counts["pictures of something else"] += 1
                 continue
             picture = next((p for p in (root / name[:9] / name, root / name) if p.is_file()), None)
-            why = size_problem(picture, (image["width"], image["height"])) if picture else "no such file"
-            if why:
-                found.left_out[why].append(f"{split}/{name}")
-                continue
-            drawn = usable(polygons[image["id"]], found.counts)
+            why = size_problem(picture, size) if picture else "no such file"
+            drawn = [] if why else usable(annotations[image["id"]], found.counts)
             if not drawn:  # all background would teach that there is no vehicle
-                found.left_out["no annotation that can be drawn"].append(f"{split}/{name}")
+                found.left_out[why or "no annotation that can be drawn"].append(f"{split}/{name}")
                 continue
-            found.rows.append(
-                {
-                    "source": picture, "split": split, "synset": name[:9], "name": name,
-                    "size": (image["width"], image["height"]), "polygons": drawn,
-                }
-            )  # fmt: skip
+            row = {"source": picture, "split": split, "synset": name[:9], "name": name}
+            found.rows.append(row | {"size": size, "polygons": drawn})
     return found
 
 
 def read_coco(file: Path) -> dict:
-    """A json of COCO's form whose ids of parts are those of the release.
-
-    Raises:
-        InputError: it is not, or counts from another number.
-    """
+    """A json of COCO's form whose ids of parts are those of the release; InputError where it is not."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         names = {c["id"]: f"{c.get('supercategory', '')} {c['name']}" for c in content.get("categories", ())}
@@ -172,16 +167,15 @@ def read_coco(file: Path) -> dict:
             if not 0 <= int(annotation["category_id"]) < NUM_IDS:
                 raise ValueError(f"category_id {annotation['category_id']}, but ids go to {NUM_IDS - 1}")
             annotation["image_id"]  # noqa: B018
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is no COCO json of PartImageNet: {type(error).__name__} {error}") from error
-    for parts in PARTS.values():
-        for number, part in parts.items():
-            places = [i for i, name in names.items() if _letters(name).endswith(_letters(part))]
-            if places and number not in places:
-                raise InputError(
-                    f"{file} calls category {places[0]} '{part}', which is {number} in the release (ids 0 "
-                    f"to {NUM_IDS - 1}): give the release's own json"
-                )
+    for number, part in (pair for parts in PARTS.values() for pair in parts.items()):
+        places = [i for i, name in names.items() if _letters(name).endswith(_letters(part))]
+        if places and number not in places:
+            raise InputError(
+                f"{file} calls category {places[0]} '{part}', which is {number} in the release (ids 0 "
+                f"to {NUM_IDS - 1}): give the release's own json"
+            )
     return content
 
 
@@ -212,21 +206,19 @@ def read_seg(source: Path, space: str) -> Found:
     for split in SPLITS:
         folder, masks = source / "images" / split, source / "annotations" / split
         for picture in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            name = picture.name
             if picture.suffix.lower() not in IMAGE_ENDINGS:
                 continue
-            name = picture.name
-            if not SYNSET.match(name):
-                found.left_out["the name does not begin with a synset"].append(f"{split}/{name}")
-            elif kind_of(name[:9]) not in KINDS[space]:
+            if SYNSET.match(name) and kind_of(name[:9]) not in KINDS[space]:
                 found.counts["pictures of something else"] += 1
-            else:
-                mask = masks / picture.relative_to(folder).with_suffix(".png")
-                why = mask_problem(picture, mask)
-                if why:
-                    found.left_out[why].append(f"{split}/{name}")
-                else:
-                    row = {"source": picture, "split": split, "synset": name[:9], "name": name, "mask": mask}
-                    found.rows.append(row)
+                continue
+            mask = masks / picture.relative_to(folder).with_suffix(".png")
+            is_named = SYNSET.match(name)
+            why = mask_problem(picture, mask) if is_named else "the name does not begin with a synset"
+            if why:
+                found.left_out[why].append(f"{split}/{name}")
+                continue
+            found.rows.append({"source": picture, "split": split, "synset": name[:9], "name": name, "mask": mask})
     return found
 
 
@@ -241,11 +233,7 @@ def size_problem(picture: Path, size: tuple[int, int]) -> str:
 
 
 def mask_problem(picture: Path, file: Path) -> str:
-    """'' or why a pair cannot be used.
-
-    Raises:
-        InputError: values that the release does not have.
-    """
+    """'' or why a pair cannot be used; InputError where values are not the release's."""
     if not file.is_file():
         return "no mask"
     try:
@@ -267,39 +255,43 @@ def split_anew(rows: list[dict], seed: int) -> None:
     for row in sorted(rows, key=lambda row: row["name"]):
         by_synset[row["synset"]].append(row)
     for synset, part in by_synset.items():
-        order = demo_rng("resplit", seed, synset).permutation(len(part))
+        key = hashlib.blake2b(f"resplit/{seed}/{synset}".encode(), digest_size=16).digest()
+        rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
         few = int(len(part) >= 3)
         test, val = (max(few, round(share * len(part))) for share in (TEST_SHARE, VAL_SHARE))
-        for place, index in enumerate(order.tolist()):
+        for place, index in enumerate(rng.permutation(len(part)).tolist()):
             part[index]["split"] = "test" if place < test else "val" if place < test + val else "train"
 
 
 def summary(found: Found) -> dict:
     """Counts of what is there and of what is not."""
-    pictures = {
-        split: dict(sorted(Counter(kind_of(r["synset"]) for r in found.rows if r["split"] == split).items()))
-        for split in SPLITS
-    }
-    synsets = len({row["synset"] for row in found.rows})
+    kinds = {split: Counter(kind_of(r["synset"]) for r in found.rows if r["split"] == split) for split in SPLITS}
     return {
-        "pictures": pictures,
-        "synsets": synsets,
+        "pictures": {split: dict(sorted(counts.items())) for split, counts in kinds.items()},
+        "synsets": len({row["synset"] for row in found.rows}),
         "dropped": {name: count for name, count in sorted(found.counts.items()) if count},
         "left_out": dict(found.left_out),
     }
 
 
-def _reasons(found: Found) -> str:
-    return ", ".join(f"{len(names)} x {why}" for why, names in found.left_out.items())
+def fill_polygon(polygon: list[float], height: int, width: int) -> np.ndarray:
+    """[height, width] bool: pixels whose centre, (column + 0.5, row + 0.5), lies inside by the even-odd rule.
 
-
-def label_table(space: str) -> np.ndarray:
-    """[256] uint8: PartImageNet's ids -> classes of a label space; other parts are background."""
-    table = np.zeros(256, dtype=np.uint8)
-    ids = [number for kind in KINDS[space] for number in PARTS[kind]]
-    table[ids] = np.arange(1, len(ids) + 1)
-    table[IGNORE] = IGNORE
-    return table
+    Args:
+        polygon: [x, y, x, y, ...] in px, three points or more, closed by itself; it may leave the picture.
+    """
+    points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
+    (x0, y0), (x1, y1) = points.T, np.roll(points, -1, axis=0).T
+    first = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, height).astype(np.int64)
+    last = np.clip(np.ceil(np.maximum(y0, y1) - 0.5), 0, height).astype(np.int64)
+    count = last - first  # rows whose centres an edge passes
+    edge = np.repeat(np.arange(len(points)), count)
+    row = np.repeat(first, count) + np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
+    x = x0[edge] + (row + 0.5 - y0[edge]) * (x1 - x0)[edge] / (y1 - y0)[edge]
+    column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
+    crossings = np.zeros((height, width + 1), dtype=np.int64)
+    np.add.at(crossings, (row, column), 1)
+    return crossings[:, :width].cumsum(axis=1) % 2 == 1
 
 
 def draw_polygons(polygons: list[tuple[int, list]], size: tuple[int, int]) -> np.ndarray:
@@ -311,9 +303,7 @@ def draw_polygons(polygons: list[tuple[int, list]], size: tuple[int, int]) -> np
     width, height = size
     regions = []
     for number, rings in polygons:
-        region = np.zeros((height, width), dtype=bool)
-        for ring in rings:
-            region |= fill_polygon(ring, height, width)
+        region = np.any([fill_polygon(ring, height, width) for ring in rings], axis=0)
         regions.append((number, region))
     mask = np.full((height, width), BACKGROUND_ID, dtype=np.uint8)
     for number, region in sorted(regions, key=lambda pair: -int(pair[1].sum())):
@@ -321,19 +311,51 @@ def draw_polygons(polygons: list[tuple[int, list]], size: tuple[int, int]) -> np
     return mask
 
 
-def write_pair(row: dict, folder: Path, space: str, link: bool) -> None:
-    """The picture, copied or linked, and its mask."""
-    mask = open_mask(row["mask"]) if "mask" in row else draw_polygons(row["polygons"], row["size"])
-    if link:
-        (folder / row["path"]).symlink_to(row["source"])
-    else:
-        shutil.copyfile(row["source"], folder / row["path"])
-    file = (folder / "annotations" / row["split"] / row["name"]).with_suffix(".png")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(label_table(space)[mask]).save(file)
+def write_set(output: Path, rows: list[dict], result: dict, link: bool, processes: int) -> None:
+    """Pictures, masks and classes.json under a temporary name, then renamed."""
+    space = result["label_space"]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        folder.chmod(0o755)  # mkdtemp keeps others out; a data folder need not
+        job = partial(write_pairs, folder=folder, table=label_table(space), link=link)
+        with worker_pool(processes) as pool:
+            for _ in map_in_order(pool, job, rows, processes):
+                pass
+        classes = {"classes": ["background", *part_names(space)], "ignore": IGNORE}
+        for name, content in (("classes.json", classes), ("conversion.json", result)):
+            (folder / name).write_text(json.dumps(content, indent=1) + "\n")
+        folder.rename(output)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
-def report(result: dict, output: Path) -> None:
+def label_table(space: str) -> np.ndarray:
+    """[256] uint8: PartImageNet's ids -> classes of a label space; other parts are background."""
+    table = np.zeros(256, dtype=np.uint8)
+    ids = [number for kind in KINDS[space] for number in PARTS[kind]]
+    table[[*ids, IGNORE]] = [*range(1, len(ids) + 1), IGNORE]
+    return table
+
+
+def write_pairs(rows: list[dict], folder: Path, table: np.ndarray, link: bool) -> list:
+    """Pictures, copied or linked, and their masks."""
+    for row in rows:
+        picture = folder / "images" / row["split"] / row["name"]
+        mask_file = (folder / "annotations" / row["split"] / row["name"]).with_suffix(".png")
+        for file in (picture, mask_file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+        mask = open_mask(row["mask"]) if "mask" in row else draw_polygons(row["polygons"], row["size"])
+        Image.fromarray(table[mask]).save(mask_file)
+        if link:
+            picture.symlink_to(row["source"])
+        else:
+            shutil.copyfile(row["source"], picture)
+    return []
+
+
+def say(result: dict, output: Path) -> None:
     """Print what was written and what was not."""
     for split, kinds in result["pictures"].items():
         print(f"{split}: " + (", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none"))
@@ -346,5 +368,4 @@ def report(result: dict, output: Path) -> None:
 
 
 if __name__ == "__main__":
-    ARGS = get_args_parser().parse_args()
     run_tool(main, ARGS, ARGS.output / "conversion.json")

@@ -13,8 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.manifest import iterate_manifest
-from datasets.reid import cell
+from datasets.manifest import cell, iterate_manifest
 from demo.folder import write_table
 from util.cli import Parser, run_tool
 from util.errors import InputError

@@ -23,7 +23,7 @@ LAST = "checkpoint-last.pth"
 FIXED_ON_RESUME = (
     "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha "
     "images_sha effective_batch epochs warmup_epochs lr min_lr weight_decay clip_grad sim_weight kl_weight "
-    "tau crop_min crop_views decode teacher_view seed"
+    "tau crop_min crop_views teacher_view seed"
 ).split()  # of pre-training
 
 

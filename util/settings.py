@@ -1,10 +1,10 @@
 """Settings of a pre-training run: what contradicts, what follows from flags and data, what is printed."""
 
-from datasets.pretrain import EpochBatches
+from datasets.samplers import EpochBatches
 from models_mae import count_kept
 from models_vit import ENCODER_SIZES, check_img_size
 from util.cli import parse_input_size
-from util.dist import get_world_size, is_main_process, pick_device
+from util.dist import get_world_size, is_main_process
 from util.errors import InputError
 from util.parallel import default_workers
 
@@ -60,8 +60,6 @@ def check_args(args) -> None:
             raise InputError(f"--{name} has no use with --no_distill: drop one of them")
     if not args.no_distill and args.sim_weight == 0 and args.kl_weight == 0:
         raise InputError("--sim_weight 0 and --kl_weight 0 leave nothing to distil: use --no_distill")
-    if args.decode == "gpu" and pick_device(args.device).type != "cuda":
-        raise InputError("--decode gpu needs a CUDA device, and this run is on the CPU: use --decode cpu")
     args.weights = {}
     if not args.no_distill:
         terms = {"sim": args.sim_weight, "kl": args.kl_weight}

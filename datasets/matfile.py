@@ -1,0 +1,66 @@
+"""Strings and struct arrays of MATLAB files (.mat, up to version 7.2), read by scipy."""
+
+from pathlib import Path
+
+import numpy as np
+
+from util.errors import InputError
+
+MOST_BYTES = 1 << 26  # the annotations of known sets hold less than 2 MB
+
+
+def read_cell_strings(file: str | Path, variable: str) -> list[str | None]:
+    """The strings of one cell array in MATLAB's (column-major) order, None for empty cells. A file with only one cell
+    array is read whatever its name.
+
+    Raises:
+        InputError: no such file or variable, another format (v7.3 is HDF5), damage.
+    """
+    arrays = _load(file)
+    cells = [name for name, value in arrays.items() if value.dtype == object and value.dtype.names is None]
+    if variable not in cells and len(cells) != 1:
+        raise InputError(f"{file} has no cell array '{variable}': it holds {', '.join(arrays) or 'nothing'}")
+    cell = arrays[variable if variable in cells else cells[0]]
+    found = (_value(value) for value in cell.ravel(order="F"))
+    return [value if isinstance(value, str) else None for value in found]
+
+
+def read_struct_array(file: str | Path, variable: str) -> tuple[list[str], list[tuple]]:
+    """One struct array: the names of its fields in their order, and for each element the values of all fields, again
+    in that order. A text is a str, a single number an int or float, all else (matrices, empty fields) None.
+
+    Raises:
+        InputError: see `read_cell_strings`.
+    """
+    arrays = _load(file)
+    found = arrays.get(variable)
+    if found is None or found.dtype.names is None:
+        raise InputError(f"{file} has no struct array '{variable}': it holds {', '.join(arrays) or 'nothing'}")
+    rows = [tuple(_value(value) for value in row) for row in found.ravel(order="F").tolist()]
+    return list(found.dtype.names), rows
+
+
+def _load(file: str | Path) -> dict[str, np.ndarray]:
+    from scipy.io import loadmat  # here and not above: most sets need no scipy
+
+    try:
+        size = Path(file).stat().st_size
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    if size > MOST_BYTES:
+        raise InputError(f"{file} has {size / 1e6:.0f} MB: lists of names and annotations are far smaller")
+    try:
+        found = loadmat(file)
+    except Exception as error:  # scipy lets errors of many kinds pass
+        raise InputError(
+            f"{file} is damaged or no MATLAB 5 file ({error}): copy it again; version 7.3 is another format, save it "
+            "with -v7, or write its names to a .txt, one a line"
+        ) from error
+    return {name: value for name, value in found.items() if not name.startswith("__")}
+
+
+def _value(array: np.ndarray) -> str | int | float | None:
+    """A text or a single number; None for all else."""
+    if array.dtype.kind == "U":
+        return (array[0].strip() or None) if array.shape == (1,) else None
+    return array.item() if array.size == 1 and array.dtype.kind in "biuf" else None
