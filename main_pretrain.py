@@ -21,10 +21,10 @@ from datasets.manifest import list_images
 from datasets.pretrain import PretrainDataset, build_loader
 from datasets.samplers import EpochBatches
 from datasets.teacher_cache import TeacherCache
-from datasets.text_bank import build_bank, hash_texts, is_encoded, save_bank
+from datasets.text_bank import hash_texts, is_encoded, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch
 from models_mae import CONTEXTS, MODELS
-from models_teacher import FrozenTeacher, load_clip
+from models_teacher import FrozenTeacher, build_bank, load_clip
 from reports.panels import save_panels
 from util.dist import agree, barrier, get_rank, get_world_size, is_main_process, launch, wrap_ddp
 from util.errors import InputError, run_or_explain

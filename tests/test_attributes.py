@@ -337,7 +337,7 @@ def test_an_unreadable_training_image_gives_way_to_the_next_with_its_own_labels(
     last = len(items) - 1
     items.paths[last].write_bytes(b"no image")
     found = items[0, last]
-    assert found["problem"].startswith(items.relative(last) + "\t")
+    assert found["problem"].startswith(items.paths.relative(last) + "\t")
     assert found["labels"].tolist() == data.train.labels[0].tolist()
     for index in range(len(items)):
         items.paths[index].write_bytes(b"")

@@ -17,13 +17,13 @@ import description.encode
 import main_describe
 import main_pretrain
 from datasets.path_list import printable
-from datasets.text_bank import build_bank, read_encoded
+from datasets.text_bank import read_encoded
 from description.canonical import canonical_row, split_class_name, with_articles
 from description.encode import mean_of_wordings
 from description.grounding import bank_statistics, ground, near_duplicates
 from description.readers import read_attributes
 from description.texts import DEFAULT_TEMPLATES, Templates, Text, cap, fill, invisible_reason, read_templates
-from models_teacher import load_clip
+from models_teacher import build_bank, load_clip
 from util.errors import InputError
 
 # written by scipy.io.savemat: column cells make_names, model_names (compressed); a row cell `types`;

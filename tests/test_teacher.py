@@ -11,8 +11,8 @@ from conftest import command, parse, read_log, run_command, small_flags
 
 import main_pretrain
 from datasets.teacher_cache import TeacherCache
-from datasets.text_bank import build_bank, built_in_texts, load_bank, save_bank
-from models_teacher import FrozenTeacher, encode_texts, load_clip
+from datasets.text_bank import built_in_texts, load_bank, save_bank
+from models_teacher import FrozenTeacher, build_bank, encode_texts, load_clip
 from util.errors import InputError
 
 

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from datasets.manifest import list_images
 from datasets.pretrain import PretrainDataset
 from datasets.teacher_cache import HEADER, SHARD_IMAGES, TeacherCache, cache_header, shard_file, shard_files
-from datasets.text_bank import build_bank, is_encoded, load_bank, read_encoded, read_texts, save_bank
-from models_teacher import FrozenTeacher, load_clip
+from datasets.text_bank import is_encoded, load_bank, read_encoded, read_texts, save_bank
+from models_teacher import FrozenTeacher, build_bank, load_clip
 from util.cli import Parser, parse_input_size, run_tool
 from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
 from util.errors import InputError
