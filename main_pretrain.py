@@ -270,7 +270,7 @@ def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, 
         run.model = wrap_ddp(bare, device, one_backward=args.accum_iter == 1 and args.micro_batch >= args.batch_size)
     lines += [
         f"precision: {amp_reason}; attention: {'fused' if fused else 'explicit'}; device: {device}; "
-        f"{args.num_workers} data workers a rank, decoding on the {args.decode}",
+        f"{args.num_workers} data workers a rank",
         f"start: {decision}",
     ]
     return run, files, facts, lines
