@@ -98,8 +98,9 @@ import torch.nn.functional as F
 
 from datasets.labelled import LabelledImages, list_labelled
 from datasets.path_list import PathList
+from datasets.pretrain import PretrainDataset
 from datasets.reid import read_reid
-from datasets.samplers import EpochBatches, PretrainDataset
+from datasets.samplers import EpochBatches
 from engine_extract import extract_features
 from engine_linprobe import crop_batches, stored_batches, train_heads
 from finetune.reid_eval import evaluate_reid, flat_metrics, unreadable_of

@@ -18,7 +18,8 @@ import main_pretrain
 from datasets.images import open_rgb
 from datasets.manifest import list_images
 from datasets.path_list import PathList
-from datasets.samplers import EpochBatches, PretrainDataset
+from datasets.pretrain import PretrainDataset
+from datasets.samplers import EpochBatches
 from datasets.transforms import whole_image
 from demo.reid import write_demo_reid
 from engine_extract import WholeImages, extract_batches
