@@ -1,63 +1,42 @@
 """From a pool of vehicle images to a balanced sample: python main_curate.py --pool NAME=PATH --output DIR ...
 
-Stages: index, quality, embed, vehicle, leaks, duplicates, cluster, sample, write, report. Each leaves files
-that can be looked at and a record in stages/; a run that was stopped, or whose later settings changed, goes
-on where that is possible. Under torchrun the ranks share index, embed and cluster. docs/CURATE.md explains
-the files.
+Stages: index, quality, embed, vehicle, leaks, duplicates, cluster, sample, write, report. Each leaves files that can be
+looked at and a record in stages/; a run that was stopped, or whose later settings changed, goes on where that is
+possible. Under torchrun the ranks share index, embed and cluster. docs/CURATE.md explains the files.
 """
 
 import argparse
-import hashlib
+import itertools
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from curation.align import Aligner
-from curation.cluster import build_trees, domains, draw_sample, load_tree
-from curation.duplicates import Embedded, Likeness, find_duplicates, find_leaks
-from curation.evidence import judge
-from curation.index import build_index, load_index
-from curation.manifest import write_manifest
-from curation.measure import SIDE
-from curation.near import MAX_BITS
-from curation.quality import poor_images
-from curation.removal import Removals, load_removal, save_removal
-from curation.sources import JoinedImages, open_sources
-from curation.stages import Stages
-from curation.vehicles import not_vehicles, read_prompts
-from datasets.benchmarks import recognise
-from engine_extract import WholeImages, extract_to_file
-from models_teacher import FrozenTeacher, encode_texts, load_clip
-from models_vit import load_encoder
-from reports.curation import Curated, write_curation_report
 from util.cli import Parser, run_tool
-from util.dist import is_main_process, launch
 from util.errors import InputError
-from util.files import write_atomic, write_json
-from util.precision import pick_amp_dtype, pick_fused_attention
-from util.progress import Progress
 
 DROPS = ("quality", "vehicle", "leaks", "duplicates")
+BOUNDS = {  # from, to
+    "target_size": (1, 10**10), "near_bits": (0, 7), "near_cosine": (0.5, 1.0), "near_agreement": (0.8, 1.0),
+    "leak_cosine": (0.5, 1.0), "group_cap": (1, 10**9), "track_cap": (1, 10**9), "resampling": (0, 1000),
+    "iterations": (1, 10_000), "box_margin": (0.0, 2.0), "vehicle_threshold": (0.0, 1.0), "batch_size": (1, 10**6),
+}  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("main_curate.py", add_help=False, allow_abbrev=False)
+    parser = Parser("main_curate.py", __doc__)
     # fmt: off
     add = parser.add_argument_group("pool").add_argument
     add("--pool", nargs="+", required=True, action="extend", metavar="NAME=PATH",
-        help="images to choose from: folders, manifests, packed sets; of a manifest with a column split its "
-             "validation and test rows stay out")
+        help="images to choose from: folders, manifests, packed sets; of a manifest with a column split its validation "
+             "and test rows stay out")
     add("--exclude", nargs="+", default=[], action="extend", metavar="NAME=PATH",
-        help="test, query, gallery and validation images of every benchmark: they and near copies leave the "
-             "pool (default none)")
+        help="test, query, gallery and validation images of every benchmark: they and near copies leave the pool "
+             "(default none)")
     add("--identity_column", default="pid", help="manifest column of the vehicle's identity (default pid)")
     add("--camera_column", default="camid", help="manifest column of the camera (default camid)")
     add("--box_column", default="box",
         help="manifest column with the vehicle's box, `left upper right lower` in px (default box)")
-    add("--box_margin", default=0.05, type=float,
-        help="added to each side of a box, fraction of its size (default 0.05)")
+    add("--box_margin", default=0.05, type=float, help="added to each side, fraction of its size (default 0.05)")
     add("--output", required=True, help="folder for everything that is made")
 
     add = parser.add_argument_group("quality").add_argument
@@ -77,17 +56,16 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="embed with this encoder (mean of its patch tokens) instead of CLIP (default: CLIP)")
     add("--input_size", default=None, type=int, help="of --checkpoint, px (default: the checkpoint's)")
     add("--vehicle_filter", action="store_true", help="remove what CLIP takes for no vehicle (default off)")
-    add("--vehicle_threshold", default=0.5, type=float,
-        help="probability of the vehicle prompts at least (default 0.5)")
+    add("--vehicle_threshold", default=0.5, type=float, help="least probability of the vehicle prompts (default 0.5)")
     add("--vehicle_prompts", default=None, help="JSON file of prompts (default: curation/prompts.json)")
 
     add = parser.add_argument_group("copies").add_argument
     add("--near_bits", default=6, type=int,
-        help=f"perceptual hashes that differ in at most so many of 64 bits are near copies from "
-             f"an agreement of 0.8, 0 to {MAX_BITS} (default 6)")
+        help="perceptual hashes that differ in at most so many of 64 bits are near copies from an agreement of 0.8, "
+             "0 to 7 (default 6)")
     add("--near_agreement", default=0.88, type=float,
-        help="agreement of the pixels, once a crop or mirror is undone, that makes near copies: the "
-             "correlation that three quarters of the tiles reach (default 0.88)")
+        help="agreement of the pixels, once a crop or mirror is undone, that makes near copies: the correlation that "
+             "three quarters of the tiles reach (default 0.88)")
     add("--near_cosine", default=0.97, type=float,
         help="with embeddings so alike an agreement of 0.8 is enough (default 0.97)")
     add("--leak_cosine", default=0.95, type=float, help="the same between pool and --exclude (default 0.95)")
@@ -109,8 +87,8 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="which images of a cluster are clustered again (default closest)")
     add("--iterations", default=50, type=int, help="of k-means, at most (default 50)")
     add("--init", default="auto", choices=("auto", "random", "kmeans++"),
-        help="first centroids; auto is k-means++ up to 5,000 clusters on a CPU, 50,000 on CUDA, "
-             "else random (default auto)")
+        help="first centroids; auto is k-means++ up to 5,000 clusters on a CPU, 50,000 on CUDA, else random "
+             "(default auto)")
     add("--spherical", action="store_true", help="cluster unit vectors, with unit centroids (default off)")
     add("--sample", default="random", choices=("random", "closest"),
         help="which images of a cluster are chosen (default random)")
@@ -126,15 +104,33 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
+
+import numpy as np
+import torch
+
+from curation.copies import Aligner, CopyFinder
+from curation.filters import Removal, Removals, load_removal, not_vehicles, poor_images, read_prompts, save_removal
+from curation.hierarchy import Tree, build_tree, load_tree, plan_levels
+from curation.index import SIDE, build_index, load_index
+from curation.manifest import write_manifest
+from curation.rows import Embedded, Rows
+from curation.sample import draw_sample, judge
+from curation.sources import open_sources
+from curation.stages import Stages
+from datasets.benchmarks import recognise
+from engine_extract import WholeImages, extract_to_file
+from models_teacher import FrozenTeacher, encode_texts, load_clip
+from models_vit import load_encoder
+from reports.curation import Curated, write_curation_report
+from util.dist import is_main_process, launch
+from util.files import file_sha256, write_atomic, write_json
+from util.precision import pick_amp_dtype, pick_fused_attention
+
+
 def check_args(args) -> None:
-    """Values that no stage could use stop the run before it touches an image."""
-    for name, low, high in (
-        ("target_size", 1, 10**10), ("near_bits", 0, MAX_BITS), ("near_cosine", 0.5, 1.0),
-        ("near_agreement", 0.8, 1.0),
-        ("leak_cosine", 0.5, 1.0), ("group_cap", 1, 10**9), ("track_cap", 1, 10**9), ("resampling", 0, 1000),
-        ("iterations", 1, 10_000), ("box_margin", 0.0, 2.0), ("vehicle_threshold", 0.0, 1.0),
-        ("batch_size", 1, 10**6),
-    ):  # fmt: skip
+    for name, (low, high) in BOUNDS.items():
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
     if args.quota and args.stratify == "none":
@@ -148,65 +144,53 @@ class Curation:
 
     def __init__(self, args, device: torch.device):
         self.args, self.device, self.folder = args, device, Path(args.output)
-        self.images: JoinedImages = open_sources(
-            args.pool,
-            args.exclude,
-            {"identity": args.identity_column, "camera": args.camera_column, "box": args.box_column},
-        )
+        columns = {"identity": args.identity_column, "camera": args.camera_column, "box": args.box_column}
+        self.images = open_sources(args.pool, args.exclude, columns)
         self.stages = Stages(self.folder)
-        self._clip = None
-
-    def settings(self, *names: str) -> dict:
-        return {name: getattr(self.args, name) for name in names}
 
     def run(self) -> dict:
         args, run = self.args, self.stages.run
-        counts = {"index": run("index", self.index_settings(), self.make_index, shared=True)}
+
+        def flags(names: str) -> dict:
+            return {name: getattr(args, name) for name in names.split()}
+
+        sources = {"sources": self.images.fingerprint(), "thumbnails": SIDE}
+        counts = {"index": run("index", sources | flags("box_margin"), self.make_index, shared=True)}
         self.index = load_index(self.folder / "index.csv")
         self.check_excluded()
-        quality = ("min_side", "aspect", "brightness", "min_contrast", "min_sharpness")
-        counts["quality"] = run("quality", self.settings(*quality), self.drop_poor)
+        limits = flags("min_side aspect brightness min_contrast min_sharpness")
+        counts["quality"] = run("quality", limits, lambda _: self.drop("quality", poor_images(self.index, args)))
         counts["embed"] = run("embed", self.encoder_settings(), self.embed, shared=True)
-        self.embedded = Embedded(
-            np.load(self.folder / "embeddings.npy", mmap_mode="r"), np.load(self.folder / "embedded_rows.npy")
-        )
-        vehicle = self.settings("vehicle_filter", "vehicle_threshold") | {"prompts": self.prompts()}
-        counts["vehicle"] = run("vehicle", vehicle, self.drop_others)
-        copies = ("near_bits", "near_agreement", "seed")
-        counts["leaks"] = run("leaks", self.settings(*copies, "leak_cosine"), self.drop_leaks)
-        names = (*copies, "near_cosine", "group_cap", "track_cap")
-        counts["duplicates"] = run("duplicates", self.settings(*names), self.drop_duplicates)
-        names = ("stratify", "levels", "members", "resampling", "resample", "iterations", "init", "spherical", "seed")
-        counts["cluster"] = run("cluster", self.settings(*names), self.cluster, shared=True)
-        names = ("target_size", "quota", "sample", "seed")
-        counts["sample"] = run("sample", self.settings(*names), self.sample)
+        data = np.load(self.folder / "embeddings.npy", mmap_mode="r")
+        self.embedded = Embedded(data, np.load(self.folder / "embedded_rows.npy"))
+        prompts = list(read_prompts(args.vehicle_prompts)) if args.vehicle_filter else None
+        settings = flags("vehicle_filter vehicle_threshold") | {"prompts": prompts}
+        counts["vehicle"] = run("vehicle", settings, self.drop_others)
+        copies = "near_bits near_agreement seed"
+        counts["leaks"] = run("leaks", flags(f"{copies} leak_cosine"), self.drop_leaks)
+        settings = flags(f"{copies} near_cosine group_cap track_cap")
+        counts["duplicates"] = run("duplicates", settings, self.drop_duplicates)
+        settings = flags("stratify levels members resampling resample iterations init spherical seed")
+        counts["cluster"] = run("cluster", settings, self.cluster, shared=True)
+        counts["sample"] = run("sample", flags("target_size quota sample seed"), self.sample)
         counts["write"] = run("write", {}, self.write)
         if not is_main_process():
             return {}
-        evidence, sizes = judge(
-            self.embedded, self.domains(), np.load(self.folder / "selection.npy"), self.device, args.seed
-        )
-        counts["evidence"] = evidence
+        selection = np.load(self.folder / "selection.npy")
+        counts["evidence"], sizes = judge(self.embedded, self.domains(), selection, self.device, args.seed)
         write_json(self.folder / "curation.json", {"settings": vars(args), "stages": self.stages.records} | counts)
-        self.write_report(evidence, sizes)
+        self.report(selection, counts["evidence"], sizes)
         return counts
 
-    def write_report(self, evidence: dict, sizes: dict) -> None:
-        stages = ("quality", *(["vehicle"] if self.args.vehicle_filter else []), "leaks", "duplicates")
-        clusters = {}
-        for domain in self.domains():
-            tree, rows = load_tree(self.trees_folder() / domain.name)
-            clusters[domain.name] = rows, tree.path()[:, min(1, len(tree.sizes) - 1)]
+    def report(self, selection: np.ndarray, evidence: dict, sizes: dict) -> None:
+        removals = {name: self.removal(name) for name in DROPS if name != "vehicle" or self.args.vehicle_filter}
+        clusters = {
+            name: (rows, tree.path()[:, min(1, len(tree.sizes) - 1)]) for name, (tree, rows) in self.trees().items()
+        }
         found = Curated(
-            self.images, self.index, {name: load_removal(self.folder, name) for name in stages}, self.alive(),
-            np.load(self.folder / "selection.npy"), clusters, evidence, sizes, vars(self.args),
-        )  # fmt: skip
+            self.images, self.index, removals, self.alive(), selection, clusters, evidence, sizes, vars(self.args)
+        )
         write_curation_report(self.folder / "report.html", found)
-
-    # index
-
-    def index_settings(self) -> dict:
-        return {"sources": self.images.fingerprint(), "thumbnails": SIDE} | self.settings("box_margin")
 
     def make_index(self, job: str) -> dict:
         build_index(self.images, self.folder, {"job": job}, self.args.box_margin, self.args.num_workers)
@@ -219,176 +203,151 @@ class Curation:
 
     def check_excluded(self) -> None:
         """An exclusion that cannot be read would pass every leak."""
-        number_of = {name: number for number, name in enumerate(self.index.sources)}
         for source in self.images.sources:
-            mine = self.index.excluded & (self.index.source == number_of[source.name])
+            mine = self.index.excluded & (self.index.source == self.index.sources.index(source.name))
             if source.role == "exclude" and not self.index.readable[mine].any():
                 raise InputError(
                     f"--exclude {source.name}: none of its {len(source.paths)} images can be read, so no "
                     f"copy of them could be found; {self.folder / 'index.csv'} says why"
                 )
 
-    def drop(self, name: str, removal) -> dict:
+    def drop(self, name: str, removal: Removal) -> dict:
         save_removal(self.folder, name, removal, self.images.name)
         return {"removed": len(removal.rows)} | removal.counts()
 
-    def drop_poor(self, job: str) -> dict:
-        a = self.args
-        removal = poor_images(
-            self.index, min_side=a.min_side, aspect=a.aspect, brightness=a.brightness,
-            min_contrast=a.min_contrast, min_sharpness=a.min_sharpness,
-        )  # fmt: skip
-        return self.drop("quality", removal)
+    def removal(self, name: str) -> Removal:
+        return load_removal(self.folder, name)
 
-    def alive(self, *, before: str = "cluster") -> np.ndarray:
+    def alive(self, before: str = "cluster") -> np.ndarray:
         """Pool rows that no stage before this one has removed, int64 ascending."""
         still = ~self.index.excluded & self.index.readable
-        for name in DROPS:
-            if name == before:
-                break
-            still[load_removal(self.folder, name).rows] = False
+        for name in itertools.takewhile(lambda name: name != before, DROPS):
+            still[self.removal(name).rows] = False
         return np.flatnonzero(still)
 
-    # embed
-
+    @cached_property
     def clip(self):
-        if self._clip is None:
-            self._clip = load_clip(self.args.clip_model, self.args.clip_pretrained)
-        return self._clip
+        return load_clip(self.args.clip_model, self.args.clip_pretrained)
 
     def encoder_settings(self) -> dict:
-        if self.args.checkpoint:
-            file = Path(self.args.checkpoint)
-            if not file.is_file():
-                raise InputError(f"--checkpoint {file} does not exist: give an encoder, or drop the flag for CLIP")
-            digest = hashlib.sha256(file.read_bytes()).hexdigest()
-            return {"sha256": digest} | self.settings("input_size")
-        _, _, identity = self.clip()
-        return {"clip": asdict(identity)}
+        file = self.args.checkpoint
+        if file is None:
+            return {"clip": asdict(self.clip[2])}
+        if not Path(file).is_file():
+            raise InputError(f"--checkpoint {file} does not exist: give an encoder, or drop the flag for CLIP")
+        return {"sha256": file_sha256(file), "input_size": self.args.input_size}
+
+    def encoder(self):
+        """([n, 3, H, W] uint8 -> [n, D], (H, W), precision of the autocast around it)."""
+        args, device = self.args, self.device
+        amp_dtype = pick_amp_dtype("auto", device)[0] if device.type == "cuda" else None
+        if args.checkpoint is None:
+            clip, _, identity = self.clip
+            teacher = FrozenTeacher(clip.to(device), identity, amp_dtype or torch.float32).to(device)
+            return teacher, teacher.size, None
+        size = (args.input_size, args.input_size) if args.input_size else None
+        model = load_encoder(args.checkpoint, size, device, pick_fused_attention(device, amp_dtype))
+        return lambda imgs: model.encode(imgs)["mean"], model.img_size, amp_dtype
 
     def embed(self, job: str) -> dict:
-        a = self.args
+        args = self.args
         pool = self.alive(before="vehicle")
-        rows = np.union1d(pool, np.flatnonzero(self.index.excluded & self.index.readable))
         if not len(pool):
             raise InputError(
                 f"no image is left to choose from: {self.folder / 'quality.csv'} says why each was removed"
             )
-        amp_dtype = pick_amp_dtype("auto", self.device)[0] if self.device.type == "cuda" else None
-        if a.checkpoint:
-            size = (a.input_size, a.input_size) if a.input_size else None
-            model = load_encoder(a.checkpoint, size, self.device, pick_fused_attention(self.device, amp_dtype))
-            size = model.img_size
-
-            def encode(imgs):
-                return model.encode(imgs)["mean"]
-
-        else:
-            clip, _, identity = self.clip()
-            teacher = FrozenTeacher(clip.to(self.device), identity, amp_dtype or torch.float32).to(self.device)
-            size, encode, amp_dtype = teacher.size, teacher, None
-        images = WholeImages(self.images, rows, size, self.index.box)
-        workers = 2 if a.num_workers is None else a.num_workers
+        rows = np.union1d(pool, np.flatnonzero(self.index.excluded & self.index.readable))
+        encode, size, amp_dtype = self.encoder()
         result = extract_to_file(
-            encode, images, self.device, self.folder / "embeddings", {"job": job}, dtype=np.float16,
-            batch_size=a.batch_size, num_workers=workers, amp_dtype=amp_dtype,
+            encode, WholeImages(self.images, rows, size, self.index.box), self.device, self.folder / "embeddings",
+            {"job": job}, dtype=np.float16, batch_size=args.batch_size, amp_dtype=amp_dtype,
+            num_workers=2 if args.num_workers is None else args.num_workers,
         )  # fmt: skip
         if result is None:
             return {}
-        shape, problems = result
+        (count, dim), problems = result
         if problems:
             raise InputError(
                 f"{len(problems)} images could be read when they were indexed but not now, first "
-                f"{self.images.name(min(problems))}: bring them back, or remove "
-                f"{self.folder}/stages and index again"
+                f"{self.images.name(min(problems))}: bring them back, or remove {self.folder}/stages and index again"
             )
         write_atomic(self.folder / "embedded_rows.npy", lambda f: np.save(f, rows))
-        return {"images": shape[0], "dim": shape[1]}
-
-    # removals that need embeddings
-
-    def prompts(self) -> list | None:
-        return list(read_prompts(self.args.vehicle_prompts)) if self.args.vehicle_filter else None
+        return {"images": count, "dim": dim}
 
     def drop_others(self, job: str) -> dict:
         if not self.args.vehicle_filter:
             return self.drop("vehicle", Removals(len(self.index)).finish())
-        clip, tokenizer, identity = self.clip()
+        clip, tokenizer, identity = self.clip
         wanted, other = read_prompts(self.args.vehicle_prompts)
-        pool = self.alive(before="vehicle")
+        texts = encode_texts(clip, tokenizer, [*wanted, *other])
         removal = not_vehicles(
-            self.embedded, pool, len(self.index),
-            encode_texts(clip, tokenizer, [*wanted, *other]), len(wanted), identity.tau,
+            self.embedded, self.alive(before="vehicle"), len(self.index), texts, len(wanted), identity.tau,
             self.args.vehicle_threshold, self.device,
         )  # fmt: skip
         return self.drop("vehicle", removal)
 
-    def aligner(self) -> Aligner:
-        return Aligner(np.load(self.folder / "thumbnails.npy", mmap_mode="r"), self.device)
+    def finder(self, cosine: float) -> CopyFinder:
+        aligner = Aligner(np.load(self.folder / "thumbnails.npy", mmap_mode="r"), self.device)
+        bits, agreement, seed = self.args.near_bits, self.args.near_agreement, self.args.seed
+        return CopyFinder(self.index, self.embedded, aligner, bits, cosine, agreement, seed)
 
     def drop_leaks(self, job: str) -> dict:
-        a = self.args
-        removal = find_leaks(
-            self.index, self.embedded, self.alive(before="leaks"),
-            lambda row: recognise(self.images.name(row)),
-            like=Likeness(a.near_bits, a.leak_cosine, a.near_agreement), aligner=self.aligner(),
-            seed=a.seed,
-        )  # fmt: skip
-        return self.drop("leaks", removal)
+        finder = self.finder(self.args.leak_cosine)
+        return self.drop("leaks", finder.leaks(self.alive("leaks"), lambda row: recognise(self.images.name(row))))
 
     def drop_duplicates(self, job: str) -> dict:
-        a = self.args
-        removal = find_duplicates(
-            self.index, self.embedded, self.alive(before="duplicates"),
-            load_removal(self.folder, "leaks").rows,
-            like=Likeness(a.near_bits, a.near_cosine, a.near_agreement), aligner=self.aligner(),
-            group_cap=a.group_cap, track_cap=a.track_cap, seed=a.seed,
-        )  # fmt: skip
+        finder, leaked = self.finder(self.args.near_cosine), self.removal("leaks").rows
+        removal = finder.duplicates(self.alive("duplicates"), leaked, self.args.group_cap, self.args.track_cap)
         return self.drop("duplicates", removal)
 
-    # clusters and sample
-
-    def domains(self):
-        return domains(self.alive(), self.index.source, self.index.sources, self.args.stratify)
+    def domains(self) -> dict[str, np.ndarray]:
+        """Index rows of the images that get a tree of their own: all, or those of each source, which then cannot crowd
+        out another."""
+        rows = self.alive()
+        if self.args.stratify == "none":
+            return {"all": rows}
+        found = {name: rows[self.index.source[rows] == number] for number, name in enumerate(self.index.sources)}
+        return {name: mine for name, mine in found.items() if len(mine)}
 
     def cluster(self, job: str) -> dict:
-        folder = self.folder / "clusters" / job[:12]
-        found = self.domains()
-        trees = build_trees(found, self.embedded, folder, self.device, self.args, self.args.memory_gb * 1e9)
-        return {"folder": str(folder.relative_to(self.folder)), "images": sum(len(d.rows) for d in found)} | {
-            f"levels of {domain.name}": " > ".join(map(str, tree.sizes)) for domain, tree in zip(found, trees)
-        }
+        args, domains = self.args, self.domains()
+        folder = Path("clusters", job[:12])
+        counts = {"folder": str(folder), "images": sum(map(len, domains.values()))}
+        for number, (name, mine) in enumerate(domains.items()):
+            plan = plan_levels(len(mine), args.levels, args.members, args.resampling, clip=len(domains) > 1)
+            place, memory = self.embedded.place(mine), args.memory_gb * 1e9
+            rows = Rows(self.embedded.data, self.device, place, args.spherical, resident_bytes=memory)
+            tree = build_tree(
+                rows, plan, self.folder / folder / name, seed=args.seed, tree_number=number,
+                iterations=args.iterations, init=args.init, resample=args.resample,
+            )  # fmt: skip
+            if is_main_process():
+                tree.save(self.folder / folder / name, mine)
+            counts[f"levels of {name}"] = " > ".join(map(str, tree.sizes))
+        return counts
 
-    def trees_folder(self) -> Path:
-        return self.folder / self.stages.records["cluster"]["counts"]["folder"]
+    def trees(self) -> dict[str, tuple[Tree, np.ndarray]]:
+        """Name -> (tree, index rows of its images)."""
+        folder = self.folder / self.stages.records["cluster"]["counts"]["folder"]
+        return {name: load_tree(folder / name) for name in self.domains()}
 
     def sample(self, job: str) -> dict:
-        a = self.args
-        selection, shares = draw_sample(self.domains(), self.trees_folder(), a.target_size, a.quota, a.seed, a.sample)
+        selection, shares = draw_sample(self.trees(), self.args)
         write_atomic(self.folder / "selection.npy", lambda f: np.save(f, selection))
         return {"images": len(selection)} | {f"from {name}": share for name, share in shares.items()}
 
     def write(self, job: str) -> dict:
-        selection = np.load(self.folder / "selection.npy")
-        clusters, distance = self.clusters_of(selection)
-        progress = Progress("written", len(selection))
-        cut_folder = self.stages.records["index"]["fingerprint"][:12]
-        counts = write_manifest(self.folder, cut_folder, self.images, selection, clusters, distance, progress.update)
-        progress.close()
-        return counts
-
-    def clusters_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """[n, levels] int32 cluster numbers (-1 beyond a smaller tree) and [n] float32 squared distances."""
-        trees = [load_tree(self.trees_folder() / domain.name) for domain in self.domains()]
-        levels = max(len(tree.sizes) for tree, _ in trees)
-        clusters = np.full((len(rows), levels), -1, dtype=np.int32)
-        distance = np.zeros(len(rows), dtype=np.float32)
-        for tree, members in trees:
-            mine = np.isin(rows, members)
-            place = np.searchsorted(members, rows[mine])
+        """Write the manifest, with the cluster of each image on every level (-1 beyond a smaller tree)."""
+        selection, trees = np.load(self.folder / "selection.npy"), self.trees().values()
+        clusters = np.full((len(selection), max(len(tree.sizes) for tree, _ in trees)), -1, dtype=np.int32)
+        distance = np.zeros(len(selection), dtype=np.float32)
+        for tree, rows in trees:
+            mine = np.isin(selection, rows)
+            place = np.searchsorted(rows, selection[mine])
             clusters[mine, : len(tree.sizes)] = tree.path()[place]
             distance[mine] = tree.distance[place]
-        return clusters, distance
+        cut_folder = self.stages.records["index"]["fingerprint"][:12]
+        return write_manifest(self.folder, cut_folder, self.images, selection, clusters, distance)
 
 
 def main(args) -> dict:
@@ -397,5 +356,4 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    ARGS = Parser("main_curate.py", __doc__, parents=[get_args_parser()]).parse_args()
     run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")

@@ -1,8 +1,7 @@
-"""Hierarchical k-means with resampling (Vo et al., 2024, arXiv 2405.15613): clusters of clusters, level by
-level.
+"""Hierarchical k-means with resampling (Vo et al., 2024, arXiv 2405.15613): clusters of clusters, level by level.
 
-Level 1 clusters the images, level l > 1 the centroids of level l - 1, each counting once. Clustering
-centroids again and again spreads them evenly over what the pool covers, however unevenly the pool fills it.
+Level 1 clusters the images, level l > 1 the centroids of level l - 1, each counting once. Clustering centroids again
+and again spreads them evenly over what the pool covers, however unevenly the pool fills it.
 """
 
 from dataclasses import dataclass
@@ -31,23 +30,41 @@ class LevelPlan:
 
 @dataclass(frozen=True)
 class Tree:
-    """parents[0]: [N] int32, the level-1 cluster of each image; parents[l]: [k_l] int32, the level-(l+1)
-    cluster of each level-l cluster; distance: [N] float32, squared, to the level-1 centroid."""
+    """parents[0]: [N] int32, the level-1 cluster of each image; parents[l]: [k_l] int32, the level-(l+1) cluster of
+    each level-l cluster; distance: [N] float32, squared, to the level-1 centroid."""
 
     parents: list[np.ndarray]
     sizes: list[int]
     distance: np.ndarray
 
     def path(self) -> np.ndarray:
-        """[N, levels] int32: each image's cluster on every level."""
+        """Return each image's cluster on every level, [N, levels] int32."""
         columns = [self.parents[0]]
         for parents in self.parents[1:]:
             columns.append(parents[columns[-1]])
         return np.stack(columns, axis=1)
 
     def images_below(self, level: int) -> np.ndarray:
-        """[k] int64 images in each cluster of a level (0: the clusters of images)."""
+        """Count the images in each cluster of a level (0: the clusters of images), [k] int64."""
         return np.bincount(self.path()[:, level], minlength=self.sizes[level])
+
+    def save(self, folder: Path, rows: np.ndarray) -> None:
+        """Write plain arrays: members of cluster j of level l are indices[offsets[j]:offsets[j + 1]]; rows: [N] int64,
+        the index row of each image."""
+        arrays = {"rows": rows, "distance": self.distance}
+        for level, (parents, k) in enumerate(zip(self.parents, self.sizes), start=1):
+            indices, offsets = members_by_cluster(parents, k)
+            arrays |= {f"parents{level}": parents, f"indices{level}": indices, f"offsets{level}": offsets}
+        for name, values in arrays.items():
+            write_atomic(folder / f"{name}.npy", lambda f, v=values: np.save(f, v))
+
+
+def load_tree(folder: Path) -> tuple[Tree, np.ndarray]:
+    """Read what `Tree.save` wrote -> (tree, [N] int64 index rows of its images)."""
+    levels = range(1, 1 + len(list(folder.glob("parents*.npy"))))
+    parents = [np.load(folder / f"parents{level}.npy") for level in levels]
+    sizes = [len(np.load(folder / f"offsets{level}.npy")) - 1 for level in levels]
+    return Tree(parents, sizes, np.load(folder / "distance.npy")), np.load(folder / "rows.npy")
 
 
 def members_by_cluster(assignment: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -57,19 +74,30 @@ def members_by_cluster(assignment: np.ndarray, k: int) -> tuple[np.ndarray, np.n
     return indices, offsets
 
 
+def lowest_of_each(assignment: np.ndarray, key: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Of each cluster j the counts[j] members with the lowest key -> ascending int64."""
+    order = np.lexsort((key, assignment))
+    _, offsets = members_by_cluster(assignment, len(counts))
+    own = assignment[order]
+    return np.sort(order[np.arange(len(order)) - offsets[own] < counts[own]])
+
+
+def step_rng(seed: int, *numbers: int) -> np.random.Generator:
+    """Random numbers of one clustering step, whatever ran before it."""
+    counter = [*numbers, *[0] * (4 - len(numbers))]
+    return np.random.Generator(np.random.Philox(key=[seed, 0xC1A57E6], counter=counter))
+
+
 def plan_levels(
     count: int, ks: list[int] | None, members: list[int] | None, resampling: int, clip: bool = False
 ) -> list[LevelPlan]:
-    """Levels from the flags, or from the number of images.
+    """Plan levels from the flags, or from the number of images.
 
-    Default sizes: an image in forty (in twenty below 500,000) becomes a cluster, then a tenth of them on each
-    level, down to no fewer than 10 clusters and at most three levels; half a cluster's mean size is
-    resampled.
+    Default sizes: an image in forty (in twenty below 500,000) becomes a cluster, then a tenth of them on each level,
+    down to no fewer than 10 clusters and at most three levels; half a cluster's mean size is resampled.
 
     Args:
-        clip: drop levels that such a small domain cannot have, rather than refuse.
-    Raises:
-        InputError: sizes that do not shrink, or more clusters than images.
+        clip: drop levels that such a small source cannot have, rather than refuse.
     """
     if not ks:
         ks = [max(1, min(count, 2), count // (40 if count >= 500_000 else 20))]
@@ -94,22 +122,6 @@ def plan_levels(
     return [LevelPlan(k, m, resampling) for k, m in zip(ks, members)]
 
 
-def step_rng(seed: int, *numbers: int) -> np.random.Generator:
-    """Random numbers of one clustering step, whatever ran before it."""
-    counter = [*numbers, *[0] * (4 - len(numbers))]
-    return np.random.Generator(np.random.Philox(key=[seed, 0xC1A57E6], counter=counter))
-
-
-def nearest_members(clusters: Clusters, count: int, how: str, rng: np.random.Generator) -> np.ndarray:
-    """Up to `count` rows of every cluster, `closest` to the centroid or `random` -> ascending int64."""
-    N = len(clusters.assignment)
-    key = clusters.distance if how == "closest" else rng.random(N)
-    order = np.lexsort((key, clusters.assignment))
-    offsets = np.concatenate([[0], np.cumsum(clusters.sizes())])
-    place = np.arange(N) - offsets[clusters.assignment[order]]
-    return np.sort(order[place < count])
-
-
 def build_tree(
     rows: Rows,
     plan: list[LevelPlan],
@@ -121,16 +133,14 @@ def build_tree(
     init: str = "auto",
     resample: str = "closest",
 ) -> Tree:
-    """Cluster level by level; every finished step is a file of `folder`, so a killed run loses one step at
-    most.
+    """Cluster level by level; every finished step is a file of `folder`, so a killed run loses one step at most.
 
     Args:
-        tree_number: which of several trees (one a domain); only changes the random numbers.
+        tree_number: which of several trees; only changes the random numbers.
         init: `random`, `kmeans++`, or `auto`: k-means++ up to 5,000 clusters on a CPU, 50,000 on CUDA.
         resample: which members of a cluster are clustered again, `closest` (as published) or `random`.
     """
-    parents, sizes = [], []
-    distance = np.empty(0)
+    parents, distance = [], np.empty(0)
     for level, step in enumerate(plan, start=1):
         chosen = init
         if init == "auto":
@@ -140,35 +150,35 @@ def build_tree(
             f"{step.members} a cluster, {chosen} start, {memory_bytes(rows, step.k) / 1e9:.2f} GB of memory"
         )
         clusters = None
-        for k in range(1 + step.resampling):
-            file = folder / f"level{level}_step{k:02d}.npz"
-            stored = load_step(file, rows)
-            if stored is None:
-                rng = step_rng(seed, tree_number, level, k)
-                part = rows
-                if clusters is not None:
-                    picked = nearest_members(clusters, step.members, resample, rng)
-                    if len(picked) < step.k:
-                        break  # too few members to say anything new
-                    part = rows.subset(picked)
-                fresh = kmeans(part, step.k, iterations=iterations, init=chosen, rng=rng)
-                stored = fresh if clusters is None else assign(rows, fresh.centroids)
-                save_step(file, stored)
-                print_main(
-                    f"level {level} step {k}/{step.resampling}: inertia {stored.inertia:.6g} after "
-                    f"{fresh.iterations} iterations, {fresh.reseeded} empty clusters moved"
-                )
-            clusters = stored
+        for number in range(1 + step.resampling):
+            file = folder / f"level{level}_step{number:02d}.npz"
+            if file.is_file():
+                clusters = _load_step(file, rows.device)
+                continue
+            rng = step_rng(seed, tree_number, level, number)
+            part = rows
+            if clusters is not None:
+                key = clusters.distance if resample == "closest" else rng.random(len(rows))
+                picked = lowest_of_each(clusters.assignment, key, np.full(step.k, step.members))
+                if len(picked) < step.k:
+                    break  # too few members to say anything new
+                part = rows.subset(picked)
+            fresh = kmeans(part, step.k, iterations=iterations, init=chosen, rng=rng)
+            clusters = fresh if clusters is None else assign(rows, fresh.centroids)
+            _save_step(file, clusters)
+            print_main(
+                f"level {level} step {number}/{step.resampling}: inertia {clusters.inertia:.6g} after "
+                f"{fresh.iterations} iterations, {fresh.reseeded} empty clusters moved"
+            )
         parents.append(clusters.assignment)
-        sizes.append(step.k)
         if level == 1:
             distance = clusters.distance
         # the next level sees the centroids where the images are, and shifts them anew
         rows = Rows(rows.restore(clusters.centroids), rows.device, unit=rows.unit, alone=rows.alone)
-    return Tree(parents, sizes, distance)
+    return Tree(parents, [step.k for step in plan], distance)
 
 
-def save_step(file: Path, clusters: Clusters) -> None:
+def _save_step(file: Path, clusters: Clusters) -> None:
     if is_main_process():
         values = {
             "centroids": clusters.centroids.cpu().numpy(),
@@ -176,15 +186,11 @@ def save_step(file: Path, clusters: Clusters) -> None:
             "distance": clusters.distance,
             "inertia": np.float64(clusters.inertia),
         }
-        file.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(file, lambda opened: np.savez(opened, **values))
     barrier()
 
 
-def load_step(file: Path, rows: Rows) -> Clusters | None:
-    """A finished step, or None; the folder's owner makes sure that it belongs to this job."""
-    if not file.is_file():
-        return None
+def _load_step(file: Path, device: torch.device) -> Clusters:
     with np.load(file) as stored:
-        centroids = torch.from_numpy(stored["centroids"]).to(rows.device)
+        centroids = torch.from_numpy(stored["centroids"]).to(device)
         return Clusters(centroids, stored["assignment"], stored["distance"], float(stored["inertia"]))

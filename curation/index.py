@@ -1,7 +1,7 @@
-"""The first stage: every image of every source is opened once; what was seen is index.csv and
-thumbnails.npy."""
+"""The first stage: open every image of every source once. What was seen is index.csv and thumbnails.npy."""
 
 import csv
+import hashlib
 import io
 import os
 from dataclasses import dataclass
@@ -9,25 +9,33 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from curation.measure import FIELDS, SIDE, measure_image
 from curation.sources import JoinedImages
+from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from util.dist import is_main_process
 from util.files import write_atomic
 from util.parallel import Parts, map_in_order, shared, worker_pool
 from util.progress import Progress
 
+FIELDS = (
+    "source", "role", "path", "identity", "camera", "bytes", "width", "height", "box", "sha256", "pixels",
+    "phash", "brightness", "contrast", "sharpness", "problem",
+)  # fmt: skip
+SIDE = 32  # px of a thumbnail
 PART_IMAGES = 4096
-BLOCK_ROWS = 65_536
+BLOCK_ROWS = 65_536  # rows of the table that are Python objects at a time
+# [8, 32] the lowest rows of the cosine transform (type II) without the constant one
+COSINES = np.cos(np.pi * np.arange(1, 9)[:, None] * (2 * np.arange(SIDE)[None] + 1) / (2 * SIDE))
 
 
 @dataclass(frozen=True)
 class Index:
     """Columns of index.csv as arrays [N]; texts of which only equality matters are numbers (-1: empty).
 
-    source: int32 (into `sources`), excluded: bool, width, height: int32 px, box: [N, 4] int32 px (zeros:
-    none), file_hash, pixel_hash: [N, 2] uint64 (their first 128 bits), phash: uint64, brightness, contrast,
-    sharpness: float32, identity, camera: int32, readable: bool.
+    source: int32 (into `sources`), excluded: bool, width, height: int32 px, box: [N, 4] int32 px (zeros: none),
+    file_hash, pixel_hash: [N, 2] uint64 (their first 128 bits), phash: uint64, brightness, contrast, sharpness:
+    float32, identity, camera: int32, readable: bool.
     """
 
     sources: list[str]
@@ -51,12 +59,11 @@ class Index:
 
 
 def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, workers: int | None) -> None:
-    """Write folder/index.csv and folder/thumbnails.npy, [N, 32, 32] uint8 grey; the ranks share the work, a
-    killed run goes on at the first part that is missing."""
+    """Write folder/index.csv and folder/thumbnails.npy, [N, 32, 32] uint8 grey; the ranks share the work, a killed run
+    goes on at the first part that is missing."""
     parts = Parts(folder / "index.parts", job, "unfinished index", len(images), PART_IMAGES, ".csv")
     progress = Progress("opened", parts.items_to_do(), shown=is_main_process())
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: processes of this machine
-    workers = workers or max(1, (os.cpu_count() or 1) // local)
+    workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     done = 0
     with worker_pool(workers, (images, margin)) as pool:
         for start in parts.todo:
@@ -69,29 +76,32 @@ def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, wo
                 done += 1
                 if done % 512 == 0:
                     progress.update(done)
-            pixels = np.stack(thumbnails).tobytes()  # before the table: a table that exists is a part done
-            write_atomic(parts.file(start).with_suffix(".pixels"), lambda opened, d=pixels: opened.write(d))
-            data = text.getvalue().encode("utf-8", "replace")
-            write_atomic(parts.file(start), lambda opened, d=data: opened.write(d))
+            # the table last: a table that exists is a part done
+            for ending, data in ((".pixels", np.stack(thumbnails).tobytes()), (".csv", _encode(text.getvalue()))):
+                write_atomic(parts.file(start).with_suffix(ending), lambda opened, data=data: opened.write(data))
         progress.update(done)
     progress.close()
-    if parts.complete():
+    if not parts.complete():
+        return
+    header = io.BytesIO()
+    shape = (len(images), SIDE, SIDE)
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    for name, first, ending in (
+        ("thumbnails.npy", header.getvalue(), ".pixels"),
+        ("index.csv", _encode(",".join(FIELDS) + "\n"), ".csv"),
+    ):
 
-        def join(opened) -> None:
-            opened.write((",".join(FIELDS) + "\n").encode())
+        def join(opened, first=first, ending=ending) -> None:
+            opened.write(first)
             for start in parts.starts:
-                opened.write(parts.file(start).read_bytes())
+                opened.write(parts.file(start).with_suffix(ending).read_bytes())
 
-        def join_thumbnails(opened) -> None:
-            shape = (len(images), SIDE, SIDE)
-            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-            np.lib.format.write_array_header_1_0(opened, header)
-            for start in parts.starts:
-                opened.write(parts.file(start).with_suffix(".pixels").read_bytes())
+        write_atomic(folder / name, join)
+    parts.remove()
 
-        write_atomic(folder / "thumbnails.npy", join_thumbnails)
-        write_atomic(folder / "index.csv", join)
-        parts.remove()
+
+def _encode(text: str) -> bytes:
+    return text.encode("utf-8", "replace")  # names of files may hold any bytes
 
 
 def _measure_chunk(numbers: list[int]) -> list[tuple[list[str], np.ndarray]]:
@@ -99,8 +109,93 @@ def _measure_chunk(numbers: list[int]) -> list[tuple[list[str], np.ndarray]]:
     return [measure_image(images, number, margin) for number in numbers]
 
 
+def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[list[str], np.ndarray]:
+    """Return one row of index.csv, the values of `FIELDS` as texts, and the thumbnail, [32, 32] uint8 grey.
+
+    `problem` says why an image is unreadable; its thumbnail is black.
+    """
+    thumbnail = np.zeros((SIDE, SIDE), dtype=np.uint8)
+    source, _ = images.locate(number)
+    row = dict.fromkeys(FIELDS, "")
+    row |= {"source": source.name, "role": source.role, "path": images.name(number)}
+    row |= {name: images.text(number, name) for name in ("identity", "camera")}
+    try:
+        row["path"].encode("utf-8")  # names that are not UTF-8 fit into no table
+        opened = images[number]
+        data = opened.read_bytes() if isinstance(opened, Path) else opened.read()
+        row |= {"bytes": str(len(data)), "sha256": hashlib.sha256(data).hexdigest()}
+        image = open_rgb(io.BytesIO(data))
+        if box := images.text(number, "box"):
+            cut = parse_box(box, *image.size, margin)
+            image = image.crop(cut)
+            row["box"] = " ".join(map(str, cut))
+        grey = image.convert("L")
+        thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX))
+        row |= measure_pixels(image, grey, thumbnail)
+    except UNREADABLE as error:
+        row["problem"] = why_unreadable(error)
+    return list(row.values()), thumbnail
+
+
+def parse_box(text: str, width: int, height: int, margin: float) -> tuple[int, int, int, int]:
+    """Read `left upper right lower` in px (spaces, commas or semicolons), grow it by `margin` of its size on each side
+    and cut it to the picture.
+
+    Raises:
+        ValueError: not four numbers, or nothing of the box lies in the picture.
+    """
+    numbers = [float(part) for part in text.replace(",", " ").replace(";", " ").strip("[]() ").split()]
+    if len(numbers) != 4:
+        raise ValueError(f"the box '{text}' has {len(numbers)} numbers, not left upper right lower")
+    left, upper, right, lower = numbers
+    grow_x, grow_y = margin * (right - left), margin * (lower - upper)
+    left, upper = max(0, round(left - grow_x)), max(0, round(upper - grow_y))
+    right, lower = min(width, round(right + grow_x)), min(height, round(lower + grow_y))
+    if left >= right or upper >= lower:
+        raise ValueError(f"the box '{text}' leaves nothing of a picture of {width} x {height} px")
+    return left, upper, right, lower
+
+
+def measure_pixels(image: Image.Image, grey: Image.Image, thumbnail: np.ndarray) -> dict[str, str]:
+    """Measure an RGB picture: size (px), hash of its pixels, perceptual hash, and of its grey version at no more than
+    256 px the mean and standard deviation (0 to 255) and the deviation of the Laplacian."""
+    small = grey.copy()
+    small.thumbnail((256, 256), Image.Resampling.BOX)
+    values = np.asarray(small, dtype=np.float32)
+    size = np.array(image.size, dtype=np.int64).tobytes()  # one row of pixels is not one column of them
+    return {
+        "width": str(image.width),
+        "height": str(image.height),
+        "pixels": hashlib.sha256(size + image.tobytes()).hexdigest(),
+        "phash": f"{perceptual_hash(thumbnail):016x}",
+        "brightness": f"{values.mean():.1f}",
+        "contrast": f"{values.std():.1f}",
+        "sharpness": f"{sharpness(values):.2f}",
+    }
+
+
+def sharpness(grey: np.ndarray) -> float:
+    """Standard deviation of the Laplacian of [H, W] float32; 0 for pictures under 3 px."""
+    if min(grey.shape) < 3:
+        return 0.0
+    around = grey[:-2, 1:-1] + grey[2:, 1:-1] + grey[1:-1, :-2] + grey[1:-1, 2:]
+    return float((around - 4 * grey[1:-1, 1:-1]).std())
+
+
+def perceptual_hash(thumbnail: np.ndarray) -> int:
+    """64 bits: which of 8 x 8 low frequencies of the [32, 32] uint8 grey picture lie above their median."""
+    low = COSINES @ thumbnail.astype(np.float64) @ COSINES.T
+    return int.from_bytes(np.packbits((low > np.median(low)).ravel()).tobytes(), "big")
+
+
+def read_rows(file: Path):
+    """Yield the rows of index.csv as dicts, one at a time."""
+    with open(file, encoding="utf-8", newline="") as opened:
+        yield from csv.DictReader(opened)
+
+
 def load_index(file: Path) -> Index:
-    """index.csv -> arrays, block by block: no more than a few rows are Python objects at a time."""
+    """Read index.csv into arrays, block by block."""
     known: dict[str, dict[str, int]] = {column: {} for column in ("source", "identity", "camera")}
     rows, blocks = read_rows(file), []
     while block := list(islice(rows, BLOCK_ROWS)):
@@ -110,31 +205,23 @@ def load_index(file: Path) -> Index:
 
 
 def _columns(rows: list[dict[str, str]], known: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:
+    def halves(text: str) -> tuple[int, int]:
+        return int(text[:16] or "0", 16), int(text[16:32] or "0", 16)
+
     columns: dict[str, np.ndarray] = {
         "excluded": np.array([row["role"] == "exclude" for row in rows]),
         "readable": np.array([not row["problem"] for row in rows]),
         "phash": np.array([int(row["phash"] or "0", 16) for row in rows], dtype=np.uint64),
+        "box": np.array([row["box"].split() or (0, 0, 0, 0) for row in rows], dtype=np.int32),
+        "file_hash": np.array([halves(row["sha256"]) for row in rows], dtype=np.uint64),
+        "pixel_hash": np.array([halves(row["pixels"]) for row in rows], dtype=np.uint64),
     }
     for column, numbers in known.items():
         # the same id in two sources is two vehicles
-        keys = [row[column] and (row["source"] + "\0" + row[column]) for row in rows]
-        if column == "source":
-            keys = [row[column] for row in rows]
-        values = [numbers.setdefault(key, len(numbers)) if key else -1 for key in keys]
-        columns[column] = np.array(values, dtype=np.int32)
-    for column in ("width", "height"):
-        columns[column] = np.array([int(row[column] or 0) for row in rows], dtype=np.int32)
-    for column in ("brightness", "contrast", "sharpness"):
-        columns[column] = np.array([float(row[column] or 0) for row in rows], dtype=np.float32)
-    boxes = [row["box"].split() or (0, 0, 0, 0) for row in rows]
-    columns["box"] = np.array(boxes, dtype=np.int32)
-    for column, text in (("file_hash", "sha256"), ("pixel_hash", "pixels")):
-        halves = [(int(row[text][:16] or "0", 16), int(row[text][16:32] or "0", 16)) for row in rows]
-        columns[column] = np.array(halves, dtype=np.uint64)
+        prefixes = ["" if column == "source" else row["source"] + "\0" for row in rows]
+        keys = [row[column] and prefix + row[column] for prefix, row in zip(prefixes, rows)]
+        columns[column] = np.array([numbers.setdefault(key, len(numbers)) if key else -1 for key in keys], np.int32)
+    for names, dtype in ((("width", "height"), np.int32), (("brightness", "contrast", "sharpness"), np.float32)):
+        for name in names:
+            columns[name] = np.array([float(row[name] or 0) for row in rows], dtype=dtype)
     return columns
-
-
-def read_rows(file: Path):
-    """The rows of index.csv as dicts, one at a time."""
-    with open(file, encoding="utf-8", newline="") as opened:
-        yield from csv.DictReader(opened)

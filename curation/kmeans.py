@@ -16,8 +16,8 @@ INIT_ROWS = 8  # k-means++ draws its seeds from so many rows per cluster
 
 @dataclass(frozen=True)
 class Clusters:
-    """centroids: [k, D] float32 in the coordinates of the `Rows`; assignment: [N] int32;
-    distance: [N] float32, squared, to the own centroid; inertia: its sum in float64."""
+    """centroids: [k, D] float32 in the coordinates of the `Rows`; assignment: [N] int32; distance: [N] float32,
+    squared, to the own centroid; inertia: its sum in float64."""
 
     centroids: torch.Tensor
     assignment: np.ndarray
@@ -31,8 +31,8 @@ class Clusters:
 
 
 def memory_bytes(rows: Rows, k: int) -> int:
-    """What clustering `rows` into k holds on top of the program itself: this rank's rows if they are kept,
-    one converted chunk, one block of distances, four copies of the centroids, labels and distances."""
+    """What clustering `rows` into k holds on top of the program itself: this rank's rows if they are kept, one
+    converted chunk, one block of distances, four copies of the centroids, labels and distances."""
     kept = (rows.last - rows.first) * rows.dim * 4 if rows.kept is not None else 0
     block = max(BLOCK[rows.device.type], k) * 4
     return kept + 3 * CHUNK * rows.dim * 8 + block + k * rows.dim * (4 + 4 + 8 + 8) + len(rows) * 24
@@ -46,7 +46,6 @@ def kmeans(
     rng: np.random.Generator,
     init: str = "random",
     start: torch.Tensor | None = None,
-    strict: bool = True,
 ) -> Clusters:
     """Lloyd's algorithm; spherical where `rows.unit`.
 
@@ -54,19 +53,15 @@ def kmeans(
         rng: the same on every rank.
         init: `random` (k rows without repeats) or `kmeans++` (greedy, on 8k random rows).
         start: [k, D] float32 centroids to begin with instead.
-        strict: too few distinct rows are an error; otherwise some clusters stay empty.
     Returns:
-        Clusters that belong to the last centroids; stops early when no label changes. An empty cluster takes
-        the farthest member of the largest one, so none ends empty unless there are too few distinct rows.
-    Raises:
-        InputError: k is larger than the number of rows, or of distinct rows.
+        Clusters that belong to the last centroids; stops early when no label changes. An empty cluster takes the
+        farthest member of the largest one, so some end empty only where there are fewer than k distinct rows.
     """
     if not 1 <= k <= len(rows):
         raise InputError(f"{k} clusters of {len(rows)} images: ask for fewer clusters")
     centroids = start if start is not None else seed_centroids(rows, k, init, rng)
     labels = torch.full((rows.last - rows.first,), -1, dtype=torch.int32, device=rows.device)
-    reseeded = 0
-    done = 0
+    done = reseeded = 0
     for _ in range(iterations):
         sums = torch.zeros(k, rows.dim + 1, dtype=torch.float64, device=rows.device)
         distance = torch.empty(len(labels), device=rows.device)
@@ -92,13 +87,11 @@ def kmeans(
         if len(empty):
             reseeded += reseed(rows, centroids, empty, counts, labels, distance)
     final = assign(rows, centroids)
-    if strict:
-        _check_distinct(rows, final, k)
     return Clusters(final.centroids, final.assignment, final.distance, final.inertia, done, reseeded)
 
 
 def assign(rows: Rows, centroids: torch.Tensor) -> Clusters:
-    """Each row to its nearest centroid; distances are computed from the differences, without cancellation."""
+    """Give each row to its nearest centroid; distances come from the differences, without cancellation."""
     labels = torch.empty(rows.last - rows.first, dtype=torch.int32, device=rows.device)
     distance = torch.empty(len(labels), device=rows.device)
     for position, x in rows.chunks():
@@ -126,23 +119,20 @@ def assign_block(x: torch.Tensor, centroids: torch.Tensor, unit: bool = False):
         block = scores[: len(part)]
         torch.addmm(offset, part, transposed, out=block)
         torch.max(block, dim=1, out=(best[start : start + step], nearest[start : start + step]))
-    squares = x.square().sum(dim=1)
     constant = 1.0 if unit else 0.0  # ||c||^2 is in the score, except for unit centroids
-    return nearest.int(), (squares - 2 * best + constant).clamp(min=0)
+    return nearest.int(), (x.square().sum(dim=1) - 2 * best + constant).clamp(min=0)
 
 
 def seed_centroids(rows: Rows, k: int, init: str, rng: np.random.Generator) -> torch.Tensor:
-    """[k, D] first centroids: rows of the data."""
-    if init == "random":
-        return rows.take(np.sort(rng.choice(len(rows), k, replace=False, shuffle=False)))
-    count = min(len(rows), max(INIT_ROWS * k, 1024))
+    """Choose k rows of the data as first centroids, [k, D]."""
+    count = k if init == "random" else min(len(rows), max(INIT_ROWS * k, 1024))
     pool = rows.take(np.sort(rng.choice(len(rows), count, replace=False, shuffle=False)))
-    return pool[plus_plus(pool, k, rng)]
+    return pool if init == "random" else pool[plus_plus(pool, k, rng)]
 
 
 def plus_plus(x: torch.Tensor, k: int, rng: np.random.Generator) -> torch.Tensor:
-    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): k rows of x [n, D], 2 + ln k candidates a pick, each
-    drawn with probability proportional to its squared distance from the picks so far."""
+    """Greedy k-means++ (Arthur and Vassilvitskii, 2007): k rows of x [n, D], 2 + ln k candidates a pick, each drawn
+    with probability proportional to its squared distance from the picks so far."""
     tries = 2 + int(math.log(k))
     picks = [int(rng.integers(len(x)))]
     closest = (x - x[picks[0]]).square().sum(dim=1)
@@ -164,43 +154,32 @@ def plus_plus(x: torch.Tensor, k: int, rng: np.random.Generator) -> torch.Tensor
 
 
 def reseed(rows: Rows, centroids, empty, counts, labels, distance) -> int:
-    """Move empty centroids, in place, onto the farthest members of the largest clusters; -> how many
-    moved."""
+    """Move empty centroids, in place, onto the farthest members of the largest clusters; -> how many moved."""
     k = len(centroids)
     donors = counts.argsort(descending=True, stable=True)[: len(empty)]
     donors = donors[counts[donors] > 1]
     farthest = torch.zeros(k, device=rows.device)
     own = labels.long()
     farthest.scatter_reduce_(0, own, distance, "amax")
-    _all_reduce(rows, farthest, "max")
+    _all_reduce(rows, farthest, dist.ReduceOp.MAX)
     row = torch.full((k,), 2**60, dtype=torch.int64, device=rows.device)
     here = (distance >= farthest[own]) & (distance > 0)
     positions = torch.arange(rows.first, rows.last, device=rows.device)
     row.scatter_reduce_(0, own[here], positions[here], "amin")
-    _all_reduce(rows, row, "min")
+    _all_reduce(rows, row, dist.ReduceOp.MIN)
     donors = donors[row[donors] < 2**60]  # a cluster of equal rows has nothing to give
     if len(donors):
         centroids[empty[: len(donors)]] = rows.take(row[donors].cpu().numpy())
     return len(donors)
 
 
-def _check_distinct(rows: Rows, clusters: Clusters, k: int) -> None:
-    """Empty clusters at the end are only wrong where the rows are too few."""
-    filled = int((clusters.sizes() > 0).sum())
-    if filled < k and len(rows) <= 1_000_000:
-        distinct = len(np.unique(rows.data[rows.numbers()], axis=0))
-        if distinct < k:
-            raise InputError(f"{k} clusters, but only {distinct} distinct vectors: ask for fewer clusters")
-
-
-def _all_reduce(rows: Rows, x: torch.Tensor, how: str = "sum") -> None:
+def _all_reduce(rows: Rows, x: torch.Tensor, operation=dist.ReduceOp.SUM) -> None:
     if not rows.alone:
-        operation = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}[how]
         dist.all_reduce(x, operation)
 
 
 def _gather(rows: Rows, own: torch.Tensor) -> np.ndarray:
-    """This rank's values -> [N] of all rows, on every rank."""
+    """Collect this rank's values into [N] of all rows, on every rank."""
     if rows.alone:
         return own.cpu().numpy()
     whole = torch.zeros(len(rows), dtype=own.dtype, device=own.device)

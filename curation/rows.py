@@ -1,6 +1,7 @@
 """Rows of an embedding file as float32 chunks on a device; each rank walks over its own share."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,21 +13,30 @@ from util.errors import InputError
 CHUNK = 8192  # rows read at a time; the same grid for any number of ranks
 
 
+@dataclass(frozen=True)
+class Embedded:
+    """data: [n, D] memory map; rows: [n] int64, the index rows they belong to, ascending."""
+
+    data: np.ndarray
+    rows: np.ndarray
+
+    def place(self, rows: np.ndarray) -> np.ndarray:
+        """Turn index rows into rows of `data`."""
+        return np.searchsorted(self.rows, rows)
+
+
 class Rows:
     """[N, D] vectors for clustering, never more than one chunk of them converted at a time.
 
-    Vectors are shifted by their mean (`unit` off), because ||c||^2 - 2xc loses digits where all vectors
-    share a large component, as CLIP's do; or scaled to length 1 (`unit` on) for spherical clustering.
+    Vectors are shifted by their mean (`unit` off), because ||c||^2 - 2xc loses digits where all vectors share a large
+    component, as CLIP's do; or scaled to length 1 (`unit` on) for spherical clustering.
 
     Args:
         data: [M, D] float16 or float32, an array or a memory map.
         index: [N] int64 rows of `data` to use, ascending for speed (default: all).
-        unit: scale rows to length 1 instead of shifting.
-        centre: [D] float32 shift; None: the mean of the rows, found in one float64 pass.
+        centre: [D] float32 shift; None: the mean of the rows, found in one float64 pass that refuses NaN.
         resident_bytes: rows of this rank are kept on the device where they fit into so many bytes.
         alone: this rank clusters by itself, the others take no part.
-    Raises:
-        InputError: no rows, or a row that is not finite (the first few row numbers are named).
     """
 
     def __init__(
@@ -39,16 +49,16 @@ class Rows:
         resident_bytes: float = 4e9,
         alone: bool = False,
     ):
-        self.data, self.device, self.index, self.unit = data, device, index, unit
-        self.count = len(data) if index is None else len(index)
+        self.data, self.device, self.unit = data, device, unit
+        self.index = np.arange(len(data)) if index is None else index
         self.dim = data.shape[1]
-        if not self.count:
+        if not len(self):
             raise InputError("no vectors to cluster: the stages before have dropped every image")
-        chunks = -(-self.count // CHUNK)
         self.alone = alone or get_world_size() == 1
         world, rank = (1, 0) if self.alone else (get_world_size(), get_rank())
-        self.first = min(chunks * rank // world * CHUNK, self.count)
-        self.last = min(chunks * (rank + 1) // world * CHUNK, self.count)
+        chunks = -(-len(self) // CHUNK)
+        self.first = min(chunks * rank // world * CHUNK, len(self))
+        self.last = min(chunks * (rank + 1) // world * CHUNK, len(self))
         self.resident_bytes, self.kept = resident_bytes, None
         self.centre = self._check_and_centre() if centre is None else centre.to(device)
         if (self.last - self.first) * self.dim * 4 <= resident_bytes and self.last > self.first:
@@ -58,19 +68,15 @@ class Rows:
             self.kept = kept
 
     def __len__(self) -> int:
-        return self.count
-
-    def numbers(self) -> np.ndarray:
-        """[N] rows of `data`."""
-        return np.arange(self.count) if self.index is None else self.index
+        return len(self.index)
 
     def subset(self, positions: np.ndarray) -> "Rows":
-        """Some of these rows, shifted alike; positions: int64 among these rows."""
-        numbers = positions if self.index is None else self.index[positions]
-        return Rows(self.data, self.device, numbers, self.unit, self.centre, self.resident_bytes, self.alone)
+        """Return some of these rows, shifted alike; positions: int64 among these rows."""
+        index = self.index[positions]
+        return Rows(self.data, self.device, index, self.unit, self.centre, self.resident_bytes, self.alone)
 
     def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
-        """(position of the first row, [n, D] float32) over this rank's rows."""
+        """Yield (position of the first row, [n, D] float32) over this rank's rows."""
         for start in range(self.first, self.last, CHUNK):
             stop = min(start + CHUNK, self.last)
             if self.kept is not None:
@@ -79,44 +85,40 @@ class Rows:
                 yield start, self._prepare(self._raw(start, stop))
 
     def take(self, positions: np.ndarray) -> torch.Tensor:
-        """[n, D] float32 of any rows, on every rank."""
-        numbers = positions if self.index is None else self.index[positions]
-        order = np.argsort(numbers, kind="stable")  # memory maps are read forwards
-        values = np.empty((len(numbers), self.dim), dtype=self.data.dtype)
-        values[order] = self.data[numbers[order]]
+        """Return any rows, [n, D] float32, on every rank."""
+        index = self.index[positions]
+        order = np.argsort(index, kind="stable")  # memory maps are read forwards
+        values = np.empty((len(index), self.dim), dtype=self.data.dtype)
+        values[order] = self.data[index[order]]
         return self._prepare(torch.from_numpy(values))
 
     def restore(self, centroids: torch.Tensor) -> np.ndarray:
-        """Centroids in the coordinates of `data`, [k, D] float32."""
+        """Turn centroids into the coordinates of `data`, [k, D] float32."""
         return (centroids + self.centre).cpu().numpy()
 
     def _raw(self, start: int, stop: int) -> torch.Tensor:
-        if self.index is None:
-            values = np.array(self.data[start:stop])
-        else:
-            values = self.data[self.index[start:stop]]
-        return torch.from_numpy(np.ascontiguousarray(values))
+        return torch.from_numpy(np.ascontiguousarray(self.data[self.index[start:stop]]))
 
     def _prepare(self, values: torch.Tensor) -> torch.Tensor:
         x = values.to(self.device).float()
         return torch.nn.functional.normalize(x, dim=1) if self.unit else x - self.centre
 
     def _check_and_centre(self) -> torch.Tensor:
-        total = torch.zeros(self.dim + 1, dtype=torch.float64)
-        bad: list[int] = []
+        total = torch.zeros(self.dim + 1, dtype=torch.float64)  # sum of the rows, and how many are not finite
+        first_bad = torch.tensor([2**60])
         for start in range(self.first, self.last, CHUNK):
             x = self._raw(start, min(start + CHUNK, self.last)).double()
             finite = x.isfinite().all(dim=1)
-            bad += (start + (~finite).nonzero().flatten()).tolist()
             total[:-1] += x[finite].sum(dim=0)
-        total[-1] = len(bad)
-        first_bad = torch.tensor([min(bad, default=2**60)])
+            if not finite.all():
+                total[-1] += (~finite).sum()
+                first_bad = first_bad.clamp(max=start + int((~finite).nonzero()[0]))
         if not self.alone:
             total, first_bad = total.to(self.device), first_bad.to(self.device)
             dist.all_reduce(total)
             dist.all_reduce(first_bad, dist.ReduceOp.MIN)
         if total[-1] > 0:
-            row = int(self.numbers()[int(first_bad)])
+            row = int(self.index[int(first_bad)])
             raise InputError(f"{int(total[-1])} embeddings are not finite, first row {row}: embed these images again")
-        mean = torch.zeros(self.dim) if self.unit else (total[:-1] / self.count).float()
+        mean = torch.zeros(self.dim) if self.unit else (total[:-1] / len(self)).float()
         return mean.to(self.device)

@@ -1,12 +1,21 @@
-"""A balanced sample of an exact size from a tree of clusters (Vo et al., 2024, Sec. 3.3)."""
+"""A balanced sample of an exact size from trees of clusters (Vo et al., 2024, Sec. 3.3), and whether it is any better.
+
+Trees and their images are dicts by name: "all", or a tree of its own for each source.
+"""
 
 import numpy as np
+import torch
 
-from curation.hierarchy import Tree, members_by_cluster, step_rng
+from curation.hierarchy import Tree, lowest_of_each, members_by_cluster, step_rng
+from curation.rows import Embedded, Rows
+from util.errors import InputError
+
+MAX_ROWS = 500_000  # rows that are counted
+NET_ROWS = 10_000  # rows the cells are found on
 
 
 def water_fill(sizes: np.ndarray, target: int, rng: np.random.Generator) -> np.ndarray:
-    """Shares that are as equal as the sizes allow: share_j = min(level, size_j), their sum exactly `target`.
+    """Share `target` as equally as the sizes allow: share_j = min(level, size_j), their sum exactly the target.
 
     What the integer level leaves over goes, one each, to random clusters that still have more.
 
@@ -38,19 +47,157 @@ def sample_tree(tree: Tree, target: int, *, seed: int, how: str = "random", tree
         (ascending int64 rows, min(target, N) of them, none twice; [k_top] int64 shares of the top clusters).
     """
     rng = step_rng(seed, tree_number, 1000)
-    path = tree.path()
-    top_shares = water_fill(tree.images_below(len(tree.sizes) - 1), target, rng)
-    shares = top_shares
+    top_shares = shares = water_fill(tree.images_below(len(tree.sizes) - 1), target, rng)
     for level in range(len(tree.sizes) - 1, 0, -1):
         children, offsets = members_by_cluster(tree.parents[level], tree.sizes[level])
-        sizes = np.bincount(path[:, level - 1], minlength=tree.sizes[level - 1])
-        below = np.zeros(tree.sizes[level - 1], dtype=np.int64)
+        sizes = tree.images_below(level - 1)
+        below = np.zeros_like(sizes)
         for cluster in np.flatnonzero(shares):
             mine = children[offsets[cluster] : offsets[cluster + 1]]
             below[mine] = water_fill(sizes[mine], int(shares[cluster]), rng)
         shares = below
-    key = tree.distance if how == "closest" else rng.random(len(path))
-    order = np.lexsort((key, path[:, 0]))
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(path[:, 0], minlength=tree.sizes[0]))])
-    place = np.arange(len(path)) - offsets[path[order, 0]]
-    return np.sort(order[place < shares[path[order, 0]]]), top_shares
+    key = tree.distance if how == "closest" else rng.random(len(tree.distance))
+    return lowest_of_each(tree.parents[0], key, shares), top_shares
+
+
+def quotas(sizes: dict[str, int], target: int, wanted: list[str], seed: int) -> dict[str, int]:
+    """Share the target over the sources: the fractions of `--quota NAME=SHARE` where given, the rest as equal as their
+    sizes allow."""
+    shares = {}
+    for spec in wanted:
+        name, _, text = spec.partition("=")
+        try:
+            shares[name] = float(text)
+        except ValueError:
+            shares[name] = -1.0
+        if name not in sizes or not 0 <= shares[name] <= 1:
+            raise InputError(f"--quota {spec}: write NAME=SHARE, a share of 0 to 1 of one of {', '.join(sizes)}")
+        if int(shares[name] * target) > sizes[name]:
+            raise InputError(
+                f"--quota {spec} asks for {int(shares[name] * target)} images, but {name} has {sizes[name]} left: "
+                "lower the share or --target_size"
+            )
+    if sum(shares.values()) > 1 + 1e-9:
+        raise InputError(f"--quota: the shares add up to {sum(shares.values()):.3f}, more than 1")
+    fixed = {name: int(share * target) for name, share in shares.items()}
+    if sum(shares.values()) > 1 - 1e-9:  # what rounding down has left over
+        for name in [name for name in fixed if fixed[name] < sizes[name]][: target - sum(fixed.values())]:
+            fixed[name] += 1
+    others = {name: size for name, size in sizes.items() if name not in fixed}
+    left = target - sum(fixed.values())
+    if left > sum(others.values()):
+        raise InputError(
+            f"--quota and --target_size {target}: the sources without a quota have {sum(others.values())} images for "
+            f"the remaining {left}; raise a quota or lower the target"
+        )
+    filled = water_fill(np.array(list(others.values()), dtype=np.int64), left, step_rng(seed, 4000))
+    return fixed | dict(zip(others, filled.tolist()))
+
+
+def draw_sample(trees: dict[str, tuple[Tree, np.ndarray]], args) -> tuple[np.ndarray, dict[str, int]]:
+    """Draw exactly --target_size images.
+
+    Args:
+        trees: name -> (tree, index rows of its images). args: reads target_size, quota, seed, sample.
+    Returns:
+        ([n] int64 index rows, ascending; how many of each tree).
+    """
+    sizes = {name: len(rows) for name, (_, rows) in trees.items()}
+    if args.target_size > sum(sizes.values()):
+        raise InputError(
+            f"--target_size {args.target_size}: only {sum(sizes.values())} images are left after filters and "
+            "de-duplication; lower it, or add pools"
+        )
+    shares = quotas(sizes, args.target_size, args.quota, args.seed)
+    chosen = []
+    for number, (name, (tree, rows)) in enumerate(trees.items()):
+        positions, _ = sample_tree(tree, shares[name], seed=args.seed, how=args.sample, tree_number=number)
+        chosen.append(rows[positions])
+    return np.sort(np.concatenate(chosen)), shares
+
+
+def balance(sizes: np.ndarray) -> dict[str, float]:
+    """Tell how evenly a set is spread over clusters or cells of these sizes [K].
+
+    Returns:
+        gini (0: all equal), entropy (normalised by log K, 1: all equal), effective (exp of the entropy: as many equal
+        clusters would have it), coverage (share of clusters hit), top_share (images in the largest 1% of clusters).
+    """
+    sizes = np.sort(np.asarray(sizes, dtype=np.float64))
+    K, total = len(sizes), sizes.sum()
+    p = sizes[sizes > 0] / total
+    entropy = float(-(p * np.log(p)).sum())
+    return {
+        "gini": float((2 * np.arange(1, K + 1) - K - 1) @ sizes / (K * total)),
+        "entropy": entropy / np.log(K) if K > 1 else 1.0,
+        "effective": float(np.exp(entropy)),
+        "coverage": float((sizes > 0).mean()),
+        "top_share": float(sizes[-max(1, K // 100) :].sum() / total),
+    }
+
+
+def tail_coverage(pool_sizes: np.ndarray, chosen_sizes: np.ndarray) -> float:
+    """Share of the smallest tenth of the pool's non-empty clusters of which something was chosen."""
+    filled = np.flatnonzero(pool_sizes > 0)
+    order = filled[np.argsort(pool_sizes[filled], kind="stable")]
+    tail = order[: max(1, len(order) // 10)]
+    return float((chosen_sizes[tail] > 0).mean())
+
+
+def judge(
+    embedded: Embedded, domains: dict[str, np.ndarray], selection: np.ndarray, device: torch.device, seed: int
+) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
+    """Compare pool, random draw and selection on cells of equal radius (about one for 20 images, 10 to 1,000), found in
+    each domain by itself, which played no part in the choice.
+
+    Args:
+        domains: index rows that could have been chosen, by tree. selection: int64 index rows that were.
+    Returns:
+        ({"pool" | "random" | "selection": numbers of `balance`, plus tail_coverage}, {same: [K] int64 sizes}); "random"
+        draws as many of each domain as the selection has.
+    """
+    rng = step_rng(seed, 3000)
+    sizes: dict[str, list[np.ndarray]] = {"pool": [], "random": [], "selection": []}
+    for rows in domains.values():
+        chosen = np.intersect1d(rows, selection)
+        drawn = rng.choice(rows, len(chosen), replace=False)
+        if len(rows) > MAX_ROWS:
+            rows = np.sort(rng.choice(rows, MAX_ROWS, replace=False))
+        x = Rows(embedded.data, device, embedded.place(rows), unit=True, alone=True)
+        net = x.take(np.sort(rng.choice(len(rows), min(len(rows), NET_ROWS), replace=False)))
+        centres = cell_centres(net, min(int(np.clip(len(rows) // 20, 10, 1000)), len(net)), rng)
+        cell = np.concatenate([(part @ centres.t()).argmax(dim=1).cpu().numpy() for _, part in x.chunks()])
+        for name, mine in (("pool", rows), ("random", drawn), ("selection", chosen)):
+            sizes[name].append(np.bincount(cell[np.isin(rows, mine)], minlength=len(centres)))
+    joined = {name: np.concatenate(parts) for name, parts in sizes.items()}
+    pool = joined["pool"]
+    return {name: balance(of) | {"tail_coverage": tail_coverage(pool, of)} for name, of in joined.items()}, joined
+
+
+def cell_centres(x: torch.Tensor, wanted: int, rng: np.random.Generator) -> torch.Tensor:
+    """Find centres of about `wanted` cells of equal radius: rows in random order, each no nearer than the radius to
+    those before (a greedy net). Clusters of k-means hold about equally many rows, so that a random draw looks even on
+    them; cells hold as many as there are.
+
+    Args:
+        x: [n, D] unit vectors. wanted: from 1 to n.
+    Returns:
+        [K, D], K within a tenth of `wanted` where a radius gives that.
+    """
+    x = x[torch.from_numpy(rng.permutation(len(x))).to(x.device)]
+    low, high, best = -1.0, 1.0, x[:1]
+    for _ in range(20):
+        cosine = (low + high) / 2
+        free = torch.ones(len(x), dtype=torch.bool, device=x.device)
+        centres = []
+        while len(centres) < 2 * wanted and free.any():
+            first = int(free.to(torch.uint8).argmax())
+            centres.append(x[first])
+            free &= x @ x[first] < cosine
+            free[first] = False  # rounding: a vector's own cosine may lie below 1
+        if abs(len(centres) - wanted) <= abs(len(best) - wanted):
+            best = torch.stack(centres)
+        if abs(len(centres) - wanted) <= wanted // 10:
+            break
+        low, high = (cosine, high) if len(centres) < wanted else (low, cosine)
+    return best

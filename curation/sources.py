@@ -1,5 +1,4 @@
-"""Where a pool comes from: named folders, manifests and packed sets, joined into one numbered list of
-images."""
+"""Where a pool comes from: named folders, manifests and packed sets as one numbered list of images."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,17 +11,16 @@ from datasets.path_list import PathList
 from util.errors import InputError
 
 TEST_SPLITS = ("val", "dev", "test", "query", "gallery", "probe")  # beginnings of a split's name
-DEFAULT_COLUMNS = {"identity": "pid", "camera": "camid", "box": "box"}
-COLUMNS = tuple(DEFAULT_COLUMNS)
+COLUMNS = {"identity": "pid", "camera": "camid", "box": "box"}  # what a manifest may say of an image: default column
 
 
 @dataclass
 class Source:
-    """One `--pool` or `--exclude`. `columns` holds the values of a manifest's columns as texts, by their
-    role; left_out counts the rows that a manifest's own column `split` puts on the other side."""
+    """One `--pool` or `--exclude`. role: "pool" or "exclude"; columns: texts of a manifest's columns by their meaning;
+    left_out: rows that the manifest's column `split` puts on the other side."""
 
     name: str
-    role: str  # "pool" or "exclude"
+    role: str
     paths: PathList | PackedImages
     columns: dict[str, PathList] = field(default_factory=dict)
     left_out: int = 0
@@ -38,29 +36,27 @@ class JoinedImages:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def locate(self, number: int) -> tuple[int, int]:
-        """-> (which source, which of its images)."""
+    def locate(self, number: int) -> tuple[Source, int]:
+        """Return the source and the place in it."""
         source = int(np.searchsorted(self.ends, number, side="right"))
-        return source, number - (int(self.ends[source - 1]) if source else 0)
+        return self.sources[source], number - (int(self.ends[source - 1]) if source else 0)
 
     def __getitem__(self, number: int):
         source, index = self.locate(number)
-        return self.sources[source].paths[index]
+        return source.paths[index]
 
     def text(self, number: int, column: str) -> str:
-        """A manifest's value, or ''."""
+        """Return a manifest's value, or ''."""
         source, index = self.locate(number)
-        values = self.sources[source].columns.get(column)
-        return values.relative(index) if values is not None else ""
+        return source.columns[column].relative(index) if column in source.columns else ""
 
     def name(self, number: int) -> str:
-        """The absolute path of a file; for a packed image the folder and the name it had."""
+        """Return the absolute path of a file; for a packed image the folder and the name it had."""
         source, index = self.locate(number)
-        paths = self.sources[source].paths
-        return str(Path(paths.root).absolute() / paths.relative(index))
+        return str(Path(source.paths.root).absolute() / source.paths.relative(index))
 
     def fingerprint(self) -> list[list[str]]:
-        """Identity of what the sources list, in their order: rows of the index are numbered by it."""
+        """Identify what the sources list, in their order: rows of the index are numbered by it."""
         found = []
         for source in self.sources:
             columns = [f"{name} {source.columns[name].sha256()}" for name in sorted(source.columns)]
@@ -72,26 +68,23 @@ class JoinedImages:
 def open_sources(pools: list[str], excludes: list[str], column_names: dict[str, str]) -> JoinedImages:
     """Read `NAME=PATH` flags.
 
-    Of a manifest with a column `split`, a pool takes all rows but validation and test ones, and an exclusion
-    all rows but `train`; so one labels.csv can be given to both.
+    Of a manifest with a column `split`, a pool takes all rows but validation and test ones, and an exclusion all rows
+    but `train`; so one labels.csv can be given to both.
 
     Args:
-        column_names: role (`identity`, `camera`, `box`) -> the manifest's column of that meaning.
-    Raises:
-        InputError: no NAME=, a name given twice, nothing there, no row left.
+        column_names: the manifests' columns of the meanings `identity`, `camera` and `box`.
     """
     sources: list[Source] = []
     for role, specs in (("pool", pools), ("exclude", excludes)):
         for spec in specs:
-            name, equals, path = spec.partition("=")
-            if not equals or not name or not path:
+            name, _, path = spec.partition("=")
+            if not name or not path:
                 raise InputError(f"--{role} {spec}: write NAME=PATH, for example cars=/data/cars")
             if any(other.name == name and other.role == role for other in sources):
                 raise InputError(f"--{role} {name} is given twice: choose another name for {path}")
             sources.append(_open(name, role, Path(path), column_names))
     for column, name in column_names.items():
-        known = any(column in source.columns for source in sources)
-        if name != DEFAULT_COLUMNS[column] and not known:
+        if name != COLUMNS[column] and not any(column in source.columns for source in sources):
             raise InputError(f"--{column}_column {name}: no manifest of --pool or --exclude has values in it")
     return JoinedImages(sources)
 
@@ -106,7 +99,7 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
             )
         return Source(name, role, list_images(path))
     kept: list[str] = []
-    values: dict[str, list[str]] = {column: [] for column in COLUMNS}
+    values: dict[str, list[str]] = {column: [] for column in column_names}
     left_out = 0
     for row in iterate_manifest(path):
         split = str(row.get("split") or "").strip().lower()
@@ -114,9 +107,9 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
             left_out += 1
             continue
         kept.append(row["path"])
-        for column in COLUMNS:
+        for column, texts in values.items():
             value = row.get(column_names[column])
-            values[column].append("" if value is None else _as_text(value))
+            texts.append(" ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value))
     if not kept:
         side = "validation or test" if role == "pool" else "training"
         raise InputError(f"--{role} {name}={path}: all {left_out} rows are {side} rows by their column 'split'")
@@ -124,30 +117,3 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
     check_first_exist(paths, path)
     columns = {column: PathList(Path(), texts) for column, texts in values.items() if any(texts)}
     return Source(name, role, paths, columns, left_out)
-
-
-def _as_text(value) -> str:
-    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def parse_box(text: str, width: int, height: int, margin: float) -> tuple[int, int, int, int]:
-    """`left upper right lower` in px (spaces, commas or semicolons), grown by `margin` of its size on each
-    side and cut to the picture.
-
-    Raises:
-        ValueError: not four numbers, or nothing of the box lies in the picture.
-    """
-    numbers = [float(part) for part in text.replace(",", " ").replace(";", " ").strip("[]() ").split()]
-    if len(numbers) != 4:
-        raise ValueError(f"the box '{text}' has {len(numbers)} numbers, not left upper right lower")
-    left, upper, right, lower = numbers
-    grow_x, grow_y = margin * (right - left), margin * (lower - upper)
-    box = (
-        max(0, round(left - grow_x)),
-        max(0, round(upper - grow_y)),
-        min(width, round(right + grow_x)),
-        min(height, round(lower + grow_y)),
-    )
-    if box[0] >= box[2] or box[1] >= box[3]:
-        raise ValueError(f"the box '{text}' leaves nothing of a picture of {width} x {height} px")
-    return box

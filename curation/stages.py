@@ -7,71 +7,60 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from util.dist import is_main_process, print_main
+from util.dist import from_main, is_main_process, print_main, wait_for_main
 from util.files import write_json
 
 
 class Stages:
-    """Runs stages in order. Each leaves `stages/NAME.json` with its settings, counts and seconds; its
-    fingerprint covers the settings and runs of all stages before it, so a change, or a record that was
-    removed, redoes that stage and those after it, no others."""
+    """Runs stages in order. Each leaves `stages/NAME.json` with its settings, counts and seconds. Its fingerprint
+    covers the settings and runs of all stages before it, so a change, or a record that was removed, redoes that stage
+    and those after it, no others."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder = folder / "stages"
         self.fingerprint = ""
         self.records: dict[str, dict] = {}
 
     def run(self, name: str, settings: dict, work: Callable[[str], dict], shared: bool = False) -> dict:
-        """Do the stage or recall it.
+        """Do the stage or recall it, and return its counts.
 
         Args:
             settings: everything its result depends on beside the stages before.
             work: takes the fingerprint, returns the counts to record.
-            shared: all ranks work; otherwise rank 0 does, and the others wait for its record.
-        Returns:
-            The counts.
+            shared: all ranks work; otherwise rank 0 does, and the others wait.
         """
         text = json.dumps([self.fingerprint, name, settings], sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        record = self._read(name)
-        if record is None:
+        file = self.folder / f"{name}.json"
+        record = from_main(self._read(file))
+        if record is not None:
+            print_main(f"== {name}: done before, {_short(record['counts'])}")
+        else:
             print_main(f"== {name}")
             if is_main_process():
-                self._file(name).unlink(missing_ok=True)  # it must not vouch for files that are now rewritten
+                file.unlink(missing_ok=True)  # it must not vouch for files that are now rewritten
             started = time.perf_counter()
             counts = work(self.fingerprint) if shared or is_main_process() else {}
             if is_main_process():
                 seconds = round(time.perf_counter() - started, 2)
-                record = {
-                    "fingerprint": self.fingerprint,
-                    "run": uuid.uuid4().hex,
-                    "settings": settings,
-                    "counts": counts,
-                    "seconds": seconds,
-                }
-                write_json(self._file(name), record)
+                record = {"fingerprint": self.fingerprint, "run": uuid.uuid4().hex, "settings": settings}
+                record |= {"counts": counts, "seconds": seconds}
+                write_json(file, record)
                 print_main(f"{name}: {_short(counts)} ({seconds:.1f} s)")
-            while record is None:
-                time.sleep(0.2)
-                record = self._read(name)
-        else:
-            print_main(f"== {name}: done before, {_short(record['counts'])}")
+            wait_for_main()
+            record = from_main(record)
         self.records[name] = record
         self.fingerprint += record["run"]  # what comes after belongs to this very run of the stage
         return record["counts"]
 
-    def _file(self, name: str) -> Path:
-        return self.folder / "stages" / f"{name}.json"
-
-    def _read(self, name: str) -> dict | None:
+    def _read(self, file: Path) -> dict | None:
         try:
-            record = json.loads(self._file(name).read_text())
+            record = json.loads(file.read_text())
         except (FileNotFoundError, json.JSONDecodeError):
             return None
         return record if record.get("fingerprint") == self.fingerprint else None
 
 
 def _short(counts: dict) -> str:
-    plain = {k: v for k, v in counts.items() if isinstance(v, (int, float, str))}
-    parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in plain.items()]
+    parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in counts.items()]
     return ", ".join(parts) or "nothing"

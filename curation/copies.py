@@ -1,0 +1,431 @@
+"""Copies of one picture within the pool, and copies of benchmark pictures.
+
+Perceptual hashes and embeddings only propose pairs, without comparing all with all. Neither can tell: cropping a few
+percent moves a quarter of the bits of a hash, and to CLIP another car of the model is as near as the crop. Pixels that
+coincide once a crop is undone can. So thumbnails are laid over each other and compared tile by tile, for another car
+before the same wall has most of its pixels in common.
+"""
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from curation.filters import Removal, Removals
+from curation.hierarchy import members_by_cluster, step_rng
+from curation.index import SIDE, Index
+from curation.kmeans import kmeans
+from curation.rows import Embedded, Rows
+
+BANDS = 4  # of 16 bits of a hash
+MAX_BITS = 2 * BANDS - 1  # with one flipped bit allowed in a band, no pair up to this distance is missed
+PAIR_BLOCK = 4_000_000  # candidate pairs held at a time
+BRUTE_ROWS = 20_000  # a base of up to so many rows is compared with all queries
+NEIGHBOURS, PROBES = 8, 4  # nearest embeddings that are candidates; cells of a larger base that a query looks into
+CANDIDATE_COSINE = 0.65  # of the nearest embeddings, those at least so alike are laid over each other
+FLOOR = 0.8  # agreement below which neither hash nor embedding is believed: plain backgrounds share hashes
+
+COARSE = 16  # px for the first search
+# (side, start) of the windows along one axis, fractions: at the start, in the middle and at the end
+WINDOWS = [(1.0, 0.0)] + [(side, place * (1 - side)) for side in (0.95, 0.9) for place in (0.0, 0.5, 1.0)]
+WORTH_TRYING = 0.3  # correlation without moving anything; two photos of cars have 0.2, crops 0.45 at least
+WORTH_REFINING = 0.8  # correlation of the best window
+STEPS = (0.025, 0.0125, 0.00625)  # of side and centre in the refinement, fractions of the side
+TILE = 8  # px of a tile of the thumbnail
+TEXTURE = 4.0  # deviation of grey values from which a tile has something to compare
+BLOCK = 2048  # pairs, or rows of queries, at a time
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Alike images: first, second [P] int64, value [P] float32 (how alike; larger is more)."""
+
+    first: np.ndarray
+    second: np.ndarray
+    value: np.ndarray
+
+    def __getitem__(self, chosen: np.ndarray) -> "Pairs":
+        return Pairs(self.first[chosen], self.second[chosen], self.value[chosen])
+
+    def __len__(self) -> int:
+        return len(self.first)
+
+
+def join(parts: list[Pairs]) -> Pairs:
+    empty = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
+    parts = [empty, *parts]
+    return Pairs(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("first", "second", "value")))
+
+
+def hash_pairs(queries: np.ndarray, base: np.ndarray, bits: int, within: bool) -> Pairs:
+    """Find all (query, base) whose 64-bit hashes differ in at most `bits` bits; value: minus the number of bits.
+
+    Multi-index hashing (Norouzi et al., 2012): such a pair agrees in one of four bands but for one bit.
+
+    Args:
+        queries, base: uint64. bits: at most MAX_BITS. within: they are one set, of which each pair is wanted once.
+    """
+    found = [np.zeros(0, dtype=np.int64)]
+    for band in range(BANDS):
+        shift = np.uint64(16 * band)
+        keys = ((base >> shift) & np.uint64(0xFFFF)).astype(np.int64)
+        order = np.argsort(keys, kind="stable")
+        ordered = keys[order]
+        own = ((queries >> shift) & np.uint64(0xFFFF)).astype(np.int64)
+        for flip in [0] + [1 << bit for bit in range(16 if bits >= BANDS else 0)]:
+            low = np.searchsorted(ordered, own ^ flip, side="left")
+            high = np.searchsorted(ordered, own ^ flip, side="right")
+            for first, place in _expand(low, high):
+                second = order[place]
+                near = np.bitwise_count(queries[first] ^ base[second]) <= bits
+                if within:
+                    near &= first < second
+                found.append(first[near] * len(base) + second[near])
+    codes = np.unique(np.concatenate(found))
+    first, second = codes // max(len(base), 1), codes % max(len(base), 1)
+    distance = np.bitwise_count(queries[first] ^ base[second]).astype(np.float32)
+    return Pairs(first, second, -distance)
+
+
+def _expand(low: np.ndarray, high: np.ndarray):
+    """Turn the range [low, high) of each query into arrays (query, position), a bounded number of pairs at a time."""
+    counts = high - low
+    ends = np.cumsum(counts)
+    start = 0
+    while start < len(counts):
+        done = ends[start - 1] if start else 0
+        stop = max(int(np.searchsorted(ends, done + PAIR_BLOCK, side="right")), start + 1)
+        chosen = counts[start:stop]
+        query = np.repeat(np.arange(start, stop), chosen)
+        inside = np.arange(len(query)) - np.repeat(np.cumsum(chosen) - chosen, chosen)
+        yield query, np.repeat(low[start:stop], chosen) + inside
+        start = stop
+
+
+def embedding_pairs(
+    data: np.ndarray, queries: np.ndarray, base: np.ndarray, cosine: float, device: torch.device, seed: int = 0
+) -> Pairs:
+    """Find (query, base) pairs of at least this cosine among the eight nearest of each query; value: the cosine.
+
+    With a base of up to 20,000 rows all are compared; beyond, the base is cut into cells of about a thousand by
+    k-means and a query looks into its nearest four.
+
+    Args:
+        data: [N, D] embeddings; queries, base: int64 rows of it. A row is no neighbour of itself.
+    Returns:
+        Pairs of positions in `queries` and `base`.
+    """
+    if not len(queries) or not len(base):
+        return join([])
+    if len(base) <= BRUTE_ROWS:
+        return _compare(data, queries, base, np.arange(len(queries)), np.arange(len(base)), cosine, device)
+    cells = max(2, len(base) // 1000)
+    rows = Rows(data, device, base, unit=True, alone=True)
+    clusters = kmeans(rows, cells, iterations=8, rng=step_rng(seed, 2000))
+    members, offsets = members_by_cluster(clusters.assignment, cells)
+    visits = []
+    for part in np.split(queries, range(65_536, len(queries), 65_536)):
+        similar = _unit_rows(data, part, device) @ clusters.centroids.t()
+        visits.append(similar.topk(min(PROBES, cells), dim=1).indices.cpu().numpy())
+    wanted = np.concatenate(visits)
+    asking, asking_offsets = members_by_cluster(wanted.ravel(), cells)
+    found = []
+    for cell in range(cells):
+        mine = asking[asking_offsets[cell] : asking_offsets[cell + 1]] // wanted.shape[1]
+        there = members[offsets[cell] : offsets[cell + 1]]
+        if len(mine) and len(there):
+            found.append(_compare(data, queries, base, mine, there, cosine, device))
+    pairs = join(found)
+    pairs = pairs[np.lexsort((-pairs.value, pairs.first))]  # each query's best few of what several cells gave
+    return pairs[np.arange(len(pairs)) - np.searchsorted(pairs.first, pairs.first, side="left") < NEIGHBOURS]
+
+
+def _compare(data, queries, base, asking, there, cosine: float, device: torch.device) -> Pairs:
+    """Compare positions `asking` of the queries with positions `there` of the base."""
+    y = _unit_rows(data, base[there], device)
+    theirs = torch.from_numpy(base[there]).to(device)
+    parts = []
+    for start in range(0, len(asking), BLOCK):
+        mine = asking[start : start + BLOCK]
+        similar = _unit_rows(data, queries[mine], device) @ y.t()
+        similar[theirs[None] == torch.from_numpy(queries[mine]).to(device)[:, None]] = -2
+        value, place = similar.topk(min(NEIGHBOURS, len(there)), dim=1)
+        row, column = (value >= cosine).nonzero(as_tuple=True)
+        picked = place[row, column].cpu().numpy()
+        parts.append(Pairs(mine[row.cpu().numpy()], there[picked], value[row, column].cpu().numpy()))
+    return join(parts)
+
+
+def _unit_rows(data: np.ndarray, rows: np.ndarray, device: torch.device) -> torch.Tensor:
+    return F.normalize(torch.from_numpy(np.ascontiguousarray(data[rows])).to(device).float(), dim=1)
+
+
+def once(pairs: Pairs) -> tuple[Pairs, np.ndarray]:
+    """Take pairs within one set once each, first < second, and tell [P] bool whether they hold in both directions."""
+    low, high = np.minimum(pairs.first, pairs.second), np.maximum(pairs.first, pairs.second)
+    codes = low * (int(high.max(initial=-1)) + 1) + high
+    _, first, counts = np.unique(codes, return_index=True, return_counts=True)
+    return Pairs(low, high, pairs.value)[first], counts == 2
+
+
+def _resampling() -> torch.Tensor:
+    """[windows, COARSE, SIDE] float32: each window of a line of SIDE px, averaged to COARSE px."""
+    edges = np.arange(SIDE)
+    matrices = []
+    for side, start in WINDOWS:
+        low = (start + side * np.arange(COARSE) / COARSE)[:, None] * SIDE
+        high = low + side * SIDE / COARSE
+        covered = (np.minimum(high, edges + 1) - np.maximum(low, edges)).clip(0)
+        matrices.append(covered / covered.sum(axis=1, keepdims=True))
+    return torch.from_numpy(np.stack(matrices)).float()
+
+
+def _unit(x: torch.Tensor) -> torch.Tensor:
+    """Mean 0 and length 1 along the last axis: products are correlations. A plain picture becomes zeros."""
+    x = x - x.mean(dim=-1, keepdim=True)
+    return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-3)
+
+
+def _tiles_agree(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """[p] the lower quartile of the correlations of the tiles of [p, 32, 32] that have texture in x or y."""
+
+    def tiles(imgs):
+        n = SIDE // TILE
+        return imgs.reshape(-1, n, TILE, n, TILE).transpose(2, 3).reshape(len(imgs), n * n, TILE * TILE)
+
+    x, y = tiles(x), tiles(y)
+    alike = (_unit(x) * _unit(y)).sum(dim=-1)
+    alike[torch.maximum(x.std(dim=-1), y.std(dim=-1)) < TEXTURE] = torch.nan
+    return alike.nanquantile(0.25, dim=1).nan_to_num(0.0)
+
+
+class Aligner:
+    """Lays two thumbnails over each other: are they one photo, but for a crop, a mirror, light or compression?
+
+    thumbnails: [N, 32, 32] uint8 grey, may be a memory map."""
+
+    def __init__(self, thumbnails: np.ndarray, device: torch.device):
+        self.thumbnails, self.device = thumbnails, device
+        self.windows = torch.tensor(WINDOWS, device=device)
+        self.resampling = _resampling().to(device)
+        moves = list(itertools.product((-1.0, 0.0, 1.0), repeat=2))
+        self.moves = torch.tensor(moves, device=device)  # [9, 2] of side and centre
+        self.line = (torch.arange(SIDE, device=device) + 0.5) / SIDE - 0.5
+
+    def agreement(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
+        """Tell how well the pictures of each pair agree once one of them is cut and mirrored to fit the other: the
+        correlation that three quarters of the tiles with texture reach at least.
+
+        Args:
+            first, second: [P] int64 rows of the thumbnails.
+        Returns:
+            [P] float32, 0 to 1; 0 where they do not even roughly fit.
+        """
+        result = np.empty(len(first), dtype=np.float32)
+        for start in range(0, len(first), BLOCK):
+            part = slice(start, start + BLOCK)
+            result[part] = self._block(self._load(first[part]), self._load(second[part])).cpu().numpy()
+        return result
+
+    def _load(self, rows: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(self.thumbnails[rows])).to(self.device).float()
+
+    def _block(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        ways = [(a, b), (b, a), (a.flip(-1), b), (b, a.flip(-1))]  # which is cut, and which is whole
+        score = torch.zeros(len(ways), len(a), device=self.device)
+        window = torch.zeros(len(ways), len(a), dtype=torch.long, device=self.device)
+        for way, (cut, whole) in enumerate(ways):
+            plain = (_unit(cut.flatten(1)) * _unit(whole.flatten(1))).sum(dim=1)
+            tried = (plain >= WORTH_TRYING).nonzero()[:, 0]
+            if len(tried):
+                score[way, tried], window[way, tried] = self._coarse(cut[tried], whole[tried])
+        best, way = score.max(dim=0)
+        result = torch.zeros(len(a), device=self.device)
+        for number, (cut, whole) in enumerate(ways):
+            good = ((way == number) & (best >= WORTH_REFINING)).nonzero()[:, 0]
+            for some in good.split(BLOCK // 8) if len(good) else ():
+                view = self._refine(cut[some], whole[some], window[number, some])
+                result[some] = _tiles_agree(view, whole[some]).clamp_min(0)
+        return result
+
+    def _coarse(self, cut: torch.Tensor, whole: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find ([p] correlation, [p] int64 which of the windows (y, x) it is), at COARSE px."""
+        columns = torch.einsum("pij,xwj->pxiw", cut, self.resampling)
+        views = torch.einsum("yhi,pxiw->pyxhw", self.resampling, columns).flatten(3).flatten(1, 2)
+        target = _unit(F.avg_pool2d(whole, SIDE // COARSE).flatten(1))
+        return torch.einsum("pvd,pd->pv", _unit(views), target).max(dim=1)
+
+    def _refine(self, cut: torch.Tensor, whole: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
+        """Move the edges of the window in ever smaller steps to fit better -> [p, 32, 32]."""
+        y, x = self.windows[window // len(self.windows)], self.windows[window % len(self.windows)]
+        place = torch.stack([x[:, 0], x[:, 1] + x[:, 0] / 2, y[:, 0], y[:, 1] + y[:, 0] / 2], dim=1)
+        target = _unit(whole.flatten(1))
+        for step in STEPS:
+            for axis in (0, 2):  # x, then y
+                tried = place[:, None].repeat(1, len(self.moves), 1)
+                tried[..., axis : axis + 2] += self.moves * step
+                score = torch.einsum("pmd,pd->pm", _unit(self._cut(cut, tried)), target)
+                place = tried[torch.arange(len(tried), device=self.device), score.argmax(dim=1)]
+        return self._cut(cut, place[:, None]).view_as(whole)
+
+    def _cut(self, imgs: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
+        """Cut [p, m, 1024] windows of [p, 32, 32]; place: [p, m, 4] side and centre in x, then in y."""
+        p, m = place.shape[:2]
+        x = (place[..., 0:1] * self.line + place[..., 1:2]) * 2 - 1
+        y = (place[..., 2:3] * self.line + place[..., 3:4]) * 2 - 1
+        grid = torch.stack([x[:, :, None].expand(-1, -1, SIDE, -1), y[:, :, :, None].expand(-1, -1, -1, SIDE)], dim=-1)
+        grid = grid.reshape(p, m * SIDE, SIDE, 2)
+        views = F.grid_sample(imgs[:, None], grid, padding_mode="border", align_corners=False)
+        return views.reshape(p, m, SIDE * SIDE)
+
+
+@dataclass(frozen=True)
+class CopyFinder:
+    """Finds near copies among the images of an index: the agreement of their pixels is at least `agreement`; or it is
+    at least 0.8 and at most `bits` of their hashes differ, or their embeddings have at least `cosine` and are among
+    each other's nearest (within one list). seed: of the cells."""
+
+    index: Index
+    embedded: Embedded
+    aligner: Aligner
+    bits: int
+    cosine: float
+    agreement: float
+    seed: int
+
+    def near_pairs(self, first: np.ndarray, second: np.ndarray) -> Pairs:
+        """Find near copies between two lists of index rows (or within one, given twice); value: their agreement."""
+        within = first is second
+        index, embedded = self.index, self.embedded
+        by_hash = hash_pairs(index.phash[first], index.phash[second], self.bits, within)
+        floor = min(CANDIDATE_COSINE, self.cosine)
+        places = embedded.place(first), embedded.place(second)
+        alike = embedding_pairs(embedded.data, *places, floor, self.aligner.device, self.seed)
+        both_ways = np.ones(len(alike), dtype=bool)
+        if within:
+            alike, both_ways = once(alike)
+        hash_fits = self.aligner.agreement(first[by_hash.first], second[by_hash.second])
+        fits = self.aligner.agreement(first[alike.first], second[alike.second])
+        near = (fits >= self.agreement) | ((alike.value >= self.cosine) & both_ways & (fits >= FLOOR))
+        found = Pairs(by_hash.first, by_hash.second, hash_fits)[hash_fits >= FLOOR]
+        return join([found, Pairs(alike.first, alike.second, fits)[near]])
+
+    def leaks(self, alive: np.ndarray, benchmark_of: Callable[[int], str | None]) -> Removal:
+        """Remove pool rows that are a picture of an excluded source: the same bytes, the same pixels, or near; and rows
+        whose path says that they are a test image of a known benchmark.
+
+        Args:
+            alive: [n] int64 pool rows still in. benchmark_of: row -> the benchmark whose test split it lies in, if any.
+        """
+        index, out = self.index, Removals(len(self.index))
+        for row in alive.tolist():
+            if name := benchmark_of(row):
+                out.add(f"{name}: in a folder of its test images", np.array([row]))
+        excluded = np.flatnonzero(index.excluded & index.readable)
+        both = np.concatenate([excluded, alive])  # so that the first of equal ones is an excluded one
+
+        def add(reason: str, rows: np.ndarray, of: np.ndarray, value: np.ndarray) -> None:
+            for number in np.unique(index.source[of]):
+                mine = index.source[of] == number
+                out.add(f"{index.sources[number]}: {reason}", rows[mine], of[mine], value[mine])
+
+        for reason, keys in (("same file", index.file_hash), ("same pixels", index.pixel_hash)):
+            of = both[_first_of_each(keys[both])][len(excluded) :]
+            hit = index.excluded[of]
+            add(reason, alive[hit], of[hit], np.ones(hit.sum()))
+        rest = out.left_of(alive)
+        pairs = self.near_pairs(rest, excluded)
+        pairs = pairs[np.lexsort((-pairs.value, pairs.first))]
+        pairs = pairs[np.unique(pairs.first, return_index=True)[1]]  # the best match of each
+        add("near (agreement)", rest[pairs.first], excluded[pairs.second], pairs.value)
+        return out.finish()
+
+    def duplicates(self, alive: np.ndarray, leaked: np.ndarray, group_cap: int, track_cap: int) -> Removal:
+        """Remove copies within the pool: the largest picture stays, and those that are no direct copies of one that
+        stays; of each (identity, camera) at most `track_cap` stay.
+
+        Args:
+            alive, leaked: int64 pool rows, ascending. Near copies of a leaked picture go with it, beyond any cap.
+            group_cap: images that one picture may stand for.
+        """
+        index, out = self.index, Removals(len(self.index))
+        keys = np.concatenate([index.file_hash, index.box.astype(np.uint64)], axis=1)
+        for reason, values in (("same file", keys), ("same pixels", index.pixel_hash)):
+            rest = out.left_of(alive)
+            first = rest[_first_of_each(values[rest])]
+            out.add(reason, rest[first != rest], first[first != rest], 1.0)
+        rest = np.sort(np.concatenate([out.left_of(alive), leaked]))
+        pairs = self.near_pairs(rest, rest)
+        is_leaked = np.isin(rest, leaked)
+        leak = np.full(len(rest), -1, dtype=np.int64)
+        likeness = np.zeros(len(rest), dtype=np.float32)
+        for one, other in ((pairs.first, pairs.second), (pairs.second, pairs.first)):
+            hit = np.flatnonzero(is_leaked[one] & ~is_leaked[other])
+            hit = hit[np.argsort(pairs.value[hit], kind="stable")]  # the most alike is written last
+            leak[other[hit]], likeness[other[hit]] = one[hit], pairs.value[hit]
+        gone = leak >= 0
+        out.add("copy of a leaked picture (agreement)", rest[gone], rest[leak[gone]], likeness[gone])
+        inside = ~is_leaked & ~gone
+        area = index.width[rest].astype(np.int64) * index.height[rest]
+        largest_first = np.lexsort((rest, -area))
+        of, likeness = stars(largest_first, pairs[inside[pairs.first] & inside[pairs.second]], group_cap)
+        gone = of != np.arange(len(rest))
+        out.add("near copy (agreement)", rest[gone], rest[of[gone]], likeness[gone])
+        surplus = beyond_tracks(index, out.left_of(alive), track_cap)
+        out.add("beyond the cap of its identity and camera (images)", surplus, value=track_cap)
+        return out.finish()
+
+
+def _first_of_each(keys: np.ndarray) -> np.ndarray:
+    """[n, m] -> [n] int64, the first row that equals each row."""
+    _, first, inverse = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    return first[inverse.reshape(-1)]
+
+
+def stars(order: np.ndarray, pairs: Pairs, cap: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose which images go, and which one stays for each: every image that goes is itself alike to the one that
+    stays, so that a chain of small steps (a surveillance track) does not end as one image.
+
+    Args:
+        order: [n] int64, images in order of preference: one stays unless an earlier one that stays stands for it.
+        cap: images that one may stand for, itself counted, the most alike first.
+    Returns:
+        ([n] int64, the image that stands for each (itself if it stays), [n] float32 value of that pair).
+    """
+    keeper = np.arange(len(order))
+    value = np.ones(len(order), dtype=np.float32)
+    free = np.ones(len(order), dtype=bool)
+    both = join([pairs, Pairs(pairs.second, pairs.first, pairs.value)])
+    both = both[np.lexsort((both.second, -both.value, both.first))]
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(both.first, minlength=len(order)))])
+    for image in order[np.diff(offsets)[order] > 0].tolist():
+        if not free[image]:
+            continue
+        free[image] = False
+        mine = slice(offsets[image], offsets[image + 1])
+        near, alike = both.second[mine], both.value[mine]
+        still = free[near]
+        near, first = np.unique(near[still], return_index=True)  # a pair may have been found twice
+        alike = alike[still][first]
+        chosen = np.argsort(-alike, kind="stable")[: cap - 1]
+        keeper[near[chosen]], value[near[chosen]], free[near[chosen]] = image, alike[chosen], False
+    return keeper, value
+
+
+def beyond_tracks(index: Index, rows: np.ndarray, cap: int) -> np.ndarray:
+    """Return those of `rows` that go so that at most `cap` of each (identity, camera) stay, evenly spaced."""
+    known = rows[(index.identity[rows] >= 0) & (index.camera[rows] >= 0)]
+    if not len(known):
+        return known
+    tracks = np.stack([index.identity[known], index.camera[known]], axis=1)
+    _, track, counts = np.unique(tracks, axis=0, return_inverse=True, return_counts=True)
+    order, offsets = members_by_cluster(track.reshape(-1), len(counts))
+    place = np.arange(len(known)) - np.repeat(offsets[:-1], counts)
+    total = np.repeat(counts, counts)
+    # the k-th that begins a new of `cap` equal stretches stays
+    kept = np.minimum(total, cap)
+    stays = (place * kept // total) != ((place - 1) * kept // total)
+    return np.sort(known[order[~stays]])
