@@ -16,11 +16,12 @@ from util.progress import Progress
 from util.stop import init_worker
 
 PART_IMAGES = 4096
+Encode = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 
 @torch.inference_mode()
 def extract_batches(
-    encode: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]],
+    encode: Encode,
     images: WholeImages,
     device: torch.device,
     *,
@@ -48,30 +49,16 @@ def extract_batches(
 
 
 def extract_features(
-    model: torch.nn.Module, paths, names: tuple[str, ...], *, progress: Callable[[int], None], **loading
+    encode: Encode, images: WholeImages, device: torch.device, progress: Progress, **loading
 ) -> tuple[dict[str, np.ndarray], dict[int, str]]:
-    """All features in memory: ({name: [len(paths), ...] float32}, {index: problem}).
-
-    Args:
-        model: has `img_size` and `encode`. progress: is told how many images are done.
-        loading: batch_size, num_workers, amp_dtype of `extract_batches`.
-    """
-    collected: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    """All of `extract_batches` in memory: ({name: float32 [len(images), ...]}, {index: problem})."""
+    parts: list[dict[str, np.ndarray]] = []
     problems: dict[int, str] = {}
-    done, device = 0, next(model.parameters()).device
-    images = WholeImages(paths, np.arange(len(paths)), model.img_size)
-
-    def encode(imgs: torch.Tensor, _) -> dict[str, torch.Tensor]:
-        found = model.encode(imgs)
-        return {name: found[name] for name in names}
-
     for index, rows, bad in extract_batches(encode, images, device, **loading):
-        for name, parts in collected.items():
-            parts.append(rows[name])
+        parts.append(rows)
         problems |= bad
-        done += len(index)
-        progress(done)
-    return {name: np.concatenate(parts) for name, parts in collected.items()}, problems
+        progress.update(progress.done + len(index))
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}, problems
 
 
 def extract_to_file(
@@ -96,16 +83,10 @@ def extract_to_file(
     folder = output.with_name(output.name + ".parts")
     parts = Parts(folder, job, "unfinished extraction", len(images), PART_IMAGES, ".npy")
     progress = Progress("images", parts.items_to_do(), shown=is_main_process())
-    done = 0
     for start in parts.todo:
         chosen = WholeImages(images.paths, images.indices[start : parts.stop(start)], images.size, images.boxes)
-        rows, problems = [], {}
-        for index, features, bad in extract_batches(lambda imgs, _: {"": encode(imgs)}, chosen, device, **loading):
-            rows.append(features[""])
-            problems |= bad
-            done += len(index)
-            progress.update(done)
-        values = np.concatenate(rows).astype(dtype)
+        features, problems = extract_features(lambda imgs, _: {"": encode(imgs)}, chosen, device, progress, **loading)
+        values = features[""].astype(dtype)
         write_json(parts.file(start).with_suffix(".json"), problems)
         write_atomic(parts.file(start), lambda opened, v=values: np.save(opened, v))
     progress.close()

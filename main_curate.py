@@ -120,7 +120,8 @@ from curation.sample import draw_sample, judge
 from curation.sources import open_sources
 from curation.stages import Stages
 from datasets.benchmarks import recognise
-from engine_extract import WholeImages, extract_to_file
+from datasets.eval_images import WholeImages
+from engine_extract import extract_to_file
 from models_teacher import FrozenTeacher, encode_texts, load_clip
 from models_vit import load_encoder
 from reports.curation import Curated, write_curation_report

@@ -96,6 +96,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from datasets.eval_images import WholeImages
 from datasets.labelled import LabelledImages, list_labelled
 from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset
@@ -204,9 +205,9 @@ def judge_labels(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[S
 
 def all_features(args, read_outs: ReadOuts, paths, loading: dict) -> tuple[dict, dict[int, str]]:
     """({read-out: [n, D] float32 on the device}, {index: problem}) of one pass over all images."""
-    progress = Progress("features", len(paths))
-    names = tuple(read_outs.widths)
-    features, problems = extract_features(read_outs, paths, names, progress=progress.update, **loading)
+    device = next(read_outs.parameters()).device
+    images, progress = WholeImages(paths, np.arange(len(paths)), read_outs.img_size), Progress("features", len(paths))
+    features, problems = extract_features(lambda imgs, _: read_outs.encode(imgs), images, device, progress, **loading)
     progress.close()
     for index, problem in problems.items():
         print(f"unreadable, left out: {paths[index]}: {problem}")
@@ -220,7 +221,6 @@ def all_features(args, read_outs: ReadOuts, paths, loading: dict) -> tuple[dict,
                 f"{args.checkpoint}: the read-out {name} of {int(bad.sum())} images, e.g. "
                 f"{paths[int(bad.argmax())]}, is not finite: the model has diverged, or needs --amp none"
             )
-    device = next(read_outs.parameters()).device
     return {name: torch.from_numpy(values).to(device) for name, values in features.items()}, problems
 
 

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
+from datasets.eval_images import WholeImages
 from datasets.text_bank import hash_texts
-from engine_extract import WholeImages
 from models_teacher import FrozenTeacher, encode_texts
 from util.errors import InputError
 from util.files import write_atomic, write_json

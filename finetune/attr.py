@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from datasets.attr import AttributeData, AttributeTrainImages, read_attribute_set
+from datasets.eval_images import WholeImages
 from datasets.samplers import epoch_batches
 from datasets.transforms import PadCropErase
-from engine_extract import WholeImages
 from finetune.attr_model import KIND, Known, attr_config, load_vtb
 from finetune.attr_text import text_vectors
 from finetune.encoder import build_encoder, check_trained

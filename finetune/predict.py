@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from datasets.eval_images import WholeImages
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
-from engine_extract import WholeImages, extract_batches
+from engine_extract import extract_batches
 from util.dist import get_rank, get_world_size, is_main_process
 from util.errors import InputError
 from util.files import write_atomic

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
+from datasets.eval_images import WholeImages
 from datasets.reid import ReidData, ReidImages
-from engine_extract import WholeImages
 from finetune.predict import predict
 from metrics.protocols import Protocol, evaluate
 from models_transreid import TransReID

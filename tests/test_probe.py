@@ -15,6 +15,7 @@ from PIL import Image
 import main_finetune
 import main_linprobe
 import main_pretrain
+from datasets.eval_images import WholeImages
 from datasets.images import open_rgb
 from datasets.manifest import list_images
 from datasets.path_list import PathList
@@ -22,7 +23,7 @@ from datasets.pretrain import PretrainDataset
 from datasets.samplers import EpochBatches
 from datasets.transforms import whole_image
 from demo.reid import write_demo_reid
-from engine_extract import WholeImages, extract_batches
+from engine_extract import extract_batches
 from engine_linprobe import build_head, crop_batches, stored_batches, train_heads
 from metrics import probe
 from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy

@@ -40,9 +40,10 @@ import io
 
 import numpy as np
 
+from datasets.eval_images import WholeImages
 from datasets.manifest import list_images
 from datasets.path_list import printable
-from engine_extract import WholeImages, extract_to_file
+from engine_extract import extract_to_file
 from models_vit import load_encoder
 from util.dist import end_distributed, init_distributed, pick_device, print_main
 from util.fetch import fetch

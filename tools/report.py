@@ -27,8 +27,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
+import numpy as np
 import torch
 
+from datasets.eval_images import WholeImages
 from datasets.labelled import list_labelled
 from engine_extract import extract_features
 from metrics.probe import knn_predict, topk_accuracy
@@ -49,8 +51,10 @@ def initial_encoder(config: dict) -> VisionTransformer:
 def knn_accuracy(model, tables: dict, read_out: str, title: str) -> dict[str, float]:
     paths = next(iter(tables.values())).paths
     progress = Progress(title, len(paths))
-    loading = {"batch_size": 128, "num_workers": 2}
-    features, problems = extract_features(model, paths, (read_out,), progress=progress.update, **loading)
+    images, loading = WholeImages(paths, np.arange(len(paths)), model.img_size), {"batch_size": 128, "num_workers": 2}
+    features, problems = extract_features(
+        lambda imgs, _: {read_out: model.encode(imgs)[read_out]}, images, torch.device("cpu"), progress, **loading
+    )
     progress.close()
     if problems:
         raise InputError(f"{len(problems)} images could not be read, first {paths[min(problems)]}: remove them")

@@ -21,8 +21,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("queries", nargs="+", metavar="QUERY", help="image files, or one folder or manifest")
     add("--gallery", required=True, help="folder, manifest or packed set; or the index of an earlier call")
     add("--index", default=None, help="folder to keep the embeddings in, float16 (default: OUTPUT.index)")
-    add("--output", default="search_results",
-        help="folder for results.json, results.png and metrics.json (default search_results)")
+    add("--output", default="search_results", help="folder for the results (default search_results)")
     add("--topk", default=10, type=int, help="results a query (default 10)")
     add("--exclude_self", action="store_true", help="leave out the query's own file (default: mark it)")
     add("--picture", action=argparse.BooleanOptionalAction, default=True,
@@ -31,13 +30,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--checkpoint", required=True, help="re-id model of main_finetune.py, or any plain encoder")
     add("--read_out", default=None, choices=("cls", "mean"),
         help="of plain encoders: class token or mean of the patches (default: the index's, else cls)")
-    add("--input_size", default=None,
-        help="pixels: one side, or H,W (default: the index's, else the checkpoint's)")
-    add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"),
-        help="precision of the model (default none: fp32)")
+    add("--input_size", default=None, help="pixels: one side, or H,W (default: the index's, else the checkpoint's)")
+    add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"), help="precision (default none: fp32)")
     add = parser.add_argument_group("run").add_argument
-    add("--faiss", action="store_true", help="search by faiss on the CPU: rounds more, ties in any order "
-        "(default: torch, exact, ties in gallery order)")
+    add("--faiss", action="store_true",
+        help="faiss on the CPU: rounds more, ties in any order (default: torch, exact, ties as in the gallery)")
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes per rank (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
@@ -59,11 +56,12 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from datasets.eval_images import WholeImages
 from datasets.images import UNREADABLE, open_rgb
 from datasets.manifest import MANIFEST_ENDINGS, list_images
 from datasets.packed import PackedImages
 from datasets.path_list import PathList, printable
-from engine_extract import WholeImages, extract_batches, extract_to_file
+from engine_extract import extract_features, extract_to_file
 from finetune.reid_model import load_reid
 from tools.search_index import HEADER, KIND, best_of_block, build_index, load_faiss, open_index, search_rows
 from util.dist import end_distributed, init_distributed, is_main_process, pick_device, print_main
@@ -72,6 +70,7 @@ from util.fetch import fetch
 from util.files import file_sha256, write_atomic, write_json
 from util.parallel import claim
 from util.precision import pick_amp_dtype
+from util.progress import Progress
 
 
 def main(args) -> dict:
@@ -119,17 +118,11 @@ def search(args, device: torch.device) -> dict:
         print(f"{header['unreadable']} gallery images are unreadable and not found: {folder}/unreadable.json")
     write_results(args, queries, problems, dict(zip(readable, lists)), paths)
     return {
-        "queries": len(queries),
-        "unreadable_queries": len(problems),
-        "gallery": len(rows),
-        "unreadable": header["unreadable"],
-        "embedded": len(rows) if is_new else 0,
-        "topk": args.topk,
-        "same_file": sum(hit["same_file"] for hits in lists for hit in hits),
-        "embed_seconds": embedded - started,
-        "search_seconds": searched - embedded,
-        "index": str(folder),
-    }
+        "queries": len(queries), "unreadable_queries": len(problems), "gallery": len(rows),
+        "unreadable": header["unreadable"], "embedded": len(rows) if is_new else 0, "topk": args.topk,
+        "same_file": sum(hit["same_file"] for hits in lists for hit in hits), "index": str(folder),
+        "embed_seconds": embedded - started, "search_seconds": searched - embedded,
+    }  # fmt: skip
 
 
 def open_queries(words: list[str]) -> PathList | PackedImages:
@@ -191,19 +184,16 @@ def load_embedder(args, device: torch.device, read_out: str, size) -> tuple[Call
 
 def embed_queries(embed: Callable, queries, size, device, loading: dict) -> tuple[torch.Tensor, dict[int, str]]:
     """-> ([Q, D] float32, {number: why it could not be read}); InputError if that is all of them."""
-    workers = loading["num_workers"] if len(queries) > loading["batch_size"] else 0
-    parts, problems = [], {}
+    if len(queries) <= loading["batch_size"]:
+        loading = loading | {"num_workers": 0}
     images = WholeImages(queries, np.arange(len(queries)), size)
-    for _, rows, bad in extract_batches(
-        lambda imgs, _: {"": embed(imgs)}, images, device, **loading | {"num_workers": workers}
-    ):
-        parts.append(rows[""])
-        problems |= bad
+    progress = Progress("queries", len(queries), shown=False)
+    features, problems = extract_features(lambda imgs, _: {"": embed(imgs)}, images, device, progress, **loading)
     for number, why in problems.items():
         print_main(f"unreadable query, left out: {printable(image_name(queries, number))}: {why}")
     if len(problems) == len(queries):
         raise InputError(f"none of the {len(queries)} queries could be read")
-    return torch.from_numpy(np.concatenate(parts)), problems
+    return torch.from_numpy(features[""]), problems
 
 
 def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, paths, args, best) -> list[list]:
@@ -235,10 +225,7 @@ def write_results(args, queries, problems: dict[int, str], found: dict[int, list
             same = "  (same file)" if hit["same_file"] else ""
             line = f"{hit['rank']:4d}  {hit['cosine']:7.4f}  {printable(hit['path'])}{same}"
             print(f"{printable(names[number]):{width}}  {line}")
-    results = [
-        {"query": name, "problem": problems.get(number, ""), "results": found.get(number, [])}
-        for number, name in enumerate(names)
-    ]
+    results = [{"query": q, "problem": problems.get(i, ""), "results": found.get(i, [])} for i, q in enumerate(names)]
     write_json(output / "results.json", results)
     if args.picture:
         drawn = {number: found[number][:RANKS_DRAWN] for number in list(found)[:QUERIES_DRAWN]}
