@@ -25,7 +25,7 @@ def encoder(checkpoint, **kwargs):
     """An encoder in eval mode with preprocessing, `embed_images` (see `models_vit.load_encoder`).
 
     Args:
-        checkpoint: a file, a name of checkpoints/registry.json, https://..., or hf://ORG/REPO/FILE.
+        checkpoint: a file, a name of util/registry.json, https://..., or hf://ORG/REPO/FILE.
         kwargs: of `load_encoder`, as `img_size=(H, W)` in px and `device`.
     Raises:
         InputError: nothing there, or no ViT that this project knows.

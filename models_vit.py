@@ -7,21 +7,21 @@ Letters: N batch, C channels, H and W pixels, p patch size, L patches without cl
 """
 
 import os
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from timm.layers import DropPath, PatchEmbed, get_act_layer, set_fused_attn
+from timm.layers import PatchEmbed, get_act_layer, set_fused_attn
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from datasets.images import UNREADABLE, is_turned, open_rgb, to_rgb, why_unreadable
 from datasets.transforms import whole_image
-from util.dist import get_rank, get_world_size, pick_device
+from util.dist import pick_device
 from util.errors import InputError
 from util.fetch import fetch
 from util.names import ENCODER_SIZES
@@ -69,24 +69,6 @@ def patch_grid(img_size: tuple[int, int], patch_size: int, stride: int) -> tuple
     return (img_size[0] - patch_size) // stride + 1, (img_size[1] - patch_size) // stride + 1
 
 
-class SameOnAnyRanksDropPath(nn.Module):
-    """Stochastic depth (Huang et al., 2016): in training a sample skips the branch with chance `rate`, the
-    others are scaled by 1 / (1 - rate). Draws for the images of all ranks and takes this rank's, so that the
-    number of ranks does not matter where all have one seed."""
-
-    def __init__(self, rate: float):
-        super().__init__()
-        # a tensor: torch.compile would compile a block anew for each block's own number
-        self.register_buffer("rate", torch.tensor(rate), persistent=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, T, D] -> the same shape."""
-        if not self.training:
-            return x
-        kept = torch.rand(get_world_size(), len(x), 1, 1, device=x.device)[get_rank()] >= self.rate
-        return x * kept / (1 - self.rate)
-
-
 def build_blocks(
     dim: int, depth: int, num_heads: int, fused_attn: bool, drop_path: float = 0.0, quick_gelu: bool = False
 ) -> nn.ModuleList:
@@ -100,14 +82,10 @@ def build_blocks(
     set_fused_attn(fused_attn)
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
     act = get_act_layer("quick_gelu" if quick_gelu else "gelu")
-    blocks = nn.ModuleList(
+    return nn.ModuleList(
         Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate, act_layer=act)
         for rate in rates
     )
-    for name, module in list(blocks.named_modules()):
-        if isinstance(module, DropPath):
-            blocks.set_submodule(name, SameOnAnyRanksDropPath(module.drop_prob))
-    return blocks
 
 
 class VisionTransformer(nn.Module):
@@ -217,10 +195,7 @@ class VisionTransformer(nn.Module):
 
     @torch.inference_mode()
     def embed_images(
-        self,
-        images: "Image.Image | str | Path | torch.Tensor | Sequence",
-        batch_size: int = 64,
-        read_outs: tuple[str, ...] = FEATURES,
+        self, images, batch_size: int = 64, read_outs: tuple[str, ...] = FEATURES
     ) -> dict[str, torch.Tensor]:
         """Pictures -> their features: preprocessing included, nothing masked, the same every time.
 
@@ -236,28 +211,24 @@ class VisionTransformer(nn.Module):
             {"cls": [N, D] class token, "mean": [N, D] mean of the patch tokens, "tokens": [N, L, D]} float32
             on the CPU, N = 1 for a single picture.
         Raises:
-            InputError: no picture, one that cannot be read (its number and file are named), another type.
+            InputError: no picture, one that cannot be read, another type.
         """
         if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 0) == 3:
             images = [images]
         if not len(images):
             raise InputError("embed_images was given no picture: give at least one")
-        wrong = [name for name in read_outs if name not in FEATURES]
-        if wrong:
-            raise InputError(f"read_outs {wrong[0]!r}: choose of {', '.join(FEATURES)}")
         collected: dict[str, list[torch.Tensor]] = {name: [] for name in read_outs}
         device = self.cls_token.device
-        threads = ThreadPoolExecutor(min(8, os.cpu_count() or 1))  # decoders let go of the interpreter's lock
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads, scoring(self):
 
-        def prepare(start: int):
-            part = range(start, min(start + batch_size, len(images)))
-            return threads.map(self._whole, [images[i] for i in part], part)
+            def prepare(start: int):
+                return threads.map(self._whole, images[start : start + batch_size], range(start, start + batch_size))
 
-        with threads, scoring(self), torch.autocast(device.type, enabled=False):
-            ahead = prepare(0)
+            ahead = prepare(0)  # decoded while the encoder is busy
             for start in range(0, len(images), batch_size):
                 batch, ahead = torch.stack(list(ahead)), prepare(start + batch_size)
-                features = self.encode(batch.to(device, non_blocking=True))
+                with torch.autocast(device.type, enabled=False):
+                    features = self.encode(batch.to(device, non_blocking=True))
                 for name in read_outs:
                     # contiguous: a class token is a view that would keep all tokens in memory
                     collected[name].append(features[name].float().cpu().contiguous())
@@ -268,17 +239,13 @@ class VisionTransformer(nn.Module):
         try:
             if isinstance(image, (str, Path)):
                 image = open_rgb(image)
-            elif isinstance(image, torch.Tensor):
-                if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
-                    raise InputError(
-                        f"picture {number} is a {image.dtype} tensor of shape {tuple(image.shape)}: give "
-                        "uint8 [3, H, W] in 0..255; normalised floats go to encode()"
-                    )
-                if tuple(image.shape[1:]) == self.img_size:
-                    return image.cpu()
+            elif isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.shape[0] == 3:
                 image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
             elif not isinstance(image, Image.Image):
-                raise InputError(f"picture {number} is a {type(image).__name__}: give Pillow images, files or tensors")
+                raise InputError(
+                    f"picture {number} is a {type(image).__name__}: give Pillow images, files or uint8 tensors "
+                    "[3, H, W]; normalised floats go to encode()"
+                )
             elif is_turned(image):
                 image = ImageOps.exif_transpose(image)
             return whole_image(to_rgb(image), self.img_size)
@@ -301,11 +268,7 @@ def load_encoder(
     img_size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
     fused_attn: bool | None = None,
-    *,
-    stride: int | None = None,
-    drop_path: float = 0.0,
-    quick_gelu: bool = False,
-    pos_resize: str = "bicubic",
+    **more,
 ) -> VisionTransformer:
     """A ready encoder from any file that `util.pretrained` recognises.
 
@@ -318,8 +281,7 @@ def load_encoder(
         img_size: (H, W) in px, default the file's.
         device: a torch device, or "auto": CUDA where there is one.
         fused_attn: None: what is fast on the device.
-        stride, drop_path, quick_gelu: see `VisionTransformer`.
-        pos_resize: see `resize_pos_embed`.
+        more: stride, drop_path, quick_gelu (see `VisionTransformer`), pos_resize (see `resize_pos_embed`).
     Returns:
         The encoder in eval mode; its `report` is a table of what was loaded.
     Raises:
@@ -327,19 +289,14 @@ def load_encoder(
     """
     file = fetch(source)
     device = pick_device("auto") if device == "auto" else torch.device(device)
-    if fused_attn is None:
-        fused_attn = pick_fused_attention(device, None)
-    return encoder_from(
-        read_pretrained(file), file, img_size, device, fused_attn,
-        stride=stride, drop_path=drop_path, quick_gelu=quick_gelu, pos_resize=pos_resize,
-    )  # fmt: skip
+    fused_attn = pick_fused_attention(device, None) if fused_attn is None else fused_attn
+    return encoder_from(read_pretrained(file), file, img_size, fused_attn, **more).to(device)
 
 
 def encoder_from(
     found: Pretrained,
     file: str | Path,
     img_size: tuple[int, int] | None = None,
-    device: torch.device | str = "cpu",
     fused_attn: bool = True,
     *,
     stride: int | None = None,
@@ -347,7 +304,7 @@ def encoder_from(
     quick_gelu: bool = False,
     pos_resize: str = "bicubic",
 ) -> VisionTransformer:
-    """`load_encoder` of a file that has been read; `found` is used up."""
+    """`load_encoder` of a file that has been read, on the CPU."""
     pos_embed, patch = found.state["pos_embed"], found.state["patch_embed.proj.weight"]
     width, patch_size = patch.shape[0], patch.shape[2]
     heads = {w: h for w, _, h, _ in ENCODER_SIZES.values()}.get(width)
@@ -357,9 +314,7 @@ def encoder_from(
     if heads is None:
         known = ", ".join(str(w) for w, *_ in ENCODER_SIZES.values())
         raise InputError(f"{file} has width {width}: the known encoders are {known} wide")
-    if width % heads:
-        raise InputError(f"{file} says num_heads {heads} of its model, which does not divide its width {width}")
-    stats = CLIP_STATS if found.origin == "CLIP" else (IMAGENET_MEAN, IMAGENET_STD)
+    mean, std = CLIP_STATS if found.origin == "CLIP" else (IMAGENET_MEAN, IMAGENET_STD)
     own_size, own_grid = _source_grid(found.config, pos_embed.shape[1] - 1, patch_size, file)
     model = VisionTransformer(
         tuple(img_size or own_size),
@@ -367,8 +322,8 @@ def encoder_from(
         width,
         1 + max(int(k.split(".")[1]) for k in found.state if k.startswith("blocks.")),
         heads,
-        mean=tuple(found.config.get("mean", stats[0])),
-        std=tuple(found.config.get("std", stats[1])),
+        mean=tuple(found.config.get("mean", mean)),
+        std=tuple(found.config.get("std", std)),
         fused_attn=fused_attn,
         drop_path=drop_path,
         stride=stride,
@@ -376,12 +331,13 @@ def encoder_from(
         quick_gelu=quick_gelu or found.config.get("quick_gelu", False),
     )
     resized = [] if own_grid == model.grid_size else ["pos_embed"]
-    found.state["pos_embed"] = resize_pos_embed(pos_embed, own_grid, model.grid_size, pos_resize)
+    table = resize_pos_embed(pos_embed, own_grid, model.grid_size, pos_resize)
+    found = replace(found, state=found.state | {"pos_embed": table})
     model.report = load_pretrained(model, found, file, resized)
     if resized:
         rows, columns = own_grid
         model.report += f" from {rows} x {columns} to {model.grid_size[0]} x {model.grid_size[1]}, {pos_resize}"
-    return model.to(device).eval()
+    return model.eval()
 
 
 def _source_grid(config: dict, patches: int, patch_size: int, file) -> tuple[tuple, tuple]:

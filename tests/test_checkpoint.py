@@ -1,7 +1,9 @@
 """Files: atomic, safe to load, refused with a reason."""
 
 import argparse
+import pickle
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,7 +65,12 @@ def test_bad_files_are_refused_with_one_sentence(tmp_path, state):
     (tmp_path / "empty.pth").write_bytes(b"")
     (tmp_path / "text.pth").write_text("hello world, this is no checkpoint")
     (tmp_path / "cut.safetensors").write_bytes(b"\x00" * 20)
+    (tmp_path / "text.npz").write_bytes(b"no archive at all")
+    np.savez(tmp_path / "objects.npz", **{"embedding/kernel": np.array([print], dtype=object)})
     torch.save({"model": Payload()}, tmp_path / "payload.pth")
+    torch.save({"model": Payload()}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pth").write_bytes(pickle.dumps(Payload()))
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "program.pt")
     torch.save([1, 2], tmp_path / "list.pth")
     torch.save({"epoch": 3}, tmp_path / "nomodel.pth")
     wanted = {
@@ -71,7 +78,12 @@ def test_bad_files_are_refused_with_one_sentence(tmp_path, state):
         "empty.pth": "damaged",
         "text.pth": "damaged|refused",
         "cut.safetensors": "truncated or damaged",
+        "text.npz": "truncated or damaged",
+        "objects.npz": "holds Python objects.*refused",
         "payload.pth": "holds Python objects.*refused",
+        "old.pth": "holds Python objects.*refused",
+        "bare.pth": "damaged|refused",
+        "program.pt": "is a program .*refused",
         "list.pth": "holds a list",
         "nomodel.pth": "no entry 'model': it has epoch",
         "absent.pth": "does not exist",
@@ -81,6 +93,39 @@ def test_bad_files_are_refused_with_one_sentence(tmp_path, state):
             read_checkpoint(tmp_path / name)
         assert "\n" not in str(caught.value) and name in str(caught.value)
     assert not Payload.ran
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".npz"])
+def test_a_changed_byte_anywhere_is_damage_and_nothing_else(tmp_path, suffix):
+    """Not a traceback, and not an accusation: a flipped letter of a name is no foreign object."""
+    content = {"model": {"a.weight": torch.arange(6.0), "b.weight": torch.zeros(3)}, "epoch": 3}
+    whole, file = tmp_path / f"whole{suffix}", tmp_path / f"flipped{suffix}"
+    if suffix == ".pth":
+        torch.save(content, whole)
+    else:
+        np.savez(whole, **{name: value.numpy() for name, value in content["model"].items()})
+    data, damaged = whole.read_bytes(), 0
+    for position in range(0, len(data), 3):
+        changed = bytearray(data)
+        changed[position] ^= 4
+        file.write_bytes(changed)
+        try:
+            found = read_checkpoint(file)["model"]
+        except InputError as error:
+            assert "Python objects" not in str(error), (position, str(error))
+            damaged += 1
+        else:
+            assert all(torch.equal(found[key], value) for key, value in content["model"].items()), position
+    assert damaged > 50
+
+
+def test_files_written_without_checksums_are_read(tmp_path, state):
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"model": state}, tmp_path / "e.pth")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert len(read_checkpoint(tmp_path / "e.pth")["model"]) == len(state)
 
 
 def test_maes_own_training_checkpoints_load(tmp_path, state):

@@ -14,15 +14,12 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 
-import main_finetune
-from checkpoints.peers import convert
-from checkpoints.reference import compare
-from finetune.encoder import build_encoder
-from models_mae import MODELS, MaskedAutoencoderViT
+from models_mae import MaskedAutoencoderViT
 from models_vit import VisionTransformer, load_encoder
-from util import checkpoint
+from tools.convert import convert
 from util.checkpoint import encoder_state, read_checkpoint, read_safetensors_header, write_safetensors
 from util.errors import InputError
+from util.fetch import fetch
 from util.pretrained import read_pretrained
 
 SIZE = (32, 32)
@@ -75,16 +72,6 @@ def encoder_file(state, tmp_path_factory):
 @pytest.fixture(scope="module")
 def imgs():
     return torch.randn(2, 3, *SIZE, generator=torch.Generator().manual_seed(1))
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    """(model, file) of a whole ViT-B/16 at 224 px."""
-    torch.manual_seed(0)
-    model = shaken(MODELS["mae_vit_base_patch16"](norm_pix_loss=True, fused_attn=False))
-    file = tmp_path_factory.mktemp("base") / "checkpoint.pth"
-    torch.save(full_file(model, "mae_vit_base_patch16", 224), file)
-    return model, file
 
 
 def run(load: str) -> dict:
@@ -192,7 +179,7 @@ def test_hugging_face_reconstructs(tmp_path, full, mae, imgs):
     assert theirs.config.norm_pix_loss and theirs.config.mask_ratio == 0.75 and "norm_pix" not in result["remark"]
     _, info = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hf", output_loading_info=True)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-    content = checkpoint.read_checkpoint(full)  # facebook's: nothing beside the weights
+    content = read_checkpoint(full)  # facebook's: nothing beside the weights
     torch.save({"model": content["model"]}, tmp_path / "bare.pth")
     bare = convert(tmp_path / "bare.pth", "hf", tmp_path / "bare")
     assert "norm_pix_loss is not known, config.json says no" in bare["remark"]
@@ -347,39 +334,14 @@ def test_setr_loads_both_ways(tmp_path, full, mae, imgs):
         convert(full, "setr", tmp_path / "setr.pth", input_size=(64, 32))
 
 
-def test_our_own_file_has_its_config_and_a_reference(tmp_path, full, mae, imgs):
+def test_our_own_file_has_its_config(tmp_path, full, mae, imgs):
     output = tmp_path / "encoder.safetensors"
     assert convert(full, "safetensors", output)["tensors"] == 150
-    header = read_safetensors_header(output)
-    config = json.loads(header["config"])
+    config = json.loads(read_safetensors_header(output)["config"])
     wanted = full_file(mae, "mae_vit_tiny_patch16", 32)["config"]
     assert {k: config[k] for k in wanted} == wanted
     again = load_encoder(output, fused_attn=False)
     close(again.forward_features(imgs), mae.forward_features(imgs), 0)
-    assert max(compare(json.loads(header["reference"]), again, output).values()) < 1e-5
-
-
-def test_base_to_timm(tmp_path, base):
-    model, file = base
-    imgs = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(4))
-    result = convert(file, "timm", tmp_path / "timm.pth")
-    assert result["tensors"] == 150 and result["parameters"] == 85_798_656
-    theirs = timm.create_model("vit_base_patch16_224", num_classes=0, checkpoint_path=tmp_path / "timm.pth")
-    with torch.no_grad():
-        close(theirs.eval().forward_features(imgs), model.forward_features(imgs))
-
-
-def test_base_to_hugging_face(tmp_path, base):
-    model, file = base
-    imgs = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(5))
-    noise = torch.rand(1, 196, generator=torch.Generator().manual_seed(6))
-    convert(file, "hf", tmp_path / "hf")
-    theirs = transformers.ViTMAEForPreTraining.from_pretrained(tmp_path / "hf")
-    same_as_hf_mae(theirs, model, imgs, noise)
-    # the same folder as a plain encoder
-    encoder = transformers.ViTModel.from_pretrained(tmp_path / "hf", add_pooling_layer=False).eval()
-    with torch.no_grad():
-        close(encoder(imgs).last_hidden_state, model.forward_features(imgs))
 
 
 def test_anything_goes_to_anything(tmp_path, full, state, mae):
@@ -391,7 +353,7 @@ def test_anything_goes_to_anything(tmp_path, full, state, mae):
         result = convert(file, target, tmp_path / name)
         file = tmp_path / name
         assert result["input_size"] == "32 x 32"
-        found = read_pretrained(file)
+        found = read_pretrained(fetch(file))
         assert set(found.state) == set(state) and all(torch.equal(v, state[k]) for k, v in found.state.items())
     assert not read_pretrained(file).decoder  # the .npz lost it
 
@@ -452,7 +414,7 @@ def test_hugging_faces_files_load(tmp_path, kind, names):
 def test_a_folder_that_transformers_wrote(tmp_path):
     theirs = hf_model("ViTMAEForPreTraining")
     theirs.save_pretrained(tmp_path / "mae")
-    found = read_pretrained(tmp_path / "mae")
+    found = read_pretrained(fetch(tmp_path / "mae"))
     assert found.origin == "Hugging Face ViTMAE" and found.config["norm_pix_loss"] and len(found.decoder) == 32
     result = convert(tmp_path / "mae", "hf", tmp_path / "again")  # decoder heads of 16 are kept by the config
     again = run(result["load"])["model"]
@@ -464,7 +426,7 @@ def test_a_folder_that_transformers_wrote(tmp_path):
     with pytest.raises(InputError, match="width 96: the known encoders"):
         load_encoder(tmp_path / "mae" / "model.safetensors")
     with pytest.raises(InputError, match="a folder without model.safetensors or pytorch_model.bin"):
-        read_pretrained(tmp_path)
+        fetch(tmp_path)
 
 
 def test_what_lies_beside_a_hugging_face_file_is_believed_or_refused(tmp_path, encoder_file):
@@ -517,6 +479,7 @@ def test_one_fault_is_refused_by_name(tmp_path, full, how, kind):
         state = read_checkpoint(tmp_path / "hf" / "model.safetensors")["model"]
         key = "vit.encoder.layer.3.intermediate.dense.weight"
         broken, named = damaged(state, key, key.replace("dense", "dance"), "vit.encoder.layer.5.", how)
+        named = "blocks.3.mlp.fc1.weight" if how == "shape" else named
         file = tmp_path / "hf" / "model.safetensors"
         save_file({k: v.contiguous() for k, v in broken.items()}, file)
     else:
@@ -536,12 +499,10 @@ def test_q_k_and_v_are_needed_and_alike(tmp_path, encoder_file, part):
     convert(encoder_file, "hf", tmp_path)
     file, name = tmp_path / "model.safetensors", f"encoder.layer.2.attention.attention.{part}.weight"
     good = read_checkpoint(file)["model"]
-    save_file({k: v for k, v in good.items() if k != name}, file)
-    with pytest.raises(InputError, match=f"lacks {name}: blocks.2.attn.qkv.weight needs q, k and v"):
-        load_encoder(file)
-    save_file(good | {name: torch.zeros(191, 192)}, file)
-    with pytest.raises(InputError, match=rf"{name} as \(191, 192\)"):
-        load_encoder(file)
+    for bad in ({k: v for k, v in good.items() if k != name}, good | {name: torch.zeros(192, 191)}):
+        save_file(bad, file)
+        with pytest.raises(InputError, match="blocks.2.attn.qkv.weight needs q, k and v of one shape"):
+            load_encoder(file)
 
 
 def test_a_block_that_is_not_whole_is_refused_in_a_deep_model_too(tmp_path):
@@ -551,25 +512,6 @@ def test_a_block_that_is_not_whole_is_refused_in_a_deep_model_too(tmp_path):
         torch.save({"model": {k: v for k, v in deep.items() if gone not in k}}, tmp_path / "file.pth")
         with pytest.raises(InputError, match="lacks blocks.7"):
             load_encoder(tmp_path / "file.pth")
-
-
-def test_a_damaged_npz(tmp_path, encoder_file):
-    file = tmp_path / "a.npz"
-    convert(encoder_file, "transfg", file)
-    whole = file.read_bytes()
-    file.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(InputError, match=r"bytes\) is truncated or damaged"):
-        load_encoder(file)
-    middle = len(whole) // 2
-    file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 4]) + whole[middle + 1 :])
-    with pytest.raises(InputError, match="damaged"):
-        load_encoder(file)
-    file.write_bytes(b"no archive at all")
-    with pytest.raises(InputError, match="truncated or damaged: it is no archive of numbers"):
-        load_encoder(file)
-    np.savez(file, **{"embedding/kernel": np.array([print], dtype=object)})
-    with pytest.raises(InputError, match="holds Python objects, which could run code, and is refused"):
-        load_encoder(file)
 
 
 # ------------------------------------------------------------------------------------------ what is refused
@@ -602,11 +544,10 @@ def test_other_sizes_with_a_decoder_are_refused(tmp_path, full):
 
 def test_what_else_is_refused(tmp_path, full, encoder_file, state, mae):
     for target, name, words in (
-        ("keras", "a.h5", "--to keras: choose of mae, timm, hf"),
         ("timm", "a.npz", "a name that ends with .pth or .safetensors"),
         ("safetensors", "a.pth", "a name that ends with .safetensors"),
-        ("mae", "folder.pth", "is a folder: give a file name in it"),
-        ("hf", "file", "is a file: give a folder"),
+        ("mae", "folder.pth", "cannot write"),
+        ("hf", "file", "cannot write"),
     ):
         (tmp_path / "folder.pth").mkdir(exist_ok=True)
         (tmp_path / "file").write_text("")
@@ -643,7 +584,7 @@ def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, encoder_file, mo
             model["head.bias"] = torch.zeros(3)
         torch.save({"model": model}, file)
 
-    monkeypatch.setattr("checkpoints.peer_files.write_torch", bad_disk)
+    monkeypatch.setattr("tools.convert.write_torch", bad_disk)
     words = {"changed": "1 of them changed .first blocks.4.norm1.bias", "lost": "149 tensors of 150 written",
              "added": "151 tensors of 150 written"}  # fmt: skip
     with pytest.raises(InputError, match=words[fault]):
@@ -662,20 +603,3 @@ def test_what_is_written_is_float32_and_plain(tmp_path, state):
     convert(tmp_path / "facebook.pth", "transfg", tmp_path / "a.npz")
     npz = np.load(tmp_path / "a.npz")
     assert all(npz[name].dtype == np.float32 for name in npz.files)
-
-
-@pytest.mark.parametrize("kind", ["timm", "hf", "mae", "transfg"])
-@pytest.mark.parametrize("task", ["reid", "attr", "fgvc", "seg"])
-def test_every_task_starts_from_every_format(tmp_path, full, imgs, task, kind):
-    """All four tasks have one loader; each prints its table."""
-    output = tmp_path / {"hf": "folder", "transfg": "w.npz"}.get(kind, "w.pth")
-    convert(full, kind, output)
-    words = f"--task {task} --finetune {output} --data_path x --input_size 48 --drop_path 0 --device cpu"
-    args = main_finetune.parse_args(words.split())
-    main_finetune.fill_recipe(args)
-    main_finetune.check_args(args)
-    encoder, table = build_encoder(args, False)
-    assert args.finetune != str(output) or kind != "hf"  # the folder's file of weights
-    assert len(args.weights_sha256) == 64 and "100% of the encoder" in table
-    assert "loaded    150 tensors" in table and "resized     1 tensors" in table
-    assert torch.equal(encoder.blocks[1].mlp.fc1.weight, load_encoder(full).blocks[1].mlp.fc1.weight)

@@ -1,5 +1,6 @@
 """Files: written whole or not at all, and known by their bytes. Free of torch."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -31,7 +32,8 @@ def write_atomic(file: str | Path, write) -> None:
             raise
         raise InputError(f"cannot write {file}: {reason.strerror or reason}") from error
     finally:
-        temporary.unlink(missing_ok=True)  # gone where all went well
+        with contextlib.suppress(OSError):  # gone where all went well
+            temporary.unlink()
 
 
 def write_json(file: str | Path, value) -> None:

@@ -19,3 +19,4 @@ DECODER_SIZES = {
 MAE_MODELS = {f"mae_vit_{size}_patch{sizes[3]}": size for size, sizes in ENCODER_SIZES.items()}
 ENCODER_MODELS = {name.removeprefix("mae_"): size for name, size in MAE_MODELS.items()}
 CONTEXTS = ("attention", "cls", "mean", "decoder")
+FORMATS = ("mae", "timm", "hf", "transreid", "transfg", "setr", "safetensors", "onnx")  # that `convert` writes

@@ -28,48 +28,29 @@ OTHERS = re.compile(
 @dataclass
 class Pretrained:
     """state: {MAE's name: tensor}; origin: what the file is, in words; config: the file's own, or empty;
-    ignored: names in the file that the encoder has no use for; decoder: MAE's, where the file has one;
-    names: {MAE's: the file's} where the file has other names."""
+    ignored: names that the encoder has no use for; decoder: MAE's, where the file has one."""
 
     state: dict[str, torch.Tensor]
     origin: str
     config: dict
     ignored: list[str] = field(default_factory=list)
     decoder: dict[str, torch.Tensor] = field(default_factory=dict)
-    names: dict[str, str] = field(default_factory=dict)
-
-    def named(self, key: str) -> str:
-        """MAE's name, and the file's where it is another."""
-        theirs = self.names.get(key, key)
-        return key if theirs == key else f"{key} ({theirs} in the file)"
-
-
-def weights_file(source: str | Path) -> Path:
-    """The file of weights in a folder as Hugging Face's libraries write it; a file is returned as it is."""
-    source = Path(source)
-    if not source.is_dir():
-        return source
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (source / name).is_file():
-            return source / name
-    raise InputError(f"{source} is a folder without model.safetensors or pytorch_model.bin: give a file")
 
 
 def read_pretrained(file: str | Path) -> Pretrained:
-    """Read a file of weights, or a folder of Hugging Face's, and bring its encoder under MAE's names.
+    """Read a file of weights and bring its encoder under MAE's names.
 
     Raises:
         InputError: unreadable, no ViT with class token, or one with parts that this encoder lacks.
     """
-    file = weights_file(file)
-    return recognise(read_checkpoint(file), file)
+    return recognise(read_checkpoint(file), Path(file))
 
 
-def recognise(content: dict, file: Path) -> Pretrained:
+def recognise(content: dict, file: str | Path) -> Pretrained:
     """`read_pretrained` of what `read_checkpoint(file)` has returned."""
-    theirs = under_mae_names({k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}, file)
-    config = theirs.config | read_config(file, content)
-    whole = theirs.tensors
+    tensors = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
+    origin, whole, config = under_mae_names(tensors, Path(file))
+    config = config | read_config(file, content)
     prefix, patches = _find_encoder(whole, file)
     if "part_layer.norm1.weight" in whole:
         raise InputError(
@@ -78,7 +59,7 @@ def recognise(content: dict, file: Path) -> Pretrained:
         )
     state = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
     ignored = [k for k in whole if not k.startswith(prefix)]
-    origin = theirs.origin or ("MAE" if "decoder_embed.weight" in state else "ViT")
+    origin = origin or ("MAE" if "decoder_embed.weight" in state else "ViT")
     if any(k.startswith(HEAD_KEYS) for k in state):
         origin = "CGD-MAE"
     if patches == CLIP_PATCHES:
@@ -103,9 +84,7 @@ def recognise(content: dict, file: Path) -> Pretrained:
     if list(decoder) == ["mask_token"]:  # iBOT's, which has no decoder
         decoder = {}
     ignored += [k for k in state if k not in encoder]
-    if config.get("kind"):
-        origin = config["kind"]
-    return Pretrained(encoder, origin, config, ignored, decoder, theirs.names)
+    return Pretrained(encoder, config.get("kind") or origin, config, ignored, decoder)
 
 
 def _find_encoder(whole: dict, file) -> tuple[str, str]:
@@ -168,29 +147,10 @@ def _check_tables(state: dict, config: dict, file) -> None:
 def read_config(file: str | Path, content: dict) -> dict:
     """What a file of ours says of its model: `config` in a .pth, or in a safetensors header; empty for the
     files of others, whose entries of that name mean something else."""
-    if Path(file).suffix != ".safetensors":
-        config = content.get("config")
-        return _checked(config, file) if isinstance(config, dict) and "kind" in config else {}
-    try:
-        config = json.loads(read_safetensors_header(file).get("config", "{}"))
-    except json.JSONDecodeError:
-        return {}
-    return _checked(config, file) if isinstance(config, dict) else {}
-
-
-def _checked(config: dict, file) -> dict:
-    """InputError where an entry that shapes an encoder is not what it has to be."""
-    whole = ("patch_size", "embed_dim", "depth", "num_heads", "stride")
-    for names, count, kinds in ((whole, 0, int), (("img_size",), 2, int), (("mean", "std"), 3, (int, float))):
-        for name in names:
-            value = config.get(name)
-            numbers = list(value) if isinstance(value, (list, tuple)) else [value]
-            fits = isinstance(value, (list, tuple)) == bool(count) and len(numbers) == (count or 1)
-            fits = fits and all(isinstance(n, kinds) and (n > 0 or name == "mean") for n in numbers)
-            if name in config and not fits:
-                wanted = f"{count} numbers" if count else "a positive number"
-                raise InputError(f"{file} says {name} {value!r} of its model, which has to be {wanted}: it is damaged")
-    return config
+    if Path(file).suffix == ".safetensors":
+        return json.loads(read_safetensors_header(file).get("config", "{}"))
+    config = content.get("config")
+    return config if isinstance(config, dict) and "kind" in config else {}
 
 
 def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: list[str]) -> str:
@@ -208,15 +168,15 @@ def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: li
     unknown = [k for k in found.state if k not in own]
     if unknown:
         raise InputError(
-            f"{file} is a ViT with parts that this encoder lacks ({len(unknown)} tensors, first "
-            f"{found.named(unknown[0])}), and without them its features would be others: give a plain ViT"
+            f"{file} is a ViT with parts that this encoder lacks ({len(unknown)} tensors, first {unknown[0]}), and "
+            "without them its features would be others: give a plain ViT"
         )
     wrong = [k for k, v in found.state.items() if v.shape != own[k].shape]
     if wrong:
         k = wrong[0]
         raise InputError(
-            f"{file} holds another architecture: {found.named(k)} is {tuple(found.state[k].shape)}, the "
-            f"model wants {tuple(own[k].shape)} ({len(wrong)} tensors differ); check --model and --input_size"
+            f"{file} holds another architecture: {k} is {tuple(found.state[k].shape)}, the model wants "
+            f"{tuple(own[k].shape)} ({len(wrong)} tensors differ); check --model and --input_size"
         )
     new = [k for k in own if k not in found.state]
     share = 1 - len(new) / len(own)

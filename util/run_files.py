@@ -10,8 +10,6 @@ from pathlib import Path
 
 import torch
 
-from checkpoints.reference import reference_of
-from models_vit import VisionTransformer
 from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_safetensors, write_torch
 from util.dist import is_main_process
 from util.errors import InputError
@@ -184,21 +182,19 @@ class RunFiles:
         return json.loads(lines[-1]) if lines and _epoch_of(lines[-1]) < float("inf") else {}
 
     def export_encoder(self, bare: torch.nn.Module) -> None:
-        """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors`, which also
-        says what the encoder answers to the reference pictures."""
+        """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors`, which also holds
+        the config."""
         state = {k: v.detach().float().cpu().contiguous() for k, v in encoder_state(bare.state_dict()).items()}
-        encoder = VisionTransformer(**bare.settings(), initialize=False)
-        encoder.load_state_dict(state)
-        self._export("encoder", {"model": state}, state, {"reference": json.dumps(reference_of(encoder.eval()))})
+        self._export("encoder", {"model": state}, state)
 
     def export_model(self, bare: torch.nn.Module) -> None:
         """`model.pth` ({"model", "config"}) and `model.safetensors`: to score and search with."""
         state = {k: v.detach().cpu().contiguous() for k, v in bare.state_dict().items()}
         self._export("model", {"model": state, "config": self.config}, state)
 
-    def _export(self, name: str, content: dict, state: dict, more: dict[str, str] | None = None) -> None:
+    def _export(self, name: str, content: dict, state: dict) -> None:
         write_torch(self.output_dir / f"{name}.pth", content)
-        header = {"format": "pt", "config": json.dumps(self.config), **(more or {})}
+        header = {"format": "pt", "config": json.dumps(self.config)}
         write_safetensors(self.output_dir / f"{name}.safetensors", state, header)
 
 

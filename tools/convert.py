@@ -1,0 +1,382 @@
+"""Any encoder that this project reads -> a file that another project's own loader takes.
+
+What is written is float32, contiguous, without Python objects; it is read back, and tensors and features are compared
+before anybody relies on it.
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+
+from models_vit import ENCODER_SIZES, VisionTransformer, encoder_from
+from util.checkpoint import read_checkpoint, write_safetensors, write_torch
+from util.errors import InputError
+from util.fetch import fetch, weights_file
+from util.files import write_atomic, write_json
+from util.peer_names import BLOCK_NAMES, DECODER, GOOGLE_TOP, HF_TOP
+from util.pos_embed import resize_pos_embed
+from util.pretrained import Pretrained, read_pretrained, recognise
+
+MAE_BLOCK = re.compile(r"(?:decoder_|)blocks\.(\d+)\.(.+)\.(weight|bias)")
+TO_HF, TO_GOOGLE = ({row[0]: row[i] for row in BLOCK_NAMES} for i in (1, 3))
+SETR_CROP = (512, 512)
+# the name under which SETR looks for its weights in $TORCH_HOME/hub/checkpoints, by its config's model_name
+SETR_NAMES = (
+    "vit_base_p16_224-4e355ebd.pth (vit_base_patch16_224), jx_vit_base_p16_384-83fb41ba.pth "
+    "(vit_base_patch16_384), deit_base_distilled_patch16_384-d0272ac0.pth (deit_base_distilled_path16_384)"
+)
+FEATURE_TOLERANCE = 1e-5  # of the file that was written, read by this project
+
+
+@dataclass
+class Source:
+    """What is converted. state: the encoder's tensors under MAE's names, float32 and contiguous; decoder: the
+    same of MAE's decoder, empty where the file has none or the target does not want it."""
+
+    file: Path
+    found: Pretrained
+    encoder: VisionTransformer
+    state: dict[str, torch.Tensor]
+    decoder: dict[str, torch.Tensor]
+
+    @property
+    def settings(self) -> dict:
+        return self.encoder.settings()
+
+    @property
+    def pixels(self) -> str:
+        return "pixels: mean {}, std {}".format(*(_stats(self.settings[name]) for name in ("mean", "std")))
+
+
+def convert(file: str | Path, target: str, output: str | Path, input_size: tuple[int, int] | None = None) -> dict:
+    """Write an encoder as a peer's loader wants it.
+
+    Args:
+        file: any file that `load_encoder` takes, or a folder of Hugging Face's.
+        target: one of `TARGETS`.
+        output: the file to write; for hf a folder.
+        input_size: (H, W) in px that the position table is resized to (bicubic), default the file's own; for
+            setr the crop, default 512 x 512 (bilinear, as SETR does), and only where it loads by `load_from`.
+    Returns:
+        What to print: target, source, output, input_size, tensors and parameters written, load (lines of code
+        or a command), remark.
+    Raises:
+        InputError: a source that cannot be read or is incomplete, a target that cannot hold it, an output
+            that cannot be written or reads back otherwise.
+    """
+    (write, suffixes), file, output = TARGETS[target], fetch(file), Path(output)
+    if suffixes and output.suffix not in suffixes:
+        raise InputError(f"--to {target} --output {output}: give a name that ends with {' or '.join(suffixes)}")
+    if file.resolve() in (output.resolve(), output.resolve() / file.name):
+        raise InputError(f"--to {target} --output {output} is the file that is converted: give another name")
+    source = _read_source(file, target, input_size)
+    written, load, remark = write(source, output, input_size)
+    _check_written(source, output, written)
+    return {
+        "target": target,
+        "source": f"{file} ({source.found.origin})",
+        "output": str(output),
+        "input_size": "{} x {}".format(*source.settings["img_size"]),
+        "tensors": len(written),
+        "parameters": sum(value.numel() for value in written.values()),
+        "load": load,
+        "remark": remark,
+    }
+
+
+def _read_source(file: Path, target: str, input_size: tuple[int, int] | None) -> Source:
+    found = read_pretrained(file)
+    encoder = encoder_from(found, file, None if target == "setr" else input_size, fused_attn=False)
+    state = {k: v.detach().float().contiguous() for k, v in encoder.state_dict().items()}
+    absent = next((k for k in state if k not in found.state), None)
+    if absent:
+        raise InputError(f"{file} lacks {absent}, which would be made up in the copy: give a whole encoder")
+    broken = next((k for k, v in state.items() if not v.isfinite().all()), None)
+    if broken:
+        raise InputError(f"{file} holds numbers in {broken} that are not finite: its training went wrong")
+    decoder = _whole_decoder(found.decoder, state, file) if target in ("mae", "hf") and found.decoder else {}
+    settings, (rows, columns) = encoder.settings(), encoder.grid_size
+    if target not in ("timm", "safetensors") and (settings["pre_norm"] or settings["quick_gelu"]):
+        raise InputError(
+            f"{file} is CLIP's kind of ViT (a norm before its blocks, or OpenAI's GELU), which --to "
+            f"{target} has no place for: use --to timm or --to safetensors"
+        )
+    if rows != columns and (target not in ("timm", "safetensors", "hf") or decoder):
+        raise InputError(
+            f"{file} has a position table of {rows} x {columns} patches, and --to {target} reads "
+            "squares alone: resize it first, --to safetensors --input_size 224, and convert that file"
+        )
+    if decoder and decoder["decoder_pos_embed"].shape[1] != 1 + rows * columns:
+        raise InputError(
+            f"{file} holds a decoder for {decoder['decoder_pos_embed'].shape[1] - 1} patches, "
+            f"and --input_size makes {rows * columns}: drop --input_size, or give the encoder alone"
+        )
+    return Source(file, found, encoder, state, decoder)
+
+
+def _whole_decoder(decoder: dict, state: dict, file: Path) -> dict:
+    """MAE's decoder in float32, all of it; its blocks have the same parts as the encoder's."""
+    blocks = {k.split(".")[1] for k in decoder if k.startswith("decoder_blocks.")}
+    inner = [k.removeprefix("blocks.0.") for k in state if k.startswith("blocks.0.")]
+    wanted = ["mask_token", "decoder_pos_embed"]
+    wanted += [f"decoder_{part}.{kind}" for part in ("embed", "norm", "pred") for kind in ("weight", "bias")]
+    wanted += [f"decoder_blocks.{number}.{k}" for number in range(max(len(blocks), 1)) for k in inner]
+    absent = next((k for k in wanted if k not in decoder), None)
+    if absent:
+        raise InputError(f"{file} has a decoder without {absent}: give a whole file, or the encoder alone")
+    return {k: v.float().contiguous() for k, v in decoder.items()}
+
+
+def _check_written(source: Source, output: Path, written: dict) -> None:
+    """Read the output as any other file of weights: nothing lost, nothing changed, the same features."""
+    file = weights_file(output)
+    content = read_checkpoint(file)
+    found = recognise(content, file)
+    wanted, read = source.state | source.decoder, found.state | found.decoder
+    wrong = [k for k, v in wanted.items() if k not in read or not torch.equal(read[k], v)]
+    wrong += [k for k in read if k not in wanted]
+    backbone = content.get("state_dict", {})
+    wrong += [k for k, v in backbone.items() if not torch.equal(v, written[k])]
+    count = len(content["model"]) + len(backbone)
+    if wrong or count != len(written):
+        raise InputError(
+            f"{file} reads back with {count} tensors of {len(written)} written, {len(wrong)} of them changed "
+            f"(first {', '.join(wrong[:1]) or 'none'}): disk or memory failed, remove it and convert again"
+        )
+    again = encoder_from(replace(found, config=source.settings), file, fused_attn=False)
+    imgs = torch.randn(1, 3, *again.img_size, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        ours, theirs = (model.forward_features(imgs) for model in (source.encoder, again))
+    difference = float((ours - theirs).norm() / ours.norm())
+    if not difference <= FEATURE_TOLERANCE:  # also NaN
+        raise InputError(f"{file} gives other features (relative difference {difference:.2g}): remove it")
+
+
+def to_mae(source: Source, output: Path, size) -> tuple[dict, str, str]:
+    """{"model": encoder, and MAE's decoder where there is one}: facebook's file."""
+    state = source.state | source.decoder
+    write_torch(output, {"model": state})
+    strict = "" if source.decoder else ", strict=False"
+    load = f"model.load_state_dict(torch.load('{output}', weights_only=True)['model']{strict})"
+    what = "encoder and decoder" if source.decoder else "encoder alone: the decoder is drawn anew"
+    return state, load, f"{what}; {source.pixels}"
+
+
+def to_timm(source: Source, output: Path, size) -> tuple[dict, str, str]:
+    """A bare state dict for timm.create_model(..., checkpoint_path=...)."""
+    state, settings = dict(source.state), source.settings
+    if settings["pre_norm"] and state.pop("patch_embed.proj.bias").any():  # timm's CLIP towers have no such bias
+        raise InputError(
+            f"{source.file} has a bias in its patch embedding and a norm before its blocks, and timm has "
+            "no model with both: use --to safetensors"
+        )
+    if output.suffix == ".safetensors":
+        write_safetensors(output, state, {"format": "pt", "config": json.dumps(_config(source))})
+    else:
+        write_torch(output, state)
+    name, more = timm_model(settings)
+    default = timm.get_pretrained_cfg(name)
+    stats = {"mean": tuple(settings["mean"]), "std": tuple(settings["std"])}
+    remark = source.pixels
+    if (tuple(default.mean), tuple(default.std)) != (stats["mean"], stats["std"]):
+        more["pretrained_cfg_overlay"] = stats
+        remark += f"; timm's default for {name} is mean {_stats(default.mean)}, std {_stats(default.std)}"
+    if settings["pre_norm"] and not settings["quick_gelu"]:
+        remark += "; of OpenAI's own weights the model is the one with clip_quickgelu in its name"
+    arguments = {"num_classes": 0, "checkpoint_path": str(output)} | more
+    words = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
+    return state, f"model = timm.create_model('{name}', {words})", remark
+
+
+def timm_model(settings: dict) -> tuple[str, dict]:
+    """timm's model of these sizes, or its ViT-B with other sizes, and the arguments that it needs."""
+    patch, pre_norm, quick = settings["patch_size"], settings["pre_norm"], settings["quick_gelu"]
+    kind = ("_clip" + "_quickgelu" * quick) * pre_norm
+    more = {} if pre_norm or not quick else {"act_layer": "quick_gelu"}
+    name = f"vit_{_size_name(settings)}_patch{patch}{kind}_224"
+    if not timm.is_model(name):
+        name = f"vit_base_patch16{kind}_224"
+        more |= {k: settings[k] for k in ("patch_size", "embed_dim", "depth", "num_heads")}
+    if settings["img_size"] != [224, 224]:
+        more["img_size"] = tuple(settings["img_size"])
+    return name, more
+
+
+def to_hf(source: Source, output: Path, size) -> tuple[dict, str, str]:
+    """A folder for from_pretrained: weights, config and preprocessor (what differs from their defaults), under the
+    names of transformers 4, which 5 reads too."""
+    decoder, settings = source.decoder, source.settings
+    height, width = settings["img_size"]
+    config = {
+        "architectures": ["ViTMAEForPreTraining" if decoder else "ViTModel"],
+        "model_type": "vit_mae" if decoder else "vit",
+        "hidden_size": settings["embed_dim"],
+        "num_hidden_layers": settings["depth"],
+        "num_attention_heads": settings["num_heads"],
+        "intermediate_size": len(source.state["blocks.0.mlp.fc1.weight"]),
+        "layer_norm_eps": 1e-6,
+        "image_size": height if height == width else [height, width],
+        "patch_size": settings["patch_size"],
+    }
+    remark = source.pixels
+    if decoder:
+        config |= _hf_decoder_config(source)
+        if "norm_pix_loss" not in source.found.config:
+            remark += "; whether it was trained with norm_pix_loss is not known, config.json says no"
+    pixels = {
+        "image_processor_type": "ViTImageProcessor",
+        "size": {"height": height, "width": width},
+        "resample": 3,  # bicubic
+        "image_mean": settings["mean"],
+        "image_std": settings["std"],
+    }
+    state = _hf_names(source.state, decoder)
+    write_safetensors(output / "model.safetensors", state, {"format": "pt"})
+    write_json(output / "config.json", config)
+    write_json(output / "preprocessor_config.json", pixels)
+    model = "ViTMAEForPreTraining" if decoder else "ViTModel"
+    more = "" if decoder else ", add_pooling_layer=False"
+    load = f"model = transformers.{model}.from_pretrained('{output}'{more})"
+    load += f"\nprocessor = transformers.AutoImageProcessor.from_pretrained('{output}')"
+    return state, load, remark
+
+
+def _hf_decoder_config(source: Source) -> dict:
+    known, width = source.found.config, len(source.decoder["decoder_embed.weight"])
+    depth = 1 + max(int(k.split(".")[1]) for k in source.decoder if k.startswith("decoder_blocks."))
+    return {
+        "decoder_hidden_size": width,
+        "decoder_num_hidden_layers": depth,
+        "decoder_num_attention_heads": known.get("decoder_num_heads", width // 32),  # MAE's are 32 wide
+        "decoder_intermediate_size": len(source.decoder["decoder_blocks.0.mlp.fc1.weight"]),
+        "mask_ratio": known.get("mask_ratio", 0.75),
+        "norm_pix_loss": known.get("norm_pix_loss", False),
+    }
+
+
+def _hf_names(state: dict, decoder: dict) -> dict[str, torch.Tensor]:
+    """An encoder -> names of a ViTModel's file; with MAE's decoder, those of ViTMAEForPreTraining."""
+    renamed = {}
+    for key, value in _split_qkv(state | decoder).items():
+        in_decoder = bool(DECODER.match(key))
+        if block := MAE_BLOCK.fullmatch(key):
+            number, part, kind = block.groups()
+            layers = "decoder.decoder_layers" if in_decoder else "encoder.layer"
+            name = f"{layers}.{number}.{TO_HF[part]}.{kind}"
+        else:
+            name = f"decoder.{key}" if in_decoder else HF_TOP[key]
+        renamed[name if in_decoder or not decoder else f"vit.{name}"] = value.contiguous()
+    return renamed
+
+
+def to_transreid(source: Source, output: Path, size) -> tuple[dict, str, str]:
+    """{"model": the encoder's tensors and no others}: an unknown name is a KeyError there (also in VTB)."""
+    if "distilled" in str(output.absolute()):
+        raise InputError(
+            f"--to transreid --output {output.absolute()}: TransReID takes a path with 'distilled' in it for "
+            "a DeiT with one more token and cuts the position table; choose another folder or name"
+        )
+    write_torch(output, {"model": source.state})
+    load = f"python train.py ... MODEL.PRETRAIN_CHOICE \"('imagenet')\" MODEL.PRETRAIN_PATH \"('{output}')\""
+    remark = f"{source.pixels}: INPUT.PIXEL_MEAN and INPUT.PIXEL_STD of its config (0.5 for its ViTs)"
+    return source.state, load, remark
+
+
+def to_transfg(source: Source, output: Path, size) -> tuple[dict, str, str]:
+    """Google's names and shapes in an .npz, as `model.load_from(np.load(FILE))` reads."""
+    arrays = _google_names(source.state, source.settings["num_heads"])
+    write_atomic(output, lambda opened: np.savez(opened, **{k: v.numpy() for k, v in arrays.items()}))
+    return arrays, f"python train.py ... --pretrained_dir {output}", f"{source.pixels} (TransFG has ImageNet's)"
+
+
+def _google_names(state: dict, num_heads: int) -> dict[str, torch.Tensor]:
+    """An encoder -> names and shapes of Google's ViT (vit_jax)."""
+    renamed = {}
+    for key, value in _split_qkv(state).items():
+        if key in GOOGLE_TOP:
+            name, value = GOOGLE_TOP[key], value.permute(2, 3, 1, 0) if value.ndim == 4 else value
+        else:
+            number, part, kind = MAE_BLOCK.fullmatch(key).groups()
+            leaf = "bias" if kind == "bias" else "scale" if part.startswith("norm") else "kernel"
+            name = f"Transformer/encoderblock_{number}/{TO_GOOGLE[part]}/{leaf}"
+            value = value.T if value.ndim == 2 else value
+            if part in ("attn.q", "attn.k", "attn.v"):
+                value = value.unflatten(-1, (num_heads, -1))  # [D, heads, D / heads]
+            elif part == "attn.proj" and leaf == "kernel":
+                value = value.unflatten(0, (num_heads, -1))  # [heads, D / heads, D]
+        renamed[name] = value.contiguous()
+    return renamed
+
+
+def _split_qkv(state: dict) -> dict:
+    split = {}
+    for key, value in state.items():
+        parts = zip("qkv", value.chunk(3)) if ".attn.qkv." in key else [("qkv", value)]
+        split |= {key.replace(".attn.qkv.", f".attn.{part}."): rows for part, rows in parts}
+    return split
+
+
+def to_setr(source: Source, output: Path, size) -> tuple[dict, str, str]:
+    """One file for both of its ways: "model" for its cache, with a head that it deletes; "state_dict" for
+    load_from, with the position table of the crop."""
+    height, width = size or SETR_CROP
+    patch = source.settings["patch_size"]
+    if height != width or height % patch:
+        raise InputError(
+            f"--to setr --input_size {height} {width}: SETR's crops are squares of a multiple of the patch "
+            f"size {patch}, such as {32 * patch}"
+        )
+    dim = source.settings["embed_dim"]
+    head = {"head.weight": torch.zeros(1000, dim), "head.bias": torch.zeros(1000)}
+    grid = (height // patch, width // patch)
+    table = resize_pos_embed(source.state["pos_embed"], source.encoder.grid_size, grid, "bilinear")
+    crop = source.state | {"pos_embed": table.contiguous()}
+    content = {"model": source.state | head, "state_dict": {f"backbone.{k}": v for k, v in crop.items()}}
+    write_torch(output, content)
+    load = (
+        f"model = dict(backbone=dict(random_init=True)); load_from = '{output}'  # config, crop {height}\n"
+        f"cp {output} $TORCH_HOME/hub/checkpoints/NAME  # or, without a change of the config"
+    )
+    remark = f"{source.pixels} (its configs have ImageNet's); NAME is by model_name {SETR_NAMES}"
+    return content["model"] | content["state_dict"], load, remark
+
+
+def to_safetensors(source: Source, output: Path, size) -> tuple[dict, str, str]:
+    """Our own: MAE's names; in the header the config."""
+    write_safetensors(output, source.state, {"format": "pt", "config": json.dumps(_config(source))})
+    return source.state, f"encoder = models_vit.load_encoder('{output}')", source.pixels
+
+
+def _config(source: Source) -> dict:
+    """The fields of a run's encoder.safetensors as far as they are known, and those that build the ViT."""
+    origin, settings = source.found.origin, source.settings
+    kind = origin if origin == "CGD-MAE encoder" else "encoder of " + origin.removeprefix("encoder of ")
+    size = _size_name(settings)
+    name = {"model": f"mae_vit_{size}_patch{settings['patch_size']}"} if size else {}
+    known = {k: source.found.config[k] for k in ("norm_pix_loss", "mask_ratio") if k in source.found.config}
+    return name | settings | known | {"kind": kind}
+
+
+def _size_name(settings: dict) -> str:
+    sizes = tuple(settings[name] for name in ("embed_dim", "depth", "num_heads"))
+    return next((name for name, row in ENCODER_SIZES.items() if row[:3] == sizes), "")
+
+
+def _stats(values) -> str:
+    return " ".join(f"{value:.4g}" for value in values)
+
+
+TARGETS = {  # its writer, suffixes of the output; a folder for hf
+    "mae": (to_mae, (".pth",)),
+    "timm": (to_timm, (".pth", ".safetensors")),
+    "hf": (to_hf, ()),
+    "transreid": (to_transreid, (".pth",)),
+    "transfg": (to_transfg, (".npz",)),
+    "setr": (to_setr, (".pth",)),
+    "safetensors": (to_safetensors, (".safetensors",)),
+}

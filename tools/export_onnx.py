@@ -1,0 +1,156 @@
+"""An encoder or a re-identification model as ONNX, compared with torch before it is kept.
+
+uint8 pictures in, features out: [N, 3, H, W] RGB, any N, resized to the model's H x W
+(`datasets.transforms.whole_image`); normalisation and the position table are inside.
+"""
+
+import json
+import os
+import tempfile
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from finetune.reid_model import KIND as REID
+from finetune.reid_model import load_reid
+from models_vit import FEATURES, load_encoder
+from util.checkpoint import read_checkpoint
+from util.errors import InputError
+from util.files import file_sha256
+from util.pretrained import read_config
+
+ONE_FILE_BYTES = 1 << 30  # more goes to NAME.onnx.data beside it: ONNX files end at 2 GiB
+TOLERANCE = 1e-3  # |onnx - torch| / |torch| of a feature
+
+
+class _Features(nn.Module):
+    """images -> cls, mean, tokens of an encoder, or the embedding of a model that may want ids of cameras and views."""
+
+    def __init__(self, model: nn.Module, sides: dict[str, int] | None = None):
+        super().__init__()
+        self.model, self.sides = model, sides
+
+    def forward(self, images, *ids):
+        if self.sides is None:
+            features = self.model.encode(images)
+            return tuple(features[name] for name in FEATURES)
+        given = iter(ids)
+        return (self.model.encode(images, *(next(given) if count else None for count in self.sides.values())),)
+
+
+def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int] | None = None) -> dict:
+    """Write `output` (.onnx) and compare it with torch under onnxruntime.
+
+    Args:
+        file: what `load_encoder` reads, or a model.pth of `--task reid`.
+        input_size: (H, W) in px of an encoder, default the file's.
+    Returns:
+        Numbers and strings; `largest_difference` is relative, over pictures and features.
+    Raises:
+        InputError: a model of another task, packages are missing, the two differ by more than `TOLERANCE`.
+    """
+    onnx, ort = _packages()
+    output = Path(output)
+    if output.suffix != ".onnx":
+        raise InputError(f"--output {output}: give a file name that ends in .onnx")
+    kind = read_config(file, read_checkpoint(file)).get("kind", "encoder")
+    if kind == REID:
+        model, config, _ = load_reid(file, img_size=input_size, fused_attn=False)
+        sides = {"camids": model.config.cameras, "viewids": model.config.views}
+        base, wrapped, outputs = model.base, _Features(model, sides), ("embedding",)
+    else:
+        base, sides = load_encoder(file, input_size, fused_attn=False), {}
+        wrapped, outputs, config = _Features(base), FEATURES, base.settings()
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(0, 256, (5, 3, *base.img_size), dtype=torch.uint8, generator=generator)
+    inputs = {"images": pictures} | {name: torch.zeros(5, dtype=torch.int64) for name, count in sides.items() if count}
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        written = Path(folder) / output.name
+        _write(wrapped.eval(), inputs, outputs, written)
+        session = ort.InferenceSession(str(written), providers=["CPUExecutionProvider"])
+        differences = _differences(wrapped, session, inputs, outputs)
+        largest = max(differences.values())
+        if not largest < TOLERANCE:  # also NaN
+            raise InputError(
+                f"{file} gives other features under onnxruntime {ort.__version__} (relative difference "
+                f"{largest:.2g}, at most {TOLERANCE} is accepted): nothing was written; try other versions "
+                "of torch and onnxruntime"
+            )
+        graph = onnx.load(str(written), load_external_data=False)
+        height, width = base.img_size
+        facts = {
+            "kind": kind, "source": Path(file).name, "source_sha256": file_sha256(file),
+            "config": json.dumps(config), "largest_difference": f"{largest:.3g}",
+            "preprocessing": f"RGB uint8 [N, 3, {height}, {width}]; the whole picture resized by an antialiased "
+            "bicubic filter; normalisation is inside",
+        }  # fmt: skip
+        onnx.helper.set_model_props(graph, facts)
+        onnx.save(graph, str(written))
+        for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights first, then what needs them
+            os.replace(part, output.with_name(part.name))
+    return {
+        "inputs": {name: list(value.shape[1:]) for name, value in inputs.items()},
+        "outputs": list(outputs),
+        "largest_difference": largest,
+        **{f"difference_{name}": value for name, value in differences.items()},
+        "onnxruntime": ort.__version__,
+        "bytes": output.stat().st_size,
+    }
+
+
+def _packages() -> tuple:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ImportError as error:
+        raise InputError(
+            f"ONNX needs a package that is not installed ({error.name}): pip install onnx onnxscript onnxruntime"
+        ) from error
+    return onnx, onnxruntime
+
+
+def _write(model: nn.Module, inputs: dict, outputs: tuple, file: Path) -> None:
+    batch = torch.export.Dim("batch", min=1)
+    shapes: dict = {"images": {0: batch}}
+    if len(inputs) > 1:  # camids and viewids are *ids of the module
+        shapes["ids"] = tuple({0: batch} for _ in list(inputs)[1:])
+    size = sum(p.numel() * 4 for p in model.parameters())
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+        exported = torch.onnx.export(
+            program, input_names=list(inputs), output_names=list(outputs), dynamo=True, verbose=False
+        )
+        exported.save(str(file), external_data=size > ONE_FILE_BYTES)
+
+
+@torch.inference_mode()
+def _differences(model, session, inputs: dict, outputs: tuple) -> dict[str, float]:
+    """{feature: largest |onnx - torch| / |torch|} over the pictures, in batches of one and of all."""
+    expected = model(*inputs.values())
+    worst = dict.fromkeys(outputs, 0.0)
+    for rows in (slice(0, 1), slice(None)):
+        found = session.run(None, {name: value[rows].numpy() for name, value in inputs.items()})
+        for name, ours, theirs in zip(outputs, expected, found):
+            a, b = ours[rows].flatten(1).numpy(), theirs.reshape(len(theirs), -1)
+            difference = np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1)
+            worst[name] = float(np.maximum(worst[name], difference.max()))
+    return worst
+
+
+def onnx_facts(file: str | Path) -> dict:
+    """What an ONNX file says of itself: the metadata that `export_onnx` writes."""
+    onnx, _ = _packages()
+    try:
+        graph = onnx.load(str(file), load_external_data=False)
+    except Exception as error:  # of protobuf
+        raise InputError(f"{file} is truncated or no ONNX file: {str(error)[:100]}") from error
+    if not graph.graph.node:
+        raise InputError(f"{file} is empty or no ONNX file: fetch or copy it again")
+    facts = {p.key: p.value for p in graph.metadata_props}
+    return facts | {"kind": f"ONNX of {facts.get('kind', 'something else')}"}
