@@ -106,6 +106,8 @@ def draw_sizes(page: Page, sizes: dict[str, np.ndarray]) -> None:
         ordered = np.sort(values)[::-1] / max(values.mean(), 1e-9)
         axes.plot(np.linspace(0, 100, len(ordered)), ordered.clip(0.03, 30), label=name)
     axes.set_yscale("log")
+    axes.minorticks_off()
+    axes.set_yticks([0.1, 1, 10], ["0.1 x", "1 x", "10 x"])
     axes.legend()
     words = (
         "Images in a cell, from the largest to the smallest, relative to each set's mean. A flat line is an even set."

@@ -33,7 +33,7 @@ def write_description_report(
             rows = [row for row in lists[name] if row[key] == group]
             some = max(1, shown * len(rows) // max(len(lists[name]), 1))
             page.add(folded(f"{group}: {len(rows)}", _table(rows, columns, pictures, some), len(rows) <= 30))
-    page.style = f"body {{ --s: {THUMBNAIL}px }} {pictures.style()}"
+    page.style = pictures.style()
     page.write(file)
 
 

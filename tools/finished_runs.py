@@ -60,8 +60,12 @@ class Run:
 
     def words(self) -> str:
         """What the command said of the recipe."""
-        names = [name for name in self.args.get("given", []) if name not in NOT_CONFIG]
-        parts = [f"{name} {_plain(self.args[name])}".removesuffix(" True") for name in names if name in self.args]
+        given = {name: self.args[name] for name in self.args.get("given", []) if name in self.args}
+        parts = [
+            name if value is True else f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+            for name, value in given.items()
+            if name not in NOT_CONFIG
+        ]
         return ", ".join(parts) or "defaults"
 
 
@@ -79,83 +83,59 @@ class TestNumbers:
     numbers: dict[str, float]
 
 
-def find_folders(paths: list[str]) -> list[Path]:
-    """Folders with args.json or metrics.json, at and below `paths`."""
-    found = {file.parent for path in paths for name in ("args.json", "metrics.json") for file in Path(path).rglob(name)}
-    return sorted(found)
-
-
 def read_run(folder: Path) -> Run:
     """Read a run and check that it says what its numbers come from.
 
     Raises:
         LeftOut: it is not finished, not of main_finetune.py, or lacks config, seed, commit or weights.
     """
-    if not (folder / "args.json").is_file():
-        raise LeftOut("no args.json: not the folder of a training run")
-    args = _read_json(folder / "args.json")
+    args = _read_json(folder / "args.json", "not the folder of a training run")
     if args.get("task") not in METRICS:
         raise LeftOut("not a run of main_finetune.py: args.json names no task that is known")
-    if not (folder / "metrics.json").is_file():
-        raise LeftOut("no metrics.json: the run has not ended")
-    metrics = _read_json(folder / "metrics.json")
+    metrics = _read_json(folder / "metrics.json", "the run has not ended")
     if not isinstance(args.get("seed"), int):
         raise LeftOut("args.json has no seed")
     weights = str(args.get("weights_sha256", ""))
     if weights != "random" and not re.fullmatch(r"[0-9a-f]{64}", weights):
         raise LeftOut("args.json has no weights_sha256, the hash of the weights that the run started from")
-    environment = _read_json(folder / "env.json") if (folder / "env.json").is_file() else {}
-    commit = str(environment.get("commit", "unknown"))
+    commit = _read_json(folder / "env.json", "no commit of the code").get("commit", "unknown")
     if commit == "unknown":
         raise LeftOut("env.json has no commit: the code was no git checkout, or older than this record")
-    _check_log(folder, args, metrics)
-    return Run(folder, args, metrics, commit, weights)
-
-
-def _check_log(folder: Path, args: dict, metrics: dict) -> None:
-    """The numbers are of the end of the run that args.json describes."""
     try:
         last = json.loads((folder / "log.txt").read_text().splitlines()[-1])
     except (OSError, IndexError, json.JSONDecodeError):
         raise LeftOut("log.txt is missing or its last line is damaged") from None
-    named = METRICS[args["task"]][0]
-    tested = {name.removeprefix("test_"): value for name, value in last.items() if name.startswith("test_")}
-    same = [tested[name] == value for name, value in metrics.items() if name.endswith(named) and name in tested]
-    if last.get("epoch") != args.get("epochs", 0) - 1 or not same or not all(same):
-        raise LeftOut(f"log.txt does not end with the numbers of metrics.json after {args.get('epochs')} epochs")
+    main = METRICS[args["task"]][0]
+    tested = {name: last[f"test_{name}"] for name in metrics if name.endswith(main) and f"test_{name}" in last}
+    if not tested or last["epoch"] != args["epochs"] - 1 or any(metrics[name] != x for name, x in tested.items()):
+        raise LeftOut(f"log.txt does not end with the numbers of metrics.json after {args['epochs']} epochs")
+    return Run(folder, args, metrics, commit, weights)
 
 
-def _read_json(file: Path) -> dict:
+def _read_json(file: Path, if_missing: str) -> dict:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise LeftOut(f"no {file.name}: {if_missing}") from None
+    except (OSError, ValueError) as error:
         raise LeftOut(f"{file.name} cannot be read: {error}") from None
-    if not isinstance(content, dict):
-        raise LeftOut(f"{file.name} holds no JSON object")
-    return content
 
 
 def numbers_of(run: Run) -> list[TestNumbers]:
-    """Every test of a run, without what was re-ranked.
-
-    Raises:
-        LeftOut: metrics.json has none of the task's numbers.
-    """
+    """Every test of a run, without what was re-ranked."""
     found = []
     for name, protocol in run.metrics.items():
         prefix = name.removesuffix("protocol")
-        if prefix == name or "reranked" in prefix:
-            continue
         numbers = {m: run.metrics.get(prefix + m) for m in METRICS[run.task]}
-        numbers = {m: 100 * v for m, v in numbers.items() if isinstance(v, (int, float))}
-        if METRICS[run.task][0] in numbers:
-            found.append(_test_numbers(run, prefix, protocol, numbers))
-    if not found:
-        raise LeftOut(f"metrics.json has no {METRICS[run.task][0]} with its protocol")
+        if prefix == name or "reranked" in prefix or numbers[METRICS[run.task][0]] is None:
+            continue
+        percent = {m: 100 * value for m, value in numbers.items() if value is not None}
+        found.append(TestNumbers(*_test_of(run, prefix, protocol), percent))
     return found
 
 
-def _test_numbers(run: Run, prefix: str, protocol: str, numbers: dict) -> TestNumbers:
+def _test_of(run: Run, prefix: str, protocol: str) -> tuple[str, bool, str]:
+    """(key, whether it is a published test, title)."""
     name = re.split(r" \(|: ", protocol)[0]
     counts = {
         "train": run.args.get("images"), "classes": run.args.get("num_classes"),
@@ -164,16 +144,16 @@ def _test_numbers(run: Run, prefix: str, protocol: str, numbers: dict) -> TestNu
     }  # fmt: skip
     usual = run.task != "attr" or run.args.get("attr_threshold") == THRESHOLD
     if usual and counts == published_counts(run.task, name):
-        return TestNumbers(f"{run.task} {name}", True, name, numbers)
-    tested = f"{_count(counts['test'])} queries" if run.task == "reid" else f"{_count(counts['test'])} test images"
+        return f"{run.task} {name}", True, name
+    words = {what: "?" if count is None else f"{count:,.0f}" for what, count in counts.items()}
+    tested = f"{words['test']} queries" if run.task == "reid" else f"{words['test']} test images"
     if counts["gallery"]:
-        tested += f" in {_count(counts['gallery'])}"
+        tested += f" in {words['gallery']}"
     title = (
-        f"{Path(run.args['data_path']).name}, as {name}: {_count(counts['train'])} training images, "
-        f"{_count(counts['classes'])} {THINGS[run.task]}, {tested}"
+        f"{Path(run.args['data_path']).name}, as {name}: {words['train']} training images, "
+        f"{words['classes']} {THINGS[run.task]}, {tested}"
     )
-    key = f"{run.task} {title} {protocol} {run.args.get('images_sha')}"
-    return TestNumbers(key, False, title, numbers)
+    return f"{run.task} {title} {protocol} {run.args.get('images_sha')}", False, title
 
 
 def published_counts(task: str, name: str) -> dict | None:
@@ -181,26 +161,16 @@ def published_counts(task: str, name: str) -> dict | None:
 
     PartImageNet has none: which of its vehicles and parts the published numbers are of is not known.
     """
-    if task == "attr" and name == "veri776":
-        return {"train": ATTRIBUTE_COUNTS["train"], "classes": 19, "test": ATTRIBUTE_COUNTS["test"], "gallery": None}
-    if task == "fgvc" and name == "StanfordCars":
-        images = CAR_COUNTS["training images"], CAR_COUNTS["classes"], CAR_COUNTS["test images"]
-        return dict(zip(("train", "classes", "test", "gallery"), (*images, None)))
+    counts = None
     set_name, _, size = name.partition("/")
-    if task != "reid" or set_name not in REID_COUNTS:
-        return None
-    own, ending = REID_COUNTS[set_name], f"_{size}" if size else ""
-    first = {"train": own["train"], "classes": own["train identities"]}
-    if f"query{ending}" in own:
-        return first | {"test": own[f"query{ending}"], "gallery": own[f"gallery{ending}"]}
-    if f"test{ending}" in own:  # one image of each vehicle is the gallery
-        return first | {"test": own[f"test{ending}"] - int(size), "gallery": None}
-    return None
-
-
-def _count(number) -> str:
-    return f"{number:,.0f}" if isinstance(number, (int, float)) else "?"
-
-
-def _plain(value) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    if (task, name) == ("attr", "veri776"):
+        counts = ATTRIBUTE_COUNTS["train"], 19, ATTRIBUTE_COUNTS["test"], None
+    elif (task, name) == ("fgvc", "StanfordCars"):
+        counts = CAR_COUNTS["training images"], CAR_COUNTS["classes"], CAR_COUNTS["test images"], None
+    elif task == "reid" and set_name in REID_COUNTS:
+        own, ending = REID_COUNTS[set_name], f"_{size}" if size else ""
+        if f"query{ending}" in own:
+            counts = own["train"], own["train identities"], own[f"query{ending}"], own[f"gallery{ending}"]
+        elif f"test{ending}" in own:  # one image of each vehicle is the gallery
+            counts = own["train"], own["train identities"], own[f"test{ending}"] - int(size), None
+    return counts and dict(zip(("train", "classes", "test", "gallery"), counts))

@@ -8,17 +8,9 @@ row, and is listed with the reason. Numbers of sets with other counts than publi
 """
 
 import argparse
-import json
-from collections import Counter
 from pathlib import Path
 
-from tools.finished_runs import LeftOut, Run, find_folders, numbers_of, read_run
-from tools.results_pages import Group, draw, markdown
 from util.cli import Parser, run_tool
-from util.errors import InputError
-from util.files import write_atomic
-
-PUBLISHED = Path(__file__).with_name("published_results.json")
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -34,23 +26,84 @@ def get_args_parser() -> argparse.ArgumentParser:
     return parser
 
 
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from reports.page import png_bytes
+from tools.finished_runs import METRICS, LeftOut, Run, TestNumbers, numbers_of, read_run
+from util.errors import InputError
+from util.files import write_atomic
+
+PUBLISHED = Path(__file__).with_name("published_results.json")
+NAMES = {
+    "accuracy": "Acc", "constant_mA": "mA of a constant", "top1": "top-1", "mean_class_accuracy": "mean per class",
+    "majority": "largest class", "parts_mIoU": "mIoU of parts", "parts_mAcc": "mAcc of parts",
+}  # fmt: skip
+DIGITS = {"reid": 1, "attr": 2, "fgvc": 1, "seg": 2}
+PARTS = "seg PartImageNet vehicles"
+TABLES = {  # heading: {test: (title, metrics)}
+    "Re-identification": {"reid veri776": ("VeRi-776", ("mAP", "R1"))}
+    | {f"reid vehicleid/{size}": (f"VehicleID {size}", ("R1", "R5")) for size in (800, 1600, 2400)}
+    | {f"reid veriwild/{size}": (f"VERI-Wild {size}", ("mAP", "R1")) for size in (3000, 5000, 10000)},
+    "Attributes, classes, parts": {
+        "attr veri776": ("VeRi-776 attributes", ("mA", "accuracy", "F1")),
+        "fgvc StanfordCars": ("StanfordCars", ("top1",)),
+        PARTS: ("PartImageNet vehicles", ("mIoU", "mAcc")),
+    },
+}
+DRAWN = ("reid veri776", "reid vehicleid/800", "reid veriwild/3000", "attr veri776", "fgvc StanfordCars", PARTS)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs that differ in their seed only, on one test.
+
+    number: of the group of runs, from 1. name: of the weights they started from.
+    """
+
+    number: int
+    name: str
+    test: TestNumbers
+    runs: list[Run] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def deviation(self, metric: str) -> float:
+        """Sample deviation over the seeds; of one seed 0."""
+        values = self.values[metric]
+        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+
+    def cell(self, metric: str) -> str:
+        """Mean, sample deviation, number of seeds; one seed alone as such."""
+        values, digits = self.values.get(metric, []), DIGITS[self.runs[0].task]
+        if len(values) < 2:
+            return f"{values[0]:.{digits}f} (1 seed)" if values else ""
+        return f"{np.mean(values):.{digits}f} ± {self.deviation(metric):.{digits}f} ({len(values)} seeds)"
+
+
 def main(args) -> dict:
-    """Returns counts: runs, rows, left_out; and the files."""
+    """Returns counts: runs, rows, left_out; and the file."""
     for path in args.runs:
         if not Path(path).is_dir():
             raise InputError(f"{path} is no folder: give output folders of main_finetune.py, or folders of them")
     output = Path(args.output)
     if output.suffix != ".md":
         raise InputError(f"--output {output}: the table is Markdown, so name a file that ends in .md")
-    folders = find_folders(args.runs)
+    files = (file for path in args.runs for name in ("args.json", "metrics.json") for file in Path(path).rglob(name))
+    folders = sorted({file.parent for file in files})
     if not folders:
         raise InputError(f"no args.json and no metrics.json in or below {', '.join(args.runs)}")
     runs, left_out = read_runs(folders)
-    groups = group_runs(runs, weight_names(runs, args.name))
+    groups = group_runs(runs, weight_names([run for run, _ in runs], args.name))
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
-    picture = draw(groups, published)
+    picture, text = draw(groups, published), markdown(groups, left_out, published, output.with_suffix(".png").name)
     write_atomic(output.with_suffix(".png"), lambda opened: opened.write(picture))
-    text = markdown(groups, left_out, published, output.with_suffix(".png").name)
     write_atomic(output, lambda opened: opened.write(text.encode()))
     for folder, reason in left_out:
         print(f"left out: {folder}: {reason}")
@@ -58,7 +111,7 @@ def main(args) -> dict:
     return {"runs": len(runs), "rows": len(groups), "left_out": len(left_out), "output": str(output)}
 
 
-def read_runs(folders: list[Path]) -> tuple[list[tuple[Run, list]], list[tuple[str, str]]]:
+def read_runs(folders: list[Path]) -> tuple[list[tuple[Run, list[TestNumbers]]], list[tuple[str, str]]]:
     """([(run, its numbers)], [(folder, why it is left out)])."""
     runs, left_out = [], []
     seen: dict[tuple, Path] = {}
@@ -76,14 +129,14 @@ def read_runs(folders: list[Path]) -> tuple[list[tuple[Run, list]], list[tuple[s
     return runs, left_out
 
 
-def weight_names(runs: list[tuple[Run, list]], given: list[str]) -> dict[str, str]:
+def weight_names(runs: list[Run], given: list[str]) -> dict[str, str]:
     """{weights: what they are called}, different for different weights.
 
     Raises:
         InputError: a --name that is no HASH=TEXT, or whose hash is that of no weights or of several.
     """
     names = {}
-    for run, _ in runs:
+    for run in runs:
         file = Path(run.args.get("finetune") or "")
         told = "random weights" if run.weights == "random" else f"{file.parent.name}/{file.name}".lstrip("/")
         names.setdefault(run.weights, told)
@@ -100,22 +153,141 @@ def weight_names(runs: list[tuple[Run, list]], given: list[str]) -> dict[str, st
     return {w: name if twice[name] == 1 else f"{name} {w[:8]}" for w, name in names.items()}
 
 
-def group_runs(runs: list[tuple[Run, list]], names: dict[str, str]) -> list[Group]:
+def group_runs(runs: list[tuple[Run, list[TestNumbers]]], names: dict[str, str]) -> list[Group]:
     """Runs of one config on one test, ordered by the name of their weights."""
     numbers: dict[tuple[str, str], int] = {}
     groups: dict[tuple[str, str, str], Group] = {}
     for run, tests in sorted(runs, key=lambda pair: (names[pair[0].weights], pair[0].task, pair[0].seed)):
-        number = numbers.setdefault((run.config, run.weights), len(numbers) + 1)
+        recipe = (run.config, run.weights)
+        number = numbers.setdefault(recipe, len(numbers) + 1)
         for test in tests:
-            group = groups.setdefault(
-                (run.config, run.weights, test.key), Group(number, names[run.weights], test, [], {})
-            )
+            group = groups.setdefault((*recipe, test.key), Group(number, names[run.weights], test))
             group.runs.append(run)
             for metric, value in test.numbers.items():
                 group.values.setdefault(metric, []).append(value)
     return list(groups.values())
 
 
+def markdown(groups: list[Group], left_out: list[tuple[str, str]], published: dict, picture: str) -> str:
+    """The page: both tables, a table for each other set, the runs behind our rows, and what was left out."""
+    parts = ["# Results", f"![Our runs beside published numbers]({picture})"]
+    for heading, columns in TABLES.items():
+        parts += [f"## {heading}", published_table(columns, groups, published)]
+    parts.append(
+        "It is not published which vehicles and parts of PartImageNet the numbers in its columns are of, nor with "
+        "which decoder: no run of ours stands there."
+    )
+    parts.append(
+        "In percent. Bold: ours, mean ± sample deviation over seeds; [n]: the runs below. The others are "
+        "published numbers, and their recipes differ:"
+    )
+    used = dict.fromkeys(row["source"] for row in published["rows"])
+    parts.append("\n".join(f"- {key}: {published['sources'][key]}" for key in used))
+    others = {group.test.key: group.test.title for group in groups if not group.test.is_published}
+    if others:
+        parts.append("## Other sets\n\nNot the published ones: compare within a table only.")
+    for key, title in others.items():
+        parts += [f"### {title}", own_table([group for group in groups if group.test.key == key])]
+    if groups:
+        parts += ["## Runs behind our rows", runs_table(groups)]
+    if left_out:
+        parts += ["## Left out", table(["folder", "reason"], [[f"`{f}`", reason] for f, reason in left_out])]
+    return "\n\n".join(parts) + "\n"
+
+
+def published_table(columns: dict, groups: list[Group], published: dict) -> str:
+    """Published rows, then ours in bold: of the same weights a row for each recipe."""
+    cells = [(key, metric, title) for key, (title, metrics) in columns.items() for metric in metrics]
+    head = ["pre-training", *(f"{title} {NAMES.get(metric, metric)}" for _, metric, title in cells), "from"]
+    rows = []
+    for row in published["rows"]:
+        found = [row["numbers"].get(key, {}).get(metric) for key, metric, _ in cells]
+        texts = ["" if v is None else f"{v:.{DIGITS[key.split()[0]]}f}" for v, (key, *_) in zip(found, cells)]
+        if any(texts):
+            rows.append([row["name"], *texts, row["source"]])
+    ours = [group for group in groups if group.test.is_published and group.test.key in columns]
+    for name in dict.fromkeys(group.name for group in ours):
+        of_test = {key: [g for g in ours if g.name == name and g.test.key == key] for key in columns}
+        for i in range(max(map(len, of_test.values()))):
+            row = {key: found[i] for key, found in of_test.items() if i < len(found)}
+            texts = [row[key].cell(metric) if key in row else "" for key, metric, _ in cells]
+            numbers = dict.fromkeys(f"[{group.number}]" for group in row.values())
+            rows.append([f"**{name}**", *(f"**{t}**" if t else "" for t in texts), " ".join(numbers)])
+    return table(head, rows)
+
+
+def own_table(groups: list[Group]) -> str:
+    metrics = [m for m in METRICS[groups[0].runs[0].task] if any(m in group.values for group in groups)]
+    head = ["pre-training", "recipe", *(NAMES.get(m, m) for m in metrics), "runs"]
+    return table(head, [[g.name, g.runs[0].words(), *(g.cell(m) for m in metrics), f"[{g.number}]"] for g in groups])
+
+
+def runs_table(groups: list[Group]) -> str:
+    rows = []
+    for group in {group.number: group for group in groups}.values():
+        run = group.runs[0]
+        commits = dict.fromkeys(run.commit[:12] + run.commit[40:] for run in group.runs)
+        rows.append([
+            f"[{group.number}]", run.task, group.name, run.words(), f"`{run.config}`",
+            ", ".join(str(run.seed) for run in group.runs), ", ".join(commits),
+            f"`{run.weights[:16]}`", " ".join(f"`{run.folder}`" for run in group.runs),
+        ])  # fmt: skip
+    head = ["runs", "task", "pre-training", "recipe", "config", "seeds", "commit", "weights, SHA-256", "folders"]
+    return table(head, rows)
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def draw(groups: list[Group], published: dict) -> bytes:
+    """A PNG: a panel for the main metric of each published test, and of each other set of ours; published in
+    grey, ours in blue with the deviation over seeds."""
+    titles = {key: test for columns in TABLES.values() for key, test in columns.items()}
+    panels = []  # (title, [(name, mean, deviation, colour)])
+    for key in DRAWN:
+        title, (metric, *_) = titles[key]
+        found = [(row["name"], row["numbers"].get(key, {}).get(metric)) for row in published["rows"]]
+        bars = [(name, value, 0.0, "silver") for name, value in found if value is not None]
+        panels.append((f"{title}, {NAMES.get(metric, metric)}", bars + our_bars(groups, key, metric)))
+    for key, title in {g.test.key: g.test.title for g in groups if not g.test.is_published}.items():
+        metric = METRICS[key.split()[0]][0]
+        panels.append((f"{title.replace(': ', chr(10), 1)}\n{metric}", our_bars(groups, key, metric)))
+    lines = [panels[i : i + 3] for i in range(0, len(panels), 3)]
+    heights = [0.9 + 0.24 * max(len(bars) for _, bars in line) for line in lines]
+    figure = Figure((16.8, sum(heights)), layout="constrained")
+    axes = figure.subplots(len(lines), 3, squeeze=False, height_ratios=heights)
+    for axis in axes.flat:
+        axis.set_visible(False)
+    for row, line in zip(axes, lines):
+        for axis, (title, bars) in zip(row, line):
+            draw_bars(axis, title, bars)
+            axis.set_ylim(max(len(bars) for _, bars in line) - 0.5, -0.5)  # from the top, bars of one height
+    return png_bytes(figure)
+
+
+def our_bars(groups: list[Group], key: str, metric: str) -> list[tuple[str, float, float, str]]:
+    return [
+        (f"{g.name} [{g.number}]", float(np.mean(g.values[metric])), g.deviation(metric), "tab:blue")
+        for g in groups
+        if g.test.key == key and g.values.get(metric)
+    ]
+
+
+def draw_bars(axis, title: str, bars: list[tuple[str, float, float, str]]) -> None:
+    names, values, spreads, colours = zip(*bars)
+    axis.set_visible(True)
+    axis.grid(False)
+    places = range(len(bars))
+    axis.barh(places, values, xerr=[s or np.nan for s in spreads], color=colours, capsize=2)
+    axis.set_yticks(places, names, fontsize="small")
+    right = max(value + spread for value, spread in zip(values, spreads))
+    for place, (value, spread) in enumerate(zip(values, spreads)):
+        axis.text(value + spread + 0.01 * right, place, f"{value:.1f}", va="center", fontsize="small")
+    axis.set_xlim(0, 1.12 * right or 1)
+    axis.set_title(f"{title}, %", fontsize="medium")
+
+
 if __name__ == "__main__":
-    ARGS = get_args_parser().parse_args()
     run_tool(main, ARGS, Path(ARGS.output).with_suffix(".metrics.json"))
