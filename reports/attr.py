@@ -7,7 +7,21 @@ import numpy as np
 
 from datasets.path_list import PathList
 from metrics.attr import attribute_metrics, ratio
-from reports.page import Html, Page, Pictures, card, cards, confusion_table, join, mark, new_axes, percent, table, tag
+from reports.page import (
+    Html,
+    Page,
+    Pictures,
+    card,
+    cards,
+    confusion_table,
+    draw_shares,
+    join,
+    mark,
+    new_axes,
+    percent,
+    table,
+    tag,
+)
 
 NUMBERS = ("mA", "accuracy", "precision", "recall", "F1", "mA_supported")
 HEAD = ["attribute", "train rate", "true in test", "positive rate", "TPR", "TNR", "mA", "AP", "right answers"]
@@ -109,27 +123,25 @@ def add_attributes(page: Page, rows: list[dict], worst: list[str], threshold: fl
 
 def draw_curves(page: Page, test: AttributeTest) -> None:
     """Probabilities of what is true and what is not, numbers by threshold, F1 of the images."""
-    axes, some = new_axes("probability", "% of the labels"), []
-    for name, value, filled in (("true", 1, True), ("not true", 0, False)):
+    axes, parts = new_axes("probability", "% of the labels"), {}
+    for name, value in (("true", 1), ("not true", 0)):
         x = test.probs[test.labels == value]
-        heights, edges = np.histogram(x, 20, (0, 1))
-        axes.stairs(100 * heights / max(len(x), 1), edges, fill=filled, alpha=0.6 if filled else 1, label=name)
-        some.append(f"{len(x):,} {name}")
-    axes.legend()
-    caption = f"Of all attributes: {', '.join(some)}. True is said above {test.threshold:g}."
-    page.figure("Probabilities", axes.figure, caption)
+        parts[name] = x, np.ones(len(x))
+    draw_shares(axes, np.linspace(0, 1, 21), parts)
+    some = ", ".join(f"{len(x):,} {name}" for name, (x, _) in parts.items())
+    caption = f"Of all attributes: {some}. True is said above {test.threshold:g}."
+    page.figure("Probabilities", axes, caption)
     at, axes, best = np.linspace(0.05, 0.95, 19), new_axes("threshold", "%"), []
     found = [attribute_metrics(test.probs > t, test.labels) for t in at]
     for name, style in (("mA", "-"), ("F1", "--")):
         values = [100 * metrics[name] for metrics in found]
         axes.plot(at, values, style, label=name)
         best.append(f"{name} is highest at {at[int(np.argmax(values))]:.2f}")
-    axes.legend()
     caption = f"Scored at {test.threshold:g}; {', '.join(best)}. The test chooses nothing."
-    page.figure("Threshold", axes.figure, caption)
-    axes, f1 = new_axes("F1, %", "images"), test.image_f1()
-    axes.hist(100 * f1, 20, range=(0, 100))
-    page.figure("F1 of the images", axes.figure, f"{(f1 == 1).sum():,} of {len(f1):,} images without a fault.")
+    page.figure("Threshold", axes, caption)
+    f1 = test.image_f1()
+    caption = f"{(f1 == 1).sum():,} of {len(f1):,} images without a fault."
+    page.histogram("F1 of the images", f1, "F1", "images", caption)
 
 
 def add_confusions(page: Page, test: AttributeTest) -> None:

@@ -108,11 +108,10 @@ def draw_sizes(page: Page, sizes: dict[str, np.ndarray]) -> None:
     axes.set_yscale("log")
     axes.minorticks_off()
     axes.set_yticks([0.1, 1, 10], ["0.1 x", "1 x", "10 x"])
-    axes.legend()
     words = (
         "Images in a cell, from the largest to the smallest, relative to each set's mean. A flat line is an even set."
     )
-    page.figure("Sizes of the cells", axes.figure, words, "wide")
+    page.figure("Sizes of the cells", axes, words, "chart wide")
 
 
 class Album:

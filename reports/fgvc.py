@@ -6,7 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.colors import PowerNorm
+from matplotlib import colormaps
+from matplotlib.colors import PowerNorm, to_hex
 from PIL import Image, ImageDraw
 
 from datasets.fgvc import FgvcImages
@@ -16,8 +17,7 @@ from reports.page import BREAK, Html, Page, Pictures, card, cards, folded, image
 WORST, PAIRS, SIDE = 15, 8, 4  # classes in the first table; confused pairs; pictures of each class of a pair
 SHOWN = 12  # pictures a section
 PARTS_SIDE = 240  # px of the pictures with parts
-COLOURS = ("#e6194b", "#3cb44b", "#ffe119", "#4363d8", "#f58231", "#911eb4", "#42d4f4", "#f032e6", "#bfef45",
-           "#fabed4", "#469990", "#dcbeff", "#9a6324", "#fffac8", "#800000", "#aaffc3")  # fmt: skip
+COLOURS = tuple(map(to_hex, colormaps["tab20"].colors))  # of the heads
 TILES = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean per class", "majority": "majority"}
 
 
@@ -75,18 +75,18 @@ def write_fgvc_report(file: Path, protocol: str, facts: dict[str, object], found
 def draw_curves(page: Page, found: Answers) -> None:
     """How the classes spread, and how far down the list the right one is."""
     share, images = found.scores.per_class()
-    share = 100 * share[images > 0].numpy()
-    axes = new_axes("% of its images", "classes")
-    axes.hist(share, 20, range=(0, 100))
-    caption = f"Median {np.median(share):.1f} %; {(share == 0).sum():,} of {len(share):,} classes are never right."
-    page.figure("Classes by their accuracy", axes.figure, caption)
+    share = share[images > 0].numpy()
+    caption = (
+        f"Median {100 * np.median(share):.1f} %; {(share == 0).sum():,} of {len(share):,} classes are never right."
+    )
+    page.histogram("Classes by their accuracy", share, "right images", "classes", caption)
     last = min(20, max(len(found.classes), 2))
     right = [100 * (found.scores.ranks < k).float().mean().item() for k in range(1, last + 1)]
     axes = new_axes("k", "% of the images")
     axes.plot(range(1, last + 1), right)
     axes.set_ylim(0, 102)
     some = ", ".join(f"{k}: {right[k - 1]:.1f} %" for k in (1, 2, 5, 10, 20) if k <= last)
-    page.figure("Right class among the first k", axes.figure, f"Images with their class in the first k. {some}.")
+    page.figure("Right class among the first k", axes, f"Images with their class in the first k. {some}.")
 
 
 def class_tables(found: Answers) -> Html:
@@ -120,7 +120,7 @@ def draw_confusion(page: Page, confusion: np.ndarray) -> None:
         "Row: class, column: answer, both in the order of the classes' names. Black: none of the class's images, "
         f"light yellow: all. {wrong:,} of {confusion.sum():,} answers lie off the diagonal."
     )
-    page.figure(f"Confusion of {len(share)} classes", axes.figure, caption, "wide")
+    page.figure(f"Confusion of {len(share)} classes", axes, caption, "chart wide")
 
 
 def confused_pairs(found: Answers, pictures: Pictures) -> Html:

@@ -17,11 +17,7 @@ from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from util.files import write_atomic
 
 THUMB = 144  # px, longer side of the embedded pictures
-MARKS = {  # name and drawing: not every font has check marks
-    "right": ("right", "M1 6.5 4.5 10 11 2"),
-    "wrong": ("wrong", "M2 2 10 10M10 2 2 10"),
-    "junk": ("same camera", "M1 6a5 5 0 1 0 10 0a5 5 0 1 0-10 0M2.5 9.5l7-7"),
-}
+MARKS = {"right": "right", "wrong": "wrong", "junk": "same camera"}  # page.html has their drawings: fonts lack some
 SHELL = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 INK = "#010203"  # in figures; the page puts its own colour of text there, so that it suits light and dark
 matplotlib.rcParams.update(
@@ -61,7 +57,7 @@ def join(between: object, parts) -> Html:
 def mark(kind: str, words: str = "") -> Html:
     """ "right", "wrong" or "same camera" with its drawing."""
     drawing = Html(f'<svg class="mark" aria-hidden="true"><use href="#{kind}"/></svg>')
-    return tag("b", drawing, " ", words or MARKS[kind][0], kind=kind)
+    return tag("b", drawing, " ", words or MARKS[kind], kind=kind)
 
 
 def percent(share: float, digits: int = 1, sign: str = "", missing: str = "-") -> str:
@@ -126,7 +122,7 @@ def table(head: list, rows: list[list], kind: str = "") -> Html:
 
 def folded(title: str, content: Html, is_open: bool = False) -> Html:
     """Content behind a click on its title."""
-    return Html(f"<details{' open' * is_open}>{tag('summary', title)}{content}</details>")
+    return tag("details", tag("summary", title), content, open="open" * is_open)
 
 
 def confusion_table(names: list[str], counts: np.ndarray, as_shares: bool = False) -> Html:
@@ -148,11 +144,18 @@ def confusion_table(names: list[str], counts: np.ndarray, as_shares: bool = Fals
     return table(["truth \\ answer", *names, "right, %"], rows, "matrix")
 
 
-def new_axes(x_title: str, y_title: str, title: str = "", size: tuple[float, float] = (4.2, 2.6)) -> Axes:
-    """The axes of a figure of their own, inches; `axes.figure` is what `Page.figure` takes."""
+def new_axes(x_title: str, y_title: str, size: tuple[float, float] = (4.2, 2.6)) -> Axes:
+    """Axes of a figure of their own, which `Page.figure` takes; size: inches."""
     axes = Figure(size, layout="constrained").subplots()
-    axes.set(xlabel=x_title, ylabel=y_title, title=title)
+    axes.set(xlabel=x_title, ylabel=y_title)
     return axes
+
+
+def draw_shares(axes: Axes, edges: np.ndarray, parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
+    """Histograms of two sets, each in % of its own; parts: {name: (values, how often each occurs)}."""
+    for (name, (values, counts)), kind in zip(parts.items(), ("stepfilled", "step")):
+        weights = 100 * counts / max(counts.sum(), 1)
+        axes.hist(values.clip(*edges[[0, -1]]), edges, weights=weights, histtype=kind, alpha=0.7, lw=1.5, label=name)
 
 
 def png_bytes(figure: Figure) -> bytes:
@@ -200,15 +203,18 @@ class Page:
     def note(self, *words: object) -> None:
         self.add(tag("p", *words))
 
-    def figure(self, title: str, figure: Figure, caption: str = "", kind: str = "") -> None:
-        """A drawing of matplotlib; several fit beside one another; kind "wide": it has a row of its own."""
-        drawing = inline_svg(figure, f"{title}: {caption}")
-        words = tag("figcaption", caption)
-        self.add(tag("figure", tag("h3", title), drawing, words, kind=f"chart {kind}".strip()))
+    def figure(self, title: str, axes: Axes, caption: str = "", kind: str = "chart") -> None:
+        """A drawing of matplotlib; several fit beside one another; kind "chart wide": it has a row of its own."""
+        if len(axes.get_legend_handles_labels()[1]) > 1:
+            axes.legend()
+        drawing = inline_svg(axes.figure, f"{title}: {caption}")
+        self.add(tag("figure", tag("h3", title), drawing, tag("figcaption", caption), kind=kind))
 
-    def pictures(self, title: object, items: list[Html], kind: str = "") -> None:
-        """A heading and pictures side by side."""
-        self.add(tag("article", tag("h3", title), cards(items, kind)))
+    def histogram(self, title: str, shares: np.ndarray, x_title: str, y_title: str, caption: str) -> None:
+        """How often shares of [0, 1] occur, in %."""
+        axes = new_axes(f"{x_title}, %", y_title)
+        axes.hist(100 * shares, 20, range=(0, 100))
+        self.figure(title, axes, caption)
 
     def rank_lists(self, lists: list[tuple]) -> None:
         """Of each (title, words, own cards, found cards) an article: what was asked, beside it what was found."""
@@ -220,15 +226,9 @@ class Page:
 
     def write(self, file: Path) -> None:
         """Write the page atomically."""
-        symbols = "".join(
-            f'<symbol id="{name}" viewBox="0 0 12 12"><path d="{path}" fill="none" stroke="currentColor" '
-            'stroke-width="2.2"/></symbol>'
-            for name, (_, path) in MARKS.items()
-        )
         text = SHELL.substitute(
             title=html_of(self.title),
             style=self.style,
-            symbols=f'<svg width="0" height="0" style="position:absolute" aria-hidden="true">{symbols}</svg>',
             intro=self.intro,
             tiles="".join(tag("div", name, tag("b", value)) for name, value in self.tiles.items()),
             facts="".join(tag("tr", tag("th", name), tag("td", value)) for name, value in self.facts.items()),

@@ -16,7 +16,7 @@ from metrics.protocols import Protocol
 from metrics.ranking import BINS, Card, Ranking
 from metrics.reid import cosine_blocks, scores
 from models_transreid import TransReID
-from reports.page import BREAK, MARKS, THUMB, Html, Page, Pictures, card, image, join, mark, new_axes, tag
+from reports.page import BREAK, MARKS, THUMB, Html, Page, Pictures, card, draw_shares, image, join, mark, new_axes, tag
 from reports.panels import heat_picture, reid_rollout
 
 CMC_RANKS = 50
@@ -104,7 +104,7 @@ class Lists:
     def found(self, hit: Card) -> Html:
         rank = f"rank {hit.rank:,}" if hit.rank else "not counted"
         who = self.who(self.ranking.gallery, hit.row)
-        picture = self.picture(self.ranking.gallery, hit.row, ", ".join([MARKS[hit.mark][0], rank, *who]))
+        picture = self.picture(self.ranking.gallery, hit.row, ", ".join([MARKS[hit.mark], rank, *who]))
         words = join(BREAK, [mark(hit.mark), rank, f"cos {hit.cosine:.3f}", *who])
         return card(picture, words, kind=hit.mark + " later" * (hit.rank > self.topk))
 
@@ -158,7 +158,7 @@ def summary(ranking: Ranking) -> str:
 
 def draw_curves(page: Page, ranking: Ranking) -> None:
     """CMC, AP and cosines."""
-    ap = 100 * ranking.ap[~np.isnan(ranking.ap)]
+    ap = ranking.ap[~np.isnan(ranking.ap)]
     if not len(ap):
         return
     last = min(CMC_RANKS, len(ranking.gallery))
@@ -168,11 +168,9 @@ def draw_curves(page: Page, ranking: Ranking) -> None:
     axes = new_axes("rank k", "% of the queries")
     axes.plot(range(1, last + 1), cmc)
     axes.set_ylim(min(math.floor(cmc[0] / 10) * 10, 90), 100)
-    page.figure("CMC", axes.figure, f"Queries with a match in the first k. {some}.")
-    axes = new_axes("AP, %", "queries")
-    axes.hist(ap, 20, range=(0, 100))
-    caption = f"Median {np.median(ap):.1f} %; {(ap < 10).sum():,} of {len(ap):,} queries are below 10 %."
-    page.figure("AP of the queries", axes.figure, caption)
+    page.figure("CMC", axes, f"Queries with a match in the first k. {some}.")
+    caption = f"Median {100 * np.median(ap):.1f} %; {(ap < 0.1).sum():,} of {len(ap):,} queries are below 10 %."
+    page.histogram("AP of the queries", ap, "AP", "queries", caption)
     if ranking.others.any():
         draw_cosines(page, ranking)
 
@@ -184,14 +182,9 @@ def draw_cosines(page: Page, ranking: Ranking) -> None:
     inside = np.flatnonzero(np.any([(x > 5e-4) & (x <= 1 - 5e-4) for x in above], axis=0))
     low, high = (inside[0] - 1, inside[-1] + 1) if inside.size else (0, BINS)
     width = math.ceil((high - low) / min(50, max(10, math.isqrt(int(ranking.true.sum())))))
-    count = math.ceil((high - low) / width)
-    place = np.clip((np.arange(BINS) - low) // width, 0, count - 1)
-    edges = (low + width * np.arange(count + 1)) * 2 / BINS - 1
+    edges, centres = np.arange(low, high + width, width) * 2 / BINS - 1, (np.arange(BINS) + 0.5) * 2 / BINS - 1
     axes = new_axes("cosine", "% of the pairs")
-    for (name, x), filled in zip(pairs.items(), (True, False)):
-        axes.stairs(100 * np.bincount(place, x, count) / x.sum(), edges, fill=filled, alpha=0.6 + 0.4 * (not filled),
-                    linewidth=1.5, label=name)  # fmt: skip
-    axes.legend()
+    draw_shares(axes, edges, {name: (centres, x) for name, x in pairs.items()})
     cut = int(np.argmax(above[1] <= 1e-3))
     sample = "" if ranking.sampled.all() else ", of a random part of the gallery"
     caption = (
@@ -199,7 +192,7 @@ def draw_cosines(page: Page, ranking: Ranking) -> None:
         f"A cosine of {2 * cut / BINS - 1:.3f} is reached by at most 1 in 1,000 of the different ones and by "
         f"{100 * above[0][cut]:.1f} % of the same."
     )
-    page.figure("Cosine of query and gallery", axes.figure, caption)
+    page.figure("Cosine of query and gallery", axes, caption)
 
 
 def legend(protocol: Protocol, topk: int, with_heats: bool, lost: int) -> Html:

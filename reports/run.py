@@ -41,8 +41,7 @@ def write_run_report(file: Path, log: list[dict], settings: dict, knn: dict[str,
             axes = new_axes("epoch", "")
             axes.plot(epochs, [row[learned] for row in log], marker="o", label=name)
             axes.plot(epochs, [row[trivial] for row in log], "--", color="grey", label=trivial_name)
-            axes.legend()
-            page.figure(title, axes.figure)
+            page.figure(title, axes)
     axes = new_axes("", "%")
     places = np.arange(len(knn["after"]))
     for offset, (name, colour) in enumerate((("chance", "silver"), ("before", "tab:grey"), ("after", "tab:blue")), -1):
@@ -50,8 +49,7 @@ def write_run_report(file: Path, log: list[dict], settings: dict, knn: dict[str,
         axes.bar_label(bars, fmt="%.0f")
     axes.set_xticks(places, list(knn["after"]))
     axes.set_ylim(0, 105)
-    axes.legend()
-    page.figure("kNN top-1 on unseen identities", axes.figure)
+    page.figure("kNN top-1 on unseen identities", axes)
     if panels := sorted((file.parent / "panels").glob("epoch_*.png")):
         page.section("Reconstructions")
         panel = Image.open(panels[-1]).convert("RGB")

@@ -116,9 +116,7 @@ def overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
         grey[region] = (1 - TINT) * grey[region] + TINT * np.array(colour_of(c), dtype=np.float32)
     y, x = np.indices(mask.shape)
     grey[(mask == IGNORE) & ((x + y) % 6 < 2)] = 0
-    edge = np.zeros(mask.shape, dtype=bool)
-    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
-    edge[1:] |= mask[1:] != mask[:-1]
+    edge = (np.diff(mask, axis=1, prepend=mask[:, :1]) != 0) | (np.diff(mask, axis=0, prepend=mask[:1]) != 0)
     wide = edge.copy()
     wide[:, :-1] |= edge[:, 1:]
     wide[:-1] |= edge[1:]
@@ -135,8 +133,7 @@ def overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
 def thickest(region: np.ndarray) -> tuple[int, int]:
     """(x, y) of a pixel of a bool [h, w] with most of the region around it."""
     window = int(0.8 * math.sqrt(region.sum())) | 1  # odd
-    padded = np.pad(region, window // 2 + 1)
-    sums = padded.cumsum(axis=0).cumsum(axis=1)
+    sums = np.pad(region, window // 2 + 1).cumsum(axis=0).cumsum(axis=1)
     around = sums[window:, window:] - sums[:-window, window:] - sums[window:, :-window] + sums[:-window, :-window]
     around = around[: region.shape[0], : region.shape[1]]
     y, x = np.unravel_index(np.argmax(np.where(region, around, -1)), region.shape)

@@ -6,18 +6,8 @@ python -m tools.visualize a.jpg b.jpg --checkpoint output_dir/checkpoint-last.pt
 import argparse
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from datasets.images import UNREADABLE, open_rgb, why_unreadable
-from datasets.manifest import list_images
-from datasets.transforms import mask_noise, whole_image
-from models_mae import MODELS, count_kept, load_autoencoder
-from reports.panels import draw_panel, panel_caption, reconstruction_columns
 from util.cli import Parser, run_tool
-from util.errors import InputError
-from util.fetch import fetch
-from util.files import write_atomic
+from util.names import MAE_MODELS
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -27,7 +17,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("images", nargs="+", help="image files, or one folder or manifest (its first --count images)")
     add("--checkpoint", required=True, help="checkpoint with a decoder: checkpoint-*.pth of a run, or "
         "facebook's mae_visualize_*.pth or *_full.pth with --model")
-    add("--model", default=None, choices=list(MODELS), metavar="NAME",
+    add("--model", default=None, choices=list(MAE_MODELS), metavar="NAME",
         help="architecture, for files without a config (default: the file's)")
     add("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=None,
         help="the file was trained with per-patch normalisation (default: the file's config)")
@@ -37,6 +27,22 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output", default="panels.png", help="PNG to write (default panels.png)")
     # fmt: on
     return parser
+
+
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
+
+import numpy as np
+import torch
+
+from datasets.images import UNREADABLE, open_rgb, why_unreadable
+from datasets.manifest import list_images
+from datasets.transforms import mask_noise, whole_image
+from models_mae import count_kept, load_autoencoder
+from reports.panels import draw_panel, panel_caption, reconstruction_columns
+from util.errors import InputError
+from util.fetch import fetch
+from util.files import write_atomic
 
 
 def main(args) -> dict:
@@ -67,5 +73,4 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    ARGS = get_args_parser().parse_args()
     run_tool(main, ARGS, Path(ARGS.output).with_suffix(".metrics.json"))
