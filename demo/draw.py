@@ -1,57 +1,368 @@
 """Small pictures of parametric vehicles, so that everything runs without gated data.
 
-A vehicle is two to four solid slabs, each a side outline in metres extruded over the width, seen
-through a pinhole camera and painted back to front with Pillow at two to three times the final
-size. Body type, paint, make and small marks belong to the identity (`pid`); backdrop, light, lens
-height, noise and JPEG quality belong to the camera (`camid`).
-
-Every random number comes from a Philox stream keyed by the seed and the ids of the thing drawn:
-a picture depends on (seed, pid, camid, viewid, shot, size) alone, and not on the number of
-processes or pictures. Bytes are repeatable for one version of Pillow and numpy.
-
     python -m demo.draw --output demo --num_images 3000
+
+A vehicle is two to four solid slabs, each a side outline in metres extruded over the width, seen through a pinhole
+camera. Body type, paint, make and small marks belong to the identity (`pid`); backdrop, light, lens height, noise and
+JPEG quality belong to the camera (`camid`). Every random number comes from a Philox stream keyed by the seed and the
+ids of the thing drawn: a picture depends on (seed, pid, camid, viewid, shot, size) alone. Bytes are repeatable for one
+version of Pillow and numpy.
 """
 
-import json
+import argparse
+import itertools
+import math
 from collections import Counter
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-from demo.folder import demo_parser, holds_set, run_demo, write_folder, write_table
-from demo.render import render, sheet
-from demo.vehicle import BODIES, CAMERAS, VIEWS, captions, demo_rng, vehicle
+import numpy as np
+from PIL import Image, ImageDraw, ImageFilter
+
+from demo.folder import demo_parser, write_set, write_table
+from demo.scene import Scene, box, circle, clip, open_scene
+from demo.vehicle import BODIES, CAMERAS, CHROME, COLUMNS, DARK, GLASS, MAKES, SHEEN, Body, label_row, vehicle
+from util.cli import run_tool
 from util.errors import InputError
 
-VERSION = 2  # raise when the pictures change, so that an older folder is not taken for this one
-COLUMNS = ("path", "split", "body", "colour", "make", "pid", "camid", "viewid", "caption", "short_caption")
+CAR_BODY, CAR_TYRE, CAR_MIRROR, BACKGROUND = 24, 25, 26, 40  # PartImageNet's ids
+RED, RED_GLOW, WHITE, WHITE_GLOW = (176, 18, 22), (255, 40, 30), (226, 234, 240), (255, 250, 222)
+GRILLES = {  # half width and half height in shares of the width and in metres, outline, bars of chrome
+    "bars": ((0.42, 0.12), box(-1, -1, 1, 1), [box(-1, t, 1, t + 0.25) for t in (-0.5, 0.2)]),
+    "mesh": ((0.42, 0.12), box(-1, -1, 1, 1), [box(t, -1, t + 0.05, 1) for t in np.linspace(-0.8, 0.8, 7)]),
+    "split": ((0.42, 0.12), box(-1, -1, 1, 1), [box(-0.15, -1, 0.15, 1)]),
+    "oval": ((0.34, 0.13), circle(0, 0, 1, 16), []),
+    "slot": ((0.5, 0.06), box(-1, -1, 1, 1), []),
+    "shield": ((0.24, 0.2), np.array([(-1, 1), (1, 1), (0.6, -0.7), (0, -1), (-0.6, -0.7)]), []),
+}
+LAMPS = {  # outlines around the middle of the right lamp
+    "round": circle(0, 0, 1, 14) * (0.15, 0.13),
+    "box": box(-0.2, -0.11, 0.2, 0.11),
+    "slit": box(-0.2, -0.05, 0.2, 0.06),
+    "wedge": np.array([(-0.2, -0.06), (0.2, -0.1), (0.2, 0.16), (-0.2, 0)]),
+}
 
 
-def label_row(seed: int, pid: int, shot: int) -> dict:
-    """The columns of labels.csv but path and split, of the `shot`-th picture of an identity.
+class Slab:
+    """A side outline extruded over the width, and how to paint on it.
 
-    Five cameras and six views: thirty shots until a pair comes back.
+    Outlines are (u, y) from the bottom up, in metres: u from the nose of the vehicle to its tail, y from the ground.
+    The half width goes from `bottom` to `top` and is drawn in by the share `taper` near both ends.
     """
+
+    def __init__(self, length: float, nose, tail, bottom: float, top: float, taper: float = 0):
+        self.length, self.bottom, self.top, self.taper = length, bottom, top, taper
+        self.nose, self.tail = np.array(nose), np.array(tail)
+        self.ring = np.concatenate([self.nose, self.tail[::-1]])
+        self.y0, self.y1 = self.ring[:, 1].min(), self.ring[:, 1].max()
+
+    def y(self, share: float) -> float:
+        """Height of a share of the slab, 0 at its bottom."""
+        return self.y0 + (self.y1 - self.y0) * share
+
+    def half(self, u, y):
+        """Half width in metres."""
+        end = 1 - np.clip(np.minimum(u, self.length - u) / 0.45, 0, 1)
+        width = np.interp(y, (self.y0, self.y1), (self.bottom, self.top))
+        return width * (1 - self.taper * end**2)
+
+    def on_side(self, points, sign: int) -> np.ndarray:
+        """(u, y) on the right (sign 1) or left (-1) side."""
+        u, y = np.asarray(points, dtype=float).T
+        return np.stack([self.length / 2 - u, y, sign * self.half(u, y)], axis=1)
+
+    def on_face(self, points, front: bool) -> np.ndarray:
+        """(a, y) on the nose or the tail, a in -1..1 across the width there."""
+        a, y = np.asarray(points, dtype=float).T
+        u = np.interp(y, *(self.nose if front else self.tail).T[::-1])
+        return np.stack([self.length / 2 - u, y, a * self.half(u, y)], axis=1)
+
+    def seen_by(self, p: Scene) -> "Slab":
+        """Find out which sides (1 right, -1 left) and ends (True: the nose) the camera sees."""
+        self.p = p
+        self.near = [sign for sign in (-1, 1) if sign * p.sin * p.distance > self.bottom]
+        middle = box(-1, self.y(0.1), 1, self.y(0.9))
+        self.ends = [front for front in (True, False) if (_turn(p.flat(self.on_face(middle, front))) > 0) == front]
+        return self
+
+    def side(self, points, colour, k: float = 1.0) -> None:
+        """Paint (u, y) on the side that is seen, if any."""
+        for sign in self.near:
+            self.p.poly(self.on_side(points, sign), colour, k)
+
+    def face(self, front: bool, points, colour, k: float = 1.0) -> None:
+        """Paint (a, y) on the nose or the tail, where it is seen."""
+        if front in self.ends:
+            self.p.poly(self.on_face(points, front), colour, k)
+
+    def solid(self, colour, lid) -> None:
+        """The bare surfaces: the strips across the width first, flat ones in the colour `lid`, then the near side."""
+        for a, b in zip(self.ring, np.roll(self.ring, -1, 0)):
+            edge = np.stack([a, b])
+            quad = np.concatenate([self.on_side(edge, 1), self.on_side(edge, -1)[::-1]])
+            if _turn(self.p.flat(quad)) > 0:
+                nx, ny = (b[1] - a[1], b[0] - a[0]) / np.hypot(*(b - a))
+                self.p.poly(quad, lid if ny > 0.8 else colour, self.p.sunlight(nx, ny, 0))
+        for sign, (low, high) in itertools.product(self.near, itertools.pairwise(np.linspace(0, 1, 10))):
+            # the sky lies on the shoulder, the ground darkens the sill
+            gloss = 0.74 + 0.24 * low + 0.2 * math.exp(-(((low - 0.75) / 0.1) ** 2))
+            band = clip(self.ring, 1, self.y(low), self.y(high) + 0.01)
+            self.p.poly(self.on_side(band, sign), colour, self.p.sunlight(0, 0.1, sign) * gloss)
+
+
+def _turn(quad: np.ndarray) -> float:
+    """Twice the signed area of a quadrilateral in pixels; its sign tells which side is seen."""
+    (ax, ay), (bx, by) = quad[2] - quad[0], quad[3] - quad[1]
+    return ax * by - bx * ay
+
+
+@cache
+def slabs(name: str) -> dict[str, Slab]:
+    """The slabs of a body type, in the order in which they are painted seen from behind."""
+    body, half = BODIES[name], BODIES[name].width / 2
+    sill, nose, bonnet, waist, roof = body.heights
+    u0, u1, u2, u3 = body.cabin
+    size, end, is_boxy = body.length, u3 if body.back == "load" else body.length, roof > 2.4
+    front = [(0.45, sill), (0.06, sill), (0, (sill + nose) / 2), (0.08, nose), (u0 + 0.15, bonnet)]
+    back = [(end - 0.45, sill), (end - 0.06, sill + 0.02), (end, (sill + waist) / 2), (end - 0.06, waist - 0.02)]
+    lower = Slab(size, front, [*back, (end - 0.45, waist)], half * 0.95, half, 0.05 if is_boxy else 0.16)
+    front, back = [(u0, bonnet - 0.02), (u1, roof - 0.03)], [(u3, waist - 0.02), (u2, roof)]
+    cabin = Slab(size, front, back, half * 0.97, half * body.roof, 0.05 if is_boxy else 0.1)
+    if body.back != "load":
+        return {"lower": lower, "cabin": cabin}
+
+    def block(u, low, high, width):
+        return Slab(size, [(u, low), (u, high)], [(size, low), (size, high)], width, width)
+
+    frame, load = block(0.3, 0.5, 0.98, half * 0.8), block(u3 + 0.2, 0.98, roof + 0.8, half)
+    return {"frame": frame, "lower": lower, "cabin": cabin, "load": load}
+
+
+def _shadow(p: Scene, length: float, width: float) -> None:
+    """Darken the ground under the vehicle and, away from the light, beside it."""
+    mask = Image.new("L", (p.image.width // 3, p.image.height // 3))
+    (sx, _, sz), cos, sin = p.camera.sun, p.cos, p.sin
+    away = np.array((sx * sin + sz * cos, sz * sin - sx * cos)) * -0.9
+    for share, reach in ((0.6, 1), (1.0, 0)):
+        ground = np.insert(box(-1, -1, 1, 1) * (length / 2, width / 2) + away * reach, 1, 0, axis=1)
+        xy = [tuple(q) for q in (p.flat(ground) / 3).tolist()]
+        ImageDraw.Draw(mask).polygon(xy, fill=int(255 * share * p.camera.shadow))
+    mask = mask.filter(ImageFilter.GaussianBlur(p.image.width / 110)).resize(p.image.size)
+    p.image.paste((10, 10, 16), mask=mask)
+
+
+def _treads(p: Scene, body: Body) -> None:
+    p.part, r = CAR_TYRE, body.wheels[-1]
+    for sign, axle in itertools.product((-1, 1), body.wheels[:-1]):
+        ring = circle(body.length / 2 - axle, r, r, 12)
+        outer, inner = (np.insert(ring, 2, sign * (body.width / 2 - z), axis=1) for z in (0.04, 0.28))
+        for k in range(12):
+            p.poly(np.stack([outer[k - 1], outer[k], inner[k], inner[k - 1]]), (22, 22, 24))
+    p.part = CAR_BODY
+
+
+def _wheels(p: Scene, body: Body, spokes: int, phase: float) -> None:
+    """The outer sides of the wheels on the near side."""
+    r, half, n = body.wheels[-1], body.width / 2, max(spokes, 1)
+    near = [sign for sign in (-1, 1) if sign * p.sin * p.distance > half]
+    for sign, axle in itertools.product(near, body.wheels[:-1]):
+        x = body.length / 2 - axle
+
+        def draw(points, colour, z=sign * (half + 0.01)):
+            p.poly(np.insert(points, 2, z, axis=1), colour)
+
+        draw(clip(circle(x, r, r * 1.16, 24), 1, body.heights[0], 9), (16, 16, 18))
+        p.part = CAR_TYRE
+        draw(circle(x, r, r), (26, 26, 28))
+        draw(circle(x, r, r * 0.68), CHROME)
+        draw(circle(x, r, r * 0.6), (64, 66, 70) if spokes else (150, 154, 160))
+        for angle in phase + 2 * np.pi * np.arange(spokes) / n:
+            out, across = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))]) * r
+            across = across * 0.42 / max(spokes, 3)
+            tip = (x, r) + out * 0.62
+            draw([(x, r) - across, (x, r) + across, tip + across, tip - across], CHROME)
+        p.part = CAR_BODY
+
+
+def _mirrors(p: Scene, body: Body, behind: bool) -> None:
+    """Side mirrors beside the windscreen's foot: those `behind` the body or those before it."""
+    x, y, half = body.length / 2 - body.cabin[0] - 0.45, body.heights[3] + 0.04, body.width / 2
+    high, p.part = 0.2 if body.heights[4] < 2 else 0.42, CAR_MIRROR
+    for sign in (-1, 1):
+        is_near = sign * p.sin * p.distance > half
+        if behind == (is_near or (p.cos > 0 and abs(p.sin) < 0.5)):
+            continue
+        inner, outer = sign * (half - 0.03), sign * (half + 0.26)
+        for z0, x0, x1, k in (
+            (inner, x - 0.1, x - 0.1, 0.7),
+            (inner, x + 0.1, x + 0.1, 0.9),
+            (outer, x - 0.1, x + 0.1, 0.55),
+        ):
+            p.poly(np.array([(x0, y, z0), (x1, y, outer), (x1, y + high, outer), (x0, y + high, z0)]), DARK, k)
+    p.part = CAR_BODY
+
+
+def _cabin(s: Slab, body: Body, marks: tuple) -> None:
+    """Glass and roof."""
+    y, centre = s.y, s.ring.mean(0)
+    pane = (s.ring - centre) * (0.97, 0.72) + centre + (0, 0.02)
+    pane = clip(pane, 1, y(0.4 if s.y1 - s.y0 > 1 and body.back == "doors" else 0.06), 9)
+    for a, b in itertools.pairwise(body.pillars):
+        window = clip(pane, 0, a + 0.03, b - 0.03)
+        s.side(window, GLASS)
+        s.side(clip(window, 1, window[:, 1].mean() + 0.1, 9), SHEEN)
+    for front in (True, False) if body.back in ("window", "bed") else (True,):
+        s.face(front, box(-0.9, y(0.06), 0.9, y(0.88)), GLASS)
+        s.face(front, [(-0.5, y(0.88)), (-0.1, y(0.88)), (-0.5, y(0.5)), (-0.88, y(0.5))], SHEEN)
+    for a in (-0.82, 0.08) if body.back == "doors" else ():
+        s.face(False, box(a, y(0.35), a + 0.74, y(0.88)), GLASS)
+    x0, x1 = body.length / 2 - s.nose[1, 0] - 0.1, body.length / 2 - s.tail[1, 0] + 0.1
+    z, middle = s.top * 0.75, x0 * 0.6 + x1 * 0.4
+    if "sunroof" in marks:
+        s.p.poly(np.array([(x0, s.y1, z), (middle, s.y1, z), (middle, s.y1, -z), (x0, s.y1, -z)]), GLASS)
+    for at in (-z, z) if "rack" in marks else ():
+        s.p.line([(x0, s.y1 + 0.1, at), (x1, s.y1 + 0.1, at)], 0.09, (52, 54, 58), least=2)
+
+
+def _lower(s: Slab, body: Body, attrs: dict) -> None:
+    """Sill, doors and nose."""
+    y = s.y
+    s.side(clip(s.ring, 1, 0, y(0.13)), DARK)
+    for u in body.pillars[:3]:
+        s.side(box(u + 0.1, y(0.12), u + 0.13, y(0.97)), attrs["rgb"], 0.45)
+        s.side(box(u + 0.18, y(0.76), u + 0.36, y(0.81)), DARK)
+    s.side(box(0.06, y(0.55), 0.3, y(0.72)), (214, 222, 228))
+    if True in s.ends:
+        _nose(s, attrs)
+        _plate(s, True, y(0) + 0.1)
+    if body.back == "bed":
+        bed = box(body.length / 2 - body.cabin[3] - 0.12, -0.85, 0.12 - body.length / 2, 0.85)
+        s.p.poly(np.insert(bed, 1, s.y1, axis=1), (40, 41, 44))
+
+
+def _nose(s: Slab, attrs: dict) -> None:
+    """Bumper, grille and headlamps: the face of the make."""
+    grille, lamp, _ = MAKES[attrs["make"]]
+    (wide, high), shape, bars = GRILLES[grille]
+    size, at = np.array((wide, high)), (0, s.y0 + 0.52 * min(s.y1 - s.y0, 0.75))
+    s.face(True, box(-0.97, s.y0, 0.97, at[1] - 0.24), DARK)
+    s.face(True, shape * (size + (0.04, 0.025)) + at, CHROME)
+    s.face(True, shape * size + at, DARK)
+    for bar in bars:
+        s.face(True, bar * size + at, attrs["rgb"] if grille == "split" else CHROME)
+    for sign in (-1, 1):
+        shape, at_lamp = LAMPS[lamp] * (sign, 1), (sign * 0.75, at[1] + 0.04)
+        s.face(True, shape * 1.2 + at_lamp, DARK)
+        s.p.lamp(s.on_face(shape + at_lamp, True), WHITE, WHITE_GLOW)
+
+
+def _plate(s: Slab, front: bool, middle: float) -> None:
+    a = 0.26 / s.bottom
+    s.face(front, box(-a, middle - 0.06, a, middle + 0.06), (236, 236, 226))
+    for at in (-0.8, -0.5, -0.1, 0.2, 0.5):  # nothing to read
+        s.face(front, box(a * at, middle - 0.035, a * (at + 0.2), middle + 0.035), (50, 52, 60))
+
+
+def _tail(s: Slab, body: Body, lamp: str) -> None:
+    """Bumper, lamps and plate."""
+    y, high = s.y, 0.12 if lamp in ("slit", "box") else 0.24
+    if body.back != "load":
+        s.side(box(body.length - 0.26, y(0.55), body.length - 0.05, y(0.78)), RED)
+    s.face(False, box(-0.96, y(0), 0.96, y(0.2)), DARK)
+    for a in (-0.8, 0.8) if False in s.ends else ():
+        s.p.lamp(s.on_face(box(a - 0.15, y(0.62 - high), a + 0.15, y(0.62 + high)), False), RED, RED_GLOW)
+    _plate(s, False, y(0.36))
+
+
+def _load(s: Slab, body: Body, attrs: dict) -> None:
+    """The ribs of a load box."""
+    for u in np.arange(s.nose[0, 0] + 0.9, body.length - 0.3, 0.9):
+        s.side(box(u, s.y(0.04), u + 0.03, s.y(0.96)), attrs["rgb"], 0.7)
+    for a in (-0.02, -0.95, 0.92):
+        s.face(False, box(a, s.y(0.04), a + 0.03, s.y(0.96)), attrs["rgb"], 0.5)
+
+
+def _marks(s: Slab, body: Body, attrs: dict) -> None:
+    """Stripe, sticker and dent."""
+    y, accent, size = s.y, attrs["accent"], max(0.2, 0.2 * (s.y1 - s.y0))
+    spot = (attrs["spot"][0] * body.length, y(attrs["spot"][1]))
+    if "stripe" in attrs["marks"]:
+        s.side(clip(s.ring, 1, y(0.42), y(0.58)), accent)
+        for front in (True, False):
+            s.face(front, box(0.2, y(0.3), 0.36, s.y1), accent)
+    if "sticker" in attrs["marks"]:
+        s.side(circle(*spot, size, attrs["corners"]), accent)
+        s.face(False, circle(-0.5, y(0.85), size / 2, attrs["corners"]), accent)
+    if "dent" in attrs["marks"] and attrs["dent_side"] in s.near:
+        s.side(circle(*spot, 0.16, 12) * (1, 0.7) + (0, spot[1] * 0.3), attrs["rgb"], 0.5)
+        s.side(circle(spot[0] - 0.05, spot[1] + 0.03, 0.07, 10), attrs["rgb"], 0.8)
+
+
+def _car(p: Scene, attrs: dict, phase: float) -> None:
+    """Paint a vehicle back to front; phase: of its wheels. With a mask it has side mirrors."""
+    body, own, paint = BODIES[attrs["body"]], slabs(attrs["body"]), attrs["rgb"]
+    _, lamp, spokes = MAKES[attrs["make"]]
+    has_load, p.part = body.back == "load", CAR_BODY
+    tall = max(slab.y1 for slab in own.values())
+    roof = attrs["roof"] if "two_tone" in attrs["marks"] else paint
+    # the load is a shade lighter than the cab, so that the two come apart
+    colours = {"frame": (44, 45, 48), "cabin": roof if tall < 2 else paint, "load": tuple(c * 0.85 + 36 for c in paint)}
+    rear = "frame" if has_load else "lower"
+    _treads(p, body)
+    if p.mask:
+        _mirrors(p, body, behind=True)
+    # seen from the front, the cab stands before its load
+    for name in ("frame", "load", "lower", "cabin") if has_load and p.cos > 0 else own:
+        slab, colour = own[name].seen_by(p), colours.get(name, paint)
+        slab.solid(colour, roof if name == "cabin" else colour)
+        if name == "cabin":
+            _cabin(slab, body, attrs["marks"])
+        if name == "lower":
+            _lower(slab, body, attrs)
+        if name == rear:
+            _tail(slab, body, lamp)
+        if name == "load":
+            _load(slab, body, attrs)
+        if name == ("load" if has_load else "lower"):
+            _marks(slab, body, attrs)
+        if name == rear:
+            _wheels(p, body, spokes, phase)
+    if p.mask:
+        _mirrors(p, body, behind=False)
+
+
+def _scene(seed: int, pid: int, camid: int, viewid: int, shot: int, size, with_mask: bool) -> Scene:
+    """The scene of a picture with vehicle `pid` in it."""
     attrs = vehicle(seed, pid)
-    rng = demo_rng(seed, "plan", pid)
-    cameras, views = rng.permutation(len(CAMERAS))[:5], rng.permutation(len(VIEWS))
-    camid, viewid = int(cameras[shot % 5]), int(views[shot % len(views)])
-    texts = captions(attrs, viewid, camid)
-    return {
-        **{key: attrs[key] for key in ("body", "colour", "make")},
-        "pid": pid,
-        "camid": camid,
-        "viewid": viewid,
-        "shot": shot,
-        "caption": texts[shot % 3],
-        "short_caption": texts[3],
-    }
+    body, tall = BODIES[attrs["body"]], max(slab.y1 for slab in slabs(attrs["body"]).values())
+    p = open_scene(seed, pid, camid, viewid, shot, size, (body.length, tall, body.width))
+    _shadow(p, body.length, body.width)
+    if with_mask:
+        p.start_mask(BACKGROUND)
+    _car(p, attrs, p.rng.uniform(0, 2 * math.pi))
+    return p
 
 
-def _plan(num_images: int, seed: int, val_ratio: float) -> list[dict]:
+def render(seed: int, pid: int, camid: int, viewid: int, shot: int, size: int | tuple[int, int] = 96) -> Image.Image:
+    """One RGB picture of vehicle `pid`; `size` is the side or (width, height) in pixels, 16 or more.
+
+    `shot` numbers the pictures of equal (pid, camid, viewid): each has its own scale, position, tilt, wheel angle and
+    noise.
+    """
+    return _scene(seed, pid, camid, viewid, shot, size, False).record()
+
+
+def render_parts(seed: int, pid: int, camid: int, viewid: int, shot: int, size=96) -> tuple[Image.Image, np.ndarray]:
+    """As `render`, with side mirrors, and the mask of its parts: [H, W] uint8 in PartImageNet's ids."""
+    p = _scene(seed, pid, camid, viewid, shot, size, True)
+    return p.record(), p.part_ids()
+
+
+def plan(num_images: int, seed: int, val_ratio: float) -> list[dict]:
     """The rows of labels.csv, each with the number of its shot.
 
-    Picture k shows identity k modulo P, where P is about a twelfth of the pictures, at least 20
-    and at most a third of them: every identity is seen by three cameras or more.
+    Picture k shows identity k modulo P, where P is about a twelfth of the pictures, at least 20 and at most a third of
+    them: every identity is seen by three cameras or more. About `val_ratio` of the identities of each body are val.
     """
     people = max(1, min(num_images // 3, max(20, num_images // 12)))
     rows = []
@@ -65,7 +376,7 @@ def _plan(num_images: int, seed: int, val_ratio: float) -> list[dict]:
     return rows
 
 
-def _write_picture(row: dict, folder: Path, seed: int, size: int):
+def write_picture(row: dict, folder: Path, seed: int, size: int) -> None:
     picture = render(seed, row["pid"], row["camid"], row["viewid"], row["shot"], size)
     picture.save(folder / row["path"], quality=CAMERAS[row["camid"]].quality)
 
@@ -78,53 +389,35 @@ def write_demo(
     val_ratio: float = 0.25,
     processes: int | None = None,
 ) -> dict:
-    """Write images/<split>/<body>/NNNNN.jpg, labels.csv and demo.json into a new folder.
+    """Write images/<split>/<body>/NNNNN.jpg and labels.csv into a new folder.
 
-    Splits part the identities of each body type: about `val_ratio` of them (0..1, exclusive) go to
-    val, at least one where a body has two. A folder that already holds this very set is left as it
-    is ("written": False). `processes` (default: all cores) changes the speed only.
-
-    Returns images, train, val, identities, cameras and written. Raises InputError for a number out
-    of range and for an `output` that holds something else.
+    A folder that already holds this very set is left as it is ("written": False). `val_ratio`: share of the identities
+    held out, in [0, 1). `processes` (default: one per core) changes the speed only.
     """
     output = Path(output).absolute()
+    settings = {"num_images": num_images, "size": size, "seed": seed, "val_ratio": val_ratio}
     if num_images < 1 or size < 16 or not 0 <= val_ratio < 1:
-        raise InputError(
-            f"num_images must be 1 or more, size 16 or more and val_ratio in [0, 1), "
-            f"got {num_images}, {size} and {val_ratio}"
-        )
-    about = (
-        json.dumps({"num_images": num_images, "size": size, "seed": seed, "val_ratio": val_ratio, "version": VERSION})
-        + "\n"
-    )
-    rows = _plan(num_images, seed, val_ratio)
-    splits = Counter(row["split"] for row in rows)
-    counts = {
-        "images": len(rows),
-        "train": splits["train"],
-        "val": splits["val"],
-        "identities": len({row["pid"] for row in rows}),
-        "cameras": len({row["camid"] for row in rows}),
-        "written": False,
-    }
-    if holds_set(output, "demo.json", about, "demo set"):
-        return counts
+        raise InputError(f"num_images must be 1 or more, size 16 or more and val_ratio in [0, 1), got {settings}")
+    rows = plan(num_images, seed, val_ratio)
+    counts = {"images": len(rows), "train": 0, "val": 0, **Counter(row["split"] for row in rows)}
 
     def finish(folder: Path) -> None:
         write_table(folder / "labels.csv", COLUMNS, rows)
-        (folder / "demo.json").write_text(about, encoding="utf-8")
 
-    write_folder(output, rows, partial(_write_picture, seed=seed, size=size), processes, finish)
-    return {**counts, "written": True}
+    draw = partial(write_picture, seed=seed, size=size)
+    return {**counts, "written": write_set(output, "demo.json", settings, rows, draw, finish, processes)}
 
 
-def main():
-    parser = demo_parser("demo", "Write a small set of drawn vehicle pictures.", 96, "side of a picture in pixels")
-    add = parser.add_argument
-    add("--num_images", type=int, default=3000, help="number of pictures")
-    add("--val_ratio", type=float, default=0.25, help="share of the identities held out, 0 to 1")
-    run_demo(parser, write_demo, lambda args: sheet(args.seed, args.size))
+def get_args_parser() -> argparse.ArgumentParser:
+    parser = demo_parser("draw", __doc__, 96, "side of a picture")
+    parser.add_argument("--num_images", type=int, default=3000, help="number of pictures (default 3000)")
+    parser.add_argument("--val_ratio", type=float, default=0.25, help="share of identities held out (default 0.25)")
+    return parser
+
+
+def main(args: argparse.Namespace) -> dict:
+    return {"output": str(args.output), **write_demo(**vars(args))}
 
 
 if __name__ == "__main__":
-    main()
+    run_tool(main, get_args_parser().parse_args(), None)

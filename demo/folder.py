@@ -6,15 +6,14 @@ import json
 import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from PIL import Image
-
+from util.cli import Parser
 from util.errors import InputError
+
+VERSION = 2  # raise when the pictures change, so that an older folder is not taken for a new one
 
 
 def holds_set(output: Path, stamp: str, about: str, what: str) -> bool:
@@ -51,16 +50,15 @@ def write_folder(
         part.chmod(0o755)  # mkdtemp keeps others out; a data folder need not
         for folder in {(part / row["path"]).parent for row in rows}:
             folder.mkdir(parents=True, exist_ok=True)
-        jobs = [(draw, row, part) for row in rows]
+        jobs = [(row, part) for row in rows]
         processes = min(processes or os.cpu_count() or 1, len(rows))
         if processes > 1:
             # spawned, not forked: the caller may have torch threads running
             with multiprocessing.get_context("spawn").Pool(processes) as pool:
-                for _ in pool.imap_unordered(_call, jobs, chunksize=16):
-                    pass
+                pool.starmap(draw, jobs, chunksize=16)
         else:
             for job in jobs:
-                _call(job)
+                draw(*job)
         finish(part)
         part.rename(output)
     except BaseException:
@@ -68,9 +66,26 @@ def write_folder(
         raise
 
 
-def _call(job: tuple) -> None:
-    draw, row, folder = job
-    draw(row, folder)
+def write_set(
+    output: Path,
+    stamp: str,
+    settings: dict,
+    rows: Sequence[dict],
+    draw: Callable[[dict, Path], None],
+    finish: Callable[[Path], None],
+    processes: int | None,
+) -> bool:
+    """`write_folder`, and the settings in the file `stamp`; False where `output` already holds this very set."""
+    about = json.dumps({**settings, "version": VERSION}, indent=1) + "\n"
+    if holds_set(output, stamp, about, "set"):
+        return False
+
+    def finish_all(folder: Path) -> None:
+        finish(folder)
+        (folder / stamp).write_text(about, encoding="utf-8")
+
+    write_folder(output, rows, draw, processes, finish_all)
+    return True
 
 
 def write_table(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> None:
@@ -81,44 +96,13 @@ def write_table(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> Non
         writer.writerows(rows)
 
 
-def demo_parser(name: str, description: str, size: int, size_help: str) -> argparse.ArgumentParser:
-    """Parser of `python -m datasets.NAME` with the flags that every drawn set has; they are arguments of the
-    function that writes it."""
-    parser = argparse.ArgumentParser(
-        prog=f"python -m datasets.{name}",
-        description=description,
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
+def demo_parser(name: str, manual: str, size: int, size_help: str) -> argparse.ArgumentParser:
+    """Parser of `python -m demo.NAME` with the flags that every drawn set has; all its flags are arguments of the
+    function that writes the set."""
+    parser = Parser(f"demo.{name}", manual)
     add = parser.add_argument
-    add("--output", type=Path, required=True, default=argparse.SUPPRESS, help="folder to write; no default")
-    add("--size", type=int, default=size, help=size_help)
-    add("--seed", type=int, default=0, help="seed of every random choice")
-    add("--processes", type=int, default=None, help="number of workers, None: one per core")
+    add("--output", type=Path, required=True, help="folder to write; one that holds this very set is left as it is")
+    add("--size", type=int, default=size, help=f"{size_help} in px (default {size})")
+    add("--seed", type=int, default=0, help="seed of every random choice (default 0)")
+    add("--processes", type=int, default=None, help="number of workers (default: one per core)")
     return parser
-
-
-def run_demo(
-    parser: argparse.ArgumentParser,
-    write: Callable[..., dict],
-    draw_sheet: Callable[[argparse.Namespace], Image.Image] | None = None,
-) -> None:
-    """Parse, call `write` with the flags, print what it counted as one JSON line.
-
-    Args:
-        write: returns counts with `written`, False where the folder holds this very set.
-        draw_sheet: adds `--sheet`, a contact sheet of what was written.
-    """
-    if draw_sheet:
-        parser.add_argument("--sheet", type=Path, default=None, help="PNG file for a contact sheet, None: no sheet")
-    args, start = parser.parse_args(), time.perf_counter()
-    try:
-        counts = write(**{name: value for name, value in vars(args).items() if name != "sheet"})
-    except ValueError as error:
-        parser.error(str(error))
-    if not counts["written"]:
-        print(f"{args.output} already holds this set: left as it is", file=sys.stderr)
-    if draw_sheet and args.sheet:
-        draw_sheet(args).save(args.sheet)
-    seconds = round(time.perf_counter() - start, 1)
-    print(json.dumps({"output": str(args.output), **counts, "seconds": seconds}))

@@ -3,56 +3,57 @@
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from demo.render import render_place
+from demo.scene import render_place
 from demo.vehicle import CAMERAS, COLOURS, demo_rng
 
 WORDS = "the of and sale price open house market report notes weekly river winter music garden".split()
+SUBJECTS = {  # short captions
+    "place": "an empty place without any vehicle",
+    "gradient": "a smooth colour gradient",
+    "texture": "a rough texture",
+    "chart": "a chart on white paper",
+    "page": "a page of printed text",
+    "shapes": "overlapping coloured shapes",
+    "flower": "a flower seen from close by",
+}
 
 
 def draw_other(subject: str, seed: int, number: int, size: int) -> Image.Image:
     """One RGB picture, `size` px square, of a subject of `SUBJECTS`; a function of its arguments."""
-    return SUBJECTS[subject][0](demo_rng(seed, "other", subject, number), seed, number, size)
-
-
-def describe_other(subject: str, number: int) -> tuple[str, str]:
-    """Caption and short caption of `draw_other`'s picture."""
-    short = SUBJECTS[subject][1]
     if subject == "place":
-        return f"{short} {CAMERAS[number % len(CAMERAS)].place}", short
-    return f"a picture of {short}", short
+        return render_place(seed, number % len(CAMERAS), number, size)
+    draw = {"gradient": _gradient, "texture": _texture, "chart": _chart, "page": _page, "shapes": _shapes}
+    return draw.get(subject, _flower)(demo_rng(seed, "other", subject, number), size)
 
 
 def _colour(rng: np.random.Generator) -> tuple:
-    return tuple(int(value) for value in rng.integers(0, 256, 3))
+    return tuple(rng.integers(0, 256, 3).tolist())
 
 
-def _place(rng, seed, number, size):
-    return render_place(seed, number % len(CAMERAS), number, size)
+def _cubic(pixels: np.ndarray, size: int) -> Image.Image:
+    return Image.fromarray(pixels.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
 
 
-def _gradient(rng, seed, number, size):
-    corners = Image.fromarray(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8))
-    return corners.resize((size, size), Image.Resampling.BICUBIC)
+def _gradient(rng, size):
+    return _cubic(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8), size)
 
 
-def _texture(rng, seed, number, size):
+def _texture(rng, size):
     page = np.zeros((size, size, 3))
     for cells, weight in ((6, 0.5), (16, 0.3), (size, 0.2)):  # coarse to fine, as in bark or cloth
         shape = (cells, max(2, cells // int(rng.integers(1, 5))), 3)
-        noise = Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8))
-        page += weight * np.asarray(noise.resize((size, size), Image.Resampling.BICUBIC))
+        page += weight * np.asarray(_cubic(rng.integers(0, 256, shape, dtype=np.uint8), size))
     tint = np.array(_colour(rng)) / 255
     grey = page.mean(axis=2, keepdims=True)
     return Image.fromarray((grey * (0.4 + 0.6 * tint)).clip(0, 255).astype(np.uint8))
 
 
-def _chart(rng, seed, number, size):
+def _chart(rng, size):
     page = Image.new("RGB", (size, size), "white")
     draw, unit = ImageDraw.Draw(page), size / 20
     for row in range(4, 18, 3):
         draw.line([(2 * unit, row * unit), (19 * unit, row * unit)], fill=(214, 216, 220))
-    heights = rng.uniform(2, 14, 8)
-    fill = _colour(rng)
+    heights, fill = rng.uniform(2, 14, 8), _colour(rng)
     tops = [((3 + 2 * k) * unit, (18 - heights[k]) * unit) for k in range(8)]
     if rng.random() < 0.5:
         for x, y in tops:
@@ -63,9 +64,8 @@ def _chart(rng, seed, number, size):
     return page
 
 
-def _page(rng, seed, number, size):
-    paper = tuple(int(value) for value in rng.integers(225, 256, 3))
-    page = Image.new("RGB", (size, size), paper)
+def _page(rng, size):
+    page = Image.new("RGB", (size, size), tuple(rng.integers(225, 256, 3).tolist()))
     draw, high = ImageDraw.Draw(page), max(8, size // 10)
     for y in range(high // 2, size, high + 2):
         line = " ".join(WORDS[k] for k in rng.integers(0, len(WORDS), 6))
@@ -73,7 +73,7 @@ def _page(rng, seed, number, size):
     return page
 
 
-def _shapes(rng, seed, number, size):
+def _shapes(rng, size):
     page = Image.new("RGB", (size, size), _colour(rng))
     draw = ImageDraw.Draw(page)
     for _ in range(int(rng.integers(5, 10))):
@@ -85,33 +85,18 @@ def _shapes(rng, seed, number, size):
     return page
 
 
-def _flower(rng, seed, number, size):
-    """A close-up of petals around a disc before a blurred lawn."""
+def _flower(rng, size):
+    """Petals around a disc before a blurred lawn."""
     over = 3 * size
-    lawn = Image.fromarray(rng.integers((20, 70, 10), (70, 150, 50), (9, 9, 3)).astype(np.uint8)).resize(
-        (over, over), Image.Resampling.BICUBIC
-    )
+    lawn = _cubic(rng.integers((20, 70, 10), (70, 150, 50), (9, 9, 3)), over)
     page = lawn.filter(ImageFilter.GaussianBlur(over / 60))
-    draw = ImageDraw.Draw(page)
     x, y, r = over * rng.uniform(0.4, 0.6), over * rng.uniform(0.4, 0.6), over * rng.uniform(0.26, 0.4)
     petals, turn = int(rng.integers(5, 13)), rng.uniform(0, 6)
     fill = COLOURS[("white", "red", "yellow", "orange", "blue")[rng.integers(5)]]
-    for k in range(petals):
-        angle = turn + 2 * np.pi * k / petals
-        px, py, pr = x + 0.62 * r * np.cos(angle), y + 0.62 * r * np.sin(angle), r * min(0.42, 2.2 / petals)
+    angles = turn + 2 * np.pi * np.arange(petals) / petals
+    for k, angle in enumerate(angles):
         shade = tuple(int(c * (0.82 + 0.18 * (k % 2))) for c in fill)
-        draw.ellipse([px - pr, py - pr, px + pr, py + pr], fill=shade)
-    r *= 0.36
-    draw.ellipse([x - r, y - r, x + r, y + r], fill=(120, 84, 20))
+        at = (x + 0.62 * r * np.cos(angle), y + 0.62 * r * np.sin(angle))
+        ImageDraw.Draw(page).circle(at, r * min(0.42, 2.2 / petals), fill=shade)
+    ImageDraw.Draw(page).circle((x, y), 0.36 * r, fill=(120, 84, 20))
     return page.reduce(3)
-
-
-SUBJECTS = {  # subject: how it is drawn, its short caption
-    "place": (_place, "an empty place without any vehicle"),
-    "gradient": (_gradient, "a smooth colour gradient"),
-    "texture": (_texture, "a rough texture"),
-    "chart": (_chart, "a chart on white paper"),
-    "page": (_page, "a page of printed text"),
-    "shapes": (_shapes, "overlapping coloured shapes"),
-    "flower": (_flower, "a flower seen from close by"),
-}

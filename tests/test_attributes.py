@@ -9,12 +9,13 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from layouts import VERI_COLOURS, VERI_TYPES, VERI_WORDS, write_demo_reid
 from safetensors.torch import save_file
 from torch import nn
 
 from datasets.attr import VERI, Attribute, AttributeTrainImages, read_attribute_set
 from datasets.transforms import PadCropErase
-from demo.reid import VERI_COLOURS, VERI_TYPES, VERI_WORDS, plan, write_demo_reid
+from demo.reid import plan
 from finetune.attr_text import orthogonal_vectors, sentence, vectors_of_clip, vectors_of_file
 from metrics.attr import attribute_metrics, attribute_rows, average_precision, constant_answer, group_top1
 from models_teacher import encode_texts, load_clip
@@ -163,7 +164,7 @@ def test_veri_is_read_from_its_gb2312_files(veri):
     drawn = {row["path"]: row for row in plan("veri776", 8, 5, 6, 0)}
     assert [a.name for a in data.attributes][:2] == ["colour: yellow", "colour: orange"] and len(VERI) == 19
     for split, images in (("train", data.train), ("test", data.test)):
-        assert len(images) == sum(row["split"] == split for row in drawn.values())
+        assert len(images) == sum((row["split"] == "train") == (split == "train") for row in drawn.values())
         assert (images.labels.sum(axis=1) == 2).all()
         for i in range(len(images)):
             row = drawn[images.paths.relative(i)]
@@ -183,7 +184,10 @@ def test_a_mixed_drawn_set_shows_what_it_tests():
     for mixed in (False, True):
         rows = plan("veri776", 140, 60, 6, 0, mixed)
         assert len(rows) == 1200 and len({row["pid"] for row in rows}) == 200
-        looks[mixed] = [{(r["body"], r["colour"]) for r in rows if r["split"] == s} for s in ("train", "test")]
+        looks[mixed] = [
+            {(r["body"], r["colour"]) for r in rows if (r["split"] == "train") == is_train}
+            for is_train in (True, False)
+        ]
     assert looks[True][1] <= looks[True][0] and len(looks[True][1]) == 60 and len(looks[True][0]) == 100
     assert len(looks[False][1]) == 15 and not looks[False][1] & looks[False][0]
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pictures
+from layouts import CAR_FOLDERS, WIDE, write_demo_cars, write_mat
 from PIL import Image
 
 from datasets.eval_images import CenterCrops
@@ -22,10 +23,6 @@ from datasets.fgvc import (
     read_fgvc,
     renumber_classes,
 )
-from demo import cars as demo_cars
-from demo.cars import write_demo_cars
-from demo.matfile import write_mat
-from demo.vehicle import vehicle
 from description.matfile import read_cell_strings, read_struct_array
 from description.readers import read_attributes
 from util.errors import InputError
@@ -41,9 +38,8 @@ NAMES = ["Velmar Sedan 2012", "b"]
 def cars(tmp_path_factory):
     """layout -> folder of a set of 6 classes with 2 training pictures and 1 test picture each."""
     root = tmp_path_factory.mktemp("cars")
-    for layout in demo_cars.FOLDERS:
-        done = write_demo_cars(root / layout, layout, classes=6, train=2, test=1, size=32, processes=1)
-        assert done == {"classes": 6, "train": 12, "test": 6, "written": True}
+    for layout in CAR_FOLDERS:
+        write_demo_cars(root / layout, layout, classes=6, train=2, test=1, size=32)
     return root
 
 
@@ -112,7 +108,7 @@ def test_struct_arrays_of_scipy_are_read(tmp_path):
 
 
 def test_every_layout_tells_the_same(cars):
-    found = {layout: read_fgvc(cars / layout) for layout in demo_cars.FOLDERS}
+    found = {layout: read_fgvc(cars / layout) for layout in CAR_FOLDERS}
     assert as_rows(found["transfg"]) == as_rows(found["torchvision"])
     own = [(split, name) for split, _, name in as_rows(found["transfg"])]
     assert own == [(split, name) for split, _, name in as_rows(found["annos"])]
@@ -124,35 +120,8 @@ def test_every_layout_tells_the_same(cars):
     assert as_rows(inside) == as_rows(found["torchvision"]) and inside.sha256() == found["torchvision"].sha256()
     pictures = [Image.open(found[layout].train.paths[1]) for layout in found]
     assert {picture.mode for picture in pictures} == {"L"}
-    assert Image.open(found["annos"].train.paths[0]).width == demo_cars.WIDE
+    assert Image.open(found["annos"].train.paths[0]).width == WIDE
     assert len(read_fgvc(cars / "transfg", need_train=False).train) == 0
-
-
-def test_classes_are_makes_on_bodies():
-    names = demo_cars.class_names(24)
-    assert len(set(names.values())) == 24 and list(names.values()) == sorted(names.values())
-    assert len({body for _, body in names}) == 6 and names["Tarvo", "suv"] == "Tarvo SUV 2012"
-    assert len(demo_cars.class_names(80)) == 80
-    rows = demo_cars.plan("annos", 10, 3, 2, 64, seed=1)
-    seen = [(row["split"], row["class"]) for row in rows]
-    assert all(seen.count((split, k)) == n for split, n in (("train", 3), ("test", 2)) for k in range(1, 11))
-    assert len({row["pid"] for row in rows}) == 50  # every picture another vehicle
-    numbers = list(demo_cars.class_names(10))
-    for row in rows:
-        attrs = vehicle(1, row["pid"])
-        assert (attrs["make"], attrs["body"]) == numbers[row["class"] - 1]
-
-
-def test_a_drawn_set_is_left_alone_and_refuses_odd_numbers(cars, tmp_path):
-    settings = {"classes": 6, "train": 2, "test": 1, "size": 32}
-    assert write_demo_cars(cars / "annos", "annos", **settings)["written"] is False
-    for more, message in (
-        ({"seed": 1}, "does not hold this set"),
-        ({"classes": 81}, "classes must be 2 to 80"),
-        ({"layout": "other"}, "layout 'other' is unknown"),
-    ):
-        with pytest.raises(InputError, match=message):
-            write_demo_cars(cars / "annos", **{"layout": "annos"} | settings | more)
 
 
 def drop(name):

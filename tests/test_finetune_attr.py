@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import command, parse, run_command
+from layouts import write_demo_reid
 
 import main_finetune
 from datasets.attr import read_attribute_set
-from demo.reid import write_demo_reid
 from finetune import attr
 from finetune.attr_model import load_vtb
 from finetune.attr_text import sentence

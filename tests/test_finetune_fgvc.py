@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import command, parse, run_command
+from layouts import write_demo_cars
 from PIL import ImageColor
 
 import engine_finetune
 import main_finetune
 from datasets.fgvc import read_fgvc
-from demo.cars import write_demo_cars
 from finetune.fgvc import learning_rate
 from finetune.fgvc_model import load_fgvc
 from metrics.fgvc import class_scores
@@ -29,7 +29,7 @@ CPU = "--device cpu --amp none --num_workers 0".split()
 def files(tmp_path_factory):
     """(folder of a drawn set of 4 classes, weights of an encoder of three blocks)."""
     folder = tmp_path_factory.mktemp("fgvc")
-    write_demo_cars(folder / "cars", "transfg", classes=4, train=5, test=3, size=40, processes=1)
+    write_demo_cars(folder / "cars", "transfg", classes=4, train=5, test=3, size=40)
     torch.manual_seed(0)
     torch.save({"model": VisionTransformer((32, 32), 16, 192, 3, 3).state_dict()}, folder / "encoder.pth")
     return folder / "cars", folder / "encoder.pth"
@@ -247,7 +247,7 @@ def test_eval_takes_the_model_as_it_is(files, trained, tmp_path):
         with pytest.raises(InputError, match=message):
             score(file, data, tmp_path / "o", *flags.split())
     other = tmp_path / "others"
-    write_demo_cars(other, "annos", classes=6, train=1, test=1, size=32, processes=1)
+    write_demo_cars(other, "annos", classes=6, train=1, test=1, size=32)
     with pytest.raises(InputError, match="knows 4 classes .*, not '.* Hatchback 2012' of 2 test images"):
         score(model, other, tmp_path / "o")
     with pytest.raises(InputError, match="model.pth is a TransFG model: its last block"):

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, parse, run_command
+from layouts import write_demo_reid
 
 import main_finetune
 from datasets.reid import read_reid
 from datasets.samplers import PKBatches
 from datasets.transforms import PadCropErase, erase_box, erase_boxes
-from demo.reid import write_demo_reid
 from engine_finetune import forward_backward
 from finetune.reid_eval import extract_reid
 from finetune.reid_model import load_reid

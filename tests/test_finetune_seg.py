@@ -11,14 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import command, parse, read_log, run_command
+from layouts import outlines, write_demo_parts
 from PIL import Image
 
 import main_finetune
 from datasets.seg import KINDS, PartsAugment, distort_colours, open_mask, open_pair, part_names, read_parts
-from demo import parts as demo_parts
-from demo.bicycle import render_bicycle
-from demo.parts import write_demo_parts
-from demo.render import render, render_parts
 from finetune import seg
 from finetune.seg_eval import evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
 from metrics.seg import confusion_matrix, segmentation_numbers
@@ -41,7 +38,7 @@ def encoder(size=(32, 32), depth=2) -> VisionTransformer:
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sets") / "parts"
-    write_demo_parts(folder, "canonical", num_images=30, size=40, processes=1)
+    write_demo_parts(folder, "canonical")
     return folder
 
 
@@ -410,7 +407,7 @@ def test_outlines_hold_exactly_their_pixels():
     mask = np.zeros((9, 12), dtype=bool)
     mask[1:6, 2:9], mask[3, 4], mask[8, 11], mask[7, 10] = True, False, True, True
     filled = np.zeros_like(mask)
-    for ring in demo_parts.outlines(mask):
+    for ring in outlines(mask):
         filled |= fill_polygon(ring, 9, 12)
     mask[3, 4] = True  # a hole is filled
     assert np.array_equal(filled, mask)
@@ -425,7 +422,7 @@ def convert(source, output, *more) -> dict:
 def releases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("releases")
     for release in ("seg", "ood"):
-        write_demo_parts(folder / release, release, num_images=30, size=40, processes=1)
+        write_demo_parts(folder / release, release)
     return folder
 
 
@@ -543,20 +540,6 @@ def test_what_a_release_lacks_is_counted(releases, tmp_path):
 # the drawn set
 
 
-def test_pictures_with_masks_of_their_parts():
-    picture, mask = render_parts(0, 0, 1, 4, 0, (90, 60))
-    assert picture.size == (90, 60) and mask.shape == (60, 90)
-    assert set(np.unique(mask)) == {24, 25, 26, 40}
-    again = np.asarray(render(0, 0, 1, 4, 0, (90, 60)), dtype=int)  # the same but for the mirrors
-    differs = np.abs(np.asarray(picture, dtype=int) - again).max(axis=2) > 12
-    ys, xs = np.nonzero(mask == 26)
-    far = np.ones_like(differs)
-    far[max(0, ys.min() - 2) : ys.max() + 3, max(0, xs.min() - 2) : xs.max() + 3] = False
-    assert differs.any() and not differs[far].any()
-    body = np.asarray(picture, dtype=int)[mask == 24].reshape(-1, 3)
-    assert len(body) > 500 and len(np.unique(render_bicycle(0, 3, 1, 0, 0)[1])) == 5
-
-
 def test_the_drawn_set_has_what_real_sets_have(parts):
     sizes = {Image.open(f).size for f in parts.glob("images/*/*")}
     assert any(h > w for w, h in sizes) and any(w % 2 for w, h in sizes) and min(min(s) for s in sizes) < 32
@@ -565,15 +548,6 @@ def test_the_drawn_set_has_what_real_sets_have(parts):
     data = read_parts(parts, "own", ("train",))
     assert (data.splits["train"].counts[:, -1] > 0).sum() == 1
     assert (data.splits["train"].counts[:, 3] == 0).any()  # no mirror
-    assert not write_demo_parts(parts, "canonical", num_images=30, size=40)["written"]
-
-
-def test_a_vehicle_is_in_one_split():
-    rows = demo_parts.plan(300, 96, 0.2, 0)
-    splits = {}
-    for row in rows:
-        splits.setdefault(row["pid"], set()).add(row["split"])
-    assert all(len(found) == 1 for found in splits.values())
 
 
 # runs

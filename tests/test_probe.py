@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import command, parse, run_command, small_flags, write_pictures
+from layouts import write_demo_reid
 from PIL import Image
 
 import main_finetune
@@ -22,7 +23,6 @@ from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset
 from datasets.samplers import EpochBatches
 from datasets.transforms import whole_image
-from demo.reid import write_demo_reid
 from engine_extract import extract_batches
 from engine_linprobe import build_head, crop_batches, stored_batches, train_heads
 from metrics import probe

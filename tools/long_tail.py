@@ -24,8 +24,8 @@ import numpy as np
 
 from datasets.images import UNREADABLE, open_rgb
 from datasets.manifest import read_manifest
-from demo.flaws import encode
 from demo.folder import holds_set, write_folder, write_table
+from demo.pool import encode
 from util.cli import Parser, run_tool
 from util.errors import InputError
 

@@ -36,15 +36,14 @@ prepare() {  # TASK: its data and its flags, the same for all rows
             "$python" -m demo.reid --output "$output/veri" --layout veri776 --size 96 --train_ids 60 --test_ids 40 --seed 0
             flags+=(--data_path "$output/veri" --batch_size 32 --epochs 20 --warmup_epochs 3 --lr 5e-4 --jpm --jpm_shift 5) ;;
         attr)
-            "$python" -m demo.reid --output "$output/veri_attr" --layout veri776 --size 96 --train_ids 140 --test_ids 60 \
-                --images_per_id 6 --mixed --seed 0
-            flags+=(--data_path "$output/veri_attr" --batch_size 8 --epochs 6 --warmup_epochs 1 "${gentle[@]}" --head_lr_factor 10 \
+            "$python" -m demo.draw --output "$output/attr" --num_images 1200 --size 96 --seed 0
+            flags+=(--data_path "$output/attr/labels.csv" --attr_categories colour body --attr_split val --batch_size 8 --epochs 6 --warmup_epochs 1 "${gentle[@]}" --head_lr_factor 10 \
                 "${teacher[@]}") ;;
         fgvc)
-            "$python" -m demo.cars --output "$output/cars" --layout transfg --size 120 --train 40 --test 20 --seed 0
-            flags+=(--data_path "$output/cars" --batch_size 16 --epochs 8 --warmup_epochs 1 "${gentle[@]}" --no-auto_augment) ;;
+            "$python" -m demo.draw --output "$output/cars" --num_images 1440 --size 120 --seed 2
+            flags+=(--data_path "$output/cars/labels.csv" --label_column make --batch_size 16 --epochs 8 --warmup_epochs 1 "${gentle[@]}" --no-auto_augment) ;;
         seg)
-            "$python" -m demo.parts --output "$output/parts" --release canonical --num_images 300 --size 96 --seed 0
+            "$python" -m demo.seg --output "$output/parts" --num_images 300 --size 96 --seed 0
             flags+=(--data_path "$output/parts" --label_space car_parts --stride 8 --decoder naive --batch_size 4 --epochs 7 \
                 --warmup_epochs 0.5 --lr 1e-3 --head_lr_factor 5 --min_lr_ratio 0.01 --clip_grad 1 --resize_range 0.9 1.3 --no-distort) ;;
         *) echo "task '$1': choose reid, attr, fgvc or seg" >&2; exit 2 ;;

@@ -1,0 +1,267 @@
+"""Published sets as they lie on disk, small and drawn: what readers and converters are tried on."""
+
+import functools
+import itertools
+import json
+from pathlib import Path
+
+import contourpy
+import numpy as np
+from PIL import Image
+
+from datasets.seg import BACKGROUND_ID, PARTS, part_names
+from demo import reid as demo_reid
+from demo.draw import render, render_parts
+from demo.reid import write_lines
+from demo.scene import circle, open_scene
+from demo.vehicle import BODIES, MAKES
+
+# VeRi-776 with its attributes, VehicleID and VERI-Wild
+
+VERI_COLOURS = ("yellow", "orange", "green", "gray", "red", "blue", "white", "golden", "brown", "black")
+VERI_TYPES = ("sedan", "suv", "van", "hatchback", "mpv", "pickup", "bus", "truck", "estate")
+# our word -> VeRi's where they differ; VeRi files silver under gray, and nothing drawn is golden
+VERI_WORDS = {"grey": "gray", "silver": "gray", "coupe": "sedan", "wagon": "estate", "minivan": "mpv"}
+picture_of = functools.cache(render)  # a picture that several layouts show is drawn once
+
+
+def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_per_id=7, size=16, style="old", **more):
+    """veri776 (as demo.reid, and its label files), vehicleid or veriwild (in the styles old, old_headless and new)."""
+    if layout == "veri776":
+        demo_reid.write_demo_reid(folder, layout, train_ids, test_ids, images_per_id, size, **more)
+        rows = demo_reid.plan(layout, train_ids, test_ids, images_per_id, 0)
+        for part, root in (("train", "TrainingImages"), ("test", "TestingImages")):
+            listed = [row for row in rows if row["path"].startswith(f"image_{part}")]
+            (folder / f"{part}_label.xml").write_text(veri_labels(root, listed), encoding="gb2312")
+        return
+    rows = demo_reid.plan("table", train_ids, test_ids, images_per_id, 0)
+    tests = sorted({row["number"] for row in rows if row["split"] != "train"})
+    if layout == "vehicleid":  # every fourth test vehicle has two pictures
+        rows = [row for row in rows if row["number"] not in tests[3::4] or row["shot"] < 2]
+    else:  # every fifth training vehicle has one picture; one picture of a test vehicle is the query
+        single = sorted({row["number"] for row in rows if row["split"] == "train"})[4::5]
+        rows = [row for row in rows if row["number"] not in single or row["shot"] == 0]
+    for count, row in enumerate(rows, 1):
+        row["is_query"] = row["split"] != "train" and row["shot"] == images_per_id - 1
+        is_wild = layout == "veriwild"
+        row["path"] = f"images/{row['number']:05}/{count:06}.jpg" if is_wild else f"image/{count:07}.jpg"
+        file = folder / row["path"]
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture_of(0, row["pid"], row["camid"], row["viewid"], row["shot"], size).save(file)
+    (_write_wild if layout == "veriwild" else _write_vehicleid)(folder, rows, tests, style)
+
+
+def veri_labels(root: str, rows: list[dict]) -> str:
+    lines = ['<?xml version="1.0" encoding="gb2312"?>', f'<{root} Version="1.0">', f'<Items number="{len(rows)}">']
+    for row in rows:
+        colour, body = (VERI_WORDS.get(row[key], row[key]) for key in ("colour", "body"))
+        lines.append(
+            f'<Item imageName="{Path(row["path"]).name}" vehicleID="{row["number"]:04}" cameraID="c{row["camera"]:03}" '
+            f'colorID="{VERI_COLOURS.index(colour) + 1}" typeID="{VERI_TYPES.index(body) + 1}"/>'
+        )
+    return "\n".join([*lines, "</Items>", f"</{root}>"]) + "\n"
+
+
+def _write_vehicleid(folder: Path, rows: list[dict], tests: list[int], style: str) -> None:
+    """No test holds another."""
+    half, most = len(tests) // 2, 3 * len(tests) // 4
+    chosen = {"test_list_800": [tests[-1], *tests[: half - 1]], "test_list_1600": tests[-most:]}
+    chosen |= {"test_list_2400": tests[:-1], "train_list": {row["number"] for row in rows} - set(tests)}
+    for name, numbers in chosen.items():
+        listed = (f"{Path(row['path']).stem} {row['number']}" for row in rows if row["number"] in numbers)
+        write_lines(folder / "train_test_split" / f"{name}.txt", listed)
+
+
+def _write_wild(folder: Path, rows: list[dict], tests: list[int], style: str) -> None:
+    """Old: cameras in vehicle_info.txt alone, whose header may be missing. New: also in the lists, where training
+    vehicles count from 0, and test lists hold their queries as well."""
+    split, new = folder / "train_test_split", style == "new"
+    classes = {number: i for i, number in enumerate(sorted({row["number"] for row in rows} - set(tests)))}
+
+    def entry(row: dict) -> str:
+        pid = classes.get(row["number"], row["number"])
+        image = row["path"].removeprefix("images/").removesuffix(".jpg")
+        return f"{image}.jpg {pid} {row['camera']}" if new else image
+
+    header = [] if style == "old_headless" else ["id/image;Camera ID;Time;Model;Type;Color"]
+    info = (f"{row['path'][7:-4]};{row['camera']};2018-03-01;{row['make']};{row['body']};x" for row in rows)
+    write_lines(split / "vehicle_info.txt", [*header, *info])
+    write_lines(split / f"train_list{'_start0' if new else ''}.txt", (entry(r) for r in rows if r["split"] == "train"))
+    for size, count in (("3000", len(tests) // 2), ("5000", 3 * len(tests) // 4), ("10000", len(tests))):
+        listed, name = [row for row in rows if row["number"] in tests[:count]], f"test_{size}" + "_id" * new
+        write_lines(split / f"{name}_query.txt", (entry(row) for row in listed if row["is_query"]))
+        write_lines(split / f"{name}.txt", (entry(row) for row in listed if new or not row["is_query"]))
+
+
+# StanfordCars
+
+BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
+CAR_FOLDERS = {"transfg": "car/", "torchvision": "stanford_cars/", "annos": ""}
+WIDE = 320  # px, of the first training picture: its box needs uint16
+
+
+def write_demo_cars(folder: Path, layout: str, classes: int, train: int, test: int, size: int) -> None:
+    """The layouts of TransFG, of torchvision and of cars_annos.mat; of each class one vehicle. The second training
+    picture is grey."""
+    pairs = itertools.islice(itertools.product(BODIES, list(MAKES)[:4]), classes)
+    names, base = sorted(f"{make} {body.title()} 2012" for body, make in pairs), folder / CAR_FOLDERS[layout]
+    rows = {"train": [], "test": []}
+    for i in range(classes * (train + test)):
+        split, k = ("train", i) if i < classes * train else ("test", i - classes * train)
+        name, folder_name = f"{k + 1:05}.jpg", f"cars_{split}"
+        if layout == "annos":
+            name, folder_name = f"{i + 1:06}.jpg", "car_ims"
+        width = WIDE if i == 0 else size
+        picture = render(0, i % classes, i // classes % 8, i // classes % 6, i, (width, size * 3 // 4))
+        (base / folder_name).mkdir(parents=True, exist_ok=True)
+        picture.convert("L" if i == 1 else "RGB").save(base / folder_name / name)
+        row = dict(zip(BOX, (1, 1, width, size * 3 // 4))) | {"class": i % classes + 1}
+        more = {"relative_im_path": f"{folder_name}/{name}"} | row | {"test": int(split == "test")}
+        rows[split].append(more if layout == "annos" else row | {"fname": name})
+    if layout == "annos":
+        write_mat(folder / "cars_annos.mat", {"annotations": rows["train"] + rows["test"], "class_names": names})
+        return
+    (base / "devkit").mkdir()
+    unlabelled = [{key: row[key] for key in (*BOX, "fname")} for row in rows["test"]]
+    write_mat(base / "devkit/cars_train_annos.mat", {"annotations": rows["train"]})
+    write_mat(base / "cars_test_annos_withlabels.mat", {"annotations": rows["test"]})
+    write_mat(base / "devkit/cars_test_annos.mat", {"annotations": unlabelled})
+    write_mat(base / "devkit/cars_meta.mat", {"class_names": names})
+
+
+def write_mat(file: Path, variables: dict[str, list[str] | list[dict[str, int | str]]]) -> None:
+    """Lists of texts as row cell arrays, lists of dicts as row struct arrays, whole numbers as uint8 or uint16, all as
+    in the published files."""
+    from scipy.io import savemat
+
+    content = {}
+    for name, values in variables.items():
+        if isinstance(values[0], str):
+            content[name] = np.array(values, dtype=object)[None]
+            continue
+        content[name] = np.empty((1, len(values)), dtype=[(field, object) for field in values[0]])
+        for i, row in enumerate(values):
+            numbers = (
+                v if isinstance(v, str) else np.array(v, np.uint8 if v < 256 else np.uint16) for v in row.values()
+            )
+            content[name][0, i] = tuple(numbers)
+    savemat(file, content)
+
+
+# PartImageNet
+
+BODY_SYNSETS = dict(
+    zip(BODIES, "n03670208 n04037443 n03594945 n02701002 n03770679 n04285008 n02814533 n03417042 n04146614 "
+        "n03769881".split())
+)  # fmt: skip
+FISH, FISH_PART = "n01443537", 20  # what a converter must leave out
+OOD_SPLITS = {"n03594945": "val", "n04146614": "test", "n02835271": "test"}  # of synsets; the others train
+
+
+def write_demo_parts(folder: Path, release: str, num_images: int = 30, size: int = 40) -> None:
+    """Cars and bicycles with masks: canonical (as datasets/seg.py reads them), or PartImageNet's releases seg and ood.
+
+    Of each split the first picture is half as large, the mask of the second has a border without labels (not as
+    polygons), that of the third a palette. Both releases have a picture of a fish in each split.
+    """
+    rows, seen = [], {"train": 0, "val": 0, "test": 0}
+    for i in range(num_images + 3 * (release != "canonical")):
+        pid, shot = divmod(i, 3)
+        kind = "fish" if i >= num_images else "Bicycle" if i % 5 == 4 else "Car"
+        split = [*seen][i - num_images] if kind == "fish" else (*["train"] * 7, "val", "test", "test")[pid % 10]
+        body = list(BODIES)[pid % 10]
+        synset = {"fish": FISH, "Car": BODY_SYNSETS[body], "Bicycle": ("n03792782", "n02835271")[pid % 2]}[kind]
+        sides = ((1.25, 1.0), (1.0, 1.0), (1.0, 1.2), (1.37, 0.93), (0.93, 1.11))[seen[split] % 5]
+        row = {"kind": kind, "name": f"{synset}_{i + 1}", "pid": pid, "shot": shot, "place": seen[split]}
+        row["size"] = tuple(max(16, round(side * size / (2 if seen[split] == 0 else 1))) for side in sides)
+        seen[split] += 1
+        row["split"] = OOD_SPLITS.get(synset, split if kind == "fish" else "train") if release == "ood" else split
+        rows.append(row)
+        _write_pair(folder, release, row, synset)
+    if release == "canonical":
+        classes = {"classes": ["background", *part_names("car_bicycle")], "ignore": 255}
+        (folder / "classes.json").write_text(json.dumps(classes))
+    if release == "ood":
+        for split in seen:
+            (folder / f"{split}.json").write_text(json.dumps(coco([row for row in rows if row["split"] == split])))
+
+
+def _write_pair(folder: Path, release: str, row: dict, synset: str) -> None:
+    picture, mask = draw_pair(row)
+    inner = f"{row['split']}/{synset}" if release == "ood" else f"images/{row['split']}"
+    file = folder / inner / f"{row['name']}{'.jpg' if release == 'canonical' else '.JPEG'}"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(file, "JPEG")
+    if release == "ood":
+        row["mask"] = mask
+        return
+    if row["place"] == 1:
+        mask[:2], mask[-2:], mask[:, :2], mask[:, -2:] = (255,) * 4
+    if release == "canonical":  # ids become places in the list of classes
+        table, ids = np.arange(256, dtype=np.uint8), [number for kind in ("Car", "Bicycle") for number in PARTS[kind]]
+        table[[BACKGROUND_ID, *ids]] = np.arange(len(ids) + 1)
+        mask = table[mask]
+    file = folder / "annotations" / row["split"] / f"{row['name']}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    image = Image.fromarray(mask)
+    if row["place"] == 2:
+        image = Image.fromarray(mask, "P")
+        image.putpalette(np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes())
+    image.save(file)
+    if release == "seg":
+        whole = file.parent.with_name(f"{row['split']}_whole") / file.name
+        whole.parent.mkdir(exist_ok=True)
+        Image.fromarray(np.where(mask == BACKGROUND_ID, 158, 0).astype(np.uint8)).save(whole)  # 158: no object
+
+
+def draw_pair(row: dict) -> tuple[Image.Image, np.ndarray]:
+    """Picture and mask, [H, W] uint8 in PartImageNet's ids."""
+    pid, shot = row["pid"], row["shot"]
+    view = (2 * pid + 4 + 2 * shot) % 6  # in which no ground shows through between body and wheels
+    if row["kind"] == "Car":
+        return render_parts(0, pid, (pid + shot) % 8, view, shot, row["size"])
+    p = open_scene(0, pid, pid % 8, 0, shot, row["size"], (1.75, 1.08, 0.5))
+    p.start_mask(BACKGROUND_ID)
+    if row["kind"] == "fish":
+        p.part = FISH_PART
+        p.line([(-0.8, 0.5, 0), (0.8, 0.5, 0)], 0.5, (200, 120, 40))
+        return p.record(), p.part_ids()
+    p.part = 30
+    for x in (-0.52, 0.55):
+        p.poly(np.insert(circle(x, 0.34, 0.34), 2, 0, axis=1), (30, 30, 34))
+    for p.part, points in (  # without holes, which COCO's polygons do not know
+        (27, [(-0.52, 0.34), (-0.24, 0.7), (-0.06, 0.3), (0.41, 0.68)]),
+        (29, [(-0.44, 0.9), (-0.1, 0.9)]),
+        (28, [(0.36, 0.7), (0.36, 1.0), (0.2, 1.0)]),
+    ):
+        p.line([(x, y, 0) for x, y in points], 0.12, (200, 60, 60))
+    return p.record(), p.part_ids()
+
+
+def outlines(mask: np.ndarray) -> list[list[float]]:
+    """The outer rings of a bool mask [H, W] as COCO polygons, [x, y, x, y, ...] in px; they hold the centres of exactly
+    its pixels, but for holes, which COCO's polygons do not know."""
+    found = []
+    for ring in contourpy.contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5):
+        x, y = ring[:, 0], ring[:, 1]
+        if (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() > 0:
+            found.append((ring[:-1] - 0.5).round(2).ravel().tolist())
+    return found
+
+
+def coco(rows: list[dict]) -> dict:
+    """The annotations of a split as in the release "_OOD": a car's body lies over its tyres and mirrors; the first
+    annotation has a polygon of two points besides."""
+    categories = [{"id": i, "name": name} for parts in PARTS.values() for i, name in parts.items()]
+    content = {"images": [], "annotations": [], "categories": [*categories, {"id": FISH_PART, "name": "Fish Body"}]}
+    for image_id, row in enumerate(rows, 1):
+        (height, width), file = row["mask"].shape, f"{row['name']}.JPEG"
+        content["images"].append({"id": image_id, "file_name": file, "height": height, "width": width})
+        for part in np.unique(row["mask"][row["mask"] != BACKGROUND_ID]).tolist():
+            is_body = part == min(PARTS["Car"])
+            polygons = outlines(row["mask"] != BACKGROUND_ID if is_body else row["mask"] == part)
+            if not content["annotations"]:
+                polygons.append([1.0, 1.0, 9.0, 9.0])
+            annotation = {"id": len(content["annotations"]) + 1, "image_id": image_id, "category_id": part}
+            content["annotations"].append(annotation | {"segmentation": polygons, "iscrowd": 0})
+    return content
