@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from demo.render import render
 
 from datasets.transforms import mask_noise, whole_image
+from demo.draw import render
 from models_mae import load_autoencoder
 from models_vit import load_encoder
 from reports.panels import draw_panel, panel_caption, reconstruction_columns
