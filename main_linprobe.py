@@ -90,6 +90,7 @@ def metrics_file(args) -> Path:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -175,31 +176,28 @@ def random_order(result, seed: int) -> dict[str, float]:
 def judge_labels(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[Score]]:
     """Every protocol on every read-out and label column; features are extracted once."""
     tables = {column: list_labelled(args.data_path, column) for column in args.label_column}
+    features, problems = all_features(args, read_outs, next(iter(tables.values())).paths, loading)
     for column, table in tables.items():
         if table.unlabelled:
             print(f"{table.unlabelled} rows have no {column} and are left out of its numbers")
-    paths = next(iter(tables.values())).paths
-    features, problems = all_features(args, read_outs, paths, loading)
-    rows = {
-        column: {split: ids[~np.isin(ids, list(problems))] for split, ids in table.splits.items()}
-        for column, table in tables.items()
-    }
-    for column, splits in rows.items():
+        splits = {split: rows[~np.isin(rows, list(problems))] for split, rows in table.splits.items()}
         if len(splits["train"]) < 2 or not len(splits["val"]):
             raise InputError(
                 f"{args.data_path}: {len(splits['train'])} train and {len(splits['val'])} val images with a "
                 f"{column} can be read: too few to judge features by"
             )
-    facts = {"unreadable": len(problems), **short_classes(args, tables, rows)}
-    heads = {}
+        tables[column] = replace(table, splits=splits)
+    facts, heads = {"unreadable": len(problems)}, {}
+    if "fewshot" in args.protocol:
+        facts |= short_classes(args, tables)
     if "mae" in args.protocol:
-        heads = train_mae_heads(args, read_outs, features, tables, rows, loading)
+        heads = train_mae_heads(args, read_outs, features, tables, loading)
         facts |= {"mae_blr": args.blr}
     scores: list[Score] = []
     for column, table in tables.items():
         for read_out, values in features.items():
-            head = heads.get((read_out, column))
-            scores += probe(args, values, table, rows[column], head, partial(Score, read_out=read_out, column=column))
+            found = probe(args, values, table, heads.get((read_out, column)))
+            scores += [Score(name, read_out, column, m, value) for name, of in found.items() for m, value in of.items()]
     return facts, scores + mean_attribute_accuracy(scores)
 
 
@@ -224,14 +222,13 @@ def all_features(args, read_outs: ReadOuts, paths, loading: dict) -> tuple[dict,
     return {name: torch.from_numpy(values).to(device) for name, values in features.items()}, problems
 
 
-def short_classes(args, tables: dict[str, LabelledImages], rows: dict) -> dict[str, int]:
+def short_classes(args, tables: dict[str, LabelledImages]) -> dict[str, int]:
     """Of few-shot protocols: how many classes have fewer training images than asked for, and said."""
     found = {}
-    for column, table in tables.items() if "fewshot" in args.protocol else ():
-        counts = np.bincount(table.labels[rows[column]["train"]], minlength=len(table.classes))
+    for column, table in tables.items():
+        counts = np.bincount(table.labels[table.splits["train"]], minlength=len(table.classes))
         for shots in args.shots:
-            short = int((counts < shots).sum())
-            found[f"fewshot{shots}_{column}_short_classes"] = short
+            found[f"fewshot{shots}_{column}_short_classes"] = short = int((counts < shots).sum())
             if short:
                 print(
                     f"fewshot {shots}: {short} of the {len(counts)} classes of {column} have fewer training "
@@ -240,9 +237,9 @@ def short_classes(args, tables: dict[str, LabelledImages], rows: dict) -> dict[s
     return found
 
 
-def train_mae_heads(args, read_outs: ReadOuts, features: dict, tables: dict, rows: dict, loading: dict) -> dict:
+def train_mae_heads(args, read_outs: ReadOuts, features: dict, tables: dict, loading: dict) -> dict:
     """The heads of MAE's recipe, {(read-out, column): head}."""
-    train = np.unique(np.concatenate([splits["train"] for splits in rows.values()]))
+    train = np.unique(np.concatenate([table.splits["train"] for table in tables.values()]))
     order = EpochBatches(len(train), min(args.probe_batch, len(train)), 0, 1, args.seed)
     if args.views == "stored":
         batches = partial(stored_batches, order=order, rows=train, features=features)
@@ -260,16 +257,11 @@ def train_mae_heads(args, read_outs: ReadOuts, features: dict, tables: dict, row
     return train_heads(batches, order, read_outs.widths, labels, args, next(read_outs.parameters()).device)
 
 
-def probe(args, features: torch.Tensor, table: LabelledImages, rows: dict, head, score) -> list[Score]:
-    """All protocols on one read-out and one label column.
-
-    Args:
-        features: [n, D]. rows: {split: numbers of its readable images}. head: of MAE's recipe, or None.
-        score: `Score` of this read-out and column.
-    """
-    x = {split: features[torch.from_numpy(ids).to(features.device)] for split, ids in rows.items()}
-    y = {split: torch.from_numpy(table.labels[ids]).to(features.device) for split, ids in rows.items()}
-    num_classes = len(table.classes)
+def probe(args, features: torch.Tensor, table: LabelledImages, head) -> dict[str, dict[str, float]]:
+    """All protocols on one read-out [n, D] and one label column: {protocol: {metric: value}}."""
+    x = {split: features[torch.from_numpy(rows).to(features.device)] for split, rows in table.splits.items()}
+    y = {split: torch.from_numpy(table.labels[rows]).to(features.device) for split, rows in table.splits.items()}
+    task = x["train"], y["train"], x["val"], len(table.classes)
     found: dict[str, dict[str, float]] = {}
 
     def numbers(scores: torch.Tensor) -> dict[str, float]:
@@ -279,10 +271,9 @@ def probe(args, features: torch.Tensor, table: LabelledImages, rows: dict, head,
         return values
 
     if "knn" in args.protocol:
-        votes = knn_predict(x["train"], y["train"], x["val"], num_classes, args.k, args.temperature)
-        found["knn"] = numbers(votes)
+        found["knn"] = numbers(knn_predict(*task, args.k, args.temperature))
     if "linear" in args.protocol:
-        logits, l2 = linear_predict(x["train"], y["train"], x["val"], num_classes)
+        logits, l2 = linear_predict(*task)
         nll = F.cross_entropy(logits, y["val"]).item()  # nats
         found["linear"] = numbers(logits) | {"nll": nll, "l2": l2}
     if head is not None:
@@ -291,19 +282,14 @@ def probe(args, features: torch.Tensor, table: LabelledImages, rows: dict, head,
     for shots in args.shots if "fewshot" in args.protocol else ():
         draws = []
         for draw in range(args.draws):
-            chosen = torch.from_numpy(draw_shots(y["train"].cpu().numpy(), shots, args.seed, draw))
-            few = (values["train"][chosen.to(features.device)] for values in (x, y))
-            draws.append(numbers(class_mean_predict(*few, x["val"], num_classes)))
-        mean = {metric: float(np.mean([draw[metric] for draw in draws])) for metric in draws[0]}
-        std = {f"{metric}_std": float(np.std([draw[metric] for draw in draws])) for metric in draws[0]}
-        found[f"fewshot{shots}"] = mean | std
-    guess = torch.bincount(y["train"], minlength=num_classes).argmax()
+            rows = torch.from_numpy(draw_shots(y["train"].cpu().numpy(), shots, args.seed, draw)).to(features.device)
+            draws.append(numbers(class_mean_predict(x["train"][rows], y["train"][rows], *task[2:])))
+        values = {metric: [draw[metric] for draw in draws] for metric in draws[0]}
+        found[f"fewshot{shots}"] = {metric: float(np.mean(of)) for metric, of in values.items()}
+        found[f"fewshot{shots}"] |= {f"{metric}_std": float(np.std(of)) for metric, of in values.items()}
+    guess = torch.bincount(y["train"], minlength=len(table.classes)).argmax()
     found["majority"] = {"": (y["val"] == guess).float().mean().item()}
-    return [
-        score(protocol=protocol, metric=metric, value=value)
-        for protocol, values in found.items()
-        for metric, value in values.items()
-    ]
+    return found
 
 
 if __name__ == "__main__":
