@@ -18,15 +18,11 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
-import numpy as np
-
 from datasets.manifest import list_images
 from datasets.path_list import PathList
 from util.cli import Parser
 from util.errors import InputError, run_or_explain
 from util.files import write_atomic
-
-CHUNK = 65536  # paths looked at in one go
 
 
 @cache
@@ -37,18 +33,15 @@ def load_benchmarks() -> dict[str, dict]:
 
 @cache
 def _pattern() -> tuple[re.Pattern[bytes], list[str]]:
-    """One alternation for lower-case lines, each hit taking the rest of its line, and its groups' names.
-
-    A folder must be met whole, after a slash or a line break; `*` stands for anything but a slash. That
-    each hit begins with one of two characters lets the search skip everything between.
-    """
+    """One alternation for lower-case paths, and the benchmark of each of its groups. `*` stands for anything but a
+    slash."""
     names, groups = [], []
     for name, facts in load_benchmarks().items():
         if facts["folders"]:
             names.append(name)
-            folders = (re.escape(folder.lower()).replace(r"\*", r"[^/\n]*") for folder in facts["folders"])
-            groups.append("(" + "|".join(folders) + ")")
-    return re.compile(f"[\n/](?:{'|'.join(groups)})[^\n]*".encode()), names
+            folders = (re.escape(folder.lower()).replace(r"\*", "[^/]*") for folder in facts["folders"])
+            groups.append(f"({'|'.join(folders)})")
+    return re.compile(f"/(?:{'|'.join(groups)})".encode()), names
 
 
 def recognise(path: str | Path) -> str | None:
@@ -57,38 +50,8 @@ def recognise(path: str | Path) -> str | None:
     Whole folder names decide, upper and lower case alike; either slash parts them.
     """
     pattern, names = _pattern()
-    line = os.fsencode(path).replace(b"\\", b"/").replace(b"\n", b" ")
-    found = pattern.search(b"\n" + line.lower())
+    found = pattern.search(b"/" + os.fsencode(path).replace(b"\\", b"/").lower())
     return names[found.lastindex - 1] if found else None
-
-
-def count_by_benchmark(paths: PathList) -> Counter[str]:
-    """How many paths of a list lie in the test split of each benchmark; those without are not named.
-
-    Root and relative path count as one path. No string is made of a path that is not recognised.
-    """
-    pattern, names = _pattern()
-    root = os.fsencode(os.path.abspath(paths.root)).replace(b"\n", b" ") + b"/"
-    counts: Counter[str] = Counter()
-    for start in range(0, len(paths), CHUNK):
-        lines = _lines(paths, start, min(start + CHUNK, len(paths)), root)
-        counts.update(names[found.lastindex - 1] for found in pattern.finditer(lines))
-    return counts
-
-
-def _lines(paths: PathList, start: int, stop: int, root: bytes) -> bytes:
-    """The paths start..stop-1 in lower case, each after a line break and, unless absolute, `root`."""
-    first = int(paths.ends[start - 1]) if start else 0
-    text = paths.bytes[first : paths.ends[stop - 1]].copy()
-    text[text == ord("\n")] = ord(" ")  # a name with a line break stays one line
-    text[text == ord("\\")] = ord("/")
-    starts = np.concatenate([[0], paths.ends[start : stop - 1] - first])
-    relative = text[np.minimum(starts, len(text) - 1)] != ord("/")
-    head = np.frombuffer(b"\n" + root, dtype=np.uint8)
-    used = np.ones((len(starts), len(head)), dtype=bool)
-    used[~relative, 1:] = False
-    inserted = np.broadcast_to(head, used.shape)[used]
-    return np.insert(text, np.repeat(starts, used.sum(axis=1)), inserted).tobytes().lower()
 
 
 def read_split(name: str, root: Path, split: str = "test") -> Iterator[str]:
@@ -143,7 +106,9 @@ def main(args: argparse.Namespace) -> None:
         paths = list_images(args.count)
         if not isinstance(paths, PathList):
             raise InputError(f"{args.count} is a packed set, which has no names: count what it was packed from")
-        print(json.dumps({"images": len(paths), **count_by_benchmark(paths)}))
+        found = Counter(recognise(os.path.abspath(paths[index])) for index in range(len(paths)))
+        del found[None]
+        print(json.dumps({"images": len(paths), **found}))
     if args.name is not None:
         root = args.root.absolute()
         lines = [f"{root / path}\n" for path in read_split(args.name, root, args.split)]

@@ -14,7 +14,7 @@ from datasets.labelled import list_labelled
 from datasets.matfile import read_cell_strings, read_struct_array
 from datasets.path_list import PathList
 from datasets.train_items import TrainItems
-from datasets.transforms import whole_image
+from datasets.transforms import CropFlipAugment
 from util.errors import InputError
 
 BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
@@ -246,42 +246,6 @@ def _with_notes(data: FgvcData, is_cars: bool) -> FgvcData:
         found = np.bincount(data.train.labels, minlength=len(data.classes))
         notes.append(f"training images of a class: {found.min()} to {found.max()}")
     return replace(data, notes=notes)
-
-
-@dataclass(frozen=True)
-class CropFlipAugment:
-    """The whole picture to `resize`, a random crop of `size`, perhaps mirrored; then AutoAugment's policy of
-    ImageNet (Cubuk et al., 2019, arXiv 1805.09501).
-
-    size, resize: (H, W) in px. flip: chance of mirroring. auto_augment: whether the policy is applied.
-    """
-
-    size: tuple[int, int]
-    resize: tuple[int, int]
-    flip: float = 0.5
-    auto_augment: bool = True
-
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        """An RGB picture -> [3, H, W] uint8, a function of the picture and of `rng`."""
-        imgs = whole_image(image, self.resize)
-        (height, width), (rows, columns) = self.size, self.resize
-        top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
-        imgs = imgs[:, top : top + height, left : left + width]
-        if rng.random() < self.flip:
-            imgs = imgs.flip(2)
-        return auto_augment(imgs, rng) if self.auto_augment else imgs.contiguous()
-
-
-def auto_augment(imgs: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """One of AutoAugment's 25 sub-policies for ImageNet on [3, H, W] uint8, chosen by `rng`: torchvision
-    draws from torch's global generator, which is set for this image and put back."""
-    from torchvision.transforms import AutoAugment  # here and not above: torchvision takes a second to import
-
-    picture = Image.fromarray(imgs.permute(1, 2, 0).numpy())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(1 << 62)))
-        picture = AutoAugment(fill=[128, 128, 128])(picture)  # grey, as the policy's authors have it
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
 
 
 class FgvcTrainImages(TrainItems):

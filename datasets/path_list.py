@@ -30,6 +30,10 @@ class PathList:
         paths.bytes, paths.ends = names, ends
         return paths
 
+    def take(self, rows: np.ndarray) -> "PathList":
+        """Some of the paths, in the order of `rows`."""
+        return PathList(self.root, (self.relative(row) for row in rows.tolist()))
+
     def __len__(self) -> int:
         return len(self.ends)
 

@@ -22,11 +22,11 @@ from datasets.images import UNREADABLE, is_turned, open_rgb, to_rgb, why_unreada
 from datasets.manifest import IMAGE_ENDINGS
 from datasets.path_list import PathList
 from datasets.train_items import TrainItems
+from datasets.transforms import IGNORE, PartsAugment
 from util.dist import get_rank, get_world_size, is_main_process
 from util.errors import InputError
 from util.progress import Progress
 
-IGNORE = 255  # target of pixels without a label
 BACKGROUND_ID = 40  # in the masks of PartImageNet's release "_Seg"
 PARTS = {  # of PartImageNet (He et al., ECCV 2022, arXiv 2112.00933), as published: "Tier" is its spelling of tyre
     "Car": {24: "Car Body", 25: "Car Tier", 26: "Car Side Mirror"},
@@ -45,8 +45,6 @@ SPLITS = ("train", "val", "test")
 LABEL_SPACES = ("own", *KINDS)
 UNKNOWN = 254  # target of values that classes.json does not name
 MASK_MODES = ("L", "P", "1")
-CROP_TRIES = 10
-LONG = 4  # SETR's 2048 x 512: the long side is at most this many times the crop
 
 
 def part_names(space: str) -> tuple[str, ...]:
@@ -56,9 +54,9 @@ def part_names(space: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """name: of `LABEL_SPACES`. names: of the classes; target t is names[t].
-    background: whether class 0 is the background. table: [256] uint8, value of a mask's pixel -> target.
-    is_part: the set has other classes too, so images may be about something else."""
+    """name: of `LABEL_SPACES`. names: of the classes; target t is names[t]. background: whether class 0 is that.
+    table: [256] uint8, value of a mask's pixel -> target. is_part: the set has other classes too, so images may be
+    about something else."""
 
     name: str
     names: tuple[str, ...]
@@ -69,8 +67,8 @@ class LabelSpace:
 
 @dataclass(frozen=True)
 class PartsSplit:
-    """images, masks: files, pair by pair. counts: [n, K + 1] int64 pixels of each class, then of none
-    (zeros where the pair cannot be read). unreadable: how many cannot."""
+    """images, masks: files, pair by pair. counts: [n, K + 1] int64 pixels of each class, then of none (zeros where the
+    pair cannot be read). unreadable: how many cannot."""
 
     images: PathList
     masks: PathList
@@ -103,32 +101,28 @@ def read_parts(data_path: str | Path, label_space: str, splits: tuple[str, ...])
     Every mask is opened once: sizes must be those of the images, values those of classes.json.
 
     Args:
-        label_space: "own": the classes of classes.json; a name of `KINDS`: PartImageNet's parts by name, the
-            other classes become background; where there are such, images that show none of the parts are left
-            out and counted.
+        label_space: "own": the classes of classes.json; a name of `KINDS`: PartImageNet's parts by name, the other
+            classes become background; where there are such, images that show none of the parts are left out and
+            counted.
     Raises:
-        InputError: a folder, classes.json, a mask or a class is missing, sizes differ, or a mask has a value
-            that classes.json does not name.
+        InputError: a folder, classes.json, a mask or a class is missing, sizes differ, or a mask has a value that
+            classes.json does not name.
     """
     root = Path(data_path)
     if not root.is_dir():
         raise InputError(f"--data_path {root} is no folder: give one with images/, annotations/, classes.json")
-    space = label_space_of(read_classes(root / "classes.json"), label_space, root)
-    data = PartsData(space, {})
+    data = PartsData(label_space_of(read_classes(root / "classes.json"), label_space, root), {})
     for split in splits:
         images, masks, without = list_pairs(root, split)
         if without:
             data.notes.append(f"{split}: {without} masks have no image and are not used")
-        data.splits[split] = _scan(images, masks, space, split, data.notes)
+        data.splits[split] = _scan(images, masks, data.space, split, data.notes)
+        data.notes.extend(_count_notes(data.splits[split], data.space, split))
     return data
 
 
 def read_classes(file: Path) -> tuple[dict[int, str], int]:
-    """classes.json -> ({value: name}, value of pixels without a label).
-
-    Raises:
-        InputError: it is missing or says something else.
-    """
+    """classes.json -> ({value: name}, value of pixels without a label)."""
     example = '{"classes": ["background", "door"], "ignore": 255}'
     if not file.is_file():
         raise InputError(
@@ -144,25 +138,21 @@ def read_classes(file: Path) -> tuple[dict[int, str], int]:
         raise InputError(f"{file} cannot be understood ({error}): write for example {example}") from error
     if not isinstance(ignore, int) or not 0 <= ignore <= 255 or ignore in values:
         raise InputError(f'{file}: "ignore" is {ignore!r}, and must be a value from 0 to 255 that no class has')
-    if len(values) < 2 or len(set(values.values())) < len(values) or not set(values) <= set(range(256)):
+    if not 2 <= len(values) <= 250 or len(set(values.values())) < len(values) or not set(values) <= set(range(256)):
         raise InputError(
-            f'{file}: "classes" must name two classes or more, each once, with values from 0 to 255; it '
-            f"names {', '.join(values.values()) or 'none'}"
+            f'{file}: "classes" must name two classes or more, at most 250, each once, with values from 0 to 255; it '
+            f"names {', '.join(values.values())[:160] or 'none'}"
         )
-    if len(values) > 250:
-        raise InputError(f"{file} names {len(values)} classes: at most 250 fit beside what has no label")
     return values, ignore
 
 
 def label_space_of(classes: tuple[dict[int, str], int], name: str, where: Path) -> LabelSpace:
-    """The targets of a label space on a set with these classes; the background is target 0 where there is
-    one.
+    """The targets of a label space on a set with these classes; the background is target 0 where there is one.
 
     Raises:
         InputError: the set lacks a class of it.
     """
     values, ignore = classes
-    table = np.full(256, UNKNOWN, dtype=np.uint8)
     is_background = {value: text.lower() == "background" for value, text in values.items()}
     order = sorted(values, key=lambda value: (not is_background[value], value))
     names = tuple(values[value] for value in order)
@@ -179,6 +169,7 @@ def label_space_of(classes: tuple[dict[int, str], int], name: str, where: Path) 
         targets = {v: wanted.index(text) + 1 if text in wanted else 0 for v, text in values.items()}
         is_part = len(names) > len(wanted) + 1
         names = ("background", *wanted)
+    table = np.full(256, UNKNOWN, dtype=np.uint8)
     table[list(targets)] = list(targets.values())
     table[ignore] = IGNORE
     return LabelSpace(name, names, any(is_background.values()), table, is_part)
@@ -190,35 +181,35 @@ def list_pairs(root: Path, split: str) -> tuple[PathList, PathList, int]:
     Raises:
         InputError: no such folder, no image, an image without a mask, or two images of one name.
     """
-    folders = root / "images" / split, root / "annotations" / split
-    for folder in folders:
+    image_root, mask_root = root / "images" / split, root / "annotations" / split
+    for folder in (image_root, mask_root):
         if not folder.is_dir():
             found = ", ".join(name for name in SPLITS if (root / "images" / name).is_dir()) or "none"
             raise InputError(
                 f"{folder} is missing: a set has images/SPLIT and annotations/SPLIT (splits found: {found})"
             )
     images: dict[str, str] = {}
-    for file in sorted(folders[0].rglob("*")):
+    for file in sorted(image_root.rglob("*")):
         if file.suffix.lower() in IMAGE_ENDINGS and file.is_file():
-            relative = file.relative_to(folders[0])
+            relative = file.relative_to(image_root)
             key = str(relative.with_suffix(""))
             if key in images:
                 raise InputError(
-                    f"{folders[0]} has {images[key]} and {relative}, and one mask cannot serve two images: "
+                    f"{image_root} has {images[key]} and {relative}, and one mask cannot serve two images: "
                     "rename one of them"
                 )
             images[key] = str(relative)
-    masks = {str(f.relative_to(folders[1]).with_suffix("")) for f in folders[1].rglob("*.png")}
     if not images:
-        raise InputError(f"no image under {folders[0]} (looked for {' '.join(IMAGE_ENDINGS)})")
+        raise InputError(f"no image under {image_root} (looked for {' '.join(IMAGE_ENDINGS)})")
+    masks = {str(f.relative_to(mask_root).with_suffix("")) for f in mask_root.rglob("*.png")}
     lacking = [key for key in images if key not in masks]
     if lacking:
         raise InputError(
-            f"{len(lacking)} of {len(images)} images under {folders[0]} have no mask: first "
-            f"{folders[1] / lacking[0]}.png is missing"
+            f"{len(lacking)} of {len(images)} images under {image_root} have no mask: first "
+            f"{mask_root / lacking[0]}.png is missing"
         )
-    pairs = PathList(folders[0], images.values()), PathList(folders[1], (f"{key}.png" for key in images))
-    return *pairs, len(masks - set(images))
+    mask_paths = PathList(mask_root, (f"{key}.png" for key in images))
+    return PathList(image_root, images.values()), mask_paths, len(masks - set(images))
 
 
 def open_mask(file: str | Path) -> np.ndarray:
@@ -284,21 +275,22 @@ def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, note
     mine = range(get_rank(), len(images), get_world_size())
     progress = Progress(f"masks of {split}", len(mine), shown=is_main_process() and len(mine) > 500)
     found: dict[int, tuple[np.ndarray | None, str]] = {}
+    fatal = None
     for done, row in enumerate(mine, 1):
         try:
             found[row] = _look(images[row], masks[row], space)
         except InputError as error:
-            found[row] = None, f"!{error}"  # all ranks must hear of it
+            fatal = row, str(error)  # all ranks must hear of it
             break
         progress.update(done)
     progress.close()
     if get_world_size() > 1:
         parts = [None] * get_world_size()
-        dist.all_gather_object(parts, found)
-        found = {row: value for part in parts for row, value in part.items()}
-    fatal = [problem for _, (_, problem) in sorted(found.items()) if problem.startswith("!")]
+        dist.all_gather_object(parts, (found, fatal))
+        found = {row: value for part, _ in parts for row, value in part.items()}
+        fatal = min((bad for _, bad in parts if bad), default=None)
     if fatal:
-        raise InputError(fatal[0][1:])
+        raise InputError(fatal[1])
     bad = [row for row in range(len(images)) if found[row][0] is None]
     if len(bad) == len(images):
         raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {found[0][1]}")
@@ -307,19 +299,16 @@ def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, note
     for row, (pixels, _) in found.items():
         if pixels is not None:
             counts[row] = [*pixels[:classes], pixels[IGNORE]]
-    keep = np.ones(len(images), dtype=bool)
     if space.is_part:
         keep = counts[:, 1:classes].any(axis=1)
         keep[bad] = True
         if not keep.all():
             notes.append(f"{split}: {int((~keep).sum())} images show no class of {space.name} and are left out")
-    rows = np.flatnonzero(keep).tolist()
-    chosen = [PathList(paths.root, (paths.relative(row) for row in rows)) for paths in (images, masks)]
-    result = PartsSplit(*chosen, counts[rows], len(bad))
-    if not result.counts[:, :classes].any():
+        rows = np.flatnonzero(keep)
+        images, masks, counts = images.take(rows), masks.take(rows), counts[rows]
+    if not counts[:, :classes].any():
         raise InputError(f"{images.root}: not one pixel of {split} has a class of --label_space {space.name}")
-    notes += _count_notes(result, space, split)
-    return result
+    return PartsSplit(images, masks, counts, len(bad))
 
 
 def _count_notes(part: PartsSplit, space: LabelSpace, split: str) -> list[str]:
@@ -336,95 +325,6 @@ def _count_notes(part: PartsSplit, space: LabelSpace, split: str) -> list[str]:
     if part.unreadable:
         lines.append(f"  {part.unreadable} pairs cannot be read")
     return lines
-
-
-@dataclass(frozen=True)
-class PartsAugment:
-    """SETR's: resize, crop, mirror, distort colours, pad.
-
-    size: (H, W) of the crop in px. fill: RGB of the padding, whose pixels have no label. ratio: range of the
-    random factor of the size. most: a crop of which one class has more than this share of the labelled
-    pixels is drawn again. flip: chance of mirroring. distort: whether colours change.
-    """
-
-    size: tuple[int, int]
-    fill: tuple[int, int, int]
-    ratio: tuple[float, float] = (0.5, 2.0)
-    most: float = 0.75
-    flip: float = 0.5
-    distort: bool = True
-
-    def __call__(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        """An RGB picture and its mask, [h, w] uint8 of targets -> `imgs` [3, H, W], `masks` [H, W] uint8."""
-        short, long = sorted(image.size)
-        side = min(self.size)
-        factor = min(LONG * side / long, side / short) * rng.uniform(*self.ratio)
-        width, height = (max(1, round(factor * length)) for length in image.size)
-        mask = np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
-        top, left, mask = self.crop(mask, rng)
-        box = (left, top, left + mask.shape[1], top + mask.shape[0])  # only this part of the image is resized
-        scale = image.size[0] / width, image.size[1] / height
-        box = [min(edge * scale[i % 2], image.size[i % 2]) for i, edge in enumerate(box)]
-        image = image.resize(mask.shape[::-1], Image.Resampling.BILINEAR, box=box)
-        if rng.random() < self.flip:
-            image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask[:, ::-1]
-        pixels = distort_colours(image, rng) if self.distort else np.asarray(image)
-        return {"imgs": padded(pixels, self.size, self.fill), "masks": padded(mask, self.size, IGNORE)}
-
-    def crop(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
-        """(top, left, part of the mask), at most of the crop's size: of ten draws the first in which no class
-        has more than `most`, else the last."""
-        high, wide = (min(side, length) for side, length in zip(self.size, mask.shape))
-        for _ in range(CROP_TRIES):
-            top = int(rng.integers(mask.shape[0] - high + 1))
-            left = int(rng.integers(mask.shape[1] - wide + 1))
-            part = mask[top : top + high, left : left + wide]
-            pixels = np.bincount(part.ravel(), minlength=256)[:IGNORE]
-            if self.most * pixels.sum() > pixels.max():
-                break
-        return top, left, part
-
-
-def padded(pixels: np.ndarray, size: tuple[int, int], fill) -> torch.Tensor:
-    """[h, w] or [h, w, 3] uint8, filled up below and to the right -> [H, W] or [3, H, W]."""
-    whole = np.empty((*size, *pixels.shape[2:]), dtype=np.uint8)
-    whole[:] = fill
-    whole[: pixels.shape[0], : pixels.shape[1]] = pixels
-    return torch.from_numpy(np.ascontiguousarray(whole.transpose(2, 0, 1) if whole.ndim == 3 else whole))
-
-
-def distort_colours(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    """Photometric distortion (Liu et al., 2016, "SSD", Sec. 3.6 of its code): each with a chance of one half,
-    brightness + [-32, 32], contrast x [0.5, 1.5] (before or after the colours), saturation x [0.5, 1.5], hue
-    + [-36, 36] degrees.
-
-    Args:
-        image: RGB.
-    Returns:
-        [h, w, 3] uint8.
-    """
-    chosen = rng.random(5) < 0.5
-    brightness, contrast = rng.uniform(-32, 32), rng.uniform(0.5, 1.5)
-    saturation, hue = rng.uniform(0.5, 1.5), rng.uniform(-36, 36)
-    pixels = np.asarray(image)
-
-    def linear(pixels: np.ndarray, factor: float, shift: float) -> np.ndarray:
-        return (pixels * np.float32(factor) + np.float32(shift)).clip(0, 255).astype(np.uint8)
-
-    if chosen[0]:
-        pixels = linear(pixels, 1, brightness)
-    if chosen[1] and chosen[4]:
-        pixels = linear(pixels, contrast, 0)
-    if chosen[2] or chosen[3]:
-        hsv = np.array(Image.fromarray(pixels).convert("HSV"))
-        if chosen[2]:
-            hsv[..., 1] = linear(hsv[..., 1], saturation, 0)
-        if chosen[3]:
-            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + round(hue * 256 / 360)) % 256
-        pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-    if chosen[1] and not chosen[4]:
-        pixels = linear(pixels, contrast, 0)
-    return pixels
 
 
 def shown_to_model(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:

@@ -25,16 +25,22 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.header = read_header(self.folder)
+        file = self.folder / HEADER
+        if not file.is_file():
+            raise InputError(f"--teacher_cache {folder} holds no {HEADER}: build it with python -m tools.reinforce")
+        try:
+            self.header = json.loads(file.read_text())
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file} is damaged ({error}): build the cache again") from error
         self.identity = TeacherIdentity(**self.header["teacher"])
         self.is_full = self.header["teacher_view"] == "full"
         self.num_views = self.header["views"]
-        missing = [f for f in shard_files(self.folder, self.header) if not f.is_file()]
+        files = shard_files(self.folder, self.header)
+        missing = sum(not file.is_file() for file in files)
         if missing:
-            total = len(shard_files(self.folder, self.header))
             raise InputError(
-                f"--teacher_cache {self.folder} is unfinished: {len(missing)} of {total} files are "
-                "missing; run the same python -m tools.reinforce command again to complete it"
+                f"--teacher_cache {folder} is unfinished: {missing} of {len(files)} files are missing; run the same "
+                "python -m tools.reinforce command again to complete it"
             )
         self._maps: dict[Path, np.ndarray] = {}
 
@@ -63,7 +69,7 @@ class TeacherCache:
         wrong = {k: v for k, v in expected.items() if k not in free and self.header[k] != v}
         if wrong:
             differences = ", ".join(
-                f"{k} {_short(self.header[k])} in the cache, {_short(v)} here" for k, v in wrong.items()
+                f"{k} {str(self.header[k])[:24]} in the cache, {str(v)[:24]} here" for k, v in wrong.items()
             )
             raise InputError(
                 f"--teacher_cache {self.folder} was made for other views ({differences}): set the flags "
@@ -90,18 +96,6 @@ def cache_header(teacher: dict, views: int, **transform) -> dict:
     return {"kind": "cgd-mae teacher cache", "teacher": teacher, "views": views, **transform}
 
 
-def read_header(folder: Path) -> dict:
-    try:
-        header = json.loads((folder / HEADER).read_text())
-    except FileNotFoundError:
-        raise InputError(
-            f"--teacher_cache {folder} holds no {HEADER}: build it with python -m tools.reinforce"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder / HEADER} is damaged ({error}): build the cache again") from error
-    return header
-
-
 def shard_file(folder: Path, view: int, shard: int) -> Path:
     return folder / f"view{view:03d}_shard{shard:05d}.npy"
 
@@ -109,8 +103,3 @@ def shard_file(folder: Path, view: int, shard: int) -> Path:
 def shard_files(folder: Path, header: dict) -> list[Path]:
     shards = -(-header["images"] // SHARD_IMAGES)
     return [shard_file(folder, v, s) for v in range(header["views"]) for s in range(shards)]
-
-
-def _short(value) -> str:
-    text = str(value)
-    return text if len(text) <= 24 else text[:12] + "..."

@@ -69,10 +69,19 @@ def is_encoded(text_bank: Path) -> bool:
     return text_bank.suffix == ".safetensors" or text_bank.is_dir()
 
 
-def read_encoded(text_bank: Path, identity: TeacherIdentity):
-    """An encoded bank, file or folder -> what `build_bank` returns."""
-    load = load_bank_folder if text_bank.is_dir() else load_bank
-    embeddings, texts = load(text_bank, identity)
+def read_encoded(text_bank: Path, identity: TeacherIdentity) -> tuple[torch.Tensor, list[str], str]:
+    """An encoded bank, file or folder -> (embeddings [T, D_t] float32 CPU unit rows, texts, what it is in words).
+
+    Raises:
+        InputError: it is damaged, or another teacher made it.
+    """
+    embeddings, texts, made_by = (_load_folder if text_bank.is_dir() else _load_file)(text_bank)
+    if made_by != asdict(identity):
+        raise InputError(
+            f"--text_bank {text_bank} was made by teacher {made_by.get('model')} with weights "
+            f"{str(made_by.get('weights_sha256'))[:12]}, but this run uses {identity.model} with "
+            f"{identity.weights_sha256[:12]}: encode the texts again with this teacher"
+        )
     return embeddings, texts, f"{len(texts)} encoded texts of {text_bank}"
 
 
@@ -81,7 +90,7 @@ def hash_texts(texts: list[str]) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
 
 
-def save_bank(file: Path, embeddings: torch.Tensor, texts: list[str], identity) -> None:
+def save_bank(file: Path, embeddings: torch.Tensor, texts: list[str], identity: TeacherIdentity) -> None:
     """Write an encoded bank with the identity of its teacher (atomic)."""
     header = {
         "kind": "cgd-mae text bank",
@@ -93,56 +102,37 @@ def save_bank(file: Path, embeddings: torch.Tensor, texts: list[str], identity) 
     write_atomic(file, lambda opened: opened.write(data))
 
 
-def load_bank(file: Path, identity: TeacherIdentity) -> tuple[torch.Tensor, list[str]]:
-    """Read an encoded bank; InputError if it is none or belongs to another teacher."""
+def _load_file(file: Path) -> tuple[torch.Tensor, list[str], dict]:
+    """What `save_bank` wrote: (embeddings, texts, teacher)."""
     try:
         with safe_open(file, framework="pt") as opened:
             header = opened.metadata() or {}
             if "teacher" not in header:
                 raise InputError(f"--text_bank {file} has no teacher in its header: not a text bank")
-            embeddings = opened.get_tensor("bank").float()
+            return opened.get_tensor("bank").float(), header["texts"].split("\n"), json.loads(header["teacher"])
     except SafetensorError as error:
         raise InputError(f"--text_bank {file} is damaged ({error}): make it again") from error
-    _check_teacher(file, json.loads(header["teacher"]), identity)
-    return embeddings, header["texts"].split("\n")
 
 
-def load_bank_folder(folder: Path, identity: TeacherIdentity) -> tuple[torch.Tensor, list[str]]:
-    """Read the output folder of main_describe.py: bank.json, bank.npy and texts.jsonl.
-
-    Raises:
-        InputError: a file is missing or damaged, the three do not belong together, another teacher.
-    """
+def _load_folder(folder: Path) -> tuple[torch.Tensor, list[str], dict]:
+    """The output of main_describe.py, bank.json, bank.npy and texts.jsonl: (embeddings, texts, teacher)."""
+    again = "run main_describe.py again"
     for name in FOLDER_FILES:
         if not (folder / name).is_file():
             raise InputError(f"--text_bank {folder} has no {name}: give the --output of a finished main_describe.py")
     try:
         header = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
         made_by, texts_sha256, bank_sha256 = (header[k] for k in ("teacher", "texts_sha256", "bank_sha256"))
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"--text_bank {folder}/bank.json is damaged ({error}): run main_describe.py again") from error
-    _check_teacher(folder, made_by, identity)
+        bank = np.load(folder / "bank.npy", allow_pickle=False)
+    except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
+        raise InputError(f"--text_bank {folder} is damaged ({error}): {again}") from error
     texts = read_texts(folder / "texts.jsonl")
     if hash_texts(texts) != texts_sha256:
         raise InputError(
-            f"--text_bank {folder}/texts.jsonl has changed since bank.npy was made: run main_describe.py "
-            "again, or pass texts.jsonl itself to have it encoded"
+            f"--text_bank {folder}/texts.jsonl has changed since bank.npy was made: {again}, or pass texts.jsonl "
+            "itself to have it encoded"
         )
-    try:
-        bank = np.load(folder / "bank.npy", allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        raise InputError(f"--text_bank {folder}/bank.npy is damaged ({error}): run main_describe.py again") from error
-    if hashlib.sha256(bank.tobytes()).hexdigest() != bank_sha256 or bank.shape != (len(texts), identity.embed_dim):
-        raise InputError(
-            f"--text_bank {folder}/bank.npy is not the one that bank.json describes: run main_describe.py again"
-        )
-    return torch.from_numpy(bank).float(), texts
-
-
-def _check_teacher(source: Path, made_by: dict, identity: TeacherIdentity) -> None:
-    if made_by != asdict(identity):
-        raise InputError(
-            f"--text_bank {source} was made by teacher {made_by.get('model')} with weights "
-            f"{str(made_by.get('weights_sha256'))[:12]}, but this run uses {identity.model} with "
-            f"{identity.weights_sha256[:12]}: encode the texts again with this teacher"
-        )
+    rows = (len(texts), made_by.get("embed_dim"))
+    if hashlib.sha256(bank.tobytes()).hexdigest() != bank_sha256 or bank.shape != rows:
+        raise InputError(f"--text_bank {folder}/bank.npy is not the one that bank.json describes: {again}")
+    return torch.from_numpy(bank).float(), texts, made_by

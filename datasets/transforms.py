@@ -11,6 +11,8 @@ from PIL import Image
 
 CROP_STREAM, MASK_STREAM, AUGMENT_STREAM = 0, 1, 2  # independent random streams of one (seed, epoch, index)
 TRIES = 10
+IGNORE = 255  # target of pixels without a label
+LONG = 4  # SETR's 2048 x 512: the long side is at most this many times the crop
 
 
 def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:
@@ -154,3 +156,128 @@ def erase_boxes(imgs: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
             generator = torch.Generator(imgs.device).manual_seed(seed)
             image[:, top : top + height, left : left + width].normal_(generator=generator)
     return imgs
+
+
+@dataclass(frozen=True)
+class CropFlipAugment:
+    """The whole picture to `resize`, a random crop of `size`, perhaps mirrored; then AutoAugment's policy of
+    ImageNet (Cubuk et al., 2019, arXiv 1805.09501).
+
+    size, resize: (H, W) in px. flip: chance of mirroring. auto_augment: whether the policy is applied.
+    """
+
+    size: tuple[int, int]
+    resize: tuple[int, int]
+    flip: float = 0.5
+    auto_augment: bool = True
+
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
+        """An RGB picture -> [3, H, W] uint8, a function of the picture and of `rng`."""
+        imgs = whole_image(image, self.resize)
+        (height, width), (rows, columns) = self.size, self.resize
+        top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
+        imgs = imgs[:, top : top + height, left : left + width]
+        if rng.random() < self.flip:
+            imgs = imgs.flip(2)
+        return auto_augment(imgs, rng) if self.auto_augment else imgs.contiguous()
+
+
+def auto_augment(imgs: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
+    """One of AutoAugment's 25 sub-policies for ImageNet on [3, H, W] uint8, chosen by `rng`: torchvision
+    draws from torch's global generator, which is set for this image and put back."""
+    from torchvision.transforms import AutoAugment  # here and not above: it takes a second to import
+
+    picture = Image.fromarray(imgs.permute(1, 2, 0).numpy())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(rng.integers(1 << 62)))
+        picture = AutoAugment(fill=[128, 128, 128])(picture)  # grey, as the policy's authors have it
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+@dataclass(frozen=True)
+class PartsAugment:
+    """SETR's: resize, crop, mirror, distort colours, pad.
+
+    size: (H, W) of the crop in px. fill: RGB of the padding, whose pixels have no label. ratio: range of the
+    random factor of the size. most: a crop of which one class has more than this share of the labelled
+    pixels is drawn again. flip: chance of mirroring. distort: whether colours change.
+    """
+
+    size: tuple[int, int]
+    fill: tuple[int, int, int]
+    ratio: tuple[float, float] = (0.5, 2.0)
+    most: float = 0.75
+    flip: float = 0.5
+    distort: bool = True
+
+    def __call__(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """An RGB picture and its mask, [h, w] uint8 of targets -> `imgs` [3, H, W], `masks` [H, W] uint8."""
+        short, long = sorted(image.size)
+        side = min(self.size)
+        factor = min(LONG * side / long, side / short) * rng.uniform(*self.ratio)
+        width, height = (max(1, round(factor * length)) for length in image.size)
+        mask = np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+        top, left, mask = self.crop(mask, rng)
+        box = (left, top, left + mask.shape[1], top + mask.shape[0])  # only this part of the image is resized
+        scale = image.size[0] / width, image.size[1] / height
+        box = [min(edge * scale[i % 2], image.size[i % 2]) for i, edge in enumerate(box)]
+        image = image.resize(mask.shape[::-1], Image.Resampling.BILINEAR, box=box)
+        if rng.random() < self.flip:
+            image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask[:, ::-1]
+        pixels = distort_colours(image, rng) if self.distort else np.asarray(image)
+        return {"imgs": padded(pixels, self.size, self.fill), "masks": padded(mask, self.size, IGNORE)}
+
+    def crop(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
+        """(top, left, part of the mask), at most of the crop's size: of ten draws the first in which no class
+        has more than `most`, else the last."""
+        high, wide = (min(side, length) for side, length in zip(self.size, mask.shape))
+        for _ in range(TRIES):
+            top = int(rng.integers(mask.shape[0] - high + 1))
+            left = int(rng.integers(mask.shape[1] - wide + 1))
+            part = mask[top : top + high, left : left + wide]
+            pixels = np.bincount(part.ravel(), minlength=256)[:IGNORE]
+            if self.most * pixels.sum() > pixels.max():
+                break
+        return top, left, part
+
+
+def padded(pixels: np.ndarray, size: tuple[int, int], fill) -> torch.Tensor:
+    """[h, w] or [h, w, 3] uint8, filled up below and to the right -> [H, W] or [3, H, W]."""
+    whole = np.empty((*size, *pixels.shape[2:]), dtype=np.uint8)
+    whole[:] = fill
+    whole[: pixels.shape[0], : pixels.shape[1]] = pixels
+    return torch.from_numpy(np.ascontiguousarray(whole.transpose(2, 0, 1) if whole.ndim == 3 else whole))
+
+
+def distort_colours(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    """Photometric distortion (Liu et al., 2016, "SSD", Sec. 3.6 of its code): each with a chance of one half,
+    brightness + [-32, 32], contrast x [0.5, 1.5] (before or after the colours), saturation x [0.5, 1.5], hue
+    + [-36, 36] degrees.
+
+    Args:
+        image: RGB.
+    Returns:
+        [h, w, 3] uint8.
+    """
+    chosen = rng.random(5) < 0.5
+    brightness, contrast = rng.uniform(-32, 32), rng.uniform(0.5, 1.5)
+    saturation, hue = rng.uniform(0.5, 1.5), rng.uniform(-36, 36)
+    pixels = np.asarray(image)
+
+    def linear(pixels: np.ndarray, factor: float, shift: float) -> np.ndarray:
+        return (pixels * np.float32(factor) + np.float32(shift)).clip(0, 255).astype(np.uint8)
+
+    if chosen[0]:
+        pixels = linear(pixels, 1, brightness)
+    if chosen[1] and chosen[4]:
+        pixels = linear(pixels, contrast, 0)
+    if chosen[2] or chosen[3]:
+        hsv = np.array(Image.fromarray(pixels).convert("HSV"))
+        if chosen[2]:
+            hsv[..., 1] = linear(hsv[..., 1], saturation, 0)
+        if chosen[3]:
+            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + round(hue * 256 / 360)) % 256
+        pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
+    if chosen[1] and not chosen[4]:
+        pixels = linear(pixels, contrast, 0)
+    return pixels

@@ -11,7 +11,7 @@ from conftest import command, parse, read_log, run_command, small_flags
 
 import main_pretrain
 from datasets.teacher_cache import TeacherCache
-from datasets.text_bank import built_in_texts, load_bank, save_bank
+from datasets.text_bank import built_in_texts, read_encoded, save_bank
 from models_teacher import FrozenTeacher, build_bank, encode_texts, load_clip
 from util.errors import InputError
 
@@ -119,11 +119,11 @@ def test_bank_files(clip, texts_file, tmp_path):
     bank, texts, _ = build_bank(str(texts_file), model, tokenizer, identity)
     assert bank.shape == (5, 24) and torch.allclose(bank.norm(dim=1), torch.ones(5), atol=1e-5)
     save_bank(tmp_path / "bank.safetensors", bank, texts, identity)
-    again, same_texts = load_bank(tmp_path / "bank.safetensors", identity)
+    again, same_texts, _ = read_encoded(tmp_path / "bank.safetensors", identity)
     assert torch.equal(bank, again) and texts == same_texts
     stranger = identity.__class__("other", "0" * 64, 24, 0.07)
     with pytest.raises(InputError, match="made by teacher MiniClip-test"):
-        load_bank(tmp_path / "bank.safetensors", stranger)
+        read_encoded(tmp_path / "bank.safetensors", stranger)
     (tmp_path / "one.txt").write_text("a car\na car\n")
     with pytest.raises(InputError, match="holds 1 texts"):
         build_bank(str(tmp_path / "one.txt"), model, tokenizer, identity)

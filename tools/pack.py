@@ -62,10 +62,11 @@ def main(args) -> dict:
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
     started, folder = time.perf_counter(), Path(args.output)
-    if is_webdataset(args.data_path):
-        source = WebShards(args.data_path)
+    data_path = args.data_path
+    if data_path.endswith((".tar", ".tar}")) or "::" in data_path or data_path.startswith("pipe:"):
+        source = WebShards(data_path)
     else:
-        source = FileShards(list_images(args.data_path, args.split), args.shard_images)
+        source = FileShards(list_images(data_path, args.split), args.shard_images)
     header = {
         "kind": "cgd-mae packed images",
         "version": 1,
@@ -75,21 +76,21 @@ def main(args) -> dict:
         "shards": len(source),
     }
     claim(folder / HEADER, header, "packed set")
-    progress = Progress(source.unit, source.total)
     todo = [k for k in range(len(source)) if not shard_file(folder, k).is_file()]
-    done = 0 if source.unit == "shards" else source.total - sum(source.size(k) for k in todo)
-    progress.update(len(source) - len(todo) if source.unit == "shards" else done, "packed before")
+    total, left = (sum(source.size(k) for k in shards) for shards in (range(len(source)), todo))
+    progress, done = Progress(source.unit, total), total - left
+    progress.update(done, "packed before")
     encode = partial(encode_chunk, short_side=args.short_side, quality=args.quality)
     workers = args.num_workers or os.cpu_count() or 1
     with worker_pool(workers) as pool:
         for shard in todo:
             write_shard(folder, shard, map_in_order(pool, encode, source.items(shard), workers))
-            done += 1 if source.unit == "shards" else source.size(shard)
+            done += source.size(shard)
             progress.update(done)
     progress.close()
     totals = finish(folder, len(source))
     if not totals["images"]:
-        raise InputError(f"no image of {args.data_path} could be read: {folder / 'bad_images.txt'} says why")
+        raise InputError(f"no image of {data_path} could be read: {folder / 'bad_images.txt'} says why")
     return totals | {"shards": len(source), "written": len(todo), "seconds": time.perf_counter() - started}
 
 
@@ -99,7 +100,7 @@ class FileShards:
     unit = "images"
 
     def __init__(self, paths: PathList, shard_images: int):
-        self.paths, self.shard_images, self.total = paths, shard_images, len(paths)
+        self.paths, self.shard_images = paths, shard_images
 
     def __len__(self) -> int:
         return -(-len(self.paths) // self.shard_images)
@@ -113,10 +114,6 @@ class FileShards:
 
     def sha256(self) -> str:
         return f"{self.paths.sha256()} / {self.shard_images}"
-
-
-def is_webdataset(data_path: str) -> bool:
-    return data_path.endswith((".tar", ".tar}")) or "::" in data_path or data_path.startswith("pipe:")
 
 
 class WebShards:
@@ -137,10 +134,12 @@ class WebShards:
         missing = [url for url in self.urls if ":" not in url and not Path(url).is_file()]
         if missing:
             raise InputError(f"{len(missing)} of {len(self.urls)} shards do not exist, first {missing[0]}")
-        self.total = len(self.urls)
 
     def __len__(self) -> int:
         return len(self.urls)
+
+    def size(self, shard: int) -> int:
+        return 1
 
     def sha256(self) -> str:
         names = [url.rsplit("/", 1)[-1] for url in self.urls]
@@ -221,8 +220,7 @@ def encode_image(data: bytes, short_side: int, quality: int) -> tuple[bytes, str
 def write_shard(folder: Path, shard: int, rows: Iterable[tuple[str, bytes, str]]) -> None:
     """One shard and, before it appears, all that is told about it: what exists is complete."""
     file = shard_file(folder, shard)
-    names, problems, index = [], [], []
-    counts = {"copied": 0, "encoded": 0}
+    names, problems, index, counts = [], [], [], {"copied": 0, "encoded": 0}
 
     def write(opened) -> None:
         position = 0
@@ -244,28 +242,17 @@ def write_shard(folder: Path, shard: int, rows: Iterable[tuple[str, bytes, str]]
 
 def finish(folder: Path, shards: int) -> dict:
     """Join the names; what a reader needs is then all there."""
-    totals = {"images": 0, "copied": 0, "encoded": 0, "unreadable": 0, "bytes": 0}
-    ends, blocks, problems = [np.zeros(0, np.int64)], [], []
-    length = 0
-    for shard in range(shards):
-        file = shard_file(folder, shard)
-        about = json.loads(file.with_suffix(".json").read_text())
-        part = PathList(folder, about["names"])
-        ends.append(part.ends + length)
-        blocks.append(part.bytes)
-        length += len(part.bytes)
-        problems += about["problems"]
-        totals["images"] += len(part)
-        totals["bytes"] += file.stat().st_size
-        for how in ("copied", "encoded"):
-            totals[how] += about[how]
-    totals["unreadable"] = len(problems)
+    files = [shard_file(folder, shard) for shard in range(shards)]
+    about = [json.loads(file.with_suffix(".json").read_text()) for file in files]
+    names = PathList(folder, [name for part in about for name in part["names"]])
+    problems = [f"{name}\t{problem}\n" for part in about for name, problem in part["problems"]]
     if problems:
-        text = "".join(f"{name}\t{problem}\n" for name, problem in problems)
-        write_atomic(folder / "bad_images.txt", lambda f: f.write(text.encode()))
-    write_atomic(folder / "name_ends.npy", lambda f: np.save(f, np.concatenate(ends)))
-    write_atomic(folder / "names.npy", lambda f: np.save(f, np.concatenate([*blocks, np.zeros(0, np.uint8)])))
-    return totals
+        write_atomic(folder / "bad_images.txt", lambda f: f.write("".join(problems).encode()))
+    write_atomic(folder / "name_ends.npy", lambda f: np.save(f, names.ends))
+    write_atomic(folder / "names.npy", lambda f: np.save(f, names.bytes))
+    totals = {how: sum(part[how] for part in about) for how in ("copied", "encoded")}
+    size = sum(file.stat().st_size for file in files)
+    return {"images": len(names), **totals, "unreadable": len(problems), "bytes": size}
 
 
 if __name__ == "__main__":

@@ -8,15 +8,17 @@ kept where the table has them.
 """
 
 import argparse
+import csv
+import io
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from datasets.manifest import cell, iterate_manifest
-from demo.folder import write_table
 from util.cli import Parser, run_tool
 from util.errors import InputError
+from util.files import write_atomic
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -41,51 +43,43 @@ def main(args) -> dict:
         raise InputError(f"--test_share {args.test_share}, --queries {args.queries}: give a share in (0, 1), 1 or more")
     file = Path(args.data_path)
     members: dict[str, list[dict]] = defaultdict(list)
-    unnamed = 0
     for number, row in enumerate(iterate_manifest(file), 1):
         if args.label_column not in row:
             raise InputError(f"{file}, row {number} has no column {args.label_column}: it has {', '.join(row)}")
-        label = cell(row, args.label_column)
-        unnamed += not label
-        if label:
-            members[label].append(row)
-    rng = np.random.default_rng(args.seed)
-    names = sorted(members)
+        members[cell(row, args.label_column)].append(row)
+    unnamed = len(members.pop("", []))
+    rng, names = np.random.default_rng(args.seed), sorted(members)
     count = round(args.test_share * len(names))
     if not 2 <= count <= len(names) - 2:
         raise InputError(f"{file} has {len(names)} identities in {args.label_column}: too few to part them")
     tested = {names[i] for i in rng.permutation(len(names))[:count]}
-    rows, left_out, too_few = [], 0, 0
+    rows, too_few = [], 0
     for name in names:
         chosen = members[name]
         if args.test_split is not None:
             chosen = [r for r in chosen if (r.get("split") == args.test_split) == (name in tested)]
-        left_out += len(members[name]) - len(chosen)
         if name not in tested:
-            rows += [part_row(file, row, name, "train") for row in chosen]
-        elif len(chosen) <= args.queries:
-            too_few += 1
-            left_out += len(chosen)
+            splits = ["train"] * len(chosen)
+        elif len(chosen) > args.queries:
+            chosen = [chosen[i] for i in rng.permutation(len(chosen))]
+            splits = ["query"] * args.queries + ["gallery"] * (len(chosen) - args.queries)
         else:
-            order = rng.permutation(len(chosen))
-            rows += [part_row(file, chosen[i], name, "query" if k < args.queries else "gallery")
-                     for k, i in enumerate(order)]  # fmt: skip
+            too_few, splits = too_few + 1, []
+        for row, split in zip(chosen, splits):
+            path = (file.parent / cell(row, "path")).absolute()
+            rows.append(row | {"path": str(path), "pid": name, "split": split})
     extra = [column for column in ("camid", "viewid") if any(column in row for row in rows)]
-    write_table(Path(args.output), ("path", "pid", "split", *extra), rows)
-    splits = [row["split"] for row in rows]
-    counts = {split: splits.count(split) for split in ("train", "query", "gallery")}
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ("path", "pid", "split", *extra), extrasaction="ignore")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomic(args.output, lambda opened: opened.write(text.getvalue().encode()))
+    counts = {split: sum(row["split"] == split for row in rows) for split in ("train", "query", "gallery")}
     return counts | {
-        "train_identities": len(names) - len(tested),
-        "test_identities": len(tested) - too_few,
+        "train_identities": len(names) - count, "test_identities": count - too_few,
         "identities_with_too_few_images": too_few,
-        "images_left_out": left_out,
-        "rows_without_label": unnamed,
-    }
-
-
-def part_row(file: Path, row: dict, name: str, split: str) -> dict:
-    kept = {column: row[column] for column in ("camid", "viewid") if column in row}
-    return {"path": str((file.parent / cell(row, "path")).absolute()), "pid": name, "split": split, **kept}
+        "images_left_out": sum(map(len, members.values())) - len(rows), "rows_without_label": unnamed,
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

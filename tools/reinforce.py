@@ -8,42 +8,21 @@ Under torchrun the ranks share the work. A build that was stopped goes on where 
 """
 
 import argparse
-import time
-from dataclasses import asdict
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-
-from datasets.manifest import list_images
-from datasets.pretrain import PretrainDataset
-from datasets.teacher_cache import HEADER, SHARD_IMAGES, TeacherCache, cache_header, shard_file, shard_files
-from datasets.text_bank import is_encoded, load_bank, read_encoded, read_texts, save_bank
-from models_teacher import FrozenTeacher, build_bank, load_clip
 from util.cli import Parser, parse_input_size, run_tool
-from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
-from util.errors import InputError
-from util.files import write_atomic
-from util.parallel import claim
-from util.precision import pick_amp_dtype
-from util.progress import Progress
-from util.stop import init_worker
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.reinforce", __doc__)
     add = parser.add_argument
+    # fmt: off
     add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
     add("--output", required=True, help="folder of the cache")
     add("--views", default=10, type=int, help="views an image, K; epoch e uses e mod K (default 10)")
-    add(
-        "--teacher_view",
-        default="crop",
-        choices=("crop", "full"),
-        help="the training crops, or one vector of the whole image (default crop)",
-    )
+    add("--teacher_view", default="crop", choices=("crop", "full"),
+        help="the training crops, or one vector of the whole image (default crop)")
     add("--input_size", default="224", help="pixels of the student: one side, or H,W (default 224)")
     add("--crop_min", default=0.2, type=float, help="smallest crop, fraction of area (default 0.2)")
     add("--seed", default=0, type=int, help="seed of the training run (default 0)")
@@ -53,52 +32,53 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes per rank (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    add(
-        "--amp",
-        default="auto",
-        choices=("auto", "bf16", "fp16", "none"),
-        help="precision of the teacher on CUDA (default auto)",
-    )
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
+        help="precision of the teacher on CUDA (default auto)")
     add("--compile", action="store_true", help="torch.compile the teacher (default off)")
-    add(
-        "--verify",
-        default=0,
-        type=int,
-        metavar="N",
-        help="recompute N entries of a finished cache and compare (default 0: build)",
-    )
+    add("--verify", default=0, type=int, metavar="N",
+        help="recompute N entries of a finished cache and compare (default 0: build)")
+    # fmt: on
     return parser
 
 
-class OneView(Dataset):
-    """Items [first, last) of one view: what the teacher sees, as uint8."""
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
-    def __init__(self, source: PretrainDataset, view: int, indices):
-        self.source, self.view, self.indices = source, view, indices
+import time
+from dataclasses import asdict
 
-    def __len__(self) -> int:
-        return len(self.indices)
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
 
-    def __getitem__(self, item: int):
-        sample = self.source[self.view, int(self.indices[item])]
+from datasets.manifest import list_images
+from datasets.pretrain import PretrainDataset
+from datasets.teacher_cache import HEADER, SHARD_IMAGES, TeacherCache, cache_header, shard_file, shard_files
+from datasets.text_bank import is_encoded, read_encoded, read_texts, save_bank
+from models_teacher import FrozenTeacher, build_bank, load_clip
+from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
+from util.errors import InputError
+from util.files import write_atomic
+from util.parallel import claim
+from util.precision import pick_amp_dtype
+from util.progress import Progress
+from util.stop import init_worker
+
+
+class TeacherViews(Dataset):
+    """Item (view, index) -> what the teacher sees, [3, H, W] uint8, and what is wrong with the file."""
+
+    def __init__(self, source: PretrainDataset):
+        self.source = source
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, str]:
+        sample = self.source[item]
         return sample.get("teacher_imgs", sample["imgs"]), sample["problem"]
 
 
-def embed_view(teacher, source: PretrainDataset, view: int, indices, args, device, progress=None):
-    """-> ([len(indices), D_t] float32, list of problems)."""
-    loader = DataLoader(
-        OneView(source, view, indices), args.batch_size, num_workers=args.num_workers, worker_init_fn=init_worker
-    )
-    rows, problems = [], []
-    for imgs, problem in loader:
-        rows.append(teacher(imgs.to(device, non_blocking=True)).cpu())
-        problems += [p for p in problem if p]
-        if progress:
-            progress(len(imgs))
-    return torch.cat(rows), problems
-
-
 def main(args) -> dict:
+    if args.views < 1:
+        raise InputError(f"--views {args.views}: must be at least 1")
     device = pick_device(args.device)
     init_distributed(device, timeout_s=600)
     try:
@@ -108,124 +88,104 @@ def main(args) -> dict:
         end_distributed()
 
 
-def build_or_verify(args, device) -> dict:
-    if args.views < 1:
-        raise InputError(f"--views {args.views}: must be at least 1")
-    if args.teacher_view == "full":
-        args.views = 1
-    size = parse_input_size(args.input_size)
+def build_or_verify(args, device: torch.device) -> dict:
+    size, is_full = parse_input_size(args.input_size), args.teacher_view == "full"
     amp_dtype = pick_amp_dtype(args.amp, device)[0] if device.type == "cuda" else None
     clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained)
     clip.to(device)
-    paths = list_images(args.data_path, args.split)
+    paths, folder = list_images(args.data_path, args.split), Path(args.output)
     header = cache_header(
-        asdict(identity),
-        args.views,
-        teacher_view=args.teacher_view,
-        seed=args.seed,
-        crop_min=args.crop_min,
-        input_size=list(size),
-        images_sha=paths.sha256(),
-        images=len(paths),
-    )
-    folder = Path(args.output)
+        asdict(identity), 1 if is_full else args.views, teacher_view=args.teacher_view, seed=args.seed,
+        crop_min=args.crop_min, input_size=list(size), images_sha=paths.sha256(), images=len(paths),
+    )  # fmt: skip
     claim(folder / HEADER, header, "cache")
-    bank_file = folder / "text_bank.safetensors"
-    if get_rank() == 0 and not bank_file.is_file():
-        bank, texts, _ = build_bank(args.text_bank, clip, tokenizer, identity)
-        save_bank(bank_file, bank, texts, identity)
-    elif get_rank() == 0 and args.text_bank and not same_bank(bank_file, Path(args.text_bank), identity):
-        raise InputError(
-            f"{bank_file} holds another bank than --text_bank {args.text_bank}: delete it to have this one "
-            "taken, or choose another --output"
-        )
+    if get_rank() == 0:
+        keep_bank(folder / "text_bank.safetensors", args.text_bank, clip, tokenizer, identity)
     teacher = FrozenTeacher(clip, identity, amp_dtype or torch.float32).to(device)
     if args.compile:
         teacher.compile()
-    source = PretrainDataset(
-        paths,
-        size,
-        1,
-        seed=args.seed,
-        min_area=args.crop_min,
-        teacher_size=teacher.size if args.teacher_view == "full" else None,
-    )
-    if args.verify:
-        return verify(args, folder, teacher, source, device)
-    return build(args, folder, header, teacher, source, device)
+    teacher_size = teacher.size if is_full else None
+    source = PretrainDataset(paths, size, 1, seed=args.seed, min_area=args.crop_min, teacher_size=teacher_size)
+
+    def embed(view: int, indices: np.ndarray):
+        """Yield ([n, D_t] float32, problems) batch by batch."""
+        items = [(view, index) for index in indices.tolist()]
+        loader = DataLoader(
+            TeacherViews(source), args.batch_size, sampler=items, num_workers=args.num_workers,
+            worker_init_fn=init_worker,
+        )  # fmt: skip
+        for imgs, problems in loader:
+            yield teacher(imgs.to(device, non_blocking=True)).cpu(), problems
+
+    return verify(args, TeacherCache(folder), embed) if args.verify else build(folder, header, embed)
 
 
-def same_bank(kept: Path, given: Path, identity) -> bool:
-    """Whether an encoded bank came from `given`: by its texts, and by its numbers where they are given, too.
-    Nothing is encoded again, which on another machine would give other last bits."""
-    bank, texts = load_bank(kept, identity)
-    if is_encoded(given):
-        other, other_texts, _ = read_encoded(given, identity)
-        return texts == other_texts and torch.equal(bank, other)
-    return texts == read_texts(given)
+def keep_bank(kept: Path, given: str | None, clip, tokenizer, identity) -> None:
+    """Store the encoded texts; where there are some already, make sure that they came from `given`: by the texts, and
+    by the numbers where they are given, too. Nothing is encoded again: another machine would give other last bits."""
+    if not kept.is_file():
+        bank, texts, _ = build_bank(given, clip, tokenizer, identity)
+        save_bank(kept, bank, texts, identity)
+    elif given:
+        bank, texts, _ = read_encoded(kept, identity)
+        if is_encoded(Path(given)):
+            other, other_texts, _ = read_encoded(Path(given), identity)
+            is_same = texts == other_texts and torch.equal(bank, other)
+        else:
+            is_same = texts == read_texts(Path(given))
+        if not is_same:
+            raise InputError(
+                f"{kept} holds another bank than --text_bank {given}: delete it to have this one taken, or choose "
+                "another --output"
+            )
 
 
-def build(args, folder: Path, header: dict, teacher, source: PretrainDataset, device) -> dict:
-    images, views = header["images"], header["views"]
-    size = images * views * header["teacher"]["embed_dim"] * 2
-    print_main(
-        f"{images} images x {views} views x {header['teacher']['embed_dim']} float16 = {size / 1e9:.3f} GB in {folder}"
-    )
-    shards = -(-images // SHARD_IMAGES)
-    jobs = [(v, s) for v in range(views) for s in range(shards)]
+def build(folder: Path, header: dict, embed) -> dict:
+    """Write the shards that are missing; the ranks take turns."""
+    images, views, width = header["images"], header["views"], header["teacher"]["embed_dim"]
+    size = images * views * width * 2
+    print_main(f"{images} images x {views} views x {width} float16 = {size / 1e9:.3f} GB in {folder}")
+    jobs = [(view, first) for view in range(views) for first in range(0, images, SHARD_IMAGES)]
     # shared out before looking what is there: ranks that look at different moments must not disagree
-    todo = [job for job in jobs[get_rank() :: get_world_size()] if not shard_file(folder, *job).is_file()]
-    total = sum(min(SHARD_IMAGES, images - s * SHARD_IMAGES) for _, s in todo)
+    mine = [(view, first, shard_file(folder, view, first // SHARD_IMAGES)) for view, first in jobs]
+    mine = [job for job in mine[get_rank() :: get_world_size()] if not job[2].is_file()]
+    total = sum(min(SHARD_IMAGES, images - first) for _, first, _ in mine)
     progress = Progress("teacher", total, shown=get_rank() == 0)
     started, done, bad = time.perf_counter(), 0, set()
-    last_line = started
-
-    def count(n: int):
-        nonlocal done, last_line
-        done += n
-        if time.perf_counter() - last_line > 10 or done == total:
-            last_line = time.perf_counter()
-            progress.update(done, f"{done / (last_line - started):.0f} img/s")
-
-    for view, shard in todo:
-        indices = np.arange(shard * SHARD_IMAGES, min((shard + 1) * SHARD_IMAGES, images))
-        rows, problems = embed_view(teacher, source, view, indices, args, device, count)
-        bad |= set(problems)
-        values = rows.half().numpy()
-        write_atomic(shard_file(folder, view, shard), lambda f, v=values: np.save(f, v))
+    for view, first, file in mine:
+        rows = []
+        for embeddings, problems in embed(view, np.arange(first, min(first + SHARD_IMAGES, images))):
+            rows.append(embeddings.half().numpy())
+            bad.update(filter(None, problems))
+            done += len(embeddings)
+            progress.update(done)
+        write_atomic(file, lambda opened, rows=rows: np.save(opened, np.concatenate(rows)))
     progress.close()
     for problem in sorted(bad):
         print(f"unreadable, the next image stands in: {problem}")
     seconds = time.perf_counter() - started
     return {
-        "images": images,
-        "views": views,
-        "written": done,
-        "unreadable": len(bad),
-        "bytes": size,
-        "seconds": seconds,
-        "images_per_s": done / max(seconds, 1e-9),
-        "files": len(shard_files(folder, header)),
-    }
+        "images": images, "views": views, "written": done, "unreadable": len(bad), "bytes": size, "seconds": seconds,
+        "images_per_s": done / max(seconds, 1e-9), "files": len(shard_files(folder, header)),
+    }  # fmt: skip
 
 
-def verify(args, folder: Path, teacher, source: PretrainDataset, device) -> dict:
-    cache = TeacherCache(folder)
+def verify(args, cache: TeacherCache, embed) -> dict:
+    """Recompute some entries of every view; their cosine to the stored ones must be 0.999 or more."""
     rng = np.random.Generator(np.random.Philox(key=[args.seed, args.verify]))
     smallest = 1.0
     for view in range(cache.num_views):
-        indices = rng.integers(0, len(source), -(-args.verify // cache.num_views))
-        rows, _ = embed_view(teacher, source, view, indices, args, device)
+        indices = rng.integers(0, cache.header["images"], -(-args.verify // cache.num_views))
+        rows = torch.cat([embeddings for embeddings, _ in embed(view, indices)])
         stored = torch.stack([cache.read(view, int(i)) for i in indices]).float()
         smallest = min(smallest, (rows * stored).sum(dim=1).min().item())
     if smallest < 0.999:
         raise InputError(
-            f"{folder} fails: an entry has cosine {smallest:.4f} to its recomputation "
-            "(0.999 is needed); remove it and build it again"
+            f"{cache.folder} fails: an entry has cosine {smallest:.4f} to its recomputation (0.999 is needed); remove "
+            "it and build it again"
         )
     return {"verified": args.verify, "smallest_cosine": smallest}
 
 
 if __name__ == "__main__":
-    ARGS = get_args_parser().parse_args()
     run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")
