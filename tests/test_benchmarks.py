@@ -8,7 +8,6 @@ from conftest import ROOT, run_command
 import main_curate
 import main_describe
 from datasets import benchmarks
-from datasets.path_list import PathList
 from util.errors import InputError
 
 
@@ -24,6 +23,7 @@ from util.errors import InputError
         ("AIC21_Track2_ReID/image_query/000345.jpg", "CityFlow-ReID"),
         ("CityFlowV2-ReID/image_test/000345.jpg", "CityFlow-ReID"),
         ("PartImageNet/images/val/n02814533_1.JPEG", "PartImageNet"),
+        ("ü/cars_test/a\nb.jpg", "StanfordCars"),
     ],
 )
 def test_known_folders(path, name):
@@ -51,31 +51,6 @@ def test_known_folders(path, name):
 )
 def test_no_false_alarm(path):
     assert benchmarks.recognise(path) is None
-
-
-def test_counting_agrees_with_one_by_one(monkeypatch):
-    monkeypatch.setattr(benchmarks, "CHUNK", 7)
-    names = ["VeRi/image_test/a.jpg", "b.jpg", "cars_test/cars_test/c.jpg", "/abs/VRIC/probe_images/d.jpg"]
-    names += ["VeRi/image", "_test/e.jpg", "cars_", "test/f.jpg", "VRIC/probe_images/g\nh.jpg", "ü/cars_test/i.jpg"]
-    paths = PathList("/data", names * 3)
-    counts = benchmarks.count_by_benchmark(paths)
-    assert counts == {"VeRi-776": 3, "StanfordCars": 6, "VRIC": 6}
-    alone = [benchmarks.recognise(paths[index]) for index in range(len(paths))]
-    assert counts == {name: alone.count(name) for name in set(alone) - {None}}
-
-
-def test_the_root_belongs_to_the_path():
-    names = ["image_query/a.jpg", "image_train/b.jpg", "/elsewhere/c.jpg"]
-    assert benchmarks.count_by_benchmark(PathList("/data/VeRi", names)) == {"VeRi-776": 1}
-    assert benchmarks.count_by_benchmark(PathList("/data/cars_test", names)) == {"StanfordCars": 2}
-    assert benchmarks.count_by_benchmark(PathList("/data", [])) == {}
-
-
-def test_counting_over_many_chunks():
-    names = [f"some/folder/{k}.jpg" for k in range(30_000)] + ["cars_test/1.jpg"]
-    paths = PathList("/data", names + ["VRIC/probe_images/2.jpg"] * 40_000)
-    assert len(paths) > benchmarks.CHUNK
-    assert benchmarks.count_by_benchmark(paths) == {"StanfordCars": 1, "VRIC": 40_000}
 
 
 def test_every_entry_is_complete():

@@ -1,45 +1,64 @@
-"""StanfordCars in its layouts, written and read; folders and tables; what becomes of a picture."""
+"""StanfordCars in its layouts; folders and tables; what becomes of a picture."""
 
-import base64
 import shutil
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import write_pictures
-from layouts import CAR_FOLDERS, WIDE, write_demo_cars, write_mat
 from PIL import Image
+from scipy.io import savemat
 
 from datasets.eval_images import CenterCrops
-from datasets.fgvc import (
-    DEVKIT_FIELDS,
-    TEST,
-    TRAIN,
-    CropFlipAugment,
-    FgvcTrainImages,
-    auto_augment,
-    read_fgvc,
-    renumber_classes,
-)
-from description.matfile import read_cell_strings, read_struct_array
-from description.readers import read_attributes
+from datasets.fgvc import ANNOS_FIELDS, DEVKIT_FIELDS, FgvcTrainImages, read_fgvc, renumber_classes
+from datasets.matfile import read_cell_strings, read_struct_array
+from datasets.transforms import CropFlipAugment, auto_augment
 from util.errors import InputError
 
-# written by scipy.io.savemat, without its header: `annotations` (1, 4) with the devkit's fields, numbers as
-# 1 x 1 uint8 and, above 255, uint16; `class_names` (1, 2)
-SCIPY = "eNrjY2Bg+MHKwMAGpDmAmIkBAlihfEYgZoHS3ECcmJeXX5JYkpmfVwxVxwJXZwDESUn5FfEVhhC6EkpXGEH5RgzJOYnFIJ1peYm5qUCaD6oPZj8nFvthmAHsPkYGOTL1GZGp7wQWfdwE9LEAdeowkmcfI9Q+ByR9LFj0cSLpE4DyDYDAUC+rIB0qTo798sM8fJkoDF8jCsNXYZiHLzOF4WtMYfgqDvPwZaEwfE3QwvcAkjmMWMxhQir/weV3PKjwLobr9yDgDkE0d4D4Yak5uYlFCsGpKYl5CkYGhkY44puFQHgIAFlJQBoA8SY6jg=="  # noqa: E501
-ROWS = [dict(zip(DEVKIT_FIELDS, (30 + i, 50, 200, 300, i + 1, f"{i + 1:05}.jpg"))) for i in range(4)]
-NAMES = ["Velmar Sedan 2012", "b"]
+NAMES = [f"Velmar {body} 2012" for body in ("Coupe", "Hatchback", "Sedan", "SUV", "Van", "Wagon")]
+FOLDERS = {"transfg": "car", "torchvision": "stanford_cars", "annos": "."}
+TRAIN_FILE, TEST_FILE = "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"
+
+
+def save_rows(file, rows, **more) -> None:
+    """A struct array `annotations`, as the published files hold it."""
+    found = np.empty((1, len(rows)), dtype=[(name, object) for name in rows[0]])
+    found[0] = [tuple(row.values()) for row in rows]
+    savemat(file, {"annotations": found, **{k: np.array([v], dtype=object) for k, v in more.items()}})
+
+
+def rows_of(layout, split) -> list[dict]:
+    """Two pictures of each class to train on, one to test on; `annos` numbers them through."""
+    numbers = [label for label in range(1, 7) for _ in range(2 if split == "train" else 1)]
+    box = dict(zip(DEVKIT_FIELDS, (30, 50, 200, 300)))
+    if layout != "annos":
+        return [box | {"class": label, "fname": f"{i:05}.jpg"} for i, label in enumerate(numbers, 1)]
+    first, is_test = (13, 1) if split == "test" else (1, 0)
+    rows = [(f"car_ims/{i:06}.jpg", *box.values(), label, is_test) for i, label in enumerate(numbers, first)]
+    return [dict(zip(ANNOS_FIELDS, row)) for row in rows]
 
 
 @pytest.fixture(scope="module")
 def cars(tmp_path_factory):
-    """layout -> folder of a set of 6 classes with 2 training pictures and 1 test picture each."""
+    """layout -> folder of a set of 6 classes."""
     root = tmp_path_factory.mktemp("cars")
-    for layout in CAR_FOLDERS:
-        write_demo_cars(root / layout, layout, classes=6, train=2, test=1, size=32)
+    for layout, name in FOLDERS.items():
+        folder = root / layout / name
+        rows = {split: rows_of(layout, split) for split in ("train", "test")}
+        files = [folder / (r.get("relative_im_path") or f"cars_{s}/{r['fname']}") for s in rows for r in rows[s]]
+        for i, file in enumerate(files):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L" if i == 1 else "RGB", (40, 32), 12 * i if i == 1 else (12 * i, 90, 60)).save(file)
+        if layout == "annos":
+            save_rows(folder / "cars_annos.mat", [*rows["train"], *rows["test"]], class_names=NAMES)
+            continue
+        (folder / "devkit").mkdir()
+        save_rows(folder / TRAIN_FILE, rows["train"])
+        save_rows(folder / TEST_FILE, rows["test"])
+        unlabelled = [{k: v for k, v in row.items() if k != "class"} for row in rows["test"]]
+        save_rows(folder / "devkit/cars_test_annos.mat", unlabelled)
+        savemat(folder / "devkit/cars_meta.mat", {"class_names": np.array([NAMES], dtype=object)})
     return root
 
 
@@ -52,63 +71,33 @@ def as_rows(data):
 
 
 def annotate(folder, layout, change) -> Path:
-    """A copy of the set with other training annotations; its folder."""
-    file = folder / ("cars_annos.mat" if layout == "annos" else "car/devkit/cars_train_annos.mat")
-    fields, values = read_struct_array(file, "annotations")
-    rows = change([dict(zip(fields, row)) for row in values])
-    variables = {"annotations": rows}
+    """The set with other training annotations; its folder."""
+    rows = change(rows_of(layout, "train"))
     if layout == "annos":
-        variables["class_names"] = read_cell_strings(file, "class_names")
-    write_mat(file, variables)
+        save_rows(folder / "cars_annos.mat", [*rows, *change(rows_of(layout, "test"))], class_names=NAMES)
+    else:
+        save_rows(folder / FOLDERS[layout] / TRAIN_FILE, rows)
     return folder
 
 
-# .mat files
-
-
-def test_mat_files_are_scipys_byte_for_byte(tmp_path):
-    write_mat(tmp_path / "a.mat", {"annotations": ROWS, "class_names": NAMES})
-    assert (tmp_path / "a.mat").read_bytes()[128:] == zlib.decompress(base64.b64decode(SCIPY))
-
-
-def test_mat_files_read_the_same_by_name_and_by_position(tmp_path, cars):
-    """With scipy, as torchvision (by name, squeezed) and TransFG (by position) read them."""
-    io = pytest.importorskip("scipy.io")
-    base = cars / "transfg" / "car"
-    ours = read_fgvc(base)
-    for part, file in ((ours.train, TRAIN), (ours.test, TEST)):
-        whole = io.loadmat(base / file)["annotations"]
-        assert whole.shape == (1, len(part)) and whole.dtype.names == DEVKIT_FIELDS
-        by_name = io.loadmat(base / file, squeeze_me=True)["annotations"]
-        for i in range(len(part)):
-            name, label = whole[0][i][-1][0], whole[0][i][-2][0][0]
-            assert (by_name[i]["fname"], int(by_name[i]["class"])) == (name, int(label))
-            assert Path(part.paths.relative(i)).name == name and part.labels[i] == int(label) - 1
-    assert io.loadmat(base / "devkit/cars_train_annos.mat")["annotations"][0][0][2][0][0].dtype == np.uint16
-    unlabelled = io.loadmat(base / "devkit/cars_test_annos.mat")["annotations"]
-    assert unlabelled.dtype.names == (*DEVKIT_FIELDS[:4], "fname")
-    names = io.loadmat(base / "devkit/cars_meta.mat", squeeze_me=True)["class_names"].tolist()
-    assert names == ours.classes == [row["class_name"] for row in read_attributes(base)]
-
-
-def test_struct_arrays_of_scipy_are_read(tmp_path):
-    header = b"MATLAB".ljust(124) + b"\x00\x01IM"
-    (tmp_path / "a.mat").write_bytes(header + zlib.decompress(base64.b64decode(SCIPY)))
-    fields, values = read_struct_array(tmp_path / "a.mat", "annotations")
-    assert tuple(fields) == DEVKIT_FIELDS and [dict(zip(fields, row)) for row in values] == ROWS
-    assert read_cell_strings(tmp_path / "a.mat", "class_names") == NAMES
+def test_what_a_mat_file_holds(tmp_path):
+    file = tmp_path / "a.mat"
+    save_rows(file, [{"class": 300, "fname": "a.jpg", "empty": np.zeros((0, 0))}], class_names=["Velmar ", "", "b"])
+    assert read_struct_array(file, "annotations") == (["class", "fname", "empty"], [(300, "a.jpg", None)])
+    assert read_cell_strings(file, "class_names") == read_cell_strings(file, "any") == ["Velmar", None, "b"]
     with pytest.raises(InputError, match="no struct array 'other': it holds annotations, class_names"):
-        read_struct_array(tmp_path / "a.mat", "other")
-    (tmp_path / "b.mat").write_bytes((tmp_path / "a.mat").read_bytes()[:900])
-    with pytest.raises(InputError, match="b.mat is damaged .*cut off"):
-        read_struct_array(tmp_path / "b.mat", "annotations")
+        read_struct_array(file, "other")
+    (tmp_path / "b.mat").write_bytes(file.read_bytes()[:500])
+    for name, message in (("b.mat", "b.mat is damaged or no MATLAB 5 file"), ("c.mat", "cannot read .*c.mat: No such")):
+        with pytest.raises(InputError, match=message):
+            read_struct_array(tmp_path / name, "annotations")
 
 
 # layouts
 
 
 def test_every_layout_tells_the_same(cars):
-    found = {layout: read_fgvc(cars / layout) for layout in CAR_FOLDERS}
+    found = {layout: read_fgvc(cars / layout) for layout in FOLDERS}
     assert as_rows(found["transfg"]) == as_rows(found["torchvision"])
     own = [(split, name) for split, _, name in as_rows(found["transfg"])]
     assert own == [(split, name) for split, _, name in as_rows(found["annos"])]
@@ -120,7 +109,6 @@ def test_every_layout_tells_the_same(cars):
     assert as_rows(inside) == as_rows(found["torchvision"]) and inside.sha256() == found["torchvision"].sha256()
     pictures = [Image.open(found[layout].train.paths[1]) for layout in found]
     assert {picture.mode for picture in pictures} == {"L"}
-    assert Image.open(found["annos"].train.paths[0]).width == WIDE
     assert len(read_fgvc(cars / "transfg", need_train=False).train) == 0
 
 
@@ -177,7 +165,7 @@ def test_incomplete_copies_get_a_sentence(cars, tmp_path):
     with pytest.raises(InputError, match="lacks devkit/cars_train_annos.mat and cars_test"):
         read_fgvc(folder)
     (folder / "car" / "devkit" / "cars_train_annos.mat").write_text("no")
-    with pytest.raises(InputError, match="is no MATLAB 5 file|cars_test_annos_withlabels"):
+    with pytest.raises(InputError, match="no MATLAB 5 file|cars_test_annos_withlabels"):
         read_fgvc(folder)
 
 
@@ -219,7 +207,7 @@ def test_labels_in_the_numbers_of_a_model(cars):
     assert renumber_classes(data, data.classes, "m.pth") is data
     turned = renumber_classes(data, ["other", *data.classes[::-1]], "m.pth")
     assert as_rows(turned) == as_rows(data) and turned.test.labels.max() == 6
-    with pytest.raises(InputError, match="m.pth knows 5 classes .*, not 'Velmar Sedan 2012' of 1 test"):
+    with pytest.raises(InputError, match="m.pth knows 5 classes .*, not 'Velmar Wagon 2012' of 1 test"):
         renumber_classes(data, data.classes[:-1], "m.pth")
 
 

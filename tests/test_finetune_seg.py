@@ -15,7 +15,8 @@ from layouts import outlines, write_demo_parts
 from PIL import Image
 
 import main_finetune
-from datasets.seg import KINDS, PartsAugment, distort_colours, open_mask, open_pair, part_names, read_parts
+from datasets.seg import KINDS, PartsAugment, open_mask, open_pair, part_names, read_parts
+from datasets.transforms import distort_colours
 from finetune import seg
 from finetune.seg_eval import evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
 from metrics.seg import confusion_matrix, segmentation_numbers
