@@ -5,7 +5,7 @@ from pathlib import Path
 
 from datasets.images import UNREADABLE, open_rgb
 from datasets.path_list import PathList
-from reports.page import Html, Page, folded, jpeg_uri, table, tag
+from reports.page import Html, Page, facts_table, folded, jpeg_uri, table, tag
 
 THUMBNAIL = 80  # px, longer side
 
@@ -24,7 +24,7 @@ def write_description_report(
     """
     page, pictures = Page(title), Backgrounds(paths)
     page.section("Numbers")
-    page.add(table([], [[name.replace("_", " "), _short(value)] for name, value in metrics.items()]))
+    page.add(facts_table({name.replace("_", " "): value for name, value in metrics.items()}))
     counts = Counter(row["reason"] for row in lists["removed"])
     page.note("Removed: ", ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "none", ".")
     for name, key, columns in (("kept", "kind", ("usage", "gap")), ("removed", "reason", ("usage", "gap", "detail"))):

@@ -113,14 +113,16 @@ def draw_confusion(page: Page, confusion: np.ndarray) -> None:
     """Rows: classes, columns: answers, in the order of the classes; share of a row's images."""
     share = confusion / confusion.sum(axis=1, keepdims=True).clip(1)
     axes = new_axes("answer", "class", size=(5.4, 5.0))
-    axes.grid(False)  # square root, so that a single image of many is seen
+    axes.grid(False)
+    # square root, so that a single image of many is seen
     axes.figure.colorbar(axes.imshow(share, "inferno", PowerNorm(0.5, 0, 1), interpolation="nearest"))
+    axes.locator_params(integer=True)
     wrong = int(confusion.sum() - confusion.trace())
     caption = (
         "Row: class, column: answer, both in the order of the classes' names. Black: none of the class's images, "
         f"light yellow: all. {wrong:,} of {confusion.sum():,} answers lie off the diagonal."
     )
-    page.figure(f"Confusion of {len(share)} classes", axes, caption, "chart wide")
+    page.figure(f"Confusion of {len(share)} classes", axes, caption, "chart large")
 
 
 def confused_pairs(found: Answers, pictures: Pictures) -> Html:

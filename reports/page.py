@@ -120,6 +120,12 @@ def table(head: list, rows: list[list], kind: str = "") -> Html:
     return tag("div", tag("table", first, *lines, kind=kind), kind="scroll")
 
 
+def facts_table(values: dict[str, object]) -> Html:
+    """A row a value."""
+    texts = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in values.items()}
+    return tag("table", *(tag("tr", tag("th", name), tag("td", text)) for name, text in texts.items()), kind="facts")
+
+
 def folded(title: str, content: Html, is_open: bool = False) -> Html:
     """Content behind a click on its title."""
     return tag("details", tag("summary", title), content, open="open" * is_open)
@@ -204,7 +210,7 @@ class Page:
         self.add(tag("p", *words))
 
     def figure(self, title: str, axes: Axes, caption: str = "", kind: str = "chart") -> None:
-        """A drawing of matplotlib; several fit beside one another; kind "chart wide": it has a row of its own."""
+        """A drawing of matplotlib; several fit in a row; kind: "chart", "chart large" or "chart wide"."""
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend()
         drawing = inline_svg(axes.figure, f"{title}: {caption}")
@@ -231,7 +237,7 @@ class Page:
             style=self.style,
             intro=self.intro,
             tiles="".join(tag("div", name, tag("b", value)) for name, value in self.tiles.items()),
-            facts="".join(tag("tr", tag("th", name), tag("td", value)) for name, value in self.facts.items()),
+            facts=facts_table(self.facts),
             links="".join(self.links),
             sections="\n".join(self.body),
         )

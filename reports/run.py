@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from reports.page import Page, image, new_axes, png_bytes, table
+from reports.page import Page, facts_table, image, new_axes, png_bytes
 
 SHOWN = ("top1", "balanced", "mA", "mAP", "R1")  # of the metrics, in the table
 TRIVIAL = ("majority", "random")
@@ -55,9 +55,8 @@ def write_run_report(file: Path, log: list[dict], settings: dict, knn: dict[str,
         panel = Image.open(panels[-1]).convert("RGB")
         page.add(image(panel, "input, masked, reconstruction", max(panel.size)))
     page.section("Numbers and settings")
-    rows = [[f"knn {column} {name}", value] for name, values in knn.items() for column, value in values.items()]
-    rows += settings.items()
-    page.add(table([], [[name, f"{v:.4g}" if isinstance(v, float) else v] for name, v in rows]))
+    numbers = {f"knn {column} {name}": value for name, values in knn.items() for column, value in values.items()}
+    page.add(facts_table(numbers | settings))
     page.write(file)
 
 
