@@ -11,7 +11,6 @@ flip, float32, normalise. `ours` is the training data set itself, masks included
 import argparse
 from pathlib import Path
 
-from benchmarks.turns import add_flags
 from util.cli import Parser, parse_input_size, run_tool
 
 
@@ -22,8 +21,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
     add("--input_size", default="224", help="pixels: one side, or H,W (default 224)")
     add("--images", default=512, type=int, help="images a turn, spread over the list (default 512)")
+    add("--rounds", default=5, type=int, help="turns of each variant (default 5)")
+    add("--against", default="", metavar="FOLDER", help="another checkout to time beside this one (default none)")
+    add("--output", default="benchmark_data.json", help="file of the numbers (default benchmark_data.json)")
     # fmt: on
-    add_flags(add, "data")
     return parser
 
 

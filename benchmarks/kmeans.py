@@ -10,7 +10,6 @@ Variants whose package is not installed are left out.
 import argparse
 from pathlib import Path
 
-from benchmarks.turns import add_flags
 from util.cli import Parser, run_tool
 
 
@@ -23,8 +22,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--clusters", default=2000, type=int, help="k (default 2000)")
     add("--iterations", default=10, type=int, help="of Lloyd's algorithm (default 10)")
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    add("--rounds", default=5, type=int, help="turns of each variant (default 5)")
+    add("--against", default="", metavar="FOLDER", help="another checkout to time beside this one (default none)")
+    add("--output", default="benchmark_kmeans.json", help="file of the numbers (default benchmark_kmeans.json)")
     # fmt: on
-    add_flags(add, "kmeans")
     return parser
 
 

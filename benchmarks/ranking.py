@@ -10,7 +10,6 @@ From features to mAP and R1; random features of a set's published size, with clu
 import argparse
 from pathlib import Path
 
-from benchmarks.turns import add_flags
 from util.cli import Parser, run_tool
 
 SIZES = {  # queries, gallery, identities, cameras
@@ -28,8 +27,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--size", default="veri", choices=SIZES, help="published size of a set (default veri)")
     add("--dim", default=768, type=int, help="numbers a feature (default 768)")
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    add("--rounds", default=5, type=int, help="turns of each variant (default 5)")
+    add("--against", default="", metavar="FOLDER", help="another checkout to time beside this one (default none)")
+    add("--output", default="benchmark_ranking.json", help="file of the numbers (default benchmark_ranking.json)")
     # fmt: on
-    add_flags(add, "ranking")
     return parser
 
 

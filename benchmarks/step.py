@@ -10,7 +10,6 @@ All have the same weights, images, noise and optimiser; their losses are compare
 import argparse
 from pathlib import Path
 
-from benchmarks.turns import add_flags
 from util.cli import Parser, parse_input_size, run_tool
 from util.names import MAE_MODELS
 
@@ -25,8 +24,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--steps", default=1, type=int, help="steps a turn, 20 on a GPU (default 1)")
     add("--precision", default="float32", choices=("float32", "bfloat16"), help="(default float32)")
     add("--device", default="cpu", help="cpu or cuda (default cpu)")
+    add("--rounds", default=5, type=int, help="turns of each variant (default 5)")
+    add("--against", default="", metavar="FOLDER", help="another checkout to time beside this one (default none)")
+    add("--output", default="benchmark_step.json", help="file of the numbers (default benchmark_step.json)")
     # fmt: on
-    add_flags(add, "step")
     return parser
 
 

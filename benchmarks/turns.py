@@ -15,6 +15,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+import torch
+
 Turn = Callable[[], dict]  # does the work once; {"seconds": ..., what came out of it}
 
 
@@ -31,18 +34,14 @@ def timed(work: Callable, judge: Callable = lambda _: {}, count: int = 1, clock:
 
 def pretrain_step(args: dict) -> Turn:
     """Training steps of the masked autoencoder with random weights."""
-    import torch
-
     from models_mae import MODELS
 
     torch.manual_seed(0)
     return train(MODELS[args["model"]](img_size=tuple(args["input_size"]), norm_pix_loss=True), args)
 
 
-def train(model, args: dict) -> Turn:
+def train(model: torch.nn.Module, args: dict) -> Turn:
     """Steps of a model that is called as MAE's, forward, backward and AdamW, on the same images again and again."""
-    import torch
-
     device, dtype = torch.device(args["device"]), getattr(torch, args["precision"])
     model = model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
@@ -65,8 +64,6 @@ def train(model, args: dict) -> Turn:
 
 def read_images(args: dict) -> Turn:
     """Items of the training data set, one thread: CPU seconds an image."""
-    import torch
-
     from datasets.manifest import list_images
     from datasets.pretrain import PretrainDataset
 
@@ -78,9 +75,6 @@ def read_images(args: dict) -> Turn:
 
 def make_features(queries: int, gallery: int, identities: int, cameras: int, dim: int) -> tuple:
     """(query, gallery [*, dim] float32, pids and camids of both); identities overlap. One camera: no camids."""
-    import numpy as np
-    import torch
-
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((identities, dim), dtype=np.float32)
     pids = np.arange(queries) % identities, rng.permutation(np.arange(gallery) % identities)
@@ -103,10 +97,8 @@ def rank_features(args: dict) -> Turn:
     )
 
 
-def mixture(args: dict):
+def mixture(args: dict) -> np.ndarray:
     """[points, dim] float32 of a mixture of Gaussians with twice as many centres as clusters."""
-    import numpy as np
-
     rng = np.random.default_rng(0)
     middle = rng.standard_normal((2 * args["clusters"], args["dim"]), dtype=np.float32)
     x = rng.standard_normal((args["points"], args["dim"]), dtype=np.float32)
@@ -115,8 +107,6 @@ def mixture(args: dict):
 
 def cluster(args: dict) -> Turn:
     """Our k-means from random rows."""
-    import torch
-
     from curation.hierarchy import step_rng
     from curation.kmeans import kmeans
     from curation.rows import Rows
@@ -130,22 +120,13 @@ def cluster(args: dict) -> Turn:
     return timed(centroids, lambda found: {"inertia": inertia(x, found)})
 
 
-def inertia(x, centroids) -> float:
+def inertia(x: np.ndarray, centroids: np.ndarray) -> float:
     """Sum of squared distances to the nearest centroid, the distances in float64."""
-    import torch
-
     c, total = torch.from_numpy(centroids), 0.0
     for part in torch.from_numpy(x).split(4096):
         nearest = torch.addmm(-0.5 * c.square().sum(dim=1), part, c.t()).argmax(dim=1)
         total += float((part.double() - c[nearest].double()).square().sum())
     return total
-
-
-def add_flags(add: Callable, name: str) -> None:
-    """Flags that all benchmarks have."""
-    add("--rounds", default=5, type=int, help="turns of each variant (default 5)")
-    add("--against", default="", metavar="FOLDER", help="another checkout to time beside this one (default none)")
-    add("--output", default=f"benchmark_{name}.json", help=f"file of the numbers (default benchmark_{name}.json)")
 
 
 def other_checkout(folder: str, what: Callable[[dict], Turn], args: dict) -> Turn:
@@ -174,9 +155,6 @@ def take_turns(variants: dict[str, Turn], what: Callable[[dict], Turn], work: di
         The machine and versions, and a row a variant: median seconds, their spread, how many times as fast as the
         first variant it is (median over the rounds), and what its first turn gave.
     """
-    import numpy
-    import torch
-
     variants = {**variants, "ours": what(work)}
     if args.against:
         variants["against"] = other_checkout(args.against, what, work)
@@ -193,10 +171,11 @@ def take_turns(variants: dict[str, Turn], what: Callable[[dict], Turn], work: di
         rows[name] = first[name] | {"seconds": median, "spread": (max(own) - min(own)) / median, "times_as_fast": ratio}
         values = "".join(f"  {key} {value:.6g}" for key, value in rows[name].items() if key != "seconds")
         print(f"{name:16s} {median:10.4g} s{values}", flush=True)
-    cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
+    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
+    cpu = names[0] if names else platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    machine = f"{len(cpu)} x {cpu[0]}, {torch.get_num_threads()} threads, {gpu}"
-    versions = {"torch": torch.__version__, "numpy": numpy.__version__, "python": platform.python_version()}
+    machine = f"{os.cpu_count()} x {cpu}, {torch.get_num_threads()} threads, {gpu}"
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
     return {"machine": machine, **versions, "rounds": args.rounds, **work, "rows": rows}
 
 
