@@ -14,134 +14,90 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from datasets.manifest import list_images
-from description.canonical import SLOTS
-from description.grounding import CORRECTIONS
-from description.output import write_folder
-from description.readers import READERS
-from description.rows import read_rows
-from description.selection import Candidates, encode, ground_candidates
-from description.texts import DEFAULT_TEMPLATES, fill, invisible_reason, read_templates
-from models_teacher import load_clip
 from util.cli import Parser, run_tool
-from util.dist import pick_device
 from util.errors import InputError
-from util.parallel import claim
+
+SLOTS = ("make", "model", "year", "body", "colour", "view", "doors", "scene", "part")
+FORMATS = ("auto", "table", "veri", "vehicleid", "compcars", "stanford", "dvm")
+TEMPLATES = Path(__file__).parent / "description" / "templates.json"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("main_describe.py", add_help=False, allow_abbrev=False)
+    parser = Parser("main_describe.py", __doc__)
     # fmt: off
     add = parser.add_argument_group("attributes").add_argument
     add("--attributes", nargs="+", required=True, help="tables .csv .tsv .jsonl, or folders of datasets")
-    add(
-        "--format",
-        default="auto",
-        choices=("auto", *READERS),
-        help="of --attributes (default auto: by names)",
-    )
-    add(
-        "--column",
-        nargs="+",
-        default=[],
-        metavar="SLOT=NAME",
-        help=f"columns with names of their own, slots: {', '.join(SLOTS)} (default: by name)",
-    )
+    add("--format", default="auto", choices=FORMATS, help="of --attributes (default auto: by names)")
+    add("--column", nargs="+", default=[], metavar="SLOT=NAME",
+        help=f"columns with names of their own, slots: {', '.join(SLOTS)} (default: by name)")
+
     add = parser.add_argument_group("texts").add_argument
-    add(
-        "--templates",
-        default=str(DEFAULT_TEMPLATES),
-        help="templates .json, or .txt with one text with {slots} a line "
-        "(default description/templates.json)",
-    )
-    add(
-        "--rows_only",
-        action="store_true",
-        help="no words of the template file, only what the rows hold (default off)",
-    )
-    add(
-        "--keep_invisible",
-        action="store_true",
-        help="keep texts about length, price, engine power ..., which CLIP cannot see (default off)",
-    )
-    add(
-        "--ensemble",
-        action="store_true",
-        help="average each embedding over all wordings of the template file (default: the first wording)",
-    )
-    add(
-        "--dedup_cos",
-        default=0.98,
-        type=float,
-        help="cosine between texts above which the longer one goes; 1 keeps all (default 0.98)",
-    )
+    add("--templates", default=str(TEMPLATES),
+        help="templates .json, or .txt with one text with {slots} a line (default description/templates.json)")
+    add("--rows_only", action="store_true",
+        help="no words of the template file, only what the rows hold (default off)")
+    add("--keep_invisible", action="store_true",
+        help="keep texts about length, price, engine power ..., which CLIP cannot see (default off)")
+    add("--ensemble", action="store_true",
+        help="average each embedding over all wordings of the template file (default: the first wording)")
+    add("--dedup_cos", default=0.98, type=float,
+        help="cosine between texts above which the longer one goes; 1 keeps all (default 0.98)")
     add("--max_texts", default=20000, type=int, help="most texts; 0 for no limit (default 20000)")
     add("--max_per_make", default=500, type=int, help="most texts of one make; 0 for no limit (default 500)")
+
     add = parser.add_argument_group("teacher").add_argument
     add("--clip_model", default="ViT-L-14", help="open_clip name or JSON config (default ViT-L-14)")
     add("--clip_pretrained", default="openai", help="open_clip tag or weight file (default openai)")
+
     add = parser.add_argument_group("grounding").add_argument
     add("--images", default=None, help="folder, manifest or packed set of images (default: no grounding)")
-    add(
-        "--split",
-        default=None,
-        help="rows with this `split`, of the images and of attribute tables that have the column "
-        "(default: all)",
-    )
+    add("--split", default=None,
+        help="rows with this `split`, of the images and of attribute tables that have the column (default: all)")
     add("--max_images", default=0, type=int, help="images, evenly spread; 0 for all (default 0)")
     add("--topk", default=5, type=int, help="nearest texts of a kind that an image takes (default 5)")
     add("--n_min", default=3, type=int, help="images that must take a text (default 3)")
-    add(
-        "--hub_share",
-        default=0.02,
-        type=float,
-        help="share of images above which a text is a hub, never below 5 fair shares (default 0.02)",
-    )
-    add(
-        "--margin",
-        default=0.01,
-        type=float,
-        help="cosine by which a text must beat the generic prompt on its images (default 0.01)",
-    )
-    add(
-        "--correction",
-        default="inverted_softmax",
-        choices=CORRECTIONS,
-        help="of hubs, before ranking (default inverted_softmax)",
-    )
-    add(
-        "--rank_in",
-        default="kind",
-        choices=("kind", "all"),
-        help="rank texts among those that name the same attributes, or all together (default kind)",
-    )
+    add("--hub_share", default=0.02, type=float,
+        help="share of images above which a text is a hub, never below 5 fair shares (default 0.02)")
+    add("--margin", default=0.01, type=float,
+        help="cosine by which a text must beat the generic prompt on its images (default 0.01)")
+    add("--correction", default="inverted_softmax", choices=("inverted_softmax", "mean", "none"),
+        help="of hubs, before ranking (default inverted_softmax)")
+    add("--rank_in", default="kind", choices=("kind", "all"),
+        help="rank texts among those that name the same attributes, or all together (default kind)")
     add("--generic", default="a photo of a vehicle.", help="generic prompt (default 'a photo of a vehicle.')")
+
     add = parser.add_argument_group("run").add_argument
     add("--output", required=True, help="folder for the bank and the report")
-    add(
-        "--report_texts", default=200, type=int, help="kept and removed texts shown with images (default 200)"
-    )
+    add("--report_texts", default=200, type=int, help="kept and removed texts shown with images (default 200)")
     add("--batch_size", default=128, type=int, help="texts or images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    add(
-        "--amp",
-        default="auto",
-        choices=("auto", "bf16", "fp16", "none"),
-        help="precision of the image tower on CUDA (default auto)",
-    )
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
+        help="precision of the image tower on CUDA (default auto)")
     # fmt: on
     return parser
 
 
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
+
+from datasets.manifest import list_images
+from description.bank import Candidates, encode, ground_candidates, write_bank
+from description.texts import fill, invisible_reason, read_rows, read_templates
+from models_teacher import load_clip
+from util.dist import pick_device
+from util.parallel import claim
+
+
 def check_args(args) -> dict[str, str]:
-    """Contradictions among flags; returns {slot: column} of --column."""
-    for name in ("max_texts", "max_per_make", "max_images", "report_texts", "num_workers"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
-    for name in ("topk", "n_min", "batch_size"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be at least 1")
+    """Refuse contradictions among flags; returns {slot: column} of --column."""
+    for names, least in (
+        ("max_texts max_per_make max_images report_texts num_workers", 0),
+        ("topk n_min batch_size", 1),
+    ):
+        for name in names.split():
+            if getattr(args, name) < least:
+                raise InputError(f"--{name} {getattr(args, name)}: must be at least {least}")
     for name in ("hub_share", "dedup_cos"):
         if not 0 < getattr(args, name) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be above 0 and at most 1")
@@ -176,20 +132,18 @@ def main(args) -> dict:
     device = pick_device(args.device)
     paths = list_images(args.images, args.split) if args.images else None
     clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained)
-    output = Path(args.output)
     header = {"kind": "cgd-mae text description", "teacher": asdict(identity)}
-    claim(output / "teacher.json", header, "teacher's description")
+    claim(Path(args.output) / "teacher.json", header, "teacher's description")
     clip.to(device)
-    encode(args, candidates, templates, clip, tokenizer, output, facts)
+    encode(args, candidates, templates, clip, tokenizer, facts)
     if paths is not None:
-        ground_candidates(args, candidates, paths, clip, tokenizer, identity, device, facts)
+        ground_candidates(args, candidates, paths, (clip, tokenizer, identity), device, facts)
     facts["kept"] = len(candidates.texts)
     facts |= {f"removed_{r}": n for r, n in Counter(row["reason"] for row in candidates.removed).items()}
     facts["seconds"] = time.perf_counter() - started
-    write_folder(args, candidates, templates, identity, facts, paths)
+    write_bank(args, candidates, templates, identity, facts, paths)
     return facts
 
 
 if __name__ == "__main__":
-    ARGS = Parser("main_describe.py", __doc__, parents=[get_args_parser()]).parse_args()
     run_tool(main, ARGS, Path(ARGS.output) / "metrics.json")

@@ -7,20 +7,14 @@ from pathlib import Path
 
 TABLE = json.loads(Path(__file__).with_name("canonical.json").read_text(encoding="utf-8"))
 SLOTS = ("make", "model", "year", "body", "colour", "view", "doors", "scene", "part")
-DERIVED = ("decade",)
 INVISIBLE = tuple(TABLE["invisible"])
 CLOSED = ("body", "colour", "view", "doors")  # a number here is a code that nobody has explained
 WORDED = ("make", "scene", "part")  # the same, but any word will do
 MEASURE = re.compile(TABLE["measure"])
-
-
-def _lookup(slot: str) -> dict[str, str]:
-    return {
-        spelling.lower(): word for word, others in TABLE[slot].items() for spelling in (word, *others)
-    }  # fmt: skip
-
-
-WORDS = {slot: _lookup(slot) for slot in ("make", "body", "colour", "view", "doors")}
+WORDS = {  # slot -> {spelling in lower case: canonical word}
+    slot: {spelling.lower(): word for word, others in TABLE[slot].items() for spelling in (word, *others)}
+    for slot in ("make", "body", "colour", "view", "doors")
+}
 _BY_LENGTH = {slot: sorted(words, key=len, reverse=True) for slot, words in WORDS.items()}
 
 
@@ -39,25 +33,22 @@ def slot_of(column: str) -> str | None:
 
 
 def canonical_row(raw: dict[str, str], unknown: Counter | None = None) -> dict[str, str]:
-    """One row of raw values by slot -> canonical values; slots without a usable value are left out.
+    """Turn one row of raw values by slot into canonical ones; slots without a usable value are left out.
 
     Args:
         raw: values by slot; `class_name` ("Make Model Body Year") stands in for missing slots.
-        unknown: counts (slot, value) that no synonym covers; kept in lower case unless a bare number.
+        unknown: counts (slot, value) that no synonym covers; they are kept in lower case unless they are numbers.
     """
+    unknown = Counter() if unknown is None else unknown
     values = {slot: " ".join(str(value).split()) for slot, value in raw.items() if value is not None}
     if "class_name" in values:
         parsed = split_class_name(values.pop("class_name"))
         values = parsed | {slot: value for slot, value in values.items() if not _is_missing(value)}
-    row = {}
-    for slot, value in values.items():
-        word = _canonical(slot, value, unknown)
-        if word:
-            row[slot] = word
-    if "model" in row:
-        row["model"] = _short_model(row)
-        if not row["model"]:
-            del row["model"]
+    row = {slot: word for slot, value in values.items() if (word := _canonical(slot, value, unknown))}
+    if "model" in row and not (model := _short_model(row)):
+        del row["model"]
+    elif "model" in row:
+        row["model"] = model
     if "year" in row:
         row["decade"] = row["year"][:3] + "0s"
     return row
@@ -65,14 +56,13 @@ def canonical_row(raw: dict[str, str], unknown: Counter | None = None) -> dict[s
 
 def split_class_name(name: str) -> dict[str, str]:
     """ "Audi TTS Coupe 2012" -> {make, model, body, year}; what is not found is left out."""
-    found = {}
     if name.lower() in WORDS["body"]:
         return {"body": name}
-    year = re.search(r"\s+((?:19|20)\d\d)$", name)
-    if year:
+    found = {}
+    if year := re.search(r"\s+((?:19|20)\d\d)$", name):
         found["year"], name = year[1], name[: year.start()]
-    make = _starts_with("make", name) or name.split(" ")[0]
-    found["make"], name = make, name[len(make) :].strip()
+    found["make"] = _starts_with("make", name) or name.split(" ")[0]
+    name = name[len(found["make"]) :].strip()
     body = _ends_with("body", name)
     if body and not name.lower().endswith((" sport", " sports")):  # "Discovery Sport" is a model
         found["body"] = body
@@ -86,7 +76,7 @@ def split_class_name(name: str) -> dict[str, str]:
 def names_body(model: str, body: str) -> bool:
     """Whether a model's name already says its body: "Range Rover SUV", "Ram Pickup 3500"."""
     spellings = [s for s, word in WORDS["body"].items() if word == body] + [body.split()[-1]]
-    return any(_has_words(model, spelling) for spelling in spellings)
+    return any(re.search(rf"(?<!\w){re.escape(s.lower())}(?!\w)", model.lower()) for s in spellings)
 
 
 def with_articles(text: str) -> str:
@@ -96,35 +86,30 @@ def with_articles(text: str) -> str:
 
 def _sounds_open(word: str) -> bool:
     word = word.strip(".,\"'(")
-    initials = re.match(r"[A-Z]{2,}", word)
     if len(word) == 1 or re.match(r"[A-Z]\d", word):  # "X5", "A4" are spelled
         return word[0] in TABLE["spelled_initials"] + "8"
-    if initials and word.upper() not in TABLE["read_as_words"]:
+    if re.match(r"[A-Z]{2,}", word) and word.upper() not in TABLE["read_as_words"]:
         return word[0] in TABLE["spelled_initials"]
     if word.lower().startswith(tuple(TABLE["consonant_vowels"])):
         return False
     return word[:1].lower() in "aeiou8"
 
 
-def _canonical(slot: str, value: str, unknown: Counter | None) -> str | None:
+def _canonical(slot: str, value: str, unknown: Counter) -> str | None:
     key = value.lower()
-    if slot in WORDS and key in WORDS[slot]:
+    if key in WORDS.get(slot, ()):
         return WORDS[slot][key]
     if _is_missing(value):
         return None
     if slot == "year":
-        year = re.fullmatch(r"((?:19|20)\d\d)(?:\.0)?", value)
-        if not year and unknown is not None:
-            unknown[slot, value] += 1
-        return year[1] if year else None
-    if slot in (*CLOSED, *WORDED):
-        is_code = not any(c.isalpha() for c in value)
-        if unknown is not None and (is_code or slot in CLOSED):
-            unknown[slot, value] += 1
-        if is_code:
-            return None
-        if slot in CLOSED:
-            return key
+        if year := re.fullmatch(r"((?:19|20)\d\d)(?:\.0)?", value):
+            return year[1]
+        unknown[slot, value] += 1
+        return None
+    is_code = not any(c.isalpha() for c in value)
+    if slot in CLOSED or (slot in WORDED and is_code):
+        unknown[slot, value] += 1
+        return None if is_code else key
     if slot in ("make", "model") and value == key and not any(c.isdigit() for c in value):
         return value.title()
     return value
@@ -156,7 +141,3 @@ def _starts_with(slot: str, text: str) -> str | None:
 def _ends_with(slot: str, text: str) -> str | None:
     lower = " " + text.lower()
     return next((text[-len(s) :] for s in _BY_LENGTH[slot] if lower.endswith(" " + s)), None)
-
-
-def _has_words(text: str, words: str) -> bool:
-    return re.search(rf"(?<!\w){re.escape(words.lower())}(?!\w)", text.lower()) is not None

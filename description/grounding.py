@@ -6,22 +6,16 @@ from dataclasses import dataclass
 import torch
 
 HUB_FAIR = 5  # a hub is used at least this many times as often as an average text of its rank list
-CORRECTIONS = ("inverted_softmax", "mean", "none")
-REASONS = ("ungrounded", "hub", "generic")
 
 
 @dataclass
 class Grounding:
-    """What grounding found for T texts and N images.
+    """What grounding found for T texts.
 
-    Attributes:
-        usage: [T] int64, images that have the text among their nearest.
-        corrected: [T] int64, the same after the correction of hubs.
-        gap: [T] float32, mean cosine advantage over the generic prompt on the images of `usage`; NaN
-            where there are none.
-        limit: [T] float32, share of images above which the text is a hub.
-        best_images: [T, m] int64, the images most similar to each text, nearest first.
-        reasons: per text "" (kept) or one of `REASONS`.
+    usage: [T] int64, images that have the text among their nearest; corrected: [T] int64, the same after the correction
+    of hubs; gap: [T] float32, mean cosine advantage over the generic prompt on the images of `usage`, NaN where there
+    are none; limit: [T] float32, share of images above which the text is a hub; best_images: [T, m] int64, nearest
+    first; reasons: "" (kept), "ungrounded", "hub" or "generic".
     """
 
     usage: torch.Tensor
@@ -50,15 +44,14 @@ def ground(
 ) -> Grounding:
     """Judge every text by the images.
 
-    Each image takes its `topk` nearest texts of every kind, by cosine, but at most a tenth of the kind's
-    texts. A text is removed, in this order, if
+    Each image takes its `topk` nearest texts of every kind, by cosine, but at most a tenth of the kind's texts. A text
+    is removed, in this order, if
 
     - fewer than `n_min` images take it (ungrounded);
-    - more than `hub_share` of the images and more than five times the fair share would take it even after
-      the correction of hubs (hub): "mean" subtracts a text's mean cosine over the images (Dinu et al.,
-      2015), "inverted_softmax" divides exp(cosine / tau) by its sum over the images (Smith et al., 2017);
-    - on the images that take it, its cosine exceeds the generic prompt's by less than `margin` on average
-      (generic).
+    - more than `hub_share` of the images and more than five times the fair share would take it even after the
+      correction of hubs (hub): "mean" subtracts a text's mean cosine over the images (Dinu et al., 2015),
+      "inverted_softmax" divides exp(cosine / tau) by its sum over the images (Smith et al., 2017);
+    - on the images that take it, its cosine exceeds the generic prompt's by less than `margin` on average (generic).
 
     Args:
         images: V [N, D] float32 unit rows; texts: U [T, D]; generic: [D], unit.
@@ -154,12 +147,11 @@ def bank_statistics(
 
 
 @torch.no_grad()
-def near_duplicates(texts: torch.Tensor, lengths: list[int], threshold: float, block: int = 512):
-    """Greedy de-duplication in the text space, shorter texts first.
+def near_duplicates(texts: torch.Tensor, lengths: list[int], threshold: float, block: int = 512) -> dict[int, int]:
+    """De-duplicate greedily in the text space, shorter texts first.
 
     Args:
-        texts: [T, D] float32 unit rows; lengths: characters of each; threshold: cosine above which the
-            later text goes.
+        texts: [T, D] float32 unit rows; lengths: characters of each; threshold: cosine above which the later text goes.
     Returns:
         {index of a removed text: index of the kept text it repeats}.
     """
@@ -177,11 +169,10 @@ def near_duplicates(texts: torch.Tensor, lengths: list[int], threshold: float, b
         for place, i in enumerate(ids):
             if i in removed:
                 continue
-            if fresh:
-                value, nearest = inner[place, fresh].max(dim=0)
-                if value > threshold:
-                    removed[i] = ids[fresh[nearest]]
-                    continue
-            fresh.append(place)
+            value, nearest = inner[place, fresh].max(dim=0) if fresh else (-1.0, 0)
+            if value > threshold:
+                removed[i] = ids[fresh[nearest]]
+            else:
+                fresh.append(place)
         kept += [ids[place] for place in fresh]
     return removed

@@ -1,87 +1,169 @@
 """Attribute files of datasets -> raw rows: one dict of values by slot a row.
 
-Formats: a table (.csv .tsv .jsonl, any columns), VeRi-776, VehicleID, CompCars, StanfordCars class
-names and DVM-CAR. Every reader raises InputError naming file and, where there is one, the line.
+Formats: a table (.csv .tsv .jsonl, any columns), VeRi-776, VehicleID, CompCars, StanfordCars class names and DVM-CAR.
+Every reader raises InputError naming file and, where there is one, the line.
 """
 
+import csv
+import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from datasets.attr import veri_code, veri_xml
-from description.canonical import TABLE
-from description.matfile import read_cell_strings
-from description.tables import iterate_table, read_text
+from datasets.attr import VERI_COLOURS, VERI_TYPES, veri_code, veri_xml
+from datasets.matfile import read_cell_strings
+from description.canonical import TABLE, column_key, slot_of
 from util.errors import InputError
 
 Rows = Iterator[dict[str, str]]
+SIGNS = {  # files by which a folder is known
+    "train_label.xml": "veri",
+    "attribute/color_attr.txt": "vehicleid",
+    "color_attr.txt": "vehicleid",
+    "misc/attributes.txt": "compcars",
+    "attributes.txt": "compcars",
+    "devkit/cars_meta.mat": "stanford",
+    "cars_meta.mat": "stanford",
+    "Ad_table.csv": "dvm",
+    "tables/Ad_table.csv": "dvm",
+}
 
 
 def read_attributes(
     path: str | Path, format: str = "auto", columns: dict[str, str] | None = None, split: str | None = None,
     extra: tuple[str, ...] = (),
 ) -> Rows:  # fmt: skip
-    """Rows of one attribute source.
+    """Read one attribute source.
 
     Args:
         path: a file, or the folder of a dataset.
         format: a key of `READERS`, or "auto": by the files that are there.
-        columns: slot -> column, where a table's column has a name of its own (tables only).
-        split: keep the table rows whose column `split` has this value (tables only).
-        extra: further columns to carry along (tables only).
-    Raises:
-        InputError: nothing there, unknown content, damage.
+        columns, split, extra: of `read_table`, for tables only.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"--attributes {path} does not exist: give a table or the folder of a dataset")
-    format = detect(path) if format == "auto" else format
+    if format == "auto" and path.is_file():
+        format = {".xml": "veri", ".mat": "stanford", ".txt": "stanford"}.get(path.suffix.lower(), "table")
+    elif format == "auto":
+        format = next((name for sign, name in SIGNS.items() if (path / sign).is_file()), "")
+        if not format:
+            raise InputError(f"--attributes {path}: none of {', '.join(SIGNS)} is in this folder; give the file itself")
     if format in ("table", "dvm"):
         return READERS[format](path, columns or {}, split, extra)
     return READERS[format](path)
 
 
-def detect(path: Path) -> str:
-    """The format of a file or folder, by names. Raises InputError if there is no sign of any."""
-    if path.is_file():
-        by_ending = {".xml": "veri", ".mat": "stanford", ".txt": "stanford"}
-        return by_ending.get(path.suffix.lower(), "table")
-    signs = {
-        "train_label.xml": "veri",
-        "attribute/color_attr.txt": "vehicleid",
-        "color_attr.txt": "vehicleid",
-        "misc/attributes.txt": "compcars",
-        "attributes.txt": "compcars",
-        "devkit/cars_meta.mat": "stanford",
-        "cars_meta.mat": "stanford",
-        "Ad_table.csv": "dvm",
-        "tables/Ad_table.csv": "dvm",
-    }
-    for sign, format in signs.items():
-        if (path / sign).is_file():
-            return format
-    raise InputError(f"--attributes {path}: none of {', '.join(signs)} is in this folder; give the file itself")
+def read_text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
 
 
-def read_table(path: Path, columns: dict[str, str], split: str | None, extra: tuple[str, ...] = ()) -> Rows:
-    return iterate_table(path, columns, split, extra)
+def read_table(file: Path, columns: dict[str, str], split: str | None, extra: tuple[str, ...] = ()) -> Rows:
+    """Read a table with whatever columns exist; empty values are left out.
+
+    Args:
+        columns: slot -> name of its column, where the built-in names do not find it.
+        split: keep the rows whose column `split` has this value, if there is such a column.
+        extra: keys of further columns to carry along under their own key.
+    """
+    ending = file.suffix.lower()
+    if ending not in (".csv", ".tsv", ".jsonl"):
+        raise InputError(f"--attributes {file}: a table ends in .csv, .tsv, .jsonl")
+    read = _json_rows if ending == ".jsonl" else _csv_rows
+    header: list[str] = []
+    named: dict[str, str] = {}
+    seen: set[str] = set()
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as opened:
+            for row in read(file, opened):
+                if list(row) != header:  # keys of a .jsonl change from row to row
+                    header = list(row)
+                    seen |= set(header)
+                    named = _name_columns(file, header, columns, extra)
+                if split is None or row.get("split", split) == split:
+                    yield {slot: row[name] for name, slot in named.items() if row[name]}
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    if not seen:
+        raise InputError(f"{file} has no row")
+    for slot, name in columns.items():
+        if name not in seen:
+            raise InputError(f"--column {slot}={name}: {file} has {', '.join(sorted(seen))}")
+    if not columns and not any(slot_of(name) or column_key(name) in extra for name in seen):
+        raise InputError(
+            f"{file} has no usable column among {', '.join(sorted(seen))}: name them with --column make=NAME body=NAME"
+        )
+
+
+def _csv_rows(file: Path, opened) -> Rows:
+    reader = csv.reader(opened, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
+    header = [name.strip() for name in next(reader, [])]
+    if len(set(header)) < len(header):
+        double = next(name for name in header if header.count(name) > 1)
+        raise InputError(f"{file} has two columns '{double}': rename one of them")
+    for values in filter(None, reader):
+        if len(values) != len(header):
+            raise InputError(
+                f"{file}, line {reader.line_num} has {len(values)} fields where the first line has {len(header)}"
+            )
+        yield dict(zip(header, (value.strip() for value in values)))
+
+
+def _json_rows(file: Path, opened) -> Rows:
+    for number, line in enumerate(opened, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
+        if not isinstance(row, dict):
+            raise InputError(f"{file}, line {number} is not a JSON object")
+        nested = {key for key, value in row.items() if isinstance(value, (list, dict))}
+        if lists := sorted(filter(slot_of, nested)):
+            raise InputError(f"{file}, line {number}: '{lists[0]}' holds not one text: write a row for each value")
+        yield {key: "" if value is None else str(value) for key, value in row.items() if key not in nested}
+
+
+def _name_columns(file: Path, header: list[str], columns: dict[str, str], extra: tuple[str, ...]) -> dict[str, str]:
+    """{column: slot} of a header."""
+    chosen = {name: slot for slot, name in columns.items() if name in header}
+    for name in header:
+        slot, key = slot_of(name), column_key(name)
+        if name in chosen:
+            continue
+        if slot and slot not in columns:
+            other = next((other for other, its in chosen.items() if its == slot), None)
+            if other is not None:
+                raise InputError(
+                    f"{file}: the columns '{other}' and '{name}' both hold the {slot}; choose with --column {slot}=NAME"
+                )
+            chosen[name] = slot
+        elif key in extra:
+            chosen[name] = key
+    if {"make", "model"} & set(chosen.values()):  # the class name only repeats them
+        chosen = {name: slot for name, slot in chosen.items() if slot != "class_name"}
+    return chosen
 
 
 def read_veri(path: Path) -> Rows:
     """VeRi-776: items of `train_label.xml` with colorID and typeID (1-based)."""
     file = path / "train_label.xml" if path.is_dir() else path
-    names = {
-        slot: _list_names(file.parent / f"list_{name}.txt") or dict(enumerate(TABLE["veri"][slot], 1))
-        for slot, name in (("colour", "color"), ("body", "type"))
+    slots = {
+        "colour": ("colorID", _list_names(file.parent / "list_color.txt") or dict(enumerate(VERI_COLOURS, 1))),
+        "body": ("typeID", _list_names(file.parent / "list_type.txt") or dict(enumerate(VERI_TYPES, 1))),
     }
     for item in veri_xml(file).iter("Item"):
-        row = {}
-        for slot, key in (("colour", "colorID"), ("body", "typeID")):
-            code = veri_code(file, item, key, names[slot])
-            if code is not None:
-                row[slot] = names[slot][code]
-        yield row
+        codes = {slot: veri_code(file, item, key, names) for slot, (key, names) in slots.items()}
+        yield {slot: slots[slot][1][code] for slot, code in codes.items() if code is not None}
 
 
 def read_vehicleid(path: Path) -> Rows:
@@ -90,22 +172,18 @@ def read_vehicleid(path: Path) -> Rows:
     folder = path / "attribute" if (path / "attribute").is_dir() else path if path.is_dir() else path.parent
     vehicles: dict[str, dict[str, str]] = {}
     for slot, name in (("colour", "color"), ("model", "model")):
-        file = folder / f"{name}_attr.txt"
+        file, names_file = folder / f"{name}_attr.txt", folder / f"{name}_names.txt"
         if not file.is_file():
             continue
-        names = _list_names(folder / f"{name}_names.txt")
+        names = _list_names(names_file)
         if not names:
-            raise InputError(
-                f"{file} holds numbers only: write their names to {folder / f'{name}_names.txt'}, '<name> <id>' a line"
-            )
-        for number, line in enumerate(read_text(file).splitlines(), 1):
+            raise InputError(f"{file} holds numbers only: write their names to {names_file}, '<name> <id>' a line")
+        for number, line in _lines(file):
             words = line.split()
-            if not words:
-                continue
             if len(words) != 2 or not words[1].isdigit():
                 raise InputError(f"{file}, line {number} is not '<vehicle> <id>': {line[:60]}")
             if int(words[1]) not in names:
-                raise InputError(f"{file}, line {number}: id {words[1]} is not in {name}_names.txt")
+                raise InputError(f"{file}, line {number}: id {words[1]} is not in {names_file.name}")
             vehicles.setdefault(words[0], {})[slot] = names[int(words[1])].replace("_", " ")
     yield from vehicles.values()
 
@@ -118,16 +196,20 @@ def read_compcars(path: Path) -> Rows:
     makes = read_cell_strings(misc / "make_model_name.mat", "make_names")
     models = read_cell_strings(misc / "make_model_name.mat", "model_names")
     types = read_cell_strings(misc / "car_type.mat", "types")
+
+    def name(names: list[str | None], number: int) -> str | None:  # MATLAB counts from 1; 0 means unavailable
+        return names[number - 1] if 0 < number <= len(names) else None
+
     kept: dict[int, dict[str, str]] = {}
-    for number, line in enumerate(read_text(file).splitlines(), 1):
+    for number, line in _lines(file):
         fields = line.split()
-        if not fields or (number == 1 and not fields[0].isdigit()):
+        if number == 1 and not fields[0].isdigit():
             continue
         if len(fields) != 6 or not (fields[0].isdigit() and fields[5].isdigit()):
             raise InputError(f"{file}, line {number} does not hold six numbers: {line[:60]}")
-        model, kind = int(fields[0]), int(fields[5])
-        row = {"model": _at(models, model), "body": _at(types, kind), "displacement": fields[2]}
-        kept[model] = row | {"maximum_speed": fields[1], "doors": fields[3], "seats": fields[4]}
+        model = int(fields[0])
+        row = dict(zip(("maximum_speed", "displacement", "doors", "seats"), fields[1:5]))
+        kept[model] = {"model": name(models, model), "body": name(types, int(fields[5]))} | row
     seen: Counter[tuple] = Counter()
     for label in sorted((misc.parent / "label").glob("*/*/*/*.txt")):
         make, model, year = label.relative_to(misc.parent / "label").parts[:3]
@@ -136,10 +218,8 @@ def read_compcars(path: Path) -> Rows:
             raise InputError(f"{label}: CompCars names its folders by make and model numbers")
         seen[int(make), int(model), year, TABLE["compcars_view"].get(view)] += 1
     for (make, model, year, view), count in seen.items():
-        row = kept.get(model, {"model": _at(models, model)})
-        row = row | {"make": _at(makes, make), "year": year, "view": view}
-        for _ in range(count):
-            yield row
+        row = kept.get(model, {"model": name(models, model)})
+        yield from [row | {"make": name(makes, make), "year": year, "view": view}] * count
     if not seen:  # without the label tree no make is known: model names mostly begin with it
         yield from kept.values()
 
@@ -147,14 +227,9 @@ def read_compcars(path: Path) -> Rows:
 def read_stanford(path: Path) -> Rows:
     """StanfordCars: `cars_meta.mat` (class_names) or a .txt of "Make Model Body Year" lines."""
     if path.is_dir():
-        places = (path / "devkit" / "cars_meta.mat", path / "cars_meta.mat")
-        if not any(place.is_file() for place in places):
-            raise InputError(f"--attributes {path} holds no cars_meta.mat (nor devkit/cars_meta.mat): name the file")
-        path = next(place for place in places if place.is_file())
-    if path.suffix.lower() == ".mat":
-        names = read_cell_strings(path, "class_names")
-    else:
-        names = read_text(path).splitlines()
+        path = next((p for p in (path / "devkit/cars_meta.mat", path / "cars_meta.mat") if p.is_file()), path)
+    is_mat = path.suffix.lower() == ".mat"
+    names = read_cell_strings(path, "class_names") if is_mat else read_text(path).splitlines()
     yield from ({"class_name": name.strip()} for name in names if name and name.strip())
 
 
@@ -163,16 +238,12 @@ def read_dvm(path: Path, columns: dict[str, str], split: str | None, extra: tupl
     An image's id is the advertisement's and a running number."""
     folder = path if path.is_dir() else path.parent
     folder = folder / "tables" if (folder / "tables").is_dir() else folder
-    images = folder / "Image_table.csv"
-    ads = iterate_table(folder / "Ad_table.csv", columns, split, (*extra, "adv_id"))
-    if not images.is_file():
-        yield from ads
-        return
     views: dict[str, list[str]] = {}
-    for row in iterate_table(images, {}, None, ("image_id",)):
-        if "view" in row:
-            views.setdefault(row.get("image_id", "").rpartition("$$")[0], []).append(row["view"])
-    for row in ads:
+    if (folder / "Image_table.csv").is_file():
+        for row in read_table(folder / "Image_table.csv", {}, None, ("image_id",)):
+            if "view" in row:
+                views.setdefault(row.get("image_id", "").rpartition("$$")[0], []).append(row["view"])
+    for row in read_table(folder / "Ad_table.csv", columns, split, (*extra, "adv_id")):
         for view in views.get(row.get("adv_id", ""), [None]):
             yield row | ({"view": view} if view is not None else {})
 
@@ -187,22 +258,17 @@ READERS: dict[str, Callable[..., Rows]] = {
 }
 
 
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of the lines that are not empty."""
+    return ((number, line) for number, line in enumerate(read_text(file).splitlines(), 1) if line.strip())
+
+
 def _list_names(file: Path) -> dict[int, str]:
     """ "<id> <name>" or "<name> <id>" a line -> names by id; empty where there is no such file."""
-    if not file.is_file():
-        return {}
     names = {}
-    for number, line in enumerate(read_text(file).splitlines(), 1):
-        if not line.strip():
-            continue
-        match = re.fullmatch(r"(\d+)\s+(.+)", line.strip()) or re.fullmatch(r"(.+)\s+(\d+)", line.strip())
+    for number, line in _lines(file) if file.is_file() else ():
+        match = re.fullmatch(r"(\d+)\s+(.+)|(.+)\s+(\d+)", line.strip())
         if not match:
             raise InputError(f"{file}, line {number} is not '<name> <id>': {line[:60]}")
-        a, b = match.groups()
-        names[int(a if a.isdigit() else b)] = b if a.isdigit() else a
+        names[int(match[1] or match[4])] = match[2] or match[3]
     return names
-
-
-def _at(names: list[str | None], number: int) -> str | None:
-    """MATLAB counts from 1; 0 means unavailable."""
-    return names[number - 1] if 0 < number <= len(names) else None

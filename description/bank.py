@@ -1,0 +1,207 @@
+"""The candidates of a run: encoded, compared with one another, judged by images, and written as a bank."""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import torch
+import torch.nn.functional as F
+
+from datasets.eval_images import WholeImages
+from datasets.path_list import printable
+from datasets.text_bank import hash_texts
+from description.grounding import bank_statistics, ground, near_duplicates
+from description.texts import Templates, Text, cap, wordings_of
+from engine_extract import extract_to_file
+from models_teacher import FrozenTeacher, TeacherIdentity, check_tokens, encode_texts
+from reports.description import write_description_report
+from util.errors import InputError
+from util.files import write_atomic, write_json
+from util.parallel import Parts
+from util.precision import pick_amp_dtype
+
+PART_TEXTS = 4096
+
+
+class Candidates:
+    """The texts still in play, their embeddings and why the others went."""
+
+    def __init__(self, texts: list[Text]):
+        self.texts = texts
+        self.embeddings: torch.Tensor | None = None  # [T, D] float32 unit rows
+        self.notes: list[dict] = [{} for _ in texts]  # usage, advantage and best images, for the report
+        self.removed: list[dict] = []
+
+    def drop(self, reasons: dict[int, tuple[str, str]]) -> None:
+        """{index: (reason, detail)} of texts that go."""
+        for i, (reason, detail) in sorted(reasons.items()):
+            text = self.texts[i]
+            row = {"text": text.text, "kind": text.kind, "reason": reason, "detail": detail}
+            self.removed.append(row | self.notes[i])
+        kept = [i for i in range(len(self.texts)) if i not in reasons]
+        self.texts = [self.texts[i] for i in kept]
+        self.notes = [self.notes[i] for i in kept]
+        if self.embeddings is not None:
+            self.embeddings = self.embeddings[kept]
+        if len(self.texts) < 2:
+            last = next(iter(reasons.values()), ("", ""))
+            raise InputError(
+                f"{len(self.texts)} texts are left and a bank needs 2: the last went as {last[0]} "
+                f"({last[1]}); loosen that threshold or add attributes"
+            )
+
+
+def encode(args, candidates: Candidates, templates: Templates, clip, tokenizer, facts: dict) -> None:
+    """Embed all candidates; near-duplicates and what is above the limits go."""
+    wordings = [wordings_of(text, templates, args.ensemble) for text in candidates.texts]
+    flat = [wording for each in wordings for wording in each]
+    context_length = getattr(tokenizer, "context_length", None) or clip.context_length
+    facts["longest_tokens"] = check_tokens(tokenizer, [*flat, args.generic], context_length)
+    print(f"{len(flat)} texts to encode, the longest has {facts['longest_tokens']} of {context_length} tokens")
+    rows = embed_texts(clip, tokenizer, flat, Path(args.output) / "embeddings", args.batch_size)
+    candidates.embeddings = mean_of_wordings(rows, [len(each) for each in wordings])
+    near = near_duplicates(candidates.embeddings, [len(t.text) for t in candidates.texts], args.dedup_cos)
+    candidates.drop({i: ("near-duplicate", f"of '{candidates.texts[j].text}'") for i, j in near.items()})
+    over = cap(candidates.texts, args.max_texts, args.max_per_make)
+    candidates.drop({i: ("cap", why) for i, why in over.items()})
+
+
+def embed_texts(clip, tokenizer, texts: list[str], folder: Path, batch_size: int) -> torch.Tensor:
+    """[T, D] float32 unit rows on the CPU, kept in `folder`; a killed run goes on."""
+    job = {"texts": hash_texts(texts)}
+    file = folder / f"texts-{job['texts'][:12]}.npy"
+    if not file.is_file():
+        parts = Parts(file.with_suffix(".npy.parts"), job, "unfinished set of texts", len(texts), PART_TEXTS, ".npy")
+        for start in parts.todo:
+            rows = encode_texts(clip, tokenizer, texts[start : parts.stop(start)], batch_size).cpu().numpy()
+            write_atomic(parts.file(start), lambda opened, rows=rows: np.save(opened, rows))
+        whole = np.concatenate([np.load(parts.file(start)) for start in parts.starts])
+        write_atomic(file, lambda opened: np.save(opened, whole))
+        parts.remove()
+    return torch.from_numpy(np.load(file))
+
+
+def mean_of_wordings(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+    """Average each description's normalised wordings and renormalise (CLIP's prompt ensembling).
+
+    Args:
+        rows: [sum(sizes), D] unit rows, description after description.
+    """
+    return torch.stack([F.normalize(part.mean(dim=0), dim=0) for part in rows.split(sizes)])
+
+
+def embed_images(teacher: FrozenTeacher, paths, indices: np.ndarray, args) -> tuple[torch.Tensor, dict[int, str]]:
+    """Embed whole images, as `--teacher_view full` shows them to the teacher, and keep them in --output.
+
+    Returns:
+        ([n, D] float32 on the CPU, unreadable rows NaN; {image: what was wrong}).
+    """
+    chosen = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
+    job = {"images": paths.sha256(), "root": str(Path(paths.root).resolve()), "chosen": chosen}
+    key = hashlib.sha256(json.dumps(job).encode()).hexdigest()[:12]
+    file = Path(args.output) / "embeddings" / f"images-{key}.npy"
+    unreadable = file.with_suffix(".json")  # written last: it says that both are whole
+    if not unreadable.is_file():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _, problems = extract_to_file(
+            teacher, WholeImages(paths, indices, teacher.size), teacher.mean.device, file.with_suffix(""), job,
+            batch_size=args.batch_size, num_workers=args.num_workers,
+        )  # fmt: skip
+        write_json(unreadable, problems)
+    problems = json.loads(unreadable.read_text())
+    return torch.from_numpy(np.load(file)), {int(index): problem for index, problem in problems.items()}
+
+
+def ground_candidates(args, candidates: Candidates, paths, teacher_parts: tuple, device, facts: dict) -> None:
+    """Keep the texts that the images know.
+
+    Args:
+        teacher_parts: clip, tokenizer and identity of `load_clip`.
+    """
+    clip, tokenizer, identity = teacher_parts
+    count = min(args.max_images or len(paths), len(paths))
+    indices = np.linspace(0, len(paths), count, endpoint=False).astype(np.int64)
+    dtype = pick_amp_dtype(args.amp, device)[0] if device.type == "cuda" else None
+    teacher = FrozenTeacher(clip, identity, dtype or torch.float32).to(device)
+    rows, problems = embed_images(teacher, paths, indices, args)
+    for index, problem in problems.items():
+        print(f"unreadable, left out: {printable(paths.relative(index))}: {problem}")
+    if problems:
+        print(f"this is remembered: remove {args.output}/embeddings to try these images again")
+    readable = torch.isfinite(rows[:, 0])
+    images, indices = rows[readable], indices[readable.numpy()]
+    facts |= {"images": len(images), "unreadable": len(problems)}
+    if len(images) < args.n_min:
+        raise InputError(
+            f"--images {args.images}: {len(images)} of {len(rows)} images could be read, fewer "
+            f"than --n_min {args.n_min}; if they have come back since, remove {args.output}/embeddings"
+        )
+    generic = encode_texts(clip, tokenizer, [args.generic])[0].float().cpu()
+    names = [text.kind if args.rank_in == "kind" else "" for text in candidates.texts]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    texts = candidates.embeddings
+    found = ground(
+        images, texts, generic, torch.tensor([numbers[name] for name in names]), tau=identity.tau, topk=args.topk,
+        n_min=args.n_min, hub_share=args.hub_share, margin=args.margin, correction=args.correction,
+    )  # fmt: skip
+    usage, corrected, gap = found.usage.tolist(), found.corrected.tolist(), found.gap.tolist()
+    for j, best in enumerate(found.best_images.tolist()):
+        candidates.notes[j] = {"usage": usage[j], "corrected": corrected[j], "images": [int(indices[i]) for i in best]}
+        if usage[j]:
+            candidates.notes[j]["gap"] = round(gap[j], 4)
+    why = {
+        "ungrounded": lambda j: f"{usage[j]} images take it, {args.n_min} are needed",
+        "hub": lambda j: f"{corrected[j]} images take it after correction, more than {found.limit[j]:.1%} of them",
+        "generic": lambda j: f"{gap[j]:+.3f} against '{args.generic}', {args.margin:+g} is needed",
+    }
+    candidates.drop({j: (reason, why[reason](j)) for j, reason in enumerate(found.reasons) if reason})
+    kept = torch.tensor([not reason for reason in found.reasons])
+    facts |= bank_statistics(images, texts, kept, identity.tau)
+    print(f"teacher entropy {facts['teacher_entropy']:.3f} of log T (0: hard labels, 1: says nothing)")
+
+
+def write_bank(args, candidates: Candidates, templates: Templates, identity: TeacherIdentity, facts: dict, paths):
+    """Write texts.jsonl, removed.jsonl, bank.npy, report.html and bank.json to --output.
+
+    bank.json is written last: it describes the others, and a folder without it is refused.
+    """
+    output = Path(args.output)
+    kept = []
+    for number, (text, note) in enumerate(zip(candidates.texts, candidates.notes)):
+        row = {"id": number, "text": text.text, "kind": text.kind, "attrs": text.attrs, "template": text.template}
+        if args.ensemble:
+            row["wordings"] = wordings_of(text, templates, True)
+        kept.append(row | {"rows": text.count} | note)
+    lists = {"kept": kept, "removed": candidates.removed}
+    (output / "bank.json").unlink(missing_ok=True)
+    for name, file in (("kept", "texts.jsonl"), ("removed", "removed.jsonl")):
+        lines = []
+        for row in lists[name]:
+            if "images" in row:  # numbers mean nothing without the list
+                row = row | {"images": [printable(paths.relative(index)) for index in row["images"]]}
+            lines.append(json.dumps(row, ensure_ascii=False) + "\n")
+        write_atomic(output / file, lambda opened, lines=lines: opened.write("".join(lines).encode()))
+    bank = candidates.embeddings.numpy().astype(np.float32)
+    write_atomic(output / "bank.npy", lambda opened: np.save(opened, bank))
+    title = f"Texts for {identity.model}: {len(kept)} kept, {len(candidates.removed)} removed"
+    write_description_report(output / "report.html", title, facts, lists, paths, args.report_texts)
+    about = {
+        "kind": "cgd-mae text bank folder",
+        "teacher": asdict(identity),
+        "pretrained": str(args.clip_pretrained),
+        "texts": len(kept),
+        "dim": bank.shape[1],
+        "dtype": "float32",
+        "logit_scale": math.log(1 / identity.tau),
+        "texts_sha256": hash_texts([row["text"] for row in kept]),
+        "bank_sha256": hashlib.sha256(bank.tobytes()).hexdigest(),
+        "templates_sha256": hashlib.sha256(Path(args.templates).read_bytes()).hexdigest(),
+        "ensemble": args.ensemble,
+        "grounded": paths is not None,
+        "open_clip": open_clip.__version__,
+    }
+    write_json(output / "bank.json", about)
