@@ -13,11 +13,11 @@ import torch.nn.functional as F
 
 from datasets.eval_images import WholeImages
 from datasets.path_list import printable
-from datasets.text_bank import hash_texts
+from datasets.text_bank import TeacherIdentity, hash_texts
 from description.grounding import bank_statistics, ground, near_duplicates
 from description.texts import Templates, Text, cap, wordings_of
 from engine_extract import extract_to_file
-from models_teacher import FrozenTeacher, TeacherIdentity, check_tokens, encode_texts
+from models_teacher import FrozenTeacher, check_tokens, encode_texts
 from reports.description import write_description_report
 from util.errors import InputError
 from util.files import write_atomic, write_json

@@ -14,19 +14,20 @@ from conftest import ROOT, command, parse, read_log, run_command, small_flags, w
 import main_describe
 import main_pretrain
 from datasets.path_list import printable
-from datasets.text_bank import build_bank, read_encoded
+from datasets.text_bank import read_encoded
 from description.bank import mean_of_wordings
 from description.canonical import canonical_row, split_class_name, with_articles
 from description.grounding import bank_statistics, ground, near_duplicates
 from description.readers import read_attributes
 from description.texts import DEFAULT_TEMPLATES, Templates, Text, cap, fill, invisible_reason, read_templates
-from models_teacher import load_clip
+from models_teacher import build_bank, load_clip
 from util.errors import InputError
 
 
 def write_cells(file, **cells: list[str]):
     """A .mat file of cell arrays."""
-    savemat = pytest.importorskip("scipy.io").savemat
+    from scipy.io import savemat  # here: only these need it
+
     file.parent.mkdir(parents=True, exist_ok=True)
     savemat(file, {name: np.array(texts, dtype=object)[:, None] for name, texts in cells.items()}, do_compression=True)
     return file
