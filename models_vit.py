@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from timm.layers import PatchEmbed, get_act_layer, set_fused_attn
+from timm.layers import DropPath, PatchEmbed, get_act_layer, set_fused_attn
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from datasets.images import UNREADABLE, is_turned, open_rgb, to_rgb, why_unreadable
 from datasets.transforms import whole_image
-from util.dist import pick_device
+from util.dist import get_rank, get_world_size, pick_device
 from util.errors import InputError
 from util.fetch import fetch
 from util.names import ENCODER_SIZES
@@ -69,6 +69,23 @@ def patch_grid(img_size: tuple[int, int], patch_size: int, stride: int) -> tuple
     return (img_size[0] - patch_size) // stride + 1, (img_size[1] - patch_size) // stride + 1
 
 
+class SameOnAnyRanksDropPath(nn.Module):
+    """Stochastic depth (Huang et al., 2016): in training a sample skips the branch with chance `rate`, the others are
+    scaled by 1 / (1 - rate). Draws for the images of all ranks and takes this rank's: one seed, one result."""
+
+    def __init__(self, rate: float):
+        super().__init__()
+        # a tensor: torch.compile would compile a block anew for each block's own number
+        self.register_buffer("rate", torch.tensor(rate), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, T, D] -> the same shape."""
+        if not self.training:
+            return x
+        kept = torch.rand(get_world_size(), len(x), 1, 1, device=x.device)[get_rank()] >= self.rate
+        return x * kept / (1 - self.rate)
+
+
 def build_blocks(
     dim: int, depth: int, num_heads: int, fused_attn: bool, drop_path: float = 0.0, quick_gelu: bool = False
 ) -> nn.ModuleList:
@@ -82,10 +99,14 @@ def build_blocks(
     set_fused_attn(fused_attn)
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
     act = get_act_layer("quick_gelu" if quick_gelu else "gelu")
-    return nn.ModuleList(
+    blocks = nn.ModuleList(
         Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate, act_layer=act)
         for rate in rates
     )
+    for name, module in list(blocks.named_modules()):
+        if isinstance(module, DropPath):
+            blocks.set_submodule(name, SameOnAnyRanksDropPath(module.drop_prob))
+    return blocks
 
 
 class VisionTransformer(nn.Module):

@@ -16,12 +16,12 @@ import main_finetune
 from datasets.reid import read_reid
 from datasets.samplers import PKBatches
 from datasets.transforms import PadCropErase, erase_box, erase_boxes
-from engine_finetune import forward_backward
+from engine_finetune import forward_backward, seed_of_step
 from finetune.reid_eval import extract_reid
 from finetune.reid_model import load_reid
 from models_mae import MODELS
 from models_transreid import TransReID, TransReIDConfig
-from models_vit import VisionTransformer
+from models_vit import SameOnAnyRanksDropPath, VisionTransformer
 from util.checkpoint import read_checkpoint, write_safetensors
 from util.errors import InputError
 from util.losses import center_loss, hard_triplet_loss, move_centers
@@ -411,6 +411,17 @@ def test_centre_loss_by_hand():
     assert center_loss(features, pids, centers).item() == pytest.approx((1 + 9 + 0) / 3 / 2)
     move_centers(centers, features, pids, rate=0.5)
     assert torch.allclose(centers, torch.tensor([[1 + 0.5 / 3, 0.5], [0.0, 2.0]]))
+
+
+def test_stochastic_depth_skips_whole_samples_and_keeps_the_mean():
+    layer = SameOnAnyRanksDropPath(0.25)
+    x = torch.ones(4000, 2, 3)
+    assert torch.equal(layer.eval()(x), x)
+    torch.manual_seed(seed_of_step(0, 1, 2))
+    y = layer.train()(x)
+    assert y.unique().tolist() == [0.0, pytest.approx(4 / 3)]
+    assert (y == y[:, :1, :1]).all() and abs(y.mean() - 1) < 0.05
+    assert seed_of_step(0, 1, 2) != seed_of_step(0, 2, 1)
 
 
 def test_transreids_loader_takes_our_encoder(tmp_path):
