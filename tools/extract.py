@@ -26,8 +26,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes per rank (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"),
-        help="precision (default none: fp32)")
+    add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"), help="precision (default none: fp32)")
     # fmt: on
     return parser
 
@@ -69,14 +68,8 @@ def extract(args, device) -> dict:
     model = load_encoder(args.checkpoint, size, device)
     print_main(f"encoder {args.checkpoint}:\n{model.report}")
     paths = list_images(args.data_path, args.split)
-    job = {
-        "checkpoint_sha256": file_sha256(args.checkpoint),
-        "images_sha256": paths.sha256(),
-        "images": len(paths),
-        "read_out": args.read_out,
-        "img_size": list(model.img_size),
-        "amp": str(amp_dtype),
-    }
+    job = {"checkpoint_sha256": file_sha256(args.checkpoint), "images_sha256": paths.sha256(), "images": len(paths)}
+    job |= {"read_out": args.read_out, "img_size": list(model.img_size), "amp": str(amp_dtype)}
     images = WholeImages(paths, np.arange(len(paths)), model.img_size)
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "amp_dtype": amp_dtype}
     result = extract_to_file(lambda imgs: model.encode(imgs)[args.read_out], images, device, output, job, **loading)
