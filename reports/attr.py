@@ -1,6 +1,6 @@
 """The page of an attribute test: each attribute beside a constant answer, pictures of what is wrong."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +46,7 @@ class AttributeTest:
     probs: np.ndarray
     labels: np.ndarray
     threshold: float
+    pictures: Pictures = field(default_factory=Pictures)
 
     @property
     def said(self) -> np.ndarray:
@@ -55,6 +56,24 @@ class AttributeTest:
         """[n] float64: 2 |g & p| / (|g| + |p|) of each image, 0 where both are empty."""
         true = self.labels == 1
         return ratio(2 * (true & self.said).sum(axis=1), true.sum(axis=1) + self.said.sum(axis=1))
+
+    def card(self, row: int) -> Html:
+        """An image, with what is true of it and what was said."""
+        true, said, probs, names = self.labels[row] == 1, self.said[row], self.probs[row], self.known.names
+        lines = []
+        for word, which in (("right", true & said), ("missed", true & ~said), ("false", said & ~true)):
+            found, sign = np.flatnonzero(which), mark(VERDICTS[word], word)
+            found = found[np.argsort(-probs[found], kind="stable")].tolist()
+            lines += [tag("li", sign, f" {names[a]} {probs[a]:.2f}") for a in found[:MOST_LINES]]
+            if len(found) > MOST_LINES:
+                lines.append(tag("li", sign, f": {len(found) - MOST_LINES} more"))
+        kind, place = "right" if (true == said).all() else "wrong", int(self.places[row])
+        alt = f"{kind}: " + ", ".join(names[a] for a in np.flatnonzero(true))
+        picture = self.pictures.one(self.paths[place], self.paths.relative(place), alt)
+        return card(picture, tag("ul", *(lines or [tag("li", "nothing is true, nothing was said")])), kind=kind)
+
+    def cards(self, rows: np.ndarray) -> Html:
+        return cards([self.card(row) for row in rows.tolist()], "cards")
 
 
 def write_attr_report(
@@ -82,9 +101,8 @@ def write_attr_report(
     draw_curves(page, test)
     add_confusions(page, test)
     page.section("Worst attributes", "Those of the lowest mean of TPR and TNR among those with true and false images.")
-    shown = Cards(test)
     for row in worst:
-        add_worst_attribute(page, shown, row)
+        add_worst_attribute(page, test, row)
     f1 = test.image_f1()
     wrong_by = np.where(test.labels == 1, 1 - test.probs, np.where(test.labels == 0, test.probs, 0)).max(axis=1)
     lowest = "Those of the lowest F1, among equals the surest of what is wrong first."
@@ -93,8 +111,8 @@ def write_attr_report(
         ("Random images", f"Drawn from all, seed {seed}.", np.random.default_rng(seed).permutation(len(f1))),
     ):
         page.section(title, words, " ", legend())
-        page.add(shown.list(chosen[:SHOWN]))
-    if lost := len(shown.pictures.lost):
+        page.add(test.cards(chosen[:SHOWN]))
+    if lost := len(test.pictures.lost):
         page.note(tag("b", f"{lost:,} of the pictures cannot be opened.", kind="wrong"))
     page.write(file)
 
@@ -167,10 +185,9 @@ def legend() -> Html:
     return join("", [*parts, "With the probability of each. Solid green frame: no fault; dashed red: one."])
 
 
-def add_worst_attribute(page: Page, shown: "Cards", row: dict) -> None:
+def add_worst_attribute(page: Page, test: AttributeTest, row: dict) -> None:
     """What was missed and what was taken for it, the surest first."""
-    test, name = shown.test, row["attribute"]
-    column = test.known.names.index(name)
+    name, column = row["attribute"], test.known.names.index(row["attribute"])
     label, said, score = test.labels[:, column], test.said[:, column], test.probs[:, column]
     numbers = f"mA {percent(row['mA'])} %, AP {percent(row['AP'])} %"
     parts = [tag("h3", name, tag("span", f"{numbers}, true in {row['support']:,} of {row['images']:,} images"))]
@@ -178,31 +195,5 @@ def add_worst_attribute(page: Page, shown: "Cards", row: dict) -> None:
     for words, found, order in (("Missed: {}, not said", missed, score), ("False: {} said, not true", taken, -score)):
         if len(found):
             chosen = found[np.argsort(order[found], kind="stable")][:WORST]
-            parts += [tag("h4", words.format(name), f": {len(found):,}."), shown.list(chosen)]
+            parts += [tag("h4", words.format(name), f": {len(found):,}."), test.cards(chosen)]
     page.add(tag("article", *parts))
-
-
-class Cards:
-    """Images as HTML, with what is true of them and what was said."""
-
-    def __init__(self, test: AttributeTest):
-        self.test, self.said, self.pictures = test, test.said, Pictures()
-
-    def list(self, rows: np.ndarray) -> Html:
-        return cards([self.one(row) for row in rows.tolist()], "cards")
-
-    def one(self, row: int) -> Html:
-        test, names = self.test, self.test.known.names
-        true, said, probs = test.labels[row] == 1, self.said[row], test.probs[row]
-        lines = []
-        for word, which in (("right", true & said), ("missed", true & ~said), ("false", said & ~true)):
-            found, sign = np.flatnonzero(which), mark(VERDICTS[word], word)
-            found = found[np.argsort(-probs[found], kind="stable")].tolist()
-            lines += [tag("li", sign, f" {names[a]} {probs[a]:.2f}") for a in found[:MOST_LINES]]
-            if len(found) > MOST_LINES:
-                lines.append(tag("li", sign, f": {len(found) - MOST_LINES} more"))
-        kind = "right" if (true == said).all() else "wrong"
-        place = int(test.places[row])
-        alt = f"{kind}: " + ", ".join(names[a] for a in np.flatnonzero(true))
-        picture = self.pictures.one(test.paths[place], test.paths.relative(place), alt)
-        return card(picture, tag("ul", *(lines or [tag("li", "nothing is true, nothing was said")])), kind=kind)

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -44,11 +44,18 @@ class Curated:
     evidence: dict[str, dict[str, float]]
     sizes: dict[str, np.ndarray]
     settings: dict
+    pictures: Pictures = field(default_factory=Pictures)
+
+    def card(self, row: int, kind: str, *words: object) -> Html:
+        """The picture of a row; its box is cut out as in training."""
+        box, name = self.index.box[row].tolist(), self.images.name(row)
+        picture = self.pictures.one(self.images[row], name, name, tuple(box) if box[2] > 0 else None)
+        return card(picture, *words, kind=kind)
 
 
 def write_curation_report(file: Path, found: Curated) -> None:
     """Write the page."""
-    pool, pictures = int((~found.index.excluded).sum()), Album(found)
+    pool = int((~found.index.excluded).sum())
     page = Page(f"Curation: {len(found.selection):,} of {pool:,} images")
     page.section("What was removed")
     page.add(funnel(found, pool), tag("h3", "By source"), source_table(found))
@@ -64,13 +71,13 @@ def write_curation_report(file: Path, found: Curated) -> None:
     page.add(table(["", *found.evidence], rows))
     draw_sizes(page, found.sizes)
     page.section("Clusters", "From the largest to the smallest. Green frame: chosen. Click a picture to enlarge it.")
-    page.add(mosaic(found, pictures))
+    page.add(mosaic(found))
     page.section("Copies within the pool", COPIES)
-    page.add(removed_pairs(found.removals["duplicates"], pictures))
+    page.add(removed_pairs(found, "duplicates"))
     page.section("Benchmark pictures in the pool")
-    page.add(removed_pairs(found.removals["leaks"], pictures))
+    page.add(removed_pairs(found, "leaks"))
     page.section("Other removals", "With the value that was measured, from the smallest to the largest.")
-    page.add(removed_examples(found, pictures))
+    page.add(removed_examples(found))
     page.section("Settings")
     page.add(tag("pre", json.dumps(found.settings, indent=1)))
     page.write(file)
@@ -114,19 +121,7 @@ def draw_sizes(page: Page, sizes: dict[str, np.ndarray]) -> None:
     page.figure("Sizes of the cells", axes, words, "chart wide")
 
 
-class Album:
-    """Pictures of rows; boxes are cut out as in training."""
-
-    def __init__(self, found: Curated):
-        self.found, self.pictures = found, Pictures()
-
-    def card(self, row: int, kind: str, *words: object) -> Html:
-        box = self.found.index.box[row].tolist()
-        file, name = self.found.images[row], self.found.images.name(row)
-        return card(self.pictures.one(file, name, name, tuple(box) if box[2] > 0 else None), *words, kind=kind)
-
-
-def mosaic(found: Curated, album: Album) -> Html:
+def mosaic(found: Curated) -> Html:
     """Of clusters from the largest to the smallest some images that were chosen, and some that were left out."""
     blocks = []
     for number, (domain, (rows, cluster_of)) in enumerate(found.clusters.items()):
@@ -138,7 +133,7 @@ def mosaic(found: Curated, album: Album) -> Html:
             kept, items = np.isin(members, found.selection), []
             for wanted, kind in ((members[kept], "right"), (members[~kept], "")):
                 some = rng.choice(wanted, min(len(wanted), MEMBERS_SHOWN // 2), replace=False)
-                items += [album.card(row, kind) for row in np.sort(some).tolist()]
+                items += [found.card(row, kind) for row in np.sort(some).tolist()]
             name = f"{domain}, " * (len(found.clusters) > 1)
             title = f"{name}cluster {cluster}: {kept.sum():,} of {len(members):,}"
             blocks.append(tag("div", tag("h3", title), cards(items)))
@@ -155,20 +150,20 @@ def by_reason(removal, has_other: bool, wanted: int):
             yield reason, mine, mine[np.unique(np.linspace(0, len(mine) - 1, wanted).astype(int))].tolist()
 
 
-def removed_pairs(removal, album: Album) -> Html:
+def removed_pairs(found: Curated, stage: str) -> Html:
     """For each reason a few removed images beside what stands for them, from the least to the most alike."""
-    blocks = []
+    blocks, removal = [], found.removals[stage]
     for reason, mine, some in by_reason(removal, True, PAIRS_SHOWN):
         pairs = [
-            cards([album.card(removal.rows[k], "wrong", mark("wrong", "removed")),
-                   album.card(removal.of[k], "right", f"{removal.value[k]:.3f}")])
+            cards([found.card(removal.rows[k], "wrong", mark("wrong", "removed")),
+                   found.card(removal.of[k], "right", f"{removal.value[k]:.3f}")])
             for k in some
         ]  # fmt: skip
         blocks += [tag("h3", f"{reason}: {len(mine):,}"), tag("div", *pairs, kind="row")]
     return join("", blocks or [tag("p", "None.")])
 
 
-def removed_examples(found: Curated, album: Album) -> Html:
+def removed_examples(found: Curated) -> Html:
     """For each reason without a counterpart a few images; of unreadable ones the names."""
     blocks = []
     for removal in found.removals.values():
@@ -177,6 +172,6 @@ def removed_examples(found: Curated, album: Album) -> Html:
                 names = (found.images.name(int(row)) for row in removal.rows[mine][:NAMES_SHOWN])
                 shown = tag("ul", *(tag("li", name) for name in names))
             else:
-                shown = cards([album.card(removal.rows[k], "", f"{removal.value[k]:.3g}") for k in some])
+                shown = cards([found.card(removal.rows[k], "", f"{removal.value[k]:.3g}") for k in some])
             blocks += [tag("h3", f"{reason}: {len(mine):,}"), shown]
     return join("", blocks or [tag("p", "None.")])

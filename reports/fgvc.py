@@ -1,7 +1,7 @@
 """The page of a test of fine-grained classes: which are confused, with what, and what was looked at."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -36,19 +36,20 @@ class Answers:
     crop: Callable[[int], torch.Tensor] | None = None
     parts: Callable[[torch.Tensor], torch.Tensor] | None = None
     patches: tuple[int, int, int] = (0, 0, 0)
+    pictures: Pictures = field(default_factory=Pictures)
 
     @property
     def answers(self) -> torch.Tensor:
         return self.logits.argmax(dim=1)
 
-    def card(self, pictures: Pictures, row: int, kind: str, *words: object) -> Html:
+    def card(self, row: int, kind: str, *words: object) -> Html:
         paths, true = self.images.paths, self.classes[int(self.images.labels[row])]
-        return card(pictures.one(paths[row], paths.relative(row), f"{true}, {kind}"), *words, kind=kind)
+        return card(self.pictures.one(paths[row], paths.relative(row), f"{true}, {kind}"), *words, kind=kind)
 
 
 def write_fgvc_report(file: Path, protocol: str, facts: dict[str, object], found: Answers, seed: int = 0) -> None:
     """Write the page; protocol: the line that belongs to the numbers; seed: of the random draw."""
-    numbers, pictures = found.scores.numbers, Pictures()
+    numbers = found.scores.numbers
     tiles = {title: f"{100 * numbers[name]:.2f} %" for name, title in TILES.items()}
     tiles |= {"images": f"{len(found.images):,}", "classes": f"{numbers['classes_with_images']:,}"}
     page = Page("Fine-grained classes", protocol, tiles, facts)
@@ -63,9 +64,9 @@ def write_fgvc_report(file: Path, protocol: str, facts: dict[str, object], found
         mark("right"), ": answered right, ", mark("wrong"), ": taken for the other class; no mark: for a third, "
         "which is named.",
     )  # fmt: skip
-    page.add(confused_pairs(found, pictures))
+    page.add(confused_pairs(found))
     page.section("Sure and wrong", "Wrong answers with the highest probability: some are mistakes of the labels.")
-    page.add(sure_and_wrong(found, pictures))
+    page.add(sure_and_wrong(found))
     if found.parts is not None:
         page.section("Selected parts")
         add_parts(page, found, seed)
@@ -81,12 +82,8 @@ def draw_curves(page: Page, found: Answers) -> None:
     )
     page.histogram("Classes by their accuracy", share, "right images", "classes", caption)
     last = min(20, max(len(found.classes), 2))
-    right = [100 * (found.scores.ranks < k).float().mean().item() for k in range(1, last + 1)]
-    axes = new_axes("k", "% of the images")
-    axes.plot(range(1, last + 1), right)
-    axes.set_ylim(0, 102)
-    some = ", ".join(f"{k}: {right[k - 1]:.1f} %" for k in (1, 2, 5, 10, 20) if k <= last)
-    page.figure("Right class among the first k", axes, f"Images with their class in the first k. {some}.")
+    right = [(found.scores.ranks < k).float().mean().item() for k in range(1, last + 1)]
+    page.first_k("Right class among the first k", right, "images", "Images with their class in the first k.")
 
 
 def class_tables(found: Answers) -> Html:
@@ -125,19 +122,17 @@ def draw_confusion(page: Page, confusion: np.ndarray) -> None:
     page.figure(f"Confusion of {len(share)} classes", axes, caption, "chart large")
 
 
-def confused_pairs(found: Answers, pictures: Pictures) -> Html:
+def confused_pairs(found: Answers) -> Html:
     """The two-way most confused classes side by side, images that were taken for the other first."""
     confusion = found.scores.confusion
     both = (confusion + confusion.t()).triu(1)
     order = both.flatten().argsort(descending=True, stable=True)[:PAIRS].tolist()
     pairs = [divmod(place, len(both)) for place in order if both.flatten()[place]]
-    articles = [
-        tag("article", pair_side(found, pictures, a, b), pair_side(found, pictures, b, a), kind="row") for a, b in pairs
-    ]
+    articles = [tag("article", pair_side(found, a, b), pair_side(found, b, a), kind="row") for a, b in pairs]
     return join("", articles or [tag("p", "No class is taken for another.")])
 
 
-def pair_side(found: Answers, pictures: Pictures, number: int, other: int) -> Html:
+def pair_side(found: Answers, number: int, other: int) -> Html:
     """Images of class `number`: those taken for `other`, then those answered right, then the rest."""
     rows = np.flatnonzero(found.images.labels == number)
     answers = found.answers.numpy()[rows]
@@ -145,19 +140,19 @@ def pair_side(found: Answers, pictures: Pictures, number: int, other: int) -> Ht
     items = []
     for row, answer in zip(rows[order[:SIDE]].tolist(), answers[order].tolist()):
         kind = {other: "wrong", number: "right"}.get(answer, "")
-        items.append(found.card(pictures, row, kind, mark(kind) if kind else found.classes[answer]))
+        items.append(found.card(row, kind, mark(kind) if kind else found.classes[answer]))
     times = f"{int(found.scores.confusion[number, other])} of {len(rows)} taken for the other"
     return tag("div", tag("h4", tag("b", found.classes[number]), BREAK, times), cards(items))
 
 
-def sure_and_wrong(found: Answers, pictures: Pictures) -> Html:
+def sure_and_wrong(found: Answers) -> Html:
     """Wrong answers by the probability that the model gives them."""
     probability = found.logits.softmax(dim=1).amax(dim=1)
     wrong = (found.scores.ranks > 0).nonzero()[:, 0]
     items = []
     for row in wrong[probability[wrong].argsort(descending=True, stable=True)][:SHOWN].tolist():
         said, true = (found.classes[int(k)] for k in (found.answers[row], found.images.labels[row]))
-        items.append(found.card(pictures, row, "wrong", f"{100 * probability[row]:.0f} %: {said}", BREAK, f"is {true}"))
+        items.append(found.card(row, "wrong", f"{100 * probability[row]:.0f} %: {said}", BREAK, f"is {true}"))
     return cards(items, empty="No answer is wrong.")
 
 

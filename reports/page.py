@@ -222,6 +222,14 @@ class Page:
         axes.hist(100 * shares, 20, range=(0, 100))
         self.figure(title, axes, caption)
 
+    def first_k(self, title: str, shares: list[float], y_title: str, words: str) -> None:
+        """What share of [0, 1] has its right answer among the first 1, 2, ... k."""
+        axes = new_axes("k", f"% of the {y_title}")
+        axes.plot(range(1, len(shares) + 1), [100 * share for share in shares])
+        axes.locator_params(axis="x", integer=True)
+        some = ", ".join(f"{k}: {percent(shares[k - 1])} %" for k in (1, 2, 5, 10, 20, 50) if k <= len(shares))
+        self.figure(title, axes, f"{words} {some}.")
+
     def rank_lists(self, lists: list[tuple]) -> None:
         """Of each (title, words, own cards, found cards) an article: what was asked, beside it what was found."""
         for title, words, own, found in lists:

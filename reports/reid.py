@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ImageOps
 
-from datasets.images import UNREADABLE, open_rgb
+from datasets.images import open_rgb
 from datasets.reid import ReidImages
 from datasets.transforms import whole_image
 from metrics.protocols import Protocol
@@ -68,24 +68,23 @@ def write_reid_report(
     ranking = Ranking(test.protocol, test.query, test.gallery, shown, seed)
     for similar in cosine_blocks(test.query_features, test.gallery_features, device):
         ranking.add(similar)
-    heats = query_heats(model, test.query, sorted(ranking.similar)) if model is not None else {}
-    lists = Lists(ranking, test.pid_names, topk, heats)
-    drawn = {name: [lists.one(row) for row in ranking.chosen[name].tolist()] for name in SECTIONS}
+    lists = Lists(ranking, test.pid_names, topk, model)
+    drawn = {row: lists.one(row) for row in ranking.similar}
     page = Page(f"Re-identification: {test.protocol.name}", test.protocol.line(), tiles(test.metrics), facts)
     page.section("Ranking", summary(ranking))
     draw_curves(page, ranking)
-    page.note(legend(test.protocol, topk, bool(heats), len(lists.pictures.lost)))
+    page.note(legend(test.protocol, topk, model is not None, len(lists.pictures.lost)))
     for name, (title, words) in SECTIONS.items():
         page.section(title, words.format(seed=seed))
-        page.rank_lists(drawn[name])
+        page.rank_lists([drawn[row] for row in ranking.chosen[name].tolist()])
     page.write(file)
 
 
 class Lists:
     """Ranked lists as HTML."""
 
-    def __init__(self, ranking: Ranking, pid_names: list[str], topk: int, heats: dict[int, Image.Image]):
-        self.ranking, self.pid_names, self.topk, self.heats = ranking, pid_names, topk, heats
+    def __init__(self, ranking: Ranking, pid_names: list[str], topk: int, model: TransReID | None):
+        self.ranking, self.pid_names, self.topk, self.model = ranking, pid_names, topk, model
         self.pictures = Pictures()
 
     def one(self, row: int) -> tuple[str, str, list[Html], list[Html]]:
@@ -95,11 +94,20 @@ class Lists:
         where = f"1 match, at rank {hits[0]:,}"
         if len(hits) > 1:
             where = f"{len(hits):,} matches, at ranks {hits[0]:,} to {hits[-1]:,}"
-        own = [card(self.picture(ranking.query, row, f"query, {who}"), tag("b", "query"))]
-        if row in self.heats:
-            own.append(card(image(self.heats[row], "roll-out of the query"), tag("b", "roll-out")))
-        found = [self.found(card) for card in ranking.cards(row, self.topk)]
+        own = [card(self.picture(ranking.query, row, f"query, {who}"), tag("b", "query")), *self.rollout(row)]
+        found = [self.found(hit) for hit in ranking.cards(row, self.topk)]
         return who, f"AP {100 * ranking.ap[row]:.1f} %, {where}", own, found
+
+    def rollout(self, row: int) -> list[Html]:
+        """The query under its roll-out, if there is a model and the file can be opened."""
+        query = self.ranking.query
+        if self.model is None or query.paths[row] in self.pictures.lost:
+            return []
+        picture = open_rgb(query.paths[row])
+        ids = (torch.from_numpy(x[[row]]) for x in (query.camids, query.viewids))
+        heat = reid_rollout(self.model, whole_image(picture, self.model.base.img_size)[None], *ids)[0]
+        drawn = heat_picture(ImageOps.contain(picture, (THUMB, THUMB)), heat)
+        return [card(image(drawn, "roll-out of the query"), tag("b", "roll-out"))]
 
     def found(self, hit: Card) -> Html:
         rank = f"rank {hit.rank:,}" if hit.rank else "not counted"
@@ -114,20 +122,6 @@ class Lists:
 
     def picture(self, images: ReidImages, row: int, alt: str) -> Html:
         return self.pictures.one(images.paths[row], images.paths.relative(row), alt)
-
-
-def query_heats(model: TransReID, query: ReidImages, rows: list[int]) -> dict[int, Image.Image]:
-    """{row: the query under its roll-out, THUMB px}, without files that cannot be opened."""
-    drawn = {}
-    for row in rows:
-        try:
-            picture = open_rgb(query.paths[row])
-        except UNREADABLE:
-            continue  # the list says so
-        ids = (torch.from_numpy(x[[row]]) for x in (query.camids, query.viewids))
-        heat = reid_rollout(model, whole_image(picture, model.base.img_size)[None], *ids)[0]
-        drawn[row] = heat_picture(ImageOps.contain(picture, (THUMB, THUMB)), heat)
-    return drawn
 
 
 def tiles(metrics: dict[str, float]) -> dict[str, str]:
@@ -163,12 +157,8 @@ def draw_curves(page: Page, ranking: Ranking) -> None:
         return
     last = min(CMC_RANKS, len(ranking.gallery))
     found = scores(ranking.ranks, tuple(range(1, last + 1)))
-    cmc = [100 * found[f"R{k}"] for k in range(1, last + 1)]
-    some = ", ".join(f"{k}: {cmc[k - 1]:.1f} %" for k in (1, 5, 10, 20, 50) if k <= last)
-    axes = new_axes("rank k", "% of the queries")
-    axes.plot(range(1, last + 1), cmc)
-    axes.set_ylim(min(math.floor(cmc[0] / 10) * 10, 90), 100)
-    page.figure("CMC", axes, f"Queries with a match in the first k. {some}.")
+    cmc = [found[f"R{k}"] for k in range(1, last + 1)]
+    page.first_k("CMC", cmc, "queries", "Queries with a match in the first k.")
     caption = f"Median {100 * np.median(ap):.1f} %; {(ap < 0.1).sum():,} of {len(ap):,} queries are below 10 %."
     page.histogram("AP of the queries", ap, "AP", "queries", caption)
     if ranking.others.any():
@@ -195,23 +185,23 @@ def draw_cosines(page: Page, ranking: Ranking) -> None:
     page.figure("Cosine of query and gallery", axes, caption)
 
 
-def legend(protocol: Protocol, topk: int, with_heats: bool, lost: int) -> Html:
+def legend(protocol: Protocol, topk: int, with_rollouts: bool, lost: int) -> Html:
     parts = [
-        "Beside each query its gallery images, from the highest cosine on, with their counted ranks.",
-        join("", [mark("right"), ", solid green frame: the same vehicle. ", mark("wrong"), ", dashed red: another."]),
-    ]
+        "Beside each query its gallery images, from the highest cosine on, with their counted ranks. ",
+        mark("right"), ", solid green frame: the same vehicle. ", mark("wrong"), ", dashed red: another. ",
+    ]  # fmt: skip
     if protocol.remove_same_camera:
-        words = (
+        parts += [
+            mark("junk"),
             ", dotted grey frame: the same vehicle seen by the query's own camera, which the protocol does not "
-            f"count; it stands where it would be; at most {topk} a list are shown."
-        )
-        parts.append(join("", [mark("junk"), words]))
-    parts.append(f"Behind the dots stands the first right one, if it comes after rank {topk}.")
-    if with_heats:
+            f"count; it stands where it would be; at most {topk} a list are shown. ",
+        ]
+    parts.append(f"Behind the dots stands the first right one, if it comes after rank {topk}. ")
+    if with_rollouts:
         parts.append(
             "Roll-out of attention (Abnar and Zuidema, 2020): from the patch that reaches the class token "
-            "least (black) to the one that does most (light yellow), each picture for itself."
+            "least (black) to the one that does most (light yellow), each picture for itself. "
         )
     if lost:
         parts.append(tag("b", f"{lost:,} of the pictures cannot be opened.", kind="wrong"))
-    return join(" ", parts)
+    return join("", parts)

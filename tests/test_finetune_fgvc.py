@@ -18,7 +18,6 @@ from finetune.fgvc_model import load_fgvc
 from metrics.fgvc import class_scores
 from models_vit import VisionTransformer, load_encoder
 from reports.fgvc import COLOURS, Answers, class_tables, confused_pairs, framed, sure_and_wrong
-from reports.page import Pictures
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
 
@@ -110,7 +109,7 @@ def test_confused_pairs_and_worst_classes_by_hand(files):
     scores = class_scores(logits, torch.from_numpy(data.test.labels))
     found = Answers(data.test, data.classes, logits, scores)
     names = found.classes
-    pairs = confused_pairs(found, Pictures()).split('<article class="row">')[1:]
+    pairs = confused_pairs(found).split('<article class="row">')[1:]
     assert len(pairs) == 2 and f"<b>{names[1]}</b><br>2 of 3 taken for the other" in pairs[0]
     assert f"<b>{names[3]}</b><br>1 of 3 taken for the other" in pairs[0]
     assert pairs[0].count('class="wrong"><img') == 3 and pairs[0].count('class="right"><img') == 2
@@ -118,7 +117,7 @@ def test_confused_pairs_and_worst_classes_by_hand(files):
     table = class_tables(found)
     assert table.index(names[1]) < table.index("0.0 %") < table.index("66.7 %") < table.index("100.0 %")
     assert f"{names[3]} (2 x)" in table and "(1 x)" in table
-    assert sure_and_wrong(found, Pictures()).count('class="wrong"><img') == 4
+    assert sure_and_wrong(found).count('class="wrong"><img') == 4
 
 
 def test_frames_lie_around_their_patches():
