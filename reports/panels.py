@@ -42,28 +42,30 @@ def reconstruction_columns(model, imgs: torch.Tensor, mask_ratio: float, noise: 
     return rgb.round().byte().permute(0, 1, 3, 4, 2).cpu()
 
 
-def draw_panel(columns: torch.Tensor, caption: str) -> Image.Image:
-    """[N, 4, H, W, 3] uint8 -> one picture with column titles and a caption."""
+def draw_reconstructions(model, imgs: torch.Tensor, mask_ratio: float, seed: int, title: str):
+    """Panels of images, [N, 3, H, W] uint8 on the model's device; masks are functions of (seed, row).
+
+    Returns:
+        The picture, four columns with their titles and a caption; the columns, [N, 4, H, W, 3] uint8 on the CPU.
+    """
+    noise = np.stack([mask_noise(seed, 0, i, model.num_patches) for i in range(len(imgs))])
+    columns = reconstruction_columns(model, imgs, mask_ratio, torch.from_numpy(noise).to(imgs.device))
     N, _, height, width, _ = columns.shape
     scale = max(1, round(160 / width))
     width, height = width * scale, height * scale
     gap, top, bottom = 6, 18, 20
     sheet = Image.new("RGB", (4 * (width + gap) + gap, N * (height + gap) + top + bottom), "white")
     draw = ImageDraw.Draw(sheet)
-    for c, title in enumerate(TITLES):
-        draw.text((gap + c * (width + gap), 3), title, fill="black")
+    for c, name in enumerate(TITLES):
+        draw.text((gap + c * (width + gap), 3), name, fill="black")
         for n in range(N):
             tile = Image.fromarray(columns[n, c].numpy()).resize((width, height), Image.Resampling.NEAREST)
             sheet.paste(tile, (gap + c * (width + gap), top + n * (height + gap)))
-    draw.text((gap, sheet.height - bottom + 3), caption, fill="black")
-    return sheet
-
-
-def panel_caption(model, mask_ratio: float, title: str) -> str:
-    text = f"{title}; {mask_ratio:.0%} masked"
+    caption = f"{title}; {mask_ratio:.0%} masked"
     if model.norm_pix_loss:
-        text += "; colours use the true mean and deviation of each patch (norm_pix_loss)"
-    return text
+        caption += "; colours use the true mean and deviation of each patch (norm_pix_loss)"
+    draw.text((gap, sheet.height - bottom + 3), caption, fill="black")
+    return sheet, columns
 
 
 def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int = 6) -> np.ndarray:
@@ -73,9 +75,7 @@ def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int =
         [H, W, 3] uint8 array; also written to `panels/epoch_<epoch>.png` of the run.
     """
     imgs = torch.stack(_some_readable(dataset, count)).to(run.device)
-    noise = np.stack([mask_noise(dataset.seed, 0, i, dataset.num_patches) for i in range(len(imgs))])
-    columns = reconstruction_columns(model, imgs, mask_ratio, torch.from_numpy(noise).to(run.device))
-    sheet = draw_panel(columns, panel_caption(model, mask_ratio, f"epoch {epoch}"))
+    sheet, _ = draw_reconstructions(model, imgs, mask_ratio, dataset.seed, f"epoch {epoch}")
     file = run.output_dir / "panels" / f"epoch_{epoch:04d}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)

@@ -16,6 +16,7 @@ from metrics.ranking import BINS, Ranking
 from metrics.reid import cosine_blocks, rank_hits, scores
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
+from reports.page import Page, Pictures, confusion_table, new_axes, table
 from reports.panels import attention_rollout, heat_picture, reid_rollout
 from reports.reid import ReidTest, write_reid_report
 
@@ -316,3 +317,19 @@ def test_heat_goes_from_black_to_yellow():
     pixels = np.asarray(picture).astype(int)
     assert pixels.shape == (20, 40, 3) and pixels[:, 0].max() < 5 and pixels[:, -1].min() > 80
     assert (np.diff(pixels.sum(axis=2)[10]) >= 0).all()
+
+
+def test_whatever_a_page_is_given_is_escaped(tmp_path):
+    evil = "<b>$x$&\"'"
+    page = Page(evil, evil, {evil: evil}, {evil: evil, "lr": 1 / 3})
+    page.section(evil, evil)
+    axes = new_axes(evil, evil)
+    for _ in range(2):
+        axes.plot([0, 1], label=evil)
+    page.figure(evil, axes, evil)
+    page.add(table([evil], [[evil]]), confusion_table([evil, "b"], np.eye(2, dtype=int)))
+    page.rank_lists([(evil, evil, [Pictures().one(tmp_path / evil, evil, evil)], [])])
+    page.write(tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    assert "<b>$x$" not in text and '"\'"' not in text and "0.3333" in text
+    assert text.count("&lt;b&gt;$x$&amp;") > 20 and "cannot be opened" in text

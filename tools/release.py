@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import torch
 
-from datasets.transforms import mask_noise, whole_image
+from datasets.transforms import whole_image
 from demo.draw import render
 from models_mae import load_autoencoder
 from models_vit import load_encoder
-from reports.panels import draw_panel, panel_caption, reconstruction_columns
+from reports.panels import draw_reconstructions
 from util.checkpoint import encoder_state, read_checkpoint, write_safetensors, write_torch
 from util.errors import InputError
 from util.files import file_sha256, write_atomic, write_json
@@ -100,9 +99,7 @@ def _write_sample(file: Path, model, ratio: float, name: str) -> None:
     """Reconstructions of four drawn vehicles: no photo is published."""
     drawn = [render(seed=7, pid=i, camid=i, viewid=i, shot=0, size=256) for i in range(4)]
     images = torch.stack([whole_image(image, model.img_size) for image in drawn])
-    noise = torch.from_numpy(np.stack([mask_noise(0, 0, i, model.num_patches) for i in range(4)]))
-    columns = reconstruction_columns(model, images, ratio, noise)
-    sheet = draw_panel(columns, panel_caption(model, ratio, name))
+    sheet, _ = draw_reconstructions(model, images, ratio, 0, name)
     write_atomic(file, lambda opened: sheet.save(opened, format="PNG"))
 
 

@@ -32,14 +32,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
-import numpy as np
 import torch
 
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from datasets.manifest import list_images
-from datasets.transforms import mask_noise, whole_image
+from datasets.transforms import whole_image
 from models_mae import count_kept, load_autoencoder
-from reports.panels import draw_panel, panel_caption, reconstruction_columns
+from reports.panels import draw_reconstructions
 from util.errors import InputError
 from util.fetch import fetch
 from util.files import write_atomic
@@ -54,22 +53,19 @@ def main(args) -> dict:
     if len(files) == 1 and (first.is_dir() or first.suffix in (".csv", ".tsv", ".jsonl", ".txt")):
         paths = list_images(first)
         files = [paths[i] for i in range(min(args.count, len(paths)))]
-    imgs, problems = [], {}
+    imgs = []
     for file in files:
         try:
             imgs.append(whole_image(open_rgb(file), model.img_size))
         except UNREADABLE as error:
-            problems[str(file)] = why_unreadable(error)
-            print(f"unreadable, left out: {file}: {problems[str(file)]}")
+            print(f"unreadable, left out: {file}: {why_unreadable(error)}")
     if not imgs:
         raise InputError(f"none of the {len(files)} given images could be read")
-    noise = np.stack([mask_noise(args.seed, 0, i, model.num_patches) for i in range(len(imgs))])
-    batch = torch.stack(imgs)
-    columns = reconstruction_columns(model, batch, args.mask_ratio, torch.from_numpy(noise))
+    title = Path(args.checkpoint).name
+    sheet, columns = draw_reconstructions(model, torch.stack(imgs), args.mask_ratio, args.seed, title)
     error = (columns[:, 0].float() - columns[:, 3].float()).square().mean().item()
-    sheet = draw_panel(columns, panel_caption(model, args.mask_ratio, Path(args.checkpoint).name))
     write_atomic(args.output, lambda opened: sheet.save(opened, format="PNG"))
-    return {"images": len(imgs), "unreadable": len(problems), "mse_255": error, "output": args.output}
+    return {"images": len(imgs), "unreadable": len(files) - len(imgs), "mse_255": error, "output": args.output}
 
 
 if __name__ == "__main__":
