@@ -27,8 +27,6 @@ def encoder(checkpoint, **kwargs):
     Args:
         checkpoint: a file, a name of util/registry.json, https://..., or hf://ORG/REPO/FILE.
         kwargs: of `load_encoder`, as `img_size=(H, W)` in px and `device`.
-    Raises:
-        InputError: nothing there, or no ViT that this project knows.
     """
     return models_vit.load_encoder(checkpoint, **kwargs)
 
@@ -40,8 +38,6 @@ def mae(name="mae_vit_base_patch16", checkpoint="", **kwargs):
         name: of `models_mae.MODELS`.
         checkpoint: a file with a decoder, given as for `encoder`; "" keeps the initial weights.
         kwargs: of `models_mae.load_autoencoder`; facebook's files do not say norm_pix_loss=True.
-    Raises:
-        InputError: unknown name, no such file, or one without a decoder of this architecture.
     """
     if name not in models_mae.MODELS:
         nearest = difflib.get_close_matches(name, models_mae.MODELS, n=1, cutoff=0)

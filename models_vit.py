@@ -144,13 +144,11 @@ class VisionTransformer(nn.Module):
     ):
         super().__init__()
         self._settings = {
-            "img_size": tuple(img_size), "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth,
-            "num_heads": num_heads, "mean": tuple(mean), "std": tuple(std), "stride": stride or patch_size,
+            "img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth,
+            "num_heads": num_heads, "mean": mean, "std": std, "stride": stride or patch_size,
             "pre_norm": pre_norm, "quick_gelu": quick_gelu,
         }  # fmt: skip
-        self.img_size = tuple(img_size)
-        self.patch_size = patch_size
-        self.stride = stride or patch_size
+        self.img_size, self.patch_size, self.stride = tuple(img_size), patch_size, stride or patch_size
         self.grid_size = patch_grid(self.img_size, patch_size, self.stride)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.embed_dim = embed_dim
@@ -180,7 +178,7 @@ class VisionTransformer(nn.Module):
 
     def set_pixel_stats(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         """Other statistics of pixels in [0, 1] for `normalize`."""
-        self._settings |= {"mean": tuple(mean), "std": tuple(std)}
+        self._settings |= {"mean": mean, "std": std}
         self.pixel_mean.copy_(torch.tensor(mean).view(1, 3, 1, 1))
         self.pixel_std.copy_(torch.tensor(std).view(1, 3, 1, 1))
 
@@ -220,8 +218,8 @@ class VisionTransformer(nn.Module):
     ) -> dict[str, torch.Tensor]:
         """Pictures -> their features: preprocessing included, nothing masked, the same every time.
 
-        Each picture is taken whole and resized to `img_size` by a bicubic filter, as in the tools of this
-        project; features are float32 whatever mode the encoder is in.
+        Each picture is taken whole and resized to `img_size` by an antialiased bicubic filter; features are float32
+        whatever mode the encoder is in.
 
         Args:
             images: one or more Pillow images of any mode, files, or [3, H, W] uint8 tensors, also mixed and
@@ -231,8 +229,6 @@ class VisionTransformer(nn.Module):
         Returns:
             {"cls": [N, D] class token, "mean": [N, D] mean of the patch tokens, "tokens": [N, L, D]} float32
             on the CPU, N = 1 for a single picture.
-        Raises:
-            InputError: no picture, one that cannot be read, another type.
         """
         if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 0) == 3:
             images = [images]
@@ -328,29 +324,21 @@ def encoder_from(
     """`load_encoder` of a file that has been read, on the CPU."""
     pos_embed, patch = found.state["pos_embed"], found.state["patch_embed.proj.weight"]
     width, patch_size = patch.shape[0], patch.shape[2]
-    heads = {w: h for w, _, h, _ in ENCODER_SIZES.values()}.get(width)
-    heads = found.config.get("num_heads", heads)
+    known = {w: h for w, _, h, _ in ENCODER_SIZES.values()}
+    heads = found.config.get("num_heads", known.get(width))
     if found.origin == "MoCo v3" and width == 384:
         heads = 12  # its ViT-S has twice the heads of the others'
     if heads is None:
-        known = ", ".join(str(w) for w, *_ in ENCODER_SIZES.values())
-        raise InputError(f"{file} has width {width}: the known encoders are {known} wide")
+        raise InputError(f"{file} has width {width}: the known encoders are {', '.join(map(str, known))} wide")
     mean, std = CLIP_STATS if found.origin == "CLIP" else (IMAGENET_MEAN, IMAGENET_STD)
+    depth = 1 + max(int(k.split(".")[1]) for k in found.state if k.startswith("blocks."))
     own_size, own_grid = _source_grid(found.config, pos_embed.shape[1] - 1, patch_size, file)
     model = VisionTransformer(
-        tuple(img_size or own_size),
-        patch_size,
-        width,
-        1 + max(int(k.split(".")[1]) for k in found.state if k.startswith("blocks.")),
-        heads,
-        mean=tuple(found.config.get("mean", mean)),
-        std=tuple(found.config.get("std", std)),
-        fused_attn=fused_attn,
-        drop_path=drop_path,
-        stride=stride,
-        pre_norm="norm_pre.weight" in found.state,
+        tuple(img_size or own_size), patch_size, width, depth, heads, fused_attn=fused_attn,
+        mean=tuple(found.config.get("mean", mean)), std=tuple(found.config.get("std", std)),
+        drop_path=drop_path, stride=stride, pre_norm="norm_pre.weight" in found.state,
         quick_gelu=quick_gelu or found.config.get("quick_gelu", False),
-    )
+    )  # fmt: skip
     resized = [] if own_grid == model.grid_size else ["pos_embed"]
     table = resize_pos_embed(pos_embed, own_grid, model.grid_size, pos_resize)
     found = replace(found, state=found.state | {"pos_embed": table})

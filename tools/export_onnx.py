@@ -61,6 +61,8 @@ def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int
         model, config, _ = load_reid(file, img_size=input_size, fused_attn=False)
         sides = {"camids": model.config.cameras, "viewids": model.config.views}
         base, wrapped, outputs = model.base, _Features(model, sides), ("embedding",)
+    elif "encoder" not in kind:
+        raise InputError(f"{file} is a {kind}: only encoders and {REID} models go to ONNX")
     else:
         base, sides = load_encoder(file, input_size, fused_attn=False), {}
         wrapped, outputs, config = _Features(base), FEATURES, base.settings()
