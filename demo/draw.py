@@ -10,6 +10,7 @@ version of Pillow and numpy.
 """
 
 import argparse
+import copy
 import itertools
 import math
 from collections import Counter
@@ -78,12 +79,11 @@ class Slab:
         return np.stack([self.length / 2 - u, y, a * self.half(u, y)], axis=1)
 
     def seen_by(self, p: Scene) -> "Slab":
-        """Find out which sides (1 right, -1 left) and ends (True: the nose) the camera sees."""
-        self.p = p
-        self.near = [sign for sign in (-1, 1) if sign * p.sin * p.distance > self.bottom]
-        middle = box(-1, self.y(0.1), 1, self.y(0.9))
-        self.ends = [front for front in (True, False) if (_turn(p.flat(self.on_face(middle, front))) > 0) == front]
-        return self
+        """The slab with the sides (1 right, -1 left) and ends (True: the nose) that the camera sees."""
+        seen, middle = copy.copy(self), box(-1, self.y(0.1), 1, self.y(0.9))
+        seen.p, seen.near = p, [sign for sign in (-1, 1) if sign * p.sin * p.distance > self.bottom]
+        seen.ends = [front for front in (True, False) if (_turn(p.flat(self.on_face(middle, front))) > 0) == front]
+        return seen
 
     def side(self, points, colour, k: float = 1.0) -> None:
         """Paint (u, y) on the side that is seen, if any."""
@@ -193,11 +193,8 @@ def _mirrors(p: Scene, body: Body, behind: bool) -> None:
         if behind == (is_near or (p.cos > 0 and abs(p.sin) < 0.5)):
             continue
         inner, outer = sign * (half - 0.03), sign * (half + 0.26)
-        for z0, x0, x1, k in (
-            (inner, x - 0.1, x - 0.1, 0.7),
-            (inner, x + 0.1, x + 0.1, 0.9),
-            (outer, x - 0.1, x + 0.1, 0.55),
-        ):
+        faces = ((inner, x - 0.1, x - 0.1, 0.7), (inner, x + 0.1, x + 0.1, 0.9), (outer, x - 0.1, x + 0.1, 0.55))
+        for z0, x0, x1, k in faces:
             p.poly(np.array([(x0, y, z0), (x1, y, outer), (x1, y + high, outer), (x0, y + high, z0)]), DARK, k)
     p.part = CAR_BODY
 
@@ -394,7 +391,6 @@ def write_demo(
     A folder that already holds this very set is left as it is ("written": False). `val_ratio`: share of the identities
     held out, in [0, 1). `processes` (default: one per core) changes the speed only.
     """
-    output = Path(output).absolute()
     settings = {"num_images": num_images, "size": size, "seed": seed, "val_ratio": val_ratio}
     if num_images < 1 or size < 16 or not 0 <= val_ratio < 1:
         raise InputError(f"num_images must be 1 or more, size 16 or more and val_ratio in [0, 1), got {settings}")

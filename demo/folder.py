@@ -16,56 +16,6 @@ from util.errors import InputError
 VERSION = 2  # raise when the pictures change, so that an older folder is not taken for a new one
 
 
-def holds_set(output: Path, stamp: str, about: str, what: str) -> bool:
-    """Whether `output` already holds this very set: its file `stamp` reads `about`.
-
-    Raises:
-        InputError: it holds anything else.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    if (output / stamp).is_file() and (output / stamp).read_text(encoding="utf-8") == about:
-        return True
-    raise InputError(f"{output} exists and does not hold this {what}: name another output folder or remove it first.")
-
-
-def write_folder(
-    output: Path,
-    rows: Sequence[dict],
-    draw: Callable[[dict, Path], None],
-    processes: int | None,
-    finish: Callable[[Path], None],
-) -> None:
-    """Draw every row under a temporary name, then rename: `output` appears complete or not at all.
-
-    Args:
-        rows: each has a `path` relative to the folder.
-        draw: (row, folder) writes the file of one row; it can be pickled.
-        processes: number of workers, None: one per core. They change the speed only.
-        finish: (folder) writes tables and the stamp after the last file.
-    """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        part.chmod(0o755)  # mkdtemp keeps others out; a data folder need not
-        for folder in {(part / row["path"]).parent for row in rows}:
-            folder.mkdir(parents=True, exist_ok=True)
-        jobs = [(row, part) for row in rows]
-        processes = min(processes or os.cpu_count() or 1, len(rows))
-        if processes > 1:
-            # spawned, not forked: the caller may have torch threads running
-            with multiprocessing.get_context("spawn").Pool(processes) as pool:
-                pool.starmap(draw, jobs, chunksize=16)
-        else:
-            for job in jobs:
-                draw(*job)
-        finish(part)
-        part.rename(output)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-
-
 def write_set(
     output: Path,
     stamp: str,
@@ -75,16 +25,44 @@ def write_set(
     finish: Callable[[Path], None],
     processes: int | None,
 ) -> bool:
-    """`write_folder`, and the settings in the file `stamp`; False where `output` already holds this very set."""
-    about = json.dumps({**settings, "version": VERSION}, indent=1) + "\n"
-    if holds_set(output, stamp, about, "set"):
+    """Draw every row under a temporary name, then rename: `output` appears complete or not at all.
+
+    Args:
+        stamp: name of the file that holds the settings.
+        rows: each has a `path` relative to the folder.
+        draw: (row, folder) writes the file of one row; it can be pickled.
+        finish: (folder) writes tables after the last file.
+        processes: number of workers, None: one per core. They change the speed only.
+    Returns:
+        False where `output` already holds this very set.
+    Raises:
+        InputError: it holds anything else.
+    """
+    output, about = Path(output).absolute(), json.dumps({**settings, "version": VERSION}, indent=1) + "\n"
+    if (output / stamp).is_file() and (output / stamp).read_text(encoding="utf-8") == about:
         return False
-
-    def finish_all(folder: Path) -> None:
-        finish(folder)
-        (folder / stamp).write_text(about, encoding="utf-8")
-
-    write_folder(output, rows, draw, processes, finish_all)
+    if output.is_file() or (output.is_dir() and any(output.iterdir())):
+        raise InputError(f"{output} exists and does not hold this set: name another output folder or remove it first.")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        part.chmod(0o755)  # mkdtemp keeps others out; a data folder need not
+        for folder in {(part / row["path"]).parent for row in rows}:
+            folder.mkdir(parents=True, exist_ok=True)
+        jobs, processes = [(row, part) for row in rows], min(processes or os.cpu_count() or 1, len(rows))
+        if processes > 1:
+            # spawned, not forked: the caller may have torch threads running
+            with multiprocessing.get_context("spawn").Pool(processes) as pool:
+                pool.starmap(draw, jobs, chunksize=16)
+        else:
+            for job in jobs:
+                draw(*job)
+        finish(part)
+        (part / stamp).write_text(about, encoding="utf-8")
+        part.rename(output)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
     return True
 
 
@@ -97,8 +75,7 @@ def write_table(file: Path, columns: Sequence[str], rows: Iterable[dict]) -> Non
 
 
 def demo_parser(name: str, manual: str, size: int, size_help: str) -> argparse.ArgumentParser:
-    """Parser of `python -m demo.NAME` with the flags that every drawn set has; all its flags are arguments of the
-    function that writes the set."""
+    """Parser of `python -m demo.NAME` with the flags of every drawn set: arguments of the function that writes it."""
     parser = Parser(f"demo.{name}", manual)
     add = parser.add_argument
     add("--output", type=Path, required=True, help="folder to write; one that holds this very set is left as it is")

@@ -294,7 +294,6 @@ def write_pool(
     Raises:
         InputError: a number out of range, or an `output` that holds something else.
     """
-    output = Path(output).absolute()
     if num_images < 100 or size < 32:
         raise InputError(f"num_images must be 100 or more and size 32 or more, got {num_images} and {size}")
     rows, test = plan(num_images, seed)

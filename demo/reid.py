@@ -122,7 +122,6 @@ def write_demo_reid(
     Raises:
         InputError: a setting that is unknown or out of range, or an `output` that holds something else.
     """
-    output = Path(output).absolute()
     if layout not in WRITERS:
         raise InputError(f"layout '{layout}' is unknown: choose one of {', '.join(WRITERS)}")
     if min(train_ids, test_ids) < 5 or train_ids + test_ids > MOST or images_per_id < 6 or size < 16:

@@ -56,7 +56,6 @@ def write_demo_parts(
     Returns:
         train, val and test (numbers of images), and written.
     """
-    output = Path(output).absolute()
     if num_images < 30 or size < 32:
         raise InputError(f"num_images must be 30 or more and size 32 or more, got {num_images} and {size}")
     rows = plan(num_images, size, seed)

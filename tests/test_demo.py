@@ -178,7 +178,7 @@ def test_a_failure_leaves_nothing_behind(tmp_path):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        folder.write_folder(tmp_path / "set", [{"path": "a/b.jpg"}], fail, 1, print)
+        folder.write_set(tmp_path / "set", "set.json", {}, [{"path": "a/b.jpg"}], fail, print, 1)
     assert not list(tmp_path.iterdir())
 
 

@@ -64,7 +64,7 @@ def test_bad_input_has_one_sentence(labels, tmp_path):
         (["--copies", "0.95"], "--copies 0.95"),
         (["--label_column", "make"], "no column 'make'"),
         (["--per_class", "50"], "lower --per_class"),
-        (["--seed", "3"], "does not hold this pool"),
+        (["--seed", "3"], "does not hold this set"),
     ):
         with pytest.raises(InputError, match=message):
             make(labels, tmp_path / "crowd", *more)

@@ -15,7 +15,6 @@ tests of a curation see a pool whose crowd is known, made of real photos.
 """
 
 import argparse
-import json
 from collections import Counter, defaultdict
 from functools import partial
 from pathlib import Path
@@ -24,12 +23,10 @@ import numpy as np
 
 from datasets.images import UNREADABLE, open_rgb
 from datasets.manifest import read_manifest
-from demo.folder import holds_set, write_folder, write_table
+from demo.folder import write_set, write_table
 from demo.pool import encode
 from util.cli import Parser, run_tool
 from util.errors import InputError
-
-VERSION = 1  # raise when the files change, so that an older folder is not taken for this one
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -137,18 +134,16 @@ def main(args) -> dict:
         "balanced_val": sum(row["split"] == "val" for row in judged),
     }
     settings = {name: getattr(args, name) for name in ("label_column", "exponent", "copies", "per_class", "seed")}
-    about = json.dumps({"version": VERSION, "table": str(table), **settings, **result}, indent=1) + "\n"
-    output = Path(args.output).absolute()
 
     def finish(folder: Path) -> None:
         write_table(folder / "pool.csv", ["path", "of", *columns], pool)
         write_table(
             folder / "balanced.csv", ["path", "split", *columns], ({**row, "path": row["source"]} for row in judged)
         )
-        (folder / "long_tail.json").write_text(about, encoding="utf-8")
 
-    if not holds_set(output, "long_tail.json", about, "pool"):
-        write_folder(output, pool, partial(write_photo, seed=args.seed), None, finish)
+    settings |= {"table": str(table), **result}
+    draw = partial(write_photo, seed=args.seed)
+    write_set(Path(args.output), "long_tail.json", settings, pool, draw, finish, None)
     return result
 
 
