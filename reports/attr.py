@@ -7,21 +7,7 @@ import numpy as np
 
 from datasets.path_list import PathList
 from metrics.attr import attribute_metrics, ratio
-from reports.page import (
-    Html,
-    Page,
-    Pictures,
-    card,
-    cards,
-    confusion_table,
-    draw_shares,
-    join,
-    mark,
-    new_axes,
-    percent,
-    table,
-    tag,
-)
+from reports.page import Html, Page, Pictures, card, cards, confusion_table, join, mark, new_axes, percent, table, tag
 
 NUMBERS = ("mA", "accuracy", "precision", "recall", "F1", "mA_supported")
 HEAD = ["attribute", "train rate", "true in test", "positive rate", "TPR", "TNR", "mA", "AP", "right answers"]
@@ -99,7 +85,8 @@ def write_attr_report(
     add_attributes(page, rows, [row["attribute"] for row in worst], test.threshold)
     page.section("Curves")
     draw_curves(page, test)
-    add_confusions(page, test)
+    if test.known.groups:
+        add_confusions(page, test)
     page.section("Worst attributes", "Those of the lowest mean of TPR and TNR among those with true and false images.")
     for row in worst:
         add_worst_attribute(page, test, row)
@@ -141,14 +128,11 @@ def add_attributes(page: Page, rows: list[dict], worst: list[str], threshold: fl
 
 def draw_curves(page: Page, test: AttributeTest) -> None:
     """Probabilities of what is true and what is not, numbers by threshold, F1 of the images."""
-    axes, parts = new_axes("probability", "% of the labels"), {}
-    for name, value in (("true", 1), ("not true", 0)):
-        x = test.probs[test.labels == value]
-        parts[name] = x, np.ones(len(x))
-    draw_shares(axes, np.linspace(0, 1, 21), parts)
-    some = ", ".join(f"{len(x):,} {name}" for name, (x, _) in parts.items())
+    values = {"true": test.probs[test.labels == 1], "not true": test.probs[test.labels == 0]}
+    parts = {name: (x, np.ones(len(x))) for name, x in values.items()}
+    some = ", ".join(f"{len(x):,} {name}" for name, x in values.items())
     caption = f"Of all attributes: {some}. True is said above {test.threshold:g}."
-    page.figure("Probabilities", axes, caption)
+    page.shares("Probabilities", np.linspace(0, 1, 21), parts, ("probability", "labels"), caption)
     at, axes, best = np.linspace(0.05, 0.95, 19), new_axes("threshold", "%"), []
     found = [attribute_metrics(test.probs > t, test.labels) for t in at]
     for name, style in (("mA", "-"), ("F1", "--")):

@@ -157,13 +157,6 @@ def new_axes(x_title: str, y_title: str, size: tuple[float, float] = (4.2, 2.6))
     return axes
 
 
-def draw_shares(axes: Axes, edges: np.ndarray, parts: dict[str, tuple[np.ndarray, np.ndarray]]) -> None:
-    """Histograms of two sets, each in % of its own; parts: {name: (values, how often each occurs)}."""
-    for (name, (values, counts)), kind in zip(parts.items(), ("stepfilled", "step")):
-        weights = 100 * counts / max(counts.sum(), 1)
-        axes.hist(values.clip(*edges[[0, -1]]), edges, weights=weights, histtype=kind, alpha=0.7, lw=1.5, label=name)
-
-
 def png_bytes(figure: Figure) -> bytes:
     data = io.BytesIO()
     figure.savefig(data, dpi=110, facecolor="white")
@@ -220,6 +213,16 @@ class Page:
         """How often shares of [0, 1] occur, in %."""
         axes = new_axes(f"{x_title}, %", y_title)
         axes.hist(100 * shares, 20, range=(0, 100))
+        self.figure(title, axes, caption)
+
+    def shares(self, title: str, edges: np.ndarray, parts: dict, titles: tuple[str, str], caption: str) -> None:
+        """Histograms of two sets, each in % of its own; parts: {name: (values, how often each occurs)}."""
+        axes = new_axes(titles[0], f"% of the {titles[1]}")
+        for (name, (values, counts)), kind in zip(parts.items(), ("stepfilled", "step")):
+            weights = 100 * counts / max(counts.sum(), 1)
+            axes.hist(
+                values.clip(*edges[[0, -1]]), edges, weights=weights, histtype=kind, alpha=0.7, lw=1.5, label=name
+            )
         self.figure(title, axes, caption)
 
     def first_k(self, title: str, shares: list[float], y_title: str, words: str) -> None:

@@ -16,7 +16,7 @@ from metrics.protocols import Protocol
 from metrics.ranking import BINS, Card, Ranking
 from metrics.reid import cosine_blocks, scores
 from models_transreid import TransReID
-from reports.page import BREAK, MARKS, THUMB, Html, Page, Pictures, card, draw_shares, image, join, mark, new_axes, tag
+from reports.page import BREAK, MARKS, THUMB, Html, Page, Pictures, card, image, join, mark, tag
 from reports.panels import heat_picture, reid_rollout
 
 CMC_RANKS = 50
@@ -173,8 +173,6 @@ def draw_cosines(page: Page, ranking: Ranking) -> None:
     low, high = (inside[0] - 1, inside[-1] + 1) if inside.size else (0, BINS)
     width = math.ceil((high - low) / min(50, max(10, math.isqrt(int(ranking.true.sum())))))
     edges, centres = np.arange(low, high + width, width) * 2 / BINS - 1, (np.arange(BINS) + 0.5) * 2 / BINS - 1
-    axes = new_axes("cosine", "% of the pairs")
-    draw_shares(axes, edges, {name: (centres, x) for name, x in pairs.items()})
     cut = int(np.argmax(above[1] <= 1e-3))
     sample = "" if ranking.sampled.all() else ", of a random part of the gallery"
     caption = (
@@ -182,7 +180,8 @@ def draw_cosines(page: Page, ranking: Ranking) -> None:
         f"A cosine of {2 * cut / BINS - 1:.3f} is reached by at most 1 in 1,000 of the different ones and by "
         f"{100 * above[0][cut]:.1f} % of the same."
     )
-    page.figure("Cosine of query and gallery", axes, caption)
+    parts = {name: (centres, x) for name, x in pairs.items()}
+    page.shares("Cosine of query and gallery", edges, parts, ("cosine", "pairs"), caption)
 
 
 def legend(protocol: Protocol, topk: int, with_rollouts: bool, lost: int) -> Html:
