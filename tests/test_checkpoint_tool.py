@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 
-import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,7 @@ from models_vit import VisionTransformer, load_encoder
 from tools.checkpoint import FORMATS, inspect_file, table, verify_file
 from tools.convert import TARGETS
 from tools.export_onnx import export_onnx
-from tools.release import push, release, repository
+from tools.release import release
 from util.checkpoint import read_checkpoint, write_safetensors, write_torch
 from util.errors import InputError
 from util.files import file_sha256
@@ -283,28 +282,6 @@ def test_the_command(encoder_file, tmp_path):
     assert done.returncode == 0 and json.loads(out.read_text())["verdict"].startswith("loads into its model")
     done = run_command(command("-m", "tools.checkpoint", "verify", "mae_vit_bas"))
     assert done.returncode == 2 and "did you mean mae_vit_base" in done.stderr and "Traceback" not in done.stderr
-
-
-def test_push_wants_an_address_and_reports_a_failure(tmp_path, monkeypatch):
-    with pytest.raises(InputError, match="give hf://ORG/REPO"):
-        repository("hf://only")
-    calls = []
-
-    class Api:
-        def create_repo(self, repo, **kwargs):
-            calls.append((repo, kwargs))
-
-        def upload_folder(self, **kwargs):
-            calls.append(kwargs)
-            if kwargs["repo_id"] == "a/full":
-                raise OSError("no network")
-            return "https://somewhere"
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
-    assert push(tmp_path, repository("hf://a/b")) == "https://somewhere"
-    assert calls[0] == ("a/b", {"private": True, "exist_ok": True}) and calls[1]["folder_path"] == tmp_path
-    with pytest.raises(InputError, match="no network.*can be uploaded later"):
-        push(tmp_path, "a/full")
 
 
 def test_the_models_that_only_a_name_tells_apart(tmp_path):

@@ -50,7 +50,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="folder: new, or an earlier release (its DATA_CARD.md and LICENSE stay)")
     add("--licence", required=True, help="SPDX name of the weights' licence, e.g. Apache-2.0 or CC-BY-NC-4.0")
     add("--name", default=None, help="name in the cards (default: that of the run's folder)")
-    add("--push", default=None, metavar="hf://ORG/REPO", help="upload the folder there (default: do not)")
     # fmt: on
     return parser
 
@@ -67,7 +66,7 @@ from finetune.seg import load_setr
 from models_vit import encoder_from
 from tools.convert import convert
 from tools.export_onnx import export_onnx, onnx_facts
-from tools.release import push, release, repository
+from tools.release import release
 from util.checkpoint import read_checkpoint, read_safetensors_header
 from util.fetch import fetch, known
 from util.files import file_digests, file_sha256
@@ -222,10 +221,8 @@ def main(args) -> dict:
             print(f"{name:32} {row['what']} ({row['licence']}){'' if row['url'] else ' [no address yet]'}")
         return {"names": list(known())}
     if args.verb == "release":
-        repo = repository(args.push) if args.push else ""  # a wrong address is said before anything is written
         name = args.name or Path(args.run_dir).resolve().name
-        result = release(args.run_dir, args.output, name=name, licence=args.licence)
-        return result | ({"pushed": push(args.output, repo)} if repo else {})
+        return release(args.run_dir, args.output, name=name, licence=args.licence)
     file = fetch(args.file, args.cache)
     if args.verb == "download":
         return {"file": str(file), "bytes": file.stat().st_size}

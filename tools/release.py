@@ -72,7 +72,9 @@ def release(run_dir: str | Path, output: str | Path, *, name: str, licence: str)
         "files": files,
         "bytes": sum((output / file).stat().st_size for file in files),
         "sha256_encoder": sums["encoder.safetensors"],
-        "to_do": "fill in DATA_CARD.md" + (", add the licence's text as LICENSE" if "LICENSE" not in files else ""),
+        "to_do": "fill in DATA_CARD.md"
+        + (", add the licence's text as LICENSE" if "LICENSE" not in files else "")
+        + f"; then publish: hf upload ORG/REPO {output} --private",
     }
 
 
@@ -177,26 +179,3 @@ Data: [DATA_CARD.md](DATA_CARD.md).
 Features of vehicles; nothing else was in view. What the training images show too rarely, it knows too little.
 It was not made to identify people or to read licence plates. Licence of the weights: {licence}.
 """
-
-
-def repository(address: str) -> str:
-    """hf://ORG/REPO -> ORG/REPO; InputError for anything else."""
-    parts = address.removeprefix("hf://").strip("/").split("/")
-    if not address.startswith("hf://") or len(parts) != 2 or not all(parts):
-        raise InputError(f"--push {address}: give hf://ORG/REPO")
-    return "/".join(parts)
-
-
-def push(folder: str | Path, repo: str) -> str:
-    """Upload a released folder to ORG/REPO (a new private repository where there is none): its URL."""
-    from huggingface_hub import HfApi
-
-    try:
-        api = HfApi()
-        api.create_repo(repo, private=True, exist_ok=True)
-        return str(api.upload_folder(repo_id=repo, folder_path=folder, commit_message="Release"))
-    except Exception as error:  # its own, those of the HTTP client under it
-        raise InputError(
-            f"--push hf://{repo} failed ({' '.join(str(error).split())[:200]}): log in with `hf auth login`, check the "
-            f"name and the network; {folder} is complete and can be uploaded later"
-        ) from error
