@@ -3,7 +3,6 @@
 import hashlib
 import re
 import xml.etree.ElementTree as ET
-from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,15 +89,9 @@ class AttributeTrainImages(TrainItems):
 
 
 def read_attribute_set(
-    path: str | Path,
-    format: str = "auto",
-    *,
-    binary: list[str] | None = None,
-    categorical: list[str] | None = None,
-    test_split: str = "test",
-    known: tuple[Attribute, ...] | None = None,
-    need_train: bool = True,
-) -> AttributeData:
+    path: str | Path, format: str = "auto", *, binary: list[str] | None = None, categorical: list[str] | None = None,
+    test_split: str = "test", known: tuple[Attribute, ...] | None = None, need_train: bool = True,
+) -> AttributeData:  # fmt: skip
     """Read a set and check it.
 
     Args:
@@ -110,50 +103,51 @@ def read_attribute_set(
         known: the attributes of a trained model; then only these, in their order.
         need_train: False: the part to train on may be missing.
     Raises:
-        InputError: nothing there, a list that is missing or damaged, a label that is none, images that are
-            listed but not there, other attributes than `known`.
+        InputError: nothing there, a list that is missing or damaged, a label that is none, images that are listed but
+            not there, other attributes than `known`.
     """
     path = Path(path)
     if not path.exists():
         raise InputError(f"--data_path {path} does not exist: give the folder of VeRi-776, or a table")
-    if format == "auto":
-        format = "veri776" if path.is_dir() else "table"
-    if format == "veri776":
+    if format == "veri776" or (format == "auto" and path.is_dir()):
         if binary or categorical:
             raise InputError(
-                f"--attr_columns and --attr_categories name columns of a table, and {path} is read as "
-                "VeRi-776: drop them"
+                f"--attr_columns and --attr_categories name columns of a table, {path} is read as VeRi-776: drop them"
             )
-        data = _read_veri(path, need_train)
-        if known is not None and known != VERI:
+        if known not in (None, VERI):
             some = ", ".join(a.name for a in known[:4]) + (" ..." if len(known) > 4 else "")
             raise InputError(f"the model knows {some}, not VeRi-776's colours and types, as in {path}")
+        data = _read_veri(path, need_train)
     else:
-        data = _read_table(path, binary, categorical, test_split, known, need_train)
+        if known is not None:
+            categorical = list(dict.fromkeys(a.column for a in known if a.value))
+            binary = [a.column for a in known if not a.value]
+        data = _read_table(path, binary, categorical or [], test_split, known, need_train)
     for images in (data.train, data.test):
         if len(images):
             check_first_exist(images.paths, path)
             if (images.labels < 0).all():
                 raise InputError(
                     f"{path}: not one label of {len(images)} listed images is known, e.g. of "
-                    f"{images.paths.relative(0)}: colorID and typeID of VeRi-776's XML, or columns of the "
-                    "table, are missing or empty"
+                    f"{images.paths.relative(0)}: colorID and typeID of VeRi-776's XML, or columns of the table, are "
+                    "missing or empty"
                 )
     return replace(data, notes=[*data.notes, *_describe(data)])
 
 
 def _read_veri(root: Path, need_train: bool) -> AttributeData:
-    parts, vehicles, notes = {}, {}, []
+    parts, vehicles, notes = {}, [], []
     for split, (name, folder) in VERI_FILES.items():
         file = root / name
-        if split == "train" and not need_train and not file.is_file():
+        if file.is_file():
+            parts[split], found, said = _read_veri_xml(file, folder)
+            vehicles.append(found)
+            notes += said
+        elif split == "train" and not need_train:
             parts[split] = AttributeImages(PathList(root, []), np.zeros((0, len(VERI)), np.int8))
-            continue
-        if not file.is_file():
+        else:
             raise InputError(f"{file} is missing: give the folder of VeRi-776, or a table")
-        parts[split], vehicles[split], found = _read_veri_xml(file, folder)
-        notes += found
-    both = set.intersection(*vehicles.values()) if len(vehicles) == 2 else ()
+    both = set.intersection(*vehicles) if len(vehicles) == 2 else ()
     if both:
         notes.append(f"{len(both)} vehicles are in both splits, e.g. {min(both)}")
     counts = {split: len(images) for split, images in parts.items() if len(images)}
@@ -191,9 +185,8 @@ def _read_veri_xml(file: Path, folder: str) -> tuple[AttributeImages, set[str], 
     unlisted = sum(name.lower().endswith(".jpg") and name not in rows for name in here)
     if unlisted:
         notes.append(f"{unlisted:,} images of {place} have no item in {file.name} and are not used")
-    labels = np.array(list(rows.values()), dtype=np.int8)
     paths = PathList(file.parent, (f"{folder}/{name}" for name in rows))
-    return AttributeImages(paths, labels), vehicles - {None}, notes
+    return AttributeImages(paths, np.array(list(rows.values()), dtype=np.int8)), vehicles - {None}, notes
 
 
 def veri_xml(file: Path) -> ET.Element:
@@ -221,135 +214,111 @@ def veri_code(file: Path, item: ET.Element, key: str, known: Collection[int]) ->
 
 
 def _read_table(
-    file: Path, binary: list[str] | None, categorical: list[str] | None, test_split: str,
+    file: Path, binary: list[str] | None, categorical: list[str], test_split: str,
     known: tuple[Attribute, ...] | None, need_train: bool,
 ) -> AttributeData:  # fmt: skip
-    if known is not None:
-        categorical = list(dict.fromkeys(a.column for a in known if a.value))
-        binary = [a.column for a in known if not a.value]
-    splits: Counter[str] = Counter()
-    rows: dict[str, list[tuple[str, list[str]]]] = {"train": [], "test": []}
-    columns: list[str] = []
+    rows: dict[str, list[tuple[str, list[str]]]] = {}  # split -> (path, cells of the columns)
     for number, row in enumerate(iterate_manifest(file), 1):
         if number == 1:
-            binary, categorical = _columns_of(file, list(row), binary, categorical)
-            columns = [*binary, *categorical]
+            binary = _check_columns(file, list(row), binary, categorical)
         if None in row or (None in row.values() and file.suffix.lower() != ".jsonl"):
             raise InputError(f"{file}, row {number} has another number of fields than the first line")
-        split = cell(row, "split")
-        splits[split] += 1
-        if split in ("train", test_split):
-            where = "train" if split == "train" else "test"
-            rows[where].append((row["path"], [cell(row, name) for name in columns]))
-    _check_splits(file, splits, test_split, need_train)
-    attributes = known or (*map(Attribute, binary), *_values(file, rows, categorical, len(binary)))
-    if not attributes:
-        raise InputError(f"{file} names no attribute: give --attr_columns or --attr_categories")
-    parts = {
-        split: AttributeImages(
-            PathList(file.parent, (path for path, _ in listed)),
-            np.array(list(_labels(file, listed, columns, attributes)), np.int8).reshape(-1, len(attributes)),
-        )
-        for split, listed in rows.items()
-    }
-    notes = []
-    others = {split: n for split, n in splits.items() if split not in ("train", test_split)}
-    if others:
-        told = ", ".join(f"{n:,} of split '{split}'" for split, n in others.items())
-        notes.append(f"rows that are not used: {told}")
-    both = {path for path, _ in rows["train"]} & {path for path, _ in rows["test"]}
-    if both:
-        notes.append(f"{len(both):,} images are in train and in {test_split}, e.g. {printable(min(both))}")
-    return AttributeData("table", tuple(attributes), parts["train"], parts["test"], notes)
-
-
-def _columns_of(
-    file: Path, header: list[str], binary: list[str] | None, categorical: list[str] | None
-) -> tuple[list[str], list[str]]:
-    """The columns of 0 and 1, and those of words; InputError where the header lacks one."""
-    categorical = categorical or []
-    if binary is None:
-        binary = [] if categorical else [name for name in header if name and name not in NOT_ATTRIBUTES]
-    for name in ("split", *binary, *categorical):
-        if name not in header:
-            raise InputError(f"{file} has no column '{name}': it has {', '.join(map(str, header))}")
-    named = [*binary, *categorical]
-    twice = next((name for name in named if named.count(name) > 1 or name in NOT_ATTRIBUTES), None)
-    if twice is not None:
-        raise InputError(f"column '{twice}' of {file} cannot be an attribute here, or not twice: name it once")
-    return binary, categorical
-
-
-def _check_splits(file: Path, splits: Counter, test_split: str, need_train: bool) -> None:
+        cells = [cell(row, name) for name in (*binary, *categorical)]
+        rows.setdefault(cell(row, "split"), []).append((row["path"], cells))
     for name in ("train", test_split) if need_train else (test_split,):
-        if not splits[name]:
-            found = ", ".join(f"'{split}'" for split in splits if splits[split])
+        if name not in rows:
+            found = ", ".join(f"'{split}'" for split in rows)
             flag = "" if name == "train" else "; choose one with --attr_split"
             raise InputError(f"{file} has no row with split '{name}': it has {found}{flag}")
     if test_split == "train":
         raise InputError("--attr_split train would test on what is trained on: name another split")
+    train, test = rows.pop("train", []), rows.pop(test_split)
+    notes = []
+    if rows:
+        told = ", ".join(f"{len(part):,} of split '{split}'" for split, part in rows.items())
+        notes.append(f"rows that are not used: {told}")
+    both = {path for path, _ in train} & {path for path, _ in test}
+    if both:
+        notes.append(f"{len(both):,} images are in train and in {test_split}, e.g. {printable(min(both))}")
+    attributes = known or (*map(Attribute, binary), *_values(file, [*train, *test], categorical, len(binary)))
+    if not attributes:
+        raise InputError(f"{file} names no attribute: give --attr_columns or --attr_categories")
+    parts = (_images(file, part, [*binary, *categorical], attributes) for part in (train, test))
+    return AttributeData("table", tuple(attributes), *parts, notes)
 
 
-def _values(file: Path, rows: dict, categorical: list[str], first: int) -> Iterator[Attribute]:
+def _check_columns(file: Path, header: list[str], binary: list[str] | None, categorical: list[str]) -> list[str]:
+    """The columns of 0 and 1; InputError where the header lacks one."""
+    if binary is None:
+        binary = [] if categorical else [name for name in header if name and name not in NOT_ATTRIBUTES]
+    named = [*binary, *categorical]
+    for name in ("split", *named):
+        if name not in header:
+            raise InputError(f"{file} has no column '{name}': it has {', '.join(map(str, header))}")
+        if named.count(name) > 1 or (name in named and name in NOT_ATTRIBUTES):
+            raise InputError(f"column '{name}' of {file} cannot be an attribute here, or not twice: name it once")
+    return binary
+
+
+def _values(file: Path, rows: list[tuple[str, list[str]]], categorical: list[str], first: int) -> Iterator[Attribute]:
     """The values of the columns of words, in both splits: one that training never shows counts as missed."""
     for place, column in enumerate(categorical, first):
-        values = sorted({texts[place] for listed in rows.values() for _, texts in listed} - {""})
+        values = sorted({cells[place] for _, cells in rows} - {""})
         if not 2 <= len(values) <= MOST_VALUES:
             raise InputError(
-                f"column '{column}' of {file} holds {len(values):,} different words, where 2 to "
-                f"{MOST_VALUES:,} can be told apart: leave it out of --attr_categories"
+                f"column '{column}' of {file} holds {len(values):,} different words, where 2 to {MOST_VALUES:,} can be "
+                "told apart: leave it out of --attr_categories"
             )
         yield from (Attribute(column, value) for value in values)
 
 
-def _labels(
-    file: Path, listed: list[tuple[str, list[str]]], columns: list[str], attributes: tuple[Attribute, ...]
-) -> Iterator[list[int]]:
-    """Labels row by row; an empty cell is unknown."""
-    place = {name: i for i, name in enumerate(columns)}
-    values = {a.column: {b.value for b in attributes if b.column == a.column} for a in attributes if a.value}
-    for path, texts in listed:
-        row = []
-        for column, value in attributes:
-            text = texts[place[column]]
-            if value:
-                if text and text not in values[column]:
-                    raise InputError(
-                        f"{file}: {printable(path)} has {column} '{text}', and the model knows "
-                        f"{', '.join(sorted(values[column])[:8])}: correct it, or drop the row"
-                    )
-                row.append(int(text == value) if text else UNKNOWN)
-            elif text.lower() in YES_NO:
-                row.append(YES_NO[text.lower()])
-            else:
+def _images(
+    file: Path, rows: list[tuple[str, list[str]]], columns: list[str], attributes: tuple[Attribute, ...]
+) -> AttributeImages:
+    """Labels of the rows; an empty cell is unknown."""
+    labels = np.full((len(rows), len(attributes)), UNKNOWN, dtype=np.int8)
+    for place, column in enumerate(columns):
+        mine = [i for i, a in enumerate(attributes) if a.column == column]
+        words = [attributes[i].value for i in mine]
+        for row, (path, cells) in enumerate(rows):
+            text = cells[place]
+            if words == [""] and text.lower() in YES_NO:
+                labels[row, mine] = YES_NO[text.lower()]
+            elif words == [""]:
                 raise InputError(
-                    f"{file}: {printable(path)} has {column} '{text[:40]}', not 0, 1 or nothing: name the "
-                    f"columns of 0 and 1 with --attr_columns, or this one of words with --attr_categories"
+                    f"{file}: {printable(path)} has {column} '{text[:40]}', not 0, 1 or nothing: name the columns of 0 "
+                    "and 1 with --attr_columns, or this one of words with --attr_categories"
                 )
-        if max(row) == min(row) == UNKNOWN:
-            raise InputError(f"{file}: of {printable(path)} no attribute is known: fill one in, or drop the row")
-        yield row
+            elif text in words:
+                labels[row, mine] = [text == word for word in words]
+            elif text:
+                raise InputError(
+                    f"{file}: {printable(path)} has {column} '{text}', and the model knows {', '.join(words[:8])}: "
+                    "correct it, or drop the row"
+                )
+    empty = np.flatnonzero((labels == UNKNOWN).all(axis=1))
+    if len(empty):
+        path = printable(rows[empty[0]][0])
+        raise InputError(f"{file}: of {path} no attribute is known: fill one in, or drop the row")
+    return AttributeImages(PathList(file.parent, (path for path, _ in rows)), labels)
 
 
 def _describe(data: AttributeData) -> list[str]:
     """Counts, and attributes that a split never shows."""
     parts = {"train": data.train, "test": data.test}
     notes = [f"images: {', '.join(f'{split} {len(images):,}' for split, images in parts.items())}"]
-    positives = [(images.labels == 1).sum(axis=0).tolist() for images in parts.values()]
-    each = [f"{a.name} {n:,} | {m:,}" for a, n, m in zip(data.attributes, *positives)]
+    positives = {split: (images.labels == 1).sum(axis=0).tolist() for split, images in parts.items()}
+    each = [f"{a.name} {n:,} | {m:,}" for a, n, m in zip(data.attributes, *positives.values())]
     more = f", and {len(each) - 40} more" if len(each) > 40 else ""
     notes.append(f"{len(each)} attributes, true images train | test: {', '.join(each[:40])}{more}")
     for split, images in parts.items():
         if not len(images):
             continue
-        absent = [a.name for a, n in zip(data.attributes, (images.labels == 1).sum(axis=0)) if not n]
-        if absent:
+        if absent := [a.name for a, n in zip(data.attributes, positives[split]) if not n]:
             notes.append(f"{len(absent)} attributes are never true in {split}: {', '.join(absent[:10])}")
-        unknown = int((images.labels < 0).sum())
-        if unknown:
+        if unknown := int((images.labels < 0).sum()):
             notes.append(f"{unknown:,} labels of {split} are unknown: no loss, not scored")
-        without = int(((images.labels == 1).sum(axis=1) == 0).sum())
-        if without:
+        if without := int((~(images.labels == 1).any(axis=1)).sum()):
             said = "their accuracy and F1 are 0, as in the published code"
             notes.append(f"{without:,} images of {split} have no true attribute: {said}")
     return notes

@@ -37,8 +37,7 @@ class FgvcImages:
 
     def take(self, rows: np.ndarray) -> "FgvcImages":
         """Some of the images, in the order of `rows`."""
-        paths = PathList(self.paths.root, [self.paths.relative(i) for i in rows.tolist()])
-        return FgvcImages(paths, self.labels[rows])
+        return FgvcImages(self.paths.take(rows), self.labels[rows])
 
 
 @dataclass(frozen=True)

@@ -16,43 +16,40 @@ MANIFEST_ENDINGS = (".csv", ".tsv", ".jsonl", ".txt")
 
 
 def list_images(data_path: str | Path, split: str | None = None) -> PathList | PackedImages:
-    """All images of a folder (recursively; its `train/` if there is one), a manifest, a packed or curated
-    set.
+    """All images of a folder (recursively; its `train/` if there is one), a manifest, a packed or curated set.
 
     Args:
-        data_path: a folder, or a .csv/.tsv (column `path`), .jsonl (key `path`) or .txt (one a
-            line) whose paths are absolute or relative to the file.
+        data_path: a folder, or a .csv/.tsv (column `path`), .jsonl (key `path`) or .txt (one a line) whose paths are
+            absolute or relative to the file.
         split: keep the rows whose column `split` has this value (manifests with columns only).
     Raises:
         InputError: nothing there, no image, no such column or split.
     """
     data_path = Path(data_path)
     if not data_path.exists():
-        raise InputError(
-            f"--data_path {data_path} does not exist: give a folder of images or a manifest "
-            f"({', '.join(MANIFEST_ENDINGS)})"
-        )
-    if data_path.is_dir():
-        if is_packed(data_path):
-            if split is not None:
-                raise InputError(
-                    f"--split {split}: the packed set {data_path} has no splits; drop --split, or pack this "
-                    f"one alone with python -m tools.pack --split {split}"
-                )
-            return PackedImages(data_path)
-        if is_curated(data_path):
-            return list_images(data_path / "manifest.csv", split)
+        endings = ", ".join(MANIFEST_ENDINGS)
+        raise InputError(f"--data_path {data_path} does not exist: give a folder of images or a manifest ({endings})")
+    if is_packed(data_path):
         if split is not None:
             raise InputError(
-                f"--split {split} needs a manifest with a column 'split', but --data_path {data_path} "
-                "is a folder: point --data_path at the sub-folder instead"
+                f"--split {split}: the packed set {data_path} has no splits; drop --split, or pack this one alone with "
+                f"python -m tools.pack --split {split}"
+            )
+        return PackedImages(data_path)
+    if is_curated(data_path):
+        data_path = data_path / "manifest.csv"
+    if data_path.is_dir():
+        if split is not None:
+            raise InputError(
+                f"--split {split} needs a manifest with a column 'split', but --data_path {data_path} is a folder: "
+                "point --data_path at the sub-folder instead"
             )
         return _list_folder(data_path)
-    found: Counter[str | None] = Counter()
+    found: set[str | None] = set()
 
     def chosen() -> Iterator[str]:
         for row in iterate_manifest(data_path):
-            found[row.get("split")] += 1
+            found.add(row.get("split"))
             if split is None or row.get("split") == split:
                 yield row["path"]
 
@@ -99,33 +96,35 @@ def iterate_manifest(file: str | Path) -> Iterator[dict[str, str]]:
 def _rows(file: Path, ending: str, opened) -> Iterator[dict[str, str]]:
     if ending == ".txt":
         yield from ({"path": line.strip()} for line in opened if line.strip())
-    elif ending == ".jsonl":
-        yield from (_read_json_row(file, n, line) for n, line in enumerate(opened, 1) if line.strip())
-    else:
-        reader = csv.DictReader(opened, delimiter="\t" if ending == ".tsv" else ",")
-        if "path" not in (reader.fieldnames or []):
-            header = ", ".join(reader.fieldnames or ["nothing"])
-            raise InputError(f"{file} has no column 'path': its first line holds {header}")
-        for row in reader:
-            if not row["path"]:
-                raise InputError(f"{file}, line {reader.line_num}: the column 'path' is empty")
+        return
+    if ending == ".jsonl":
+        for number, line in enumerate(opened, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
+            if not isinstance(row, dict) or not isinstance(row.get("path"), str) or not row["path"]:
+                raise InputError(
+                    f"{file}, line {number} has no text under the key 'path': write one JSON object a line"
+                )
             yield row
+        return
+    reader = csv.DictReader(opened, delimiter="\t" if ending == ".tsv" else ",")
+    if "path" not in (reader.fieldnames or []):
+        header = ", ".join(reader.fieldnames or ["nothing"])
+        raise InputError(f"{file} has no column 'path': its first line holds {header}")
+    for row in reader:
+        if not row["path"]:
+            raise InputError(f"{file}, line {reader.line_num}: the column 'path' is empty")
+        yield row
 
 
 def cell(row: dict, column: str) -> str:
     """A value of a table as text; '' where there is none (0 is a value)."""
     value = row.get(column)
     return "" if value is None else str(value).strip()
-
-
-def _read_json_row(file: Path, number: int, line: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("path"), str) or not row["path"]:
-        raise InputError(f"{file}, line {number} has no text under the key 'path': write one JSON object a line")
-    return row
 
 
 def _list_folder(folder: Path) -> PathList:

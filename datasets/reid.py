@@ -54,8 +54,7 @@ class ReidImages:
 
     def take(self, rows: np.ndarray) -> "ReidImages":
         """Some of the images, in the order of `rows`."""
-        paths = PathList(self.paths.root, (self.paths.relative(int(i)) for i in rows))
-        return ReidImages(paths, self.pids[rows], self.camids[rows], self.viewids[rows])
+        return ReidImages(self.paths.take(rows), self.pids[rows], self.camids[rows], self.viewids[rows])
 
     def has_cameras(self) -> bool:
         return bool((self.camids >= 0).all())
@@ -175,7 +174,7 @@ def _lines(file: Path) -> list[str]:
     except FileNotFoundError as error:
         raise InputError(f"the list {file} is missing: unpack the set again") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text (byte {error.start}): unpack the set again") from error
+        raise InputError(f"{file} is not UTF-8 text ({error.reason}): unpack the set again") from error
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise InputError(f"the list {file} is empty: unpack the set again")
@@ -362,15 +361,13 @@ def _all_images(data: ReidData) -> dict[str, ReidImages]:
 
 def _compare_counts(data: ReidData) -> list[str]:
     """Counts, and how they differ from the published ones."""
-    counts = {name: len(images) for name, images in _all_images(data).items()}
-    counts["train identities"] = data.classes
+    counts = {name: len(images) for name, images in _all_images(data).items()} | {"train identities": data.classes}
     lines = [", ".join(f"{name} {count:,}" for name, count in counts.items())]
-    published = PUBLISHED.get(data.name)
-    if published:
+    if data.name in PUBLISHED:
         other = [
             f"{name} {counts[name]:,} instead of {number:,}"
-            for name, number in published.items()
-            if name in counts and counts[name] != number
+            for name, number in PUBLISHED[data.name].items()
+            if counts.get(name, number) != number
         ]
         lines.append(f"other counts than published: {', '.join(other)}" if other else "all counts as published")
     return lines
