@@ -7,58 +7,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pictures
+from layouts import CAR_FOLDERS, write_demo_cars, write_mat
 from PIL import Image
-from scipy.io import savemat
 
 from datasets.eval_images import CenterCrops
-from datasets.fgvc import ANNOS_FIELDS, DEVKIT_FIELDS, FgvcTrainImages, read_fgvc, renumber_classes
+from datasets.fgvc import DEVKIT_FIELDS, FgvcTrainImages, read_fgvc, renumber_classes
 from datasets.matfile import read_cell_strings, read_struct_array
 from datasets.transforms import CropFlipAugment, auto_augment
 from util.errors import InputError
 
-NAMES = [f"Velmar {body} 2012" for body in ("Coupe", "Hatchback", "Sedan", "SUV", "Van", "Wagon")]
-FOLDERS = {"transfg": "car", "torchvision": "stanford_cars", "annos": "."}
-TRAIN_FILE, TEST_FILE = "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"
-
-
-def save_rows(file, rows, **more) -> None:
-    """A struct array `annotations`, as the published files hold it."""
-    found = np.empty((1, len(rows)), dtype=[(name, object) for name in rows[0]])
-    found[0] = [tuple(row.values()) for row in rows]
-    savemat(file, {"annotations": found, **{k: np.array([v], dtype=object) for k, v in more.items()}})
-
-
-def rows_of(layout, split) -> list[dict]:
-    """Two pictures of each class to train on, one to test on; `annos` numbers them through."""
-    numbers = [label for label in range(1, 7) for _ in range(2 if split == "train" else 1)]
-    box = dict(zip(DEVKIT_FIELDS, (30, 50, 200, 300)))
-    if layout != "annos":
-        return [box | {"class": label, "fname": f"{i:05}.jpg"} for i, label in enumerate(numbers, 1)]
-    first, is_test = (13, 1) if split == "test" else (1, 0)
-    rows = [(f"car_ims/{i:06}.jpg", *box.values(), label, is_test) for i, label in enumerate(numbers, first)]
-    return [dict(zip(ANNOS_FIELDS, row)) for row in rows]
-
 
 @pytest.fixture(scope="module")
 def cars(tmp_path_factory):
-    """layout -> folder of a set of 6 classes."""
+    """layout -> folder of a set of 6 classes with 2 training pictures and 1 test picture each."""
     root = tmp_path_factory.mktemp("cars")
-    for layout, name in FOLDERS.items():
-        folder = root / layout / name
-        rows = {split: rows_of(layout, split) for split in ("train", "test")}
-        files = [folder / (r.get("relative_im_path") or f"cars_{s}/{r['fname']}") for s in rows for r in rows[s]]
-        for i, file in enumerate(files):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("L" if i == 1 else "RGB", (40, 32), 12 * i if i == 1 else (12 * i, 90, 60)).save(file)
-        if layout == "annos":
-            save_rows(folder / "cars_annos.mat", [*rows["train"], *rows["test"]], class_names=NAMES)
-            continue
-        (folder / "devkit").mkdir()
-        save_rows(folder / TRAIN_FILE, rows["train"])
-        save_rows(folder / TEST_FILE, rows["test"])
-        unlabelled = [{k: v for k, v in row.items() if k != "class"} for row in rows["test"]]
-        save_rows(folder / "devkit/cars_test_annos.mat", unlabelled)
-        savemat(folder / "devkit/cars_meta.mat", {"class_names": np.array([NAMES], dtype=object)})
+    for layout in CAR_FOLDERS:
+        write_demo_cars(root / layout, layout, classes=6, train=2, test=1, size=32)
     return root
 
 
@@ -72,32 +36,31 @@ def as_rows(data):
 
 def annotate(folder, layout, change) -> Path:
     """The set with other training annotations; its folder."""
-    rows = change(rows_of(layout, "train"))
+    file = folder / ("cars_annos.mat" if layout == "annos" else "car/devkit/cars_train_annos.mat")
+    fields, values = read_struct_array(file, "annotations")
+    variables = {"annotations": change([dict(zip(fields, row)) for row in values])}
     if layout == "annos":
-        save_rows(folder / "cars_annos.mat", [*rows, *change(rows_of(layout, "test"))], class_names=NAMES)
-    else:
-        save_rows(folder / FOLDERS[layout] / TRAIN_FILE, rows)
+        variables["class_names"] = read_cell_strings(file, "class_names")
+    write_mat(file, variables)
     return folder
 
 
 def test_what_a_mat_file_holds(tmp_path):
     file = tmp_path / "a.mat"
-    save_rows(file, [{"class": 300, "fname": "a.jpg", "empty": np.zeros((0, 0))}], class_names=["Velmar ", "", "b"])
+    rows = [{"class": 300, "fname": "a.jpg", "empty": ""}]
+    write_mat(file, {"annotations": rows, "class_names": ["Velmar ", "", "b"]})
     assert read_struct_array(file, "annotations") == (["class", "fname", "empty"], [(300, "a.jpg", None)])
     assert read_cell_strings(file, "class_names") == read_cell_strings(file, "any") == ["Velmar", None, "b"]
     with pytest.raises(InputError, match="no struct array 'other': it holds annotations, class_names"):
         read_struct_array(file, "other")
-    (tmp_path / "b.mat").write_bytes(file.read_bytes()[:500])
+    (tmp_path / "b.mat").write_bytes(file.read_bytes()[:400])
     for name, message in (("b.mat", "b.mat is damaged or no MATLAB 5 file"), ("c.mat", "cannot read .*c.mat: No such")):
         with pytest.raises(InputError, match=message):
             read_struct_array(tmp_path / name, "annotations")
 
 
-# layouts
-
-
 def test_every_layout_tells_the_same(cars):
-    found = {layout: read_fgvc(cars / layout) for layout in FOLDERS}
+    found = {layout: read_fgvc(cars / layout) for layout in CAR_FOLDERS}
     assert as_rows(found["transfg"]) == as_rows(found["torchvision"])
     own = [(split, name) for split, _, name in as_rows(found["transfg"])]
     assert own == [(split, name) for split, _, name in as_rows(found["annos"])]
@@ -207,7 +170,7 @@ def test_labels_in_the_numbers_of_a_model(cars):
     assert renumber_classes(data, data.classes, "m.pth") is data
     turned = renumber_classes(data, ["other", *data.classes[::-1]], "m.pth")
     assert as_rows(turned) == as_rows(data) and turned.test.labels.max() == 6
-    with pytest.raises(InputError, match="m.pth knows 5 classes .*, not 'Velmar Wagon 2012' of 1 test"):
+    with pytest.raises(InputError, match="m.pth knows 5 classes .*, not '.*' of 1 test"):
         renumber_classes(data, data.classes[:-1], "m.pth")
 
 
