@@ -1,4 +1,4 @@
-"""tools.long_tail: an unbalanced pool of known make out of a labelled set."""
+"""The pool of scripts/experiments/curation_experiment.sh: an unbalanced pool of known make out of a labelled set."""
 
 import csv
 from collections import Counter
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tools import long_tail
+from scripts.experiments import long_tail
 from util.errors import InputError
 
 
@@ -61,8 +61,7 @@ def test_the_tail_falls_and_crops_are_named(labels, tmp_path):
 def test_bad_input_has_one_sentence(labels, tmp_path):
     make(labels, tmp_path / "crowd")
     for more, message in (
-        (["--copies", "0.95"], "--copies 0.95"),
-        (["--label_column", "make"], "no column 'make'"),
+        (["--label_column", "make"], "needs columns 'split' and 'make'"),
         (["--per_class", "50"], "lower --per_class"),
         (["--seed", "3"], "does not hold this set"),
     ):

@@ -16,7 +16,7 @@ label="${LABEL:-make}"
 crowd="$output/crowd"
 
 if [ ! -f "$crowd/metrics.json" ]; then
-    "$python" -m tools.long_tail --data_path "$labels" --label_column "$label" --output "$crowd"
+    "$python" -m scripts.experiments.long_tail --data_path "$labels" --label_column "$label" --output "$crowd"
 fi
 half=$(( ($(wc -l < "$crowd/pool.csv") - 1) / 2 ))
 
