@@ -1,9 +1,8 @@
 """Copies of one picture within the pool, and copies of benchmark pictures.
 
-Perceptual hashes and embeddings only propose pairs, without comparing all with all. Neither can tell: cropping a few
-percent moves a quarter of the bits of a hash, and to CLIP another car of the model is as near as the crop. Pixels that
-coincide once a crop is undone can. So thumbnails are laid over each other and compared tile by tile, for another car
-before the same wall has most of its pixels in common.
+Perceptual hashes and embeddings only propose pairs: cropping a few percent moves a quarter of the bits of a hash, and
+to CLIP another car of the model is as near as the crop. Pixels that coincide once a crop is undone can tell. They are
+compared tile by tile, for another car before the same wall has most of its pixels in common.
 """
 
 import itertools
@@ -20,8 +19,7 @@ from curation.index import SIDE, Index
 from curation.kmeans import kmeans
 from curation.rows import Embedded, Rows
 
-BANDS = 4  # of 16 bits of a hash
-MAX_BITS = 2 * BANDS - 1  # with one flipped bit allowed in a band, no pair up to this distance is missed
+BANDS = 4  # of 16 bits of a hash; with one flipped bit allowed in a band, no pair of up to 7 bits is missed
 PAIR_BLOCK = 4_000_000  # candidate pairs held at a time
 BRUTE_ROWS = 20_000  # a base of up to so many rows is compared with all queries
 NEIGHBOURS, PROBES = 8, 4  # nearest embeddings that are candidates; cells of a larger base that a query looks into
@@ -66,7 +64,7 @@ def hash_pairs(queries: np.ndarray, base: np.ndarray, bits: int, within: bool) -
     Multi-index hashing (Norouzi et al., 2012): such a pair agrees in one of four bands but for one bit.
 
     Args:
-        queries, base: uint64. bits: at most MAX_BITS. within: they are one set, of which each pair is wanted once.
+        queries, base: uint64. bits: at most 7. within: they are one set, of which each pair is wanted once.
     """
     found = [np.zeros(0, dtype=np.int64)]
     for band in range(BANDS):
@@ -160,7 +158,7 @@ def _compare(data, queries, base, asking, there, cosine: float, device: torch.de
 
 
 def _unit_rows(data: np.ndarray, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    return F.normalize(torch.from_numpy(np.ascontiguousarray(data[rows])).to(device).float(), dim=1)
+    return F.normalize(torch.from_numpy(data[rows]).to(device).float(), dim=1)
 
 
 def once(pairs: Pairs) -> tuple[Pairs, np.ndarray]:
@@ -191,12 +189,7 @@ def _unit(x: torch.Tensor) -> torch.Tensor:
 
 def _tiles_agree(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """[p] the lower quartile of the correlations of the tiles of [p, 32, 32] that have texture in x or y."""
-
-    def tiles(imgs):
-        n = SIDE // TILE
-        return imgs.reshape(-1, n, TILE, n, TILE).transpose(2, 3).reshape(len(imgs), n * n, TILE * TILE)
-
-    x, y = tiles(x), tiles(y)
+    x, y = (imgs.unfold(1, TILE, TILE).unfold(2, TILE, TILE).flatten(3).flatten(1, 2) for imgs in (x, y))
     alike = (_unit(x) * _unit(y)).sum(dim=-1)
     alike[torch.maximum(x.std(dim=-1), y.std(dim=-1)) < TEXTURE] = torch.nan
     return alike.nanquantile(0.25, dim=1).nan_to_num(0.0)
@@ -216,22 +209,15 @@ class Aligner:
         self.line = (torch.arange(SIDE, device=device) + 0.5) / SIDE - 0.5
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
-        """Tell how well the pictures of each pair agree once one of them is cut and mirrored to fit the other: the
-        correlation that three quarters of the tiles with texture reach at least.
-
-        Args:
-            first, second: [P] int64 rows of the thumbnails.
-        Returns:
-            [P] float32, 0 to 1; 0 where they do not even roughly fit.
+        """How well the pictures of each pair [P] agree once one of them is cut and mirrored to fit the other: the
+        correlation that three quarters of the tiles with texture reach; [P] float32, 0 where they do not roughly fit.
         """
         result = np.empty(len(first), dtype=np.float32)
         for start in range(0, len(first), BLOCK):
             part = slice(start, start + BLOCK)
-            result[part] = self._block(self._load(first[part]), self._load(second[part])).cpu().numpy()
+            a, b = (torch.from_numpy(self.thumbnails[rows[part]]).to(self.device).float() for rows in (first, second))
+            result[part] = self._block(a, b).cpu().numpy()
         return result
-
-    def _load(self, rows: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(self.thumbnails[rows])).to(self.device).float()
 
     def _block(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         ways = [(a, b), (b, a), (a.flip(-1), b), (b, a.flip(-1))]  # which is cut, and which is whole
@@ -393,7 +379,7 @@ def stars(order: np.ndarray, pairs: Pairs, cap: int) -> tuple[np.ndarray, np.nda
         order: [n] int64, images in order of preference: one stays unless an earlier one that stays stands for it.
         cap: images that one may stand for, itself counted, the most alike first.
     Returns:
-        ([n] int64, the image that stands for each (itself if it stays), [n] float32 value of that pair).
+        [n] int64, the image that stands for each (itself if it stays), and [n] float32, the value of that pair.
     """
     keeper = np.arange(len(order))
     value = np.ones(len(order), dtype=np.float32)

@@ -4,9 +4,9 @@ import csv
 import hashlib
 import io
 import os
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
@@ -29,30 +29,13 @@ BLOCK_ROWS = 65_536  # rows of the table that are Python objects at a time
 COSINES = np.cos(np.pi * np.arange(1, 9)[:, None] * (2 * np.arange(SIDE)[None] + 1) / (2 * SIDE))
 
 
-@dataclass(frozen=True)
-class Index:
+class Index(SimpleNamespace):
     """Columns of index.csv as arrays [N]; texts of which only equality matters are numbers (-1: empty).
 
-    source: int32 (into `sources`), excluded: bool, width, height: int32 px, box: [N, 4] int32 px (zeros: none),
-    file_hash, pixel_hash: [N, 2] uint64 (their first 128 bits), phash: uint64, brightness, contrast, sharpness:
-    float32, identity, camera: int32, readable: bool.
+    sources: names; source: int32 (into `sources`), excluded, readable: bool, width, height: int32 px, box: [N, 4]
+    int32 px (zeros: none), file_hash, pixel_hash: [N, 2] uint64 (their first 128 bits), phash: uint64, brightness,
+    contrast, sharpness: float32, identity, camera: int32.
     """
-
-    sources: list[str]
-    source: np.ndarray
-    excluded: np.ndarray
-    width: np.ndarray
-    height: np.ndarray
-    box: np.ndarray
-    file_hash: np.ndarray
-    pixel_hash: np.ndarray
-    phash: np.ndarray
-    brightness: np.ndarray
-    contrast: np.ndarray
-    sharpness: np.ndarray
-    identity: np.ndarray
-    camera: np.ndarray
-    readable: np.ndarray
 
     def __len__(self) -> int:
         return len(self.source)
@@ -201,7 +184,7 @@ def load_index(file: Path) -> Index:
     while block := list(islice(rows, BLOCK_ROWS)):
         blocks.append(_columns(block, known))
     joined = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return Index(list(known["source"]), **joined)
+    return Index(sources=list(known["source"]), **joined)
 
 
 def _columns(rows: list[dict[str, str]], known: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:

@@ -1,7 +1,7 @@
 """k-means that scales: blocks of distances, float64 sums, no [N, k] matrix, ranks that share the rows."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -86,8 +86,7 @@ def kmeans(
         empty = (counts == 0).nonzero().flatten()
         if len(empty):
             reseeded += reseed(rows, centroids, empty, counts, labels, distance)
-    final = assign(rows, centroids)
-    return Clusters(final.centroids, final.assignment, final.distance, final.inertia, done, reseeded)
+    return replace(assign(rows, centroids), iterations=done, reseeded=reseeded)
 
 
 def assign(rows: Rows, centroids: torch.Tensor) -> Clusters:

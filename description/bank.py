@@ -144,10 +144,7 @@ def ground_candidates(args, candidates: Candidates, paths, teacher_parts: tuple,
     names = [text.kind if args.rank_in == "kind" else "" for text in candidates.texts]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
     texts = candidates.embeddings
-    found = ground(
-        images, texts, generic, torch.tensor([numbers[name] for name in names]), tau=identity.tau, topk=args.topk,
-        n_min=args.n_min, hub_share=args.hub_share, margin=args.margin, correction=args.correction,
-    )  # fmt: skip
+    found = ground(images, texts, generic, torch.tensor([numbers[name] for name in names]), identity.tau, args)
     usage, corrected, gap = found.usage.tolist(), found.corrected.tolist(), found.gap.tolist()
     for j, best in enumerate(found.best_images.tolist()):
         candidates.notes[j] = {"usage": usage[j], "corrected": corrected[j], "images": [int(indices[i]) for i in best]}

@@ -32,13 +32,8 @@ def ground(
     texts: torch.Tensor,
     generic: torch.Tensor,
     kinds: torch.Tensor,
-    *,
     tau: float,
-    topk: int = 5,
-    n_min: int = 3,
-    hub_share: float = 0.02,
-    margin: float = 0.01,
-    correction: str = "inverted_softmax",
+    rule,
     show: int = 4,
     block: int = 1024,
 ) -> Grounding:
@@ -49,50 +44,45 @@ def ground(
 
     - fewer than `n_min` images take it (ungrounded);
     - more than `hub_share` of the images and more than five times the fair share would take it even after the
-      correction of hubs (hub): "mean" subtracts a text's mean cosine over the images (Dinu et al., 2015),
-      "inverted_softmax" divides exp(cosine / tau) by its sum over the images (Smith et al., 2017);
+      correction of hubs (hub);
     - on the images that take it, its cosine exceeds the generic prompt's by less than `margin` on average (generic).
 
     Args:
         images: V [N, D] float32 unit rows; texts: U [T, D]; generic: [D], unit.
-        kinds: [T] int64, number of the kind within which a text is ranked.
-        tau: temperature of the inverted softmax, the teacher's own.
-        show: m of `best_images`.
-        block: images at a time; memory is a few times block x T x 4 bytes.
+        kinds: [T] int64, number of the kind within which a text is ranked. tau: the teacher's temperature.
+        rule: has topk, n_min, hub_share, margin and correction, as the flags.
+        show: m of `best_images`. block: images at a time; memory is a few times block x T x 4 bytes.
     """
     N, T = len(images), len(texts)
-    shift = _hub_correction(images, texts, correction, tau, block)
+    shift = _hub_correction(images, texts, rule.correction, tau, block)
     members = [torch.nonzero(kinds == kind).flatten() for kind in kinds.unique()]
     usage, corrected = torch.zeros(2, T, dtype=torch.int64)
-    gap = torch.zeros(T, dtype=torch.float64)
-    limit = torch.zeros(T)
-    show = min(show, N)
-    best = torch.full((T, show), -math.inf)
-    best_images = torch.zeros(T, show, dtype=torch.int64)
+    gap, limit = torch.zeros(T, dtype=torch.float64), torch.zeros(T)
+    best = torch.full((T, min(show, N)), -math.inf)
+    best_images = torch.zeros(T, min(show, N), dtype=torch.int64)
+    for ids in members:
+        limit[ids] = max(rule.hub_share, HUB_FAIR * _neighbours(rule.topk, len(ids)) / len(ids))
     for start in range(0, N, block):
         cosine = images[start : start + block] @ texts.T  # [b, T]
         advantage = cosine - (images[start : start + block] @ generic)[:, None]
         for ids in members:
-            k = _neighbours(topk, len(ids))
+            k = _neighbours(rule.topk, len(ids))
             chosen = ids[cosine[:, ids].topk(k, dim=1).indices]  # [b, k]
             usage += torch.bincount(chosen.flatten(), minlength=T)
             gap.index_add_(0, chosen.flatten(), advantage.gather(1, chosen).flatten().double())
             chosen = ids[(cosine[:, ids] - shift[ids]).topk(k, dim=1).indices]
             corrected += torch.bincount(chosen.flatten(), minlength=T)
-        candidates = torch.cat([best, cosine.T], dim=1)
         numbers = torch.arange(start, start + len(cosine)).expand(T, -1)
-        best, order = candidates.topk(show, dim=1)
+        best, order = torch.cat([best, cosine.T], dim=1).topk(best.shape[1], dim=1)
         best_images = torch.cat([best_images, numbers], dim=1).gather(1, order)
-    for ids in members:
-        limit[ids] = max(hub_share, HUB_FAIR * _neighbours(topk, len(ids)) / len(ids))
     gap = (gap / usage).float()
     reasons = [""] * T
     for j in range(T):
-        if usage[j] < n_min:
+        if usage[j] < rule.n_min:
             reasons[j] = "ungrounded"
         elif corrected[j] > limit[j] * N:
             reasons[j] = "hub"
-        elif not gap[j] >= margin:
+        elif not gap[j] >= rule.margin:
             reasons[j] = "generic"
     return Grounding(usage, corrected, gap, limit, best_images, reasons)
 
@@ -102,7 +92,8 @@ def _neighbours(topk: int, members: int) -> int:
 
 
 def _hub_correction(images, texts, correction: str, tau: float, block: int) -> torch.Tensor:
-    """[T]: what to subtract from the cosines of each text, in units of cosine."""
+    """[T]: what to subtract from the cosines of each text: "mean" its mean over the images (Dinu et al., 2015),
+    "inverted_softmax" tau log of the sum of exp(cosine / tau) over the images (Smith et al., 2017)."""
     if correction == "none":
         return torch.zeros(len(texts))
     if correction == "mean":

@@ -4,6 +4,7 @@ import json
 import math
 import os
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -280,6 +281,11 @@ def test_broken_templates(tmp_path, capsys, name, content, message):
 # ---- grounding
 
 
+def rule(**changes) -> SimpleNamespace:
+    known = {"topk": 5, "n_min": 3, "hub_share": 0.02, "margin": 0.01, "correction": "inverted_softmax"}
+    return SimpleNamespace(**known | changes)
+
+
 def units(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
@@ -324,12 +330,12 @@ def test_grounding_equals_plain_loops(correction):
     V, U, g = units(37, 6), units(45, 6, seed=1), units(6, seed=2)
     U[3] = F.normalize(V.mean(dim=0), dim=0)  # near to all images
     kinds = [0] * 30 + [1] * 12 + [2] * 3
-    settings = {"tau": 0.1, "topk": 3, "n_min": 3, "hub_share": 0.1, "margin": 0.3, "correction": correction}
+    tau, settings = 0.1, {"topk": 3, "n_min": 3, "hub_share": 0.1, "margin": 0.3, "correction": correction}
     expected = plain_grounding(
-        V.numpy().astype(float), U.numpy().astype(float), g.numpy().astype(float), kinds, **settings
+        V.numpy().astype(float), U.numpy().astype(float), g.numpy().astype(float), kinds, tau, **settings
     )
     for block in (5, 1024):
-        found = ground(V, U, g, torch.tensor(kinds), **settings, block=block)
+        found = ground(V, U, g, torch.tensor(kinds), tau, SimpleNamespace(**settings), block=block)
         assert (found.usage.tolist(), found.corrected.tolist(), found.reasons) == expected
     assert {"", "ungrounded", "generic"} <= set(expected[2])
     assert torch.equal(found.best_images[:, 0], (U @ V.T).argmax(dim=1))
@@ -344,11 +350,11 @@ def test_planted_texts_get_their_reasons():
     nothing, everything = torch.eye(16)[15], F.normalize(texts.sum(dim=0), dim=0)
     bank = torch.cat([texts, nothing[None], everything[None], generic[None]])
     kinds = torch.tensor([0] * 11 + [1, 2])  # the last two stand alone in their kinds
-    found = ground(images, bank, generic, kinds, tau=0.05, topk=1, margin=0.05)
+    found = ground(images, bank, generic, kinds, 0.05, rule(topk=1, margin=0.05))
     assert found.usage[:10].tolist() == [20] * 10
     # "everything" has cosine 11 / sqrt(110 * 2) = 0.742 to an image, the generic prompt 0.707
     assert found.reasons == [""] * 10 + ["ungrounded", "generic", "generic"]
-    near = ground(images, bank, generic, kinds, tau=0.05, topk=1, margin=0.02)
+    near = ground(images, bank, generic, kinds, 0.05, rule(topk=1, margin=0.02))
     assert near.reasons == [""] * 10 + ["ungrounded", "", "generic"]
     assert sorted(found.best_images[4].tolist()) == sorted((images @ bank[4]).topk(4).indices.tolist())
     assert all(80 <= i < 100 for i in found.best_images[4].tolist())
@@ -359,9 +365,9 @@ def test_a_hub_is_found():
     images = F.normalize(units(300, 32, seed=3) + 2 * torch.eye(32)[0], dim=1)
     texts = torch.cat([units(90, 32, seed=4), F.normalize(torch.eye(32)[:1] + 0.1 * units(1, 32), dim=1)])
     kinds = torch.zeros(91, dtype=torch.int64)
-    plain = ground(images, texts, -torch.eye(32)[0], kinds, tau=0.1, topk=1, correction="none")
+    plain = ground(images, texts, -torch.eye(32)[0], kinds, 0.1, rule(topk=1, correction="none"))
     assert plain.reasons[90] == "hub" and plain.usage[90] > 200
-    mean = ground(images, texts, -torch.eye(32)[0], kinds, tau=0.1, topk=1, correction="mean")
+    mean = ground(images, texts, -torch.eye(32)[0], kinds, 0.1, rule(topk=1, correction="mean"))
     assert mean.corrected[90] < plain.corrected[90] / 5
 
 
