@@ -1,10 +1,10 @@
-"""Drawn vehicles as a re-identification set: as VeRi-776 lies on disk, or as a table.
+"""Drawn vehicles as a re-identification set that lies on disk as VeRi-776 does.
 
-    python -m demo.reid --output VeRi --layout veri776
+    python -m demo.reid --output VeRi
 
 Vehicles come in groups of four that share body and colour and differ in make, marks and the shade of the paint: colour
 alone finds the group, not the vehicle. --mixed takes all bodies and colours in turns instead. The test set does not
-change with the number of training identities. One seed gives the same pictures in both layouts.
+change with the number of training identities.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from demo.draw import write_picture
-from demo.folder import demo_parser, write_set, write_table
+from demo.folder import demo_parser, write_set
 from demo.vehicle import BODIES, COLOURS, VIEWS, demo_rng, label_row, vehicle
 from util.cli import run_tool
 from util.errors import InputError
@@ -43,7 +43,7 @@ def _identities(count: int, seed: int) -> list[int]:
     return pids[:count]
 
 
-def plan(layout: str, train_ids: int, test_ids: int, images_per_id: int, seed: int, mixed: bool = False) -> list[dict]:
+def plan(train_ids: int, test_ids: int, images_per_id: int, seed: int, mixed: bool = False) -> list[dict]:
     """One row a picture, in the order of the paths.
 
     Columns: those of `label_row`; path; split (train, query or gallery: of every camera that sees a test vehicle twice,
@@ -62,11 +62,8 @@ def plan(layout: str, train_ids: int, test_ids: int, images_per_id: int, seed: i
             number, camera, index = place + 1 + place // 6, CAMERA_NUMBERS[row["camid"]], shot // 5
             is_query = shot >= max(5, images_per_id - 5)  # cameras come back every five shots
             split = "train" if place >= test_ids else "query" if is_query else "gallery"
-            if layout == "veri776":
-                time = int(demo_rng(seed, "clock", pid, row["camid"]).integers(86_400)) + 5 * index
-                path = f"image_{'train' if split == 'train' else 'test'}/{number:04}_c{camera:03}_{time:08}_{index}.jpg"
-            else:
-                path = f"images/{number:04}_{shot:02}.jpg"
+            time = int(demo_rng(seed, "clock", pid, row["camid"]).integers(86_400)) + 5 * index
+            path = f"image_{'train' if split == 'train' else 'test'}/{number:04}_c{camera:03}_{time:08}_{index}.jpg"
             rows.append({**row, "path": path, "split": split, "number": number, "camera": camera, "view": view})
     return sorted(rows, key=itemgetter("path"))
 
@@ -89,17 +86,8 @@ def _write_veri(folder: Path, rows: list[dict]) -> None:
         write_lines(folder / f"keypoint_{part}.txt", itertools.islice(points, len(listed) - (part == "train")))
 
 
-def _write_table(folder: Path, rows: list[dict]) -> None:
-    renamed = ({**row, "pid": row["number"], "viewid": row["view"]} for row in rows)
-    write_table(folder / "labels.csv", ("path", "pid", "camid", "viewid", "split"), renamed)
-
-
-WRITERS = {"veri776": _write_veri, "table": _write_table}
-
-
 def write_demo_reid(
     output: Path,
-    layout: str,
     train_ids: int = 60,
     test_ids: int = 20,
     images_per_id: int = 16,
@@ -111,7 +99,6 @@ def write_demo_reid(
     """Write the set into a new folder; one that already holds this very set is left as it is.
 
     Args:
-        layout: veri776 or table.
         train_ids, test_ids: vehicles, 5 or more of each; none is in both.
         images_per_id: pictures of a vehicle, 6 or more, so that one of its five cameras comes back.
         size: side of a picture in px.
@@ -122,17 +109,15 @@ def write_demo_reid(
     Raises:
         InputError: a setting that is unknown or out of range, or an `output` that holds something else.
     """
-    if layout not in WRITERS:
-        raise InputError(f"layout '{layout}' is unknown: choose one of {', '.join(WRITERS)}")
     if min(train_ids, test_ids) < 5 or train_ids + test_ids > MOST or images_per_id < 6 or size < 16:
         raise InputError(
             f"train_ids and test_ids must be 5 or more each and {MOST} or less together, images_per_id 6 or more and "
             f"size 16 or more, got {train_ids}, {test_ids}, {images_per_id} and {size}"
         )
-    rows = plan(layout, train_ids, test_ids, images_per_id, seed, mixed)
+    rows = plan(train_ids, test_ids, images_per_id, seed, mixed)
     counts = {split: sum(row["split"] == split for row in rows) for split in ("train", "query", "gallery")}
-    settings = {"layout": layout, "images_per_id": images_per_id, "size": size, "seed": seed, "mixed": mixed}
-    draw, finish = partial(write_picture, seed=seed, size=size), partial(WRITERS[layout], rows=rows)
+    settings = {"images_per_id": images_per_id, "size": size, "seed": seed, "mixed": mixed}
+    draw, finish = partial(write_picture, seed=seed, size=size), partial(_write_veri, rows=rows)
     written = write_set(output, "demo_reid.json", settings | counts, rows, draw, finish, processes)
     return {**counts, "written": written}
 
@@ -140,7 +125,7 @@ def write_demo_reid(
 def get_args_parser() -> argparse.ArgumentParser:
     parser = demo_parser("reid", __doc__, 128, "side of a picture")
     add = parser.add_argument
-    add("--layout", choices=WRITERS, required=True, help="how the set lies on disk")
+    add("--layout", choices=["veri776"], help="how the set lies on disk (only and default: veri776)")
     add("--train_ids", type=int, default=60, help="vehicles to train on (default 60)")
     add("--test_ids", type=int, default=20, help="other vehicles to test on (default 20)")
     add("--images_per_id", type=int, default=16, help="pictures of a vehicle (default 16)")
@@ -149,7 +134,8 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> dict:
-    return {"output": str(args.output), **write_demo_reid(**vars(args))}
+    flags = {name: value for name, value in vars(args).items() if name != "layout"}
+    return {"output": str(args.output), **write_demo_reid(**flags)}
 
 
 if __name__ == "__main__":

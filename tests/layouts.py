@@ -28,13 +28,13 @@ picture_of = functools.cache(render)  # a picture that several layouts show is d
 def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_per_id=7, size=16, style="old", **more):
     """veri776 (as demo.reid, and its label files), vehicleid or veriwild (in the styles old, old_headless and new)."""
     if layout == "veri776":
-        demo_reid.write_demo_reid(folder, layout, train_ids, test_ids, images_per_id, size, **more)
-        rows = demo_reid.plan(layout, train_ids, test_ids, images_per_id, 0)
+        demo_reid.write_demo_reid(folder, train_ids, test_ids, images_per_id, size, **more)
+        rows = demo_reid.plan(train_ids, test_ids, images_per_id, 0)
         for part, root in (("train", "TrainingImages"), ("test", "TestingImages")):
             listed = [row for row in rows if row["path"].startswith(f"image_{part}")]
             (folder / f"{part}_label.xml").write_text(veri_labels(root, listed), encoding="gb2312")
         return
-    rows = demo_reid.plan("table", train_ids, test_ids, images_per_id, 0)
+    rows = demo_reid.plan(train_ids, test_ids, images_per_id, 0)
     tests = sorted({row["number"] for row in rows if row["split"] != "train"})
     if layout == "vehicleid":  # every fourth test vehicle has two pictures
         rows = [row for row in rows if row["number"] not in tests[3::4] or row["shot"] < 2]

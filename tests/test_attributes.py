@@ -161,7 +161,7 @@ def copy(veri, tmp_path):
 
 def test_veri_is_read_from_its_gb2312_files(veri):
     data = read_attribute_set(veri)
-    drawn = {row["path"]: row for row in plan("veri776", 8, 5, 6, 0)}
+    drawn = {row["path"]: row for row in plan(8, 5, 6, 0)}
     assert [a.name for a in data.attributes][:2] == ["colour: yellow", "colour: orange"] and len(VERI) == 19
     for split, images in (("train", data.train), ("test", data.test)):
         assert len(images) == sum((row["split"] == "train") == (split == "train") for row in drawn.values())
@@ -182,7 +182,7 @@ def test_a_mixed_drawn_set_shows_what_it_tests():
     """Groups of vehicles of one look, as re-identification needs them, tie colour to type."""
     looks = {}
     for mixed in (False, True):
-        rows = plan("veri776", 140, 60, 6, 0, mixed)
+        rows = plan(140, 60, 6, 0, mixed)
         assert len(rows) == 1200 and len({row["pid"] for row in rows}) == 200
         looks[mixed] = [
             {(r["body"], r["colour"]) for r in rows if (r["split"] == "train") == is_train}

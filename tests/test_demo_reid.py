@@ -1,6 +1,5 @@
 """The drawn re-identification set, and published layouts of it: readers find what was planned, and nothing else."""
 
-import csv
 import math
 from collections import Counter
 
@@ -14,7 +13,7 @@ from demo import reid as demo_reid
 from demo import scene as demo_scene
 from demo.draw import render
 from demo.vehicle import vehicle
-from metrics.protocols import draw_gallery, protocols_of
+from metrics.protocols import draw_gallery
 from util.errors import InputError
 
 SETTINGS = {"train_ids": 6, "test_ids": 6, "images_per_id": 7, "size": 16}
@@ -30,12 +29,11 @@ CHOICES = {
 
 @pytest.fixture(scope="module")
 def sets(tmp_path_factory):
-    """name -> folder, and table -> the file of one."""
+    """name -> folder."""
     root = tmp_path_factory.mktemp("sets")
-    demo_reid.write_demo_reid(root / "table", "table", **SETTINGS, processes=1)
     for name, (layout, style) in CHOICES.items():
         write_demo_reid(root / name, layout, style=style, **SETTINGS)
-    return {name: root / name for name in CHOICES} | {"table": root / "table" / "labels.csv"}
+    return {name: root / name for name in CHOICES}
 
 
 def test_veri_is_read_as_planned(sets):
@@ -91,38 +89,16 @@ def test_veriwild_is_read_as_planned_in_all_styles(sets):
         before = set(query.pids)
 
 
-def test_table_is_read_as_planned(sets):
-    data = read_reid(sets["table"])
-    query, gallery = data.tests["test"]
-    assert (len(data.train), len(query), len(gallery)) == (TRAIN, 12, 30) and data.classes == 6
-    assert set(data.train.camids) | set(gallery.camids) == set(range(8))
-    assert protocols_of(data)["test"].remove_same_camera
-    with open(sets["table"], newline="") as opened:
-        rows = list(csv.DictReader(opened))
-    assert set(rows[0]) == {"path", "pid", "camid", "viewid", "split"} and len(rows) == 2 * TRAIN
-    assert {row["viewid"] for row in rows} == set("01234567")
-
-
-def test_one_seed_shows_the_same_pictures_in_both_layouts(sets):
-    shown = {}
-    for name in ("veri776", "table"):
-        data, shown[name] = read_reid(sets[name]), {}
-        for images in (data.train, *data.tests["test"]):
-            for pid, path in zip(images.pids, images.paths):
-                shown[name].setdefault(int(data.pid_names[pid]), set()).add(path.read_bytes())
-    assert shown["veri776"] == shown["table"]
-
-
 def test_vehicles_that_share_body_and_colour_are_in_the_test():
-    rows = demo_reid.plan("table", 60, 20, 6, 0)
+    rows = demo_reid.plan(60, 20, 6, 0)
     test = {row["pid"] for row in rows if row["split"] != "train"}
     for is_test, groups in ((True, 5), (False, 15)):
         looks = Counter((r["body"], r["colour"]) for r in rows if (r["pid"] in test) == is_test and not r["shot"])
         assert len(looks) == groups and set(looks.values()) == {4}
-    assert {r["pid"] for r in demo_reid.plan("table", 5, 20, 6, 0) if r["split"] != "train"} == test
+    assert {r["pid"] for r in demo_reid.plan(5, 20, 6, 0) if r["split"] != "train"} == test
     marks = Counter((v["body"], v["colour"], v["marks"]) for v in (vehicle(0, pid) for pid in {r["pid"] for r in rows}))
     assert set(marks.values()) == {1}
-    assert demo_reid.plan("veri776", 6, 6, 7, 1) != demo_reid.plan("veri776", 6, 6, 7, 0)
+    assert demo_reid.plan(6, 6, 7, 1) != demo_reid.plan(6, 6, 7, 0)
 
 
 def test_views_are_those_that_are_drawn(monkeypatch):
@@ -130,7 +106,7 @@ def test_views_are_those_that_are_drawn(monkeypatch):
     angles, aim = [], demo_scene.Scene.aim
     monkeypatch.setattr(demo_scene.Scene, "aim", lambda p, *at: (angles.append(math.degrees(at[0])), aim(p, *at)))
     from_nose = (0, 180, 270, 318, 222, 90, 42, 138)  # by VeRi's view; 90 is the right side
-    rows = demo_reid.plan("veri776", 5, 5, 12, 1)[::4]
+    rows = demo_reid.plan(5, 5, 12, 1)[::4]
     for row in rows:
         render(1, row["pid"], row["camid"], row["viewid"], row["shot"], 16)
     off = (np.array(angles) - [from_nose[row["view"]] for row in rows] + 180) % 360 - 180
@@ -139,11 +115,11 @@ def test_views_are_those_that_are_drawn(monkeypatch):
 
 def test_the_same_set_is_left_and_another_refused(sets):
     flags = " ".join(f"--{name} {value}" for name, value in SETTINGS.items())
-    words = f"--output {sets['table'].parent} --layout table {flags}"
+    words = f"--output {sets['veri776']} --layout veri776 {flags}"
     line = demo_reid.main(demo_reid.get_args_parser().parse_args(words.split()))
     assert not line["written"] and (line["train"], line["query"], line["gallery"]) == (TRAIN, 12, 30)
     with pytest.raises(InputError, match="remove it"):
-        demo_reid.write_demo_reid(sets["table"].parent, "table", **SETTINGS, seed=1)
+        demo_reid.write_demo_reid(sets["veri776"], **SETTINGS, seed=1)
 
 
 @pytest.mark.parametrize(
@@ -153,10 +129,9 @@ def test_the_same_set_is_left_and_another_refused(sets):
         ({"train_ids": 1200}, "1200 or less together"),
         ({"images_per_id": 5}, "images_per_id 6 or more .* got 6, 6, 5 and 16"),
         ({"size": 8}, "size 16 or more"),
-        ({"layout": "market"}, "layout 'market' is unknown: choose one of veri776"),
     ],
 )
 def test_wrong_settings_have_one_sentence(tmp_path, change, message):
     with pytest.raises(InputError, match=message):
-        demo_reid.write_demo_reid(tmp_path / "set", **{"layout": "table", **SETTINGS, **change})
+        demo_reid.write_demo_reid(tmp_path / "set", **{**SETTINGS, **change})
     assert not list(tmp_path.iterdir())

@@ -7,10 +7,10 @@ import tarfile
 import pytest
 import torch
 from conftest import ROOT, parse
+from layouts import write_demo_reid
 from PIL import Image
 
 import main_finetune
-from demo.reid import write_demo_reid
 from models_vit import VisionTransformer
 from tools import results_table
 from tools.finished_runs import published_counts
