@@ -14,11 +14,12 @@ from datasets.transforms import whole_image
 from models_mae import MODELS, load_autoencoder
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer, load_encoder
-from tools.checkpoint import FORMATS, inspect_file, table, verify_file
+from tools.checkpoint import FORMATS, get_args_parser, inspect_file, main, table, verify_file
 from tools.convert import TARGETS
 from tools.export_onnx import export_onnx
 from tools.release import release
 from util.checkpoint import read_checkpoint, write_safetensors, write_torch
+from util.cli import run_tool
 from util.errors import InputError
 from util.files import file_sha256
 
@@ -239,8 +240,8 @@ def test_onnx_of_an_encoder(encoder_file, encoder, photos, tmp_path, monkeypatch
     assert not (tmp_path / "other.onnx").exists()
 
 
-@pytest.mark.parametrize("sides", [{}, {"cameras": 3, "views": 2}])
-def test_onnx_of_a_reid_model(tmp_path, sides):
+def test_onnx_of_a_reid_model(tmp_path):
+    sides = {"cameras": 3, "views": 2}
     ort = onnx_packages()
     torch.manual_seed(1)
     base = VisionTransformer((32, 32), 16, 192, 2, 3, fused_attn=False)
@@ -259,7 +260,7 @@ def test_onnx_of_a_reid_model(tmp_path, sides):
     session = ort.InferenceSession(str(tmp_path / "reid.onnx"), providers=["CPUExecutionProvider"])
     imgs = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8)
     camids, viewids = torch.tensor([2, 0, 1]), torch.tensor([1, 1, 0])
-    ids = {"camids": camids, "viewids": viewids} if sides else {}
+    ids = {"camids": camids, "viewids": viewids}
     found = session.run(None, {"images": imgs.numpy(), **{k: v.numpy() for k, v in ids.items()}})[0]
     with torch.no_grad():
         wanted = model.encode(imgs, *ids.values())
@@ -275,13 +276,16 @@ def test_a_model_of_another_task_is_not_exported(tmp_path, encoder):
 # the command
 
 
-def test_the_command(encoder_file, tmp_path):
+def test_the_command(encoder_file, tmp_path, capsys):
     assert set(FORMATS) == {*TARGETS, "onnx"}
-    out = tmp_path / "facts.json"
-    done = run_command(command("-m", "tools.checkpoint", "verify", str(encoder_file), "--metrics", str(out)))
-    assert done.returncode == 0 and json.loads(out.read_text())["verdict"].startswith("loads into its model")
-    done = run_command(command("-m", "tools.checkpoint", "verify", "mae_vit_bas"))
-    assert done.returncode == 2 and "did you mean mae_vit_base" in done.stderr and "Traceback" not in done.stderr
+    parse, out = get_args_parser().parse_args, tmp_path / "facts.json"
+    run_tool(main, parse(["verify", str(encoder_file), "--metrics", str(out)]), out)
+    assert json.loads(out.read_text())["verdict"].startswith("loads into its model")
+    run_tool(main, parse(["inspect", str(encoder_file)]), None)
+    assert "ViT 192 wide, 2 blocks" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stopped:
+        run_tool(main, parse(["verify", "mae_vit_bas"]), None)
+    assert stopped.value.code == 2 and "did you mean mae_vit_base" in capsys.readouterr().err
 
 
 def test_the_models_that_only_a_name_tells_apart(tmp_path):

@@ -557,6 +557,12 @@ def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, encoder_file, mo
         convert(encoder_file, "mae", tmp_path / "m.pth")
 
 
+def test_other_features_are_an_error(tmp_path, encoder_file, monkeypatch):
+    monkeypatch.setattr("tools.convert.FEATURE_TOLERANCE", -1)
+    with pytest.raises(InputError, match="gives other features"):
+        convert(encoder_file, "mae", tmp_path / "m.pth")
+
+
 def test_what_is_written_is_float32_and_plain(tmp_path, state):
     """Half precision and an argparse.Namespace in the source, neither in the copies."""
     half, args = {k: v.half() for k, v in state.items()}, argparse.Namespace(model="mae_vit_tiny_patch16")
