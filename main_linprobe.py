@@ -10,9 +10,9 @@ import argparse
 import os
 from pathlib import Path
 
-from datasets.reid import READERS
 from util.cli import Parser, parse_input_size, run_tool
 from util.errors import InputError
+from util.names import REID_FORMATS
 
 READ_OUTS = ("cls", "mean", "context", "layers")
 PROTOCOLS = ("knn", "linear", "mae", "fewshot", "reid")
@@ -31,7 +31,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, help="folder with train/CLASS and val/CLASS, or a table with columns path, split "
         "and a label; with --protocol reid a re-identification set")
     add("--label_column", nargs="+", default=["label"], help="label columns of a table (default label)")
-    add("--format", default="auto", choices=("auto", *READERS),
+    add("--format", default="auto", choices=REID_FORMATS,
         help="layout of a re-identification set (default auto: by the files that are there)")
     add = parser.add_argument_group("protocol").add_argument
     add("--protocol", nargs="+", default=["knn"], choices=PROTOCOLS, help="nearest neighbours; regularised logistic "

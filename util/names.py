@@ -20,3 +20,4 @@ MAE_MODELS = {f"mae_vit_{size}_patch{sizes[3]}": size for size, sizes in ENCODER
 ENCODER_MODELS = {name.removeprefix("mae_"): size for name, size in MAE_MODELS.items()}
 CONTEXTS = ("attention", "cls", "mean", "decoder")
 FORMATS = ("mae", "timm", "hf", "transreid", "transfg", "setr", "safetensors", "onnx")  # that `convert` writes
+REID_FORMATS = ("auto", "veri776", "vehicleid", "veriwild", "table")  # auto: by the files that are there
