@@ -50,7 +50,7 @@ def small(tmp_path_factory):
     file = tmp_path_factory.mktemp("encoder") / "encoder.pth"
     torch.save({"model": VisionTransformer((32, 32), 16, 192, 2, 3).state_dict()}, file)
     flags = f"--task seg --finetune {file} --input_size 32 --batch_size 4 --epochs 2 --print_freq 1"
-    return [*flags.split(), *CPU, "--decoder", "naive", "--lr", "0.01"]
+    return [*flags.split(), *CPU, "--decoder", "naive", "--lr", "0.003"]
 
 
 def finetune(small, data, output, *more) -> dict:
