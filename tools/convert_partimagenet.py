@@ -206,19 +206,17 @@ def read_seg(source: Path, space: str) -> Found:
     for split in SPLITS:
         folder, masks = source / "images" / split, source / "annotations" / split
         for picture in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            name = picture.name
+            name, mask = picture.name, masks / picture.relative_to(folder).with_suffix(".png")
             if picture.suffix.lower() not in IMAGE_ENDINGS:
                 continue
-            if SYNSET.match(name) and kind_of(name[:9]) not in KINDS[space]:
+            if not SYNSET.match(name):
+                found.left_out["the name does not begin with a synset"].append(f"{split}/{name}")
+            elif kind_of(name[:9]) not in KINDS[space]:
                 found.counts["pictures of something else"] += 1
-                continue
-            mask = masks / picture.relative_to(folder).with_suffix(".png")
-            is_named = SYNSET.match(name)
-            why = mask_problem(picture, mask) if is_named else "the name does not begin with a synset"
-            if why:
+            elif why := mask_problem(picture, mask):
                 found.left_out[why].append(f"{split}/{name}")
-                continue
-            found.rows.append({"source": picture, "split": split, "synset": name[:9], "name": name, "mask": mask})
+            else:
+                found.rows.append({"source": picture, "split": split, "synset": name[:9], "name": name, "mask": mask})
     return found
 
 
