@@ -9,7 +9,7 @@ import torch
 from conftest import command, run_command
 
 from curation.hierarchy import build_tree, members_by_cluster, plan_levels, step_rng
-from curation.kmeans import assign, kmeans, plus_plus
+from curation.kmeans import BLOCK, assign, kmeans, plus_plus
 from curation.rows import Rows
 from curation.sample import balance, sample_tree, tail_coverage, water_fill
 from util.errors import InputError
@@ -116,26 +116,26 @@ def test_two_ranks_find_the_same_clusters(tmp_path):
     x = blobs(20_000, 30, dim=8)
     np.save(tmp_path / "x.npy", x)
     code = f"""
+import os, sys
+sys.path.insert(0, os.getcwd())
 from pathlib import Path
 import numpy as np, torch
-from util.dist import init_distributed, get_rank, end_distributed
+from util.dist import init_distributed, is_main_process, end_distributed
 from curation.rows import Rows
 from curation.hierarchy import build_tree, plan_levels
 init_distributed(torch.device("cpu"), 60)
-rows = Rows(np.load("{tmp_path}/x.npy", mmap_mode="r"), torch.device("cpu"))
-tree = build_tree(rows, plan_levels(20_000, [60, 8], [20, 3], 2), Path(out), seed=3, iterations=10)
-if get_rank() == 0:
-    np.save(out + "/path.npy", tree.path())
+out = Path("{tmp_path}")
+rows = Rows(np.load(out / "x.npy", mmap_mode="r"), torch.device("cpu"))
+tree = build_tree(rows, plan_levels(20_000, [60, 8], [20, 3], 2), out / "two", seed=3, iterations=10)
+if is_main_process():
+    np.save(out / "path.npy", tree.path())
 end_distributed()
 """
-    (tmp_path / "job.py").write_text("import os, sys\nsys.path.insert(0, os.getcwd())\nout = sys.argv[1]\n" + code)
-    for ranks in (1, 2):
-        (tmp_path / str(ranks)).mkdir()
-        words = command(str(tmp_path / "job.py"), str(tmp_path / str(ranks)), processes=ranks)
-        done = run_command(words)
-        assert done.returncode == 0, done.stderr
-    one, two = (np.load(tmp_path / str(ranks) / "path.npy") for ranks in (1, 2))
-    assert one.shape == (20_000, 2) and (one == two).all()
+    (tmp_path / "job.py").write_text(code)
+    done = run_command(command(str(tmp_path / "job.py"), processes=2))
+    assert done.returncode == 0, done.stderr
+    one = build_tree(Rows(x, CPU), plan_levels(20_000, [60, 8], [20, 3], 2), tmp_path / "one", seed=3, iterations=10)
+    assert one.path().shape == (20_000, 2) and (one.path() == np.load(tmp_path / "path.npy")).all()
 
 
 def test_steps_on_disk_are_not_done_again(tmp_path, monkeypatch):
@@ -221,7 +221,7 @@ def test_assignment_is_exact_for_any_block_size(monkeypatch):
     rows = Rows(x, CPU)
     centroids = rows.take(np.arange(37))
     whole = assign(rows, centroids)
-    monkeypatch.setitem(__import__("curation.kmeans").kmeans.BLOCK, "cpu", 64)
+    monkeypatch.setitem(BLOCK, "cpu", 64)
     assert (assign(rows, centroids).assignment == whole.assignment).all()
 
 

@@ -1,5 +1,7 @@
 """Attributes -> texts -> a grounded bank."""
 
+import contextlib
+import io
 import json
 import math
 import os
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, command, parse, read_log, run_command, small_flags, write_pictures
+from conftest import ROOT, parse, read_log, small_flags, write_pictures
 
 import main_describe
 import main_pretrain
@@ -414,6 +416,10 @@ def test_ensemble_is_the_renormalised_mean():
 # ---- the whole
 
 
+def run_describe(flags: str, output) -> dict:
+    return main_describe.main(main_describe.get_args_parser().parse_args([*flags.split(), "--output", str(output)]))
+
+
 @pytest.fixture(scope="module")
 def made(teacher_files, tmp_path_factory):
     """(flags without --output, output of a finished run, its printed numbers)."""
@@ -427,13 +433,13 @@ def made(teacher_files, tmp_path_factory):
         f"--attributes {table} --images {pictures} --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]}"  # noqa: E501
     )
     flags += " --device cpu --num_workers 0 --n_min 1 --margin -2 --dedup_cos 0.9999"
-    done = run_command(command("main_describe.py", *flags.split(), "--output", str(folder / "out")))
-    assert done.returncode == 0, done.stderr
-    return flags, folder / "out", json.loads(done.stdout.splitlines()[-1]), done.stdout
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        numbers = run_describe(flags, folder / "out")
+    return flags, folder / "out", numbers, printed.getvalue()
 
 
-def run_describe(flags: str, output) -> dict:
-    return main_describe.main(main_describe.get_args_parser().parse_args([*flags.split(), "--output", str(output)]))
+def without_images(flags: str) -> str:
+    return flags.split(" --images")[0] + " --clip" + flags.split("--clip", 1)[1]
 
 
 def lines_of(file):
@@ -442,7 +448,6 @@ def lines_of(file):
 
 def test_files_of_a_run(made, teacher_files):
     _, out, numbers, printed = made
-    assert numbers == json.loads((out / "metrics.json").read_text())
     assert numbers["images"] == 30 and numbers["unreadable"] == 1 and "broken.png" in printed
     kept, removed = lines_of(out / "texts.jsonl"), lines_of(out / "removed.jsonl")
     assert len(kept) == numbers["kept"] > 20
@@ -478,13 +483,12 @@ def test_ensemble_and_limits(made, tmp_path):
     flags, _, _, _ = made
     with pytest.raises(InputError, match="0 texts are left and a bank needs 2"):
         run_describe(flags.replace("--margin -2", "--margin 2") + " --rows_only", tmp_path / "none")
-    flags = flags.split(" --images")[0] + " --clip" + flags.split("--clip", 1)[1]
+    flags = without_images(flags)
     numbers = run_describe(flags + " --rows_only --ensemble --max_per_make 3", tmp_path / "e")
     kept = lines_of(tmp_path / "e" / "texts.jsonl")
     assert all(len(row["wordings"]) == 5 and row["text"] == row["wordings"][0] for row in kept)
-    assert (
-        "coverage" not in numbers and max(Counter(r["attrs"].get("make", i) for i, r in enumerate(kept)).values()) == 3
-    )
+    makes = Counter(row["attrs"]["make"] for row in kept if "make" in row["attrs"])
+    assert "coverage" not in numbers and max(makes.values()) == 3
     assert json.loads((tmp_path / "e" / "bank.json").read_text())["ensemble"] is True
 
 
@@ -496,11 +500,9 @@ def test_too_many_tokens_are_named(made, tmp_path):
 
 def test_invisible_on_request(made, tmp_path):
     templates = write(tmp_path / "t.txt", "a {body} for {price}\na {body}\na {make}\n")
-    flags = made[0].split(" --images")[0] + " --clip" + made[0].split("--clip", 1)[1] + f" --templates {templates}"
+    flags = without_images(made[0]) + f" --templates {templates}"
     assert run_describe(flags, tmp_path / "without")["removed_invisible"] == 2
-    assert "price" in [
-        row["reason"] and row["detail"].split()[0] for row in lines_of(tmp_path / "without/removed.jsonl")
-    ]
+    assert any(row["detail"].startswith("price ") for row in lines_of(tmp_path / "without/removed.jsonl"))
     assert run_describe(flags + " --keep_invisible", tmp_path / "with")["kept"] == 6
 
 
@@ -569,14 +571,10 @@ def test_codes_are_no_words_and_endings_are_read_with_care():
     assert sport["model"] == "Discovery Sport" and "body" not in sport
 
 
-def test_texts_that_the_teacher_would_cut_are_refused(teacher_files, tmp_path):
-    clip, tokenizer, identity = load_clip(str(teacher_files[0]), str(teacher_files[1]))
-    (tmp_path / "texts.txt").write_text("a red car\n" + "a very " * 60 + "long car\n")
-    with pytest.raises(InputError, match="tokens where the teacher reads"):
-        build_bank(str(tmp_path / "texts.txt"), clip, tokenizer, identity)
+def test_banks_of_other_encodings_are_refused(teacher_files, tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"a red Citro\xebn\na blue car\n")
     with pytest.raises(InputError, match="is not UTF-8 text"):
-        build_bank(str(tmp_path / "latin.txt"), clip, tokenizer, identity)
+        build_bank(str(tmp_path / "latin.txt"), *load_clip(*map(str, teacher_files)))
 
 
 def test_names_that_are_not_utf8_can_be_printed():
