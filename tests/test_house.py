@@ -41,7 +41,7 @@ def test_every_flag_has_help_and_is_read(name):
             continue
         assert action.help and len(action.help) > 5, action.dest
         assert action.required or "default" in action.help, f"{action.dest}: help names no default"
-        assert re.search(rf"args\.{action.dest}\b|\"{action.dest}\"", source), f"{action.dest} is never read"
+        assert re.search(rf"(args|rule)\.{action.dest}\b|\"{action.dest}\"", source), f"{action.dest} is never read"
 
 
 def test_mae_flags_keep_their_defaults():
