@@ -107,7 +107,7 @@ from engine_extract import extract_features
 from engine_linprobe import crop_batches, stored_batches, train_heads
 from finetune.reid_eval import evaluate_reid, flat_metrics, unreadable_of
 from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
-from metrics.protocols import evaluate, protocols_of
+from metrics.reid import FeatureSet, evaluate, protocols_of
 from models_probe import ReadOuts, SearchReadOuts, load_read_outs
 from reports.run import Score, draw_layers, mean_attribute_accuracy, score_table
 from util.dist import pick_device
@@ -147,7 +147,9 @@ def judge_search(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[S
     data = read_reid(args.data_path, args.format, need_train=False)
     print(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes), sep="\n")
     model = SearchReadOuts(read_outs)
-    results = evaluate_reid(model, data, protocols_of(data, seed=args.seed), **loading, columns=model.columns)
+    results = evaluate_reid(
+        model, data, protocols_of(data.name, data.cameras(), seed=args.seed), **loading, columns=model.columns
+    )
     print("\n".join(dict.fromkeys(result.protocol.line() for result in results.values())), flush=True)
     facts: dict[str, float | str] = {"unreadable": len(unreadable_of(results))}
     facts |= {f"reid_{name}": value for name, value in flat_metrics(results).items()}
@@ -164,9 +166,9 @@ def random_order(result, seed: int) -> dict[str, float]:
     """The numbers of features that know nothing: normal noise."""
     rng = np.random.default_rng(seed)
     rows = []
-    for part in (result.query, result.gallery):
-        if part:
-            rows += [part.images, torch.from_numpy(rng.standard_normal((len(part.images), 16), np.float32))]
+    for images in (part.images for part in (result.query, result.gallery) if part):
+        noise = torch.from_numpy(rng.standard_normal((len(images), 16), np.float32))
+        rows.append(FeatureSet(noise, images.pids, images.camids))
     return evaluate(result.protocol, *rows)
 
 

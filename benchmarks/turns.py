@@ -86,14 +86,18 @@ def make_features(queries: int, gallery: int, identities: int, cameras: int, dim
 
 def rank_features(args: dict) -> Turn:
     """From features to mAP and R1."""
-    try:
-        from metrics.reid import rank_hits, scores
-    except ImportError:  # where it was in 03f0466
-        from util.metrics import rank_hits, scores
+    import torch
 
-    case = make_features(*args["sizes"])
+    try:
+        from metrics.reid import cosine_blocks, rank_blocks, scores
+    except ImportError:  # where it was in 03f0466
+        from util.metrics import cosine_blocks, rank_blocks, scores
+
+    query, gallery, *labels = make_features(*args["sizes"])
+    device = torch.device(args["device"])
     return timed(
-        lambda: scores(rank_hits(*case, device=args["device"])), lambda found: {k: found[k] for k in ("mAP", "R1")}
+        lambda: scores(rank_blocks(cosine_blocks(query, gallery, device), *labels)),
+        lambda found: {k: found[k] for k in ("mAP", "R1")},
     )
 
 

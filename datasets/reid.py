@@ -95,6 +95,10 @@ class ReidData:
     camera_names: list[str] | None = None  # where camids are numbers of these, and not the published ones
     view_names: list[str] | None = None
 
+    def cameras(self) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
+        """{test: (camids of the query, of the gallery; None: the protocol draws it)}."""
+        return {test: (query.camids, gallery and gallery.camids) for test, (query, gallery) in self.tests.items()}
+
     def sha256(self) -> str:
         """Identity of what is trained on: paths, order and labels."""
         digest = hashlib.sha256(self.train.paths.sha256().encode())

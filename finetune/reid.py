@@ -16,7 +16,7 @@ from finetune.predict import write_unreadable
 from finetune.reid_eval import evaluate_reid, flat_metrics, result_lines, unreadable_of
 from finetune.reid_model import KIND, in_the_models_numbers, load_reid, reid_config
 from finetune.task import Task
-from metrics.protocols import draw_gallery, protocols_of
+from metrics.reid import draw_gallery, protocols_of
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
 from reports.reid import ReidTest, write_reid_report
@@ -270,7 +270,7 @@ def score_as_is(model: TransReID, data: ReidData, args, amp_dtype, is_over: bool
     results = evaluate_reid(
         model,
         data,
-        protocols_of(data, args.keep_same_camera, args.protocol_seed),
+        protocols_of(data.name, data.cameras(), args.keep_same_camera, args.protocol_seed),
         batch_size=args.batch_size,
         num_workers=args.num_workers,
         amp_dtype=amp_dtype,
@@ -297,7 +297,7 @@ def write_reports(model: TransReID, data: ReidData, results: dict, folder: Path,
         query, gallery = result.query.images, result.gallery.images if result.gallery else None
         values = result.query.values, result.gallery.values if result.gallery else None
         if gallery is None:
-            kept, asked = draw_gallery(query, result.protocol.seed, 0)
+            kept, asked = draw_gallery(query.pids, result.protocol.seed, 0)
             query, gallery = query.take(asked), query.take(kept)
             values = values[0][asked], values[0][kept]
         file = folder / ("report.html" if test == "test" else f"report_{test}.html")

@@ -8,7 +8,7 @@ import torch
 from datasets.eval_images import WholeImages
 from datasets.reid import ReidData, ReidImages
 from finetune.predict import predict
-from metrics.protocols import Protocol, evaluate
+from metrics.reid import FeatureSet, Protocol, evaluate
 from models_transreid import TransReID
 from util.dist import wait_for_main
 
@@ -94,7 +94,7 @@ def evaluate_reid(
         for part, cut in (columns or {"": slice(None)}).items():
             q = replace(query, values=query.values[:, cut])
             g = replace(gallery, values=gallery.values[:, cut]) if gallery else None
-            rows = (q.images, q.values, *((g.images, g.values) if g else (None, None)))
+            rows = [FeatureSet(part.values, part.images.pids, part.images.camids) for part in (q, g) if part]
             for ending, used in ("", protocol), (" reranked", replace(protocol, rerank=rerank)):
                 if used.rerank or not ending:
                     metrics = evaluate(used, *rows, device=device)

@@ -1,7 +1,7 @@
-"""Ranking metrics of re-identification: exact, in blocks, without a full distance matrix or an argsort.
+"""Scores of re-identification: exact, in blocks, without a full distance matrix or an argsort.
 
 A gallery image is *junk* for a query if it must not be counted (same vehicle, same camera, where the protocol
-says so). With the rest in the order of decreasing cosine, ties in the order of the gallery, and
+says so). With the rest in the order of decreasing similarity, ties in the order of the gallery, and
 r_1 < r_2 < ... < r_P the ranks of the images of the query's vehicle:
 
     AP = 1/P sum_i i / r_i      (non-interpolated, Zheng et al., 2015)
@@ -9,19 +9,127 @@ r_1 < r_2 < ... < r_P the ranks of the images of the query's vehicle:
     INP = P / r_P               (Ye et al., 2020, arXiv 2001.04193, eq. 3)
 
 averaged over the queries that have any such image; the others are counted and named, never scored as 0.
+Q queries, G gallery images, D numbers a feature.
 """
 
+import hashlib
+import json
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from itertools import repeat
+from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 BLOCK_NUMBERS = 1 << 25  # similarities held at a time
-SORTED_NUMBERS = 1 << 23  # sorted on the CPU at a time: after each lookup torch's threads spin a while
-SORTED_AT_ONCE = 1 << 18  # by one thread: what stays in its cache
+SORTED_AT_ONCE = 1 << 18  # similarities sorted by one thread: what stays in its cache
+BINS = 20_000  # of the cosines in [-1, 1]: those of some encoders fill a hundredth of it
+
+
+class FeatureSet(NamedTuple):
+    """features: [n, D] float, of any length. pids, camids: [n] int64."""
+
+    features: torch.Tensor
+    pids: np.ndarray
+    camids: np.ndarray
+
+    def take(self, rows: np.ndarray) -> "FeatureSet":
+        return FeatureSet(*(part[rows] for part in self))
+
+
+# protocols
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The rules of one number.
+
+    name: of the protocol; numbers of different protocols must not stand in one column.
+    remove_same_camera: gallery images of the query's vehicle and camera do not count (VeRi-776's rule; also
+        what VERI-Wild's authors ask for, though their scripts keep them, which adds about 4 points of mAP).
+    draws: 0, or how often one random image of each vehicle becomes the gallery and the rest the queries
+        (VehicleID); the scores are means over the draws.
+    seed: of the draws; draw i is a function of (seed, i) and the list.
+    rerank: (k1, k2, lambda) of `reranked_blocks`, or None.
+    """
+
+    name: str
+    remove_same_camera: bool
+    draws: int = 0
+    seed: int = 0
+    rerank: tuple[int, int, float] | None = None
+
+    def line(self) -> str:
+        """One line to print beside the numbers."""
+        rule = f"same-camera matches {'removed' if self.remove_same_camera else 'kept'}"
+        if self.draws:
+            rule = f"1 gallery image a vehicle, {self.draws} draws, seed {self.seed}"
+        ranking = "re-ranked with k1 {}, k2 {}, lambda {:g}".format(*self.rerank) if self.rerank else "no re-ranking"
+        return f"{self.name} ({rule}, cosine, {ranking}) #{self.hash()}"
+
+    def hash(self) -> str:
+        """Eight digits that are equal only for equal rules."""
+        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+
+
+def protocols_of(
+    name: str, cameras: dict[str, tuple[np.ndarray, np.ndarray | None]], keep_same_camera: bool = False, seed: int = 0
+) -> dict[str, Protocol]:
+    """The protocol of each test of a set: {test: Protocol}.
+
+    Args:
+        name: of the set. cameras: {test: (camids of the query, of the gallery)}, -1 where a camera is not known;
+            None: the gallery is drawn.
+        keep_same_camera: the other variant, under another name.
+        seed: of VehicleID's draws.
+    """
+    found = {}
+    for test, (query, gallery) in cameras.items():
+        title = name if test == "test" else f"{name}/{test}"
+        if gallery is None:
+            found[test] = Protocol(title, False, draws=10, seed=seed)
+            continue
+        known = bool((query >= 0).all() and (gallery >= 0).all())
+        title += "/same-camera-kept" * (keep_same_camera and known)
+        found[test] = Protocol(title, known and not keep_same_camera)
+    return found
+
+
+def draw_gallery(pids: np.ndarray, seed: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split as VehicleID does: ([V] int64 gallery rows, one random image of each vehicle; the other rows)."""
+    shuffled = np.random.default_rng((seed, draw)).permutation(len(pids))
+    _, first = np.unique(pids[shuffled], return_index=True)
+    gallery = np.sort(shuffled[first])
+    return gallery, np.setdiff1d(np.arange(len(pids)), gallery)
+
+
+def evaluate(
+    protocol: Protocol, query: FeatureSet, gallery: FeatureSet | None = None, device: torch.device | str = "cpu"
+) -> dict[str, float]:
+    """Score features by a protocol; without a gallery it is drawn from the queries.
+
+    Returns:
+        What `scores` returns; with draws the means, and the standard deviations over them as mAP_std, R1_std ...
+    """
+
+    def score(query: FeatureSet, gallery: FeatureSet) -> dict[str, float]:
+        cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else ()
+        make_blocks, options = (reranked_blocks, protocol.rerank) if protocol.rerank else (cosine_blocks, ())
+        blocks = make_blocks(query.features, gallery.features, *options, device=device)
+        return scores(rank_blocks(blocks, query.pids, gallery.pids, *cameras))
+
+    if gallery is not None:
+        return score(query, gallery)
+    draws = [draw_gallery(query.pids, protocol.seed, draw) for draw in range(protocol.draws)]
+    found = [score(query.take(asked), query.take(kept)) for kept, asked in draws]
+    result = {key: float(np.mean([row[key] for row in found])) for key in found[0]}
+    spread = {f"{key}_std": float(np.std([row[key] for row in found])) for key in ("mAP", "R1", "R5", "R10")}
+    return result | spread
+
+
+# ranks and scores
 
 
 @dataclass(frozen=True)
@@ -39,197 +147,14 @@ class Ranks:
         """[Q] int64 gallery images of each query's vehicle."""
         return np.diff(self.offsets)
 
-
-def rank_hits(
-    query: torch.Tensor,
-    gallery: torch.Tensor,
-    query_pids: np.ndarray,
-    gallery_pids: np.ndarray,
-    query_camids: np.ndarray | None = None,
-    gallery_camids: np.ndarray | None = None,
-    *,
-    device: torch.device | str = "cpu",
-    block_numbers: int = BLOCK_NUMBERS,
-) -> Ranks:
-    """Ranks of all true matches by cosine similarity.
-
-    A block of queries is compared with the whole gallery. Only the similarities are sorted, not the images
-    with them, which vector instructions do several times faster; looking up those of the true matches
-    gives their ranks.
-
-    Args:
-        query, gallery: [Q, D], [G, D] float features, of any length; not modified.
-        query_pids, gallery_pids: [Q], [G] integers.
-        query_camids, gallery_camids: [Q], [G] integers: gallery images of the same vehicle and camera are
-            junk. None: there is no junk.
-        block_numbers: similarities held at a time at most; memory is 4 bytes each, on CUDA 12.
-    Returns:
-        Ranks; equal for every block size and device up to rounding of the similarities.
-    Raises:
-        ValueError: lengths differ, features are not finite, or only one of the cameras is given.
-    """
-    _check(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids)
-    blocks = cosine_blocks(query, gallery, torch.device(device), block_numbers)
-    return rank_blocks(blocks, query_pids, gallery_pids, query_camids, gallery_camids)
-
-
-def cosine_blocks(
-    query: torch.Tensor, gallery: torch.Tensor, device: torch.device, block_numbers: int = BLOCK_NUMBERS
-) -> Iterator[torch.Tensor]:
-    """[q, G] float32 cosines of some queries at a time with the whole gallery, in order.
-
-    A block is good until the next one is asked for, which takes its memory.
-    """
-    q, g = unit_rows(query, "query", device), unit_rows(gallery, "gallery", device)
-    blocks = -(-len(q) // max(1, block_numbers // max(len(g), 1)))
-    rows = -(-len(q) // max(1, blocks))  # of one size: a small last one would multiply slower
-    block = _empty(rows, len(g), device)
-    for part in q.split(max(1, rows)):
-        yield torch.mm(part, g.t(), out=block[: len(part)])
-
-
-def _empty(rows: int, columns: int, device: torch.device) -> torch.Tensor:
-    """[rows, columns] float32. numpy asks the system for large pages and torch does not: first touching them
-    takes as long as a third of the product."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty((rows, columns), dtype=np.float32))
-    return torch.empty(rows, columns, device=device)
-
-
-def unit_rows(x: torch.Tensor, name: str, device: torch.device) -> torch.Tensor:
-    """[n, D] float -> float32 rows of length 1; ValueError where one is not finite."""
-    x = x.to(device).float()
-    lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-    if not torch.isfinite(lengths).all():
-        bad = int((~torch.isfinite(lengths)).nonzero()[0, 0])
-        raise ValueError(f"{name}: the features of row {bad} are not finite")
-    return torch.div(x, lengths.clamp_min(1e-12), out=_empty(*x.shape, device))
-
-
-def rank_blocks(
-    blocks: Iterable[torch.Tensor],
-    query_pids: np.ndarray,
-    gallery_pids: np.ndarray,
-    query_camids: np.ndarray | None = None,
-    gallery_camids: np.ndarray | None = None,
-) -> Ranks:
-    """`rank_hits` of similarities that come as [q, G] blocks in the order of the queries; junk in them is
-    overwritten."""
-    order = np.argsort(gallery_pids, kind="stable")
-    ordered = gallery_pids[order]
-    first = np.searchsorted(ordered, query_pids, side="left")
-    last = np.searchsorted(ordered, query_pids, side="right")
-    hits: list[np.ndarray] = [np.zeros(0, np.int64)]
-    counts = np.zeros(len(query_pids), dtype=np.int64)
-    start = 0
-    for similar in blocks:
-        stop = start + len(similar)
-        same, owner = _members(order, first[start:stop], last[start:stop])
-        junk = np.zeros(len(same), dtype=bool)
-        if query_camids is not None:
-            junk = gallery_camids[same] == query_camids[start:stop][owner]
-        ranks, found = _block_ranks(similar, same[~junk], owner[~junk], same[junk], owner[junk])
-        hits.append(ranks)
-        counts[start:stop] = found
-        start = stop
-    return Ranks(np.concatenate(hits), np.concatenate([[0], np.cumsum(counts)]))
-
-
-def _members(order: np.ndarray, first: np.ndarray, last: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Gallery rows order[first[q]:last[q]] of all queries joined, and the query of each."""
-    lengths = last - first
-    owner = np.repeat(np.arange(len(first)), lengths)
-    within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    return order[first[owner] + within], owner
-
-
-def _block_ranks(similar: torch.Tensor, good, good_owner, junk, junk_owner) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks of the good (query, gallery) pairs of one block, query by query, ascending.
-
-    Args:
-        similar: [q, G]; junk in it is overwritten. good, junk: [*] int64 columns; *_owner: [*] int64 rows,
-            ascending.
-    Returns:
-        ([len(good)] int64, [q] int64 number of good ones).
-    """
-    device, (count, columns) = similar.device, similar.shape
-    found = np.bincount(good_owner, minlength=count)
-    if not len(good):
-        return np.zeros(0, np.int64), found
-    similar[torch.from_numpy(junk_owner).to(device), torch.from_numpy(junk).to(device)] = -torch.inf
-    slot = np.arange(len(good)) - np.repeat(np.cumsum(found) - found, found)
-    good, owner, slot = (torch.from_numpy(a).to(device) for a in (good, good_owner, slot))
-    value = similar[owner, good]
-    up_to, tied = _places(similar, value, owner, slot, found)
-    ranks = columns - up_to + 1
-    tied = tied.nonzero()[:, 0]
-    if len(tied):
-        ranks[tied] += _equals_ahead(similar, value[tied], good[tied], owner[tied])
-    ranks, owner = ranks.cpu().numpy(), owner.cpu().numpy()
-    return ranks[np.argsort(owner * (columns + 1) + ranks)], found
-
-
-def _places(similar, value, owner, slot, found) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where hits stand when the similarities of their query are sorted.
-
-    Args:
-        similar: [q, G] float32. value, owner, slot: [n] similarity, query, and number among its query's hits,
-            query by query. found: [q] int64 hits of each query.
-    Returns:
-        [n] int64 similarities up to and with the hit's own, [n] bool whether another is equal to it.
-    """
-    padded = torch.full((len(found), int(found.max())), torch.inf, device=similar.device)
-    padded[owner, slot] = value
-    up_to, tied = torch.empty_like(padded, dtype=torch.long), torch.empty_like(padded, dtype=torch.bool)
-    for part, ordered in _sorted_rows(similar):
-        torch.searchsorted(ordered, padded[part], right=True, out=up_to[part])
-        before = (up_to[part] - 2).clamp_min(0)  # the one below the hit itself
-        tied[part] = (ordered.gather(1, before) == padded[part]) & (up_to[part] > 1)
-    return up_to[owner, slot], tied[owner, slot]
-
-
-def _sorted_rows(similar: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
-    """Which rows of [q, G] float32, and these sorted, good until the next are asked for."""
-    if similar.device.type != "cpu":
-        yield slice(None), similar.sort(dim=1).values
-        return
-    count, columns = similar.shape
-    step, inner = (max(1, numbers // max(columns, 1)) for numbers in (SORTED_NUMBERS, SORTED_AT_ONCE))
-    source, scratch = similar.numpy(), _empty(min(step, count), columns, similar.device)
-
-    def sort(target: np.ndarray, start: int) -> None:
-        rows = target[start % step : start % step + inner]
-        np.copyto(rows, source[start : start + len(rows)])
-        rows.sort(axis=1)  # numpy does it with vector instructions, torch does not
-
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        for first in range(0, count, step):
-            ordered = scratch[: count - first]
-            list(pool.map(sort, repeat(ordered.numpy()), range(first, first + len(ordered), inner)))
-            yield slice(first, first + step), ordered
-
-
-def _equals_ahead(similar, value, good, owner) -> torch.Tensor:
-    """[n] int64: gallery images as similar as the hit and before it in the gallery."""
-    step = max(1, (1 << 24) // similar.shape[1])
-    columns = torch.arange(similar.shape[1], device=similar.device)
-    return torch.cat(
-        [
-            ((similar[o] == v[:, None]) & (columns < g[:, None])).sum(dim=1)
-            for o, v, g in zip(owner.split(step), value.split(step), good.split(step))
-        ]
-    )
-
-
-def _check(query, gallery, query_pids, gallery_pids, query_camids, gallery_camids) -> None:
-    for name, x, pids, camids in (
-        ("query", query, query_pids, query_camids),
-        ("gallery", gallery, gallery_pids, gallery_camids),
-    ):
-        if len(x) != len(pids) or (camids is not None and len(camids) != len(pids)):
-            raise ValueError(f"{name}: {len(x)} features, {len(pids)} pids, camids {camids is not None}")
-    if (query_camids is None) != (gallery_camids is None):
-        raise ValueError("cameras are needed of both query and gallery, or of neither")
+    def average_precision(self) -> np.ndarray:
+        """[Q] float64 AP of each query; NaN where it has no match."""
+        counts, scored = self.counts(), self.counts() > 0
+        place = np.arange(len(self.hits)) - np.repeat(self.offsets[:-1], counts) + 1
+        ap = np.full(len(counts), np.nan)
+        if scored.any():
+            ap[scored] = np.add.reduceat(place / self.hits, self.offsets[:-1][scored]) / counts[scored]
+        return ap
 
 
 def scores(ranks: Ranks, topk: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
@@ -242,10 +167,310 @@ def scores(ranks: Ranks, topk: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]
     result: dict[str, float] = {"queries": int(scored.sum()), "queries_without_match": int((~scored).sum())}
     if not scored.any():
         return {"mAP": np.nan, **{f"R{k}": np.nan for k in topk}, "mINP": np.nan, **result}
-    place = np.arange(len(ranks.hits)) - np.repeat(ranks.offsets[:-1], counts) + 1
-    precision = place / ranks.hits
-    starts = ranks.offsets[:-1][scored]
-    ap = np.add.reduceat(precision, starts) / counts[scored]
-    first, last = ranks.hits[starts], ranks.hits[ranks.offsets[1:][scored] - 1]
+    first, last = ranks.hits[ranks.offsets[:-1][scored]], ranks.hits[ranks.offsets[1:][scored] - 1]
     cmc = {f"R{k}": float((first <= k).mean()) for k in topk}
-    return {"mAP": float(ap.mean()), **cmc, "mINP": float((counts[scored] / last).mean()), **result}
+    ap, inp = ranks.average_precision()[scored], counts[scored] / last
+    return {"mAP": float(ap.mean()), **cmc, "mINP": float(inp.mean()), **result}
+
+
+def cosine_blocks(
+    query: torch.Tensor, gallery: torch.Tensor, device: torch.device | str = "cpu"
+) -> Iterator[torch.Tensor]:
+    """[q, G] float32 cosines of some queries at a time with the whole gallery, in order.
+
+    A block is good until the next one is asked for, which takes its memory.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    q, g = (x.to(device).float() for x in (query, gallery))
+    for name, x in (("query", q), ("gallery", g)):
+        bad = (~torch.isfinite(x).all(dim=1)).nonzero()
+        if len(bad):
+            raise ValueError(f"{name}: the features of row {int(bad[0])} are not finite")
+    q, g = F.normalize(q, dim=1), F.normalize(g, dim=1)
+    blocks = -(-len(q) // max(1, BLOCK_NUMBERS // max(len(g), 1)))
+    rows = max(1, -(-len(q) // max(1, blocks)))  # of one size: a small last one would multiply slower
+    # numpy asks the system for large pages, torch does not: first touching those takes a third of the product's time
+    block = torch.from_numpy(np.empty((rows, len(g)), np.float32)).to(device)
+    for part in q.split(rows):
+        yield torch.mm(part, g.t(), out=block[: len(part)])
+
+
+def rank_blocks(
+    blocks: Iterable[torch.Tensor],
+    query_pids: np.ndarray,
+    gallery_pids: np.ndarray,
+    query_camids: np.ndarray | None = None,
+    gallery_camids: np.ndarray | None = None,
+) -> Ranks:
+    """Ranks of all true matches.
+
+    Only the similarities are sorted, not the images with them, which vector instructions do several times
+    faster; looking up those of the true matches gives their ranks.
+
+    Args:
+        blocks: [q, G] similarities of some queries at a time, in order; junk in them is overwritten.
+        query_camids, gallery_camids: gallery images of the same vehicle and camera are junk. None: no junk.
+    Raises:
+        ValueError: the pids are not as many as the similarities.
+    """
+    order = np.argsort(gallery_pids, kind="stable")
+    low, high = (np.searchsorted(gallery_pids[order], query_pids, side) for side in ("left", "right"))
+    hits, counts, start = [np.zeros(0, np.int64)], np.zeros(len(query_pids), np.int64), 0
+    for similar in blocks:
+        part = slice(start, start + len(similar))
+        if similar.shape[1] != len(gallery_pids):
+            raise ValueError(f"{len(similar)} x {similar.shape[1]} similarities, but {order.size} pids of the gallery")
+        place, owner = _ranges(low[part], high[part])
+        same, good = order[place], np.ones(len(place), dtype=bool)
+        if query_camids is not None:
+            good = gallery_camids[same] != query_camids[part][owner]
+        counts[part] = np.bincount(owner[good], minlength=len(similar))
+        if good.any():
+            similar[_pairs(similar, owner[~good], same[~good])] = -torch.inf
+            hits.append(_block_ranks(similar, owner[good], same[good], counts[part]))
+        start = part.stop
+    if start != len(query_pids):
+        raise ValueError(f"similarities of {start} queries, but {len(query_pids)} pids")
+    return Ranks(np.concatenate(hits), np.concatenate([[0], np.cumsum(counts)]))
+
+
+def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All numbers of the ranges [low, high) joined, and the range of each."""
+    lengths = high - low
+    owner = np.repeat(np.arange(len(low)), lengths)
+    return low[owner] + np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths), owner
+
+
+def _pairs(similar: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.from_numpy(rows).to(similar.device), torch.from_numpy(columns).to(similar.device)
+
+
+def _block_ranks(similar: torch.Tensor, owner: np.ndarray, good: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Ranks of pairs of one block, query by query, ascending.
+
+    Args:
+        similar: [q, G]. owner, good: [n] int64 rows, ascending, and columns. counts: [q] int64 pairs of each row.
+    Returns:
+        [n] int64.
+    """
+    rows, columns = _pairs(similar, owner, good)
+    values = similar[rows, columns]
+    slots = torch.from_numpy(_ranges(np.zeros_like(counts), counts)[0]).to(similar.device)
+    padded = torch.full((len(similar), int(counts.max())), torch.inf, device=similar.device)
+    padded[rows, slots] = values
+    ordered = _sorted_rows(similar)
+    low, high = (torch.searchsorted(ordered, padded, side=side)[rows, slots] for side in ("left", "right"))
+    ranks = similar.shape[1] + 1 - high
+    everywhere = torch.arange(similar.shape[1], device=similar.device)
+    for tied in (high - low > 1).nonzero()[:, 0].split(max(1, (1 << 24) // similar.shape[1])):
+        ahead = (similar[rows[tied]] == values[tied, None]) & (everywhere < columns[tied, None])
+        ranks[tied] += ahead.sum(dim=1)
+    ranks = ranks.cpu().numpy()
+    return ranks[np.lexsort((ranks, owner))]
+
+
+def _sorted_rows(similar: torch.Tensor) -> torch.Tensor:
+    """[q, G] float32 with ascending rows."""
+    if similar.device.type != "cpu":
+        return similar.sort(dim=1).values
+    source, ordered = similar.numpy(), np.empty(similar.shape, np.float32)
+    step = max(1, SORTED_AT_ONCE // max(similar.shape[1], 1))
+
+    def sort(start: int) -> None:
+        part = slice(start, start + step)
+        ordered[part] = source[part]
+        ordered[part].sort(axis=1)  # numpy does it with vector instructions, torch does not
+
+    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
+        list(pool.map(sort, range(0, len(ordered), step)))
+    return torch.from_numpy(ordered)
+
+
+# what a page shows
+
+
+class Card(NamedTuple):
+    """A gallery image in a list: row, rank from 1 (junk, which is not counted: 0), right, wrong or junk."""
+
+    row: int
+    rank: int
+    mark: str
+    cosine: float
+
+
+class Ranking:
+    """What the page needs of all cosines, in two passes over their blocks.
+
+    ranks: of all true matches. ap: [Q] float64 in [0, 1], NaN: no match. chosen: {section: query rows, in
+    order}; similar: {query row: [G] float32} of those. true, others: [BINS] int64, pairs of the same vehicle
+    without junk, and of different vehicles, by cosine.
+
+    Args:
+        shown: queries a section. seed: of the random section.
+    """
+
+    def __init__(self, protocol: Protocol, query: FeatureSet, gallery: FeatureSet, shown: int, seed: int, device="cpu"):
+        self.protocol, self.query, self.gallery, self.device = protocol, query, gallery, device
+        self.true, self.others = np.zeros((2, BINS), np.int64)
+        cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else ()
+        self.ranks = rank_blocks(self._counted_blocks(), query.pids, gallery.pids, *cameras)
+        self.ap = self.ranks.average_precision()
+        self.chosen = self._choose(shown, seed)
+        wanted, self.similar = np.unique(np.concatenate(list(self.chosen.values()))).tolist(), {}
+        for rows, similar in self._blocks():  # the same products again: others differ in the last digit
+            self.similar |= {q: similar[q - rows[0]].cpu().numpy().copy() for q in wanted if q in rows}
+
+    def _blocks(self) -> Iterator[tuple[range, torch.Tensor]]:
+        """(rows of the queries, [q, G] float32 cosines)."""
+        start = 0
+        for similar in cosine_blocks(self.query.features, self.gallery.features, self.device):
+            yield range(start, start + len(similar)), similar
+            start += len(similar)
+
+    def _counted_blocks(self) -> Iterator[torch.Tensor]:
+        for rows, similar in self._blocks():
+            right, junk = (torch.from_numpy(x).to(similar.device) for x in self._masks(rows))
+            self.true += _histogram(similar[right])
+            self.others += _histogram(similar[~(right | junk)])
+            yield similar
+
+    def _masks(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
+        """[q, G] bool each: gallery images of the query's vehicle that count, and those that are junk."""
+        part = slice(rows.start, rows.stop)
+        same = self.gallery.pids == self.query.pids[part, None]
+        if not self.protocol.remove_same_camera:
+            return same, np.zeros_like(same)
+        junk = same & (self.gallery.camids == self.query.camids[part, None])
+        return same & ~junk, junk
+
+    def _choose(self, shown: int, seed: int) -> dict[str, np.ndarray]:
+        scored = np.flatnonzero(~np.isnan(self.ap))
+        ap, pids = self.ap[scored], self.query.pids[scored]
+        best = np.lexsort((-self.ranks.counts()[scored], -ap))
+        first = np.sort(np.unique(pids[best], return_index=True)[1])  # of each vehicle
+        order = {
+            "worst": np.argsort(ap, kind="stable"),
+            "best": np.concatenate([best[first], np.delete(best, first)]),
+            "random": np.argsort(np.random.default_rng(seed).random(len(self.ap))[scored], kind="stable"),
+        }
+        return {name: scored[rows[:shown]] for name, rows in order.items()}
+
+    def cards(self, row: int, topk: int) -> list[Card]:
+        """The list of a chosen query: its first `topk` counted images, up to as many junk ones among them,
+        and the first right one where it comes later. Ties in the order of the gallery."""
+        order = np.argsort(-self.similar[row], kind="stable")
+        right, junk = (mask[0, order] for mask in self._masks(range(row, row + 1)))
+        rank = np.cumsum(~junk)
+        within = (rank - ~junk < topk) & (~junk | (np.cumsum(junk) <= topk))
+        within[np.flatnonzero(right)[:1]] = True
+        mark = np.where(right, "right", np.where(junk, "junk", "wrong"))
+        return [
+            Card(int(order[i]), int(rank[i] * ~junk[i]), str(mark[i]), float(self.similar[row][order[i]]))
+            for i in np.flatnonzero(within)
+        ]
+
+
+def _histogram(cosines: torch.Tensor) -> np.ndarray:
+    """[n] in [-1, 1] -> [BINS] int64."""
+    place = ((cosines.clamp(-1, 1) + 1) * (BINS / 2)).int().clamp_max(BINS - 1)
+    return torch.bincount(place, minlength=BINS).cpu().numpy()
+
+
+# re-ranking
+
+
+def reranked_blocks(
+    query: torch.Tensor,
+    gallery: torch.Tensor,
+    k1: int = 20,
+    k2: int = 6,
+    weight: float = 0.3,
+    device: torch.device | str = "cpu",
+) -> Iterator[torch.Tensor]:
+    """k-reciprocal encoding (Zhong et al., CVPR 2017, arXiv 1701.08398) without N x N matrices.
+
+    All N images, queries and gallery, are nodes; d is the squared Euclidean distance of unit features, divided by
+    the largest one of each row. R(i) are the k-reciprocal neighbours of i, expanded by those of its members that
+    mostly agree (eq. 4 and 5). v_i has exp(-d) at R(i), sums to 1 (eq. 7), and is averaged over the k2
+    nearest (eq. 11). The Jaccard distance of v (eq. 10) is mixed with d (eq. 12).
+
+    Args:
+        query, gallery: [Q, D], [G, D] float.
+        k1, k2: neighbours that may be reciprocal, and over how many a vector is averaged.
+        weight: lambda, share of d in the final distance.
+    Yields:
+        [q, G] float32 on the CPU, minus the final distance of some queries at a time. Memory: N x (k1 + 1)
+        neighbours and about N x 3 k1 numbers of v.
+    """
+    x = F.normalize(torch.cat([query, gallery]).to(device).float(), dim=1)
+    Q, N = len(query), len(x)
+    near, largest = _neighbours(x, min(k1 + 1, N))
+    rows, columns = _expanded(near, k1)
+    pairs = zip(*(torch.from_numpy(ids).to(x.device).split(65_536) for ids in (rows, columns)))
+    dots = torch.cat([(x[a] * x[b]).sum(dim=1).cpu() for a, b in pairs]).numpy()
+    values = np.exp(-(2 - 2 * dots) / largest[rows])
+    values = (values / np.bincount(rows, weights=values, minlength=N)[rows]).astype(np.float32)
+    if k2 > 1:
+        rows, columns, values = _averaged(rows, columns, values, near[:, :k2])
+    offsets = np.searchsorted(rows, np.arange(N + 1))
+    by_column = np.argsort(columns, kind="stable")
+    column_rows, column_values = rows[by_column], values[by_column]
+    column_offsets = np.searchsorted(columns[by_column], np.arange(N + 1))
+    for part in torch.arange(Q).split(max(1, BLOCK_NUMBERS // N)):
+        first = (2 - 2 * (x[part] @ x[Q:].t())).cpu().numpy() / largest[part.numpy(), None]
+        jaccard = np.empty((len(part), N - Q), dtype=np.float32)
+        for i in part.tolist():
+            mine = slice(offsets[i], offsets[i + 1])
+            place, owner = _ranges(column_offsets[columns[mine]], column_offsets[columns[mine] + 1])
+            shared = np.minimum(values[mine][owner], column_values[place])
+            common = np.bincount(column_rows[place], weights=shared, minlength=N)[Q:]
+            jaccard[i - int(part[0])] = 1 - common / (2 - common)
+        yield torch.from_numpy(-((1 - weight) * jaccard + weight * first).astype(np.float32))
+
+
+def _neighbours(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """([N, k] int64 the nearest of each, itself first, [N] the largest squared distance of each)."""
+    near, largest = [], []
+    for part in torch.arange(len(x), device=x.device).split(max(1, BLOCK_NUMBERS // len(x))):
+        d = 2 - 2 * (x[part] @ x.t())
+        largest.append(d.amax(dim=1).cpu())
+        d[torch.arange(len(part), device=x.device), part] = -1  # first, also among equals
+        near.append(d.topk(k, dim=1, largest=False).indices.cpu())
+    return torch.cat(near).numpy(), torch.cat(largest).numpy()
+
+
+def _reciprocal(near: np.ndarray) -> np.ndarray:
+    """[M] int64, sorted: i * N + j for all j in near[i] with i in near[j]."""
+    N = len(near)
+    ahead, back = np.arange(N)[:, None] * N + near, near * N + np.arange(N)[:, None]
+    return np.intersect1d(ahead, back, assume_unique=True)
+
+
+def _expanded(near: np.ndarray, k1: int) -> tuple[np.ndarray, np.ndarray]:
+    """(rows, columns) of R*: R(i), and R(c) with k1 / 2 for the c in R(i) that share two thirds of it."""
+    N = len(near)
+    whole, half = _reciprocal(near), _reciprocal(near[:, : int(np.around(k1 / 2)) + 1])
+    offsets = np.searchsorted(half, np.arange(N + 1) * N)
+    found = [whole]
+    for part in np.array_split(whole, max(1, len(whole) * k1 // 8_000_000)):
+        i, c = part // N, part % N
+        place, owner = _ranges(offsets[c], offsets[c + 1])
+        keys = i[owner] * N + half[place] % N
+        inside = whole[np.minimum(np.searchsorted(whole, keys), len(whole) - 1)] == keys
+        agree = np.bincount(owner, weights=inside, minlength=len(part)) > 2 / 3 * (offsets[c + 1] - offsets[c])
+        found.append(keys[agree[owner]])
+    keys = np.unique(np.concatenate(found))
+    return keys // N, keys % N
+
+
+def _averaged(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, ...]:
+    """(rows, columns, values) of the mean of v over the nearest of each."""
+    N, k2 = near.shape
+    offsets = np.searchsorted(rows, np.arange(N + 1))
+    place, owner = _ranges(offsets[near.ravel()], offsets[near.ravel() + 1])
+    keys = owner // k2 * N + columns[place]
+    order = np.argsort(keys, kind="stable")
+    keys, starts = np.unique(keys[order], return_index=True)
+    return keys // N, keys % N, (np.add.reduceat(values[place][order], starts) / k2).astype(np.float32)

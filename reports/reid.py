@@ -12,9 +12,7 @@ from PIL import ImageOps
 from datasets.images import open_rgb
 from datasets.reid import ReidImages
 from datasets.transforms import whole_image
-from metrics.protocols import Protocol
-from metrics.ranking import BINS, Card, Ranking
-from metrics.reid import cosine_blocks, scores
+from metrics.reid import BINS, Card, FeatureSet, Protocol, Ranking, scores
 from models_transreid import TransReID
 from reports.page import BREAK, MARKS, THUMB, Html, Page, Pictures, card, image, join, mark, tag
 from reports.panels import heat_picture, reid_rollout
@@ -51,7 +49,7 @@ def write_reid_report(
     topk: int = 10,
     seed: int = 0,
 ) -> None:
-    """Write the page; it takes the time of one more `evaluate`.
+    """Write the page; it takes the time of two more `evaluate`.
 
     Args:
         model: draws roll-outs of the queries shown, and cosines are computed on its device (None: neither).
@@ -65,10 +63,10 @@ def write_reid_report(
     if test.protocol.rerank:
         raise ValueError(f"the page shows lists by cosine, and {test.protocol.name} ranks otherwise")
     device = torch.device("cpu") if model is None else model.base.pos_embed.device
-    ranking = Ranking(test.protocol, test.query, test.gallery, shown, seed)
-    for similar in cosine_blocks(test.query_features, test.gallery_features, device):
-        ranking.add(similar)
-    lists = Lists(ranking, test.pid_names, topk, model)
+    query = FeatureSet(test.query_features, test.query.pids, test.query.camids)
+    gallery = FeatureSet(test.gallery_features, test.gallery.pids, test.gallery.camids)
+    ranking = Ranking(test.protocol, query, gallery, shown, seed, device)
+    lists = Lists(ranking, test, topk, model)
     drawn = {row: lists.one(row) for row in ranking.similar}
     page = Page(f"Re-identification: {test.protocol.name}", test.protocol.line(), tiles(test.metrics), facts)
     page.section("Ranking", summary(ranking))
@@ -83,24 +81,24 @@ def write_reid_report(
 class Lists:
     """Ranked lists as HTML."""
 
-    def __init__(self, ranking: Ranking, pid_names: list[str], topk: int, model: TransReID | None):
-        self.ranking, self.pid_names, self.topk, self.model = ranking, pid_names, topk, model
+    def __init__(self, ranking: Ranking, test: ReidTest, topk: int, model: TransReID | None):
+        self.ranking, self.test, self.topk, self.model = ranking, test, topk, model
         self.pictures = Pictures()
 
     def one(self, row: int) -> tuple[str, str, list[Html], list[Html]]:
         """Who the query is, its numbers, the query with its roll-out, and what was found."""
-        ranking, who = self.ranking, ", ".join(self.who(self.ranking.query, row))
+        ranking, who = self.ranking, ", ".join(self.who(self.test.query, row))
         hits = ranking.ranks.hits[slice(*ranking.ranks.offsets[row : row + 2])]
         where = f"1 match, at rank {hits[0]:,}"
         if len(hits) > 1:
             where = f"{len(hits):,} matches, at ranks {hits[0]:,} to {hits[-1]:,}"
-        own = [card(self.picture(ranking.query, row, f"query, {who}"), tag("b", "query")), *self.rollout(row)]
+        own = [card(self.picture(self.test.query, row, f"query, {who}"), tag("b", "query")), *self.rollout(row)]
         found = [self.found(hit) for hit in ranking.cards(row, self.topk)]
         return who, f"AP {100 * ranking.ap[row]:.1f} %, {where}", own, found
 
     def rollout(self, row: int) -> list[Html]:
         """The query under its roll-out, if there is a model and the file can be opened."""
-        query = self.ranking.query
+        query = self.test.query
         if self.model is None or query.paths[row] in self.pictures.lost:
             return []
         picture = open_rgb(query.paths[row])
@@ -111,14 +109,17 @@ class Lists:
 
     def found(self, hit: Card) -> Html:
         rank = f"rank {hit.rank:,}" if hit.rank else "not counted"
-        who = self.who(self.ranking.gallery, hit.row)
-        picture = self.picture(self.ranking.gallery, hit.row, ", ".join([MARKS[hit.mark], rank, *who]))
+        who = self.who(self.test.gallery, hit.row)
+        picture = self.picture(self.test.gallery, hit.row, ", ".join([MARKS[hit.mark], rank, *who]))
         words = join(BREAK, [mark(hit.mark), rank, f"cos {hit.cosine:.3f}", *who])
         return card(picture, words, kind=hit.mark + " later" * (hit.rank > self.topk))
 
     def who(self, images: ReidImages, row: int) -> list[str]:
         pid, camid = int(images.pids[row]), int(images.camids[row])
-        return [f"pid {self.pid_names[pid] if pid >= 0 else 'unknown'}", *([f"camid {camid}"] if camid >= 0 else [])]
+        return [
+            f"pid {self.test.pid_names[pid] if pid >= 0 else 'unknown'}",
+            *([f"camid {camid}"] if camid >= 0 else []),
+        ]
 
     def picture(self, images: ReidImages, row: int, alt: str) -> Html:
         return self.pictures.one(images.paths[row], images.paths.relative(row), alt)
@@ -141,7 +142,7 @@ def tiles(metrics: dict[str, float]) -> dict[str, str]:
 def summary(ranking: Ranking) -> str:
     """What the lists and curves are of."""
     ap = ranking.ap[~np.isnan(ranking.ap)]
-    text = f"{len(ranking.query):,} queries against {len(ranking.gallery):,} gallery images"
+    text = f"{len(ranking.query.pids):,} queries against {len(ranking.gallery.pids):,} gallery images"
     text += f": mAP {100 * ap.mean():.2f} %." if len(ap) else ". No query has a match: there is nothing to draw."
     if len(ap) < len(ranking.ap):
         text += f" {len(ranking.ap) - len(ap):,} queries have no match; they are not scored and not shown."
@@ -155,7 +156,7 @@ def draw_curves(page: Page, ranking: Ranking) -> None:
     ap = ranking.ap[~np.isnan(ranking.ap)]
     if not len(ap):
         return
-    last = min(CMC_RANKS, len(ranking.gallery))
+    last = min(CMC_RANKS, len(ranking.gallery.pids))
     found = scores(ranking.ranks, tuple(range(1, last + 1)))
     cmc = [found[f"R{k}"] for k in range(1, last + 1)]
     page.first_k("CMC", cmc, "queries", "Queries with a match in the first k.")
@@ -174,9 +175,8 @@ def draw_cosines(page: Page, ranking: Ranking) -> None:
     width = math.ceil((high - low) / min(50, max(10, math.isqrt(int(ranking.true.sum())))))
     edges, centres = np.arange(low, high + width, width) * 2 / BINS - 1, (np.arange(BINS) + 0.5) * 2 / BINS - 1
     cut = int(np.argmax(above[1] <= 1e-3))
-    sample = "" if ranking.sampled.all() else ", of a random part of the gallery"
     caption = (
-        f"{ranking.true.sum():,} pairs of one vehicle, {ranking.others.sum():,} of different ones{sample}. "
+        f"{ranking.true.sum():,} pairs of one vehicle, {ranking.others.sum():,} of different ones. "
         f"A cosine of {2 * cut / BINS - 1:.3f} is reached by at most 1 in 1,000 of the different ones and by "
         f"{100 * above[0][cut]:.1f} % of the same."
     )

@@ -13,7 +13,7 @@ from demo import reid as demo_reid
 from demo import scene as demo_scene
 from demo.draw import render
 from demo.vehicle import vehicle
-from metrics.protocols import draw_gallery
+from metrics.reid import draw_gallery
 from util.errors import InputError
 
 SETTINGS = {"train_ids": 6, "test_ids": 6, "images_per_id": 7, "size": 16}
@@ -65,7 +65,7 @@ def test_vehicleid_is_read_as_planned(sets):
         per_id = Counter(images.pids.tolist())
         assert gallery is None and set(images.camids) == set(images.viewids) == {-1}
         assert set(per_id.values()) == ({7} if size == "800" else {2, 7})
-        kept, asked = draw_gallery(images, 0, 0)
+        kept, asked = draw_gallery(images.pids, 0, 0)
         assert len(kept) == len(per_id) and len(asked) == len(images) - len(per_id)
     assert not any("can only be distractors" in note for note in data.notes)
 

@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from datasets.reid import read_reid
-from metrics.protocols import draw_gallery, evaluate, protocols_of
-from metrics.reid import rank_hits, scores
+from metrics.reid import FeatureSet, cosine_blocks, draw_gallery, evaluate, protocols_of, rank_blocks, scores
 from util.errors import InputError
 
 
@@ -45,7 +44,7 @@ def test_veri(veri):
     assert str(query.paths[0]).endswith("image_query/0005_c002_00020000_0.jpg")
     assert any("21 images have no viewpoint" in note for note in data.notes)
     assert any("train 12 instead of 37,778" in note for note in data.notes)
-    (protocol,) = protocols_of(data).values()
+    (protocol,) = protocols_of(data.name, data.cameras()).values()
     assert protocol.remove_same_camera and protocol.line().startswith("veri776 (same-camera matches removed")
 
 
@@ -55,7 +54,7 @@ def test_the_rule_is_the_official_junk_list(veri):
     query, gallery = data.tests["test"]
     rng = np.random.default_rng(0)
     q, g = (torch.from_numpy(rng.standard_normal((n, 4)).astype(np.float32)) for n in (2, 8))
-    ranks = rank_hits(q, g, query.pids, gallery.pids, query.camids, gallery.camids)
+    ranks = rank_blocks(cosine_blocks(q, g), query.pids, gallery.pids, query.camids, gallery.camids)
     assert ranks.counts().tolist() == [2, 2] and ranks.hits.max() <= 6
 
 
@@ -82,9 +81,9 @@ def test_veriwild(tmp_path, style):
     query, gallery = data.tests["3000"]
     assert len(query) == 1 and gallery.camids.tolist() == [174, 60]
     assert any("1 images of the test list are queries" in note for note in data.notes)
-    names = [protocols_of(data, keep).get("3000").name for keep in (False, True)]
+    names = [protocols_of(data.name, data.cameras(), keep).get("3000").name for keep in (False, True)]
     assert names == ["veriwild/3000", "veriwild/3000/same-camera-kept"]
-    hashes = {protocols_of(data, keep)["3000"].hash() for keep in (False, True)}
+    hashes = {protocols_of(data.name, data.cameras(), keep)["3000"].hash() for keep in (False, True)}
     assert len(hashes) == 2
 
 
@@ -101,19 +100,21 @@ def vehicleid(tmp_path):
 def test_vehicleid_draws_one_gallery_image_a_vehicle(vehicleid):
     data = read_reid(vehicleid)
     images, gallery = data.tests["800"]
-    protocol = protocols_of(data)["800"]
+    protocol = protocols_of(data.name, data.cameras())["800"]
     assert gallery is None and protocol.draws == 10 and "10 draws, seed 0" in protocol.line()
-    draws = [draw_gallery(images, 0, i) for i in range(10)]
+    draws = [draw_gallery(images.pids, 0, i) for i in range(10)]
     for kept, asked in draws:
         assert sorted(images.pids[kept]) == sorted(set(images.pids)) and len(kept) + len(asked) == 30
         assert not set(kept) & set(asked)
     assert len({tuple(kept) for kept, _ in draws}) == 10
-    assert all((a == b).all() for a, b in zip(draws[3], draw_gallery(images, 0, 3)))
+    assert all((a == b).all() for a, b in zip(draws[3], draw_gallery(images.pids, 0, 3)))
     features = torch.from_numpy(np.random.default_rng(0).standard_normal((30, 8)).astype(np.float32))
-    found = evaluate(protocol, images, features)
+    images = FeatureSet(features, images.pids, images.camids)
+    found = evaluate(protocol, images)
     by_draw = []
     for kept, asked in draws:
-        by_draw.append(scores(rank_hits(features[asked], features[kept], images.pids[asked], images.pids[kept])))
+        blocks = cosine_blocks(features[asked], features[kept])
+        by_draw.append(scores(rank_blocks(blocks, images.pids[asked], images.pids[kept])))
     assert found["R1"] == pytest.approx(np.mean([row["R1"] for row in by_draw]))
     assert found["R1_std"] == pytest.approx(np.std([row["R1"] for row in by_draw])) and found["queries"] == 20
 
@@ -130,13 +131,13 @@ def test_own_table(tmp_path):
     data = read_reid(table(tmp_path, rows))
     assert data.pid_names == ["x", "y", "z"] and data.classes == 2
     query, gallery = data.tests["test"]
-    assert query.camids[0] != gallery.camids[0] and protocols_of(data)["test"].remove_same_camera
+    assert query.camids[0] != gallery.camids[0] and protocols_of(data.name, data.cameras())["test"].remove_same_camera
     without = "path,pid,split a.jpg,x,train b.jpg,y,train c.jpg,z,query d.jpg,z,gallery"
     data = read_reid(table(tmp_path, without))
-    assert not protocols_of(data)["test"].remove_same_camera
+    assert not protocols_of(data.name, data.cameras())["test"].remove_same_camera
     assert any("same-camera filter and the camera embedding are off" in note for note in data.notes)
-    features = torch.eye(2)
-    assert evaluate(protocols_of(data)["test"], *sum(((i, features[:1]) for i in data.tests["test"]), ()))["R1"] == 1
+    sets = [FeatureSet(torch.ones(1, 2), images.pids, images.camids) for images in data.tests["test"]]
+    assert evaluate(protocols_of(data.name, data.cameras())["test"], *sets)["R1"] == 1
 
 
 @pytest.mark.parametrize(

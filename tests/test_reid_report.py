@@ -7,13 +7,11 @@ import pytest
 import torch
 from conftest import write_pictures
 
-import metrics.ranking as ranks_module
+import metrics.reid
 import reports.reid as report
 from datasets.path_list import PathList
 from datasets.reid import ReidImages
-from metrics.protocols import Protocol, evaluate
-from metrics.ranking import BINS, Ranking
-from metrics.reid import cosine_blocks, rank_hits, scores
+from metrics.reid import BINS, FeatureSet, Protocol, Ranking, cosine_blocks, evaluate, rank_blocks, scores
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
 from reports.page import Page, Pictures, confusion_table, new_axes, table
@@ -80,8 +78,12 @@ def first_cards(cards, topk):
     return shown + [card for card in right if card not in shown]
 
 
+def feature_sets(query, x, gallery, y):
+    return [FeatureSet(values, images.pids, images.camids) for images, values in ((query, x), (gallery, y))]
+
+
 def write(tmp_path, protocol, case, **more):
-    metrics = evaluate(protocol, *case)
+    metrics = evaluate(protocol, *feature_sets(*case))
     file = tmp_path / "page.html"
     write_reid_report(file, {"weights": "<w>&.pth"}, ReidTest(protocol, metrics, *case, NAMES), **more)
     return file.read_text(encoding="utf-8")
@@ -128,9 +130,8 @@ def test_the_page_shows_the_lists_of_the_metrics(tmp_path, folder, protocol, cam
 @pytest.mark.parametrize("seed", range(3))
 def test_ties_stand_in_the_order_of_the_gallery(folder, seed):
     query, x, gallery, y = case = make_case(folder, seed, axes=True)
-    ranking = Ranking(WITH, query, gallery, shown=len(query), seed=0)
-    ranking.add(next(cosine_blocks(x, y, torch.device("cpu"))))
-    hits = rank_hits(x, y, query.pids, gallery.pids, query.camids, gallery.camids)
+    ranking = Ranking(WITH, *feature_sets(*case), shown=len(query), seed=0)
+    hits = rank_blocks(cosine_blocks(x, y), query.pids, gallery.pids, query.camids, gallery.camids)
     assert np.array_equal(ranking.ranks.hits, hits.hits) and np.array_equal(ranking.ranks.offsets, hits.offsets)
     for row in ranking.chosen["worst"].tolist():
         cards = ranking.cards(row, topk=len(gallery))
@@ -139,14 +140,13 @@ def test_ties_stand_in_the_order_of_the_gallery(folder, seed):
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_blocks_change_nothing(folder, seed):
+def test_blocks_change_nothing(folder, seed, monkeypatch):
     """Who is shown, and all numbers, whether the queries come at once or one after another."""
-    query, x, gallery, y = make_case(folder, seed, queries=40)
+    query, x, gallery, y = case = make_case(folder, seed, queries=40)
     found = []
     for block_numbers in (1 << 20, 7 * len(gallery), 1):
-        ranking = Ranking(WITH, query, gallery, shown=9, seed=seed)
-        for block in cosine_blocks(x, y, torch.device("cpu"), block_numbers):
-            ranking.add(block)
+        monkeypatch.setattr(metrics.reid, "BLOCK_NUMBERS", block_numbers)
+        ranking = Ranking(WITH, *feature_sets(*case), shown=9, seed=seed)
         assert len(ranking.similar) <= 27
         assert set(ranking.similar) == {row for rows in ranking.chosen.values() for row in rows.tolist()}
         found.append(ranking)
@@ -158,27 +158,17 @@ def test_blocks_change_nothing(folder, seed):
     assert np.nanmean(found[0].ap) == pytest.approx(scores(found[0].ranks)["mAP"], abs=1e-12)
 
 
-def test_histograms_count_every_pair(folder, monkeypatch):
-    query, x, gallery, y = make_case(folder)
-    similar = next(cosine_blocks(x, y, torch.device("cpu")))
+def test_histograms_count_every_pair(folder):
+    query, x, gallery, y = case = make_case(folder)
+    similar = next(cosine_blocks(x, y))
     same = query.pids[:, None] == gallery.pids
     junk = same & (query.camids[:, None] == gallery.camids)
     place = ((similar.clamp(-1, 1).double().numpy() + 1) * (BINS / 2)).astype(int).clip(0, BINS - 1)
-
-    def counts():
-        ranking = Ranking(WITH, query, gallery, shown=2, seed=0)
-        ranking.add(similar.clone())
-        return ranking, (ranking.true, ranking.others)
-
-    ranking, found = counts()
-    for counted, pairs in zip(found, (same & ~junk, ~same)):
+    ranking = Ranking(WITH, *feature_sets(*case), shown=2, seed=0)
+    for counted, pairs in ((ranking.true, same & ~junk), (ranking.others, ~same)):
         assert counted.sum() == pairs.sum()
         expected = np.bincount(place[pairs], minlength=BINS)
         assert np.abs(np.cumsum(counted - expected)).max() <= 1  # float32 may round to the next bin
-    monkeypatch.setattr(ranks_module, "COUNTED", 7 * len(query))
-    ranking, found = counts()
-    assert ranking.sampled.sum() == 7 and found[0].sum() == (same & ~junk).sum()
-    assert found[1].sum() == (~same[:, ranking.sampled]).sum()
 
 
 def test_junk_is_bounded_and_the_first_right_one_is_shown(tmp_path, folder):
