@@ -1,13 +1,7 @@
-"""The masked autoencoder of CGD-MAE: MAE's network and pixel loss, plus the global-context head.
+"""The masked autoencoder of CGD-MAE: MAE's network and pixel loss (He et al., 2022), plus the global-context head.
 
-Letters: N batch, C channels, p patch size, L patches without class token, D encoder width, D_dec
-decoder width, D_t teacher width, T texts in the bank, len_keep visible patches.
-mask: 0 = keep, 1 = remove.
-
-MAE (He et al., 2022) embeds all patches, decodes in image order and predicts all patches. Here the
-patches are put in shuffled order once; kept ones come first, so that only they are embedded and
-only the removed ones are predicted and scored. Attention does not depend on the order of tokens, so
-the numbers agree.
+Letters: N batch, C channels, p patch size, L patches without class token, D encoder width, D_dec decoder width, D_t
+teacher width, T texts in the bank, len_keep visible patches. mask: 0 = keep, 1 = remove.
 """
 
 from functools import partial
@@ -16,19 +10,18 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.profiler import record_function
 
-from models_vit import ENCODER_SIZES, LayerNorm, VisionTransformer, build_blocks, run_blocks
+from models_vit import LayerNorm, VisionTransformer, build_blocks, run_blocks
 from util.checkpoint import encoder_state, load_weights, read_checkpoint
 from util.errors import InputError
+from util.names import CONTEXTS, DECODER_SIZES, ENCODER_SIZES, MAE_MODELS
 from util.pos_embed import sincos_pos_embed
 from util.pretrained import read_config
-from util.step_profile import part
-
-CONTEXTS = ("attention", "cls", "mean", "decoder")
 
 
 def count_kept(num_patches: int, mask_ratio: float) -> int:
-    """Visible patches per image, MAE's int(L * (1 - mask_ratio)); at least one must be removed.
+    """Count the visible patches of an image, MAE's int(L * (1 - mask_ratio)).
 
     Raises:
         InputError: nothing would be kept or nothing removed.
@@ -36,17 +29,166 @@ def count_kept(num_patches: int, mask_ratio: float) -> int:
     len_keep = int(num_patches * (1 - mask_ratio))
     if not 1 <= len_keep < num_patches:
         raise InputError(
-            f"--mask_ratio {mask_ratio} keeps {len_keep} of {num_patches} patches: "
-            "choose a value that keeps and removes at least one"
+            f"--mask_ratio {mask_ratio} keeps {len_keep} of {num_patches} patches: choose a value that keeps and removes "
+            "at least one"
         )
     return len_keep
 
 
 def take_rows(x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """x[n, ids[n, k]] for x [N, L, D] and ids [N, K] int64 -> [N, K, D]."""
+    """x[n, ids[n, k]] for x [N, L, D] and ids [N, K] int64 -> [N, K, D]; on the CPU much faster than `gather`."""
     N, L, D = x.shape
     rows = ids + torch.arange(N, device=ids.device)[:, None] * L
     return x.reshape(N * L, D).index_select(0, rows.flatten()).view(N, -1, D)
+
+
+class MaskedAutoencoderViT(VisionTransformer):
+    """MAE with the CGD head: 254 tensors for ViT-B/16 without `distill_head.*`.
+
+    Args:
+        img_size, patch_size, embed_dim, depth, num_heads, mean, std: the encoder.
+        decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
+        norm_pix_loss: score pixels normalised per patch (MAE, Sec. 3 "Reconstruction target").
+        distill: keyword arguments of `GlobalContextHead` beside the student's sizes, or None for plain MAE. The head is
+            built last: it never changes the initial weights of the MAE.
+    """
+
+    def __init__(
+        self,
+        img_size: tuple[int, int] = (224, 224),
+        patch_size: int = 16,
+        embed_dim: int = 768,
+        depth: int = 12,
+        num_heads: int = 12,
+        *,
+        decoder_embed_dim: int = 512,
+        decoder_depth: int = 8,
+        decoder_num_heads: int = 16,
+        norm_pix_loss: bool = False,
+        fused_attn: bool = True,
+        distill: dict | None = None,
+        **pixel_stats,
+    ):
+        super().__init__(
+            img_size, patch_size, embed_dim, depth, num_heads, fused_attn=fused_attn, initialize=False, **pixel_stats
+        )
+        self.norm_pix_loss = norm_pix_loss
+        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
+        decoder_pos_embed = sincos_pos_embed(decoder_embed_dim, self.grid_size)[None]
+        self.decoder_pos_embed = nn.Parameter(decoder_pos_embed, requires_grad=False)
+        self.decoder_blocks = build_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, fused_attn)
+        self.decoder_norm = LayerNorm(decoder_embed_dim)
+        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
+        self.initialize_weights()
+        self.distill_head = None
+        if distill is not None:
+            self.distill_head = GlobalContextHead(
+                embed_dim=embed_dim, decoder_dim=decoder_embed_dim, num_patches=self.num_patches, **distill
+            )
+
+    def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
+        """[N, 3, H, W] -> [N, L, p * p * 3], each patch in (row, column, channel) order."""
+        rows, columns = self.grid_size
+        p = self.patch_size
+        x = imgs.reshape(len(imgs), 3, rows, p, columns, p)
+        return x.permute(0, 2, 4, 3, 5, 1).reshape(len(imgs), rows * columns, p * p * 3)
+
+    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
+        """[N, L, p * p * 3] -> [N, 3, H, W]; undoes `patchify`."""
+        rows, columns = self.grid_size
+        p = self.patch_size
+        x = x.reshape(len(x), rows, columns, p, p, 3).permute(0, 5, 1, 3, 2, 4)
+        return x.reshape(len(x), 3, rows * p, columns * p)
+
+    def random_masking(self, x: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
+        """Keep the int(L * (1 - mask_ratio)) patches of each image that have the smallest noise.
+
+        Args:
+            x: [N, L, ...] patches. noise: [N, L] float; None draws it.
+        Returns:
+            (x of the kept patches [N, len_keep, ...], mask [N, L], ids_restore [N, L], ids_keep [N, len_keep]).
+        """
+        if noise is None:
+            noise = torch.rand(x.shape[:2], device=x.device)
+        len_keep = count_kept(x.shape[1], mask_ratio)
+        ids_shuffle = noise.argsort(dim=1)
+        ids_restore = ids_shuffle.argsort(dim=1)
+        ids_keep = ids_shuffle[:, :len_keep]
+        mask = (ids_restore >= len_keep).float()
+        return take_rows(x, ids_keep), mask, ids_restore, ids_keep
+
+    def forward_encoder(self, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor | None = None):
+        """Embed and encode the kept patches only.
+
+        Args:
+            imgs: [N, 3, H, W] normalised.
+        Returns:
+            (latent [N, 1 + len_keep, D] after the final norm, mask [N, L], ids_restore [N, L]).
+        """
+        x, mask, ids_restore, ids_keep = self.random_masking(self.patchify(imgs), mask_ratio, noise)
+        proj = self.patch_embed.proj
+        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p * p * 3], as patches are laid
+        x = F.linear(x, weight, proj.bias) + self.pos_embed[0, 1:][ids_keep]
+        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
+        x = torch.cat([cls_token, x], dim=1)  # [N, 1 + len_keep, D]
+        return self.norm(run_blocks(self.blocks, x, self.grad_checkpoint)), mask, ids_restore
+
+    def forward_decoder(self, latent: torch.Tensor, ids_restore: torch.Tensor):
+        """Decode all patches in image order.
+
+        Returns:
+            (pred [N, L, p * p * 3] float32, decoded [N, 1 + L, D_dec] after decoder_norm).
+        """
+        x = self.decoder_embed(latent)
+        num_removed = self.num_patches + 1 - x.shape[1]
+        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), num_removed, -1)
+        patches = take_rows(torch.cat([x[:, 1:], mask_tokens], dim=1), ids_restore)  # unshuffled
+        x = torch.cat([x[:, :1], patches], dim=1) + self.decoder_pos_embed  # [N, 1 + L, D_dec]
+        decoded = self.decoder_norm(run_blocks(self.decoder_blocks, x, self.grad_checkpoint))
+        return self.decoder_pred(decoded[:, 1:]).float(), decoded
+
+    def forward_loss(self, imgs: torch.Tensor, pred: torch.Tensor, mask: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Score the removed patches (MAE, Sec. 3).
+
+        Returns:
+            `pixel`: mean squared error; `pixel_baseline`: the same if every patch were predicted by its own mean.
+        """
+        target = self.patchify(imgs)
+        if self.norm_pix_loss:
+            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as in MAE
+            target = (target - mean) * (var + 1e-6).rsqrt()
+        error = (pred - target).square().mean(dim=-1)  # [N, L]
+        baseline = target.var(dim=-1, correction=0)
+        return {"pixel": (error * mask).sum() / mask.sum(), "pixel_baseline": (baseline * mask).sum() / mask.sum()}
+
+    def forward(
+        self,
+        imgs: torch.Tensor,
+        mask_ratio: float = 0.75,
+        noise: torch.Tensor | None = None,
+        teacher_embed: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor]:
+        """All loss terms of one batch, unweighted.
+
+        Args:
+            imgs: [N, 3, H, W], uint8 0..255 or float already normalised.
+            mask_ratio: fraction of patches removed, in (0, 1).
+            noise: [N, L] float, see `random_masking`.
+            teacher_embed: [N, D_t] unit rows; required if there is a distillation head.
+        Returns:
+            dict of fp32 scalars: those of `forward_loss` and the entries of `GlobalContextHead.forward`.
+        """
+        imgs = self.normalize(imgs)
+        with record_function("encoder"):
+            latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        with record_function("decoder"):
+            pred, decoded = self.forward_decoder(latent, ids_restore)
+        terms = self.forward_loss(imgs, pred, mask)
+        if self.distill_head is not None:
+            with record_function("distill head"):
+                terms |= self.distill_head(latent, decoded, teacher_embed)
+        return terms
 
 
 class GlobalContextHead(nn.Module):
@@ -108,13 +250,12 @@ class GlobalContextHead(nn.Module):
             nn.init.zeros_(self.transform[-1].weight)
         self.register_buffer("bank", bank, persistent=False)
 
-    def pool(self, latent, decoded, ids_shuffle):
+    def pool(self, latent: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         """The global token, [N, D] (or [N, D_dec] for `decoder`).
 
         Args:
             latent: [N, 1 + len_keep, D] encoder tokens after the final norm.
-            decoded: [N, 1 + L, D_dec] decoder tokens after decoder_norm, in shuffled order.
-            ids_shuffle: [N, L] int64, image position of each shuffled patch.
+            decoded: [N, 1 + L, D_dec] decoder tokens after decoder_norm.
         """
         if self.context == "cls":
             return latent[:, 0]
@@ -124,21 +265,20 @@ class GlobalContextHead(nn.Module):
             visible = latent[:, 1:]
             weight = self.key(visible).float().softmax(dim=1).to(visible.dtype)  # [N, len_keep, 1]
             return latent[:, 0] + self.transform((weight * visible).sum(dim=1))
-        weight = self.position_weight[ids_shuffle].unsqueeze(2)  # [N, L, 1]
-        return (weight * decoded[:, 1:]).sum(dim=1) + self.position_bias
+        return (self.position_weight[:, None] * decoded[:, 1:]).sum(dim=1) + self.position_bias
 
-    def forward(self, latent, decoded, ids_shuffle, teacher_embed):
+    def forward(self, latent: torch.Tensor, decoded: torch.Tensor, teacher_embed: torch.Tensor) -> dict:
         """Both distillation terms and what they are compared with.
 
         Args:
-            latent, decoded, ids_shuffle: see `pool`.
+            latent, decoded: see `pool`.
             teacher_embed: [N, D_t] float, unit rows: the teacher's image embeddings f.
         Returns:
             dict: `sim` = mean(1 - cos(z, f)); `kl` = mean KL(softmax(f U^T / tau) ||
             softmax(z U^T / tau)) over the bank U; for the trivial baselines, without gradient:
             `teacher_embed_mean` [D_t], `teacher_marginal` [T], `teacher_entropy` (nats).
         """
-        token = self.proj(self.pool(latent, decoded, ids_shuffle))
+        token = self.proj(self.pool(latent, decoded))
         with torch.autocast(token.device.type, enabled=False):
             z = F.normalize(token.float(), dim=1)  # [N, D_t]
             f = teacher_embed.float()
@@ -154,168 +294,10 @@ class GlobalContextHead(nn.Module):
             }
 
 
-class MaskedAutoencoderViT(VisionTransformer):
-    """MAE with the CGD head: 254 tensors for ViT-B/16 without `distill_head.*`.
-
-    Args:
-        img_size, patch_size, embed_dim, depth, num_heads, mean, std, fused_attn: the encoder.
-        decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
-        norm_pix_loss: score pixels normalised per patch (MAE, Sec. 3 "Reconstruction target").
-        distill: keyword arguments of `GlobalContextHead` beside the student's sizes, or None for
-            plain MAE. The head is built last: it never changes the initial weights of the MAE.
-    """
-
-    def __init__(
-        self,
-        img_size: tuple[int, int] = (224, 224),
-        patch_size: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        *,
-        decoder_embed_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-        norm_pix_loss: bool = False,
-        fused_attn: bool = True,
-        distill: dict | None = None,
-        **pixel_stats,
-    ):
-        super().__init__(
-            img_size, patch_size, embed_dim, depth, num_heads, fused_attn=fused_attn, initialize=False, **pixel_stats
-        )
-        self.norm_pix_loss = norm_pix_loss
-        self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
-        self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
-        decoder_pos_embed = sincos_pos_embed(decoder_embed_dim, self.grid_size)[None]
-        self.decoder_pos_embed = nn.Parameter(decoder_pos_embed, requires_grad=False)
-        self.decoder_blocks = build_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, fused_attn)
-        self.decoder_norm = LayerNorm(decoder_embed_dim)
-        self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
-        self.initialize_weights()
-        self.distill_head = None
-        if distill is not None:
-            self.distill_head = GlobalContextHead(
-                embed_dim=embed_dim, decoder_dim=decoder_embed_dim, num_patches=self.num_patches, **distill
-            )
-
-    def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] -> [N, L, p * p * 3], each patch in (row, column, channel) order."""
-        rows, columns = self.grid_size
-        p = self.patch_size
-        x = imgs.reshape(len(imgs), 3, rows, p, columns, p)
-        return x.permute(0, 2, 4, 3, 5, 1).reshape(len(imgs), rows * columns, p * p * 3)
-
-    def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, L, p * p * 3] -> [N, 3, H, W]; undoes `patchify`."""
-        rows, columns = self.grid_size
-        p = self.patch_size
-        x = x.reshape(len(x), rows, columns, p, p, 3).permute(0, 5, 1, 3, 2, 4)
-        return x.reshape(len(x), 3, rows * p, columns * p)
-
-    def shuffled_patches(self, imgs: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
-        """Normalised patches in shuffled order, [N, L, p * p * 3] float.
-
-        uint8 images stay uint8 until they are in place: a quarter of the memory traffic.
-        """
-        patches = take_rows(self.patchify(imgs), ids_shuffle)
-        if patches.dtype != torch.uint8:
-            return patches
-        scale = (1 / (255 * self.pixel_std)).flatten().repeat(self.patch_size**2)  # [p * p * 3]
-        shift = (self.pixel_mean / self.pixel_std).flatten().repeat(self.patch_size**2)
-        return patches.float() * scale - shift
-
-    def normalize_target(self, target: torch.Tensor) -> torch.Tensor:
-        """Per-patch normalisation with the unbiased variance, eps 1e-6; [..., p * p * 3]."""
-        if not self.norm_pix_loss:
-            return target
-        var, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        return (target - mean) * (var + 1e-6).rsqrt()
-
-    def forward_encoder(self, patches: torch.Tensor, ids_keep: torch.Tensor) -> torch.Tensor:
-        """Kept patches [N, len_keep, p * p * 3] at positions ids_keep -> [N, 1 + len_keep, D]."""
-        proj = self.patch_embed.proj
-        weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p * p * 3], as patches are laid
-        x = F.linear(patches, weight, proj.bias) + self.pos_embed[0, 1:][ids_keep]
-        cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
-        x = torch.cat([cls_token, x], dim=1)  # [N, 1 + len_keep, D]
-        x = run_blocks(self.blocks, x, self.grad_checkpoint)
-        return self.norm(x)
-
-    def forward_decoder(self, latent: torch.Tensor, ids_shuffle: torch.Tensor) -> torch.Tensor:
-        """[N, 1 + len_keep, D] -> decoder tokens before decoder_norm, [N, 1 + L, D_dec], shuffled."""
-        x = self.decoder_embed(latent)
-        num_removed = self.num_patches + 1 - x.shape[1]
-        mask_tokens = self.mask_token.to(x.dtype).expand(len(x), num_removed, -1)
-        x = torch.cat([x, mask_tokens], dim=1)  # [N, 1 + L, D_dec]
-        positions = F.pad(ids_shuffle + 1, (1, 0))  # the class token keeps row 0
-        x = x + self.decoder_pos_embed[0][positions]
-        return run_blocks(self.decoder_blocks, x, self.grad_checkpoint)
-
-    def forward(
-        self,
-        imgs: torch.Tensor,
-        mask_ratio: float = 0.75,
-        noise: torch.Tensor | None = None,
-        teacher_embed: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
-        """All loss terms of one batch, unweighted (MAE, Sec. 3; docs/DIFFERENCES.md for CGD).
-
-        Args:
-            imgs: [N, 3, H, W], uint8 0..255 or float already normalised.
-            mask_ratio: fraction of patches removed, in (0, 1).
-            noise: [N, L] float; each image keeps its smallest values. None draws it.
-            teacher_embed: [N, D_t] unit rows; required if there is a distillation head.
-        Returns:
-            dict of fp32 scalars: `pixel` (mean squared error over removed patches),
-            `pixel_baseline` (the same if every patch were predicted by its own mean), and the
-            entries of `GlobalContextHead.forward`.
-        """
-        if noise is None:
-            noise = torch.rand(len(imgs), self.num_patches, device=imgs.device)
-        len_keep = int(self.num_patches * (1 - mask_ratio))
-        ids_shuffle = noise.argsort(dim=1)  # [N, L]
-        patches = self.shuffled_patches(imgs, ids_shuffle)
-        target = self.normalize_target(patches[:, len_keep:])  # [N, L - len_keep, p * p * 3]
-
-        with part("encoder"):
-            latent = self.forward_encoder(patches[:, :len_keep], ids_shuffle[:, :len_keep])
-        with part("decoder"):
-            decoded = self.forward_decoder(latent, ids_shuffle)
-            pooled_from_decoder = self.distill_head is not None and self.distill_head.context == "decoder"
-            if pooled_from_decoder:
-                decoded = self.decoder_norm(decoded)
-                removed = decoded[:, 1 + len_keep :]
-            else:
-                removed = self.decoder_norm(decoded[:, 1 + len_keep :])
-            pred = self.decoder_pred(removed).float()  # [N, L - len_keep, p * p * 3]
-
-        terms = {"pixel": F.mse_loss(pred, target), "pixel_baseline": target.var(dim=-1, correction=0).mean()}
-        if self.distill_head is not None:
-            with part("distill head"):
-                terms |= self.distill_head(latent, decoded, ids_shuffle, teacher_embed)
-        return terms
-
-    def reconstruct(
-        self, imgs: torch.Tensor, mask_ratio: float = 0.75, noise: torch.Tensor | None = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """For pictures: (pred [N, L, p * p * 3] in image order, mask [N, L], 0 keep and 1 remove)."""
-        if noise is None:
-            noise = torch.rand(len(imgs), self.num_patches, device=imgs.device)
-        len_keep = int(self.num_patches * (1 - mask_ratio))
-        ids_shuffle = noise.argsort(dim=1)
-        ids_restore = ids_shuffle.argsort(dim=1)
-        patches = self.shuffled_patches(imgs, ids_shuffle)
-        latent = self.forward_encoder(patches[:, :len_keep], ids_shuffle[:, :len_keep])
-        decoded = self.decoder_norm(self.forward_decoder(latent, ids_shuffle))
-        pred = take_rows(self.decoder_pred(decoded[:, 1:]).float(), ids_restore)
-        mask = (ids_restore >= len_keep).float()
-        return pred, mask
-
-
-def _build(size: str, decoder: tuple[int, int, int], **kwargs) -> MaskedAutoencoderViT:
+def build_mae(size: str, **kwargs) -> MaskedAutoencoderViT:
+    """One of `util.names.ENCODER_SIZES` with its decoder; kwargs of `MaskedAutoencoderViT`."""
     width, depth, heads, patch_size = ENCODER_SIZES[size]
-    decoder_width, decoder_depth, decoder_heads = decoder
+    decoder_width, decoder_depth, decoder_heads = DECODER_SIZES[size]
     return MaskedAutoencoderViT(
         patch_size=patch_size,
         embed_dim=width,
@@ -328,14 +310,7 @@ def _build(size: str, decoder: tuple[int, int, int], **kwargs) -> MaskedAutoenco
     )
 
 
-# decoders: 512 x 8 blocks x 16 heads as in MAE; tiny and small keep base's 2/3 width and head size 32
-MODELS = {
-    "mae_vit_tiny_patch16": partial(_build, "tiny", (128, 8, 4)),
-    "mae_vit_small_patch16": partial(_build, "small", (256, 8, 8)),
-    "mae_vit_base_patch16": partial(_build, "base", (512, 8, 16)),
-    "mae_vit_large_patch16": partial(_build, "large", (512, 8, 16)),
-    "mae_vit_huge_patch14": partial(_build, "huge", (512, 8, 16)),
-}
+MODELS = {name: partial(build_mae, size) for name, size in MAE_MODELS.items()}
 
 
 def load_autoencoder(

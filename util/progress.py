@@ -1,5 +1,6 @@
 """A progress bar on a terminal, plain lines with an ETA elsewhere."""
 
+import datetime
 import sys
 import time
 
@@ -14,10 +15,11 @@ class Progress:
     Args:
         title: what is counted.
         shown: False prints nothing (ranks other than 0).
+        later: steps that follow these, for the ETA.
     """
 
-    def __init__(self, title: str, total: int, done: int = 0, shown: bool = True):
-        self.title, self.total, self.shown = title, total, shown
+    def __init__(self, title: str, total: int, done: int = 0, shown: bool = True, later: int = 0):
+        self.title, self.total, self.shown, self.later = title, total, shown, later
         self.first, self.done = done, done
         self.started = time.perf_counter()
         self.said = 0.0  # so that the first call prints
@@ -29,16 +31,17 @@ class Progress:
         """`done` steps are finished; `message` holds the current numbers."""
         previous, self.done = self.done, done
         if self.bar is not None:
-            self.bar.set_postfix_str(message, refresh=False)
+            self.bar.set_postfix_str(f"{message}  {self._eta()}", refresh=False)
             self.bar.update(done - previous)
-        elif self.shown and (message or done >= self.total or self._quiet_for() > QUIET_SECONDS):
+        elif self.shown and (message or done >= self.total or time.perf_counter() - self.said > QUIET_SECONDS):
             self.said = time.perf_counter()
-            per_step = (time.perf_counter() - self.started) / max(done - self.first, 1)
-            eta = time.strftime("%H:%M:%S", time.gmtime(per_step * (self.total - done)))
-            print(f"{self.title}  {done}/{self.total}  eta {eta}  {message}", flush=True)
+            print(f"{self.title}  {done}/{self.total}  {self._eta()}  {message}".rstrip(), flush=True)
 
-    def _quiet_for(self) -> float:
-        return time.perf_counter() - self.said
+    def _eta(self) -> str:
+        """Of all that is left, these steps and the later ones."""
+        per_step = (time.perf_counter() - self.started) / max(self.done - self.first, 1)
+        seconds = per_step * (self.total - self.done + self.later)
+        return f"eta {datetime.timedelta(seconds=int(seconds))}" if seconds >= 1 else ""
 
     def print(self, message: str) -> None:
         """A line of its own that does not tear the bar."""

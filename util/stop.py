@@ -1,137 +1,96 @@
-"""Stopping without losing work: Ctrl-C, SIGTERM and crashes leave a resumable checkpoint."""
+"""Stopping without losing work: Ctrl-C, SIGTERM, SIGHUP and crashes leave a resumable checkpoint."""
 
-import atexit
+import contextlib
 import ctypes
 import fcntl
 import os
 import signal
-import threading
+import sys
 import time
-from collections.abc import Callable
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from util.errors import InputError
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
-FINISHED = 0  # written into the pipe when the guard is left without a signal
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@contextmanager
-def deaths_unheard():
-    """Main thread only. torch raises in whatever line the main thread is at when a data worker dies; in here
-    it does not, and the loader finds out by itself within seconds."""
-    heard = signal.getsignal(signal.SIGCHLD)
-    if not callable(heard):  # no loader has started workers yet
-        yield
-        return
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, heard)
-
-
-def hear_no_deaths_at_exit() -> None:
-    """Python ends the data workers that are left when a program is done, and torch would report them as
-    killed, with a traceback."""
-    atexit.register(signal.signal, signal.SIGCHLD, signal.SIG_DFL)
-
-
-class NoGuard:
-    """In place of a `StopGuard` where nothing is worth saving."""
-
-    @contextmanager
-    def committing(self):
-        yield
+class Stopped(BaseException):
+    """Raised in the main thread by the first of `SIGNALS`, as Python does with Ctrl-C."""
 
 
 class StopGuard:
-    """Saves the state of the last update at once when the process is told to stop.
+    """Saves the state of the last update when the process is told to stop, or when it fails.
 
-    Weights change only inside `committing()`; between two updates they are a consistent state, even
-    while a long forward or backward pass runs. So a second thread waits for the signal, takes the
-    lock, saves and ends the process: nobody waits for the update in flight, which on a slow machine
-    can take longer than the launcher's patience (30 s under torchrun).
+    A signal raises `Stopped` in whatever line the main thread is at, so that the update in flight is thrown away: on a
+    slow machine it can take longer than the launcher's patience (30 s under torchrun). Only `committing` is never cut.
 
     Args:
-        save: writes the checkpoint; called by one thread at a time, never inside `committing()`.
-        is_main: whether this rank saves.
+        save: writes the checkpoint. is_main: whether this rank saves.
     """
 
     def __init__(self, save: Callable[[], None], is_main: bool):
-        self._save = save
-        self._is_main = is_main
-        self._lock = threading.Lock()
-        self._torn = False  # an exception left an update half done
-        self._stopping = threading.Event()
+        self._save, self._is_main = save, is_main
+        self._received = 0
+        self._busy = self._torn = False  # inside `committing`; an exception left an update half done
 
-    @contextmanager
-    def committing(self):
+    @contextlib.contextmanager
+    def committing(self) -> Iterator[None]:
         """Around the optimiser step and the counters that belong to it."""
-        with deaths_unheard(), self._lock:
-            self._torn = True
-            yield
-            self._torn = False
+        ignore_worker_deaths()
+        self._busy = self._torn = True
+        yield
+        self._busy = self._torn = False
+        if self._received:
+            raise Stopped
+
+    def _hear(self, number: int, _frame) -> None:
+        first, self._received = not self._received, self._received or number
+        if first and not self._busy:
+            raise Stopped
 
     def __enter__(self):
-        # Python's own handlers wait for the main thread to leave C code; the wake-up pipe does not
-        self._read_end, self._write_end = os.pipe()
-        os.set_blocking(self._write_end, False)
-        self._old_fd = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
-        self._old_handlers = {s: signal.signal(s, lambda *_: None) for s in SIGNALS}
-        self._thread = threading.Thread(target=self._wait, daemon=True)
-        self._thread.start()
+        self._old = {number: signal.signal(number, self._hear) for number in SIGNALS}
         return self
 
-    def __exit__(self, kind, error, trace):
-        with deaths_unheard():  # a signal to the whole group ends the workers while the state is saved
-            if self._stopping.is_set():
-                self._thread.join()  # it ends the process; errors of dying peers do not matter now
-            signal.set_wakeup_fd(self._old_fd)
-            for number, handler in self._old_handlers.items():
-                signal.signal(number, handler)
-            os.write(self._write_end, bytes([FINISHED]))
-            self._thread.join()
-            os.close(self._read_end)
-            os.close(self._write_end)
-            if error is not None and self._is_main and not self._torn:
-                self._save()
+    def __exit__(self, kind, error, trace) -> bool:
+        ignore_worker_deaths()  # a signal to the whole group ends the workers while the state is saved
+        self._busy = True  # from here on a signal is noted only
+        if error is not None and self._is_main and not self._torn:
+            self._save()
+        if self._received:
+            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
+                if self._is_main:
+                    print(f"\n{signal.Signals(self._received).name}: saved the state of the last update", flush=True)
+                sys.stdout.flush()
+            if not self._is_main:
+                time.sleep(2)  # rank 0 should see its own signal before it sees a peer vanish
+            os._exit(128 + self._received)  # errors of dying peers do not matter now
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
         return False
 
-    def _wait(self):
-        received = None
-        while received not in (FINISHED, *SIGNALS):  # children's deaths arrive here too
-            received = os.read(self._read_end, 1)[0]
-        if received == FINISHED:
-            return
-        self._stopping.set()
-        if self._is_main:
-            with self._lock:
-                if not self._torn:
-                    name = signal.Signals(received).name
-                    print(f"\n{name}: saving the state of the last update", flush=True)
-                    self._save()
-        else:
-            time.sleep(2)  # rank 0 should see its own signal before it sees a peer vanish
-        os._exit(128 + received)
+
+def ignore_worker_deaths() -> None:
+    """Take back torch's SIGCHLD handler, which raises in any line of the main thread when a data worker dies; the
+    loader finds a dead worker by itself within seconds."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 def init_worker(worker_id: int) -> None:
-    """Data workers: Ctrl-C is the main process's business; SIGTERM ends a worker as usual; and one
-    thread each, since there is one worker a core."""
+    """Data workers: Ctrl-C and SIGHUP are the main process's business, SIGTERM ends a worker as usual; and one thread
+    each, since there is one worker a core."""
     import torch
 
-    if threading.current_thread() is threading.main_thread():
-        signal.set_wakeup_fd(-1)  # the pipe belongs to the parent's StopGuard
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 
 def end_with_launcher() -> None:
-    """Under torchrun: get SIGTERM when the launcher dies, even by kill -9, instead of training on as
-    an orphan beside the run that replaces it."""
+    """Under torchrun: get SIGTERM when the launcher dies, even by kill -9, instead of training on as an orphan beside
+    the run that replaces it."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         end_with_parent()
 
@@ -143,8 +102,8 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(parent_death_signal, int(signal.SIGTERM))
 
 
-@contextmanager
-def run_lock(folder: Path, wait_s: float = 45.0):
+@contextlib.contextmanager
+def run_lock(folder: Path, wait_s: float = 45.0) -> Iterator[None]:
     """One run at a time in a folder; the lock ends with the process, however it ends.
 
     Raises:
@@ -154,27 +113,24 @@ def run_lock(folder: Path, wait_s: float = 45.0):
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")
     except OSError as error:
-        raise InputError(
-            f"the output folder {folder} cannot be written to ({error.strerror}): choose another"
-        ) from error
-    with lock as opened:
+        raise InputError(f"the output folder {folder} cannot be written to ({error.strerror}): choose another") from error
+    with lock:
         deadline = time.monotonic() + wait_s
         while True:
             try:
-                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    opened.seek(0)
-                    holder = opened.read().strip() or "unknown"
+                    lock.seek(0)
+                    holder = lock.read().strip() or "unknown"
                     raise InputError(
-                        f"another run (process {holder}) is writing to {folder}: stop it, or choose "
-                        "another output folder"
+                        f"another run (process {holder}) is writing to {folder}: stop it, or choose another output folder"
                     ) from None
                 time.sleep(0.5)
-        opened.truncate(0)
-        opened.write(f"{os.getpid()} on {os.uname().nodename}")
-        opened.flush()
+        lock.truncate(0)
+        lock.write(f"{os.getpid()} on {os.uname().nodename}")
+        lock.flush()
         for left in folder.glob(".checkpoint-*.pth.*.tmp"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
         yield
