@@ -8,45 +8,20 @@ One process runs with plain `python main_pretrain.py ...`.
 """
 
 import argparse
-import datetime
-import hashlib
-import json
-import time
 from pathlib import Path
 
-import torch
-from torch.utils.tensorboard import SummaryWriter
-
-from datasets.manifest import list_images
-from datasets.pretrain import PretrainDataset, build_loader
-from datasets.samplers import EpochBatches
-from datasets.teacher_cache import TeacherCache
-from datasets.text_bank import hash_texts, is_encoded, save_bank
-from engine_pretrain import PretrainRun, train_one_epoch
-from models_mae import CONTEXTS, MODELS
-from models_teacher import FrozenTeacher, build_bank, load_clip
-from reports.panels import save_panels
-from util.dist import agree, barrier, get_rank, get_world_size, is_main_process, launch, wrap_ddp
-from util.errors import InputError, run_or_explain
-from util.fetch import fetch
-from util.files import write_json
-from util.meter import Meter, means, peak_gigabytes, trivial_distillation
-from util.optim import build_adamw
-from util.precision import pick_amp_dtype, pick_fused_attention
-from util.run_files import RunFiles, environment, initialise_from, refuse_used_folder
-from util.settings import check_args, print_header, resolve
-from util.step_profile import StepProfile, compile_counts, profile_table
-from util.stop import NoGuard, StopGuard, init_worker
+from util.cli import Parser, add_run_flags, check_numbers, parse_input_size, run_tool
+from util.names import CONTEXTS, ENCODER_SIZES, MAE_MODELS
 
 CLIP_MODEL = "ViT-L-14"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("main_pretrain.py", add_help=False, allow_abbrev=False)
+    parser = Parser("main_pretrain.py", __doc__)
     # fmt: off
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="mae_vit_base_patch16", choices=list(MODELS), metavar="NAME",
-        help=f"one of {', '.join(MODELS)} (default mae_vit_base_patch16)")
+    add("--model", default="mae_vit_base_patch16", choices=list(MAE_MODELS), metavar="NAME",
+        help=f"one of {', '.join(MAE_MODELS)} (default mae_vit_base_patch16)")
     add("--input_size", default="224", help="pixels: one side, or H,W (default 224)")
     add("--mask_ratio", default=0.75, type=float, help="fraction of patches removed (default 0.75)")
     add("--norm_pix_loss", action="store_true",
@@ -97,54 +72,146 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--crop_min", default=0.2, type=float, help="smallest crop, fraction of area (default 0.2)")
     add("--max_bad_ratio", default=0.01, type=float,
         help="stop above this fraction of unreadable images (default 0.01)")
-    add("--num_workers", default=None, type=int,
-        help="data processes per rank (default: cores / ranks on this machine, at most 10)")
-    add("--pin_mem", action="store_true", default=True, help="pinned host memory for CUDA (default on)")
-    add("--no_pin_mem", action="store_false", dest="pin_mem", help="switches it off (default on)")
-
-    add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default="./output_dir", help="folder of the run (default ./output_dir)")
-    add("--log_dir", default=None, help="folder for TensorBoard (default: the output folder)")
-    add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
-        help="precision (default auto: by device)")
-    add("--compile", action="store_true", help="torch.compile student and teacher (default off)")
-    add("--channels_last", action="store_true",
-        help="channels-last memory for a convolutional teacher on CUDA; on the CPU always (default off)")
-    add("--grad_checkpoint", action="store_true",
-        help="compute activations again in the backward pass: less memory, a third slower (default off)")
-    add("--profile", default=0, type=int, metavar="N",
-        help="time N updates by part, write a trace to OUTPUT_DIR/profile and stop (default 0: train)")
-    add("--seed", default=0, type=int, help="seed of weights, order, crops and masks (default 0)")
-    add("--print_freq", default=20, type=int, help="updates between log lines (default 20)")
-    add("--vis_epochs", default=20, type=int,
-        help="epochs between reconstruction panels, 0 for none (default 20)")
-    add("--max_bad_steps", default=10, type=int,
-        help="stop after this many non-finite updates in a row (default 10)")
-
-    add = parser.add_argument_group("checkpoints").add_argument
-    add("--resume", default="", help="checkpoint to continue exactly, or auto (default: fresh start)")
-    add("--allow_change", nargs="+", default=[], metavar="NAME",
-        help="settings that may differ from the resumed run's (default none)")
+    add_run_flags(parser, output_dir="./output_dir")
+    add = parser.add_argument_group("only here").add_argument
     add("--init", default="", help="weights to start a new run from: .pth, .safetensors, a name of "
         "`python -m tools.checkpoint list`, or an address (default: random)")
-    add("--save_freq", default=20, type=int, help="epochs between checkpoint-<epoch>.pth (default 20)")
-    add("--save_minutes", default=15.0, type=float,
-        help="minutes between saves of checkpoint-last.pth (default 15)")
-    add("--keep_checkpoints", default=3, type=int, help="how many checkpoint-<epoch>.pth stay (default 3)")
-
-    add = parser.add_argument_group("launch (torchrun sets these; accepted and unused)").add_argument
-    for name in ("--local_rank", "--local-rank", "--world_size", "--dist_url"):
-        add(name, help=argparse.SUPPRESS)
-    add("--dist_on_itp", action="store_true", help=argparse.SUPPRESS)
-    add("--dist_timeout", default=600.0, type=float,
-        help="seconds to wait for missing ranks and stuck collectives (default 600)")
+    add("--vis_epochs", default=20, type=int,
+        help="epochs between reconstruction panels, 0 for none (default 20)")
     # fmt: on
     return parser
 
 
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
+
+import datetime
+import hashlib
+import json
+import time
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+
+from datasets.manifest import list_images
+from datasets.pretrain import PretrainDataset, build_loader
+from datasets.samplers import EpochBatches
+from datasets.teacher_cache import TeacherCache
+from datasets.text_bank import hash_texts, is_encoded, save_bank
+from engine_pretrain import PretrainRun, train_one_epoch, trivial_distillation
+from models_mae import MODELS, count_kept
+from models_teacher import FrozenTeacher, build_bank, load_clip
+from models_vit import check_img_size
+from reports.panels import save_panels
+from util.dist import get_rank, get_world_size, is_main_process, launch, print_main, wrap_ddp
+from util.errors import InputError
+from util.fetch import fetch
+from util.loop import epoch_record, next_epoch, start_profiler
+from util.optim import build_adamw
+from util.parallel import default_workers
+from util.precision import pick_precision
+from util.run_files import RunFiles, initialise_from, refuse_used_folder
+from util.stop import StopGuard, init_worker
+
+FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAME lets one through
+    "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha images_sha "
+    "effective_batch epochs warmup_epochs lr min_lr weight_decay clip_grad sim_weight kl_weight tau crop_min crop_views "
+    "teacher_view seed"
+).split()
+
+
+def check_args(args) -> None:
+    """Contradictions among flags, before anything is loaded; fills derived values.
+
+    Raises:
+        InputError: one sentence on the first contradiction.
+    """
+    args.img_size = parse_input_size(args.input_size)
+    rows, columns = check_img_size(args.img_size, ENCODER_SIZES[MAE_MODELS[args.model]][3])
+    count_kept(rows * columns, args.mask_ratio)
+    check_numbers(
+        args,
+        at_least_one="batch_size accum_iter epochs print_freq save_freq max_bad_steps micro_batch",
+        not_negative="blr min_lr warmup_epochs weight_decay clip_grad sim_weight kl_weight max_bad_ratio seed vis_epochs "
+        "start_epoch keep_checkpoints distill_hidden profile num_workers",
+        positive="crop_min kl_tau",
+    )
+    if args.crop_min > 1:
+        raise InputError(f"--crop_min {args.crop_min}: must be in (0, 1]")
+    if args.warmup_epochs > args.epochs:
+        raise InputError(
+            f"--warmup_epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}: the learning rate would never "
+            f"reach its value; use --warmup_epochs {max(args.epochs // 10, 1)}"
+        )
+    if args.start_epoch >= args.epochs:
+        raise InputError(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
+    if args.resume and args.init:
+        raise InputError("--resume continues a run and --init starts one: give only one of them")
+    if args.resume and args.start_epoch:
+        raise InputError("--start_epoch is for fresh runs: --resume takes the epoch from the checkpoint")
+    for name in ("text_bank", "teacher_cache"):
+        if args.no_distill and getattr(args, name):
+            raise InputError(f"--{name} has no use with --no_distill: drop one of them")
+    weights = {} if args.no_distill else {"sim": args.sim_weight, "kl": args.kl_weight}
+    args.weights = {name: weight for name, weight in weights.items() if weight}
+    if not args.no_distill and not args.weights:
+        raise InputError("--sim_weight 0 and --kl_weight 0 leave nothing to distil: use --no_distill")
+
+
+def resolve(args, paths, batches: EpochBatches) -> dict:
+    """Everything derived from flags and data, as plain values; refuses runs that could not learn."""
+    global_batch = args.batch_size * get_world_size()
+    if batches.batches_per_epoch < 1:
+        raise InputError(
+            f"{len(paths)} images do not fill one batch of {global_batch} (--batch_size {args.batch_size} x "
+            f"{get_world_size()} processes): lower --batch_size to at most {max(len(paths) // get_world_size(), 1)}"
+        )
+    if args.accum_iter > batches.batches_per_epoch:
+        raise InputError(
+            f"--accum_iter {args.accum_iter} is more than the {batches.batches_per_epoch} batches of an epoch ({len(paths)} "
+            f"images, {global_batch} a batch), so the effective batch would never be reached: use --accum_iter "
+            f"{batches.batches_per_epoch} or less"
+        )
+    args.effective_batch = global_batch * args.accum_iter
+    if args.lr is None:
+        args.lr = args.blr * args.effective_batch / 256
+    if args.micro_batch is None:
+        args.micro_batch = args.batch_size if args.device == "cuda" else min(args.batch_size, 32)
+    if args.num_workers is None:
+        args.num_workers = default_workers()
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | {
+        "world_size": get_world_size(),
+        "global_batch": global_batch,
+        "images": len(paths),
+        "images_sha": paths.sha256(),
+        "updates_per_epoch": -(-batches.batches_per_epoch // args.accum_iter),
+    }
+
+
+def header(args, facts: dict) -> list[str]:
+    """What this run is going to do, before it does it."""
+    is_scaled = args.lr == args.blr * args.effective_batch / 256
+    origin = f" = blr {args.blr:g} x {args.effective_batch} / 256" if is_scaled else " (--lr)"
+    updates = facts["updates_per_epoch"]
+    lines = [
+        f"effective batch: {args.effective_batch} = {args.batch_size} x {facts['world_size']} processes x "
+        f"{args.accum_iter} accumulated; lr {args.lr:.4g}{origin}",
+        f"images: {facts['images']} in {args.data_path}; {updates} updates an epoch, {updates * args.epochs} in "
+        f"{args.epochs} epochs, {args.warmup_epochs:g} of warm-up",
+        f"teacher: {facts['teacher']}",
+    ]
+    if not args.no_distill:
+        use = "" if args.kl_weight else ", logged only: --kl_weight is 0"
+        lines += [
+            f"text bank: {facts['text_bank_used']}{use}",
+            f"distillation: context {args.context}, sim x {args.sim_weight:g}, kl x {args.kl_weight:g} at tau "
+            f"{facts['tau']:.4g}, the teacher sees the {args.teacher_view}",
+        ]
+    return lines
+
+
 def main(args) -> dict[str, float]:
-    """Run the training that `args` describe; returns the last epoch's numbers."""
+    """Run the training that `args` describe; returns the last epoch's numbers on rank 0."""
     check_args(args)
     return launch(args.device, args.output_dir, lambda device: train(args, device), args.dist_timeout)
 
@@ -152,83 +219,58 @@ def main(args) -> dict[str, float]:
 def train(args, device: torch.device) -> dict[str, float]:
     started = time.time()
     args.device = device.type
-    output_dir = Path(args.output_dir)
-    if not (args.resume or args.profile):
-        refuse_used_folder(output_dir)
-    run, files, facts, lines = build_run(args, device)
-    print_header(args, facts, lines)
-    if args.profile:
-        return profile_run(run, args)
+    if not args.resume:
+        refuse_used_folder(args.output_dir)
+    run = build_run(args, device)
+    files = run.files
     writer = None
     if is_main_process():
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "args.json", facts)
-        write_json(output_dir / "env.json", environment())
+        files.start(run.epoch)
         if run.text_bank:
-            save_bank(output_dir / "text_bank.safetensors", *run.text_bank)
-        files.cut_log(run.epoch)
+            save_bank(run.output_dir / "text_bank.safetensors", *run.text_bank)
         # epoch e is drawn at 1000 (e + 1): the finished ones stay
-        writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch * 1000 + 1)
+        writer = SummaryWriter(args.log_dir or run.output_dir, purge_step=run.epoch * 1000 + 1)
+    if args.profile:
+        start_profiler(run, args.profile)
     run.guard = StopGuard(lambda: files.save(run), is_main_process())
     record = files.last_record()  # of a run that is resumed and finished already
     with run.guard:
         while run.epoch < args.epochs:
             train_one_epoch(run, args)
-            record = finish_epoch(run, args, files, writer)
-    if is_main_process():
-        files.export_encoder(run.bare)
-        writer.close()
-        write_json(output_dir / "metrics.json", record)
-        print(
-            f"done in {datetime.timedelta(seconds=int(time.time() - started))}: "
-            f"{output_dir / 'encoder.pth'} holds the encoder"
-        )
-        print(json.dumps(record))
+            record = finish_epoch(run, args, writer)
+    if not is_main_process():
+        return {}
+    files.export_encoder(run.bare)
+    writer.close()
+    took = datetime.timedelta(seconds=int(time.time() - started))
+    print(f"done in {took}: {run.output_dir / 'encoder.pth'} holds the encoder")
     return record
 
 
-def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, list[str]]:
-    """Everything of a run that is ready to start or to go on: (run, its files, facts, header lines)."""
-    torch.set_float32_matmul_precision("high")
-    amp_dtype, amp_reason = pick_amp_dtype(args.amp, device)
+def build_run(args, device: torch.device) -> PretrainRun:
+    """Everything of a run that is ready to start or to go on; prints the header."""
+    amp_dtype, precision = pick_precision(args.amp, device)
     cache = TeacherCache(args.teacher_cache) if args.teacher_cache else None
-    teacher, distill, teacher_facts, text_bank = build_teacher(args, device, amp_dtype, cache)
+    teacher, distill, facts, text_bank = build_teacher(args, device, amp_dtype, cache)
     paths = list_images(args.data_path, args.split)
     if cache:
-        cache.check(
-            {
-                "teacher_view": args.teacher_view,
-                "seed": args.seed,
-                "crop_min": args.crop_min,
-                "input_size": list(args.img_size),
-                "images_sha": paths.sha256(),
-            }
-        )
+        wanted = {name: getattr(args, name) for name in ("teacher_view", "seed", "crop_min")}
+        cache.check(wanted | {"input_size": list(args.img_size), "images_sha": paths.sha256()})
     batches = EpochBatches(len(paths), args.batch_size, get_rank(), get_world_size(), args.seed)
-    facts = resolve(args, paths, batches) | teacher_facts
+    facts |= resolve(args, paths, batches)
     facts["precision"] = str(amp_dtype or torch.float32).removeprefix("torch.")
     facts["crop_views"] = 0 if cache is None or cache.is_full else cache.num_views  # 0: new crops each epoch
+    print_main(*header(args, facts))
 
     torch.manual_seed(args.seed)
-    fused = pick_fused_attention(device, amp_dtype)
-    bare = MODELS[args.model](
-        img_size=args.img_size, norm_pix_loss=args.norm_pix_loss, fused_attn=fused, distill=distill
-    )
+    bare = MODELS[args.model](img_size=args.img_size, norm_pix_loss=args.norm_pix_loss, distill=distill)
     bare.grad_checkpoint = args.grad_checkpoint
-    lines = []
     if args.init:
         args.init = str(fetch(args.init))
-        lines.append(f"weights from {args.init}:\n{initialise_from(bare, args.init)}")
+        print_main(f"weights from {args.init}:\n{initialise_from(bare, args.init)}")
     bare.to(device)
-    config = {
-        "kind": "CGD-MAE encoder",
-        "model": args.model,
-        "norm_pix_loss": args.norm_pix_loss,
-        "mask_ratio": args.mask_ratio,
-        **bare.settings(),
-    }
-    output_dir = Path(args.output_dir)
-    files = RunFiles(output_dir, facts, config, args.save_minutes, args.keep_checkpoints)
+    config = {"kind": "CGD-MAE encoder", **{name: getattr(args, name) for name in ("model", "norm_pix_loss", "mask_ratio")}}
+    files = RunFiles(args, facts, config | bare.settings(), FIXED_ON_RESUME, "--init")
     dataset = PretrainDataset(
         paths,
         args.img_size,
@@ -238,29 +280,20 @@ def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, 
         teacher_size=teacher.size if teacher and args.teacher_view == "full" else None,
         teacher_cache=cache,
     )
-    pin_memory = args.pin_mem and device.type == "cuda"
     run = PretrainRun(
         bare,
         bare,
-        teacher,
         build_adamw(bare, args.lr, args.weight_decay),
         torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
-        build_loader(dataset, batches, args.num_workers, pin_memory, init_worker),
+        build_loader(dataset, batches, args.num_workers, args.pin_mem and device.type == "cuda", init_worker),
         device,
         amp_dtype,
-        guard=NoGuard(),
-        output_dir=output_dir,
-        save_if_due=files.save_if_due,
+        files,
         epoch=args.start_epoch,
+        teacher=teacher,
         text_bank=text_bank,
     )
-    barrier()  # rank 0 holds the folder now: nobody else writes to what is read here
     decision = files.resume(run, args.resume, args.allow_change)
-    if not agree((run.epoch, run.batches_done)):
-        raise InputError(
-            f"the ranks did not find the same checkpoint in {output_dir} (rank {get_rank()}: {decision}): "
-            "put --output_dir on a file system that all nodes share"
-        )
     if args.compile:
         for block in [*bare.blocks, *bare.decoder_blocks]:
             block.compile()  # one compilation serves all blocks of a shape: seconds, not minutes
@@ -268,36 +301,13 @@ def build_run(args, device: torch.device) -> tuple[PretrainRun, RunFiles, dict, 
             teacher.compile()
     if get_world_size() > 1:
         run.model = wrap_ddp(bare, device, one_backward=args.accum_iter == 1 and args.micro_batch >= args.batch_size)
-    lines += [
-        f"precision: {amp_reason}; attention: {'fused' if fused else 'explicit'}; device: {device}; "
-        f"{args.num_workers} data workers a rank",
-        f"start: {decision}",
-    ]
-    return run, files, facts, lines
+    print_main(f"precision: {precision}; device: {device}; {args.num_workers} data workers a rank", f"start: {decision}")
+    return run
 
 
-def profile_run(run: PretrainRun, args) -> dict:
-    """`--profile N`: a few updates, a table and the trace of rank 0; no checkpoint, no log."""
-    run.save_if_due = lambda _: None
-    run.profile = StepProfile(args.profile, run.output_dir / "profile", run.device)
-    while run.profile.seconds == 0:
-        train_one_epoch(run, args)
-        run.epoch, run.batches_done = run.epoch + 1, 0
-    result = run.profile.report(args.effective_batch)
-    result["peak_gigabytes"] = peak_gigabytes(run.device)
-    if args.compile:
-        result |= compile_counts()
-    if is_main_process():
-        write_json(run.output_dir / "profile" / "metrics.json", result)
-        print(profile_table(result))
-        print(json.dumps(result))
-        print(f"{run.output_dir / 'profile' / 'trace.json'}: open it in https://ui.perfetto.dev")
-    return result
-
-
-def build_teacher(args, device, amp_dtype, cache: TeacherCache | None):
-    """-> (teacher, keyword arguments of the distillation head, facts, what `save_bank` wants); for MAE None
-    but for the facts, and no teacher but a head where a cache stands in for it."""
+def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | None):
+    """-> (teacher, keyword arguments of the distillation head, facts, what `save_bank` wants); for MAE None but for the
+    facts, and no teacher but a head where a cache stands in for it."""
     if args.no_distill:
         return None, None, {"teacher": "none (plain MAE)"}, None
     teacher = None
@@ -306,8 +316,8 @@ def build_teacher(args, device, amp_dtype, cache: TeacherCache | None):
         named = Path(args.clip_model).stem if args.clip_model.endswith(".json") else args.clip_model
         if named != CLIP_MODEL and named.replace("/", "-") != identity.model:
             raise InputError(
-                f"--clip_model {args.clip_model}: the --teacher_cache {args.teacher_cache} was made by "
-                f"{identity.model}: drop the flag, or build another cache with python -m tools.reinforce"
+                f"--clip_model {args.clip_model}: the --teacher_cache {args.teacher_cache} was made by {identity.model}: "
+                "drop the flag, or build another cache with python -m tools.reinforce"
             )
         bank, texts, source = cache.bank(args.text_bank)
     else:
@@ -315,73 +325,45 @@ def build_teacher(args, device, amp_dtype, cache: TeacherCache | None):
         clip.to(device)
         bank, texts, source = build_bank(args.text_bank, clip, tokenizer, identity)
         dtype = amp_dtype if device.type == "cuda" and amp_dtype else torch.float32
-        teacher = FrozenTeacher(clip, identity, dtype, args.channels_last or None).to(device)
+        teacher = FrozenTeacher(clip, identity, dtype).to(device)
     tau = args.kl_tau or identity.tau
+    # what a continuation must share: the texts where they are encoded at each start, which on another device gives other
+    # last bits; the numbers themselves where a file brings them
+    is_file = cache or (args.text_bank and is_encoded(Path(args.text_bank)))
+    bank_sha = hashlib.sha256(bank.numpy().tobytes()).hexdigest() if is_file else hash_texts(texts)
     facts = {
         "teacher": f"{identity.model} {identity.weights_sha256[:16]}",
         "text_bank_used": source,
-        "text_bank_sha": bank_identity(args.text_bank, cache, bank, texts),
+        "text_bank_sha": bank_sha[:16],
         "tau": tau,
     }
     distill = {"context": args.context, "bank": bank, "tau": tau, "hidden": args.distill_hidden}
     return teacher, distill, facts, (bank, texts, identity)
 
 
-def bank_identity(text_bank: str | None, cache, bank: torch.Tensor, texts: list[str]) -> str:
-    """What a continuation must share: the texts where they are encoded at each start, which on another
-    device gives other last bits; the numbers themselves where a file brings them."""
-    if cache is None and not (text_bank and is_encoded(Path(text_bank))):
-        return hash_texts(texts)[:16]
-    return hashlib.sha256(bank.numpy().tobytes()).hexdigest()[:16]
-
-
-def finish_epoch(run: PretrainRun, args, files: RunFiles, writer) -> dict[str, float]:
+def finish_epoch(run: PretrainRun, args, writer) -> dict[str, float]:
     """Log the epoch, move on to the next and save."""
-    count, sums = run.meter.read()
-    values = means(count, sums) | trivial_distillation(count, sums)
-    images = files.args["global_batch"] * run.batches_done
-    record = {"train_lr": run.optimizer.param_groups[0]["lr"], "train_loss": values.pop("loss", float("nan"))}
-    if "sim" in values:
-        record["train_cos"] = 1 - values["sim"]
-    bad_images = round(values.pop("bad_images", 0) * count * get_world_size())
-    record |= {f"train_{'loss_' if k in ('pixel', 'sim', 'kl') else ''}{k}": v for k, v in values.items()}
-    record |= {
-        "images_per_s": images / max(run.seconds["total"], 1e-9),
-        "data_wait": run.seconds["data"] / max(run.seconds["total"], 1e-9),
-        "bad_images": bad_images,
-        "skipped_updates": files.args["updates_per_epoch"] - count,
-        "peak_gigabytes": peak_gigabytes(run.device),
-        "epoch": run.epoch,
-    }
-    if args.compile:
-        record |= {f"compile_{name}": count for name, count in compile_counts().items()}
-    is_main, finished, is_last = is_main_process(), run.epoch, run.epoch + 1 == args.epochs
-    if is_main:  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
-        with open(run.output_dir / "log.txt", "a") as opened:
-            opened.write(json.dumps(record) + "\n")
-    with run.guard.committing():
-        run.epoch, run.batches_done = finished + 1, 0
-        run.meter = Meter()
-        run.seconds = {"total": 0.0, "data": 0.0}
-    if is_main:
+    record = epoch_record(run, run.files.args["global_batch"], run.files.args["updates_per_epoch"])
+    for name in [name for name in ("pixel", "sim", "kl") if f"train_{name}" in record]:
+        record[f"train_loss_{name}"] = record.pop(f"train_{name}")
+    if "train_loss_sim" in record:
+        record["train_cos"] = 1 - record["train_loss_sim"]
+        record |= {f"train_{name}": value for name, value in trivial_distillation(*run.meter.read()).items()}
+    finished, is_last = run.epoch, run.epoch + 1 == args.epochs
+    run.files.log(record)  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
+    next_epoch(run)
+    if is_main_process():
         for name, value in record.items():
             writer.add_scalar(name, value, run.epoch * 1000)
         if args.vis_epochs and (is_last or run.epoch % args.vis_epochs == 0):
             panel = save_panels(run.bare, run.loader.dataset, run, finished, args.mask_ratio)
             writer.add_image("reconstruction", panel, run.epoch * 1000, dataformats="HWC")
         if finished % args.save_freq == 0 or is_last:
-            files.save_epoch(run)
-        files.save(run)
-        summary = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch")
-        print(f"epoch {finished}: {summary}", flush=True)
+            run.files.save_epoch(run)
+        run.files.save(run)
+        print(f"epoch {finished}: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"), flush=True)
     return record
 
 
 if __name__ == "__main__":
-    parsed = argparse.ArgumentParser(
-        parents=[get_args_parser()],
-        allow_abbrev=False,
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    ).parse_args()
-    run_or_explain(lambda: main(parsed))
+    run_tool(main, ARGS, Path(ARGS.output_dir) / "metrics.json")

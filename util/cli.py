@@ -14,6 +14,7 @@ Free of torch. A program parses first and imports torch below, so that --help an
 import argparse
 import difflib
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -78,3 +79,58 @@ def run_tool(main: Callable[[argparse.Namespace], dict], args: argparse.Namespac
             print(json.dumps(result), flush=True)
 
     run_or_explain(entry)
+
+
+def check_numbers(args: argparse.Namespace, *, at_least_one: str = "", positive: str = "", not_negative: str = "") -> None:
+    """Refuse numbers that make no sense; each argument names flags, apart by blanks; None (not given) passes.
+
+    Raises:
+        InputError: names the first such flag.
+    """
+    for names, fits, words in (
+        (at_least_one, lambda value: value >= 1, "must be at least 1"),
+        (positive, lambda value: value > 0, "must be positive"),
+        (not_negative, lambda value: value >= 0, "must not be negative"),
+    ):
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not (fits(value) and math.isfinite(value)):
+                raise InputError(f"--{name} {value}: {words}")
+
+
+def add_run_flags(parser: argparse.ArgumentParser, output_dir: str | None, output_help: str = "") -> None:
+    """The flags that pre-training and fine-tuning share: where, how fast, how often saved, how to go on."""
+    # fmt: off
+    add = parser.add_argument_group("run").add_argument
+    add("--output_dir", default=output_dir, help=output_help or f"folder of the run (default {output_dir})")
+    add("--log_dir", default=None, help="folder for TensorBoard (default: the output folder)")
+    add("--device", default="auto", help="auto, cuda or cpu (default auto)")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"), help="precision (default auto: by device)")
+    add("--compile", action="store_true", help="torch.compile the transformer blocks (default off)")
+    add("--grad_checkpoint", action="store_true",
+        help="compute activations again in the backward pass: less memory, a third slower (default off)")
+    add("--profile", default=0, type=int, metavar="N",
+        help="write a trace of N updates to OUTPUT_DIR/profile (default 0: none)")
+    add("--num_workers", default=None, type=int,
+        help="data processes per rank (default: cores / ranks on this machine, at most 10)")
+    add("--pin_mem", action="store_true", default=True, help="pinned host memory for CUDA (default on)")
+    add("--no_pin_mem", action="store_false", dest="pin_mem", help="switches it off (default on)")
+    add("--seed", default=0, type=int, help="seed of weights, order, augmentation and masks (default 0)")
+    add("--print_freq", default=20, type=int, help="updates between log lines (default 20)")
+    add("--max_bad_steps", default=10, type=int, help="stop after this many non-finite updates in a row (default 10)")
+
+    add = parser.add_argument_group("checkpoints").add_argument
+    add("--resume", default="", help="checkpoint to continue exactly, or auto (default: fresh start)")
+    add("--allow_change", nargs="+", default=[], metavar="NAME",
+        help="settings that may differ from the resumed run's (default none)")
+    add("--save_freq", default=20, type=int, help="epochs between checkpoint-<epoch>.pth (default 20)")
+    add("--save_minutes", default=15.0, type=float, help="minutes between saves of checkpoint-last.pth (default 15)")
+    add("--keep_checkpoints", default=3, type=int, help="how many checkpoint-<epoch>.pth stay (default 3)")
+
+    add = parser.add_argument_group("launch (torchrun sets these; accepted and unused)").add_argument
+    for name in ("--local_rank", "--local-rank", "--world_size", "--dist_url"):
+        add(name, help=argparse.SUPPRESS)
+    add("--dist_on_itp", action="store_true", help=argparse.SUPPRESS)
+    add("--dist_timeout", default=600.0, type=float,
+        help="seconds to wait for missing ranks and stuck collectives (default 600)")
+    # fmt: on

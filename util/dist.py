@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError
-from util.stop import end_with_launcher, hear_no_deaths_at_exit, run_lock
+from util.stop import end_with_launcher, run_lock
 
 _patient = None  # the group of `wait_for_main`
 
@@ -119,7 +119,7 @@ def wait_for_main() -> None:
         dist.barrier(_patient)
 
 
-def agree(value: object) -> bool:
+def all_ranks_equal(value: object) -> bool:
     """Whether all ranks have an equal value; the same answer on all of them."""
     if get_world_size() == 1:
         return True
@@ -128,7 +128,7 @@ def agree(value: object) -> bool:
     return all(other == values[0] for other in values)
 
 
-def from_main(value):
+def broadcast(value):
     """Rank 0's value on all ranks."""
     if get_world_size() == 1:
         return value
@@ -183,7 +183,6 @@ def launch(device: str, folder: str | Path, job: Callable[[torch.device], dict],
     """
     bound = pick_device(device)
     end_with_launcher()
-    hear_no_deaths_at_exit()
     init_distributed(bound, timeout_s)
     try:
         with run_lock(Path(folder)) if is_main_process() else contextlib.nullcontext():

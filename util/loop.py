@@ -17,6 +17,7 @@ from util.dist import all_reduce_mean, get_world_size, is_main_process
 from util.errors import InputError
 from util.precision import LEAST_SCALE
 from util.progress import Progress
+from util.run_files import RunFiles
 from util.stop import StopGuard
 
 QUIET_SECONDS = 30
@@ -94,8 +95,7 @@ class Run:
     """What one run holds; `epoch` and `batches_done` say which updates are in the weights.
 
     bare: the model, as it is saved. model: what the loop calls, bare or bare in DDP. scaler: for fp16 only.
-    amp_dtype: None for float32. save_if_due: called where the host looks at the run. batches_done: global micro-batches
-    of `epoch` that are in the weights.
+    amp_dtype: None for float32. batches_done: global micro-batches of `epoch` that are in the weights.
     """
 
     bare: nn.Module
@@ -105,8 +105,7 @@ class Run:
     loader: torch.utils.data.DataLoader
     device: torch.device
     amp_dtype: torch.dtype | None
-    output_dir: Path
-    save_if_due: Callable[["Run"], None]
+    files: RunFiles
     guard: StopGuard | None = None
     epoch: int = 0
     batches_done: int = 0
@@ -117,6 +116,10 @@ class Run:
 
     def __post_init__(self):
         self.buffers = CommittedBuffers(self.bare)
+
+    @property
+    def output_dir(self) -> Path:
+        return self.files.output_dir
 
     def committing(self):
         """Around a change of weights and counters, which no signal may cut."""
@@ -243,7 +246,7 @@ class StepWatch:
         self.seconds, self.images = {"total": 0.0, "data": 0.0}, 0
         self.said = time.perf_counter()
         self.looks += 1
-        self.run.save_if_due(self.run)
+        self.run.files.save_if_due(self.run)
 
     def _speed(self) -> str:
         total = self.seconds["total"]

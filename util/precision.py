@@ -1,47 +1,32 @@
-"""Precision and attention by device; on the CPU by a measurement of a few milliseconds."""
+"""Precision and attention, decided by what the device is."""
 
 import contextlib
-import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+from timm.layers import set_fused_attn
 
-from util.dist import from_main
 from util.errors import InputError
 
 LEAST_SCALE = 1e-3  # of fp16's losses; healthy runs stay far above 1
+CPU_BF16 = ("amx_bf16", "avx512_bf16")  # instructions; without them bf16 is emulated, hundreds of times slower
 
 
-def matmul_gflops(
-    dtype: torch.dtype, size: int = 384, seconds: float = 0.05, device: torch.device | str = "cpu"
-) -> float:
-    """Rate of a square matrix product, in GFLOP/s."""
-    device = torch.device(device)
-    size = size * 4 if device.type == "cuda" else size  # small products do not fill a GPU
-    a = torch.ones(size, size, dtype=dtype, device=device)
-    b, repeats = torch.ones_like(a), 1 if device.type == "cpu" else 20
+def pick_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+    """`--amp` -> (autocast dtype or None for float32, the decision in words); call it before models are built.
 
-    def multiply() -> None:
-        for _ in range(repeats):
-            a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    multiply()  # the first call sets up kernels
-    done, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        multiply()
-        done += repeats
-    return 2e-9 * size**3 * done / (time.perf_counter() - started)
-
-
-def pick_amp_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
-    """`--amp` -> (autocast dtype or None for float32, the reason in words).
-
-    auto: bf16 on GPUs that have it, else fp16; on a CPU bf16 only where its matrix product is
-    measured to be 1.3 times as fast as float32 (without hardware support it is hundreds of times
-    slower). Under torchrun rank 0's measurement counts for all.
+    auto: bf16 on GPUs that have it, else fp16; on a CPU bf16 where it has the instructions. Models built afterwards use
+    torch's fused attention, but for half precision on the CPU, where explicit products are faster (docs/PERFORMANCE.md).
     """
+    torch.set_float32_matmul_precision("high")
+    dtype, words = _pick_dtype(amp, device)
+    fused = device.type == "cuda" or dtype is None
+    set_fused_attn(fused)
+    return dtype, f"{words}; attention: {'fused' if fused else 'explicit'}"
+
+
+def _pick_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
     if amp == "none":
         return None, "fp32 (asked for)"
     if amp in ("bf16", "fp16"):
@@ -52,16 +37,10 @@ def pick_amp_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, 
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return torch.bfloat16, "bf16 (this GPU has it)"
         return torch.float16, "fp16 with loss scaling (this GPU has no bf16)"
-    ratio = from_main(matmul_gflops(torch.bfloat16) / matmul_gflops(torch.float32))
-    if ratio > 1.3:
-        return torch.bfloat16, f"bf16 ({ratio:.1f} x the speed of fp32 on this CPU)"
-    return None, f"fp32 (bf16 runs at {ratio:.2g} x its speed on this CPU)"
-
-
-def pick_fused_attention(device: torch.device, amp_dtype: torch.dtype | None) -> bool:
-    """scaled_dot_product_attention on CUDA and for float32 on the CPU, explicit products for half
-    precision on the CPU, where the fused kernel was seen to be slower (docs/PERFORMANCE.md)."""
-    return device.type == "cuda" or amp_dtype is None
+    cpu = Path("/proc/cpuinfo")
+    if cpu.is_file() and set(CPU_BF16) & set(cpu.read_text().split()):
+        return torch.bfloat16, "bf16 (this CPU has it)"
+    return None, "fp32 (this CPU has no bf16 instructions)"
 
 
 @contextlib.contextmanager

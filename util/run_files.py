@@ -1,55 +1,63 @@
-"""The files of a pre-training run: saving, finding and continuing it, exporting the encoder."""
+"""The files of a training run: saving, finding and continuing it, exporting its weights."""
 
 import json
 import os
 import platform
 import subprocess
-import threading
 import time
 from pathlib import Path
 
 import torch
 
 from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_safetensors, write_torch
-from util.dist import is_main_process
+from util.dist import all_ranks_equal, barrier, get_rank, is_main_process
 from util.errors import InputError
-from util.files import write_atomic
+from util.files import write_atomic, write_json
 from util.precision import LEAST_SCALE
 
 LAST = "checkpoint-last.pth"
-# what makes a continuation another run; --allow_change NAME lets one through
-FIXED_ON_RESUME = (
-    "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha "
-    "images_sha effective_batch epochs warmup_epochs lr min_lr weight_decay clip_grad sim_weight kl_weight "
-    "tau crop_min crop_views teacher_view seed"
-).split()  # of pre-training
 
 
 class RunFiles:
-    """Checkpoints of one run in `output_dir`.
+    """The files of one run in `args.output_dir`.
 
     Args:
-        output_dir: folder of the run.
-        args: resolved settings as plain values, kept in every checkpoint.
+        args: reads output_dir, save_minutes, keep_checkpoints, resume.
+        facts: resolved settings as plain values, kept in every checkpoint.
         config: what is needed to build the model again, plain values.
-        save_minutes: time between saves of `checkpoint-last.pth`.
-        keep: how many `checkpoint-<epoch>.pth` stay.
-        fixed: names in `args` that a continuation must share.
-        init_flag: what starts a new run from weights alone.
+        fixed: names in `facts` that a continuation must share.
+        init_flag: the flag that starts a new run from weights alone.
     """
 
-    def __init__(
-        self, output_dir: Path, args: dict, config: dict, save_minutes, keep: int, fixed=FIXED_ON_RESUME,
-        init_flag: str = "--init"
-    ):  # fmt: skip
-        self.output_dir = output_dir
-        self.args = args
-        self.config = config
-        self.save_seconds = 60 * save_minutes
-        self.keep = keep
+    def __init__(self, args, facts: dict, config: dict, fixed: list[str], init_flag: str):
+        self.output_dir = Path(args.output_dir)
+        self.args, self.config = facts, config
+        self.save_seconds, self.keep = 60 * args.save_minutes, args.keep_checkpoints
+        self.is_resumed = bool(args.resume)
         self.fixed, self.init_flag = fixed, init_flag
         self.saved_at = time.monotonic()
-        self._writing = threading.Lock()  # the loop and the StopGuard's thread may both save
+
+    def start(self, epoch: int) -> None:
+        """Rank 0, before training: args.json, env.json, and log.txt without the epochs that come again."""
+        write_json(self.output_dir / "args.json", self.args)
+        now, file = environment(), self.output_dir / "env.json"
+        if self.is_resumed and file.is_file():  # the code of the first part is named as well
+            before = json.loads(file.read_text()).get("commit", "unknown")
+            known = now["commit"] in before.split(", then ")
+            now["commit"] = before if known else f"{before}, then {now['commit']}"
+        write_json(file, now)
+        log = self.output_dir / "log.txt"
+        if log.is_file():
+            lines = log.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if _epoch_of(line) < epoch]
+            if len(kept) < len(lines):
+                write_atomic(log, lambda opened: opened.write("".join(kept).encode()))
+
+    def log(self, record: dict) -> None:
+        """Append a line to log.txt on rank 0."""
+        if is_main_process():
+            with open(self.output_dir / "log.txt", "a") as opened:
+                opened.write(json.dumps(record) + "\n")
 
     def save(self, run, name: str = LAST) -> None:
         """Write the state of the last update; whole or not at all.
@@ -57,13 +65,8 @@ class RunFiles:
         `epoch` is the last finished epoch, as in MAE; `batches_done` counts global micro-batches of
         the next one. Nothing random is kept: order, crops and masks follow from (seed, epoch, index).
         """
-        with self._writing:
-            write_torch(self.output_dir / name, self._content(run))
-            self.saved_at = time.monotonic()
-
-    def _content(self, run) -> dict:
-        return {
-            "model": run.bare.state_dict() | (run.buffers.saved if run.buffers else {}),
+        content = {
+            "model": run.bare.state_dict() | run.buffers.saved,
             "optimizer": run.optimizer.state_dict(),
             "epoch": run.epoch - 1,
             "scaler": run.scaler.state_dict() if run.scaler else {},
@@ -74,6 +77,8 @@ class RunFiles:
             "bad_steps_in_row": run.bad_steps_in_row,
             "seconds": dict(run.seconds),
         }
+        write_torch(self.output_dir / name, content)
+        self.saved_at = time.monotonic()
 
     def save_if_due(self, run) -> None:
         if is_main_process() and time.monotonic() - self.saved_at >= self.save_seconds:
@@ -95,6 +100,16 @@ class RunFiles:
         Raises:
             InputError: the file is unusable, or settings differ that make it another run.
         """
+        barrier()  # rank 0 holds the folder now: nobody else writes to what is read here
+        decision = self._decide(run, wanted, allow_change)
+        if not all_ranks_equal((run.epoch, run.batches_done)):
+            raise InputError(
+                f"the ranks did not find the same checkpoint in {self.output_dir} (rank {get_rank()}: {decision}): put "
+                "--output_dir on a file system that all nodes share"
+            )
+        return decision
+
+    def _decide(self, run, wanted: str, allow_change: list[str]) -> str:
         if not wanted:
             return "fresh start (no --resume)"
         if wanted != "auto":
@@ -123,7 +138,7 @@ class RunFiles:
         unknown = sorted(set(allow_change) - set(self.fixed))
         if unknown:
             raise InputError(f"--allow_change {' '.join(unknown)}: choose among {', '.join(self.fixed)}")
-        known = [k for k in self.fixed if k in old and k not in allow_change]  # older files lack new names
+        known = [k for k in self.fixed if k in old and k not in allow_change]
         changed = [k for k in known if old[k] != new.get(k)]
         if changed:
             differences = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in changed)
@@ -132,8 +147,7 @@ class RunFiles:
                 f"--allow_change {' '.join(changed)}"
             )
         load_weights(run.bare, content["model"], file, needed="all")
-        if run.buffers:
-            run.buffers.take()
+        run.buffers.take()
         self._restore_optimizer(run.optimizer, content, file)
         # a scale that stopped the run would stop it again: the cure starts with a new one
         if run.scaler and content["scaler"].get("scale", 0) >= LEAST_SCALE:
@@ -165,15 +179,6 @@ class RunFiles:
         optimizer.load_state_dict(saved)
         for group, own in zip(optimizer.param_groups, settings):
             group.update(own)
-
-    def cut_log(self, epoch: int) -> None:
-        """Drop log lines of epochs that will be trained again."""
-        log = self.output_dir / "log.txt"
-        if log.is_file():
-            lines = log.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if _epoch_of(line) < epoch]
-            if len(kept) < len(lines):
-                write_atomic(log, lambda opened: opened.write("".join(kept).encode()))
 
     def last_record(self) -> dict:
         """The last line of log.txt, {} without one."""
@@ -219,7 +224,7 @@ def refuse_used_folder(output_dir: str | Path) -> None:
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """Those that are there: of the last update, then of epochs, the newest first."""
+    """Checkpoints in the folder, newest first."""
     numbered = [f for f in output_dir.glob("checkpoint-*.pth") if f.stem.split("-")[1].isdigit()]
     last = [file for file in [output_dir / LAST] if file.is_file()]
     return last + sorted(numbered, key=_epoch_number, reverse=True)
