@@ -127,7 +127,7 @@ from models_vit import load_encoder
 from reports.curation import Curated, write_curation_report
 from util.dist import is_main_process, launch
 from util.files import file_sha256, write_atomic, write_json
-from util.precision import pick_amp_dtype, pick_fused_attention
+from util.precision import pick_precision
 
 
 def check_args(args) -> None:
@@ -241,13 +241,13 @@ class Curation:
     def encoder(self):
         """([n, 3, H, W] uint8 -> [n, D], (H, W), precision of the autocast around it)."""
         args, device = self.args, self.device
-        amp_dtype = pick_amp_dtype("auto", device)[0] if device.type == "cuda" else None
+        amp_dtype = pick_precision("auto" if device.type == "cuda" else "none", device)[0]
         if args.checkpoint is None:
             clip, _, identity = self.clip
             teacher = FrozenTeacher(clip.to(device), identity, amp_dtype or torch.float32).to(device)
             return teacher, teacher.size, None
         size = (args.input_size, args.input_size) if args.input_size else None
-        model = load_encoder(args.checkpoint, size, device, pick_fused_attention(device, amp_dtype))
+        model = load_encoder(args.checkpoint, size, device)
         return lambda imgs: model.encode(imgs)["mean"], model.img_size, amp_dtype
 
     def embed(self, job: str) -> dict:

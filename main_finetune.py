@@ -20,15 +20,15 @@ from torch.utils.tensorboard import SummaryWriter
 from engine_finetune import FinetuneRun, train_one_epoch
 from finetune import attr, fgvc, reid, seg
 from finetune.encoder import PIXEL_STATS, encoder_models
-from util.cli import Parser, parse_input_size
-from util.dist import agree, barrier, get_rank, get_world_size, is_main_process, launch, print_main, wrap_ddp
+from util.cli import Parser, add_run_flags, parse_input_size
+from util.dist import get_world_size, is_main_process, launch, print_main, wrap_ddp
 from util.errors import InputError, run_or_explain
 from util.fetch import fetch
 from util.files import write_json
-from util.meter import Meter, means, peak_gigabytes
+from util.loop import epoch_record, next_epoch, start_profiler
 from util.parallel import default_workers
-from util.precision import pick_amp_dtype, pick_fused_attention
-from util.run_files import RunFiles, environment, refuse_used_folder
+from util.precision import pick_precision
+from util.run_files import RunFiles, refuse_used_folder
 from util.stop import StopGuard, init_worker
 
 TASKS = {"reid": reid, "attr": attr, "fgvc": fgvc, "seg": seg}
@@ -102,10 +102,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--data_path", required=True, help="folder of the set, or a table; docs/FINETUNE.md has the layouts")
     add("--max_bad_ratio", default=0.01, type=float,
         help="stop above this fraction of unreadable training images (default 0.01)")
-    add("--num_workers", default=None, type=int,
-        help="data processes per rank (default: cores / ranks on this machine, at most 10)")
-    add("--pin_mem", action="store_true", default=True, help="pinned host memory for CUDA (default on)")
-    add("--no_pin_mem", action="store_false", dest="pin_mem", help="switches it off (default on)")
 
     add = parser.add_argument_group("evaluation").add_argument
     add("--eval", action="store_true", help="score --resume FILE, or the encoder --finetune (default off)")
@@ -114,37 +110,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--report", action="store_true",
         help="write report.html: numbers, curves and pictures (default off)")
 
-    add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default=None,
-        help="folder of the run (default runs/TASK; with --eval eval_SET beside the model)")
-    add("--log_dir", default=None, help="folder for TensorBoard (default: the output folder)")
-    add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
-        help="precision (default auto: by device)")
-    add("--compile", action="store_true", help="torch.compile the encoder's blocks (default off)")
-    add("--grad_checkpoint", action="store_true",
-        help="compute activations again in the backward pass: less memory, a third slower (default off)")
-    add("--seed", default=0, type=int, help="seed of weights, order, augmentation (default 0)")
-    add("--print_freq", default=20, type=int, help="updates between log lines (default 20)")
-    add("--max_bad_steps", default=10, type=int,
-        help="stop after this many non-finite updates in a row (default 10)")
-
-    add = parser.add_argument_group("checkpoints").add_argument
-    add("--resume", default="",
-        help="checkpoint to continue exactly, or auto; with --eval the model to score (default: fresh start)")
-    add("--allow_change", nargs="+", default=[], metavar="NAME",
-        help="settings that may differ from the resumed run's (default none)")
-    add("--save_freq", default=20, type=int, help="epochs between checkpoint-<epoch>.pth (default 20)")
-    add("--save_minutes", default=15.0, type=float,
-        help="minutes between saves of checkpoint-last.pth (default 15)")
-    add("--keep_checkpoints", default=3, type=int, help="how many checkpoint-<epoch>.pth stay (default 3)")
-
-    add = parser.add_argument_group("launch (torchrun sets these; accepted and unused)").add_argument
-    for name in ("--local_rank", "--local-rank", "--world_size", "--dist_url"):
-        add(name, help=argparse.SUPPRESS)
-    add("--dist_on_itp", action="store_true", help=argparse.SUPPRESS)
-    add("--dist_timeout", default=600.0, type=float,
-        help="seconds to wait for missing ranks and stuck collectives (default 600)")
+    add_run_flags(parser, None, "folder of the run (default runs/TASK; with --eval eval_SET beside the model)")
     # fmt: on
     return parser
 
@@ -221,9 +187,8 @@ def main(args) -> dict:
 
 
 def evaluate(args, device: torch.device) -> dict:
-    amp_dtype, _ = pick_amp_dtype(args.amp, device)
-    result = TASKS[args.task].evaluate_file(args, device, amp_dtype, pick_fused_attention(device, amp_dtype))
-    return finish(args, result)
+    amp_dtype, _ = pick_precision(args.amp, device)
+    return finish(args, TASKS[args.task].evaluate_file(args, device, amp_dtype))
 
 
 def train(args, device: torch.device) -> dict:
@@ -231,40 +196,28 @@ def train(args, device: torch.device) -> dict:
     args.device = device.type
     if not args.resume:
         refuse_used_folder(args.output_dir)
-    run, files, lines = build_run(args, device)
-    print_main(*lines)
-    output_dir, writer = run.output_dir, None
+    run = build_run(args, device)
+    files, writer = run.files, None
     if is_main_process():
-        write_json(output_dir / "args.json", files.args)
-        write_json(output_dir / "env.json", with_earlier_commit(environment(), output_dir / "env.json", args))
-        files.cut_log(run.epoch)
-        writer = SummaryWriter(args.log_dir or output_dir, purge_step=run.epoch + 1)
+        files.start(run.epoch)
+        writer = SummaryWriter(args.log_dir or run.output_dir, purge_step=run.epoch + 1)
+    if args.profile:
+        start_profiler(run, args.profile)
     run.guard = StopGuard(lambda: files.save(run), is_main_process())
     with run.guard:
         while run.epoch < args.epochs:
             train_one_epoch(run, args)
-            finish_epoch(run, args, files, writer)
+            finish_epoch(run, args, writer)
             if args.eval_every and run.epoch % args.eval_every == 0 and run.epoch < args.epochs:
                 log_evaluation(run, run.task.evaluate(False))
     if is_main_process():
         files.export_model(run.bare)
-        print(f"{output_dir / 'model.pth'} holds the model; scoring it", flush=True)
+        print(f"{run.output_dir / 'model.pth'} holds the model; scoring it", flush=True)
         writer.close()
     scored = run.task.evaluate(True)
     log_evaluation(run, scored)
     print_main(f"done in {datetime.timedelta(seconds=int(time.time() - started))}")
     return finish(args, scored)
-
-
-def with_earlier_commit(now: dict, file: Path, args) -> dict:
-    """The environment of a run that goes on: the code of its first part is named as well."""
-    if args.resume and file.is_file():
-        before = json.loads(file.read_text()).get("commit", "unknown")
-        if now["commit"] not in before.split(", then "):
-            now["commit"] = f"{before}, then {now['commit']}"
-        else:
-            now["commit"] = before
-    return now
 
 
 def finish(args, scored: dict) -> dict:
@@ -274,27 +227,17 @@ def finish(args, scored: dict) -> dict:
     return scored
 
 
-def build_run(args, device: torch.device) -> tuple[FinetuneRun, RunFiles, list[str]]:
-    """A run that is ready to start or to go on, its files, and header lines."""
-    torch.set_float32_matmul_precision("high")
-    amp_dtype, amp_reason = pick_amp_dtype(args.amp, device)
-    fused = pick_fused_attention(device, amp_dtype)
+def build_run(args, device: torch.device) -> FinetuneRun:
+    """A run that is ready to start or to go on; prints the header."""
+    amp_dtype, precision = pick_precision(args.amp, device)
     module = TASKS[args.task]
     args.global_batch = args.batch_size * get_world_size()
     if args.lr is None:
         args.lr = module.default_lr(args) * args.global_batch / module.RECIPE["batch_size"]
-    task = module.build(args, device, amp_dtype, fused)
+    task = module.build(args, device, amp_dtype)
     facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | task.facts
     facts |= {"world_size": get_world_size()}
-    files = RunFiles(
-        Path(args.output_dir),
-        facts,
-        task.config,
-        args.save_minutes,
-        args.keep_checkpoints,
-        [*FIXED_ON_RESUME, *module.FIXED],
-        "--finetune",
-    )
+    files = RunFiles(args, facts, task.config, [*FIXED_ON_RESUME, *module.FIXED], "--finetune")
     loader = DataLoader(
         task.dataset,
         batch_sampler=task.batches,
@@ -304,72 +247,36 @@ def build_run(args, device: torch.device) -> tuple[FinetuneRun, RunFiles, list[s
         worker_init_fn=init_worker,
     )
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
-    run = FinetuneRun(
-        task,
-        task.model,
-        task.model,
-        task.optimizer,
-        scaler,
-        loader,
-        device,
-        amp_dtype,
-        Path(args.output_dir),
-        files.save_if_due,
-    )
-    barrier()  # rank 0 holds the folder now: nobody else writes to what is read here
+    run = FinetuneRun(task.model, task.model, task.optimizer, scaler, loader, device, amp_dtype, files, task=task)
     decision = files.resume(run, args.resume, args.allow_change)
-    if not agree((run.epoch, run.batches_done)):
-        raise InputError(
-            f"the ranks did not find the same checkpoint in {args.output_dir} (rank {get_rank()}: "
-            f"{decision}): put --output_dir on a file system that all nodes share"
-        )
     if args.compile:
         for block in task.model.base.blocks:
             block.compile()
     if get_world_size() > 1:
         run.model = wrap_ddp(task.model, device, one_backward=True)
-    lines = [
+    print_main(
         *task.header,
         f"batch {args.global_batch} ({args.batch_size} x {get_world_size()} processes), {args.opt}, lr "
         f"{args.lr:.4g}, {args.epochs} epochs, {args.warmup_epochs:g} of warm-up, seed {args.seed}",
-        f"precision: {amp_reason}; attention: {'fused' if fused else 'explicit'}; device: {device}; "
-        f"{args.num_workers} data workers a rank",
+        f"precision: {precision}; device: {device}; {args.num_workers} data workers a rank",
         f"start: {decision}",
-    ]
-    return run, files, lines
+    )
+    return run
 
 
-def finish_epoch(run: FinetuneRun, args, files: RunFiles, writer) -> None:
+def finish_epoch(run: FinetuneRun, args, writer) -> None:
     """Log the epoch, move on to the next and save."""
-    count, sums = run.meter.read()
-    values = means(count, sums)
-    bad_images = round(values.pop("bad_images", 0) * count * get_world_size())
-    seconds = max(run.seconds["total"], 1e-9)
-    record = {"train_lr": run.optimizer.param_groups[0]["lr"] / run.optimizer.param_groups[0]["lr_scale"]}
-    record |= {f"train_{name}": value for name, value in values.items()}
-    record |= {
-        "images_per_s": args.global_batch * run.batches_done / seconds,
-        "data_wait": run.seconds["data"] / seconds,
-        "bad_images": bad_images,
-        "skipped_updates": run.batches_done - count,
-        "peak_gigabytes": peak_gigabytes(run.device),
-        "epoch": run.epoch,
-    }
+    record = epoch_record(run, args.global_batch, run.batches_done)
     finished, is_last = run.epoch, run.epoch + 1 == args.epochs
-    if is_main_process():  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
-        append_log(run, record)
-    with run.guard.committing():
-        run.epoch, run.batches_done = finished + 1, 0
-        run.meter = Meter()
-        run.seconds = {"total": 0.0, "data": 0.0}
+    run.files.log(record)  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
+    next_epoch(run)
     if is_main_process():
         for name, value in record.items():
             writer.add_scalar(name, value, run.epoch)
         if (finished + 1) % args.save_freq == 0 or is_last:
-            files.save_epoch(run)
-        files.save(run)
-        summary = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch")
-        print(f"epoch {finished}: {summary}", flush=True)
+            run.files.save_epoch(run)
+        run.files.save(run)
+        print(f"epoch {finished}: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"), flush=True)
 
 
 def log_evaluation(run: FinetuneRun, scored: dict) -> None:
@@ -379,12 +286,7 @@ def log_evaluation(run: FinetuneRun, scored: dict) -> None:
     record = {f"test_{name}": value for name, value in scored.items()} | {"epoch": run.epoch - 1}
     log = run.output_dir / "log.txt"
     if not log.is_file() or json.dumps(record) not in log.read_text().splitlines():
-        append_log(run, record)
-
-
-def append_log(run: FinetuneRun, record: dict) -> None:
-    with open(run.output_dir / "log.txt", "a") as opened:
-        opened.write(json.dumps(record) + "\n")
+        run.files.log(record)
 
 
 def parse_args(words: list[str] | None = None) -> argparse.Namespace:

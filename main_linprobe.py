@@ -113,7 +113,7 @@ from reports.run import Score, draw_layers, mean_attribute_accuracy, score_table
 from util.dist import pick_device
 from util.fetch import fetch
 from util.files import write_atomic
-from util.precision import pick_amp_dtype
+from util.precision import pick_precision
 from util.progress import Progress
 
 
@@ -126,7 +126,7 @@ def main(args) -> dict[str, float | str]:
     device = pick_device(args.device)
     size = parse_input_size(args.input_size) if args.input_size else None
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    loading["amp_dtype"], _ = pick_amp_dtype(args.amp, device)
+    loading["amp_dtype"], _ = pick_precision(args.amp, device)
     read_outs, report = load_read_outs(args.checkpoint, tuple(args.read_out), size, device)
     print(f"encoder {args.checkpoint}:\n{report}", flush=True)
     judge = judge_search if "reid" in args.protocol else judge_labels

@@ -87,7 +87,6 @@ if __name__ == "__main__":
 
 import datetime
 import hashlib
-import json
 import time
 
 import torch
@@ -115,8 +114,8 @@ from util.stop import StopGuard, init_worker
 
 FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAME lets one through
     "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha images_sha "
-    "effective_batch epochs warmup_epochs lr min_lr weight_decay clip_grad sim_weight kl_weight tau crop_min crop_views "
-    "teacher_view seed"
+    "effective_batch epochs warmup_epochs lr min_lr weight_decay clip_grad sim_weight kl_weight tau crop_min "
+    "crop_views teacher_view seed"
 ).split()
 
 
@@ -132,16 +131,16 @@ def check_args(args) -> None:
     check_numbers(
         args,
         at_least_one="batch_size accum_iter epochs print_freq save_freq max_bad_steps micro_batch",
-        not_negative="blr min_lr warmup_epochs weight_decay clip_grad sim_weight kl_weight max_bad_ratio seed vis_epochs "
-        "start_epoch keep_checkpoints distill_hidden profile num_workers",
+        not_negative="blr min_lr warmup_epochs weight_decay clip_grad sim_weight kl_weight max_bad_ratio seed "
+        "vis_epochs start_epoch keep_checkpoints distill_hidden profile num_workers",
         positive="crop_min kl_tau",
     )
     if args.crop_min > 1:
         raise InputError(f"--crop_min {args.crop_min}: must be in (0, 1]")
     if args.warmup_epochs > args.epochs:
         raise InputError(
-            f"--warmup_epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}: the learning rate would never "
-            f"reach its value; use --warmup_epochs {max(args.epochs // 10, 1)}"
+            f"--warmup_epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}: the learning rate would "
+            f"never reach its value; use --warmup_epochs {max(args.epochs // 10, 1)}"
         )
     if args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
@@ -168,9 +167,9 @@ def resolve(args, paths, batches: EpochBatches) -> dict:
         )
     if args.accum_iter > batches.batches_per_epoch:
         raise InputError(
-            f"--accum_iter {args.accum_iter} is more than the {batches.batches_per_epoch} batches of an epoch ({len(paths)} "
-            f"images, {global_batch} a batch), so the effective batch would never be reached: use --accum_iter "
-            f"{batches.batches_per_epoch} or less"
+            f"--accum_iter {args.accum_iter} is more than the {batches.batches_per_epoch} batches of an epoch "
+            f"({len(paths)} images, {global_batch} a batch), so the effective batch would never be reached: use "
+            f"--accum_iter {batches.batches_per_epoch} or less"
         )
     args.effective_batch = global_batch * args.accum_iter
     if args.lr is None:
@@ -269,7 +268,10 @@ def build_run(args, device: torch.device) -> PretrainRun:
         args.init = str(fetch(args.init))
         print_main(f"weights from {args.init}:\n{initialise_from(bare, args.init)}")
     bare.to(device)
-    config = {"kind": "CGD-MAE encoder", **{name: getattr(args, name) for name in ("model", "norm_pix_loss", "mask_ratio")}}
+    config = {
+        "kind": "CGD-MAE encoder",
+        **{name: getattr(args, name) for name in ("model", "norm_pix_loss", "mask_ratio")},
+    }
     files = RunFiles(args, facts, config | bare.settings(), FIXED_ON_RESUME, "--init")
     dataset = PretrainDataset(
         paths,
@@ -301,7 +303,9 @@ def build_run(args, device: torch.device) -> PretrainRun:
             teacher.compile()
     if get_world_size() > 1:
         run.model = wrap_ddp(bare, device, one_backward=args.accum_iter == 1 and args.micro_batch >= args.batch_size)
-    print_main(f"precision: {precision}; device: {device}; {args.num_workers} data workers a rank", f"start: {decision}")
+    print_main(
+        f"precision: {precision}; device: {device}; {args.num_workers} data workers a rank", f"start: {decision}"
+    )
     return run
 
 
@@ -316,8 +320,8 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
         named = Path(args.clip_model).stem if args.clip_model.endswith(".json") else args.clip_model
         if named != CLIP_MODEL and named.replace("/", "-") != identity.model:
             raise InputError(
-                f"--clip_model {args.clip_model}: the --teacher_cache {args.teacher_cache} was made by {identity.model}: "
-                "drop the flag, or build another cache with python -m tools.reinforce"
+                f"--clip_model {args.clip_model}: the --teacher_cache {args.teacher_cache} was made by "
+                f"{identity.model}: drop the flag, or build another cache with python -m tools.reinforce"
             )
         bank, texts, source = cache.bank(args.text_bank)
     else:
@@ -327,8 +331,8 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
         dtype = amp_dtype if device.type == "cuda" and amp_dtype else torch.float32
         teacher = FrozenTeacher(clip, identity, dtype).to(device)
     tau = args.kl_tau or identity.tau
-    # what a continuation must share: the texts where they are encoded at each start, which on another device gives other
-    # last bits; the numbers themselves where a file brings them
+    # what a continuation must share: the texts where they are encoded at each start, which on another device gives
+    # other last bits; the numbers themselves where a file brings them
     is_file = cache or (args.text_bank and is_encoded(Path(args.text_bank)))
     bank_sha = hashlib.sha256(bank.numpy().tobytes()).hexdigest() if is_file else hash_texts(texts)
     facts = {

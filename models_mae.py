@@ -29,8 +29,8 @@ def count_kept(num_patches: int, mask_ratio: float) -> int:
     len_keep = int(num_patches * (1 - mask_ratio))
     if not 1 <= len_keep < num_patches:
         raise InputError(
-            f"--mask_ratio {mask_ratio} keeps {len_keep} of {num_patches} patches: choose a value that keeps and removes "
-            "at least one"
+            f"--mask_ratio {mask_ratio} keeps {len_keep} of {num_patches} patches: choose a value that keeps and "
+            "removes at least one"
         )
     return len_keep
 
@@ -65,19 +65,16 @@ class MaskedAutoencoderViT(VisionTransformer):
         decoder_depth: int = 8,
         decoder_num_heads: int = 16,
         norm_pix_loss: bool = False,
-        fused_attn: bool = True,
         distill: dict | None = None,
         **pixel_stats,
     ):
-        super().__init__(
-            img_size, patch_size, embed_dim, depth, num_heads, fused_attn=fused_attn, initialize=False, **pixel_stats
-        )
+        super().__init__(img_size, patch_size, embed_dim, depth, num_heads, initialize=False, **pixel_stats)
         self.norm_pix_loss = norm_pix_loss
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         decoder_pos_embed = sincos_pos_embed(decoder_embed_dim, self.grid_size)[None]
         self.decoder_pos_embed = nn.Parameter(decoder_pos_embed, requires_grad=False)
-        self.decoder_blocks = build_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads, fused_attn)
+        self.decoder_blocks = build_blocks(decoder_embed_dim, decoder_depth, decoder_num_heads)
         self.decoder_norm = LayerNorm(decoder_embed_dim)
         self.decoder_pred = nn.Linear(decoder_embed_dim, patch_size**2 * 3)
         self.initialize_weights()
@@ -339,7 +336,7 @@ def load_autoencoder(
     if norm_pix_loss is None:
         raise InputError(f"{file} does not say its target: pass --norm_pix_loss or --no-norm_pix_loss")
     said = {key: tuple(config[key]) for key in ("img_size", "mean", "std") if key in config}
-    said = {"fused_attn": False, **said, **kwargs}
+    said |= kwargs
     model = MODELS[name](norm_pix_loss=norm_pix_loss, **said)
     load_weights(model, state, file, needed="all")
     return model.eval()

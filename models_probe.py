@@ -54,10 +54,10 @@ class ReadOuts(nn.Module):
     def context(self, latent: torch.Tensor) -> torch.Tensor:
         """[N, 1 + L, D] tokens after the final norm -> [N, D_t] of unit length."""
         head, decoded = self.mae.distill_head, None
-        ids_shuffle = torch.arange(latent.shape[1] - 1, device=latent.device).expand(len(latent), -1)
         if head.context == "decoder":
-            decoded = self.mae.decoder_norm(self.mae.forward_decoder(latent, ids_shuffle))
-        return F.normalize(head.proj(head.pool(latent, decoded, ids_shuffle)).float(), dim=1)
+            ids_restore = torch.arange(latent.shape[1] - 1, device=latent.device).expand(len(latent), -1)
+            _, decoded = self.mae.forward_decoder(latent, ids_restore)
+        return F.normalize(head.proj(head.pool(latent, decoded)).float(), dim=1)
 
 
 class SearchReadOuts:

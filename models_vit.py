@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
-from timm.layers import DropPath, PatchEmbed, get_act_layer, set_fused_attn
+from timm.layers import DropPath, PatchEmbed, get_act_layer
 from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -26,7 +26,7 @@ from util.errors import InputError
 from util.fetch import fetch
 from util.names import ENCODER_SIZES
 from util.pos_embed import resize_pos_embed, sincos_pos_embed
-from util.precision import pick_fused_attention, scoring
+from util.precision import scoring
 from util.pretrained import Pretrained, load_pretrained, read_pretrained
 
 FEATURES = ("cls", "mean", "tokens")
@@ -87,16 +87,14 @@ class SameOnAnyRanksDropPath(nn.Module):
 
 
 def build_blocks(
-    dim: int, depth: int, num_heads: int, fused_attn: bool, drop_path: float = 0.0, quick_gelu: bool = False
+    dim: int, depth: int, num_heads: int, drop_path: float = 0.0, quick_gelu: bool = False
 ) -> nn.ModuleList:
     """MAE's pre-norm blocks: mlp ratio 4, qkv bias, erf GELU, LayerNorm eps 1e-6, no dropout.
 
     Args:
-        fused_attn: torch's scaled_dot_product_attention (fast on CUDA) or explicit products.
         drop_path: chance that a sample skips the last block (Huang et al., 2016); grows linearly from 0.
         quick_gelu: OpenAI's x * sigmoid(1.702 x) in place of the erf GELU.
     """
-    set_fused_attn(fused_attn)
     rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
     act = get_act_layer("quick_gelu" if quick_gelu else "gelu")
     blocks = nn.ModuleList(
@@ -116,7 +114,7 @@ class VisionTransformer(nn.Module):
         img_size: (H, W) in pixels, multiples of `patch_size` unless patches overlap.
         patch_size, embed_dim, depth, num_heads: p, D, number of blocks, attention heads.
         mean, std: per-channel statistics of pixels scaled to [0, 1].
-        fused_attn, drop_path: see `build_blocks`.
+        drop_path: see `build_blocks`.
         stride: px from patch to patch; less than `patch_size`: they overlap (None: `patch_size`).
         pre_norm: a norm before the first block, as in CLIP's image tower. quick_gelu: as in OpenAI's.
         initialize: draw MAE's initial weights; a subclass with more modules passes False and
@@ -135,7 +133,6 @@ class VisionTransformer(nn.Module):
         *,
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
-        fused_attn: bool = True,
         drop_path: float = 0.0,
         stride: int | None = None,
         pre_norm: bool = False,
@@ -161,7 +158,7 @@ class VisionTransformer(nn.Module):
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         pos_embed = sincos_pos_embed(embed_dim, self.grid_size)[None]
         self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)  # [1, 1 + L, D]
-        self.blocks = build_blocks(embed_dim, depth, num_heads, fused_attn, drop_path, quick_gelu)
+        self.blocks = build_blocks(embed_dim, depth, num_heads, drop_path, quick_gelu)
         self.norm_pre = LayerNorm(embed_dim) if pre_norm else nn.Identity()
         self.norm = LayerNorm(embed_dim)
         if pre_norm:  # CLIP's norms add another epsilon
@@ -284,7 +281,6 @@ def load_encoder(
     source: str | Path,
     img_size: tuple[int, int] | None = None,
     device: torch.device | str = "cpu",
-    fused_attn: bool | None = None,
     **more,
 ) -> VisionTransformer:
     """A ready encoder from any file that `util.pretrained` recognises.
@@ -297,7 +293,6 @@ def load_encoder(
         source: a file, a name of util/registry.json, https://..., or hf://ORG/REPO/FILE.
         img_size: (H, W) in px, default the file's.
         device: a torch device, or "auto": CUDA where there is one.
-        fused_attn: None: what is fast on the device.
         more: stride, drop_path, quick_gelu (see `VisionTransformer`), pos_resize (see `resize_pos_embed`).
     Returns:
         The encoder in eval mode; its `report` is a table of what was loaded.
@@ -306,15 +301,13 @@ def load_encoder(
     """
     file = fetch(source)
     device = pick_device("auto") if device == "auto" else torch.device(device)
-    fused_attn = pick_fused_attention(device, None) if fused_attn is None else fused_attn
-    return encoder_from(read_pretrained(file), file, img_size, fused_attn, **more).to(device)
+    return encoder_from(read_pretrained(file), file, img_size, **more).to(device)
 
 
 def encoder_from(
     found: Pretrained,
     file: str | Path,
     img_size: tuple[int, int] | None = None,
-    fused_attn: bool = True,
     *,
     stride: int | None = None,
     drop_path: float = 0.0,
@@ -334,7 +327,7 @@ def encoder_from(
     depth = 1 + max(int(k.split(".")[1]) for k in found.state if k.startswith("blocks."))
     own_size, own_grid = _source_grid(found.config, pos_embed.shape[1] - 1, patch_size, file)
     model = VisionTransformer(
-        tuple(img_size or own_size), patch_size, width, depth, heads, fused_attn=fused_attn,
+        tuple(img_size or own_size), patch_size, width, depth, heads,
         mean=tuple(found.config.get("mean", mean)), std=tuple(found.config.get("std", std)),
         drop_path=drop_path, stride=stride, pre_norm="norm_pre.weight" in found.state,
         quick_gelu=quick_gelu or found.config.get("quick_gelu", False),

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from util.dist import from_main, is_main_process, print_main, wait_for_main
+from util.dist import broadcast, is_main_process, print_main, wait_for_main
 from util.files import write_json
 
 
@@ -32,7 +32,7 @@ class Stages:
         text = json.dumps([self.fingerprint, name, settings], sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         file = self.folder / f"{name}.json"
-        record = from_main(self._read(file))
+        record = broadcast(self._read(file))
         if record is not None:
             print_main(f"== {name}: done before, {_short(record['counts'])}")
         else:
@@ -48,7 +48,7 @@ class Stages:
                 write_json(file, record)
                 print_main(f"{name}: {_short(counts)} ({seconds:.1f} s)")
             wait_for_main()
-            record = from_main(record)
+            record = broadcast(record)
         self.records[name] = record
         self.fingerprint += record["run"]  # what comes after belongs to this very run of the stage
         return record["counts"]

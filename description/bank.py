@@ -22,7 +22,7 @@ from reports.description import write_description_report
 from util.errors import InputError
 from util.files import write_atomic, write_json
 from util.parallel import Parts
-from util.precision import pick_amp_dtype
+from util.precision import pick_precision
 
 PART_TEXTS = 4096
 
@@ -125,7 +125,7 @@ def ground_candidates(args, candidates: Candidates, paths, teacher_parts: tuple,
     clip, tokenizer, identity = teacher_parts
     count = min(args.max_images or len(paths), len(paths))
     indices = np.linspace(0, len(paths), count, endpoint=False).astype(np.int64)
-    dtype = pick_amp_dtype(args.amp, device)[0] if device.type == "cuda" else None
+    dtype = pick_precision(args.amp if device.type == "cuda" else "none", device)[0]
     teacher = FrozenTeacher(clip, identity, dtype or torch.float32).to(device)
     rows, problems = embed_images(teacher, paths, indices, args)
     for index, problem in problems.items():

@@ -83,7 +83,7 @@ def check(args) -> None:
         raise InputError(f"--clip_model {args.clip_model} needs its weights: give --clip_pretrained too")
 
 
-def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
+def build(args, device: torch.device, amp_dtype) -> Task:
     """Data, model, optimiser and loss of a training run.
 
     Raises:
@@ -97,7 +97,7 @@ def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
     )  # fmt: skip
     batches = epoch_batches(len(data.train), args.batch_size, args.seed)
     torch.manual_seed(args.seed)
-    encoder, report = build_encoder(args, fused_attn)
+    encoder, report = build_encoder(args)
     vectors, source = text_vectors(args, data.attributes, encoder.embed_dim)
     model = VTB(encoder, vectors).to(device)
     optimizer = build_finetune_optimizer(
@@ -157,7 +157,7 @@ def attr_loss(wrapped: nn.Module, batch: dict, rates: torch.Tensor, threshold: f
     return {"loss": attribute_loss(attr_logits, labels, rates), "accuracy": (both / either.clamp_min(1)).mean()}
 
 
-def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> dict:
+def evaluate_file(args, device: torch.device, amp_dtype) -> dict:
     """`--eval`: score a trained model; no teacher is needed, its vectors are in the file.
 
     Raises:
@@ -165,7 +165,7 @@ def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> di
             does not know.
     """
     check_trained(args, KIND, MODEL_FLAGS)
-    model, known, report = load_vtb(args.resume, device, fused_attn)
+    model, known, report = load_vtb(args.resume, device)
     data = read_attribute_set(
         args.data_path, args.attr_format, test_split=args.attr_split, known=known.attributes, need_train=False
     )

@@ -60,7 +60,7 @@ def attr_config(encoder: VisionTransformer, known: Known, text_dim: int) -> dict
     }  # fmt: skip
 
 
-def load_vtb(file: str | Path, device: torch.device | str = "cpu", fused_attn: bool = True) -> tuple[VTB, Known, str]:
+def load_vtb(file: str | Path, device: torch.device | str = "cpu") -> tuple[VTB, Known, str]:
     """A model that main_finetune.py trained for attributes, in eval mode, with its text vectors.
 
     Returns:
@@ -71,7 +71,7 @@ def load_vtb(file: str | Path, device: torch.device | str = "cpu", fused_attn: b
     content = read_checkpoint(file)
     config = read_config(file, content)
     attributes = tuple(Attribute(*pair) for pair in config["attributes"])
-    model = VTB(encoder_of(config, fused_attn), torch.zeros(len(attributes), config["text_dim"]))
+    model = VTB(encoder_of(config), torch.zeros(len(attributes), config["text_dim"]))
     report = load_weights(model, content["model"], file, needed="all")
     known = Known(
         config["set"], attributes, config["vectors_from"],

@@ -16,7 +16,7 @@ def encoder_models() -> dict[str, tuple[int, int, int, int]]:
     return {f"vit_{name}_patch{size[3]}": size for name, size in ENCODER_SIZES.items()}
 
 
-def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
+def build_encoder(args) -> tuple[VisionTransformer, str]:
     """The encoder that --finetune, --model and the flags of its group ask for, and what was loaded;
     `args.weights_sha256` is set to the hash of the file, or to "random".
 
@@ -36,7 +36,6 @@ def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
             width,
             depth,
             heads,
-            fused_attn=fused_attn,
             drop_path=args.drop_path,
             stride=args.stride,
             quick_gelu=args.quick_gelu,
@@ -47,7 +46,6 @@ def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
         encoder = load_encoder(
             args.finetune,
             args.img_size,
-            fused_attn=fused_attn,
             stride=args.stride,
             drop_path=args.drop_path,
             quick_gelu=args.quick_gelu,
@@ -72,11 +70,11 @@ def build_encoder(args, fused_attn: bool) -> tuple[VisionTransformer, str]:
     return encoder, report
 
 
-def encoder_of(config: dict, fused_attn: bool) -> VisionTransformer:
+def encoder_of(config: dict) -> VisionTransformer:
     """The encoder of a trained model by the config in its file, with weights still to be loaded."""
     names = ("img_size", "patch_size", "embed_dim", "depth", "num_heads", "mean", "std", "stride",
              "pre_norm", "quick_gelu")  # fmt: skip
-    return VisionTransformer(**{name: config[name] for name in names}, fused_attn=fused_attn)
+    return VisionTransformer(**{name: config[name] for name in names})
 
 
 def check_trained(args, kind: str, model_flags: tuple[str, ...], encoder_alone: str = "") -> None:

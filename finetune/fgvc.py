@@ -88,12 +88,12 @@ def resized(img_size: tuple[int, int], resize: int | None) -> tuple[int, int]:
     return (resize, resize) if resize else tuple(round(side * RESIZE) for side in img_size)
 
 
-def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
+def build(args, device: torch.device, amp_dtype) -> Task:
     """Data, model, optimiser and losses of a training run."""
     data = read_fgvc(args.data_path, args.label_column)
     batches = epoch_batches(len(data.train), args.batch_size, args.seed)
     torch.manual_seed(args.seed)
-    encoder, report = build_encoder(args, fused_attn)
+    encoder, report = build_encoder(args)
     depth, size = len(encoder.blocks), resized(args.img_size, args.resize)
     config = TransFGConfig(parts=args.parts == "on")
     model = TransFG(encoder, len(data.classes), config).to(device)
@@ -163,14 +163,14 @@ def fgvc_loss(wrapped: nn.Module, batch: dict, args) -> dict[str, torch.Tensor]:
     return terms
 
 
-def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> dict:
+def evaluate_file(args, device: torch.device, amp_dtype) -> dict:
     """`--eval`: score a trained model.
 
     Raises:
         InputError: a file of another kind, flags that would change the model, classes that it does not know.
     """
     check_trained(args, KIND, ("parts",))
-    model, config, report = load_fgvc(args.resume, device, fused_attn=fused_attn)
+    model, config, report = load_fgvc(args.resume, device)
     if args.resize is not None and args.resize < max(model.base.img_size):
         raise InputError(
             f"--resize {args.resize} px leaves no crop of the {model.base.img_size[0]} x "

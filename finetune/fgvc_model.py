@@ -23,9 +23,7 @@ def fgvc_config(encoder: VisionTransformer, config: TransFGConfig, classes: list
     }  # fmt: skip
 
 
-def load_fgvc(
-    file: str | Path, device: torch.device | str = "cpu", *, fused_attn: bool = True
-) -> tuple[TransFG, dict, str]:
+def load_fgvc(file: str | Path, device: torch.device | str = "cpu") -> tuple[TransFG, dict, str]:
     """A model that main_finetune.py trained.
 
     Returns:
@@ -35,7 +33,7 @@ def load_fgvc(
     """
     content = read_checkpoint(file)
     config = read_config(file, content)
-    encoder = encoder_of(config, fused_attn)
+    encoder = encoder_of(config)
     model = TransFG(encoder, len(config["classes"]), TransFGConfig(**config["fgvc"]))
     report = load_weights(model, content["model"], file, needed="all")
     return model.to(device).eval(), config, report

@@ -92,13 +92,13 @@ def check(args) -> None:
         raise InputError("--num_instances must be at least 2, --rerank_k1 and --rerank_k2 at least 1")
 
 
-def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
+def build(args, device: torch.device, amp_dtype) -> Task:
     """Data, model, optimiser and losses of a training run."""
     data = chosen_tests(read_reid(args.data_path, args.format), args)
     rank, world = get_rank(), get_world_size()
     batches = PKBatches(data.train.pids, args.batch_size, args.num_instances, rank, world, args.seed)
     torch.manual_seed(args.seed)
-    encoder, report = build_encoder(args, fused_attn)
+    encoder, report = build_encoder(args)
     depth = len(encoder.blocks)
     model = build_model(args, data, encoder).to(device)
     optimizer = build_finetune_optimizer(
@@ -218,7 +218,7 @@ def reid_loss(wrapped: nn.Module, model: TransReID, batch: dict, args) -> dict[s
     return terms
 
 
-def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> dict:
+def evaluate_file(args, device: torch.device, amp_dtype) -> dict:
     """`--eval`: score a trained model or a plain encoder.
 
     Raises:
@@ -229,10 +229,10 @@ def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> di
     is_trained = bool(args.resume)
     check_trained(args, KIND, KNOWN_SIDE, encoder_alone="its class token is the feature then")
     if is_trained:
-        model, config, report = load_reid(file, device, fused_attn=fused_attn)
+        model, config, report = load_reid(file, device)
         data = in_the_models_numbers(data, config, file)
     else:
-        encoder, report = build_encoder(args, fused_attn)
+        encoder, report = build_encoder(args)
         model = TransReID(encoder, 1, TransReIDConfig()).to(device)
     print_main(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes))
     print_main(f"model {file}:\n{report}\n{side_line(model.config)}")

@@ -61,11 +61,7 @@ def in_the_models_numbers(data: ReidData, config: dict, file: str | Path) -> Rei
 
 
 def load_reid(
-    file: str | Path,
-    device: torch.device | str = "cpu",
-    *,
-    img_size: tuple[int, int] | None = None,
-    fused_attn: bool = True,
+    file: str | Path, device: torch.device | str = "cpu", *, img_size: tuple[int, int] | None = None
 ) -> tuple[TransReID, dict, str]:
     """A model to search with: one that main_finetune.py trained, or any encoder, whose class token is the
     feature then.
@@ -80,12 +76,12 @@ def load_reid(
     content = read_checkpoint(file)
     config = read_config(file, content)
     if config.get("kind") != KIND:
-        encoder = load_encoder(file, img_size, device, fused_attn)
+        encoder = load_encoder(file, img_size, device)
         return TransReID(encoder, 1, TransReIDConfig()).to(device).eval(), {}, encoder.report
     own = tuple(config["img_size"])
     if img_size is not None and tuple(img_size) != own:
         raise InputError(f"{file} was trained at {own[0]} x {own[1]} px: leave --input_size out")
-    encoder = encoder_of(config, fused_attn)
+    encoder = encoder_of(config)
     model = TransReID(encoder, config["num_classes"], TransReIDConfig(**config["reid"]))
     report = load_weights(model, content["model"], file, needed="all")
     return model.to(device).eval(), config, report

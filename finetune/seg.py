@@ -75,14 +75,14 @@ def check(args) -> None:
         raise InputError(f"--resize_range {low:g} {high:g}: give two factors above 0, the smaller one first")
 
 
-def build(args, device: torch.device, amp_dtype, fused_attn: bool) -> Task:
+def build(args, device: torch.device, amp_dtype) -> Task:
     """Data, model, optimiser and loss of a training run."""
     test = scored_split(args)
     data = read_parts(args.data_path, args.label_space, ("train", test))
     train = data.splits["train"]
     batches = epoch_batches(len(train), args.batch_size, args.seed)
     torch.manual_seed(args.seed)
-    encoder, report = build_encoder(args, fused_attn)
+    encoder, report = build_encoder(args)
     depth = len(encoder.blocks)
     model = SETR(encoder, SETRConfig(len(data.space.names), args.decoder, args.aux_weight > 0))
     model = synchronized(model.to(device), device)
@@ -141,7 +141,7 @@ def scored_split(args) -> str:
     return "test" if (Path(args.data_path) / "images" / "test").is_dir() else "val"
 
 
-def load_setr(file: str | Path, device: torch.device | str = "cpu", fused_attn: bool = True):
+def load_setr(file: str | Path, device: torch.device | str = "cpu"):
     """A model that main_finetune.py trained: (SETR in eval mode, its config, what was loaded).
 
     Raises:
@@ -149,20 +149,20 @@ def load_setr(file: str | Path, device: torch.device | str = "cpu", fused_attn: 
     """
     content = read_checkpoint(file)
     config = read_config(file, content)
-    encoder = encoder_of(config, fused_attn)
+    encoder = encoder_of(config)
     model = SETR(encoder, SETRConfig(config["num_classes"], config["decoder"], config["aux"]))
     report = load_weights(model, content["model"], file, needed="all")
     return model.to(device).eval(), config, report
 
 
-def evaluate_file(args, device: torch.device, amp_dtype, fused_attn: bool) -> dict:
+def evaluate_file(args, device: torch.device, amp_dtype) -> dict:
     """`--eval`: score a trained model.
 
     Raises:
         InputError: another file, flags that would change the model, or a set with other classes.
     """
     check_trained(args, KIND, OF_THE_MODEL)
-    model, config, report = load_setr(args.resume, device, fused_attn)
+    model, config, report = load_setr(args.resume, device)
     test = scored_split(args)
     data = read_parts(args.data_path, config["label_space"], (test,))
     if list(data.space.names) != config["classes"]:

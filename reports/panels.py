@@ -30,8 +30,10 @@ def reconstruction_columns(model, imgs: torch.Tensor, mask_ratio: float, noise: 
         true mean and deviation of each patch are put back.
     """
     model.eval()
-    pred, mask = model.reconstruct(imgs, mask_ratio, noise)
-    pixels = model.patchify(model.normalize(imgs))
+    imgs = model.normalize(imgs)
+    latent, mask, ids_restore = model.forward_encoder(imgs, mask_ratio, noise)
+    pred, _ = model.forward_decoder(latent, ids_restore)
+    pixels = model.patchify(imgs)
     if model.norm_pix_loss:
         var, mean = torch.var_mean(pixels, dim=-1, keepdim=True)
         pred = pred * (var + 1e-6).sqrt() + mean

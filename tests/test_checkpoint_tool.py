@@ -29,7 +29,7 @@ SIZE = (32, 48)
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(0)
-    return VisionTransformer(SIZE, 16, 192, 2, 3, fused_attn=False).eval()
+    return VisionTransformer(SIZE, 16, 192, 2, 3).eval()
 
 
 @pytest.fixture(scope="module")
@@ -244,7 +244,7 @@ def test_onnx_of_a_reid_model(tmp_path):
     sides = {"cameras": 3, "views": 2}
     ort = onnx_packages()
     torch.manual_seed(1)
-    base = VisionTransformer((32, 32), 16, 192, 2, 3, fused_attn=False)
+    base = VisionTransformer((32, 32), 16, 192, 2, 3)
     config = TransReIDConfig(jpm=True, parts=2, shift=2, **sides)
     model = TransReID(base, 4, config).eval()
     for parameter in model.parameters():

@@ -45,7 +45,7 @@ def full_file(model, name: str, size: int) -> dict:
 def mae():
     torch.manual_seed(0)
     return shaken(MaskedAutoencoderViT(SIZE, 16, 192, 12, 3, decoder_embed_dim=64, decoder_depth=2,
-                  decoder_num_heads=2, norm_pix_loss=True, fused_attn=False))  # fmt: skip
+                  decoder_num_heads=2, norm_pix_loss=True))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_timm_loads_it_with_its_own_loader(tmp_path, full, mae, imgs, suffix):
     assert result["tensors"] == 150 and "'vit_tiny_patch16_224'" in result["load"]
     assert "timm's default for vit_tiny_patch16_224 is mean 0.5 0.5 0.5" in result["remark"]
     torch.save(theirs.state_dict(), tmp_path / "saved.pth")
-    again = load_encoder(tmp_path / "saved.pth", fused_attn=False)
+    again = load_encoder(tmp_path / "saved.pth")
     assert "loaded    150 tensors" in again.report and "100% of the encoder" in again.report
     close(again.forward_features(imgs), theirs.forward_features(imgs))
     pixels = timm.data.resolve_model_data_config(theirs)
@@ -104,7 +104,7 @@ def test_timm_loads_it_with_its_own_loader(tmp_path, full, mae, imgs, suffix):
 
 
 def test_timm_with_statistics_of_its_own_and_odd_sizes(tmp_path):
-    encoder = shaken(VisionTransformer((48, 32), 8, 96, 2, 4, mean=(0.5,) * 3, std=(0.5,) * 3, fused_attn=False))
+    encoder = shaken(VisionTransformer((48, 32), 8, 96, 2, 4, mean=(0.5,) * 3, std=(0.5,) * 3))
     header = {"config": json.dumps(encoder.settings())}
     write_safetensors(tmp_path / "odd.safetensors", encoder.state_dict(), header)
     result = convert(tmp_path / "odd.safetensors", "timm", tmp_path / "timm.safetensors")
@@ -112,7 +112,7 @@ def test_timm_with_statistics_of_its_own_and_odd_sizes(tmp_path):
     theirs = run(result["load"])["model"].eval()
     imgs = torch.randn(1, 3, 48, 32)
     close(theirs.forward_features(imgs), encoder.forward_features(imgs))
-    again = load_encoder(tmp_path / "timm.safetensors", fused_attn=False)  # its header says all of it
+    again = load_encoder(tmp_path / "timm.safetensors")  # its header says all of it
     assert again.settings() == encoder.settings()
     close(again.forward_features(imgs), encoder.forward_features(imgs), 0)
 
@@ -142,7 +142,7 @@ def test_a_clip_tower_goes_to_timms_clip_and_nowhere_else(tmp_path, imgs):
 
 def convert_and_load(file, output):
     convert(file, "safetensors", output)
-    return load_encoder(output, fused_attn=False)
+    return load_encoder(output)
 
 
 def test_hugging_face_loads_the_encoder(tmp_path, encoder_file, mae, imgs):
@@ -151,7 +151,7 @@ def test_hugging_face_loads_the_encoder(tmp_path, encoder_file, mae, imgs):
     close(got["model"](imgs).last_hidden_state, mae.forward_features(imgs))
     config = got["model"].config
     got["model"].save_pretrained(tmp_path / "saved")
-    again = load_encoder(tmp_path / "saved" / "model.safetensors", fused_attn=False)
+    again = load_encoder(tmp_path / "saved" / "model.safetensors")
     assert "loaded    150 tensors" in again.report
     close(again.forward_features(imgs), mae.forward_features(imgs), 0)
     assert type(got["model"]).__name__ == "ViTModel" and config.layer_norm_eps == 1e-6
@@ -226,7 +226,7 @@ def transreid_load_param(model, path, size):
 def test_transreid_loads_all_150_and_nothing_else(tmp_path, full, mae, state, imgs):
     output = tmp_path / "transreid.pth"
     result = convert(full, "transreid", output)
-    theirs = VisionTransformer(SIZE, 16, 192, 12, 3, fused_attn=False).eval()
+    theirs = VisionTransformer(SIZE, 16, 192, 12, 3).eval()
     assert transreid_load_param(theirs, output, SIZE) == 150 == result["tensors"]
     close(theirs.forward_features(imgs), mae.forward_features(imgs), 0)
     assert set(torch.load(output, weights_only=True)["model"]) == set(state)
@@ -269,7 +269,7 @@ class Segmenter(torch.nn.Module):
 
     def __init__(self, side):
         super().__init__()
-        self.backbone = VisionTransformer((side, side), 16, 192, 12, 3, fused_attn=False)
+        self.backbone = VisionTransformer((side, side), 16, 192, 12, 3)
 
 
 def checksum(module):
@@ -309,7 +309,7 @@ def test_our_own_file_has_its_config(tmp_path, full, mae, imgs):
     config = json.loads(read_safetensors_header(output)["config"])
     wanted = full_file(mae, "mae_vit_tiny_patch16", 32)["config"]
     assert {k: config[k] for k in wanted} == wanted
-    again = load_encoder(output, fused_attn=False)
+    again = load_encoder(output)
     close(again.forward_features(imgs), mae.forward_features(imgs), 0)
 
 
@@ -364,7 +364,7 @@ def test_hugging_faces_files_load(tmp_path, kind, names):
     (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.25] * 3}))
     weights = theirs.state_dict() if names == "in memory" else older_names(theirs.state_dict())
     torch.save(weights, tmp_path / "pytorch_model.bin")
-    ours = load_encoder(tmp_path / "pytorch_model.bin", fused_attn=False)
+    ours = load_encoder(tmp_path / "pytorch_model.bin")
     imgs = torch.randn(2, 3, 48, 48)
     vit = theirs if kind == "ViTModel" else theirs.vit
     if kind == "ViTMAEForPreTraining":
@@ -423,7 +423,7 @@ def test_googles_own_file_loads(tmp_path, full, mae, imgs):
     assert load_encoder(tmp_path / "a.npz").settings()["mean"] == [0.485, 0.456, 0.406]
     head = {"head/kernel": np.zeros((192, 5), np.float32), "head/bias": np.zeros(5, np.float32)}
     np.savez(tmp_path / "google.npz", **arrays, **head)
-    ours = load_encoder(tmp_path / "google.npz", fused_attn=False)
+    ours = load_encoder(tmp_path / "google.npz")
     close(ours.forward_features(imgs), mae.forward_features(imgs), 0)
     assert ours.settings()["mean"] == [0.5] * 3 and "Google ViT, 100% of the encoder" in ours.report
 
@@ -484,7 +484,7 @@ def test_a_block_that_is_not_whole_is_refused_in_a_deep_model_too(tmp_path):
 
 
 def test_a_rectangle_goes_where_it_can(tmp_path):
-    encoder = shaken(VisionTransformer((64, 32), 16, 192, 2, 3, fused_attn=False))
+    encoder = shaken(VisionTransformer((64, 32), 16, 192, 2, 3))
     file = tmp_path / "r.safetensors"
     write_safetensors(file, encoder.state_dict(), {"config": json.dumps(encoder.settings())})
     imgs = torch.randn(1, 3, 64, 32)

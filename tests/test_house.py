@@ -14,7 +14,7 @@ import main_describe
 import main_finetune
 import main_linprobe
 import main_pretrain
-from util.settings import check_args
+from main_pretrain import check_args
 
 PARSERS = {"main_pretrain.py": main_pretrain, "main_linprobe.py": main_linprobe,
            "main_describe.py": main_describe, "main_curate.py": main_curate,

@@ -14,9 +14,10 @@ import torch
 from conftest import ROOT, command, parse, read_log, run_command, small_flags
 
 import main_pretrain
+from engine_pretrain import trivial_distillation
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
-from util.meter import Meter, trivial_distillation
+from util.loop import Meter
 
 
 def run_main(flags: list[str]) -> dict:
@@ -91,7 +92,7 @@ def test_no_distill_is_plain_mae_bit_for_bit(pictures, tmp_path):
     out = tmp_path / "run"
     run_main(small_flags(pictures, out, "--no_distill"))
     torch.manual_seed(0)
-    model = MODELS["mae_vit_tiny_patch16"](img_size=(32, 32), norm_pix_loss=True, fused_attn=True)
+    model = MODELS["mae_vit_tiny_patch16"](img_size=(32, 32), norm_pix_loss=True)
     optimizer = torch.optim.AdamW(adamw_groups(model, 0.05), lr=0.0, betas=(0.9, 0.95), fused=True)
     dataset = PretrainDataset(list_images(pictures), (32, 32), 4, seed=0, min_area=0.2)
     batches = EpochBatches(40, 8, 0, 1, 0)

@@ -27,7 +27,7 @@ def distill(context: str, **more) -> dict:
 @pytest.fixture(scope="module")
 def base():
     torch.manual_seed(0)
-    return MODELS["mae_vit_base_patch16"](norm_pix_loss=True, fused_attn=False)
+    return MODELS["mae_vit_base_patch16"](norm_pix_loss=True)
 
 
 def test_published_loss_and_gradient(base):
@@ -101,7 +101,7 @@ def test_encoder_loads_strictly_into_an_independent_vit(base, tmp_path):
 @pytest.mark.parametrize("img_size, norm_pix", [((64, 64), True), ((96, 48), False)])
 def test_against_numpy(img_size, norm_pix, fused):
     torch.manual_seed(3)
-    model = TINY(img_size=img_size, norm_pix_loss=norm_pix, fused_attn=fused)
+    model = TINY(img_size=img_size, norm_pix_loss=norm_pix)
     for p in model.parameters():  # away from the zeros and ones of the initial biases and norms
         p.data += 0.05 * torch.randn_like(p)
     imgs, noise = torch.randn(3, 3, *img_size), torch.rand(3, model.num_patches)

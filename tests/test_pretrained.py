@@ -62,7 +62,7 @@ def test_timm_gives_the_same_features(tmp_path, imgs):
     torch.manual_seed(0)
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=32, num_classes=0).eval()
     torch.save(theirs.state_dict(), tmp_path / "timm.pth")
-    ours = load_encoder(tmp_path / "timm.pth", fused_attn=False)
+    ours = load_encoder(tmp_path / "timm.pth")
     report = ours.report
     assert torch.allclose(ours.forward_features(imgs), theirs.forward_features(imgs), atol=1e-5), report
 
@@ -88,7 +88,7 @@ def test_clip_gives_the_same_features(tmp_path, imgs, quick):
     ).eval()
     torch.nn.init.normal_(clip.visual.ln_pre.weight)
     torch.save(clip.state_dict(), tmp_path / "clip.pt")
-    ours = load_encoder(tmp_path / "clip.pt", fused_attn=False, quick_gelu=quick)
+    ours = load_encoder(tmp_path / "clip.pt", quick_gelu=quick)
     report = ours.report
     theirs = clip.visual._embeds(imgs)
     theirs = clip.visual.ln_post(clip.visual.transformer(theirs))
@@ -98,7 +98,7 @@ def test_clip_gives_the_same_features(tmp_path, imgs, quick):
 
 @pytest.mark.parametrize("original", [False, True])
 def test_a_reid_model_with_jpm_has_its_last_block_in_the_global_branch(tmp_path, mae, imgs, original):
-    encoder = VisionTransformer(SIZE, 16, 192, 3, 3, fused_attn=False)
+    encoder = VisionTransformer(SIZE, 16, 192, 3, 3)
     whole = copy.deepcopy(encoder).eval()
     model = TransReID(encoder, 4, TransReIDConfig(jpm=True, parts=2, shift=2))
     state = model.state_dict()
@@ -106,7 +106,7 @@ def test_a_reid_model_with_jpm_has_its_last_block_in_the_global_branch(tmp_path,
         state |= {"base.norm.weight": torch.zeros(192), "base.norm.bias": torch.zeros(192)}
         state |= {f"base.blocks.2.{k[5:]}": v + 1 for k, v in state.items() if k.startswith("b1.0.")}
     torch.save(state, tmp_path / "reid.pth")
-    loaded = load_encoder(tmp_path / "reid.pth", fused_attn=False)
+    loaded = load_encoder(tmp_path / "reid.pth")
     report = loaded.report
     assert torch.allclose(loaded.forward_features(imgs), whole.forward_features(imgs), atol=1e-6), report
 

@@ -233,7 +233,7 @@ def test_wrong_arguments_are_refused(tmp_path, folder):
 
 def tiny(**more):
     torch.manual_seed(0)
-    model = VisionTransformer((48, 32), 16, 24, 3, 3, fused_attn=False, **more)
+    model = VisionTransformer((48, 32), 16, 24, 3, 3, **more)
     for block in model.blocks:  # attention far from uniform
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.6)
     return model

@@ -6,14 +6,14 @@ import time
 import pytest
 import torch
 from conftest import ROOT, command, parse, run_command, small_flags
+from util.meter import largest_that_fits
+from util.step_profile import PARTS, compile_counts
 
 import engine_pretrain
 import main_pretrain
 import util.loop
 from benchmarks import data, kmeans, ranking, step
 from util.errors import InputError
-from util.meter import largest_that_fits
-from util.step_profile import PARTS, compile_counts
 
 
 def run_main(flags):

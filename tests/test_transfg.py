@@ -16,7 +16,7 @@ from util.losses import identity_loss
 def sharp(fused=True, size=(96, 80), stride=12, depth=4, **more) -> VisionTransformer:
     """A small encoder whose attention is far from even, so that an error would show."""
     torch.manual_seed(0)
-    encoder = VisionTransformer(size, 16, 48, depth, 3, fused_attn=fused, stride=stride, **more)
+    encoder = VisionTransformer(size, 16, 48, depth, 3, stride=stride, **more)
     for parameter in encoder.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return encoder

@@ -14,7 +14,7 @@ from util.losses import hard_triplet_loss, identity_loss, over_branches
 
 def tiny(size=(64, 64), stride=16, **more):
     torch.manual_seed(0)
-    return VisionTransformer(size, 16, 24, 3, 3, fused_attn=False, stride=stride, **more)
+    return VisionTransformer(size, 16, 24, 3, 3, stride=stride, **more)
 
 
 def test_jigsaw_order_by_hand():

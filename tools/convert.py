@@ -91,7 +91,7 @@ def convert(file: str | Path, target: str, output: str | Path, input_size: tuple
 
 def _read_source(file: Path, target: str, input_size: tuple[int, int] | None) -> Source:
     found = read_pretrained(file)
-    encoder = encoder_from(found, file, None if target == "setr" else input_size, fused_attn=False)
+    encoder = encoder_from(found, file, None if target == "setr" else input_size)
     state = {k: v.detach().float().contiguous() for k, v in encoder.state_dict().items()}
     absent = next((k for k in state if k not in found.state), None)
     if absent:
@@ -148,7 +148,7 @@ def _check_written(source: Source, output: Path, written: dict) -> None:
             f"{file} reads back with {count} tensors of {len(written)} written, {len(wrong)} of them changed "
             f"(first {', '.join(wrong[:1]) or 'none'}): disk or memory failed, remove it and convert again"
         )
-    again = encoder_from(replace(found, config=source.settings), file, fused_attn=False)
+    again = encoder_from(replace(found, config=source.settings), file)
     imgs = torch.randn(1, 3, *again.img_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         ours, theirs = (model.forward_features(imgs) for model in (source.encoder, again))

@@ -58,13 +58,13 @@ def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int
         raise InputError(f"--output {output}: give a file name that ends in .onnx")
     kind = read_config(file, read_checkpoint(file)).get("kind", "encoder")
     if kind == REID:
-        model, config, _ = load_reid(file, img_size=input_size, fused_attn=False)
+        model, config, _ = load_reid(file, img_size=input_size)
         sides = {"camids": model.config.cameras, "viewids": model.config.views}
         base, wrapped, outputs = model.base, _Features(model, sides), ("embedding",)
     elif "encoder" not in kind:
         raise InputError(f"{file} is a {kind}: only encoders and {REID} models go to ONNX")
     else:
-        base, sides = load_encoder(file, input_size, fused_attn=False), {}
+        base, sides = load_encoder(file, input_size), {}
         wrapped, outputs, config = _Features(base), FEATURES, base.settings()
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (5, 3, *base.img_size), dtype=torch.uint8, generator=generator)

@@ -47,7 +47,7 @@ from models_vit import load_encoder
 from util.dist import end_distributed, init_distributed, pick_device, print_main
 from util.fetch import fetch
 from util.files import file_sha256, write_atomic
-from util.precision import pick_amp_dtype
+from util.precision import pick_precision
 
 
 def main(args) -> dict:
@@ -63,7 +63,7 @@ def extract(args, device) -> dict:
     output = Path(args.output)
     output = output.with_suffix("") if output.suffix == ".npy" else output
     args.checkpoint = str(fetch(args.checkpoint))
-    amp_dtype, _ = pick_amp_dtype(args.amp, device)
+    amp_dtype, _ = pick_precision(args.amp, device)
     size = parse_input_size(args.input_size) if args.input_size else None
     model = load_encoder(args.checkpoint, size, device)
     print_main(f"encoder {args.checkpoint}:\n{model.report}")

@@ -60,7 +60,7 @@ from util.dist import end_distributed, get_rank, get_world_size, init_distribute
 from util.errors import InputError
 from util.files import write_atomic
 from util.parallel import claim
-from util.precision import pick_amp_dtype
+from util.precision import pick_precision
 from util.progress import Progress
 from util.stop import init_worker
 
@@ -90,7 +90,7 @@ def main(args) -> dict:
 
 def build_or_verify(args, device: torch.device) -> dict:
     size, is_full = parse_input_size(args.input_size), args.teacher_view == "full"
-    amp_dtype = pick_amp_dtype(args.amp, device)[0] if device.type == "cuda" else None
+    amp_dtype = pick_precision(args.amp if device.type == "cuda" else "none", device)[0]
     clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained)
     clip.to(device)
     paths, folder = list_images(args.data_path, args.split), Path(args.output)

@@ -92,7 +92,7 @@ def _write_weights(folder: Path, content: dict, model, recipe: dict, licence: st
     with torch.inference_mode():
         wanted = model.forward_features(imgs)
         for name in WEIGHTS:
-            found = load_encoder(folder / name, model.img_size, fused_attn=False).forward_features(imgs)
+            found = load_encoder(folder / name, model.img_size).forward_features(imgs)
             if not torch.allclose(found, wanted, atol=1e-5):
                 raise InputError(f"{folder / name} gives other features than the run: disk or memory failed, try again")
 

@@ -44,7 +44,7 @@ from util.progress import Progress
 def initial_encoder(config: dict) -> VisionTransformer:
     """The encoder as it was before the first update."""
     torch.manual_seed(config["seed"])
-    model = MODELS[config["model"]](img_size=tuple(config["img_size"]), fused_attn=False)
+    model = MODELS[config["model"]](img_size=tuple(config["img_size"]))
     return model.eval()
 
 
@@ -86,7 +86,7 @@ def main(args) -> dict:
     knn = {
         "chance": {column: majority_share(table) for column, table in tables.items()},
         "before": knn_accuracy(initial_encoder(settings), tables, args.read_out, "before"),
-        "after": knn_accuracy(load_encoder(encoder, fused_attn=False), tables, args.read_out, "after"),
+        "after": knn_accuracy(load_encoder(encoder), tables, args.read_out, "after"),
     }
     write_run_report(run_dir / "report.html", log, settings, knn)
     names = {"majority": "chance", "before": "before", "after": "after"}

@@ -69,7 +69,7 @@ from util.errors import InputError
 from util.fetch import fetch
 from util.files import file_sha256, write_atomic, write_json
 from util.parallel import claim
-from util.precision import pick_amp_dtype
+from util.precision import pick_precision
 from util.progress import Progress
 
 
@@ -97,7 +97,7 @@ def search(args, device: torch.device) -> dict:
         header |= {"images_sha256": paths.sha256(), "images": len(paths)}
     if known:
         claim(folder / HEADER, header, KIND)
-    amp_dtype, _ = pick_amp_dtype(args.amp, device)
+    amp_dtype, _ = pick_precision(args.amp, device)
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "amp_dtype": amp_dtype}
     features, problems = embed_queries(embed, queries, size, device, loading)
     started = time.perf_counter()

@@ -81,7 +81,9 @@ def run_tool(main: Callable[[argparse.Namespace], dict], args: argparse.Namespac
     run_or_explain(entry)
 
 
-def check_numbers(args: argparse.Namespace, *, at_least_one: str = "", positive: str = "", not_negative: str = "") -> None:
+def check_numbers(
+    args: argparse.Namespace, *, at_least_one: str = "", positive: str = "", not_negative: str = ""
+) -> None:
     """Refuse numbers that make no sense; each argument names flags, apart by blanks; None (not given) passes.
 
     Raises:

@@ -253,7 +253,9 @@ class StepWatch:
         if not total:  # the first batch is still being counted
             return ""
         share = self.seconds["data"] / total
-        if share > DATA_WAIT_ADVICE and self.looks and not self.advised:  # the first look holds the start of the workers
+        if (
+            share > DATA_WAIT_ADVICE and self.looks and not self.advised
+        ):  # the first look holds the start of the workers
             self.advised = True
             self.bar.print(
                 f"  {share:.0%} of the time is spent waiting for images: raise --num_workers (now "
@@ -271,8 +273,8 @@ class StepWatch:
         if bad > self.args.max_bad_ratio * self.batches.num_images:
             raise InputError(
                 f"{bad} of {self.batches.num_images} images could not be read in this epoch (limit "
-                f"{self.args.max_bad_ratio:.2%}); they are listed in {self.run.output_dir / 'bad_images.txt'}: repair or "
-                "remove them, or raise --max_bad_ratio"
+                f"{self.args.max_bad_ratio:.2%}); they are listed in {self.run.output_dir / 'bad_images.txt'}: repair "
+                "or remove them, or raise --max_bad_ratio"
             )
 
     def _check_steps(self) -> None:
@@ -292,8 +294,8 @@ class StepWatch:
         scale = self.run.scaler.get_scale() if self.run.scaler else 1.0
         if scale < LEAST_SCALE:
             raise InputError(
-                f"fp16 finds no loss scale at which the gradients are finite (epoch {self.run.epoch}, now {scale:.1g}), so "
-                f"nothing is learned any more: {self.steadier}, then --resume auto"
+                f"fp16 finds no loss scale at which the gradients are finite (epoch {self.run.epoch}, now "
+                f"{scale:.1g}), so nothing is learned any more: {self.steadier}, then --resume auto"
             )
 
     def _report_bad_step(self, seen: int, lr: float, terms: dict) -> None:

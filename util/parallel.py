@@ -2,14 +2,13 @@
 
 import json
 import os
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from itertools import islice
 from pathlib import Path
 
-from util.dist import barrier, get_rank, get_world_size, is_main_process
+from util.dist import barrier, get_rank, get_world_size, is_main_process, wait_for_main
 from util.errors import InputError
 from util.files import write_json
 from util.stop import end_with_parent, init_worker
@@ -110,12 +109,9 @@ class Parts:
         return sum(self.stop(start) - start for start in self.todo)
 
     def complete(self) -> bool:
-        """On rank 0 True, once every rank has done its parts; False at once elsewhere."""
-        if not is_main_process():
-            return False
-        while not all(self.file(start).is_file() for start in self.starts):
-            time.sleep(0.2)
-        return True
+        """Wait until every rank has done its parts; True on rank 0, which then puts them together."""
+        wait_for_main()
+        return is_main_process()
 
     def remove(self) -> None:
         """All files, also what a killed write left; job.json last: no other job can adopt the rest."""

@@ -17,7 +17,8 @@ def pick_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, 
     """`--amp` -> (autocast dtype or None for float32, the decision in words); call it before models are built.
 
     auto: bf16 on GPUs that have it, else fp16; on a CPU bf16 where it has the instructions. Models built afterwards use
-    torch's fused attention, but for half precision on the CPU, where explicit products are faster (docs/PERFORMANCE.md).
+    torch's fused attention, but for half precision on the CPU, where explicit products are faster
+    (docs/PERFORMANCE.md).
     """
     torch.set_float32_matmul_precision("high")
     dtype, words = _pick_dtype(amp, device)

@@ -113,7 +113,7 @@ def run_lock(folder: Path, wait_s: float = 45.0) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "a+")
     except OSError as error:
-        raise InputError(f"the output folder {folder} cannot be written to ({error.strerror}): choose another") from error
+        raise InputError(f"the folder {folder} cannot be written to ({error.strerror}): choose another") from error
     with lock:
         deadline = time.monotonic() + wait_s
         while True:
@@ -125,7 +125,7 @@ def run_lock(folder: Path, wait_s: float = 45.0) -> Iterator[None]:
                     lock.seek(0)
                     holder = lock.read().strip() or "unknown"
                     raise InputError(
-                        f"another run (process {holder}) is writing to {folder}: stop it, or choose another output folder"
+                        f"another run (process {holder}) is writing to {folder}: stop it, or choose another folder"
                     ) from None
                 time.sleep(0.5)
         lock.truncate(0)
