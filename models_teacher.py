@@ -22,21 +22,15 @@ class FrozenTeacher(nn.Module):
         clip: an open_clip model.
         identity: who it is.
         dtype: dtype of weights and activations; the embeddings come out as float32.
-        channels_last: memory layout of the convolutions; None: on the CPU only.
     """
 
-    def __init__(
-        self, clip: nn.Module, identity: TeacherIdentity, dtype: torch.dtype, channels_last: bool | None = None
-    ):
+    def __init__(self, clip: nn.Module, identity: TeacherIdentity, dtype: torch.dtype):
         super().__init__()
         preprocess = open_clip.get_model_preprocess_cfg(clip)
         self.identity = identity
         self.size: tuple[int, int] = _as_pair(preprocess["size"])
         self.visual = clip.visual.to(dtype).eval().requires_grad_(False)
         self.dtype = dtype
-        self.channels_last = channels_last
-        if channels_last:
-            self.visual.to(memory_format=torch.channels_last)
         for name in ("mean", "std"):
             values = torch.tensor(preprocess[name], dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -52,7 +46,7 @@ class FrozenTeacher(nn.Module):
         if x.shape[-2:] != self.size:
             x = F.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0, 1)
         x = ((x - self.mean) / self.std).to(self.dtype)
-        if self.channels_last or (self.channels_last is None and x.device.type == "cpu"):
+        if x.device.type == "cpu":  # faster convolutions there
             x = x.contiguous(memory_format=torch.channels_last)
         return F.normalize(self.visual(x).float(), dim=1)
 

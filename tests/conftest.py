@@ -65,7 +65,7 @@ def small_flags(data: Path, output: Path, *more: str) -> list[str]:
 
 
 def parse(parser: argparse.ArgumentParser, flags: list[str]):
-    return argparse.ArgumentParser(parents=[parser], allow_abbrev=False).parse_args(flags)
+    return parser.parse_args(flags)
 
 
 def command(*words: str, processes: int = 1) -> list[str]:

@@ -113,7 +113,8 @@ def test_against_numpy(img_size, norm_pix, fused):
     )  # fmt: skip
     with torch.no_grad():
         terms = model(imgs, 0.75, noise)
-        ours_pred, ours_mask = model.reconstruct(imgs, 0.75, noise)
+        latent, ours_mask, ids_restore = model.forward_encoder(imgs, 0.75, noise)
+        ours_pred, _ = model.forward_decoder(latent, ids_restore)
     assert terms["pixel"].item() == pytest.approx(loss, rel=1e-5)
     assert np.array_equal(ours_mask.numpy(), mask)
     assert np.allclose(ours_pred.numpy(), pred, atol=2e-4)
@@ -191,7 +192,7 @@ def test_losses_are_zero_when_student_equals_teacher():
     head.proj = nn.Identity()
     f = unit_rows(5, 24, 1)
     latent = torch.cat([3 * f[:, None], torch.randn(5, 4, 24)], dim=1)
-    terms = head(latent, None, None, f)
+    terms = head(latent, None, f)
     assert terms["sim"].item() == pytest.approx(0, abs=1e-6)
     assert terms["kl"].item() == pytest.approx(0, abs=1e-6)
 
@@ -199,7 +200,7 @@ def test_losses_are_zero_when_student_equals_teacher():
 def test_distillation_terms_by_hand():
     head = head_for("mean")
     latent, f = torch.randn(5, 6, 24), unit_rows(5, 24, 1)
-    terms = head(latent, None, None, f)
+    terms = head(latent, None, f)
     z = F.linear(latent[:, 1:].mean(1), head.proj.weight, head.proj.bias).double().detach()
     z = (z / z.norm(dim=1, keepdim=True)).numpy()
     U, t = head.bank.double().numpy(), f.double().numpy()
@@ -224,21 +225,30 @@ def test_attention_pools_where_the_key_points():
     latent[0, 3] = torch.randn(24)
     latent[0, 3, 0] = 5.0  # the only token with a large first channel
     expected = latent[0, 0] + head.transform(latent[0, 3])
-    assert torch.allclose(head.pool(latent, None, None)[0], expected, atol=1e-5)
+    assert torch.allclose(head.pool(latent, None)[0], expected, atol=1e-5)
 
 
-def test_decoder_context_follows_positions_not_the_shuffle():
+def test_decoder_context_weighs_positions():
     head = head_for("decoder")
     head.position_weight.data = torch.randn(9)
-    in_image_order = torch.randn(2, 9, 16)
-    outs = []
-    for seed in (0, 1):
-        ids = torch.rand(2, 9, generator=torch.Generator().manual_seed(seed)).argsort(1)
-        shuffled = in_image_order[torch.arange(2)[:, None], ids]
-        outs.append(head.pool(None, torch.cat([torch.zeros(2, 1, 16), shuffled], 1), ids))
-    assert torch.allclose(outs[0], outs[1], atol=1e-5)
-    expected = (head.position_weight[:, None] * in_image_order).sum(1)
-    assert torch.allclose(outs[0], expected, atol=1e-5)
+    head.position_bias.data = torch.ones(1)
+    decoded = torch.randn(2, 10, 16)
+    expected = sum(head.position_weight[i] * decoded[:, 1 + i] for i in range(9)) + 1
+    assert torch.allclose(head.pool(None, decoded), expected, atol=1e-5)
+
+
+def test_the_decoder_sees_patches_in_image_order():
+    """What is kept returns to its place, whatever the noise."""
+    model = TINY(img_size=(64, 64))
+    model.decoder_blocks = nn.ModuleList()
+    imgs, noise = torch.randn(2, 3, 64, 64), torch.rand(2, 16)
+    latent, mask, ids_restore = model.forward_encoder(imgs, 0.5, noise)
+    _, decoded = model.forward_decoder(latent, ids_restore)
+    kept = noise.argsort(dim=1)[:, :8]
+    for n in range(2):
+        assert mask[n, kept[n]].sum() == 0 and mask[n].sum() == 8
+        expected = model.decoder_norm(model.decoder_embed(latent[n, 1:]) + model.decoder_pos_embed[0, 1 + kept[n]])
+        assert torch.allclose(decoded[n, 1 + kept[n]], expected, atol=1e-5)
 
 
 def test_position_table():

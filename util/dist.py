@@ -187,5 +187,10 @@ def launch(device: str, folder: str | Path, job: Callable[[torch.device], dict],
     try:
         with run_lock(Path(folder)) if is_main_process() else contextlib.nullcontext():
             return job(bound)
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"a batch does not fit into the memory of {bound}: use --micro_batch of main_pretrain.py or "
+            "--grad_checkpoint (the result stays the same), a smaller --batch_size, or a smaller --input_size"
+        ) from error
     finally:
         end_distributed()
