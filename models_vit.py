@@ -278,10 +278,7 @@ def _init_module(module: nn.Module):
 
 
 def load_encoder(
-    source: str | Path,
-    img_size: tuple[int, int] | None = None,
-    device: torch.device | str = "cpu",
-    **more,
+    source: str | Path, img_size: tuple[int, int] | None = None, device: torch.device | str = "cpu", **more
 ) -> VisionTransformer:
     """A ready encoder from any file that `util.pretrained` recognises.
 
