@@ -105,6 +105,7 @@ from reports.panels import save_panels
 from util.dist import get_rank, get_world_size, is_main_process, launch, print_main, wrap_ddp
 from util.errors import InputError
 from util.fetch import fetch
+from util.files import write_json
 from util.loop import epoch_record, next_epoch, start_profiler
 from util.optim import build_adamw
 from util.parallel import default_workers
@@ -133,9 +134,9 @@ def check_args(args) -> None:
         at_least_one="batch_size accum_iter epochs print_freq save_freq max_bad_steps micro_batch",
         not_negative="blr min_lr warmup_epochs weight_decay clip_grad sim_weight kl_weight max_bad_ratio seed "
         "vis_epochs start_epoch keep_checkpoints distill_hidden profile num_workers",
-        positive="crop_min kl_tau",
+        positive="kl_tau",
     )
-    if args.crop_min > 1:
+    if not 0 < args.crop_min <= 1:
         raise InputError(f"--crop_min {args.crop_min}: must be in (0, 1]")
     if args.warmup_epochs > args.epochs:
         raise InputError(
@@ -240,6 +241,7 @@ def train(args, device: torch.device) -> dict[str, float]:
     if not is_main_process():
         return {}
     files.export_encoder(run.bare)
+    write_json(run.output_dir / "metrics.json", record)
     writer.close()
     took = datetime.timedelta(seconds=int(time.time() - started))
     print(f"done in {took}: {run.output_dir / 'encoder.pth'} holds the encoder")
@@ -348,8 +350,8 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
 def finish_epoch(run: PretrainRun, args, writer) -> dict[str, float]:
     """Log the epoch, move on to the next and save."""
     record = epoch_record(run, run.files.args["global_batch"], run.files.args["updates_per_epoch"])
-    for name in [name for name in ("pixel", "sim", "kl") if f"train_{name}" in record]:
-        record[f"train_loss_{name}"] = record.pop(f"train_{name}")
+    losses = {f"train_{name}": f"train_loss_{name}" for name in ("pixel", "sim", "kl")}
+    record = {losses.get(name, name): value for name, value in record.items()}
     if "train_loss_sim" in record:
         record["train_cos"] = 1 - record["train_loss_sim"]
         record |= {f"train_{name}": value for name, value in trivial_distillation(*run.meter.read()).items()}
@@ -370,4 +372,4 @@ def finish_epoch(run: PretrainRun, args, writer) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    run_tool(main, ARGS, Path(ARGS.output_dir) / "metrics.json")
+    run_tool(main, ARGS, None)
