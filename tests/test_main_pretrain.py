@@ -380,7 +380,6 @@ def test_compiled_run_has_the_same_curve(pictures, tmp_path):
     run_main(small_flags(pictures, eager, "--no_distill", "--blr", "0.05"))
     run_main(small_flags(pictures, compiled, "--no_distill", "--blr", "0.05", "--compile"))
     assert curve(compiled) == pytest.approx(curve(eager), rel=1e-4)
-    last = read_log(compiled)[-1]
 
 
 def test_less_memory_same_run(pictures, teacher_files, texts_file, tmp_path):
