@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.nn.functional import all_reduce
 
 from metrics.seg import IGNORE
 from models_vit import LayerNorm, VisionTransformer, run_blocks
 from util.dist import get_world_size
-from util.errors import InputError
 
 # blocks of 12 whose outputs are used, from 0: the auxiliary heads' in order, the main head's (the last) last
 TAPS = {"naive": (2, 5, 8, 11), "pup": (4, 7, 9, 11), "mla": (2, 5, 8, 11)}
@@ -36,35 +36,20 @@ def scaled_taps(decoder: str, depth: int) -> tuple[int, ...]:
     return tuple(-(-(tap + 1) * depth // 12) - 1 for tap in TAPS[decoder])
 
 
-class _AllReduceSum(torch.autograd.Function):
-    """Sum over ranks; every rank's loss depends on every rank's share, so gradients are summed as well."""
-
-    @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        x = x.clone()
-        dist.all_reduce(x)
-        return x
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        grad = grad.contiguous().clone()
-        dist.all_reduce(grad)
-        return grad
-
-
-class SameOnAnyRanksBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation over the images of all ranks, for the CPU, which torch's SyncBatchNorm refuses (on
-    CUDA `synchronized` takes that one). Ranks have equally many images (`datasets.pretrain.EpochBatches`)."""
+class CpuSyncBatchNorm(nn.BatchNorm2d):
+    """Batch normalisation over the images of all ranks, equally many on each, for the CPU, which torch's
+    SyncBatchNorm refuses (on CUDA `synchronized` takes that one)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, h, w] -> the same shape; in training with statistics over N, h, w of all ranks."""
         world = get_world_size()
         if not self.training or world == 1:
             return super().forward(x)
-        count, values = world * x.numel() // x.shape[1], x.float()
-        mean = _AllReduceSum.apply(values.sum(dim=(0, 2, 3))) / count
-        centred = values - mean[:, None, None]
-        var = _AllReduceSum.apply(centred.square().sum(dim=(0, 2, 3))) / count
+        # torch's all_reduce with a gradient: each rank's loss depends on each rank's share
+        mean = all_reduce(x.float().mean(dim=(0, 2, 3))) / world
+        centred = x.float() - mean[:, None, None]
+        var = all_reduce(centred.square().mean(dim=(0, 2, 3))) / world
+        count = world * x.numel() // x.shape[1]
         with torch.no_grad():
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * count / (count - 1), self.momentum)
@@ -74,8 +59,7 @@ class SameOnAnyRanksBatchNorm(nn.BatchNorm2d):
 
 
 def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
-    """The model with torch's faster batch normalisation over ranks where there are several with GPUs;
-    parameters and names stay."""
+    """The model with torch's SyncBatchNorm where there are several ranks with GPUs; names stay."""
     if device.type == "cuda" and get_world_size() > 1:
         return nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
@@ -85,15 +69,9 @@ def conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     """Convolution that keeps the size, batch normalisation (which replaces its bias), ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
-        SameOnAnyRanksBatchNorm(outputs),
+        CpuSyncBatchNorm(outputs),
         nn.ReLU(inplace=True),
     )
-
-
-def enlarge(x: torch.Tensor, scale: int, align_corners: bool = False) -> torch.Tensor:
-    if scale == 1:
-        return x
-    return F.interpolate(x, scale_factor=scale, mode="bilinear", align_corners=align_corners)
 
 
 def as_map(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -119,7 +97,9 @@ class UpHead(nn.Module):
         """[N, h w, D] -> [N, K, s h, s w], s the product of the scales."""
         x = as_map(self.norm(x), grid)
         for conv, scale in zip(self.convs, self.scales):
-            x = enlarge(conv(x), scale)
+            x = conv(x)
+            if scale > 1:
+                x = F.interpolate(x, scale_factor=scale, mode="bilinear")
         return self.classify(x)
 
 
@@ -146,8 +126,8 @@ class MLAHead(nn.Module):
         for x, norm, lateral, smooth in reversed(list(zip(levels, self.norms, self.lateral, self.smooth))):
             total = lateral(as_map(norm(x), grid)) + total
             maps.insert(0, smooth(total))
-        branches = [enlarge(branch(x), 4, align_corners=True) for branch, x in zip(self.branches, maps)]
-        main = self.classify(torch.cat(branches, dim=1))
+        joined = torch.cat([branch(x) for branch, x in zip(self.branches, maps)], dim=1)
+        main = self.classify(F.interpolate(joined, scale_factor=4, mode="bilinear", align_corners=True))
         return [main, *(head(x) for head, x in zip(self.aux, maps))]
 
 
@@ -158,15 +138,10 @@ class SETR(nn.Module):
 
     Args:
         encoder: a ViT of any depth and grid; it becomes part of this model and loses its final norm.
-        config: see `SETRConfig`.
-    Raises:
-        InputError: the decoder is unknown.
     """
 
     def __init__(self, encoder: VisionTransformer, config: SETRConfig):
         super().__init__()
-        if config.decoder not in TAPS:
-            raise InputError(f"decoder '{config.decoder}' is unknown: choose one of {', '.join(TAPS)}")
         self.config, self.base = config, encoder
         encoder.norm = nn.Identity()
         encoder.pos_embed.requires_grad = True
@@ -202,7 +177,7 @@ class SETR(nn.Module):
             found = [self.decoder(levels[-1], grid)]
             found += [head(x, grid) for head, x in zip(self.aux, levels) if aux]
         size = imgs.shape[-2:]
-        return [F.interpolate(x, size, mode="bilinear", align_corners=False) for x in found]
+        return [F.interpolate(x, size, mode="bilinear") for x in found]
 
     def forward(self, imgs: torch.Tensor) -> list[torch.Tensor]:
         """For training: logits [N, K, H, W] of the main head, then of the auxiliary ones."""
@@ -226,34 +201,25 @@ def labelled_pixels(masks: torch.Tensor) -> torch.Tensor:
     return count.clamp_min(1) / get_world_size()
 
 
-def pixel_loss(logits: torch.Tensor, masks: torch.Tensor, pixels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """Cross-entropy of pixels, in float32:
+def setr_loss(
+    outputs: list[torch.Tensor], masks: torch.Tensor, aux_weight: float = 0.4, smoothing: float = 0.0
+) -> dict[str, torch.Tensor]:
+    """SETR's loss (Sec. 3.3): L = L_main + aux_weight sum_k L_aux_k, each the cross-entropy of the P labelled pixels
 
         - 1/P sum_{p: y_p != 255} log softmax(z_p)[y_p]
 
     Args:
-        logits: z, [N, K, H, W]. masks: y, [N, H, W] int64. pixels: P, of `labelled_pixels`.
+        outputs: z of each head, [N, K, H, W], the main one's first. masks: y, [N, H, W] integers.
         smoothing: epsilon of Szegedy et al., 2016, Sec. 7.
-    """
-    total = F.cross_entropy(logits.float(), masks, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing)
-    return total / pixels
-
-
-def setr_loss(
-    outputs: list[torch.Tensor], masks: torch.Tensor, aux_weight: float = 0.4, smoothing: float = 0.0
-) -> dict[str, torch.Tensor]:
-    """SETR's loss (Sec. 3.3): L = L_main + aux_weight sum_k L_aux_k, each a `pixel_loss`.
-
-    Args:
-        outputs: [N, K, H, W] each, the main head's first. masks: [N, H, W] integers.
     Returns:
         loss; main and aux, its parts; accuracy: share of labelled pixels that the main head names.
     """
     pixels, masks = labelled_pixels(masks), masks.long()
-    terms = {"main": pixel_loss(outputs[0], masks, pixels, smoothing)}
-    terms["loss"] = terms["main"]
-    if outputs[1:]:
-        terms["aux"] = torch.stack([pixel_loss(x, masks, pixels, smoothing) for x in outputs[1:]]).sum()
-        terms["loss"] = terms["main"] + aux_weight * terms["aux"]
+    options = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": smoothing}
+    main, *aux = [F.cross_entropy(x.float(), masks, **options) / pixels for x in outputs]
+    terms = {"main": main, "loss": main}
+    if aux:
+        terms["aux"] = torch.stack(aux).sum()
+        terms["loss"] = main + aux_weight * terms["aux"]
     right = (outputs[0].argmax(dim=1) == masks).sum()
     return terms | {"accuracy": right.float() / pixels}

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import Block
 from torch import nn
 
-from models_vit import VisionTransformer, run_blocks
+from models_vit import VisionTransformer, init_module, run_blocks
 from util.errors import InputError
 
 ROWS_AT_ONCE = 64  # of an attention matrix in memory: fastest, for one image and for eight
@@ -91,8 +91,6 @@ class TransFG(nn.Module):
     Args:
         encoder: a ViT; it becomes part of this model (with parts its last block is dropped and its norm moves
             to `part_norm`).
-        num_classes: K.
-        config: see `TransFGConfig`.
     Raises:
         InputError: an encoder of one block, which leaves nothing to select by.
     """
@@ -104,7 +102,7 @@ class TransFG(nn.Module):
         if config.parts:
             if len(encoder.blocks) < 2:
                 raise InputError("part selection needs an encoder of two blocks or more: use --parts off")
-            self.part_layer = _with_fresh_weights(encoder.blocks[-1])
+            self.part_layer = copy.deepcopy(encoder.blocks[-1]).apply(init_module)
             self.part_norm = encoder.norm
             encoder.blocks, encoder.norm = encoder.blocks[:-1], nn.Identity()
         self.head = nn.Linear(encoder.embed_dim, num_classes)
@@ -130,18 +128,6 @@ class TransFG(nn.Module):
         """(logits [N, K], class token [N, D]) of [N, 3, H, W] uint8 or normalised float images."""
         feature, _ = self.features(imgs)
         return self.head(feature), feature
-
-
-def _with_fresh_weights(block: Block) -> Block:
-    block = copy.deepcopy(block)
-    for module in block.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm):
-            nn.init.ones_(module.weight)
-            nn.init.zeros_(module.bias)
-    return block
 
 
 def contrastive_loss(features: torch.Tensor, labels: torch.Tensor, margin: float = 0.4) -> torch.Tensor:

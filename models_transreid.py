@@ -7,6 +7,7 @@ import copy
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from models_vit import VisionTransformer, run_blocks
@@ -22,7 +23,7 @@ class TransReIDConfig:
     unknown_view: the last of the `views` rows is for images whose view is not known (-1).
     sie_weight: lambda of eq. 8.
     jpm: the jigsaw patch module (Sec. 3.2): beside the global branch, `parts` local ones that share a block.
-    shift: m of the jigsaw: patches are rolled by m - 1. groups: how many runs the rest is dealt into.
+    shift, groups: of `jigsaw_order`.
     """
 
     cameras: int = 0
@@ -36,16 +37,11 @@ class TransReIDConfig:
 
 
 def jigsaw_order(num_patches: int, shift: int, groups: int) -> torch.Tensor:
-    """The order of the patches before they are cut into parts: rolled by `shift` - 1, then dealt from
-    `groups` equal runs in turn, a0, b0, a1, b1 ...; where they do not go in evenly, the last but one is
-    repeated.
-
-    Returns:
-        [num_patches or a little more] int64, patch numbers from 0.
-    """
+    """[num_patches or a little more] int64: patches before they are cut into parts, rolled by `shift` - 1, then
+    dealt from `groups` equal runs in turn, a0, b0, a1, b1 ...; where they do not go in evenly, the last but one
+    is repeated."""
     order = torch.arange(num_patches).roll(1 - shift)
-    missing = -num_patches % groups
-    order = torch.cat([order, order[-2].repeat(missing)])
+    order = torch.cat([order, order[-2].repeat(-num_patches % groups)])
     return order.view(groups, -1).t().flatten()
 
 
@@ -54,8 +50,6 @@ class TransReID(nn.Module):
 
     Args:
         encoder: a ViT; it becomes part of this model (its last block and norm move into the branches of JPM).
-        num_classes: K.
-        config: see `TransReIDConfig`.
     Raises:
         InputError: fewer patches than the jigsaw needs.
     """
@@ -64,11 +58,10 @@ class TransReID(nn.Module):
         super().__init__()
         self.config, self.base = config, encoder
         encoder.pos_embed.requires_grad = True
-        dim, branches = encoder.embed_dim, 1
-        rows = max(config.cameras, 1) * max(config.views, 1)
+        dim, branches = encoder.embed_dim, 1 + config.jpm * config.parts
         self.sie_embed = None
         if config.cameras or config.views:
-            self.sie_embed = nn.Parameter(torch.zeros(rows, 1, dim))
+            self.sie_embed = nn.Parameter(torch.zeros(max(config.cameras, 1) * max(config.views, 1), 1, dim))
             nn.init.trunc_normal_(self.sie_embed, std=0.02)
         if config.jpm:
             if encoder.num_patches < 2 * config.parts or not 1 <= config.shift <= encoder.num_patches:
@@ -83,7 +76,6 @@ class TransReID(nn.Module):
             length = encoder.num_patches // config.parts
             order = 1 + order[: config.parts * length].view(config.parts, length)
             self.register_buffer("order", order, persistent=False)  # [parts, length] of the tokens
-            branches += config.parts
         self.bottleneck = nn.ModuleList(nn.BatchNorm1d(dim) for _ in range(branches))
         self.classifier = nn.ModuleList(nn.Linear(dim, num_classes, bias=False) for _ in range(branches))
         for neck, classifier in zip(self.bottleneck, self.classifier):
@@ -96,23 +88,23 @@ class TransReID(nn.Module):
         Raises:
             InputError: an id that the table has no row for, or none given.
         """
-        rows = None
+        rows = 0
+        if self.config.unknown_view and viewids is not None:
+            viewids = torch.where(viewids < 0, self.config.views - 1, viewids)
         for ids, count, flag in ((camids, self.config.cameras, "camera"), (viewids, self.config.views, "view")):
             if not count:
                 continue
-            if flag == "view" and self.config.unknown_view and ids is not None:
-                ids = torch.where(ids < 0, count - 1, ids)
-            wrong = "" if ids is not None else "none is given"
+            wrong = "none is given" if ids is None else ""
             # on a GPU a look would stop the device; the ONNX export has no numbers to look at
             if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
-                low, high = int(ids.min()), int(ids.max())
-                wrong = f"they reach from {low} to {high}" if low < 0 or high >= count else ""
+                if ids.min() < 0 or ids.max() >= count:
+                    wrong = f"they reach from {ids.min()} to {ids.max()}"
             if wrong:
                 raise InputError(
                     f"the {flag} embedding knows the {flag} ids 0 to {count - 1}, but {wrong}: evaluate on "
                     f"the set it was trained for, or train without --sie_{flag}"
                 )
-            rows = ids if rows is None else rows * count + ids
+            rows = rows * count + ids
         return rows
 
     @torch.no_grad()
@@ -137,14 +129,9 @@ class TransReID(nn.Module):
         """Width of what `encode` returns."""
         return self.base.embed_dim * len(self.bottleneck)
 
-    def side_ids(
-        self, camids: torch.Tensor, viewids: torch.Tensor, device: torch.device
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """[N] int64 camids and viewids on the CPU -> those this model uses, checked, on the device.
-
-        Raises:
-            InputError: see `side_rows`.
-        """
+    def side_ids(self, camids: torch.Tensor, viewids: torch.Tensor, device: torch.device) -> tuple:
+        """[N] int64 camids and viewids on the CPU -> those this model uses, checked by `side_rows`, on the
+        device; None for the others."""
         self.side_rows(camids, viewids)
         return tuple(
             ids.to(device, non_blocking=True) if count else None
@@ -185,3 +172,57 @@ class TransReID(nn.Module):
         one, before the BNNeck."""
         first, *local = self.branches(imgs, camids, viewids)
         return torch.cat([first, *(x / self.config.parts for x in local)], dim=1)
+
+
+def hard_triplet_loss(features: torch.Tensor, pids: torch.Tensor) -> torch.Tensor:
+    """Batch-hard triplets with a soft margin (Hermans et al., 2017, arXiv 1703.07737, eq. 5 and Sec. 3):
+
+        mean_a log(1 + exp(max_p d(a, p) - min_n d(a, n)))
+
+    d is the Euclidean distance of features that are not normalised; p are images of a's vehicle (a too), n
+    the others.
+
+    Args:
+        features: [N, D]. pids: [N] int64, of two vehicles at least.
+    Raises:
+        ValueError: the batch holds one vehicle only (looked at on the CPU).
+    """
+    features = features.double()  # neither autocast nor TF32 rounds it; squares of fp16 numbers overflow
+    squared = features.square().sum(dim=1)
+    squared_distance = squared[:, None] + squared[None] - 2 * features @ features.t()
+    distance = squared_distance.clamp_min(1e-12).sqrt()
+    same = pids[:, None] == pids[None]
+    if features.device.type == "cpu" and bool(same.all()):  # elsewhere a look would stop the device
+        raise ValueError("all images of the batch show one vehicle: a triplet needs another")
+    farthest = distance.masked_fill(~same, -torch.inf).amax(dim=1)
+    nearest = distance.masked_fill(same, torch.inf).amin(dim=1)
+    return F.softplus(farthest - nearest).mean().float()
+
+
+def identity_loss(logits: torch.Tensor, pids: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
+    """Cross-entropy over the vehicles, in float32; smoothing: epsilon of Szegedy et al., 2016, Sec. 7."""
+    return F.cross_entropy(logits.float(), pids, label_smoothing=smoothing)
+
+
+def over_branches(loss, outputs: list[torch.Tensor], pids: torch.Tensor) -> torch.Tensor:
+    """TransReID's sum over branches, as its code has it: the global one counts as much as the mean of the
+    local ones."""
+    first, *local = [loss(output, pids) for output in outputs]
+    return (first + torch.stack(local).mean()) / 2 if local else first
+
+
+def center_loss(features: torch.Tensor, pids: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
+    """1/2 mean_i ||x_i - c_{y_i}||^2 (Wen et al., ECCV 2016, eq. 2, per image); no gradient for the centres.
+
+    Args:
+        features: [N, D]. pids: [N] int64. centers: [K, D] float32.
+    """
+    return (features.float() - centers[pids]).square().sum(dim=1).mean() / 2
+
+
+@torch.no_grad()
+def move_centers(centers: torch.Tensor, features: torch.Tensor, pids: torch.Tensor, rate: float = 0.5) -> None:
+    """c_k <- c_k - rate * sum_{y_i = k} (c_k - x_i) / (1 + n_k), in place (Wen et al., 2016, eq. 4)."""
+    sums = torch.zeros_like(centers).index_add_(0, pids, centers[pids] - features.float())
+    counts = torch.zeros_like(centers[:, 0]).index_add_(0, pids, torch.ones_like(pids, dtype=centers.dtype))
+    centers -= rate * sums / (1 + counts[:, None])

@@ -186,7 +186,7 @@ class VisionTransformer(nn.Module):
         nn.init.normal_(self.cls_token, std=0.02)
         if hasattr(self, "mask_token"):
             nn.init.normal_(self.mask_token, std=0.02)
-        self.apply(_init_module)
+        self.apply(init_module)
 
     def normalize(self, imgs: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] in 0..255 -> float32 normalised; float input is taken as normalised."""
@@ -267,7 +267,7 @@ class VisionTransformer(nn.Module):
             raise InputError(f"picture {number} ({image}) cannot be read: {why_unreadable(error)}") from error
 
 
-def _init_module(module: nn.Module):
+def init_module(module: nn.Module):
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

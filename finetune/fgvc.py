@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from datasets.eval_images import CenterCrops
@@ -19,7 +20,6 @@ from models_transfg import TransFG, TransFGConfig, contrastive_loss
 from reports.fgvc import Answers, write_fgvc_report
 from util.dist import gather_rows, is_main_process, print_main, wait_for_main
 from util.errors import InputError
-from util.losses import identity_loss
 from util.optim import build_finetune_optimizer, cosine_lr
 from util.precision import scoring
 
@@ -154,7 +154,7 @@ def fgvc_loss(wrapped: nn.Module, batch: dict, args) -> dict[str, torch.Tensor]:
     all ranks; scalars, and the share of images whose class is named."""
     logits, features = wrapped(batch["imgs"])
     labels = batch["labels"]
-    terms = {"ce": identity_loss(logits, labels, args.smoothing)}
+    terms = {"ce": F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)}
     terms["loss"] = terms["ce"]
     if args.contrastive_weight:
         terms["contrastive"] = contrastive_loss(gather_rows(features), gather_rows(labels), args.contrastive_margin)

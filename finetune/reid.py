@@ -17,12 +17,19 @@ from finetune.reid_eval import evaluate_reid, flat_metrics, result_lines, unread
 from finetune.reid_model import KIND, in_the_models_numbers, load_reid, reid_config
 from finetune.task import Task
 from metrics.reid import draw_gallery, protocols_of
-from models_transreid import TransReID, TransReIDConfig
+from models_transreid import (
+    TransReID,
+    TransReIDConfig,
+    center_loss,
+    hard_triplet_loss,
+    identity_loss,
+    move_centers,
+    over_branches,
+)
 from models_vit import VisionTransformer
 from reports.reid import ReidTest, write_reid_report
 from util.dist import gather_rows, get_rank, get_world_size, is_main_process, print_main, wait_for_main
 from util.errors import InputError
-from util.losses import center_loss, hard_triplet_loss, identity_loss, move_centers, over_branches
 from util.optim import build_finetune_optimizer, transreid_lr
 from util.precision import scoring
 

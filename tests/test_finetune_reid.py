@@ -20,11 +20,10 @@ from engine_finetune import forward_backward, seed_of_step
 from finetune.reid_eval import extract_reid
 from finetune.reid_model import load_reid
 from models_mae import MODELS
-from models_transreid import TransReID, TransReIDConfig
+from models_transreid import TransReID, TransReIDConfig, center_loss, hard_triplet_loss, move_centers
 from models_vit import SameOnAnyRanksDropPath, VisionTransformer
 from util.checkpoint import read_checkpoint, write_safetensors
 from util.errors import InputError
-from util.losses import center_loss, hard_triplet_loss, move_centers
 from util.optim import build_finetune_optimizer, layer_number, transreid_lr
 from util.run_files import RunFiles
 

@@ -20,7 +20,7 @@ from datasets.transforms import distort_colours
 from finetune import seg
 from finetune.seg_eval import evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
 from metrics.seg import confusion_matrix, segmentation_numbers
-from models_setr import SETR, TAPS, SameOnAnyRanksBatchNorm, SETRConfig, scaled_taps, setr_loss, synchronized
+from models_setr import SETR, TAPS, CpuSyncBatchNorm, SETRConfig, scaled_taps, setr_loss, synchronized
 from models_vit import VisionTransformer
 from tools import convert_partimagenet
 from tools.convert_partimagenet import SYNSETS, fill_polygon, kind_of
@@ -139,7 +139,7 @@ def test_progressive_upsampling_by_hand():
 
 
 def test_batch_norm_of_one_rank_is_torchs():
-    ours, theirs = SameOnAnyRanksBatchNorm(6), torch.nn.BatchNorm2d(6)
+    ours, theirs = CpuSyncBatchNorm(6), torch.nn.BatchNorm2d(6)
     for _ in range(2):
         x = torch.randn(3, 6, 4, 5)
         assert torch.equal(ours(x), theirs(x))
@@ -148,7 +148,7 @@ def test_batch_norm_of_one_rank_is_torchs():
     assert synchronized(model, torch.device("cpu")) is model
     converted = torch.nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))  # as on several GPUs
     assert converted.state_dict().keys() == model.state_dict().keys()
-    assert not any(isinstance(module, SameOnAnyRanksBatchNorm) for module in converted.modules())
+    assert not any(isinstance(module, CpuSyncBatchNorm) for module in converted.modules())
 
 
 def test_the_loss_by_hand():

@@ -6,10 +6,9 @@ import math
 import pytest
 import torch
 
-from models_transreid import TransReID, TransReIDConfig, jigsaw_order
+from models_transreid import TransReID, TransReIDConfig, hard_triplet_loss, identity_loss, jigsaw_order, over_branches
 from models_vit import VisionTransformer
 from util.errors import InputError
-from util.losses import hard_triplet_loss, identity_loss, over_branches
 
 
 def tiny(size=(64, 64), stride=16, **more):
@@ -146,3 +145,12 @@ def test_branches_weigh_half_and_half():
     outputs = [torch.tensor([8.0]), torch.tensor([1.0]), torch.tensor([3.0])]
     assert over_branches(first_entry, outputs, None).item() == 5.0
     assert over_branches(first_entry, outputs[:1], None).item() == 8.0
+
+
+def test_label_smoothing_by_hand():
+    """Szegedy et al.: the target is 1 - eps on the class and eps / K everywhere."""
+    logits, eps = torch.tensor([[2.0, 0.0, -1.0]]), 0.3
+    p = (math.e**2, 1.0, math.e**-1)
+    logp = [math.log(x / sum(p)) for x in p]
+    expected = -((1 - eps + eps / 3) * logp[1] + eps / 3 * (logp[0] + logp[2]))
+    assert identity_loss(logits, torch.tensor([1]), eps).item() == pytest.approx(expected, abs=1e-6)
