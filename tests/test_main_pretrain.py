@@ -211,7 +211,7 @@ def test_stopping_leaves_a_resumable_checkpoint(pictures, tmp_path, processes, n
     os.killpg(process.pid, number)
     rest = process.stdout.read()
     assert process.wait(timeout=60) != 0
-    assert "saving the state of the last update" in rest
+    assert "saved the state of the last update" in rest
     content = read_checkpoint(out / "checkpoint-last.pth")
     steps = {int(s["step"]) for s in content["optimizer"]["state"].values()}
     assert steps == {(content["epoch"] + 1) * 5 + content["batches_done"]} and min(steps) >= 8
