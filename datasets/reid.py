@@ -97,7 +97,10 @@ class ReidData:
 
     def cameras(self) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
         """{test: (camids of the query, of the gallery; None: the protocol draws it)}."""
-        return {test: (query.camids, gallery and gallery.camids) for test, (query, gallery) in self.tests.items()}
+        return {
+            test: (query.camids, None if gallery is None else gallery.camids)
+            for test, (query, gallery) in self.tests.items()
+        }
 
     def sha256(self) -> str:
         """Identity of what is trained on: paths, order and labels."""

@@ -10,96 +10,56 @@ and a fraction 0 where its denominator is 0, as in the published code:
     F1        = mean_i 2 precision_i recall_i / (precision_i + recall_i)
 
 F1 is averaged over images; that of mean precision and mean recall, which other code reports, is F1_of_means.
-Labels that are not known (-1) count nowhere, and images of which nothing is known neither.
+Said: [n, A] bool. Labels: [n, A] int, 1 true, 0 not, -1 unknown; these count nowhere, and images of which nothing
+is known neither.
 """
-
-from dataclasses import dataclass
 
 import numpy as np
 
 THRESHOLD = 0.45  # of VTB
 
 
-def ratio(above: np.ndarray, below: np.ndarray) -> np.ndarray:
-    """above / below as float64, 0 where `below` is 0."""
-    return np.divide(above, below, out=np.zeros(np.shape(below)), where=np.asarray(below) > 0)
+def ratio(above: np.ndarray, below: np.ndarray, empty: float = 0.0) -> np.ndarray:
+    """above / below as float64, `empty` where `below` is 0."""
+    return np.divide(above, below, out=np.full(np.shape(below), empty), where=np.asarray(below) > 0)
 
 
-@dataclass(frozen=True)
-class Counts:
+def confusion(said: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
     """TP, FN, TN, FP of each attribute, [A] int64."""
+    true, false = labels == 1, labels == 0
+    return tuple(part.sum(axis=0) for part in (said & true, ~said & true, ~said & false, said & false))
 
-    tp: np.ndarray
-    fn: np.ndarray
-    tn: np.ndarray
-    fp: np.ndarray
 
-    @classmethod
-    def of(cls, said: np.ndarray, labels: np.ndarray) -> "Counts":
-        """said: [n, A] bool. labels: [n, A] int, 1 true, 0 not, -1 unknown."""
-        true, false = labels == 1, labels == 0
-        parts = (said & true, ~said & true, ~said & false, said & false)
-        return cls(*(part.sum(axis=0, dtype=np.int64) for part in parts))
-
-    @property
-    def support(self) -> np.ndarray:
-        """[A] int64 images for which the attribute is true."""
-        return self.tp + self.fn
-
-    @property
-    def known(self) -> np.ndarray:
-        return self.support + self.tn + self.fp
-
-    @property
-    def tpr(self) -> np.ndarray:
-        """[A] float64, 0 where no image has the attribute."""
-        return ratio(self.tp, self.support)
-
-    @property
-    def tnr(self) -> np.ndarray:
-        return ratio(self.tn, self.tn + self.fp)
-
-    @property
-    def balanced(self) -> np.ndarray:
-        """[A] float64, the terms of mA."""
-        return (self.tpr + self.tnr) / 2
-
-    @property
-    def is_supported(self) -> np.ndarray:
-        """[A] bool: both kinds of image are there, so that the term of mA can reach 1."""
-        return (self.support > 0) & (self.tn + self.fp > 0)
+def balanced(said: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """[A] float64, the terms of mA."""
+    tp, fn, tn, fp = confusion(said, labels)
+    return (ratio(tp, tp + fn) + ratio(tn, tn + fp)) / 2
 
 
 def attribute_metrics(said: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """The numbers of one answer.
+    """mA, accuracy, precision, recall, F1, F1_of_means and mA_supported in [0, 1] (mA_supported: the mean over the
+    attributes with true and false images alone; NaN where there is none).
 
-    Args:
-        said: [n, A] bool. labels: [n, A] int, 1 true, 0 not, -1 unknown.
-    Returns:
-        mA, accuracy, precision, recall, F1, F1_of_means and mA_supported in [0, 1] (mA_supported: the mean
-        over the attributes with true and false images alone; NaN where there is none).
     Raises:
         ValueError: shapes differ, or nothing is known.
     """
     if said.shape != labels.shape or said.ndim != 2:
         raise ValueError(f"answers {said.shape} and labels {labels.shape} must both be [n, A]")
-    known = labels >= 0
-    if not known.any():
+    rows = (labels >= 0).any(axis=1)
+    if not rows.any():
         raise ValueError("not one label is known")
-    counts = Counts.of(said, labels)
-    rows = known.any(axis=1)
-    true, answer = (labels == 1)[rows], (said & known)[rows]
+    true, answer = (labels == 1)[rows], (said & (labels >= 0))[rows]
     both = (true & answer).sum(axis=1)
     precision, recall = ratio(both, answer.sum(axis=1)), ratio(both, true.sum(axis=1))
-    f1 = ratio(2 * precision * recall, precision + recall)
     means = float(precision.mean()), float(recall.mean())
-    supported = counts.balanced[counts.is_supported]
+    terms = balanced(said, labels)
+    supported = terms[(labels == 1).any(axis=0) & (labels == 0).any(axis=0)]
     return {
-        "mA": float(counts.balanced.mean()),
+        "mA": float(terms.mean()),
         "accuracy": float(ratio(both, (true | answer).sum(axis=1)).mean()),
         "precision": means[0],
         "recall": means[1],
-        "F1": float(f1.mean()),
+        "F1": float(ratio(2 * precision * recall, precision + recall).mean()),
         "F1_of_means": 2 * means[0] * means[1] / (sum(means) or 1.0),
         "mA_supported": float(supported.mean()) if len(supported) else float("nan"),
     }
@@ -110,9 +70,6 @@ def constant_answer(labels: np.ndarray) -> np.ndarray:
 
     The k commonest attributes are said to be true, with the k of the highest mean F1 on the training images;
     of equal ones the fewest, and of equally common attributes the first.
-
-    Args:
-        labels: [n, A] int, 1 true, 0 not, -1 unknown.
     """
     known, true = labels >= 0, labels == 1
     order = np.argsort(-ratio(true.sum(axis=0), known.sum(axis=0)), kind="stable")
@@ -129,12 +86,8 @@ def constant_answer(labels: np.ndarray) -> np.ndarray:
 
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Area under precision over recall, in steps: sum_k (R_k - R_{k-1}) P_k over the different scores, from
-    the highest on; NaN where no label is true.
-
-    Args:
-        scores: [n] float. labels: [n] int, 1 true, 0 not, -1 unknown.
-    """
+    """Area under precision over recall of one attribute, in steps: sum_k (R_k - R_{k-1}) P_k over the different
+    scores, from the highest on; NaN where no label is true. scores: [n] float; labels: [n] int."""
     scores, true = scores[labels >= 0], (labels[labels >= 0] == 1)
     if not true.any():
         return float("nan")
@@ -145,12 +98,8 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def group_top1(probs: np.ndarray, labels: np.ndarray, columns: list[int]) -> float:
-    """Share of images whose most probable attribute of a group is the true one, among those with exactly one
-    true one; NaN where there is no such image.
-
-    Args:
-        probs: [n, A] float. labels: [n, A] int. columns: of the group, of which one is true.
-    """
+    """Share of images whose most probable attribute among `columns` is the true one, of those with exactly one
+    true one; NaN where there is no such image. probs: [n, A] float."""
     inside = labels[:, columns] == 1
     rows = inside.sum(axis=1) == 1
     if not rows.any():
@@ -170,26 +119,25 @@ def attribute_rows(
     answer of training.
 
     Args:
-        rates: [A] float, share of true images in training.
+        probs: [n, A] float. rates: [A] float, share of true images in training.
     """
-    counts = Counts.of(probs > threshold, labels)
-    constant = Counts.of(np.broadcast_to(rates > 0.5, labels.shape), labels)
-    rows = []
-    for a, name in enumerate(names):
-        images = max(int(counts.known[a]), 1)
-        rows.append({
-            "attribute": name,
-            "train_rate": float(rates[a]),
-            "images": int(counts.known[a]),
-            "support": int(counts.support[a]),
-            "positive_rate": float(counts.support[a] / images),
-            "TPR": float(counts.tpr[a]) if counts.support[a] else float("nan"),
-            "TNR": float(counts.tnr[a]) if counts.tn[a] + counts.fp[a] else float("nan"),
-            "mA": float(counts.balanced[a]),
-            "constant_mA": float(constant.balanced[a]),
-            "AP": average_precision(probs[:, a], labels[:, a]),
-            "constant_AP": float(counts.support[a] / images),
-            "accuracy": float((counts.tp[a] + counts.tn[a]) / images),
-            "constant_accuracy": float((constant.tp[a] + constant.tn[a]) / images),
-        })  # fmt: skip
-    return rows
+    said, constant = probs > threshold, np.broadcast_to(rates > 0.5, labels.shape)
+    tp, fn, tn, fp = confusion(said, labels)
+    images, support = (labels >= 0).sum(axis=0), tp + fn
+    right = ((labels == 1) == constant) & (labels >= 0)
+    columns = {
+        "attribute": np.array(names, dtype=object),
+        "train_rate": rates,
+        "images": images,
+        "support": support,
+        "positive_rate": ratio(support, images),
+        "TPR": ratio(tp, support, np.nan),
+        "TNR": ratio(tn, tn + fp, np.nan),
+        "mA": balanced(said, labels),
+        "constant_mA": balanced(constant, labels),
+        "AP": np.array([average_precision(*pair) for pair in zip(probs.T, labels.T)]),
+        "constant_AP": ratio(support, images),
+        "accuracy": ratio(tp + tn, images),
+        "constant_accuracy": ratio(right.sum(axis=0), images),
+    }
+    return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]

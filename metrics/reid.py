@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 BLOCK_NUMBERS = 1 << 25  # similarities held at a time
 SORTED_AT_ONCE = 1 << 18  # similarities sorted by one thread: what stays in its cache
+MARKS = ("wrong", "right", "junk")
 BINS = 20_000  # of the cosines in [-1, 1]: those of some encoders fill a hundredth of it
 
 
@@ -39,9 +40,6 @@ class FeatureSet(NamedTuple):
         return FeatureSet(*(part[rows] for part in self))
 
 
-# protocols
-
-
 @dataclass(frozen=True)
 class Protocol:
     """The rules of one number.
@@ -50,8 +48,7 @@ class Protocol:
     remove_same_camera: gallery images of the query's vehicle and camera do not count (VeRi-776's rule; also
         what VERI-Wild's authors ask for, though their scripts keep them, which adds about 4 points of mAP).
     draws: 0, or how often one random image of each vehicle becomes the gallery and the rest the queries
-        (VehicleID); the scores are means over the draws.
-    seed: of the draws; draw i is a function of (seed, i) and the list.
+        (VehicleID); the scores are means over the draws. Draw i is a function of (seed, i) and the list.
     rerank: (k1, k2, lambda) of `reranked_blocks`, or None.
     """
 
@@ -77,23 +74,18 @@ class Protocol:
 def protocols_of(
     name: str, cameras: dict[str, tuple[np.ndarray, np.ndarray | None]], keep_same_camera: bool = False, seed: int = 0
 ) -> dict[str, Protocol]:
-    """The protocol of each test of a set: {test: Protocol}.
+    """The protocol of each test of a set.
 
     Args:
-        name: of the set. cameras: {test: (camids of the query, of the gallery)}, -1 where a camera is not known;
-            None: the gallery is drawn.
-        keep_same_camera: the other variant, under another name.
-        seed: of VehicleID's draws.
+        name: of the set. cameras: {test: (camids of the query, of the gallery)}, -1: not known; None: drawn.
+        keep_same_camera: the other variant, under another name. seed: of the draws.
     """
     found = {}
     for test, (query, gallery) in cameras.items():
-        title = name if test == "test" else f"{name}/{test}"
-        if gallery is None:
-            found[test] = Protocol(title, False, draws=10, seed=seed)
-            continue
-        known = bool((query >= 0).all() and (gallery >= 0).all())
+        title, draws = name if test == "test" else f"{name}/{test}", (10, seed) if gallery is None else ()
+        known = gallery is not None and bool((query >= 0).all() and (gallery >= 0).all())
         title += "/same-camera-kept" * (keep_same_camera and known)
-        found[test] = Protocol(title, known and not keep_same_camera)
+        found[test] = Protocol(title, known and not keep_same_camera, *draws)
     return found
 
 
@@ -108,11 +100,8 @@ def draw_gallery(pids: np.ndarray, seed: int, draw: int) -> tuple[np.ndarray, np
 def evaluate(
     protocol: Protocol, query: FeatureSet, gallery: FeatureSet | None = None, device: torch.device | str = "cpu"
 ) -> dict[str, float]:
-    """Score features by a protocol; without a gallery it is drawn from the queries.
-
-    Returns:
-        What `scores` returns; with draws the means, and the standard deviations over them as mAP_std, R1_std ...
-    """
+    """`scores` by a protocol; without a gallery it is drawn from the queries, and the scores are means over the
+    draws, with standard deviations as mAP_std, R1_std ..."""
 
     def score(query: FeatureSet, gallery: FeatureSet) -> dict[str, float]:
         cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else ()
@@ -129,12 +118,9 @@ def evaluate(
     return result | spread
 
 
-# ranks and scores
-
-
 @dataclass(frozen=True)
 class Ranks:
-    """What every metric needs of one query set against one gallery.
+    """Ranks of the true matches.
 
     hits: [H] int64, ranks (from 1) of the gallery images of each query's vehicle, query by query, ascending;
     offsets: [Q + 1] int64, the hits of query q are hits[offsets[q]:offsets[q + 1]].
@@ -152,66 +138,52 @@ class Ranks:
         counts, scored = self.counts(), self.counts() > 0
         place = np.arange(len(self.hits)) - np.repeat(self.offsets[:-1], counts) + 1
         ap = np.full(len(counts), np.nan)
-        if scored.any():
-            ap[scored] = np.add.reduceat(place / self.hits, self.offsets[:-1][scored]) / counts[scored]
+        ap[scored] = np.add.reduceat(place / self.hits, self.offsets[:-1][scored]) / counts[scored]
         return ap
 
 
 def scores(ranks: Ranks, topk: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
-    """mAP, CMC ("R1", ...), mINP in [0, 1], and the numbers of scored and of matchless queries.
-
-    NaN where no query has a match.
-    """
+    """mAP, CMC ("R1", ...), mINP in [0, 1], NaN where no query has a match; numbers of scored and of matchless
+    queries."""
     counts = ranks.counts()
     scored = counts > 0
-    result: dict[str, float] = {"queries": int(scored.sum()), "queries_without_match": int((~scored).sum())}
-    if not scored.any():
-        return {"mAP": np.nan, **{f"R{k}": np.nan for k in topk}, "mINP": np.nan, **result}
     first, last = ranks.hits[ranks.offsets[:-1][scored]], ranks.hits[ranks.offsets[1:][scored] - 1]
-    cmc = {f"R{k}": float((first <= k).mean()) for k in topk}
-    ap, inp = ranks.average_precision()[scored], counts[scored] / last
-    return {"mAP": float(ap.mean()), **cmc, "mINP": float(inp.mean()), **result}
+    each = {"mAP": ranks.average_precision()[scored], **{f"R{k}": first <= k for k in topk}}
+    each["mINP"] = counts[scored] / last
+    means = {name: float(values.mean()) if len(values) else np.nan for name, values in each.items()}
+    return means | {"queries": int(scored.sum()), "queries_without_match": int((~scored).sum())}
 
 
 def cosine_blocks(
     query: torch.Tensor, gallery: torch.Tensor, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
-    """[q, G] float32 cosines of some queries at a time with the whole gallery, in order.
-
-    A block is good until the next one is asked for, which takes its memory.
-
-    Raises:
-        ValueError: a feature is not finite.
-    """
-    q, g = (x.to(device).float() for x in (query, gallery))
-    for name, x in (("query", q), ("gallery", g)):
-        bad = (~torch.isfinite(x).all(dim=1)).nonzero()
+    """[q, G] float32 cosines of some queries at a time with the whole gallery, in order. A block is good until the
+    next one is asked for, which takes its memory. ValueError where a feature is not finite."""
+    unit = []
+    for name, x in (("query", query), ("gallery", gallery)):
+        x = x.to(device).float()
+        lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+        bad = (~torch.isfinite(lengths)).nonzero()
         if len(bad):
-            raise ValueError(f"{name}: the features of row {int(bad[0])} are not finite")
-    q, g = F.normalize(q, dim=1), F.normalize(g, dim=1)
-    blocks = -(-len(q) // max(1, BLOCK_NUMBERS // max(len(g), 1)))
-    rows = max(1, -(-len(q) // max(1, blocks)))  # of one size: a small last one would multiply slower
+            raise ValueError(f"{name}: the features of row {int(bad[0, 0])} are not finite")
+        unit.append(x / lengths.clamp_min(1e-12))
+    q, g = unit
+    parts = q.chunk(max(1, -(-len(q) * len(g) // BLOCK_NUMBERS)))  # of one size: a small last one would be slower
     # numpy asks the system for large pages, torch does not: first touching those takes a third of the product's time
-    block = torch.from_numpy(np.empty((rows, len(g)), np.float32)).to(device)
-    for part in q.split(rows):
+    block = torch.from_numpy(np.empty((len(parts[0]), len(g)), np.float32)).to(device)
+    for part in parts:
         yield torch.mm(part, g.t(), out=block[: len(part)])
 
 
 def rank_blocks(
-    blocks: Iterable[torch.Tensor],
-    query_pids: np.ndarray,
-    gallery_pids: np.ndarray,
-    query_camids: np.ndarray | None = None,
-    gallery_camids: np.ndarray | None = None,
+    blocks: Iterable[torch.Tensor], query_pids, gallery_pids, query_camids=None, gallery_camids=None
 ) -> Ranks:
-    """Ranks of all true matches.
-
-    Only the similarities are sorted, not the images with them, which vector instructions do several times
-    faster; looking up those of the true matches gives their ranks.
+    """Ranks of all true matches. Only the similarities are sorted, not the images with them, which vector
+    instructions do several times faster; looking up those of the true matches gives their ranks.
 
     Args:
         blocks: [q, G] similarities of some queries at a time, in order; junk in them is overwritten.
-        query_camids, gallery_camids: gallery images of the same vehicle and camera are junk. None: no junk.
+        query_camids, gallery_camids: [Q], [G] int64, images of one vehicle and camera are junk; None: no junk.
     Raises:
         ValueError: the pids are not as many as the similarities.
     """
@@ -228,7 +200,8 @@ def rank_blocks(
             good = gallery_camids[same] != query_camids[part][owner]
         counts[part] = np.bincount(owner[good], minlength=len(similar))
         if good.any():
-            similar[_pairs(similar, owner[~good], same[~good])] = -torch.inf
+            junk = torch.from_numpy(np.stack([owner, same])[:, ~good]).to(similar.device)
+            similar[junk[0], junk[1]] = -torch.inf
             hits.append(_block_ranks(similar, owner[good], same[good], counts[part]))
         start = part.stop
     if start != len(query_pids):
@@ -243,21 +216,15 @@ def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return low[owner] + np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths), owner
 
 
-def _pairs(similar: torch.Tensor, rows: np.ndarray, columns: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    return torch.from_numpy(rows).to(similar.device), torch.from_numpy(columns).to(similar.device)
-
-
 def _block_ranks(similar: torch.Tensor, owner: np.ndarray, good: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """Ranks of pairs of one block, query by query, ascending.
+    """[n] int64 ranks of pairs of one block, query by query, ascending.
 
     Args:
         similar: [q, G]. owner, good: [n] int64 rows, ascending, and columns. counts: [q] int64 pairs of each row.
-    Returns:
-        [n] int64.
     """
-    rows, columns = _pairs(similar, owner, good)
+    slots, _ = _ranges(np.zeros_like(counts), counts)
+    rows, columns, slots = (torch.from_numpy(ids).to(similar.device) for ids in (owner, good, slots))
     values = similar[rows, columns]
-    slots = torch.from_numpy(_ranges(np.zeros_like(counts), counts)[0]).to(similar.device)
     padded = torch.full((len(similar), int(counts.max())), torch.inf, device=similar.device)
     padded[rows, slots] = values
     ordered = _sorted_rows(similar)
@@ -275,20 +242,11 @@ def _sorted_rows(similar: torch.Tensor) -> torch.Tensor:
     """[q, G] float32 with ascending rows."""
     if similar.device.type != "cpu":
         return similar.sort(dim=1).values
-    source, ordered = similar.numpy(), np.empty(similar.shape, np.float32)
-    step = max(1, SORTED_AT_ONCE // max(similar.shape[1], 1))
-
-    def sort(start: int) -> None:
-        part = slice(start, start + step)
-        ordered[part] = source[part]
-        ordered[part].sort(axis=1)  # numpy does it with vector instructions, torch does not
-
-    with ThreadPoolExecutor(max(1, torch.get_num_threads())) as pool:
-        list(pool.map(sort, range(0, len(ordered), step)))
+    ordered = similar.numpy().copy()
+    parts = np.array_split(ordered, -(-ordered.size // SORTED_AT_ONCE))
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        list(pool.map(lambda part: part.sort(axis=1), parts))  # in place; numpy has vector instructions for it
     return torch.from_numpy(ordered)
-
-
-# what a page shows
 
 
 class Card(NamedTuple):
@@ -306,9 +264,7 @@ class Ranking:
     ranks: of all true matches. ap: [Q] float64 in [0, 1], NaN: no match. chosen: {section: query rows, in
     order}; similar: {query row: [G] float32} of those. true, others: [BINS] int64, pairs of the same vehicle
     without junk, and of different vehicles, by cosine.
-
-    Args:
-        shown: queries a section. seed: of the random section.
+    shown: queries a section. seed: of the random section.
     """
 
     def __init__(self, protocol: Protocol, query: FeatureSet, gallery: FeatureSet, shown: int, seed: int, device="cpu"):
@@ -320,30 +276,28 @@ class Ranking:
         self.chosen = self._choose(shown, seed)
         wanted, self.similar = np.unique(np.concatenate(list(self.chosen.values()))).tolist(), {}
         for rows, similar in self._blocks():  # the same products again: others differ in the last digit
-            self.similar |= {q: similar[q - rows[0]].cpu().numpy().copy() for q in wanted if q in rows}
+            here = [q for q in wanted if rows.start <= q < rows.stop]
+            self.similar |= {q: similar[q - rows.start].cpu().numpy().copy() for q in here}
 
-    def _blocks(self) -> Iterator[tuple[range, torch.Tensor]]:
+    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """(rows of the queries, [q, G] float32 cosines)."""
         start = 0
         for similar in cosine_blocks(self.query.features, self.gallery.features, self.device):
-            yield range(start, start + len(similar)), similar
+            yield slice(start, start + len(similar)), similar
             start += len(similar)
 
     def _counted_blocks(self) -> Iterator[torch.Tensor]:
         for rows, similar in self._blocks():
-            right, junk = (torch.from_numpy(x).to(similar.device) for x in self._masks(rows))
-            self.true += _histogram(similar[right])
-            self.others += _histogram(similar[~(right | junk)])
+            marks = torch.from_numpy(self._marks(rows)).to(similar.device)
+            self.others += _histogram(similar[marks == 0])
+            self.true += _histogram(similar[marks == 1])
             yield similar
 
-    def _masks(self, rows: range) -> tuple[np.ndarray, np.ndarray]:
-        """[q, G] bool each: gallery images of the query's vehicle that count, and those that are junk."""
-        part = slice(rows.start, rows.stop)
-        same = self.gallery.pids == self.query.pids[part, None]
-        if not self.protocol.remove_same_camera:
-            return same, np.zeros_like(same)
-        junk = same & (self.gallery.camids == self.query.camids[part, None])
-        return same & ~junk, junk
+    def _marks(self, rows: slice) -> np.ndarray:
+        """[q, G] int8, places in MARKS."""
+        same = self.gallery.pids == self.query.pids[rows, None]
+        junk = same & self.protocol.remove_same_camera & (self.gallery.camids == self.query.camids[rows, None])
+        return same + junk.astype(np.int8)
 
     def _choose(self, shown: int, seed: int) -> dict[str, np.ndarray]:
         scored = np.flatnonzero(~np.isnan(self.ap))
@@ -361,15 +315,13 @@ class Ranking:
         """The list of a chosen query: its first `topk` counted images, up to as many junk ones among them,
         and the first right one where it comes later. Ties in the order of the gallery."""
         order = np.argsort(-self.similar[row], kind="stable")
-        right, junk = (mask[0, order] for mask in self._masks(range(row, row + 1)))
-        rank = np.cumsum(~junk)
-        within = (rank - ~junk < topk) & (~junk | (np.cumsum(junk) <= topk))
-        within[np.flatnonzero(right)[:1]] = True
-        mark = np.where(right, "right", np.where(junk, "junk", "wrong"))
-        return [
-            Card(int(order[i]), int(rank[i] * ~junk[i]), str(mark[i]), float(self.similar[row][order[i]]))
-            for i in np.flatnonzero(within)
-        ]
+        marks, cosines = self._marks(slice(row, row + 1))[0, order], self.similar[row][order]
+        counted = marks < 2
+        ranks = np.cumsum(counted)
+        within = (ranks - counted < topk) & (counted | (np.cumsum(~counted) <= topk))
+        within[np.flatnonzero(marks == 1)[:1]] = True
+        ranks, marks = (ranks * counted).tolist(), [MARKS[mark] for mark in marks]
+        return [Card(int(order[i]), ranks[i], marks[i], float(cosines[i])) for i in np.flatnonzero(within)]
 
 
 def _histogram(cosines: torch.Tensor) -> np.ndarray:
@@ -378,16 +330,8 @@ def _histogram(cosines: torch.Tensor) -> np.ndarray:
     return torch.bincount(place, minlength=BINS).cpu().numpy()
 
 
-# re-ranking
-
-
 def reranked_blocks(
-    query: torch.Tensor,
-    gallery: torch.Tensor,
-    k1: int = 20,
-    k2: int = 6,
-    weight: float = 0.3,
-    device: torch.device | str = "cpu",
+    query: torch.Tensor, gallery: torch.Tensor, k1: int, k2: int, weight: float, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
     """k-reciprocal encoding (Zhong et al., CVPR 2017, arXiv 1701.08398) without N x N matrices.
 
@@ -397,12 +341,10 @@ def reranked_blocks(
     nearest (eq. 11). The Jaccard distance of v (eq. 10) is mixed with d (eq. 12).
 
     Args:
-        query, gallery: [Q, D], [G, D] float.
         k1, k2: neighbours that may be reciprocal, and over how many a vector is averaged.
         weight: lambda, share of d in the final distance.
     Yields:
-        [q, G] float32 on the CPU, minus the final distance of some queries at a time. Memory: N x (k1 + 1)
-        neighbours and about N x 3 k1 numbers of v.
+        [q, G] float32 on the CPU, minus the final distance of some queries at a time.
     """
     x = F.normalize(torch.cat([query, gallery]).to(device).float(), dim=1)
     Q, N = len(query), len(x)
@@ -418,25 +360,27 @@ def reranked_blocks(
     by_column = np.argsort(columns, kind="stable")
     column_rows, column_values = rows[by_column], values[by_column]
     column_offsets = np.searchsorted(columns[by_column], np.arange(N + 1))
-    for part in torch.arange(Q).split(max(1, BLOCK_NUMBERS // N)):
-        first = (2 - 2 * (x[part] @ x[Q:].t())).cpu().numpy() / largest[part.numpy(), None]
-        jaccard = np.empty((len(part), N - Q), dtype=np.float32)
-        for i in part.tolist():
+    start = 0
+    for similar in cosine_blocks(query, gallery, device):
+        first = (2 - 2 * similar).cpu().numpy() / largest[start : start + len(similar), None]
+        jaccard = np.empty_like(first)
+        for i in range(start, start + len(similar)):
             mine = slice(offsets[i], offsets[i + 1])
             place, owner = _ranges(column_offsets[columns[mine]], column_offsets[columns[mine] + 1])
             shared = np.minimum(values[mine][owner], column_values[place])
             common = np.bincount(column_rows[place], weights=shared, minlength=N)[Q:]
-            jaccard[i - int(part[0])] = 1 - common / (2 - common)
+            jaccard[i - start] = 1 - common / (2 - common)
+        start += len(similar)
         yield torch.from_numpy(-((1 - weight) * jaccard + weight * first).astype(np.float32))
 
 
 def _neighbours(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     """([N, k] int64 the nearest of each, itself first, [N] the largest squared distance of each)."""
     near, largest = [], []
-    for part in torch.arange(len(x), device=x.device).split(max(1, BLOCK_NUMBERS // len(x))):
-        d = 2 - 2 * (x[part] @ x.t())
+    for similar in cosine_blocks(x, x, x.device):
+        d, start = 2 - 2 * similar, sum(map(len, near))
         largest.append(d.amax(dim=1).cpu())
-        d[torch.arange(len(part), device=x.device), part] = -1  # first, also among equals
+        d[:, start : start + len(d)].fill_diagonal_(-1)  # itself first, also among equals
         near.append(d.topk(k, dim=1, largest=False).indices.cpu())
     return torch.cat(near).numpy(), torch.cat(largest).numpy()
 
@@ -470,7 +414,5 @@ def _averaged(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, near: n
     N, k2 = near.shape
     offsets = np.searchsorted(rows, np.arange(N + 1))
     place, owner = _ranges(offsets[near.ravel()], offsets[near.ravel() + 1])
-    keys = owner // k2 * N + columns[place]
-    order = np.argsort(keys, kind="stable")
-    keys, starts = np.unique(keys[order], return_index=True)
-    return keys // N, keys % N, (np.add.reduceat(values[place][order], starts) / k2).astype(np.float32)
+    keys, inverse = np.unique(owner // k2 * N + columns[place], return_inverse=True)
+    return keys // N, keys % N, (np.bincount(inverse, values[place]) / k2).astype(np.float32)

@@ -236,6 +236,7 @@ def tiny(**more):
     model = VisionTransformer((48, 32), 16, 24, 3, 3, **more)
     for block in model.blocks:  # attention far from uniform
         torch.nn.init.normal_(block.attn.qkv.weight, std=0.6)
+        block.attn.fused_attn = False  # `slow_rollout` reads the weights
     return model
 
 
