@@ -2,11 +2,11 @@
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import open_clip
 import pytest
@@ -77,8 +77,11 @@ def command(*words: str, processes: int = 1) -> list[str]:
 
 
 def run_command(words: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout)
+    """Run what `command` has made: in processes that need not import torch again."""
+    words, processes = words[1:], 1
+    if words[:2] == ["-m", "torch.distributed.run"]:
+        processes, words = int(words[3].partition("=")[2]), words[4:]
+    return forked.run(words, processes, timeout)
 
 
 def read_log(output: Path) -> list[dict]:
