@@ -188,23 +188,10 @@ class SETR(nn.Module):
         return self.logits(imgs, aux=False)[0]
 
 
-def labelled_pixels(masks: torch.Tensor) -> torch.Tensor:
-    """How many pixels have a label, in the batches of all ranks together, divided by the number of ranks:
-    what sums of one rank are divided by, so that their mean over ranks is the mean over those pixels.
-
-    Args:
-        masks: [N, H, W] integers, 255 where there is no label.
-    """
-    count = (masks != IGNORE).sum().float()
-    if get_world_size() > 1:
-        dist.all_reduce(count)
-    return count.clamp_min(1) / get_world_size()
-
-
 def setr_loss(
     outputs: list[torch.Tensor], masks: torch.Tensor, aux_weight: float = 0.4, smoothing: float = 0.0
 ) -> dict[str, torch.Tensor]:
-    """SETR's loss (Sec. 3.3): L = L_main + aux_weight sum_k L_aux_k, each the cross-entropy of the P labelled pixels
+    """SETR's loss (Sec. 3.3): L = L_main + aux_weight sum_k L_aux_k, each a mean over all ranks' P labelled pixels
 
         - 1/P sum_{p: y_p != 255} log softmax(z_p)[y_p]
 
@@ -214,7 +201,10 @@ def setr_loss(
     Returns:
         loss; main and aux, its parts; accuracy: share of labelled pixels that the main head names.
     """
-    pixels, masks = labelled_pixels(masks), masks.long()
+    pixels, masks, world = (masks != IGNORE).sum().float(), masks.long(), get_world_size()
+    if world > 1:
+        dist.all_reduce(pixels)
+    pixels = pixels.clamp_min(1) / world  # so that the mean of the ranks' losses is the mean over all P pixels
     options = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": smoothing}
     main, *aux = [F.cross_entropy(x.float(), masks, **options) / pixels for x in outputs]
     terms = {"main": main, "loss": main}

@@ -40,25 +40,6 @@ def queries_and_keys(block: Block, x: torch.Tensor) -> tuple[torch.Tensor, torch
     return attn.q_norm(q) * attn.scale, attn.k_norm(k)
 
 
-def row_times_attention(
-    row: torch.Tensor, q: torch.Tensor, k: torch.Tensor, rows_at_once: int = ROWS_AT_ONCE
-) -> torch.Tensor:
-    """r A with A = softmax(q k^T), a few rows of A at a time: memory grows with T, not with T^2.
-
-    Args:
-        row: [N, h, T] float32. q, k: [N, h, T, d] float, q scaled.
-        rows_at_once: of A, of every image and head.
-    Returns:
-        [N, h, T] float32.
-    """
-    found, k = torch.zeros_like(row), k.float().transpose(-2, -1)
-    for start in range(0, row.shape[2], rows_at_once):
-        part = slice(start, start + rows_at_once)
-        weights = (q[:, :, part].float() @ k).softmax(dim=-1)  # [N, h, rows_at_once, T]
-        found += (row[:, :, None, part] @ weights)[:, :, 0]
-    return found
-
-
 @torch.no_grad()
 def class_token_row(
     blocks: Sequence[Block], inputs: Sequence[torch.Tensor], rows_at_once: int = ROWS_AT_ONCE
@@ -70,7 +51,7 @@ def class_token_row(
     products a block in place of T^3, and no matrix is kept. Sums are float32, also under autocast.
 
     Args:
-        blocks: in order; inputs: [N, T, D] tokens as they enter each of them.
+        blocks: in order; inputs: [N, T, D] tokens as they enter each of them. rows_at_once: of A in memory.
     Returns:
         [N, h, T] float32; rows sum to 1.
     """
@@ -78,10 +59,12 @@ def class_token_row(
     for block, x in zip(reversed(blocks), reversed(inputs)):
         q, k = queries_and_keys(block, x)
         with torch.autocast(x.device.type, enabled=False):
+            q, k = q.float(), k.float().transpose(-2, -1)
             if row is None:  # e_0 A_n is a row of A_n
-                row = (q[:, :, :1].float() @ k.float().transpose(-2, -1)).softmax(dim=-1)[:, :, 0]
-            else:
-                row = row_times_attention(row, q, k, rows_at_once)
+                row = (q[:, :, :1] @ k).softmax(dim=-1)[:, :, 0]
+                continue
+            parts = zip(row.split(rows_at_once, dim=2), q.split(rows_at_once, dim=2))  # of r, and rows of A
+            row = sum((part[:, :, None] @ (rows @ k).softmax(dim=-1))[:, :, 0] for part, rows in parts)
     return row
 
 

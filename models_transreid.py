@@ -83,11 +83,7 @@ class TransReID(nn.Module):
             nn.init.normal_(classifier.weight, std=0.001)
 
     def side_rows(self, camids: torch.Tensor | None, viewids: torch.Tensor | None) -> torch.Tensor:
-        """[N] int64 rows of the table of side information.
-
-        Raises:
-            InputError: an id that the table has no row for, or none given.
-        """
+        """[N] int64 rows of the table of side information; InputError for an id that it has no row for."""
         rows = 0
         if self.config.unknown_view and viewids is not None:
             viewids = torch.where(viewids < 0, self.config.views - 1, viewids)
@@ -109,14 +105,8 @@ class TransReID(nn.Module):
 
     @torch.no_grad()
     def forget_unseen(self, camids: torch.Tensor, viewids: torch.Tensor) -> torch.Tensor:
-        """Set rows of the table of side information that training does not show to zero: they would stay
-        random, and count `sie_weight` times.
-
-        Args:
-            camids, viewids: [n] int64 of all training images, on the CPU.
-        Returns:
-            [*] int64, those rows.
-        """
+        """Set rows of the table of side information that no training image shows (camids, viewids: [n] int64) to
+        zero, as they would stay random. Returns [*] int64, those rows."""
         if self.sie_embed is None:
             return torch.zeros(0, dtype=torch.int64)
         rows = torch.arange(len(self.sie_embed))
