@@ -1,22 +1,20 @@
 """Re-identification: TransReID and its baseline, from flags to a task that can be trained and scored."""
 
-import argparse
-import math
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
-from datasets.reid import ReidData, ReidImages, ReidTrainImages, read_reid
+from datasets.eval_images import WholeImages
+from datasets.reid import UNKNOWN, ReidData, ReidImages, ReidTrainImages, read_reid
 from datasets.samplers import PKBatches, count_used
 from datasets.transforms import PadCropErase, erase_boxes
-from finetune.encoder import build_encoder, check_trained
-from finetune.predict import write_unreadable
-from finetune.reid_eval import evaluate_reid, flat_metrics, result_lines, unreadable_of
-from finetune.reid_model import KIND, in_the_models_numbers, load_reid, reid_config
-from finetune.task import Task
-from metrics.reid import draw_gallery, protocols_of
+from engine_finetune import Task, evaluation, predict, write_unreadable
+from finetune.encoder import Trained, build_encoder, build_optimizer, transreid_schedule
+from metrics.reid import FeatureSet, Protocol, draw_gallery, protocols_of
+from metrics.reid import evaluate as evaluate_features
 from models_transreid import (
     TransReID,
     TransReIDConfig,
@@ -30,73 +28,9 @@ from models_vit import VisionTransformer
 from reports.reid import ReidTest, write_reid_report
 from util.dist import gather_rows, get_rank, get_world_size, is_main_process, print_main, wait_for_main
 from util.errors import InputError
-from util.optim import build_finetune_optimizer, transreid_lr
-from util.precision import scoring
 
 # up to which a published set numbers its cameras: train alone may not show the last
 CAMERAS = {"veri776": 20, "veriwild": 175}
-
-RECIPE = {  # TransReID's
-    "input_size": "256", "drop_path": 0.1, "batch_size": 64, "epochs": 120, "warmup_epochs": 5.0,
-    "opt": "sgd", "min_lr_ratio": 0.002, "warmup_lr_ratio": 0.01, "bias_lr_factor": 2.0,
-    "head_lr_factor": 1.0, "weight_decay": 1e-4, "clip_grad": 0.0, "smoothing": 0.0,
-}  # fmt: skip
-FIXED = (  # beside what no task may change on resume
-    "num_instances", "jpm", "jpm_shift", "sie_camera", "sie_view", "sie_weight", "id_weight",
-    "triplet_weight", "center_weight", "erase",
-)  # fmt: skip
-KNOWN_SIDE = ("jpm", "jpm_shift", "sie_camera", "sie_view", "sie_weight")  # of a trained model
-
-
-def default_lr(args) -> float:
-    """Learning rate at the recipe's batch."""
-    return 5e-4 if args.opt == "adamw" else 0.01 if args.jpm else 0.008
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of this task."""
-    # fmt: off
-    add = parser.add_argument_group("re-identification (--task reid)").add_argument
-    add("--format", default="auto", choices=("auto", "veri776", "vehicleid", "veriwild", "table"),
-        help="layout of --data_path (default auto: by the files that are there)")
-    add("--num_instances", default=4, type=int, help="K, images of a vehicle in a batch (default 4)")
-    add("--jpm", action="store_true", help="jigsaw patch module: four local branches (default off)")
-    add("--jpm_shift", default=8, type=int, help="patches are rolled by this less one (default 8)")
-    add("--sie_camera", action="store_true", help="side information: camera embedding (default off)")
-    add("--sie_view", action="store_true", help="side information: view embedding (default off)")
-    add("--sie_weight", default=3.0, type=float, help="lambda of the embedding (default 3)")
-    add("--id_weight", default=1.0, type=float, help="weight of the identity loss (default 1)")
-    add("--triplet_weight", default=1.0, type=float, help="weight of the triplet loss (default 1)")
-    add("--center_weight", default=0.0, type=float,
-        help="weight of the centre loss of the global feature; Luo et al. take 5e-4 (default 0: off)")
-    add("--erase", default=0.5, type=float, help="chance that a rectangle is erased (default 0.5)")
-    add("--tests", nargs="+", default=None, metavar="NAME",
-        help="which tests of the set, for example 800 1600 2400 (default: all)")
-    add("--keep_same_camera", action="store_true",
-        help="score the variant that keeps same-camera matches; under another name (default off)")
-    add("--protocol_seed", default=0, type=int, help="seed of VehicleID's ten draws (default 0)")
-    add("--rerank", action="store_true", help="also score after k-reciprocal re-ranking (default off)")
-    add("--rerank_k1", default=20, type=int, help="neighbours that may be reciprocal (default 20)")
-    add("--rerank_k2", default=6, type=int, help="neighbours averaged over (default 6)")
-    add("--rerank_lambda", default=0.3, type=float, help="share of the first distance (default 0.3)")
-    # fmt: on
-
-
-def check(args) -> None:
-    """Contradictions among the flags of this task.
-
-    Raises:
-        InputError: one sentence on the first.
-    """
-    for name in ("id_weight", "triplet_weight", "center_weight", "sie_weight", "protocol_seed"):
-        if getattr(args, name) < 0:
-            raise InputError(f"--{name} {getattr(args, name)}: must not be negative")
-    if args.id_weight == args.triplet_weight == 0:
-        raise InputError("--id_weight 0 and --triplet_weight 0 leave nothing to learn: set one of them")
-    if not 0 <= args.erase <= 1 or not 0 <= args.rerank_lambda <= 1:
-        raise InputError("--erase and --rerank_lambda are shares: give numbers from 0 to 1")
-    if args.num_instances < 2 or args.rerank_k1 < 1 or args.rerank_k2 < 1:
-        raise InputError("--num_instances must be at least 2, --rerank_k1 and --rerank_k2 at least 1")
 
 
 def build(args, device: torch.device, amp_dtype) -> Task:
@@ -108,30 +42,19 @@ def build(args, device: torch.device, amp_dtype) -> Task:
     encoder, report = build_encoder(args)
     depth = len(encoder.blocks)
     model = build_model(args, data, encoder).to(device)
-    optimizer = build_finetune_optimizer(
-        model, depth, args.opt, args.lr, args.weight_decay,
-        layer_decay=args.layer_decay, bias_lr_factor=args.bias_lr_factor, head_lr_factor=args.head_lr_factor,
-    )  # fmt: skip
-
-    def lr(epoch: float) -> float:
-        first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
-        return transreid_lr(math.floor(epoch) + 1, args.lr, first, last, args.warmup_epochs, args.epochs)
-
     return Task(
         model,
-        optimizer,
+        build_optimizer(model, depth, args),
         ReidTrainImages(data.train, PadCropErase(args.img_size, erase=args.erase), args.seed),
         batches,
         loss=lambda wrapped, batch: reid_loss(wrapped, model, batch, args),
-        shown=lambda values: [f"{name} {values[name]:.4f}" for name in ("id", "triplet", "accuracy")],
-        lr=lr,
+        shown=("id", "triplet", "accuracy"),
+        lr=transreid_schedule(args),
         evaluate=lambda is_over: score(model, data, args, amp_dtype, is_over),
         config=reid_config(encoder, data, model.config) | {"depth": depth},
-        facts={
-            "images": len(data.train), "images_sha": data.sha256(), "num_classes": data.classes,
-        },
+        facts={"images": len(data.train), "images_sha": data.sha256(), "num_classes": data.classes},
         header=header_lines(args, data, model, batches, report),
-    )  # fmt: skip
+    )
 
 
 def build_model(args, data: ReidData, encoder: VisionTransformer) -> TransReID:
@@ -202,6 +125,19 @@ def side_line(config: TransReIDConfig) -> str:
     return f"SIE on ({', '.join(used)}, weight {config.sie_weight:g})" if used else "SIE off"
 
 
+def reid_config(encoder: VisionTransformer, data: ReidData, config: TransReIDConfig) -> dict:
+    """What builds the model again, and whose cameras and views it knows, as plain values."""
+    return {
+        "kind": "CGD-MAE TransReID", "task": "reid", **encoder.settings(), "num_classes": data.classes,
+        "reid": asdict(config), "set": data.name, "camera_names": data.camera_names, "view_names": data.view_names,
+    }  # fmt: skip
+
+
+def model_from(encoder: VisionTransformer, config: dict) -> TransReID:
+    """The model that `reid_config` describes."""
+    return TransReID(encoder, config["num_classes"], TransReIDConfig(**config["reid"]))
+
+
 def reid_loss(wrapped: nn.Module, model: TransReID, batch: dict, args) -> dict[str, torch.Tensor]:
     """TransReID's loss (eq. 9 and 10): identity + triplet over the branches; scalars of the whole batch of
     all ranks, and the share of images whose vehicle the global branch names."""
@@ -225,19 +161,13 @@ def reid_loss(wrapped: nn.Module, model: TransReID, batch: dict, args) -> dict[s
     return terms
 
 
-def evaluate_file(args, device: torch.device, amp_dtype) -> dict:
-    """`--eval`: score a trained model or a plain encoder.
-
-    Raises:
-        InputError: a file of the other kind, or flags that would change a trained model.
-    """
+def evaluate(found: Trained | None, args, device: torch.device, amp_dtype) -> dict:
+    """Score a trained model, or with None the class token of the encoder that the flags ask for."""
     data = chosen_tests(read_reid(args.data_path, args.format, need_train=False), args)
     file = args.resume or args.finetune
-    is_trained = bool(args.resume)
-    check_trained(args, KIND, KNOWN_SIDE, encoder_alone="its class token is the feature then")
-    if is_trained:
-        model, config, report = load_reid(file, device)
-        data = in_the_models_numbers(data, config, file)
+    if found:
+        model, report = found.model, found.report
+        data = renumber_cameras(data, found.config, file)
     else:
         encoder, report = build_encoder(args)
         model = TransReID(encoder, 1, TransReIDConfig()).to(device)
@@ -263,36 +193,63 @@ def side_of(images: ReidImages) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.from_numpy(images.camids), torch.from_numpy(images.viewids)
 
 
+def renumber_cameras(data: ReidData, config: dict, file: str | Path) -> ReidData:
+    """Number a set's cameras and views as a model with side information has learned them.
+
+    Raises:
+        InputError: the model has learned those of another set, or not all of these.
+    """
+    reid = config["reid"]
+    if not reid["cameras"] and not reid["views"]:
+        return data
+    if data.name != config["set"]:
+        raise InputError(
+            f"{file} was trained with side information, the cameras or views of {config['set']}, and means "
+            f"nothing on {data.name}: train without --sie_camera and --sie_view to search across sets"
+        )
+    maps = {}
+    for ids, column, what in (("camids", "camera_names", "cameras"), ("viewids", "view_names", "views")):
+        here, there = getattr(data, column), config[column]
+        if not reid[what] or not here or here == there:
+            continue
+        missing = [name for name in here if name not in there]
+        if missing:
+            raise InputError(
+                f"{file} knows the {what} {', '.join(there)[:80]}, not {missing[0]}: it was trained with "
+                "side information on another table"
+            )
+        maps[ids] = np.array([there.index(name) for name in here] + [UNKNOWN])  # the last is for -1
+
+    def renumbered(images: ReidImages | None) -> ReidImages | None:
+        return images and replace(images, **{ids: numbers[getattr(images, ids)] for ids, numbers in maps.items()})
+
+    tests = {name: tuple(renumbered(part) for part in pair) for name, pair in data.tests.items()}
+    return replace(data, train=renumbered(data.train), tests=tests)
+
+
 def score(model: TransReID, data: ReidData, args, amp_dtype, is_over: bool = True) -> dict:
     """All tests of the set: numbers printed beside their protocol; re-ranking and the report where asked for,
-    once training `is_over`. Products are not rounded to TF32."""
-    try:
-        with scoring(model):
-            return score_as_is(model, data, args, amp_dtype, is_over)
-    finally:
-        wait_for_main()
-
-
-def score_as_is(model: TransReID, data: ReidData, args, amp_dtype, is_over: bool) -> dict:
-    results = evaluate_reid(
-        model,
-        data,
-        protocols_of(data.name, data.cameras(), args.keep_same_camera, args.protocol_seed),
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        amp_dtype=amp_dtype,
-        rerank=(args.rerank_k1, args.rerank_k2, args.rerank_lambda) if args.rerank and is_over else None,
-    )
-    if not is_main_process():
-        return {}
-    folder = Path(args.output_dir)
-    write_unreadable(unreadable_of(results), folder)
-    print("\n".join([f"SIE: {side_line(model.config)}", *result_lines(results)]), flush=True)
-    if args.report and is_over:
-        weights = args.resume if args.eval else folder / "model.pth"
-        about = {"set": args.data_path, "weights": weights or args.finetune, "seed": args.seed}
-        write_reports(model, data, results, folder, about)
-    return flat_metrics(results) | {"sie": side_line(model.config)}
+    once training `is_over`."""
+    with evaluation(model):
+        results = evaluate_reid(
+            model,
+            data,
+            protocols_of(data.name, data.cameras(), args.keep_same_camera, args.protocol_seed),
+            rerank=(args.rerank_k1, args.rerank_k2, args.rerank_lambda) if args.rerank and is_over else None,
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            amp_dtype=amp_dtype,
+        )
+        if not is_main_process():
+            return {}
+        folder = Path(args.output_dir)
+        write_unreadable(unreadable_of(results), folder)
+        print("\n".join([f"SIE: {side_line(model.config)}", *result_lines(results)]), flush=True)
+        if args.report and is_over:
+            weights = args.resume if args.eval else folder / "model.pth"
+            about = {"set": args.data_path, "weights": weights or args.finetune, "seed": args.seed}
+            write_reports(model, data, results, folder, about)
+        return flat_metrics(results) | {"sie": side_line(model.config)}
 
 
 def write_reports(model: TransReID, data: ReidData, results: dict, folder: Path, about: dict) -> None:
@@ -311,3 +268,112 @@ def write_reports(model: TransReID, data: ReidData, results: dict, folder: Path,
         found = ReidTest(result.protocol, result.metrics, query, values[0], gallery, values[1], data.pid_names)
         write_reid_report(file, facts, found, model)
         print(f"report: {file}")
+
+
+@dataclass(frozen=True)
+class Features:
+    """Images that could be read, [n, D] float32 of them on the CPU, and of the others `path<tab>reason`."""
+
+    images: ReidImages
+    values: torch.Tensor
+    unreadable: list[str]
+
+
+@dataclass(frozen=True)
+class TestResult:
+    """One test of a set: its protocol, the numbers, and what they were made from."""
+
+    protocol: Protocol
+    metrics: dict[str, float]
+    query: Features
+    gallery: Features | None
+
+
+def extract_reid(model: TransReID, images: ReidImages, title: str, **loading) -> Features | None:
+    """Features for search, [n, D], on rank 0; None elsewhere; see `predict`."""
+    device, (camids, viewids) = model.base.pos_embed.device, side_of(images)
+    found = predict(
+        lambda imgs, index: model.encode(imgs, *model.side_ids(camids[index], viewids[index], device)),
+        WholeImages(images.paths, np.arange(len(images)), model.base.img_size),
+        device,
+        title,
+        **loading,
+    )
+    if found is None:
+        return None
+    return Features(images.take(found.rows) if found.unreadable else images, found.values, found.unreadable)
+
+
+def evaluate_reid(
+    model: TransReID,
+    data: ReidData,
+    protocols: dict[str, Protocol],
+    *,
+    rerank: tuple[int, int, float] | None = None,
+    columns: dict[str, slice] | None = None,
+    **loading,
+) -> dict[str, TestResult]:
+    """Every test of a set by its protocol, on rank 0; empty elsewhere.
+
+    Args:
+        rerank: (k1, k2, lambda): the re-ranked numbers come beside the others, as test "NAME reranked".
+        columns: parts of the feature that are scored each for itself, as test "PART NAME" (None: all of it).
+        loading: batch_size, num_workers, amp_dtype of `extract_batches`.
+    """
+    results = {}
+    for test, (query_images, gallery_images) in data.tests.items():
+        query = extract_reid(model, query_images, f"{test}: query", **loading)
+        gallery = None
+        if gallery_images is not None:
+            gallery = extract_reid(model, gallery_images, f"{test}: gallery", **loading)
+        if query is not None:
+            gone = len(query.unreadable) + (len(gallery.unreadable) if gallery else 0)
+            protocol = protocols[test]
+            if gone:  # then it is another test, and says so
+                protocol = replace(protocol, name=f"{protocol.name}/{gone}-unreadable-left-out")
+            for part, cut in (columns or {"": slice(None)}).items():
+                q = replace(query, values=query.values[:, cut])
+                g = gallery and replace(gallery, values=gallery.values[:, cut])
+                rows = [FeatureSet(side.values, side.images.pids, side.images.camids) for side in (q, g) if side]
+                for ending, used in ("", protocol), (" reranked", replace(protocol, rerank=rerank)):
+                    if used.rerank or not ending:
+                        metrics = evaluate_features(used, *rows, device=model.base.pos_embed.device)
+                        results[f"{part} {test}{ending}".strip()] = TestResult(used, metrics, q, g)
+        wait_for_main()
+    return results
+
+
+def flat_metrics(results: dict[str, TestResult]) -> dict[str, float | str]:
+    """Numbers by name for metrics.json: `mAP`, `R1` ... of a set's only test, else `800_mAP` ...; the
+    protocol of each beside them."""
+    flat: dict[str, float | str] = {}
+    for test, result in results.items():
+        words = [word for word in test.split() if word != "test"]
+        prefix = "".join(f"{word}_" for word in words)
+        flat |= {f"{prefix}{name}": value for name, value in result.metrics.items()}
+        if result.gallery:
+            flat[f"{prefix}gallery"] = len(result.gallery.images)
+        flat[f"{prefix}protocol"] = result.protocol.line()
+    return flat
+
+
+def result_lines(results: dict[str, TestResult]) -> list[str]:
+    """The numbers in percent, each line with the protocol that they belong to."""
+    lines = []
+    for result in results.values():
+        m = result.metrics
+        numbers = []
+        for name in ("mAP", "R1", "R5", "R10", "mINP"):
+            spread = f" +- {100 * m[f'{name}_std']:.2f}" if f"{name}_std" in m else ""
+            numbers.append(f"{name} {100 * m[name]:.2f}{spread}")
+        skipped = ""
+        if m["queries_without_match"]:
+            skipped = f"  ({m['queries_without_match']:g} queries without a match are not scored)"
+        lines.append(f"{result.protocol.line()}\n  {'  '.join(numbers)}  queries {m['queries']:g}{skipped}")
+    return lines
+
+
+def unreadable_of(results: dict[str, TestResult]) -> list[str]:
+    """`path<tab>reason` of the test images that could not be read."""
+    parts = [part for result in results.values() for part in (result.query, result.gallery) if part]
+    return sorted({name for part in parts for name in part.unreadable})
