@@ -105,7 +105,7 @@ from datasets.reid import read_reid
 from datasets.samplers import EpochBatches
 from engine_extract import extract_features
 from engine_linprobe import crop_batches, stored_batches, train_heads
-from finetune.reid_eval import evaluate_reid, flat_metrics, unreadable_of
+from finetune.reid import evaluate_reid, flat_metrics, unreadable_of
 from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from metrics.reid import FeatureSet, evaluate, protocols_of
 from models_probe import ReadOuts, SearchReadOuts, load_read_outs

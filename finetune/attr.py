@@ -1,86 +1,82 @@
 """Attribute recognition: VTB, from flags to a task that can be trained and scored."""
 
-import argparse
 import csv
+import hashlib
 import io
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import nn
 
-from datasets.attr import AttributeData, AttributeTrainImages, read_attribute_set
+from datasets.attr import Attribute, AttributeData, AttributeTrainImages, read_attribute_set
 from datasets.eval_images import WholeImages
 from datasets.samplers import epoch_batches
 from datasets.transforms import PadCropErase
-from finetune.attr_model import KIND, Known, attr_config, load_vtb
-from finetune.attr_text import text_vectors
-from finetune.encoder import build_encoder, check_trained
-from finetune.predict import predict, write_unreadable
-from finetune.task import Task
-from metrics.attr import THRESHOLD, attribute_metrics, attribute_rows, group_top1
+from description.canonical import slot_of, with_articles
+from engine_finetune import Predictions, Task, evaluation, predict, write_unreadable
+from finetune.encoder import Trained, build_encoder, build_optimizer, transreid_schedule
+from metrics.attr import attribute_metrics, attribute_rows, constant_answer, group_top1
+from models_vit import VisionTransformer
 from models_vtb import VTB, attribute_loss
 from reports.attr import AttributeTest, write_attr_report
-from util.dist import gather_rows, print_main, wait_for_main
+from util.dist import gather_rows, print_main
 from util.errors import InputError
 from util.files import write_atomic
-from util.optim import build_finetune_optimizer, transreid_lr
-from util.precision import scoring
 
-RECIPE = {  # VTB's
-    "input_size": "224", "drop_path": 0.1, "batch_size": 128, "epochs": 20, "warmup_epochs": 5.0,
-    "opt": "sgd", "min_lr_ratio": 0.002, "warmup_lr_ratio": 0.01, "bias_lr_factor": 1.0,
-    "head_lr_factor": 1.0, "weight_decay": 1e-4, "clip_grad": 0.0, "smoothing": 0.0,
-}  # fmt: skip
-FIXED = ("text_vectors",)
-MODEL_FLAGS = ("attr_columns", "attr_categories", "attr_vectors", "clip_model", "clip_pretrained")
-PERCENT = ("mA", "accuracy", "precision", "recall", "F1")
-
-
-def default_lr(args) -> float:
-    """Learning rate at the recipe's batch."""
-    return 5e-4 if args.opt == "adamw" else 8e-3
+# by what a column holds (description.canonical), else by whether it holds words
+SENTENCES = {
+    "colour": "a photo of a {value} vehicle.",
+    "body": "a photo of a {value}.",
+    "make": "a photo of a {value}.",
+    "view": "a photo of a vehicle, {value} view.",
+    "words": "a photo of a vehicle, {column} {value}.",
+    "yes": "a photo of a vehicle, {column}.",
+}
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of this task."""
-    # fmt: off
-    add = parser.add_argument_group("attributes (--task attr)").add_argument
-    add("--attr_format", default="auto", choices=("auto", "veri776", "table"),
-        help="layout of --data_path (default auto: a folder is VeRi-776, a file a table)")
-    add("--attr_columns", nargs="+", default=None, metavar="NAME",
-        help="columns of a table that hold 0 or 1 (default: all but path and split; with --attr_categories "
-        "none)")
-    add("--attr_categories", nargs="+", default=None, metavar="NAME",
-        help="columns of a table that hold words, an attribute a word (default none)")
-    add("--attr_split", default="test", help="value of the column split to test on (default test)")
-    add("--attr_threshold", default=THRESHOLD, type=float,
-        help=f"probability above which an attribute is said to be true (default {THRESHOLD}, VTB's)")
-    add("--attr_vectors", default="",
-        help="text vectors [A, D] as .npy or .safetensors, a row an attribute (default none)")
-    add("--clip_pretrained", default="",
-        help="take the text vectors from CLIP: open_clip tag, or a weight file .pt .bin .safetensors "
-        "(default none: random orthogonal vectors)")
-    add("--clip_model", default="ViT-L-14",
-        help="open_clip name or path of an open_clip JSON config (default ViT-L-14)")
-    # fmt: on
+@dataclass(frozen=True)
+class AttributeStats:
+    """What a model keeps of the set that it has learned from.
 
-
-def check(args) -> None:
-    """Contradictions among the flags of this task.
-
-    Raises:
-        InputError: one sentence on the first.
+    set: its name. vectors_from: where the text vectors come from. rates: [A] float64, share of true training
+    images. constant: [A] bool, the best answer without looking, by the training labels.
     """
-    if not 0 < args.attr_threshold < 1:
-        raise InputError(f"--attr_threshold {args.attr_threshold}: must be between 0 and 1")
-    if args.attr_vectors and args.clip_pretrained:
-        raise InputError("--attr_vectors and --clip_pretrained both give the text vectors: drop one of them")
-    if args.smoothing:
-        raise InputError(f"--smoothing {args.smoothing}: attributes are learned without it, drop it")
-    if "clip_model" in args.given and not args.clip_pretrained and not args.eval:
-        raise InputError(f"--clip_model {args.clip_model} needs its weights: give --clip_pretrained too")
+
+    set: str
+    attributes: tuple[Attribute, ...]
+    vectors_from: str
+    rates: np.ndarray
+    constant: np.ndarray
+
+    @classmethod
+    def of(cls, data: AttributeData, vectors_from: str) -> "AttributeStats":
+        constant = constant_answer(data.train.labels)
+        return cls(data.name, data.attributes, vectors_from, data.train.rates(), constant)
+
+    @classmethod
+    def from_config(cls, config: dict) -> "AttributeStats":
+        return cls(
+            config["set"], tuple(Attribute(*pair) for pair in config["attributes"]), config["vectors_from"],
+            np.array(config["rates"]), np.array(config["constant"], dtype=bool),
+        )  # fmt: skip
+
+    @property
+    def names(self) -> list[str]:
+        return [attribute.name for attribute in self.attributes]
+
+    @property
+    def groups(self) -> dict[str, list[int]]:
+        """Columns of words: {name: places of its values among the attributes}."""
+        found: dict[str, list[int]] = {}
+        for place, attribute in enumerate(self.attributes):
+            if attribute.value:
+                found.setdefault(attribute.column, []).append(place)
+        return found
 
 
 def build(args, device: torch.device, amp_dtype) -> Task:
@@ -100,36 +96,41 @@ def build(args, device: torch.device, amp_dtype) -> Task:
     encoder, report = build_encoder(args)
     vectors, source = text_vectors(args, data.attributes, encoder.embed_dim)
     model = VTB(encoder, vectors).to(device)
-    optimizer = build_finetune_optimizer(
-        model, len(encoder.blocks), args.opt, args.lr, args.weight_decay,
-        layer_decay=args.layer_decay, bias_lr_factor=args.bias_lr_factor, head_lr_factor=args.head_lr_factor,
-    )  # fmt: skip
-    known = Known.of(data, source)
-    rates = torch.tensor(known.rates, dtype=torch.float32, device=device)
-
-    def lr(epoch: float) -> float:
-        first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
-        return transreid_lr(math.floor(epoch) + 1, args.lr, first, last, args.warmup_epochs, args.epochs)
-
+    stats = AttributeStats.of(data, source)
+    rates = torch.tensor(stats.rates, dtype=torch.float32, device=device)
     return Task(
         model,
-        optimizer,
+        build_optimizer(model, len(encoder.blocks), args),
         AttributeTrainImages(data.train, PadCropErase(args.img_size, erase=0.0), args.seed),
         batches,
         loss=lambda wrapped, batch: attr_loss(wrapped, batch, rates, args.attr_threshold),
-        shown=lambda values: [f"accuracy {values['accuracy']:.4f}"],
-        lr=lr,
-        evaluate=lambda is_over: score(model, known, data, args, amp_dtype, is_over),
-        config=attr_config(encoder, known, vectors.shape[1]),
+        shown=("accuracy",),
+        lr=transreid_schedule(args),
+        evaluate=lambda is_over: score(model, stats, data, args, amp_dtype, is_over),
+        config=attr_config(encoder, stats, vectors.shape[1]),
         facts={
             "images": len(data.train), "images_sha": data.sha256(), "num_classes": len(data.attributes),
             "text_vectors": source,
         },
-        header=header_lines(args, data, model, known, report),
+        header=header_lines(args, data, model, stats, report),
     )  # fmt: skip
 
 
-def header_lines(args, data: AttributeData, model: VTB, known: Known, report: str) -> list[str]:
+def attr_config(encoder: VisionTransformer, stats: AttributeStats, text_dim: int) -> dict:
+    """What builds the model again, and what it has learned, as plain values."""
+    return {
+        "kind": "CGD-MAE VTB", "task": "attr", **encoder.settings(), "text_dim": text_dim, "set": stats.set,
+        "attributes": [list(attribute) for attribute in stats.attributes], "vectors_from": stats.vectors_from,
+        "rates": stats.rates.tolist(), "constant": stats.constant.tolist(),
+    }  # fmt: skip
+
+
+def model_from(encoder: VisionTransformer, config: dict) -> VTB:
+    """The model that `attr_config` describes; its text vectors are among its weights."""
+    return VTB(encoder, torch.zeros(len(config["attributes"]), config["text_dim"]))
+
+
+def header_lines(args, data: AttributeData, model: VTB, stats: AttributeStats, report: str) -> list[str]:
     """What is printed before the start."""
     encoder = model.base
     lines = [
@@ -138,7 +139,7 @@ def header_lines(args, data: AttributeData, model: VTB, known: Known, report: st
         f"encoder: {report}",
         f"VTB: {model.num_attributes} attributes, {encoder.num_patches} patches ({encoder.grid_size[0]} x "
         f"{encoder.grid_size[1]}) at {encoder.img_size[0]} x {encoder.img_size[1]} px, text vectors of "
-        f"{model.attr_vectors.shape[1]} numbers: {known.vectors_from}",
+        f"{model.attr_vectors.shape[1]} numbers: {stats.vectors_from}",
     ]
     if not args.attr_vectors and not args.clip_pretrained:
         lines.append(
@@ -157,62 +158,55 @@ def attr_loss(wrapped: nn.Module, batch: dict, rates: torch.Tensor, threshold: f
     return {"loss": attribute_loss(attr_logits, labels, rates), "accuracy": (both / either.clamp_min(1)).mean()}
 
 
-def evaluate_file(args, device: torch.device, amp_dtype) -> dict:
-    """`--eval`: score a trained model; no teacher is needed, its vectors are in the file.
+def evaluate(found: Trained, args, device: torch.device, amp_dtype) -> dict:
+    """Score a trained model; no teacher is needed, its vectors are in the file.
 
     Raises:
-        InputError: a file of another kind, flags that would change the model, or a set whose attributes it
-            does not know.
+        InputError: a set whose attributes it does not know.
     """
-    check_trained(args, KIND, MODEL_FLAGS)
-    model, known, report = load_vtb(args.resume, device)
+    stats = AttributeStats.from_config(found.config)
     data = read_attribute_set(
-        args.data_path, args.attr_format, test_split=args.attr_split, known=known.attributes, need_train=False
+        args.data_path, args.attr_format, test_split=args.attr_split, known=stats.attributes, need_train=False
     )
     print_main(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes))
-    print_main(f"model {args.resume}:\n{report}\n  text vectors: {known.vectors_from}")
-    return score(model, known, data, args, amp_dtype)
+    print_main(f"model {args.resume}:\n{found.report}\n  text vectors: {stats.vectors_from}")
+    return score(found.model, stats, data, args, amp_dtype)
 
 
-def score(model: VTB, known: Known, data: AttributeData, args, amp_dtype, is_over: bool = True) -> dict:
+def score(model: VTB, stats: AttributeStats, data: AttributeData, args, amp_dtype, is_over: bool = True) -> dict:
     """The test images: numbers printed beside those of a constant answer; the table of the attributes and the
-    report once training `is_over`. Products are not rounded to TF32."""
-    device = model.base.pos_embed.device
-    try:
-        with scoring(model):
-            found = predict(
-                lambda imgs, _: model(imgs).sigmoid(),
-                WholeImages(data.test.paths, np.arange(len(data.test)), model.base.img_size),
-                device,
-                "test",
-                width=model.num_attributes,
-                batch_size=args.batch_size,
-                num_workers=args.num_workers,
-                amp_dtype=amp_dtype,
-            )
-            return {} if found is None else scored(found, known, data, args, is_over)
-    finally:
-        wait_for_main()
+    report once training `is_over`."""
+    with evaluation(model):
+        found = predict(
+            lambda imgs, _: model(imgs).sigmoid(),
+            WholeImages(data.test.paths, np.arange(len(data.test)), model.base.img_size),
+            model.base.pos_embed.device,
+            "test",
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            amp_dtype=amp_dtype,
+        )
+        return {} if found is None else scored(found, stats, data, args, is_over)
 
 
-def scored(found, known: Known, data: AttributeData, args, is_over: bool) -> dict:
+def scored(found: Predictions, stats: AttributeStats, data: AttributeData, args, is_over: bool) -> dict:
     """On rank 0: numbers, files and page of what was predicted."""
     folder, threshold = Path(args.output_dir), args.attr_threshold
     probs, labels = found.values.numpy(), data.test.labels[found.rows]
     write_unreadable(found.unreadable, folder)
-    metrics = all_metrics(probs, labels, known, threshold)
-    rule = protocol(data.name, len(known.attributes), threshold, len(found.unreadable))
-    print(f"{rule}\n  text vectors: {known.vectors_from}\n{result_lines(metrics)}", flush=True)
-    flat = metrics | {"images": len(probs), "protocol": rule, "text_vectors": known.vectors_from}
+    metrics = all_metrics(probs, labels, stats, threshold)
+    rule = protocol(data.name, len(stats.attributes), threshold, len(found.unreadable))
+    print(f"{rule}\n  text vectors: {stats.vectors_from}\n{result_lines(metrics)}", flush=True)
+    flat = metrics | {"images": len(probs), "protocol": rule, "text_vectors": stats.vectors_from}
     if is_over:
-        rows = attribute_rows(probs, labels, known.names, known.rates, threshold)
+        rows = attribute_rows(probs, labels, stats.names, stats.rates, threshold)
         write_rows(folder / "attributes.csv", rows)
         if args.report:
             weights = args.resume if args.eval else folder / "model.pth"
             facts = {"set": args.data_path, "weights": weights, "seed": args.seed}
-            facts |= {"text vectors": known.vectors_from}
+            facts |= {"text vectors": stats.vectors_from}
             file = folder / "report.html"
-            test = AttributeTest(known, data.test.paths, found.rows, probs, labels, threshold)
+            test = AttributeTest(stats, data.test.paths, found.rows, probs, labels, threshold)
             write_attr_report(file, facts, flat, rows, test)
             print(f"report: {file}")
     return flat
@@ -224,15 +218,15 @@ def protocol(name: str, attributes: int, threshold: float, unreadable: int) -> s
     return f"{name}{less} ({attributes} attributes, true above {threshold:g}, F1 averaged over images)"
 
 
-def all_metrics(probs: np.ndarray, labels: np.ndarray, known: Known, threshold: float) -> dict[str, float]:
+def all_metrics(probs: np.ndarray, labels: np.ndarray, stats: AttributeStats, threshold: float) -> dict[str, float]:
     """`attribute_metrics`, of a constant answer as `constant_...`, and of each column of words top-1; what is
     not defined is left out."""
-    constant = np.broadcast_to(known.constant, labels.shape)
+    constant = np.broadcast_to(stats.constant, labels.shape)
     metrics = attribute_metrics(probs > threshold, labels)
-    metrics |= {f"top1_{name}": group_top1(probs, labels, places) for name, places in known.groups.items()}
+    metrics |= {f"top1_{name}": group_top1(probs, labels, places) for name, places in stats.groups.items()}
     beside = attribute_metrics(constant, labels)
-    commonest = np.broadcast_to(known.rates, labels.shape)
-    beside |= {f"top1_{name}": group_top1(commonest, labels, p) for name, p in known.groups.items()}
+    commonest = np.broadcast_to(stats.rates, labels.shape)
+    beside |= {f"top1_{name}": group_top1(commonest, labels, p) for name, p in stats.groups.items()}
     metrics |= {f"constant_{name}": value for name, value in beside.items()}
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
@@ -253,3 +247,73 @@ def write_rows(file: Path, rows: list[dict]) -> None:
         plain = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
         writer.writerow({k: "" if v == "nan" else v for k, v in plain.items()})
     write_atomic(file, lambda opened: opened.write(text.getvalue().encode()))
+
+
+def sentence(attribute: Attribute) -> str:
+    """("colour", "yellow") -> "a photo of a yellow vehicle."."""
+    column, value = (text.replace("_", " ").strip() for text in attribute)
+    slot = slot_of(attribute.column) if value else "yes"
+    return with_articles(SENTENCES.get(slot, SENTENCES["words"]).format(column=column, value=value))
+
+
+def text_vectors(args, attributes: tuple[Attribute, ...], dim: int) -> tuple[torch.Tensor, str]:
+    """The vectors that the flags ask for.
+
+    Args:
+        args: reads attr_vectors, clip_pretrained, clip_model, seed.
+        dim: width of the encoder, and of the random vectors.
+    Returns:
+        [A, D_t] float32 on the CPU, and where they come from: it belongs beside every number, as other
+        vectors give other numbers.
+    """
+    if args.attr_vectors:
+        return vectors_of_file(Path(args.attr_vectors), len(attributes))
+    if args.clip_pretrained:
+        return vectors_of_clip(args.clip_model, args.clip_pretrained, [sentence(a) for a in attributes])
+    # their seed is the run's: not in the name, which is part of a recipe
+    return orthogonal_vectors(len(attributes), dim, args.seed), "random orthogonal: no text"
+
+
+def vectors_of_file(file: Path, count: int) -> tuple[torch.Tensor, str]:
+    """An array [A, D_t] in a .npy, or the only tensor of a .safetensors.
+
+    Raises:
+        InputError: missing, damaged, of another shape, or with numbers that are not finite.
+    """
+    if not file.is_file():
+        raise InputError(f"--attr_vectors {file} does not exist: give a .npy or .safetensors, or drop the flag")
+    try:
+        if file.suffix == ".safetensors":
+            found = list(load_file(file).values())
+            if len(found) != 1:
+                raise InputError(f"--attr_vectors {file} holds {len(found)} tensors: keep the one that is meant")
+            vectors = found[0]
+        else:
+            vectors = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
+    except (OSError, ValueError, EOFError, SafetensorError, TypeError) as error:
+        reason = " ".join(str(error).split())[:120]
+        raise InputError(f"--attr_vectors {file} is no .npy and no .safetensors of numbers: {reason}") from error
+    if vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
+        raise InputError(
+            f"--attr_vectors {file} has the shape {tuple(vectors.shape)}, and {count} attributes need "
+            f"({count}, D): one row an attribute, in the order that the header of a run prints"
+        )
+    if not torch.isfinite(vectors.float()).all():
+        raise InputError(f"--attr_vectors {file} holds numbers that are not finite: make it again")
+    return vectors.float(), f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+
+
+def vectors_of_clip(clip_model: str, clip_pretrained: str, sentences: list[str]) -> tuple[torch.Tensor, str]:
+    """The text tower's answers, unit rows; InputError as `load_clip`, or where a sentence is too long."""
+    from models_teacher import check_tokens, encode_texts, load_clip  # open_clip takes seconds to import
+
+    clip, tokenizer, identity = load_clip(clip_model, clip_pretrained)
+    check_tokens(tokenizer, sentences, clip.context_length)
+    source = f"text tower of {identity.model}, weights {identity.weights_sha256[:16]}"
+    return encode_texts(clip, tokenizer, sentences), source
+
+
+def orthogonal_vectors(count: int, dim: int, seed: int) -> torch.Tensor:
+    """[A, max(A, dim)] float32: unit rows at right angles, which say which attribute is which and no more."""
+    normal = np.random.default_rng(seed).standard_normal((max(count, dim), count))
+    return torch.from_numpy(np.linalg.qr(normal)[0].T.astype(np.float32).copy())

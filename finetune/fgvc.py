@@ -1,7 +1,7 @@
 """Fine-grained classes: TransFG and its baseline, from flags to a task that can be trained and scored."""
 
-import argparse
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -11,76 +11,17 @@ from torch import nn
 from datasets.eval_images import CenterCrops
 from datasets.fgvc import CropFlipAugment, FgvcData, FgvcTrainImages, read_fgvc, renumber_classes
 from datasets.samplers import epoch_batches
-from finetune.encoder import build_encoder, check_trained
-from finetune.fgvc_model import KIND, fgvc_config, load_fgvc
-from finetune.predict import predict, write_unreadable
-from finetune.task import Task
+from engine_finetune import Task, evaluation, predict, write_unreadable
+from finetune.encoder import Trained, build_encoder, build_optimizer
 from metrics.fgvc import class_scores
 from models_transfg import TransFG, TransFGConfig, contrastive_loss
+from models_vit import VisionTransformer
 from reports.fgvc import Answers, write_fgvc_report
-from util.dist import gather_rows, is_main_process, print_main, wait_for_main
+from util.dist import gather_rows, is_main_process, print_main
 from util.errors import InputError
-from util.optim import build_finetune_optimizer, cosine_lr
-from util.precision import scoring
+from util.optim import cosine_lr
 
-RECIPE = {  # TransFG's of StanfordCars: 500 of its 10,000 steps of 16 images are warm-up
-    "input_size": "448", "drop_path": 0.1, "batch_size": 16, "epochs": 20, "warmup_epochs": 1.0,
-    "opt": "sgd", "min_lr_ratio": 0.0, "warmup_lr_ratio": 0.0, "bias_lr_factor": 1.0,
-    "head_lr_factor": 1.0, "weight_decay": 0.0, "clip_grad": 1.0, "smoothing": 0.0,
-}  # fmt: skip
-FIXED = ("parts", "contrastive_weight", "contrastive_margin", "auto_augment", "resize")
 RESIZE = 600 / 448  # side of the picture / side of the crop
-
-
-def default_lr(args) -> float:
-    """Learning rate at the recipe's batch."""
-    return 2.5e-4 if args.opt == "adamw" else 0.03
-
-
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """The flags of this task."""
-    # fmt: off
-    add = parser.add_argument_group("fine-grained classes (--task fgvc)").add_argument
-    add("--label_column", default="label", help="column of a table that holds the class (default label)")
-    add("--parts", default="on", choices=("on", "off"),
-        help="TransFG's part selection; off: the ViT baseline (default on)")
-    add("--contrastive_weight", default=None, type=float,
-        help="weight of the contrastive loss (default 1, with --parts off 0)")
-    add("--contrastive_margin", default=0.4, type=float,
-        help="cosine up to which other classes cost nothing (default 0.4)")
-    add("--resize", default=None, type=int,
-        help="px of both sides of a picture before the crop of --input_size (default its 600/448)")
-    add("--auto_augment", action=argparse.BooleanOptionalAction, default=True,
-        help="AutoAugment's policy for ImageNet after crop and flip (default on)")
-    # fmt: on
-
-
-def check(args) -> None:
-    """Contradictions among the flags of this task; fills derived values.
-
-    Raises:
-        InputError: one sentence on the first.
-    """
-    if args.contrastive_weight is None:
-        args.contrastive_weight = 1.0 if args.parts == "on" else 0.0
-    if args.contrastive_weight < 0:
-        raise InputError(f"--contrastive_weight {args.contrastive_weight}: must not be negative")
-    if "contrastive_margin" in args.given and not args.contrastive_weight:
-        raise InputError(
-            f"--contrastive_margin {args.contrastive_margin} without the contrastive loss: drop it, or set "
-            "--contrastive_weight"
-        )
-    if "label_column" in args.given and Path(args.data_path).is_dir():
-        raise InputError(
-            f"--label_column {args.label_column}: {args.data_path} is a folder, whose layout names the classes: drop it"
-        )
-    if not -1 <= args.contrastive_margin < 1:
-        raise InputError(f"--contrastive_margin {args.contrastive_margin}: a cosine, from -1 to below 1")
-    if args.resize is not None and args.resize < max(args.img_size) and not args.eval:
-        raise InputError(
-            f"--resize {args.resize} px leaves no crop of {args.img_size[0]} x {args.img_size[1]}: give at "
-            f"least {max(args.img_size)}"
-        )
 
 
 def resized(img_size: tuple[int, int], resize: int | None) -> tuple[int, int]:
@@ -97,25 +38,28 @@ def build(args, device: torch.device, amp_dtype) -> Task:
     depth, size = len(encoder.blocks), resized(args.img_size, args.resize)
     config = TransFGConfig(parts=args.parts == "on")
     model = TransFG(encoder, len(data.classes), config).to(device)
-    optimizer = build_finetune_optimizer(
-        model, depth, args.opt, args.lr, args.weight_decay,
-        layer_decay=args.layer_decay, bias_lr_factor=args.bias_lr_factor, head_lr_factor=args.head_lr_factor,
-    )  # fmt: skip
     augment = CropFlipAugment(args.img_size, size, auto_augment=args.auto_augment)
-    names = ("ce", "contrastive", "accuracy") if args.contrastive_weight else ("ce", "accuracy")
     return Task(
         model,
-        optimizer,
+        build_optimizer(model, depth, args),
         FgvcTrainImages(data.train, augment, args.seed),
         batches,
         loss=lambda wrapped, batch: fgvc_loss(wrapped, batch, args),
-        shown=lambda values: [f"{name} {values[name]:.4f}" for name in names],
+        shown=("ce", "contrastive", "accuracy") if args.contrastive_weight else ("ce", "accuracy"),
         lr=lambda epoch: learning_rate(epoch, args),
         evaluate=lambda is_over: score(model, data, size, args, amp_dtype, is_over),
-        config=fgvc_config(encoder, config, data.classes, size),
+        config={
+            "kind": "CGD-MAE TransFG", "task": "fgvc", **encoder.settings(), "fgvc": asdict(config),
+            "classes": data.classes, "resize": list(size),
+        },
         facts={"images": len(data.train), "images_sha": data.sha256(), "num_classes": len(data.classes)},
         header=header_lines(args, data, model, augment, report),
-    )
+    )  # fmt: skip
+
+
+def model_from(encoder: VisionTransformer, config: dict) -> TransFG:
+    """The model that a run's config describes."""
+    return TransFG(encoder, len(config["classes"]), TransFGConfig(**config["fgvc"]))
 
 
 def learning_rate(epoch: float, args) -> float:
@@ -163,66 +107,55 @@ def fgvc_loss(wrapped: nn.Module, batch: dict, args) -> dict[str, torch.Tensor]:
     return terms
 
 
-def evaluate_file(args, device: torch.device, amp_dtype) -> dict:
-    """`--eval`: score a trained model.
+def evaluate(found: Trained, args, device: torch.device, amp_dtype) -> dict:
+    """Score a trained model.
 
     Raises:
-        InputError: a file of another kind, flags that would change the model, classes that it does not know.
+        InputError: classes that it does not know, or pictures smaller than its crop.
     """
-    check_trained(args, KIND, ("parts",))
-    model, config, report = load_fgvc(args.resume, device)
-    if args.resize is not None and args.resize < max(model.base.img_size):
+    model, high, wide = found.model, *found.model.base.img_size
+    if args.resize is not None and args.resize < max(high, wide):
         raise InputError(
-            f"--resize {args.resize} px leaves no crop of the {model.base.img_size[0]} x "
-            f"{model.base.img_size[1]} px that {args.resume} was trained with"
+            f"--resize {args.resize} px leaves no crop of the {high} x {wide} px that {args.resume} was trained with"
         )
     data = read_fgvc(args.data_path, args.label_column, need_train=False)
-    data = renumber_classes(data, config["classes"], args.resume)
+    data = renumber_classes(data, found.config["classes"], args.resume)
     print_main(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes))
-    print_main(f"model {args.resume}:\n{report}\n{parts_line(model)}")
-    size = resized(model.base.img_size, args.resize) if args.resize else tuple(config["resize"])
+    print_main(f"model {args.resume}:\n{found.report}\n{parts_line(model)}")
+    size = resized((high, wide), args.resize) if args.resize else tuple(found.config["resize"])
     return score(model, data, size, args, amp_dtype)
 
 
 def score(model: TransFG, data: FgvcData, resize: tuple[int, int], args, amp_dtype, is_over: bool = True) -> dict:
-    """The test images once each: numbers printed beside their protocol. Products are not rounded to TF32."""
-    try:
-        with scoring(model):
-            return score_as_is(model, data, resize, args, amp_dtype, is_over)
-    finally:
-        wait_for_main()
-
-
-def score_as_is(model: TransFG, data: FgvcData, resize: tuple[int, int], args, amp_dtype, is_over: bool) -> dict:
-    device = model.base.pos_embed.device
-    found = predict(
-        lambda imgs, _: model(imgs)[0],
-        CenterCrops(data.test.paths, model.base.img_size, resize),
-        device,
-        "test images",
-        width=len(data.classes),
-        batch_size=args.batch_size,
-        num_workers=args.num_workers,
-        amp_dtype=amp_dtype,
-    )
-    if not is_main_process():
-        return {}
-    folder = Path(args.output_dir)
-    write_unreadable(found.unreadable, folder)
-    images = data.test.take(found.rows)
-    scores = class_scores(found.values, torch.from_numpy(images.labels))
-    protocol = protocol_line(data, model, resize, len(found.unreadable))
-    print("\n".join([protocol, result_line(scores.numbers)]), flush=True)
-    if args.report and is_over:
-        weights = args.resume if args.eval else folder / "model.pth"
-        facts = {"set": args.data_path, "weights": weights, "seed": args.seed, "model": parts_line(model)}
-        crops = CenterCrops(images.paths, model.base.img_size, resize)
-        patches = model.base.grid_size[1], model.base.stride, model.base.patch_size
-        parts = part_finder(model, amp_dtype)
-        answers = Answers(images, data.classes, found.values, scores, lambda row: crops[row][0], parts, patches)
-        write_fgvc_report(folder / "report.html", protocol, facts, answers, args.seed)
-        print(f"report: {folder / 'report.html'}")
-    return scores.numbers | {"protocol": protocol, "parts": parts_line(model)}
+    """The test images once each: numbers printed beside their protocol, and the report once training `is_over`."""
+    with evaluation(model):
+        found = predict(
+            lambda imgs, _: model(imgs)[0],
+            CenterCrops(data.test.paths, model.base.img_size, resize),
+            model.base.pos_embed.device,
+            "test images",
+            batch_size=args.batch_size,
+            num_workers=args.num_workers,
+            amp_dtype=amp_dtype,
+        )
+        if not is_main_process():
+            return {}
+        folder = Path(args.output_dir)
+        write_unreadable(found.unreadable, folder)
+        images = data.test.take(found.rows)
+        scores = class_scores(found.values, torch.from_numpy(images.labels))
+        protocol = protocol_line(data, model, resize, len(found.unreadable))
+        print("\n".join([protocol, result_line(scores.numbers)]), flush=True)
+        if args.report and is_over:
+            weights = args.resume if args.eval else folder / "model.pth"
+            facts = {"set": args.data_path, "weights": weights, "seed": args.seed, "model": parts_line(model)}
+            crops = CenterCrops(images.paths, model.base.img_size, resize)
+            patches = model.base.grid_size[1], model.base.stride, model.base.patch_size
+            parts = part_finder(model, amp_dtype)
+            answers = Answers(images, data.classes, found.values, scores, lambda row: crops[row][0], parts, patches)
+            write_fgvc_report(folder / "report.html", protocol, facts, answers, args.seed)
+            print(f"report: {folder / 'report.html'}")
+        return scores.numbers | {"protocol": protocol, "parts": parts_line(model)}
 
 
 def part_finder(model: TransFG, amp_dtype) -> Callable[[torch.Tensor], torch.Tensor] | None:

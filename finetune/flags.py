@@ -46,7 +46,7 @@ class TaskFlags:
     """What the command line knows of a task.
 
     title: of its group in --help. recipe: of the common flags. default_lr: learning rate at the recipe's batch.
-    flags: its own. check: (args, names that the user has said) -> InputError on a contradiction; may fill derived values.
+    flags: its own. check: (args, names that the user has said) -> InputError on a contradiction.
     fixed: its own flags that must not change on --resume. of_the_model: those that --eval refuses, since a trained
     model has its own. encoder_alone: how --eval scores an encoder that was not trained for the task ("": it cannot).
     """
@@ -65,8 +65,8 @@ class TaskFlags:
 COMMON = {
     "encoder": [
         flag("finetune", "",
-            "weights of MAE, CGD-MAE, VehicleMAE, timm, Hugging Face, DINO, MoCo v3, CLIP, TransReID: a file, a name of "
-            "`python -m tools.checkpoint list`, or an address (default none)"),
+            "weights of MAE, CGD-MAE, VehicleMAE, timm, Hugging Face, DINO, MoCo v3, CLIP, TransReID: a file, a name "
+            "of `python -m tools.checkpoint list`, or an address (default none)"),
         flag("model", None, f"one of {', '.join(ENCODER_MODELS)}, to start from random weights (default: the file's)",
             choices=list(ENCODER_MODELS), metavar="NAME"),
         flag("input_size", BY_RECIPE, "pixels: one side, or H,W"),
@@ -84,7 +84,8 @@ COMMON = {
         flag("warmup_epochs", BY_RECIPE, "epochs of linear warm-up", type=float),
         flag("opt", BY_RECIPE, "optimiser; momentum of sgd 0.9", choices=("sgd", "adamw")),
         flag("lr", None,
-            "learning rate (default: the recipe's times all ranks' batch / the recipe's; docs/FINETUNE.md)", type=float),
+            "learning rate (default: the recipe's times all ranks' batch / the recipe's; docs/FINETUNE.md)",
+            type=float),
         flag("min_lr_ratio", BY_RECIPE, "last learning rate / --lr", type=float),
         flag("warmup_lr_ratio", BY_RECIPE, "first learning rate / --lr", type=float),
         flag("bias_lr_factor", BY_RECIPE, "learning rate of biases / --lr", type=float),

@@ -16,7 +16,7 @@ from torch import nn
 from datasets.attr import VERI, Attribute, AttributeTrainImages, read_attribute_set
 from datasets.transforms import PadCropErase
 from demo.reid import plan
-from finetune.attr_text import orthogonal_vectors, sentence, vectors_of_clip, vectors_of_file
+from finetune.attr import orthogonal_vectors, sentence, vectors_of_clip, vectors_of_file
 from metrics.attr import attribute_metrics, attribute_rows, average_precision, constant_answer, group_top1
 from models_teacher import encode_texts, load_clip
 from models_vit import VisionTransformer

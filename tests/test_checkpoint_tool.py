@@ -249,12 +249,10 @@ def test_onnx_of_a_reid_model(tmp_path):
     model = TransReID(base, 4, config).eval()
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    from finetune.reid_model import KIND
-
-    facts = {"kind": KIND, **base.settings(), "num_classes": 4, "reid": vars(config), "depth": 2, "set": "x",
+    facts = {"kind": "CGD-MAE TransReID", "task": "reid", **base.settings(), "num_classes": 4, "reid": vars(config), "depth": 2, "set": "x",
              "camera_names": [], "view_names": []}  # fmt: skip
     write_torch(tmp_path / "model.pth", {"model": model.state_dict(), "config": facts})
-    assert verify_file(tmp_path / "model.pth")["kind"] == KIND
+    assert verify_file(tmp_path / "model.pth")["kind"] == "CGD-MAE TransReID"
     result = export_onnx(tmp_path / "model.pth", tmp_path / "reid.onnx")
     assert result["largest_difference"] < 1e-3 and result["outputs"] == ["embedding"]
     session = ort.InferenceSession(str(tmp_path / "reid.onnx"), providers=["CPUExecutionProvider"])

@@ -13,8 +13,9 @@ from layouts import write_demo_reid
 import main_finetune
 from datasets.attr import read_attribute_set
 from finetune import attr
-from finetune.attr_model import load_vtb
-from finetune.attr_text import sentence
+from finetune.attr import AttributeStats, sentence
+from finetune.encoder import load_model
+from finetune.flags import ATTR
 from models_teacher import encode_texts, load_clip
 from models_vit import VisionTransformer
 from util.checkpoint import read_checkpoint
@@ -96,7 +97,8 @@ def test_the_files_of_a_run(trained, veri, teacher_files):
     assert numbers["protocol"] in page and numbers["text_vectors"] in page and "src=http" not in page
     for name in ("Worst attributes", "Confusions", "constant", "type: sedan", "<svg", "data:image/jpeg"):
         assert name in page
-    model, known, _ = load_vtb(output / "model.pth")
+    found = load_model(output / "model.pth")
+    model, known = found.model, AttributeStats.from_config(found.config)
     clip, tokenizer, _ = load_clip(*map(str, teacher_files))
     assert torch.equal(model.attr_vectors, encode_texts(clip, tokenizer, [sentence(a) for a in known.attributes]))
     assert known.constant.sum() >= 1 and known.rates == pytest.approx(data.train.rates())
@@ -240,4 +242,4 @@ def test_the_recipe_is_vtbs():
     main_finetune.check_args(args)
     assert (args.img_size, args.batch_size, args.epochs, args.warmup_epochs) == ((224, 224), 128, 20, 5)
     assert (args.opt, args.weight_decay, args.min_lr_ratio, args.warmup_lr_ratio) == ("sgd", 1e-4, 0.002, 0.01)
-    assert attr.default_lr(args) == 8e-3 and args.attr_threshold == 0.45
+    assert ATTR.default_lr(args) == 8e-3 and args.attr_threshold == 0.45

@@ -13,8 +13,8 @@ from PIL import ImageColor
 import engine_finetune
 import main_finetune
 from datasets.fgvc import read_fgvc
+from finetune.encoder import load_model
 from finetune.fgvc import learning_rate
-from finetune.fgvc_model import load_fgvc
 from metrics.fgvc import class_scores
 from models_vit import VisionTransformer, load_encoder
 from reports.fgvc import COLOURS, Answers, class_tables, confused_pairs, framed, sure_and_wrong
@@ -81,7 +81,8 @@ def test_everything_on_disk_loads_without_running_code(trained):
     output, _ = trained
     for name in ("model.pth", "checkpoint-last.pth", "checkpoint-1.pth", "model.safetensors"):
         assert read_checkpoint(output / name)["model"]
-    model, config, report = load_fgvc(output / "model.pth")
+    found = load_model(output / "model.pth")
+    model, config, report = found.model, found.config, found.report
     assert config["classes"] == read_fgvc_classes(output) and config["resize"] == [43, 43]
     assert len(model.base.blocks) == 2 and model.head.weight.shape == (4, 192) and not model.training
     assert "ignored     0 tensors" in report
@@ -137,7 +138,7 @@ def test_the_baseline_has_no_parts_and_learns(files, tmp_path):
     assert numbers["parts"] == "no parts" and "train_contrastive" not in log[0]
     assert log[9]["train_accuracy"] > 0.7 and log[9]["train_ce"] < 0.6 * log[0]["train_ce"]
     assert "Selected parts" not in (tmp_path / "o" / "report.html").read_text()
-    assert len(load_fgvc(tmp_path / "o" / "model.pth")[0].base.blocks) == 3
+    assert len(load_model(tmp_path / "o" / "model.pth").model.base.blocks) == 3
     assert len(load_encoder(tmp_path / "o" / "model.pth").blocks) == 3
 
 

@@ -17,8 +17,8 @@ from datasets.reid import read_reid
 from datasets.samplers import PKBatches
 from datasets.transforms import PadCropErase, erase_box, erase_boxes
 from engine_finetune import forward_backward, seed_of_step
-from finetune.reid_eval import extract_reid
-from finetune.reid_model import load_reid
+from finetune.encoder import load_model
+from finetune.reid import extract_reid
 from models_mae import MODELS
 from models_transreid import TransReID, TransReIDConfig, center_loss, hard_triplet_loss, move_centers
 from models_vit import SameOnAnyRanksDropPath, VisionTransformer
@@ -78,7 +78,8 @@ def test_everything_on_disk_loads_without_running_code(trained):
     output, _ = trained
     for name in ("model.pth", "checkpoint-last.pth", "checkpoint-1.pth", "model.safetensors"):
         assert read_checkpoint(output / name)["model"]
-    model, config, report = load_reid(output / "model.pth")
+    found = load_model(output / "model.pth")
+    model, config, report = found.model, found.config, found.report
     assert config["set"] == "veri776" and config["camera_names"] is None
     assert model.feature_dim == 5 * 192 and model.config.unknown_view and model.config.views == 9
     assert "ignored     1 tensors: centers" in report
@@ -234,7 +235,7 @@ def test_unreadable_test_images_make_another_protocol(veri, tmp_path, trained):
     query, gallery = data.tests["test"]
     query.paths[1].write_bytes(b"no image")
     gallery.paths[0].write_bytes(b"")
-    model, *_ = load_reid(trained[0] / "model.pth")
+    model = load_model(trained[0] / "model.pth").model
     found = extract_reid(model, query, "query", batch_size=4, num_workers=0)
     whole = extract_reid(model, read_reid(veri).tests["test"][0], "query", batch_size=4, num_workers=0)
     assert (

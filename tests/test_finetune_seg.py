@@ -18,7 +18,7 @@ import main_finetune
 from datasets.seg import KINDS, PartsAugment, open_mask, open_pair, part_names, read_parts
 from datasets.transforms import distort_colours
 from finetune import seg
-from finetune.seg_eval import evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
+from finetune.seg import evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
 from metrics.seg import confusion_matrix, segmentation_numbers
 from models_setr import SETR, TAPS, CpuSyncBatchNorm, SETRConfig, scaled_taps, setr_loss, synchronized
 from models_vit import VisionTransformer
@@ -694,7 +694,7 @@ def test_eval_takes_no_flag_that_would_change_the_model(small, parts, trained, t
     ):
         words = f"--task seg --eval --data_path {parts} --output_dir {tmp_path / 'o'} {flags}".split()
         with pytest.raises(InputError, match=message):
-            main_finetune.main(main_finetune.parse_args([*words, *CPU]))
+            main_finetune.main(parse(main_finetune.get_args_parser(), [*words, *CPU]))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from PIL import Image
 import engine_extract
 from datasets.images import open_rgb
 from datasets.transforms import whole_image
-from finetune.reid_model import reid_config
+from finetune.reid import reid_config
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
 from tools import pack, search

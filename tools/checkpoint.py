@@ -59,11 +59,7 @@ if __name__ == "__main__":
 
 import torch
 
-from finetune.attr_model import load_vtb
-from finetune.fgvc_model import load_fgvc
-from finetune.reid_model import load_reid
-from finetune.seg import load_setr
-from models_vit import encoder_from
+from finetune.encoder import load_model
 from tools.convert import convert
 from tools.export_onnx import export_onnx, onnx_facts
 from tools.release import release
@@ -71,10 +67,6 @@ from util.checkpoint import read_checkpoint, read_safetensors_header
 from util.fetch import fetch, known
 from util.files import file_digests, file_sha256
 from util.pretrained import read_config, recognise
-
-TRAINED = {
-    "CGD-MAE TransReID": load_reid, "CGD-MAE VTB": load_vtb, "CGD-MAE TransFG": load_fgvc, "CGD-MAE SETR": load_setr
-}  # fmt: skip
 
 
 def inspect_file(file: str | Path) -> dict:
@@ -189,7 +181,7 @@ def verify_file(file: str | Path) -> dict:
             "training diverged or the file is damaged"
         )
     kind = config.get("kind", "encoder of others")
-    model = TRAINED[kind](file)[0] if kind in TRAINED else encoder_from(recognise(content, file), file)
+    model = load_model(file).model
     result = {"file": str(file), "kind": kind, "parameters": sum(p.numel() for p in model.parameters())}
     for record in (file.with_name("SHA256SUMS"), Path(f"{file}.sha256")):
         lines = record.read_text().splitlines() if record.is_file() else []

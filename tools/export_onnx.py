@@ -14,13 +14,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.reid_model import KIND as REID
-from finetune.reid_model import load_reid
-from models_vit import FEATURES, load_encoder
-from util.checkpoint import read_checkpoint
+from finetune.encoder import load_model
+from models_vit import FEATURES
 from util.errors import InputError
 from util.files import file_sha256
-from util.pretrained import read_config
 
 ONE_FILE_BYTES = 1 << 30  # more goes to NAME.onnx.data beside it: ONNX files end at 2 GiB
 TOLERANCE = 1e-3  # |onnx - torch| / |torch| of a feature
@@ -56,16 +53,15 @@ def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int
     output = Path(output)
     if output.suffix != ".onnx":
         raise InputError(f"--output {output}: give a file name that ends in .onnx")
-    kind = read_config(file, read_checkpoint(file)).get("kind", "encoder")
-    if kind == REID:
-        model, config, _ = load_reid(file, img_size=input_size)
+    found = load_model(file, img_size=input_size)
+    model, config, kind = found.model, found.config, found.config.get("kind", "encoder")
+    if found.task == "reid":
         sides = {"camids": model.config.cameras, "viewids": model.config.views}
         base, wrapped, outputs = model.base, _Features(model, sides), ("embedding",)
-    elif "encoder" not in kind:
-        raise InputError(f"{file} is a {kind}: only encoders and {REID} models go to ONNX")
+    elif found.task:
+        raise InputError(f"{file} is a {kind}: only encoders and models of --task reid go to ONNX")
     else:
-        base, sides = load_encoder(file, input_size), {}
-        wrapped, outputs, config = _Features(base), FEATURES, base.settings()
+        base, wrapped, sides, outputs, config = model, _Features(model), {}, FEATURES, model.settings()
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (5, 3, *base.img_size), dtype=torch.uint8, generator=generator)
     inputs = {"images": pictures} | {name: torch.zeros(5, dtype=torch.int64) for name, count in sides.items() if count}

@@ -62,7 +62,7 @@ from datasets.manifest import MANIFEST_ENDINGS, list_images
 from datasets.packed import PackedImages
 from datasets.path_list import PathList, printable
 from engine_extract import extract_features, extract_to_file
-from finetune.reid_model import load_reid
+from finetune.encoder import load_model
 from tools.search_index import HEADER, KIND, best_of_block, build_index, load_faiss, open_index, search_rows
 from util.dist import end_distributed, init_distributed, is_main_process, pick_device, print_main
 from util.errors import InputError
@@ -163,23 +163,25 @@ def locate_index(args) -> tuple[Path, dict, PathList | PackedImages | None]:
 def load_embedder(args, device: torch.device, read_out: str, size) -> tuple[Callable, tuple[int, int]]:
     """-> (uint8 [n, 3, H, W] -> [n, D] float32 of unit length; (H, W) in px)."""
     args.checkpoint = file = str(fetch(args.checkpoint))
-    model, config, report = load_reid(file, device, img_size=size)
-    print_main(f"model {file}:\n{report}")
-    if model.config.cameras or model.config.views:
+    found = load_model(file, device, size)
+    print_main(f"model {file}:\n{found.report}")
+    is_reid = found.task == "reid"
+    model, base = found.model, found.model.base if found.task else found.model
+    if is_reid and (model.config.cameras or model.config.views):
         raise InputError(
             f"{file} was trained with the camera or view of each image (SIE), which a search does not know: "
             "give a model trained without --sie_camera and --sie_view"
         )
-    if config and read_out == "mean":
+    if is_reid and read_out == "mean":
         raise InputError(f"--read_out mean: {file} is a re-id model with a feature of its own; drop it")
 
     def embed(imgs: torch.Tensor) -> torch.Tensor:
-        features = model.encode(imgs) if read_out == "cls" else model.base.encode(imgs)["mean"]
+        features = model.encode(imgs) if is_reid else base.encode(imgs)[read_out]
         if not torch.isfinite(features).all():
             raise InputError(f"{file} gives embeddings that are not finite at --amp {args.amp}: try another")
         return F.normalize(features.float(), dim=1)
 
-    return embed, model.base.img_size
+    return embed, base.img_size
 
 
 def embed_queries(embed: Callable, queries, size, device, loading: dict) -> tuple[torch.Tensor, dict[int, str]]:
