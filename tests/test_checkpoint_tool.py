@@ -12,6 +12,7 @@ from PIL import Image
 
 from datasets.transforms import whole_image
 from models_mae import MODELS, load_autoencoder
+from models_setr import SETR, SETRConfig
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer, load_encoder
 from tools.checkpoint import FORMATS, get_args_parser, inspect_file, main, table, verify_file
@@ -249,8 +250,8 @@ def test_onnx_of_a_reid_model(tmp_path):
     model = TransReID(base, 4, config).eval()
     for parameter in model.parameters():
         parameter.data += 0.02 * torch.randn_like(parameter)
-    facts = {"kind": "CGD-MAE TransReID", "task": "reid", **base.settings(), "num_classes": 4, "reid": vars(config), "depth": 2, "set": "x",
-             "camera_names": [], "view_names": []}  # fmt: skip
+    facts = {"kind": "CGD-MAE TransReID", "task": "reid", **base.settings(), "num_classes": 4, "reid": vars(config),
+             "depth": 2, "set": "x", "camera_names": [], "view_names": []}  # fmt: skip
     write_torch(tmp_path / "model.pth", {"model": model.state_dict(), "config": facts})
     assert verify_file(tmp_path / "model.pth")["kind"] == "CGD-MAE TransReID"
     result = export_onnx(tmp_path / "model.pth", tmp_path / "reid.onnx")
@@ -266,7 +267,16 @@ def test_onnx_of_a_reid_model(tmp_path):
 
 
 def test_a_model_of_another_task_is_not_exported(tmp_path, encoder):
-    write_torch(tmp_path / "m.pth", {"model": encoder.state_dict(), "config": {"kind": "CGD-MAE SETR"}})
+    config = {
+        "kind": "CGD-MAE SETR",
+        "task": "seg",
+        **encoder.settings(),
+        "num_classes": 3,
+        "decoder": "naive",
+        "aux": False,
+    }
+    model = SETR(encoder, SETRConfig(3, "naive", False))
+    write_torch(tmp_path / "m.pth", {"model": model.state_dict(), "config": config})
     with pytest.raises(InputError, match="CGD-MAE SETR"):
         export_onnx(tmp_path / "m.pth", tmp_path / "x.onnx")
 

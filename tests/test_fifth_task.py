@@ -1,7 +1,6 @@
 """A task that exists in docs/FINETUNE.md alone: its two files are taken from the page, and trained."""
 
 import csv
-import importlib
 import json
 import re
 import sys
@@ -12,28 +11,28 @@ import pytest
 import torch
 from PIL import Image
 
+import datasets
+import finetune
 import main_finetune
+from finetune import flags
 from tests.conftest import ROOT, parse
 
 
 @pytest.fixture
 def fifth_task(tmp_path, monkeypatch):
-    """The page's code as modules `datasets.years` and `models_year`, and its row."""
+    """The page's files as modules of their packages, and its entry in `TASKS`."""
     page = (ROOT / "docs" / "FINETUNE.md").read_text()
     blocks = re.findall(r"`([\w/]+\.py)`:\n\n```python\n(.*?)```", page, re.S)
-    assert [name for name, _ in blocks] == ["datasets/years.py", "models_year.py"]
-    code = tmp_path / "code"
-    (code / "datasets").mkdir(parents=True)
-    for name, text in blocks:
-        (code / name).write_text(text)
-    monkeypatch.syspath_prepend(code)
-    import datasets
-
-    monkeypatch.setattr(datasets, "__path__", [*datasets.__path__, str(code / "datasets")])
-    models_year = importlib.import_module("models_year")
-    monkeypatch.setitem(main_finetune.TASKS, "year", models_year)
-    yield models_year
-    for name in ("models_year", "datasets.years"):
+    assert [name for name, _ in blocks] == ["datasets/years.py", "finetune/year.py", "finetune/flags.py"]
+    for (name, text), package in zip(blocks, (datasets, finetune)):
+        file = tmp_path / "code" / name
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+        monkeypatch.setattr(package, "__path__", [*package.__path__, str(file.parent)])
+    exec(blocks[2][1], dict(vars(flags)))
+    yield
+    del flags.TASKS["year"]
+    for name in ("finetune.year", "datasets.years"):
         sys.modules.pop(name, None)
 
 
@@ -69,17 +68,8 @@ def test_the_page_s_fifth_task_trains_resumes_and_scores(fifth_task, years, tmp_
     assert again == found
     torch.load(f"{out}/model.pth", weights_only=True)
     with pytest.raises(ValueError, match="--year_beta belongs to --task year"):
-        main_finetune.main(
-            parse(main_finetune.get_args_parser(),
-                  ["--task", "reid", "--data_path", "x", "--model", "vit_tiny_patch16", "--year_beta", "1"])
-        )  # fmt: skip
-    assert main_finetune.parse_args([*words, "--year_beta", "2"]).given == [
-        "task",
-        "data_path",
-        "device",
-        "num_workers",
-        "year_beta",
-    ]  # also what the default is
+        more = ["--task", "reid", "--data_path", "x", "--model", "vit_tiny_patch16", "--year_beta", "2"]
+        main_finetune.main(parse(main_finetune.get_args_parser(), more))  # also what the default is
     env = Path(out) / "env.json"
     now = json.loads(env.read_text())
     env.write_text(json.dumps(now | {"commit": "0" * 40}))

@@ -10,9 +10,9 @@ from conftest import command, parse, run_command
 from layouts import write_demo_cars
 from PIL import ImageColor
 
-import engine_finetune
 import main_finetune
 from datasets.fgvc import read_fgvc
+from finetune import fgvc
 from finetune.encoder import load_model
 from finetune.fgvc import learning_rate
 from metrics.fgvc import class_scores
@@ -144,15 +144,15 @@ def test_the_baseline_has_no_parts_and_learns(files, tmp_path):
 
 def test_a_run_that_is_stopped_in_an_epoch_goes_on_bit_for_bit(files, trained, tmp_path, monkeypatch):
     """Stopped in the second update of the second epoch; stochastic depth, AutoAugment and all."""
-    true, calls = engine_finetune.forward_backward, []
+    true, calls = fgvc.fgvc_loss, []
 
-    def stops(run, batch):
+    def stops(*what):
         calls.append(1)
         if len(calls) == 4:
             raise KeyboardInterrupt
-        return true(run, batch)
+        return true(*what)
 
-    monkeypatch.setattr(engine_finetune, "forward_backward", stops)
+    monkeypatch.setattr(fgvc, "fgvc_loss", stops)
     with pytest.raises(KeyboardInterrupt):
         finetune(files, tmp_path / "o", "--save_minutes", "0")
     numbers = finetune(files, tmp_path / "o", "--resume", "auto")

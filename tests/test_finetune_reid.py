@@ -16,7 +16,7 @@ import main_finetune
 from datasets.reid import read_reid
 from datasets.samplers import PKBatches
 from datasets.transforms import PadCropErase, erase_box, erase_boxes
-from engine_finetune import forward_backward, seed_of_step
+from engine_finetune import seed_of_step
 from finetune.encoder import load_model
 from finetune.reid import extract_reid
 from models_mae import MODELS
@@ -92,11 +92,13 @@ def test_a_stop_in_the_middle_of_an_update_keeps_the_buffers_of_the_last(veri, t
     flags = [*SMALL, "--data_path", str(veri), "--output_dir", str(tmp_path / "o"), "--center_weight", "5e-4"]
     args = parse(main_finetune.get_args_parser(), flags)
     main_finetune.check_args(args)
-    run, files, _ = main_finetune.build_run(args, torch.device("cpu"))
+    run = main_finetune.build_run(args, torch.device("cpu"))
+    files = run.files
     run.task.batches.set_epoch(0)
     batch = next(iter(run.loader))
+    run.model.train()
     before = {name: value.clone() for name, value in run.bare.named_buffers()}
-    forward_backward(run, batch)
+    run.task.loss(run.model, batch)["loss"].backward()
     files.save(run)
     saved = read_checkpoint(tmp_path / "o" / "checkpoint-last.pth")["model"]
     changed = [name for name, value in run.bare.named_buffers() if not torch.equal(value, before[name])]
@@ -104,7 +106,7 @@ def test_a_stop_in_the_middle_of_an_update_keeps_the_buffers_of_the_last(veri, t
     assert all(torch.equal(saved[name], before[name]) for name in changed)
     run.buffers.commit(torch.tensor(False))
     assert all(torch.equal(value, before[name]) for name, value in run.bare.named_buffers())
-    forward_backward(run, batch)
+    run.task.loss(run.model, batch)["loss"].backward()
     run.buffers.commit(torch.tensor(True))
     files.save(run)
     saved = read_checkpoint(tmp_path / "o" / "checkpoint-last.pth")["model"]
