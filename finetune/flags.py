@@ -388,7 +388,7 @@ def check_eval(args, said: set[str]) -> None:
         raise InputError("--eval scores one model: give --resume MODEL, or --finetune ENCODER as it is")
     if args.resume == "auto":
         raise InputError("--eval --resume auto: name the file, for example --resume runs/veri/model.pth")
-    fixed = TASKS[args.task].of_the_model + (ENCODER_FLAGS if args.resume else ())
-    for name in fixed:
-        if name in said:
+    about = TASKS[args.task]
+    for name in about.of_the_model + (ENCODER_FLAGS if args.resume else ()):
+        if name in said and (args.resume or about.encoder_alone):  # else it is the file that is refused
             raise InputError(f"--{name} would change the model that --eval scores: drop it")

@@ -228,7 +228,7 @@ def test_eval_takes_no_flag_that_would_change_the_model(veri, encoder, trained, 
         (f"{model} --attr_vectors v.npy", "--attr_vectors would change the model"),
         (f"{model} --clip_pretrained openai", "--clip_pretrained would change the model"),
         (f"{model} --input_size 64", "--input_size would change the model"),
-        (f"--resume {encoder}", "is a test: give the model.pth of a run with --task attr"),
+        (f"--resume {encoder}", "is no model of main_finetune.py: give the model.pth of a run with --task attr"),
         (f"--finetune {tmp_path / 'plain.pth'}", "an encoder has no answers for --task attr"),
         (f"--finetune {trained[0] / 'model.pth'}", "is a model of main_finetune.py: use --resume"),
     ):

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -432,7 +433,8 @@ def test_transreids_loader_takes_our_encoder(tmp_path):
     torch.manual_seed(0)
     distill = {"context": "attention", "bank": torch.randn(4, 8), "tau": 0.07, "hidden": 0}
     mae = MODELS["mae_vit_tiny_patch16"](img_size=(32, 32), distill=distill)
-    RunFiles(tmp_path, {}, {}, 1, 1).export_encoder(mae)
+    args = SimpleNamespace(output_dir=tmp_path, save_minutes=1, keep_checkpoints=1, resume="")
+    RunFiles(args, {}, {}, [], "--init").export_encoder(mae)
     file = tmp_path / "encoder.pth"
     assert "distilled" not in file.name
     content = torch.load(file, weights_only=True)
