@@ -11,15 +11,10 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
-from util.cli import Parser, run_tool
+from util.cli import Parser, check_numbers, run_tool
 from util.errors import InputError
 
 DROPS = ("quality", "vehicle", "leaks", "duplicates")
-BOUNDS = {  # from, to
-    "target_size": (1, 10**10), "near_bits": (0, 7), "near_cosine": (0.5, 1.0), "near_agreement": (0.8, 1.0),
-    "leak_cosine": (0.5, 1.0), "group_cap": (1, 10**9), "track_cap": (1, 10**9), "resampling": (0, 1000),
-    "iterations": (1, 10_000), "box_margin": (0.0, 2.0), "vehicle_threshold": (0.0, 1.0), "batch_size": (1, 10**6),
-}  # fmt: skip
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -27,33 +22,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add = parser.add_argument_group("pool").add_argument
     add("--pool", nargs="+", required=True, action="extend", metavar="NAME=PATH",
-        help="images to choose from: folders, manifests, packed sets; of a manifest with a column split its validation "
-             "and test rows stay out")
+        help="folders, manifests, packed sets to choose from; validation and test rows by a column split stay out")
     add("--exclude", nargs="+", default=[], action="extend", metavar="NAME=PATH",
-        help="test, query, gallery and validation images of every benchmark: they and near copies leave the pool "
-             "(default none)")
+        help="evaluation images of every benchmark: they and near copies leave the pool (default none)")
     add("--identity_column", default="pid", help="manifest column of the vehicle's identity (default pid)")
     add("--camera_column", default="camid", help="manifest column of the camera (default camid)")
-    add("--box_column", default="box",
-        help="manifest column with the vehicle's box, `left upper right lower` in px (default box)")
+    add("--box_column", default="box", help="manifest column `left upper right lower` in px (default box)")
     add("--box_margin", default=0.05, type=float, help="added to each side, fraction of its size (default 0.05)")
     add("--output", required=True, help="folder for everything that is made")
 
     add = parser.add_argument_group("quality").add_argument
+    pair = {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
     add("--min_side", default=64, type=int, help="shorter side at least, px (default 64)")
-    add("--aspect", nargs=2, default=[0.3, 3.5], type=float, metavar=("LOW", "HIGH"),
-        help="width / height from LOW to HIGH (default 0.3 3.5)")
-    add("--brightness", nargs=2, default=[10.0, 245.0], type=float, metavar=("LOW", "HIGH"),
-        help="mean grey value of 255 (default 10 245)")
+    add("--aspect", default=[0.3, 3.5], **pair, help="width / height from LOW to HIGH (default 0.3 3.5)")
+    add("--brightness", default=[10.0, 245.0], **pair, help="mean grey value of 255 (default 10 245)")
     add("--min_contrast", default=8.0, type=float, help="deviation of the grey values of 255 (default 8)")
-    add("--min_sharpness", default=3.0, type=float,
-        help="deviation of the Laplacian at 256 px; lower is blurred (default 3)")
+    add("--min_sharpness", default=3.0, type=float, help="deviation of the Laplacian at 256 px (default 3)")
 
     add = parser.add_argument_group("embedding").add_argument
     add("--clip_model", default="ViT-L-14", help="open_clip name or JSON config (default ViT-L-14)")
     add("--clip_pretrained", default="openai", help="open_clip tag or weight file (default openai)")
-    add("--checkpoint", default=None,
-        help="embed with this encoder (mean of its patch tokens) instead of CLIP (default: CLIP)")
+    add("--checkpoint", default=None, help="embed with the mean patch token of this encoder (default: CLIP)")
     add("--input_size", default=None, type=int, help="of --checkpoint, px (default: the checkpoint's)")
     add("--vehicle_filter", action="store_true", help="remove what CLIP takes for no vehicle (default off)")
     add("--vehicle_threshold", default=0.5, type=float, help="least probability of the vehicle prompts (default 0.5)")
@@ -61,8 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("copies").add_argument
     add("--near_bits", default=6, type=int,
-        help="perceptual hashes that differ in at most so many of 64 bits are near copies from an agreement of 0.8, "
-             "0 to 7 (default 6)")
+        help="hashes that differ in so many of 64 bits are near copies from an agreement of 0.8, 0 to 7 (default 6)")
     add("--near_agreement", default=0.88, type=float,
         help="agreement of the pixels, once a crop or mirror is undone, that makes near copies: the correlation that "
              "three quarters of the tiles reach (default 0.88)")
@@ -74,32 +62,24 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("clusters and sample").add_argument
     add("--target_size", default=1_000_000, type=int, help="images to choose (default 1000000)")
-    add("--stratify", default="none", choices=("none", "source"),
-        help="one tree of clusters for all, or one for each source (default none)")
+    add("--stratify", default="none", choices=("none", "source"), help="a tree of clusters a source (default none)")
     add("--quota", nargs="+", default=[], action="extend", metavar="NAME=SHARE",
         help="share of a source in the sample, with --stratify source (default: as equal as sizes allow)")
     add("--levels", nargs="+", default=None, type=int, metavar="K",
         help="clusters on each level, finest first (default: from the number of images)")
-    add("--members", nargs="+", default=None, type=int, metavar="M",
-        help="images of a cluster kept for resampling, one number a level (default: half the mean size)")
     add("--resampling", default=10, type=int, help="resampling steps on each level (default 10)")
     add("--resample", default="closest", choices=("closest", "random"),
         help="which images of a cluster are clustered again (default closest)")
     add("--iterations", default=50, type=int, help="of k-means, at most (default 50)")
-    add("--init", default="auto", choices=("auto", "random", "kmeans++"),
-        help="first centroids; auto is k-means++ up to 5,000 clusters on a CPU, 50,000 on CUDA, else random "
-             "(default auto)")
     add("--spherical", action="store_true", help="cluster unit vectors, with unit centroids (default off)")
-    add("--sample", default="random", choices=("random", "closest"),
-        help="which images of a cluster are chosen (default random)")
+    add("--sample", default="random", choices=("random", "closest"), help="images of a cluster (default random)")
 
     add = parser.add_argument_group("run").add_argument
     add("--seed", default=0, type=int, help="of every random choice (default 0)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
     add("--batch_size", default=128, type=int, help="images embedded at a time (default 128)")
     add("--num_workers", default=None, type=int, help="processes that open images (default: the cores)")
-    add("--memory_gb", default=4.0, type=float,
-        help="embeddings are kept in memory for clustering up to this size, GB a rank (default 4)")
+    add("--memory_gb", default=4.0, type=float, help="GB of embeddings kept in memory a rank (default 4)")
     # fmt: on
     return parser
 
@@ -111,11 +91,11 @@ import numpy as np
 import torch
 
 from curation.copies import Aligner, CopyFinder
-from curation.filters import Removal, Removals, load_removal, not_vehicles, poor_images, read_prompts, save_removal
+from curation.filters import Removals, load_removal, poor_images, read_prompts, vehicle_probability
 from curation.hierarchy import Tree, build_tree, load_tree, plan_levels
 from curation.index import SIDE, build_index, load_index
 from curation.manifest import write_manifest
-from curation.rows import Embedded, Rows
+from curation.rows import CHUNK, Embedded, Rows
 from curation.sample import draw_sample, judge
 from curation.sources import open_sources
 from curation.stages import Stages
@@ -131,9 +111,13 @@ from util.precision import pick_precision
 
 
 def check_args(args) -> None:
-    for name, (low, high) in BOUNDS.items():
-        if not low <= getattr(args, name) <= high:
-            raise InputError(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
+    check_numbers(
+        args,
+        at_least_one="target_size group_cap track_cap iterations batch_size",
+        not_negative="near_bits resampling box_margin near_cosine near_agreement leak_cosine vehicle_threshold",
+    )
+    if args.near_bits > 7:
+        raise InputError(f"--near_bits {args.near_bits}: must be from 0 to 7")
     if args.quota and args.stratify == "none":
         raise InputError("--quota needs --stratify source: without it there is one tree for all sources")
     if args.checkpoint and args.vehicle_filter:
@@ -171,7 +155,7 @@ class Curation:
         counts["leaks"] = run("leaks", flags(f"{copies} leak_cosine"), self.drop_leaks)
         settings = flags(f"{copies} near_cosine group_cap track_cap")
         counts["duplicates"] = run("duplicates", settings, self.drop_duplicates)
-        settings = flags("stratify levels members resampling resample iterations init spherical seed")
+        settings = flags("stratify levels resampling resample iterations spherical seed")
         counts["cluster"] = run("cluster", settings, self.cluster, shared=True)
         counts["sample"] = run("sample", flags("target_size quota sample seed"), self.sample)
         counts["write"] = run("write", {}, self.write)
@@ -184,7 +168,9 @@ class Curation:
         return counts
 
     def report(self, selection: np.ndarray, evidence: dict, sizes: dict) -> None:
-        removals = {name: self.removal(name) for name in DROPS if name != "vehicle" or self.args.vehicle_filter}
+        removals = {
+            name: load_removal(self.folder, name) for name in DROPS if name != "vehicle" or self.args.vehicle_filter
+        }
         clusters = {
             name: (rows, tree.path()[:, min(1, len(tree.sizes) - 1)]) for name, (tree, rows) in self.trees().items()
         }
@@ -212,18 +198,15 @@ class Curation:
                     f"copy of them could be found; {self.folder / 'index.csv'} says why"
                 )
 
-    def drop(self, name: str, removal: Removal) -> dict:
-        save_removal(self.folder, name, removal, self.images.name)
+    def drop(self, name: str, removal: Removals) -> dict:
+        removal.save(self.folder, name, self.images.name)
         return {"removed": len(removal.rows)} | removal.counts()
-
-    def removal(self, name: str) -> Removal:
-        return load_removal(self.folder, name)
 
     def alive(self, before: str = "cluster") -> np.ndarray:
         """Pool rows that no stage before this one has removed, int64 ascending."""
         still = ~self.index.excluded & self.index.readable
         for name in itertools.takewhile(lambda name: name != before, DROPS):
-            still[self.removal(name).rows] = False
+            still[load_removal(self.folder, name).rows] = False
         return np.flatnonzero(still)
 
     @cached_property
@@ -276,15 +259,15 @@ class Curation:
         return {"images": count, "dim": dim}
 
     def drop_others(self, job: str) -> dict:
-        if not self.args.vehicle_filter:
-            return self.drop("vehicle", Removals(len(self.index)).finish())
-        clip, tokenizer, identity = self.clip
-        wanted, other = read_prompts(self.args.vehicle_prompts)
-        texts = encode_texts(clip, tokenizer, [*wanted, *other])
-        removal = not_vehicles(
-            self.embedded, self.alive(before="vehicle"), len(self.index), texts, len(wanted), identity.tau,
-            self.args.vehicle_threshold, self.device,
-        )  # fmt: skip
+        removal, rows = Removals(len(self.index)), self.alive(before="vehicle")
+        if self.args.vehicle_filter:
+            clip, tokenizer, identity = self.clip
+            texts = [encode_texts(clip, tokenizer, t).to(self.device) for t in read_prompts(self.args.vehicle_prompts)]
+            for part in np.split(rows, range(CHUNK, len(rows), CHUNK)):
+                x = torch.from_numpy(self.embedded.data[self.embedded.place(part)]).to(self.device).float()
+                probability = vehicle_probability(x, *texts, identity.tau).cpu().numpy()
+                low = probability < self.args.vehicle_threshold
+                removal.add("not a vehicle (probability)", part[low], value=probability[low])
         return self.drop("vehicle", removal)
 
     def finder(self, cosine: float) -> CopyFinder:
@@ -297,7 +280,7 @@ class Curation:
         return self.drop("leaks", finder.leaks(self.alive("leaks"), lambda row: recognise(self.images.name(row))))
 
     def drop_duplicates(self, job: str) -> dict:
-        finder, leaked = self.finder(self.args.near_cosine), self.removal("leaks").rows
+        finder, leaked = self.finder(self.args.near_cosine), load_removal(self.folder, "leaks").rows
         removal = finder.duplicates(self.alive("duplicates"), leaked, self.args.group_cap, self.args.track_cap)
         return self.drop("duplicates", removal)
 
@@ -315,12 +298,12 @@ class Curation:
         folder = Path("clusters", job[:12])
         counts = {"folder": str(folder), "images": sum(map(len, domains.values()))}
         for number, (name, mine) in enumerate(domains.items()):
-            plan = plan_levels(len(mine), args.levels, args.members, args.resampling, clip=len(domains) > 1)
+            plan = plan_levels(len(mine), args.levels, args.resampling, clip=len(domains) > 1)
             place, memory = self.embedded.place(mine), args.memory_gb * 1e9
             rows = Rows(self.embedded.data, self.device, place, args.spherical, resident_bytes=memory)
             tree = build_tree(
                 rows, plan, self.folder / folder / name, seed=args.seed, tree_number=number,
-                iterations=args.iterations, init=args.init, resample=args.resample,
+                iterations=args.iterations, resample=args.resample,
             )  # fmt: skip
             if is_main_process():
                 tree.save(self.folder / folder / name, mine)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from curation.filters import Removal, Removals
+from curation.filters import Removals
 from curation.hierarchy import members_by_cluster, step_rng
 from curation.index import SIDE, Index
 from curation.kmeans import kmeans
@@ -299,7 +299,7 @@ class CopyFinder:
         found = Pairs(by_hash.first, by_hash.second, hash_fits)[hash_fits >= FLOOR]
         return join([found, Pairs(alike.first, alike.second, fits)[near]])
 
-    def leaks(self, alive: np.ndarray, benchmark_of: Callable[[int], str | None]) -> Removal:
+    def leaks(self, alive: np.ndarray, benchmark_of: Callable[[int], str | None]) -> Removals:
         """Remove pool rows that are a picture of an excluded source: the same bytes, the same pixels, or near; and rows
         whose path says that they are a test image of a known benchmark.
 
@@ -327,9 +327,9 @@ class CopyFinder:
         pairs = pairs[np.lexsort((-pairs.value, pairs.first))]
         pairs = pairs[np.unique(pairs.first, return_index=True)[1]]  # the best match of each
         add("near (agreement)", rest[pairs.first], excluded[pairs.second], pairs.value)
-        return out.finish()
+        return out
 
-    def duplicates(self, alive: np.ndarray, leaked: np.ndarray, group_cap: int, track_cap: int) -> Removal:
+    def duplicates(self, alive: np.ndarray, leaked: np.ndarray, group_cap: int, track_cap: int) -> Removals:
         """Remove copies within the pool: the largest picture stays, and those that are no direct copies of one that
         stays; of each (identity, camera) at most `track_cap` stay.
 
@@ -362,7 +362,7 @@ class CopyFinder:
         out.add("near copy (agreement)", rest[gone], rest[of[gone]], likeness[gone])
         surplus = beyond_tracks(index, out.left_of(alive), track_cap)
         out.add("beyond the cap of its identity and camera (images)", surplus, value=track_cap)
-        return out.finish()
+        return out
 
 
 def _first_of_each(keys: np.ndarray) -> np.ndarray:
@@ -409,9 +409,8 @@ def beyond_tracks(index: Index, rows: np.ndarray, cap: int) -> np.ndarray:
     tracks = np.stack([index.identity[known], index.camera[known]], axis=1)
     _, track, counts = np.unique(tracks, axis=0, return_inverse=True, return_counts=True)
     order, offsets = members_by_cluster(track.reshape(-1), len(counts))
-    place = np.arange(len(known)) - np.repeat(offsets[:-1], counts)
-    total = np.repeat(counts, counts)
-    # the k-th that begins a new of `cap` equal stretches stays
-    kept = np.minimum(total, cap)
-    stays = (place * kept // total) != ((place - 1) * kept // total)
-    return np.sort(known[order[~stays]])
+    gone = []
+    for frames in np.split(known[order], offsets[1:-1]):
+        kept = min(len(frames), cap)
+        gone.append(np.delete(frames, -(-np.arange(kept) * len(frames) // kept)))  # each begins an equal stretch
+    return np.sort(np.concatenate(gone))

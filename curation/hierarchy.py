@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from curation.kmeans import Clusters, assign, kmeans, memory_bytes
+from curation.kmeans import Clusters, assign, kmeans
 from curation.rows import Rows
 from util.dist import barrier, is_main_process, print_main
 from util.errors import InputError
 from util.files import write_atomic
 
-AUTO_PLUS_PLUS = {"cpu": 5_000, "cuda": 50_000}  # clusters up to which `auto` seeds by k-means++
+PLUS_PLUS = {"cpu": 5_000, "cuda": 50_000}  # clusters seeded by k-means++; more start at random rows
 
 
 @dataclass(frozen=True)
@@ -88,13 +88,11 @@ def step_rng(seed: int, *numbers: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, 0xC1A57E6], counter=counter))
 
 
-def plan_levels(
-    count: int, ks: list[int] | None, members: list[int] | None, resampling: int, clip: bool = False
-) -> list[LevelPlan]:
+def plan_levels(count: int, ks: list[int] | None, resampling: int, clip: bool = False) -> list[LevelPlan]:
     """Plan levels from the flags, or from the number of images.
 
     Default sizes: an image in forty (in twenty below 500,000) becomes a cluster, then a tenth of them on each level,
-    down to no fewer than 10 clusters and at most three levels; half a cluster's mean size is resampled.
+    down to no fewer than 10 clusters and at most three levels. Half a cluster's mean size is resampled.
 
     Args:
         clip: drop levels that such a small source cannot have, rather than refuse.
@@ -106,20 +104,15 @@ def plan_levels(
         while len(ks) < 3 and ks[-1] // 10 >= 10:
             ks.append(ks[-1] // 10)
     elif clip:
-        kept = [level for level, k in enumerate(ks) if k < count]
-        members = members and ([members[level] for level in kept] or [1])
-        ks = [ks[level] for level in kept] or [1]
+        ks = [k for k in ks if k < count] or [1]
     above = [count, *ks]
     for level, (outer, k) in enumerate(zip(above, ks), start=1):
         if not 1 <= k < outer and count > 1:
             raise InputError(
-                f"--levels {' '.join(map(str, ks))}: level {level} makes {k} clusters of {outer} "
-                f"{'images' if level == 1 else 'clusters'}; every level must be smaller than what it clusters"
+                f"--levels {' '.join(map(str, ks))}: level {level} makes {k} clusters of {outer}; every level must be "
+                "smaller than what it clusters"
             )
-    members = members or [max(2, outer // k // 2) for outer, k in zip(above, ks)]
-    if len(members) != len(ks):
-        raise InputError(f"--members has {len(members)} numbers for {len(ks)} levels: give one a level")
-    return [LevelPlan(k, m, resampling) for k, m in zip(ks, members)]
+    return [LevelPlan(k, max(2, outer // k // 2), resampling) for outer, k in zip(above, ks)]
 
 
 def build_tree(
@@ -130,25 +123,18 @@ def build_tree(
     seed: int,
     tree_number: int = 0,
     iterations: int = 50,
-    init: str = "auto",
     resample: str = "closest",
 ) -> Tree:
     """Cluster level by level; every finished step is a file of `folder`, so a killed run loses one step at most.
 
     Args:
         tree_number: which of several trees; only changes the random numbers.
-        init: `random`, `kmeans++`, or `auto`: k-means++ up to 5,000 clusters on a CPU, 50,000 on CUDA.
         resample: which members of a cluster are clustered again, `closest` (as published) or `random`.
     """
     parents, distance = [], np.empty(0)
     for level, step in enumerate(plan, start=1):
-        chosen = init
-        if init == "auto":
-            chosen = "kmeans++" if step.k <= AUTO_PLUS_PLUS[rows.device.type] else "random"
-        print_main(
-            f"level {level}: {step.k} clusters of {len(rows)}, {step.resampling} resampling steps of "
-            f"{step.members} a cluster, {chosen} start, {memory_bytes(rows, step.k) / 1e9:.2f} GB of memory"
-        )
+        init = "kmeans++" if step.k <= PLUS_PLUS[rows.device.type] else "random"
+        print_main(f"level {level}: {step.k} clusters of {len(rows)}, {init} start")
         clusters = None
         for number in range(1 + step.resampling):
             file = folder / f"level{level}_step{number:02d}.npz"
@@ -163,7 +149,7 @@ def build_tree(
                 if len(picked) < step.k:
                     break  # too few members to say anything new
                 part = rows.subset(picked)
-            fresh = kmeans(part, step.k, iterations=iterations, init=chosen, rng=rng)
+            fresh = kmeans(part, step.k, iterations=iterations, init=init, rng=rng)
             clusters = fresh if clusters is None else assign(rows, fresh.centroids)
             _save_step(file, clusters)
             print_main(
@@ -180,13 +166,9 @@ def build_tree(
 
 def _save_step(file: Path, clusters: Clusters) -> None:
     if is_main_process():
-        values = {
-            "centroids": clusters.centroids.cpu().numpy(),
-            "assignment": clusters.assignment,
-            "distance": clusters.distance,
-            "inertia": np.float64(clusters.inertia),
-        }
-        write_atomic(file, lambda opened: np.savez(opened, **values))
+        arrays = {"centroids": clusters.centroids.cpu().numpy(), "inertia": np.float64(clusters.inertia)}
+        arrays |= {"assignment": clusters.assignment, "distance": clusters.distance}
+        write_atomic(file, lambda opened: np.savez(opened, **arrays))
     barrier()
 
 

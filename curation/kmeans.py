@@ -7,7 +7,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from curation.rows import CHUNK, Rows
+from curation.rows import Rows
 from util.errors import InputError
 
 BLOCK = {"cpu": 2**22, "cuda": 2**28}  # distances held at a time; on a CPU they should stay in its cache
@@ -28,14 +28,6 @@ class Clusters:
 
     def sizes(self) -> np.ndarray:
         return np.bincount(self.assignment, minlength=len(self.centroids))
-
-
-def memory_bytes(rows: Rows, k: int) -> int:
-    """What clustering `rows` into k holds on top of the program itself: this rank's rows if they are kept, one
-    converted chunk, one block of distances, four copies of the centroids, labels and distances."""
-    kept = (rows.last - rows.first) * rows.dim * 4 if rows.kept is not None else 0
-    block = max(BLOCK[rows.device.type], k) * 4
-    return kept + 3 * CHUNK * rows.dim * 8 + block + k * rows.dim * (4 + 4 + 8 + 8) + len(rows) * 24
 
 
 def kmeans(

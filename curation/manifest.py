@@ -11,7 +11,6 @@ from curation.sources import JoinedImages
 from datasets.images import open_rgb
 from datasets.packed import PackedImages
 from util.files import write_atomic
-from util.progress import Progress
 
 COLUMNS = ("path", "source", "sha256", "width", "height", "box", "identity", "camera")
 
@@ -33,30 +32,18 @@ def write_manifest(
         cut_folder: name of the folder in folder/images, another one for another index.
         selection: [n] int64 index rows, ascending. clusters: [n, levels] int32. distance: [n] float32, squared.
     """
-    written = 0
-    progress = Progress("written", len(selection))
-
-    def write(opened) -> None:
-        nonlocal written
-        text = io.TextIOWrapper(opened, encoding="utf-8", errors="replace", newline="")
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow([*COLUMNS, *(f"cluster{level + 1}" for level in range(clusters.shape[1])), "distance"])
-        rows = enumerate(read_rows(folder / "index.csv"))
-        for place, wanted in enumerate(selection.tolist()):
-            row = next(row for number, row in rows if number == wanted)
-            file = own_file(folder / "images" / cut_folder, images, wanted, row["box"])
-            if file is not None:
-                row |= {"path": str(file.relative_to(folder)), "box": ""}  # it is cut already
-                written += 1
-            writer.writerow([*(row[name] for name in COLUMNS), *clusters[place].tolist(), f"{distance[place]:.6g}"])
-            if place % 512 == 511:
-                progress.update(place + 1)
-        text.flush()
-        text.detach()
-
-    write_atomic(folder / "manifest.csv", write)
-    progress.update(len(selection))
-    progress.close()
+    text, written = io.StringIO(), 0
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*COLUMNS, *(f"cluster{level + 1}" for level in range(clusters.shape[1])), "distance"])
+    rows = enumerate(read_rows(folder / "index.csv"))
+    for place, wanted in enumerate(selection.tolist()):
+        row = next(row for number, row in rows if number == wanted)
+        file = own_file(folder / "images" / cut_folder, images, wanted, row["box"])
+        if file is not None:
+            row |= {"path": str(file.relative_to(folder)), "box": ""}  # it is cut already
+            written += 1
+        writer.writerow([*(row[name] for name in COLUMNS), *clusters[place].tolist(), f"{distance[place]:.6g}"])
+    write_atomic(folder / "manifest.csv", lambda opened: opened.write(text.getvalue().encode("utf-8", "replace")))
     return {"images": len(selection), "written_images": written}
 
 

@@ -104,21 +104,12 @@ class Rows:
         return torch.nn.functional.normalize(x, dim=1) if self.unit else x - self.centre
 
     def _check_and_centre(self) -> torch.Tensor:
-        total = torch.zeros(self.dim + 1, dtype=torch.float64)  # sum of the rows, and how many are not finite
-        first_bad = torch.tensor([2**60])
+        total = torch.zeros(self.dim, dtype=torch.float64)
         for start in range(self.first, self.last, CHUNK):
-            x = self._raw(start, min(start + CHUNK, self.last)).double()
-            finite = x.isfinite().all(dim=1)
-            total[:-1] += x[finite].sum(dim=0)
-            if not finite.all():
-                total[-1] += (~finite).sum()
-                first_bad = first_bad.clamp(max=start + int((~finite).nonzero()[0]))
+            total += self._raw(start, min(start + CHUNK, self.last)).double().sum(dim=0)
         if not self.alone:
-            total, first_bad = total.to(self.device), first_bad.to(self.device)
+            total = total.to(self.device)
             dist.all_reduce(total)
-            dist.all_reduce(first_bad, dist.ReduceOp.MIN)
-        if total[-1] > 0:
-            row = int(self.index[int(first_bad)])
-            raise InputError(f"{int(total[-1])} embeddings are not finite, first row {row}: embed these images again")
-        mean = torch.zeros(self.dim) if self.unit else (total[:-1] / len(self)).float()
-        return mean.to(self.device)
+        if not total.isfinite().all():
+            raise InputError("some embeddings are not finite: embed with another model, or clear --output")
+        return torch.zeros(self.dim, device=self.device) if self.unit else (total / len(self)).float().to(self.device)

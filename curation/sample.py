@@ -72,23 +72,16 @@ def quotas(sizes: dict[str, int], target: int, wanted: list[str], seed: int) -> 
             shares[name] = -1.0
         if name not in sizes or not 0 <= shares[name] <= 1:
             raise InputError(f"--quota {spec}: write NAME=SHARE, a share of 0 to 1 of one of {', '.join(sizes)}")
-        if int(shares[name] * target) > sizes[name]:
-            raise InputError(
-                f"--quota {spec} asks for {int(shares[name] * target)} images, but {name} has {sizes[name]} left: "
-                "lower the share or --target_size"
-            )
-    if sum(shares.values()) > 1 + 1e-9:
-        raise InputError(f"--quota: the shares add up to {sum(shares.values()):.3f}, more than 1")
     fixed = {name: int(share * target) for name, share in shares.items()}
     if sum(shares.values()) > 1 - 1e-9:  # what rounding down has left over
         for name in [name for name in fixed if fixed[name] < sizes[name]][: target - sum(fixed.values())]:
             fixed[name] += 1
     others = {name: size for name, size in sizes.items() if name not in fixed}
     left = target - sum(fixed.values())
-    if left > sum(others.values()):
+    if not 0 <= left <= sum(others.values()) or any(fixed[name] > sizes[name] for name in fixed):
         raise InputError(
-            f"--quota and --target_size {target}: the sources without a quota have {sum(others.values())} images for "
-            f"the remaining {left}; raise a quota or lower the target"
+            f"--quota {' '.join(wanted)} and --target_size {target} ask for {fixed} images and {left} of the other "
+            f"sources, but there are {sizes} left: change the quotas or lower the target"
         )
     filled = water_fill(np.array(list(others.values()), dtype=np.int64), left, step_rng(seed, 4000))
     return fixed | dict(zip(others, filled.tolist()))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.manifest import check_first_exist, iterate_manifest, list_images
+from datasets.manifest import cell, check_first_exist, iterate_manifest, list_images
 from datasets.packed import PackedImages
 from datasets.path_list import PathList
 from util.errors import InputError
@@ -94,26 +94,23 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
         raise InputError(f"--{role} {name}={path} does not exist: give a folder, a manifest or a packed set")
     if path.is_dir():
         if role == "exclude" and (path / "train").is_dir():
-            raise InputError(
-                f"--exclude {name}={path} holds a folder train/: give the folder of its test images instead"
-            )
+            raise InputError(f"--exclude {name}={path} holds a folder train/: give the folder of its test images")
         return Source(name, role, list_images(path))
-    kept: list[str] = []
-    values: dict[str, list[str]] = {column: [] for column in column_names}
+    rows = []
     left_out = 0
     for row in iterate_manifest(path):
-        split = str(row.get("split") or "").strip().lower()
+        split = cell(row, "split").lower()
         if split.startswith(TEST_SPLITS) if role == "pool" else split == "train":
             left_out += 1
-            continue
-        kept.append(row["path"])
-        for column, texts in values.items():
-            value = row.get(column_names[column])
-            texts.append(" ".join(map(str, value)) if isinstance(value, list) else "" if value is None else str(value))
-    if not kept:
+        else:
+            box = row.get(column_names["box"])
+            row[column_names["box"]] = " ".join(map(str, box)) if isinstance(box, list) else box
+            rows.append([row["path"], *(cell(row, column) for column in column_names.values())])
+    if not rows:
         side = "validation or test" if role == "pool" else "training"
         raise InputError(f"--{role} {name}={path}: all {left_out} rows are {side} rows by their column 'split'")
-    paths = PathList(path.parent, kept)
+    files, *texts = zip(*rows)
+    paths = PathList(path.parent, files)
     check_first_exist(paths, path)
-    columns = {column: PathList(Path(), texts) for column, texts in values.items() if any(texts)}
+    columns = {column: PathList(Path(), values) for column, values in zip(column_names, texts) if any(values)}
     return Source(name, role, paths, columns, left_out)

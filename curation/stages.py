@@ -32,9 +32,9 @@ class Stages:
         text = json.dumps([self.fingerprint, name, settings], sort_keys=True)
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         file = self.folder / f"{name}.json"
-        record = broadcast(self._read(file))
-        if record is not None:
-            print_main(f"== {name}: done before, {_short(record['counts'])}")
+        record = broadcast(json.loads(file.read_text()) if file.is_file() else None)
+        if record is not None and record["fingerprint"] == self.fingerprint:
+            print_main(f"== {name}: done before, {record['counts']}")
         else:
             print_main(f"== {name}")
             if is_main_process():
@@ -42,25 +42,12 @@ class Stages:
             started = time.perf_counter()
             counts = work(self.fingerprint) if shared or is_main_process() else {}
             if is_main_process():
-                seconds = round(time.perf_counter() - started, 2)
                 record = {"fingerprint": self.fingerprint, "run": uuid.uuid4().hex, "settings": settings}
-                record |= {"counts": counts, "seconds": seconds}
+                record |= {"counts": counts, "seconds": round(time.perf_counter() - started, 2)}
                 write_json(file, record)
-                print_main(f"{name}: {_short(counts)} ({seconds:.1f} s)")
+                print_main(f"{name}: {counts} ({record['seconds']:.1f} s)")
             wait_for_main()
             record = broadcast(record)
         self.records[name] = record
         self.fingerprint += record["run"]  # what comes after belongs to this very run of the stage
         return record["counts"]
-
-    def _read(self, file: Path) -> dict | None:
-        try:
-            record = json.loads(file.read_text())
-        except (FileNotFoundError, json.JSONDecodeError):
-            return None
-        return record if record.get("fingerprint") == self.fingerprint else None
-
-
-def _short(counts: dict) -> str:
-    parts = [f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in counts.items()]
-    return ", ".join(parts) or "nothing"

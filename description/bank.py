@@ -21,10 +21,7 @@ from models_teacher import FrozenTeacher, check_tokens, encode_texts
 from reports.description import write_description_report
 from util.errors import InputError
 from util.files import write_atomic, write_json
-from util.parallel import Parts
 from util.precision import pick_precision
-
-PART_TEXTS = 4096
 
 
 class Candidates:
@@ -71,17 +68,11 @@ def encode(args, candidates: Candidates, templates: Templates, clip, tokenizer, 
 
 
 def embed_texts(clip, tokenizer, texts: list[str], folder: Path, batch_size: int) -> torch.Tensor:
-    """[T, D] float32 unit rows on the CPU, kept in `folder`; a killed run goes on."""
-    job = {"texts": hash_texts(texts)}
-    file = folder / f"texts-{job['texts'][:12]}.npy"
+    """[T, D] float32 unit rows on the CPU, kept in `folder` for other thresholds."""
+    file = folder / f"texts-{hash_texts(texts)[:12]}.npy"
     if not file.is_file():
-        parts = Parts(file.with_suffix(".npy.parts"), job, "unfinished set of texts", len(texts), PART_TEXTS, ".npy")
-        for start in parts.todo:
-            rows = encode_texts(clip, tokenizer, texts[start : parts.stop(start)], batch_size).cpu().numpy()
-            write_atomic(parts.file(start), lambda opened, rows=rows: np.save(opened, rows))
-        whole = np.concatenate([np.load(parts.file(start)) for start in parts.starts])
-        write_atomic(file, lambda opened: np.save(opened, whole))
-        parts.remove()
+        rows = encode_texts(clip, tokenizer, texts, batch_size).cpu().numpy()
+        write_atomic(file, lambda opened: np.save(opened, rows))
     return torch.from_numpy(np.load(file))
 
 
@@ -94,7 +85,7 @@ def mean_of_wordings(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
     return torch.stack([F.normalize(part.mean(dim=0), dim=0) for part in rows.split(sizes)])
 
 
-def embed_images(teacher: FrozenTeacher, paths, indices: np.ndarray, args) -> tuple[torch.Tensor, dict[int, str]]:
+def embed_images(teacher: FrozenTeacher, paths, indices: np.ndarray, args) -> tuple[torch.Tensor, dict[str, str]]:
     """Embed whole images, as `--teacher_view full` shows them to the teacher, and keep them in --output.
 
     Returns:
@@ -112,8 +103,7 @@ def embed_images(teacher: FrozenTeacher, paths, indices: np.ndarray, args) -> tu
             batch_size=args.batch_size, num_workers=args.num_workers,
         )  # fmt: skip
         write_json(unreadable, problems)
-    problems = json.loads(unreadable.read_text())
-    return torch.from_numpy(np.load(file)), {int(index): problem for index, problem in problems.items()}
+    return torch.from_numpy(np.load(file)), json.loads(unreadable.read_text())
 
 
 def ground_candidates(args, candidates: Candidates, paths, teacher_parts: tuple, device, facts: dict) -> None:
@@ -129,9 +119,7 @@ def ground_candidates(args, candidates: Candidates, paths, teacher_parts: tuple,
     teacher = FrozenTeacher(clip, identity, dtype or torch.float32).to(device)
     rows, problems = embed_images(teacher, paths, indices, args)
     for index, problem in problems.items():
-        print(f"unreadable, left out: {printable(paths.relative(index))}: {problem}")
-    if problems:
-        print(f"this is remembered: remove {args.output}/embeddings to try these images again")
+        print(f"unreadable, left out: {printable(paths.relative(int(index)))}: {problem}")
     readable = torch.isfinite(rows[:, 0])
     images, indices = rows[readable], indices[readable.numpy()]
     facts |= {"images": len(images), "unreadable": len(problems)}
@@ -143,19 +131,24 @@ def ground_candidates(args, candidates: Candidates, paths, teacher_parts: tuple,
     generic = encode_texts(clip, tokenizer, [args.generic])[0].float().cpu()
     names = [text.kind if args.rank_in == "kind" else "" for text in candidates.texts]
     numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    texts = candidates.embeddings
-    found = ground(images, texts, generic, torch.tensor([numbers[name] for name in names]), identity.tau, args)
+    kinds, texts = torch.tensor([numbers[name] for name in names]), candidates.embeddings
+    found = ground(images, texts, generic, kinds, identity.tau, args)
     usage, corrected, gap = found.usage.tolist(), found.corrected.tolist(), found.gap.tolist()
-    for j, best in enumerate(found.best_images.tolist()):
-        candidates.notes[j] = {"usage": usage[j], "corrected": corrected[j], "images": [int(indices[i]) for i in best]}
+    details = {}
+    for j, (reason, best) in enumerate(zip(found.reasons, found.best_images.tolist())):
+        candidates.notes[j] = {"usage": usage[j], "corrected": corrected[j], "images": indices[best].tolist()}
         if usage[j]:
             candidates.notes[j]["gap"] = round(gap[j], 4)
-    why = {
-        "ungrounded": lambda j: f"{usage[j]} images take it, {args.n_min} are needed",
-        "hub": lambda j: f"{corrected[j]} images take it after correction, more than {found.limit[j]:.1%} of them",
-        "generic": lambda j: f"{gap[j]:+.3f} against '{args.generic}', {args.margin:+g} is needed",
-    }
-    candidates.drop({j: (reason, why[reason](j)) for j, reason in enumerate(found.reasons) if reason})
+        if reason:
+            details[j] = (
+                reason,
+                {
+                    "ungrounded": f"{usage[j]} images take it, {args.n_min} are needed",
+                    "hub": f"{corrected[j]} images take it after correction, more than {found.limit[j]:.1%} of them",
+                    "generic": f"{gap[j]:+.3f} against '{args.generic}', {args.margin:+g} is needed",
+                }[reason],
+            )
+    candidates.drop(details)
     kept = torch.tensor([not reason for reason in found.reasons])
     facts |= bank_statistics(images, texts, kept, identity.tau)
     print(f"teacher entropy {facts['teacher_entropy']:.3f} of log T (0: hard labels, 1: says nothing)")

@@ -1,14 +1,14 @@
 """Attribute files of datasets -> raw rows: one dict of values by slot a row.
 
 Formats: a table (.csv .tsv .jsonl, any columns), VeRi-776, VehicleID, CompCars, StanfordCars class names and DVM-CAR.
-Every reader raises InputError naming file and, where there is one, the line.
 """
 
 import csv
+import io
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 from datasets.attr import VERI_COLOURS, VERI_TYPES, veri_code, veri_xml
@@ -30,16 +30,13 @@ SIGNS = {  # files by which a folder is known
 }
 
 
-def read_attributes(
-    path: str | Path, format: str = "auto", columns: dict[str, str] | None = None, split: str | None = None,
-    extra: tuple[str, ...] = (),
-) -> Rows:  # fmt: skip
+def read_attributes(path: str | Path, format: str = "auto", **table) -> Rows:
     """Read one attribute source.
 
     Args:
         path: a file, or the folder of a dataset.
         format: a key of `READERS`, or "auto": by the files that are there.
-        columns, split, extra: of `read_table`, for tables only.
+        table: columns, split, extra of `read_table`, for tables only.
     """
     path = Path(path)
     if not path.exists():
@@ -50,9 +47,7 @@ def read_attributes(
         format = next((name for sign, name in SIGNS.items() if (path / sign).is_file()), "")
         if not format:
             raise InputError(f"--attributes {path}: none of {', '.join(SIGNS)} is in this folder; give the file itself")
-    if format in ("table", "dvm"):
-        return READERS[format](path, columns or {}, split, extra)
-    return READERS[format](path)
+    return READERS[format](path, **(table if format in ("table", "dvm") else {}))
 
 
 def read_text(file: Path) -> str:
@@ -64,7 +59,14 @@ def read_text(file: Path) -> str:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
 
 
-def read_table(file: Path, columns: dict[str, str], split: str | None, extra: tuple[str, ...] = ()) -> Rows:
+def _lines(file: Path) -> Iterator[tuple[int, str]]:
+    """Number and text of the lines that are not empty."""
+    return ((number, line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip())
+
+
+def read_table(
+    file: Path, columns: dict[str, str] | None = None, split: str | None = None, extra: tuple[str, ...] = ()
+) -> Rows:
     """Read a table with whatever columns exist; empty values are left out.
 
     Args:
@@ -72,83 +74,63 @@ def read_table(file: Path, columns: dict[str, str], split: str | None, extra: tu
         split: keep the rows whose column `split` has this value, if there is such a column.
         extra: keys of further columns to carry along under their own key.
     """
-    ending = file.suffix.lower()
-    if ending not in (".csv", ".tsv", ".jsonl"):
-        raise InputError(f"--attributes {file}: a table ends in .csv, .tsv, .jsonl")
-    read = _json_rows if ending == ".jsonl" else _csv_rows
-    header: list[str] = []
-    named: dict[str, str] = {}
-    seen: set[str] = set()
-    try:
-        with open(file, encoding="utf-8-sig", newline="") as opened:
-            for row in read(file, opened):
-                if list(row) != header:  # keys of a .jsonl change from row to row
-                    header = list(row)
-                    seen |= set(header)
-                    named = _name_columns(file, header, columns, extra)
-                if split is None or row.get("split", split) == split:
-                    yield {slot: row[name] for name, slot in named.items() if row[name]}
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    columns = columns or {}
+    named: dict[tuple[str, ...], dict[str, str]] = {}  # keys of a .jsonl change from row to row
+    for row in _table_rows(file):
+        header = tuple(row)
+        if header not in named:
+            named[header] = _name_columns(file, header, columns, extra)
+        if split is None or row.get("split", split) == split:
+            yield {slot: row[name] for name, slot in named[header].items() if row[name]}
+    seen = {name for header in named for name in header}
     if not seen:
         raise InputError(f"{file} has no row")
     for slot, name in columns.items():
         if name not in seen:
             raise InputError(f"--column {slot}={name}: {file} has {', '.join(sorted(seen))}")
-    if not columns and not any(slot_of(name) or column_key(name) in extra for name in seen):
+    if not any(named.values()):
         raise InputError(
             f"{file} has no usable column among {', '.join(sorted(seen))}: name them with --column make=NAME body=NAME"
         )
 
 
-def _csv_rows(file: Path, opened) -> Rows:
-    reader = csv.reader(opened, delimiter="\t" if file.suffix.lower() == ".tsv" else ",")
-    header = [name.strip() for name in next(reader, [])]
-    if len(set(header)) < len(header):
-        double = next(name for name in header if header.count(name) > 1)
-        raise InputError(f"{file} has two columns '{double}': rename one of them")
-    for values in filter(None, reader):
-        if len(values) != len(header):
-            raise InputError(
-                f"{file}, line {reader.line_num} has {len(values)} fields where the first line has {len(header)}"
-            )
-        yield dict(zip(header, (value.strip() for value in values)))
+def _table_rows(file: Path) -> Rows:
+    ending = file.suffix.lower()
+    if ending not in (".csv", ".tsv", ".jsonl"):
+        raise InputError(f"--attributes {file}: a table ends in .csv, .tsv, .jsonl")
+    if ending == ".jsonl":
+        for number, line in _lines(file):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
+            if not isinstance(row, dict):
+                raise InputError(f"{file}, line {number} is not a JSON object")
+            yield {key: "" if value is None else str(value) for key, value in row.items()}
+        return
+    reader = csv.DictReader(io.StringIO(read_text(file)), delimiter="\t" if ending == ".tsv" else ",")
+    for row in reader:
+        if None in row or None in row.values():
+            raise InputError(f"{file}, line {reader.line_num} has not as many fields as the first line")
+        yield {name.strip(): value.strip() for name, value in row.items()}
 
 
-def _json_rows(file: Path, opened) -> Rows:
-    for number, line in enumerate(opened, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
-        if not isinstance(row, dict):
-            raise InputError(f"{file}, line {number} is not a JSON object")
-        nested = {key for key, value in row.items() if isinstance(value, (list, dict))}
-        if lists := sorted(filter(slot_of, nested)):
-            raise InputError(f"{file}, line {number}: '{lists[0]}' holds not one text: write a row for each value")
-        yield {key: "" if value is None else str(value) for key, value in row.items() if key not in nested}
-
-
-def _name_columns(file: Path, header: list[str], columns: dict[str, str], extra: tuple[str, ...]) -> dict[str, str]:
+def _name_columns(file: Path, header: tuple[str, ...], columns: dict[str, str], extra: tuple[str, ...]):
     """{column: slot} of a header."""
     chosen = {name: slot for slot, name in columns.items() if name in header}
     for name in header:
-        slot, key = slot_of(name), column_key(name)
+        slot = slot_of(name)
         if name in chosen:
             continue
         if slot and slot not in columns:
-            other = next((other for other, its in chosen.items() if its == slot), None)
-            if other is not None:
+            if slot in chosen.values():
+                other = next(other for other, its in chosen.items() if its == slot)
                 raise InputError(
                     f"{file}: the columns '{other}' and '{name}' both hold the {slot}; choose with --column {slot}=NAME"
                 )
             chosen[name] = slot
-        elif key in extra:
-            chosen[name] = key
+        elif column_key(name) in extra:
+            chosen[name] = column_key(name)
     if {"make", "model"} & set(chosen.values()):  # the class name only repeats them
         chosen = {name: slot for name, slot in chosen.items() if slot != "class_name"}
     return chosen
@@ -158,8 +140,8 @@ def read_veri(path: Path) -> Rows:
     """VeRi-776: items of `train_label.xml` with colorID and typeID (1-based)."""
     file = path / "train_label.xml" if path.is_dir() else path
     slots = {
-        "colour": ("colorID", _list_names(file.parent / "list_color.txt") or dict(enumerate(VERI_COLOURS, 1))),
-        "body": ("typeID", _list_names(file.parent / "list_type.txt") or dict(enumerate(VERI_TYPES, 1))),
+        "colour": ("colorID", dict(enumerate(VERI_COLOURS, 1))),
+        "body": ("typeID", dict(enumerate(VERI_TYPES, 1))),
     }
     for item in veri_xml(file).iter("Item"):
         codes = {slot: veri_code(file, item, key, names) for slot, (key, names) in slots.items()}
@@ -167,25 +149,30 @@ def read_veri(path: Path) -> Rows:
 
 
 def read_vehicleid(path: Path) -> Rows:
-    """VehicleID: "<vehicle> <id>" in `color_attr.txt` and `model_attr.txt`, names in `color_names.txt` and
-    `model_names.txt` (name and id in either order), one row a vehicle."""
+    """VehicleID: "<vehicle> <id>" in `color_attr.txt` and `model_attr.txt`; names, which the set lacks, in
+    `color_names.txt` and `model_names.txt`, "<id> <name>" a line. One row a vehicle."""
     folder = path / "attribute" if (path / "attribute").is_dir() else path if path.is_dir() else path.parent
     vehicles: dict[str, dict[str, str]] = {}
     for slot, name in (("colour", "color"), ("model", "model")):
         file, names_file = folder / f"{name}_attr.txt", folder / f"{name}_names.txt"
         if not file.is_file():
             continue
-        names = _list_names(names_file)
-        if not names:
-            raise InputError(f"{file} holds numbers only: write their names to {names_file}, '<name> <id>' a line")
+        if not names_file.is_file():
+            raise InputError(f"{file} holds numbers only: write their names to {names_file}, '<id> <name>' a line")
+        names = dict(_pair(names_file, number, line) for number, line in _lines(names_file))
         for number, line in _lines(file):
-            words = line.split()
-            if len(words) != 2 or not words[1].isdigit():
-                raise InputError(f"{file}, line {number} is not '<vehicle> <id>': {line[:60]}")
-            if int(words[1]) not in names:
-                raise InputError(f"{file}, line {number}: id {words[1]} is not in {names_file.name}")
-            vehicles.setdefault(words[0], {})[slot] = names[int(words[1])].replace("_", " ")
+            vehicle, code = _pair(file, number, line)
+            if code not in names:
+                raise InputError(f"{file}, line {number}: id {code} is not in {names_file.name}")
+            vehicles.setdefault(vehicle, {})[slot] = names[code].replace("_", " ")
     yield from vehicles.values()
+
+
+def _pair(file: Path, number: int, line: str) -> list[str]:
+    words = line.split(maxsplit=1)
+    if len(words) != 2:
+        raise InputError(f"{file}, line {number} does not hold two words: {line[:60]}")
+    return [word.strip() for word in words]
 
 
 def read_compcars(path: Path) -> Rows:
@@ -197,26 +184,22 @@ def read_compcars(path: Path) -> Rows:
     models = read_cell_strings(misc / "make_model_name.mat", "model_names")
     types = read_cell_strings(misc / "car_type.mat", "types")
 
-    def name(names: list[str | None], number: int) -> str | None:  # MATLAB counts from 1; 0 means unavailable
-        return names[number - 1] if 0 < number <= len(names) else None
+    def name(names: list[str | None], number: str) -> str | None:  # MATLAB counts from 1; 0 means unavailable
+        return names[int(number) - 1] if 0 < int(number) <= len(names) else None
 
-    kept: dict[int, dict[str, str]] = {}
+    kept: dict[str, dict[str, str]] = {}
     for number, line in _lines(file):
         fields = line.split()
-        if number == 1 and not fields[0].isdigit():
-            continue
-        if len(fields) != 6 or not (fields[0].isdigit() and fields[5].isdigit()):
+        if not re.fullmatch(r"\d+( \S+){4} \d+", " ".join(fields)):
+            if number == 1:
+                continue  # names of the columns
             raise InputError(f"{file}, line {number} does not hold six numbers: {line[:60]}")
-        model = int(fields[0])
         row = dict(zip(("maximum_speed", "displacement", "doors", "seats"), fields[1:5]))
-        kept[model] = {"model": name(models, model), "body": name(types, int(fields[5]))} | row
+        kept[fields[0]] = {"model": name(models, fields[0]), "body": name(types, fields[5])} | row
     seen: Counter[tuple] = Counter()
-    for label in sorted((misc.parent / "label").glob("*/*/*/*.txt")):
-        make, model, year = label.relative_to(misc.parent / "label").parts[:3]
+    for label in sorted((misc.parent / "label").glob("[0-9]*/[0-9]*/*/*.txt")):
         view = (read_text(label).split() or [""])[0]
-        if not (make.isdigit() and model.isdigit()):
-            raise InputError(f"{label}: CompCars names its folders by make and model numbers")
-        seen[int(make), int(model), year, TABLE["compcars_view"].get(view)] += 1
+        seen[(*label.parts[-4:-1], TABLE["compcars_view"].get(view))] += 1
     for (make, model, year, view), count in seen.items():
         row = kept.get(model, {"model": name(models, model)})
         yield from [row | {"make": name(makes, make), "year": year, "view": view}] * count
@@ -233,22 +216,22 @@ def read_stanford(path: Path) -> Rows:
     yield from ({"class_name": name.strip()} for name in names if name and name.strip())
 
 
-def read_dvm(path: Path, columns: dict[str, str], split: str | None, extra: tuple[str, ...] = ()) -> Rows:
+def read_dvm(path: Path, extra: tuple[str, ...] = (), **table) -> Rows:
     """DVM-CAR: `Ad_table.csv`; with `Image_table.csv` beside it one row an image, with its viewpoint.
     An image's id is the advertisement's and a running number."""
     folder = path if path.is_dir() else path.parent
     folder = folder / "tables" if (folder / "tables").is_dir() else folder
     views: dict[str, list[str]] = {}
     if (folder / "Image_table.csv").is_file():
-        for row in read_table(folder / "Image_table.csv", {}, None, ("image_id",)):
+        for row in read_table(folder / "Image_table.csv", extra=("image_id",)):
             if "view" in row:
                 views.setdefault(row.get("image_id", "").rpartition("$$")[0], []).append(row["view"])
-    for row in read_table(folder / "Ad_table.csv", columns, split, (*extra, "adv_id")):
+    for row in read_table(folder / "Ad_table.csv", extra=(*extra, "adv_id"), **table):
         for view in views.get(row.get("adv_id", ""), [None]):
             yield row | ({"view": view} if view is not None else {})
 
 
-READERS: dict[str, Callable[..., Rows]] = {
+READERS = {
     "table": read_table,
     "veri": read_veri,
     "vehicleid": read_vehicleid,
@@ -256,19 +239,3 @@ READERS: dict[str, Callable[..., Rows]] = {
     "stanford": read_stanford,
     "dvm": read_dvm,
 }
-
-
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of the lines that are not empty."""
-    return ((number, line) for number, line in enumerate(read_text(file).splitlines(), 1) if line.strip())
-
-
-def _list_names(file: Path) -> dict[int, str]:
-    """ "<id> <name>" or "<name> <id>" a line -> names by id; empty where there is no such file."""
-    names = {}
-    for number, line in _lines(file) if file.is_file() else ():
-        match = re.fullmatch(r"(\d+)\s+(.+)|(.+)\s+(\d+)", line.strip())
-        if not match:
-            raise InputError(f"{file}, line {number} is not '<name> <id>': {line[:60]}")
-        names[int(match[1] or match[4])] = match[2] or match[3]
-    return names

@@ -4,20 +4,10 @@ import itertools
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from description.canonical import (
-    CLOSED,
-    INVISIBLE,
-    MEASURE,
-    SLOTS,
-    canonical_row,
-    column_key,
-    names_body,
-    with_articles,
-)  # fmt: skip
+from description.canonical import INVISIBLE, MEASURE, SLOTS, canonical_row, column_key, names_body, with_articles
 from description.readers import read_attributes, read_text
 from util.errors import InputError
 
@@ -59,39 +49,27 @@ def read_templates(file: Path) -> Templates:
     """Read a .json as `description/templates.json`, or a .txt with one whole text with {slots} a line."""
     text = read_text(file)
     if file.suffix.lower() == ".txt":
-        templates = Templates([{"phrase": line.strip()} for line in text.splitlines() if line.strip()])
-    elif file.suffix.lower() == ".json":
+        content = {"templates": [line.strip() for line in text.splitlines() if line.strip()]}
+    else:
         try:
-            templates = _from_json(json.loads(text))
+            content = json.loads(text)
         except json.JSONDecodeError as error:
             raise InputError(f"--templates {file}, line {error.lineno} is not JSON: {error.msg}") from error
-        except (TypeError, KeyError, AttributeError) as error:
-            raise InputError(
-                f'--templates {file}: it needs \'templates\', a list of {{"phrase": "a {{colour}} {{body}}"}}, and '
-                f"only what description/templates.json has ({error})"
-            ) from error
-    else:
-        raise InputError(f"--templates {file}: the ending must be .json or .txt")
-    for template in templates.phrases:
-        phrase = template["phrase"]
+    try:
+        phrases = [{"phrase": t} if isinstance(t, str) else {"phrase": t["phrase"]} | t for t in content["templates"]]
+        words = {column_key(slot): list(values) for slot, values in content.get("words", {}).items()}
+        wordings = content.get("wordings") or ["{phrase}"]
+        templates = Templates(phrases, wordings, words, content.get("contradictions", []))
+    except (TypeError, KeyError, AttributeError) as error:
+        raise InputError(f"--templates {file} is not made like description/templates.json ({error!r})") from error
+    for template in phrases:
+        phrase, known = template["phrase"], set(words)
         stripped = re.sub(r"{\w+}", "", phrase)
         if "{" in stripped or "}" in stripped or not slots_of(phrase):
             raise InputError(f"--templates {file}: '{phrase}' needs slots in braces, as in 'a {{colour}} {{body}}'")
-        for slot in template.get("words", ()):
-            if slot not in templates.words:
-                raise InputError(f"--templates {file}: '{phrase}' asks for words of '{slot}', and there are none")
-    for wording in templates.wordings:
-        if "{phrase}" not in wording:
-            raise InputError(f"--templates {file}: the wording '{wording}' has no {{phrase}}")
-    if not templates.phrases:
-        raise InputError(f"--templates {file} holds no template")
+        if missing := set(template.get("words", ())) - known:
+            raise InputError(f"--templates {file}: '{phrase}' asks for words of '{missing.pop()}', and there are none")
     return templates
-
-
-def _from_json(content: dict) -> Templates:
-    phrases = [{"phrase": t} if isinstance(t, str) else {"phrase": t["phrase"]} | t for t in content.pop("templates")]
-    words = {column_key(slot): list(values) for slot, values in content.pop("words", {}).items()}
-    return Templates(phrases, content.pop("wordings", None) or ["{phrase}"], words, **content)
 
 
 def read_rows(args, columns: dict[str, str], templates: Templates, facts: dict) -> Counter:
@@ -102,7 +80,7 @@ def read_rows(args, columns: dict[str, str], templates: Templates, facts: dict) 
     unknown: Counter[tuple[str, str]] = Counter()
     seen: set[str] = set()
     for path in args.attributes:
-        for raw in read_attributes(path, args.format, columns, args.split, extra):
+        for raw in read_attributes(path, args.format, columns=columns, split=args.split, extra=extra):
             seen |= set(raw)
             row = canonical_row(raw, unknown)
             rows[tuple(sorted((k, v) for k, v in row.items() if k in wanted or k in SLOTS))] += 1
@@ -113,17 +91,12 @@ def read_rows(args, columns: dict[str, str], templates: Templates, facts: dict) 
             "the columns of the table"
         )
     if not rows:
-        split = f" with --split {args.split}" if args.split else ""
-        raise InputError(
-            f"--attributes {' '.join(args.attributes)}: no row has a usable value{split}; check the columns, or name "
-            "them with --column"
-        )
+        raise InputError("--attributes: no row has a usable value; check --split and the columns, or use --column")
     facts |= {"rows": rows.total(), "combinations": len(rows)}
     facts["attributes"] = sorted({slot for row in rows for slot, _ in row})
     facts["invisible_columns"] = sorted(seen & set(INVISIBLE))
     for (slot, value), count in unknown.most_common(8):
-        kind = "kept as it is" if slot in CLOSED and any(c.isalpha() for c in value) else "left out"
-        print(f"unknown {slot} '{value}' in {count} rows: {kind}")
+        print(f"unknown {slot} '{value}' in {count} rows")
     facts["unknown_values"] = len(unknown)
     return rows
 
@@ -146,12 +119,19 @@ def fill(templates: Templates, rows: Counter, *, use_words: bool = True) -> tupl
         phrase, filled = template["phrase"], 0
         slots = list(dict.fromkeys(slots_of(phrase)))
         free = [s for s in slots if use_words and s in template.get("words", ()) and s not in present]
-        combinations = _combinations(rows, [s for s in slots if s not in free], template.get("unless", ()))
+        needed, unless = set(slots) - set(free), set(template.get("unless", ()))
+        combinations: Counter[tuple] = Counter()
+        for row, count in rows.items():
+            values = dict(row)
+            if needed <= values.keys() and not unless & values.keys():
+                combinations[tuple((slot, values[slot]) for slot in slots if slot in needed)] += count
         for values, count in combinations.items():
             for words in itertools.product(*(templates.words[s] for s in free)):
                 attrs = dict(values) | dict(zip(free, words))
-                if _is_odd(attrs, templates.contradictions):
+                if any(rule.items() <= attrs.items() for rule in templates.contradictions):
                     continue
+                if "model" in attrs and "body" in attrs and names_body(attrs["model"], attrs["body"]):
+                    continue  # "a Ram Pickup pickup truck"
                 filled += 1
                 attrs = {slot: attrs[slot] for slot in slots}
                 said = re.sub(r"{(\w+)}", lambda match, attrs=attrs: attrs[match[1]], phrase)
@@ -162,22 +142,6 @@ def fill(templates: Templates, rows: Counter, *, use_words: bool = True) -> tupl
         if not filled:
             unused.append(phrase)
     return list(texts.values()), unused
-
-
-def _combinations(rows: Counter, slots: list[str], unless: Iterable[str]) -> Counter:
-    found: Counter[tuple] = Counter()
-    for row, count in rows.items():
-        values = dict(row)
-        if all(slot in values for slot in slots) and not any(slot in values for slot in unless):
-            found[tuple((slot, values[slot]) for slot in slots)] += count
-    return found
-
-
-def _is_odd(attrs: dict[str, str], contradictions: list[dict[str, str]]) -> bool:
-    """Nonsense by construction: "a Ram Pickup pickup truck", a convertible with a sun roof."""
-    if "model" in attrs and "body" in attrs and names_body(attrs["model"], attrs["body"]):
-        return True
-    return any(all(attrs.get(k) == v for k, v in rule.items()) for rule in contradictions)
 
 
 def invisible_reason(text: Text) -> str | None:

@@ -1,7 +1,6 @@
 """k-means, the hierarchy and the balanced sample, against plain NumPy and known answers."""
 
 import json
-import sys
 
 import numpy as np
 import pytest
@@ -97,8 +96,8 @@ def test_plus_plus_never_picks_a_vector_twice():
 
 def test_bad_input_has_one_sentence():
     x = blobs(100, 3)
-    x[[7, 9], 0] = np.nan
-    with pytest.raises(InputError, match="2 embeddings are not finite, first row 7"):
+    x[7, 0] = np.nan
+    with pytest.raises(InputError, match="some embeddings are not finite"):
         Rows(x, CPU)
     with pytest.raises(InputError, match="101 clusters of 100 images"):
         kmeans(Rows(blobs(100, 3), CPU), 101, iterations=1, rng=step_rng(0, 1))
@@ -107,9 +106,7 @@ def test_bad_input_has_one_sentence():
     found = kmeans(Rows(same, CPU), 5, iterations=5, rng=step_rng(0, 1))
     assert found.inertia == 0 and (found.sizes() > 0).sum() == 3
     with pytest.raises(InputError, match="level 2 makes 200 clusters of 100"):
-        plan_levels(1000, [100, 200], None, 2)
-    with pytest.raises(InputError, match="one a level"):
-        plan_levels(1000, [100, 10], [3], 2)
+        plan_levels(1000, [100, 200], 2)
 
 
 def test_two_ranks_find_the_same_clusters(tmp_path):
@@ -126,7 +123,7 @@ from curation.hierarchy import build_tree, plan_levels
 init_distributed(torch.device("cpu"), 60)
 out = Path("{tmp_path}")
 rows = Rows(np.load(out / "x.npy", mmap_mode="r"), torch.device("cpu"))
-tree = build_tree(rows, plan_levels(20_000, [60, 8], [20, 3], 2), out / "two", seed=3, iterations=10)
+tree = build_tree(rows, plan_levels(20_000, [60, 8], 2), out / "two", seed=3, iterations=10)
 if is_main_process():
     np.save(out / "path.npy", tree.path())
 end_distributed()
@@ -134,12 +131,12 @@ end_distributed()
     (tmp_path / "job.py").write_text(code)
     done = run_command(command(str(tmp_path / "job.py"), processes=2))
     assert done.returncode == 0, done.stderr
-    one = build_tree(Rows(x, CPU), plan_levels(20_000, [60, 8], [20, 3], 2), tmp_path / "one", seed=3, iterations=10)
+    one = build_tree(Rows(x, CPU), plan_levels(20_000, [60, 8], 2), tmp_path / "one", seed=3, iterations=10)
     assert one.path().shape == (20_000, 2) and (one.path() == np.load(tmp_path / "path.npy")).all()
 
 
 def test_steps_on_disk_are_not_done_again(tmp_path, monkeypatch):
-    rows, plan = Rows(blobs(2000, 10), CPU), plan_levels(2000, [40, 6], None, 2)
+    rows, plan = Rows(blobs(2000, 10), CPU), plan_levels(2000, [40, 6], 2)
     whole = build_tree(rows, plan, tmp_path / "a", seed=0, iterations=5)
     build_tree(rows, plan, tmp_path / "b", seed=0, iterations=5)
     for name in ("level1_step02.npz", "level2_step00.npz", "level2_step01.npz", "level2_step02.npz"):
@@ -181,7 +178,7 @@ def test_the_sample_covers_rings_by_area(tmp_path):
     rows = Rows(x, CPU)
 
     def off(levels: list[int], resampling: int) -> float:
-        plan = plan_levels(len(x), levels, None, resampling)
+        plan = plan_levels(len(x), levels, resampling)
         folder = tmp_path / "_".join(map(str, levels))
         tree = build_tree(rows, plan, folder, seed=0, iterations=8)
         chosen, _ = sample_tree(tree, 600, seed=0)
@@ -197,7 +194,7 @@ def test_the_sample_covers_rings_by_area(tmp_path):
 
 def test_closest_members_are_taken(tmp_path):
     rows = Rows(blobs(500, 5), CPU)
-    tree = build_tree(rows, plan_levels(500, [5], None, 0), tmp_path, seed=0, iterations=10)
+    tree = build_tree(rows, plan_levels(500, [5], 0), tmp_path, seed=0, iterations=10)
     chosen, shares = sample_tree(tree, 50, seed=0, how="closest")
     assert (shares == 10).all()
     indices, offsets = members_by_cluster(tree.parents[0], 5)
@@ -223,33 +220,3 @@ def test_assignment_is_exact_for_any_block_size(monkeypatch):
     whole = assign(rows, centroids)
     monkeypatch.setitem(BLOCK, "cpu", 64)
     assert (assign(rows, centroids).assignment == whole.assignment).all()
-
-
-MEMORY = """
-from pathlib import Path
-import sys
-import numpy as np
-import torch
-from curation.hierarchy import build_tree, plan_levels
-from curation.kmeans import memory_bytes
-from curation.rows import Rows
-
-def resident(field):
-    return int(Path("/proc/self/status").read_text().split(field + ":")[1].split()[0]) * 1024
-
-N, levels, folder = 60_000, [300, 30, 3], Path(sys.argv[1])
-np.save(folder / "x.npy", np.random.default_rng(0).standard_normal((N, 32)).astype(np.float16))
-rows = Rows(np.load(folder / "x.npy", mmap_mode="r"), torch.device("cpu"), resident_bytes=0)
-Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-before = resident("VmRSS")
-build_tree(rows, plan_levels(N, levels, None, 1), folder / "tree", seed=0, iterations=2, init="random")
-print(resident("VmHWM") - before, memory_bytes(rows, levels[0]))
-"""
-
-
-def test_memory_stays_within_the_formula(tmp_path):
-    """A hierarchy over a memory map, nothing kept: far from N x k, near what is printed."""
-    done = run_command([sys.executable, "-c", MEMORY, str(tmp_path)])
-    assert done.returncode == 0, done.stderr
-    peak, formula = (int(number) for number in done.stdout.split()[-2:])
-    assert formula < 60_000 * 300 * 4 and peak < 1.3 * formula + 60e6

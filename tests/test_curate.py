@@ -260,7 +260,7 @@ def test_bad_input_has_one_sentence(pool, teacher_files, tmp_path):
         (["--near_bits", "9"], "must be from 0 to 7"),
         (["--quota", "demo=0.5"], "--quota needs --stratify source"),
         (["--stratify", "source", "--quota", "cars=0.5"], "one of demo"),
-        (["--stratify", "source", "--quota", "demo=0.5"], "raise a quota or lower the target"),
+        (["--stratify", "source", "--quota", "demo=0.5"], "change the quotas or lower the target"),
         (["--checkpoint", "x.pth", "--vehicle_filter"], "drop one of them"),
         (["--vehicle_filter", "--vehicle_prompts", f"{tmp_path}/prompts.json"], "vehicle"),
         (["--target_size", "5000"], "images are left"),
@@ -333,12 +333,12 @@ def test_ranks_that_look_at_different_moments_leave_no_part_out(tmp_path, monkey
 
 def test_tiny_and_empty_domains(tmp_path):
     for count in (1, 2, 3):
-        (plan,) = plan_levels(count, None, None, 2)
+        (plan,) = plan_levels(count, None, 2)
         assert plan.k == 1 or plan.k < count
-    assert [step.k for step in plan_levels(7, [5000, 500, 5], [9, 9, 3], 2, clip=True)] == [5]
-    assert [step.k for step in plan_levels(3, [5000, 500], None, 2, clip=True)] == [1]
+    assert [step.k for step in plan_levels(7, [5000, 500, 5], 2, clip=True)] == [5]
+    assert [step.k for step in plan_levels(3, [5000, 500], 2, clip=True)] == [1]
     x = np.random.default_rng(0).standard_normal((1, 4)).astype(np.float32)
-    tree = build_tree(Rows(x, CPU), plan_levels(1, None, None, 2), tmp_path, seed=0)
+    tree = build_tree(Rows(x, CPU), plan_levels(1, None, 2), tmp_path, seed=0)
     assert sample_tree(tree, 1, seed=0)[0].tolist() == [0]
     assert sum(quotas({"a": 600, "b": 600}, 1001, ["a=0.5", "b=0.5"], 0).values()) == 1001
 
@@ -500,7 +500,7 @@ def test_the_largest_copy_stays_and_copies_of_leaks_go():
     x[1], x[2], x[5] = x[0], x[0], x[4]
     copies = finder(index, x, noise_aligner(n, (0, 1, 2), (4, 5)))
     removal = copies.duplicates(rows[rows != 4], np.array([4]), group_cap=16, track_cap=4)
-    assert removal.rows.tolist() == [0, 2, 5] and removal.of.tolist() == [1, 1, 4]
+    assert removal.rows.tolist() == [0, 2, 5] and removal.of[removal.rows].tolist() == [1, 1, 4]
     assert removal.counts() == {"copy of a leaked picture (agreement)": 1, "near copy (agreement)": 2}
 
 
