@@ -4,6 +4,7 @@ All heads (read-outs x label columns) are trained side by side, so that each ima
 """
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 
 import numpy as np
 import torch
@@ -22,11 +23,7 @@ Batches = Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]  # (numbers of th
 
 
 def stored_batches(epoch: int, order: EpochBatches, rows: np.ndarray, features: dict[str, torch.Tensor]) -> Batches:
-    """The updates of an epoch, of features that were extracted once.
-
-    Args:
-        rows: [m] int64, images to train on. features: {read-out: [n, D] float32 on the device}.
-    """
+    """The updates of an epoch on images `rows` [m] int64, of features [n, D] that were extracted once."""
     for step in range(order.batches_per_epoch):
         chosen = rows[order.global_batch(epoch, step)]
         at = torch.from_numpy(chosen).to(next(iter(features.values())).device)
@@ -45,34 +42,25 @@ def crop_batches(
     num_workers: int,
     amp_dtype: torch.dtype | None,
 ) -> Batches:
-    """The updates of an epoch, of random resized crops that pass the frozen encoder.
+    """The updates of an epoch, of random resized crops that pass the frozen encoder, `batch_size` at a time.
 
-    A crop is a function of (seed, epoch, place among `rows`).
-
-    Args:
-        rows: [m] int64, images to train on; `images` holds these alone. batch_size: what the encoder takes at once.
-    Raises:
-        InputError: an image that could be read before cannot be read now.
+    A crop is a function of (seed, epoch, place among `rows` [m] int64); `images` holds these alone.
     """
     device = next(read_outs.parameters()).device
     steps = [order.global_batch(epoch, step) for step in range(order.batches_per_epoch)]
-    pieces = [[(epoch, place) for place in part.tolist()] for step in steps for part in _cut(step, batch_size)]
+    cuts = [np.split(places, range(batch_size, len(places), batch_size)) for places in steps]
+    pieces = [[(epoch, place) for place in part.tolist()] for parts in cuts for part in parts]
     loader = iter(build_loader(images, pieces, num_workers, device.type == "cuda", init_worker))
-    for places in steps:
-        parts = []
-        for _ in _cut(places, batch_size):
-            batch = next(loader)
+    for places, parts in zip(steps, cuts):
+        found = []
+        for batch in islice(loader, len(parts)):
             if problem := next(filter(None, batch["problem"]), ""):
                 raise InputError(f"an image was readable and is no longer: {problem}")
             with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                found = read_outs.encode(batch["imgs"].to(device, non_blocking=True))
+                features = read_outs.encode(batch["imgs"].to(device, non_blocking=True))
             # contiguous: a class token is a view that would keep the tokens of all patches in memory
-            parts.append({name: values.float().contiguous() for name, values in found.items()})
-        yield rows[places], {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-
-
-def _cut(places: np.ndarray, size: int) -> list[np.ndarray]:
-    return [places[start : start + size] for start in range(0, len(places), size)]
+            found.append({name: values.float().contiguous() for name, values in features.items()})
+        yield rows[places], {name: torch.cat([part[name] for part in found]) for name in found[0]}
 
 
 def build_head(width: int, num_classes: int, seed: int) -> nn.Sequential:
@@ -123,7 +111,7 @@ def train_heads(
                 known = target >= 0
                 if known.sum() > 1:  # what BatchNorm needs
                     loss = F.cross_entropy(head(features[name][known.to(device)]), target[known].to(device))
-                    loss.backward()  # head by head: only one of them is held for it
+                    loss.backward()  # head by head: only one graph is held
                     total += loss.detach()
             optimizer.step()
         mean = (total / len(heads)).item()

@@ -10,7 +10,7 @@ import argparse
 import os
 from pathlib import Path
 
-from util.cli import Parser, parse_input_size, run_tool
+from util.cli import Parser, check_numbers, parse_input_size, run_tool
 from util.errors import InputError
 from util.names import REID_FORMATS
 
@@ -49,8 +49,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--probe_batch", default=16384, type=int, help="images an update, at most all there are (default 16384)")
     add("--crop_min", default=0.08, type=float, help="crop: smallest share of the image's area (default 0.08)")
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default=None,
-        help="folder for metrics.json and layers.png (default: linprobe beside the checkpoint)")
+    add("--output_dir", default=None, help="folder of metrics.json, layers.png (default: linprobe beside --checkpoint)")
     add("--seed", default=0, type=int, help="seed of heads, order, crops, draws (default 0)")
     add("--batch_size", default=128, type=int, help="images through the encoder at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes (default 2)")
@@ -62,18 +61,16 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args) -> None:
     """Contradictions among flags, before anything is loaded."""
-    least = dict.fromkeys(("k", "draws", "epochs", "probe_batch", "batch_size", "shots"), 1)
-    for name, limit in (least | dict.fromkeys(("seed", "num_workers", "warmup_epochs"), 0)).items():
-        value = min(args.shots) if name == "shots" else getattr(args, name)
-        if value < limit:
-            raise InputError(f"--{name} {value}: must be at least {limit}")
-    for name in ("temperature", "blr"):
-        if getattr(args, name) <= 0:
-            raise InputError(f"--{name} {getattr(args, name)}: must be positive")
+    check_numbers(
+        args,
+        at_least_one="k draws epochs probe_batch batch_size",
+        positive="temperature blr crop_min",
+        not_negative="seed num_workers warmup_epochs",
+    )
+    if min(args.shots) < 1:
+        raise InputError(f"--shots {min(args.shots)}: must be at least 1")
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
-    if not 0 < args.crop_min <= 1:
-        raise InputError(f"--crop_min {args.crop_min}: must be in (0, 1]")
     if "reid" in args.protocol and len(args.protocol) > 1:
         raise InputError("--protocol reid reads a set of another kind than the others: call it alone")
     if args.views == "crop" and "mae" not in args.protocol:
@@ -99,7 +96,6 @@ import torch.nn.functional as F
 
 from datasets.eval_images import WholeImages
 from datasets.labelled import LabelledImages, list_labelled
-from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset
 from datasets.reid import read_reid
 from datasets.samplers import EpochBatches
@@ -135,11 +131,7 @@ def main(args) -> dict[str, float | str]:
     if "layers" in args.read_out:
         picture = draw_layers(scores, "/".join(Path(args.checkpoint).parts[-2:]))
         write_atomic(file.with_name("layers.png"), lambda opened: opened.write(picture))
-        print(f"curves over the blocks: {file.with_name('layers.png')}")
     return facts | {score.name: score.value for score in scores}
-
-
-# re-identification without fine-tuning
 
 
 def judge_search(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[Score]]:
@@ -147,9 +139,8 @@ def judge_search(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[S
     data = read_reid(args.data_path, args.format, need_train=False)
     print(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes), sep="\n")
     model = SearchReadOuts(read_outs)
-    results = evaluate_reid(
-        model, data, protocols_of(data.name, data.cameras(), seed=args.seed), **loading, columns=model.columns
-    )
+    protocols = protocols_of(data.name, data.cameras(), seed=args.seed)
+    results = evaluate_reid(model, data, protocols, **loading, columns=model.columns)
     print("\n".join(dict.fromkeys(result.protocol.line() for result in results.values())), flush=True)
     facts: dict[str, float | str] = {"unreadable": len(unreadable_of(results))}
     facts |= {f"reid_{name}": value for name, value in flat_metrics(results).items()}
@@ -164,15 +155,11 @@ def judge_search(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[S
 
 def random_order(result, seed: int) -> dict[str, float]:
     """The numbers of features that know nothing: normal noise."""
-    rng = np.random.default_rng(seed)
-    rows = []
+    rng, rows = np.random.default_rng(seed), []
     for images in (part.images for part in (result.query, result.gallery) if part):
         noise = torch.from_numpy(rng.standard_normal((len(images), 16), np.float32))
         rows.append(FeatureSet(noise, images.pids, images.camids))
     return evaluate(result.protocol, *rows)
-
-
-# classes and attributes
 
 
 def judge_labels(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[Score]]:
@@ -184,14 +171,9 @@ def judge_labels(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[S
             print(f"{table.unlabelled} rows have no {column} and are left out of its numbers")
         splits = {split: rows[~np.isin(rows, list(problems))] for split, rows in table.splits.items()}
         if len(splits["train"]) < 2 or not len(splits["val"]):
-            raise InputError(
-                f"{args.data_path}: {len(splits['train'])} train and {len(splits['val'])} val images with a "
-                f"{column} can be read: too few to judge features by"
-            )
+            raise InputError(f"{args.data_path}: too few train and val images with a {column} can be read")
         tables[column] = replace(table, splits=splits)
     facts, heads = {"unreadable": len(problems)}, {}
-    if "fewshot" in args.protocol:
-        facts |= short_classes(args, tables)
     if "mae" in args.protocol:
         heads = train_mae_heads(args, read_outs, features, tables, loading)
         facts |= {"mae_blr": args.blr}
@@ -211,32 +193,10 @@ def all_features(args, read_outs: ReadOuts, paths, loading: dict) -> tuple[dict,
     progress.close()
     for index, problem in problems.items():
         print(f"unreadable, left out: {paths[index]}: {problem}")
-    if len(problems) == len(paths):
-        raise InputError(f"none of the {len(paths)} images of {args.data_path} could be read")
     for name, values in features.items():
-        bad = ~np.isfinite(values).all(axis=1)
-        bad[list(problems)] = False
-        if bad.any():
-            raise InputError(
-                f"{args.checkpoint}: the read-out {name} of {int(bad.sum())} images, e.g. "
-                f"{paths[int(bad.argmax())]}, is not finite: the model has diverged, or needs --amp none"
-            )
+        if not np.isfinite(np.delete(values, list(problems), axis=0)).all():
+            raise InputError(f"{args.checkpoint}: {name} is not finite: the model has diverged, or needs --amp none")
     return {name: torch.from_numpy(values).to(device) for name, values in features.items()}, problems
-
-
-def short_classes(args, tables: dict[str, LabelledImages]) -> dict[str, int]:
-    """Of few-shot protocols: how many classes have fewer training images than asked for, and said."""
-    found = {}
-    for column, table in tables.items():
-        counts = np.bincount(table.labels[table.splits["train"]], minlength=len(table.classes))
-        for shots in args.shots:
-            found[f"fewshot{shots}_{column}_short_classes"] = short = int((counts < shots).sum())
-            if short:
-                print(
-                    f"fewshot {shots}: {short} of the {len(counts)} classes of {column} have fewer training "
-                    f"images, the least {counts.min()}: they give all"
-                )
-    return found
 
 
 def train_mae_heads(args, read_outs: ReadOuts, features: dict, tables: dict, loading: dict) -> dict:
@@ -246,16 +206,12 @@ def train_mae_heads(args, read_outs: ReadOuts, features: dict, tables: dict, loa
     if args.views == "stored":
         batches = partial(stored_batches, order=order, rows=train, features=features)
     else:
-        paths = next(iter(tables.values())).paths
-        chosen = PathList(paths.root, (paths.relative(row) for row in train.tolist()))
+        chosen = next(iter(tables.values())).paths.take(train)
         images = PretrainDataset(chosen, read_outs.img_size, 0, seed=args.seed, min_area=args.crop_min)
         batches = partial(crop_batches, order=order, rows=train, images=images, read_outs=read_outs, **loading)
     labels = {name: (torch.from_numpy(table.labels), len(table.classes)) for name, table in tables.items()}
     size = order.batch_size
-    print(
-        f"MAE's recipe, views {args.views}: {args.epochs} epochs, {args.epochs * order.batches_per_epoch} updates of "
-        f"{size} images, lr {args.blr * size / 256:.4g} = blr {args.blr:g} x {size} / 256"
-    )
+    print(f"MAE's recipe: {args.epochs} epochs, batch {size}, lr {args.blr * size / 256:.4g} = blr x {size} / 256")
     return train_heads(batches, order, read_outs.widths, labels, args, next(read_outs.parameters()).device)
 
 

@@ -22,9 +22,6 @@ class ReadOuts(nn.Module):
     `context`: what pre-training compared with the teacher, the global context of all patches, projected to D_t.
     `layers`: `cls_block1`, `mean_block1` ... the same of the output of every block, each through the final norm, so
     that the last ones equal `cls` and `mean`.
-
-    Args:
-        mae: of `load_context`, where `context` is wanted.
     """
 
     def __init__(self, encoder: VisionTransformer, wanted: tuple[str, ...], mae: MaskedAutoencoderViT | None = None):
@@ -90,32 +87,21 @@ def load_read_outs(
 
 
 def load_context(file: str | Path, img_size: tuple[int, int]) -> MaskedAutoencoderViT:
-    """The model of a pre-training checkpoint, for its context head: without the blocks of its encoder.
-
-    Raises:
-        InputError: the file has none, or one for another number of patches.
-    """
+    """The model of a pre-training checkpoint, for its context head: without the blocks of its encoder."""
     content = read_checkpoint(file)
     state, args, config = content["model"], content.get("args"), content.get("config", {})
     last = [name for name in state if name.startswith("distill_head.proj.") and name.endswith(".weight")]
     if not last or not args or "model" not in config:
         raise InputError(
-            f"--read_out context: {file} has no context head: runs with --no_distill, exported encoders and the files "
-            "of others hold none; give checkpoint-last.pth of a main_pretrain.py run with distillation"
+            f"--read_out context: {file} has no context head: give checkpoint-last.pth of a main_pretrain.py run with "
+            "distillation"
         )
     bank = torch.zeros(1, len(state[max(last)]))  # only its width matters here
     distill = {"context": args["context"], "bank": bank, "tau": 1.0, "hidden": args.get("distill_hidden", 0)}
     mae = MODELS[config["model"]](img_size=img_size, distill=distill)
     load_weights(mae, state, file, needed="all")
-    other = [
-        name
-        for name, own in mae.state_dict().items()
-        if name.startswith(HEAD_KEYS) and (name not in state or state[name].shape != own.shape)
-    ]
-    if other:
-        size = " x ".join(map(str, img_size))
-        raise InputError(
-            f"--read_out context at {size} px: {other[0]} of {file} is for another size; leave --input_size out"
-        )
+    for name, own in mae.state_dict().items():
+        if name.startswith(HEAD_KEYS) and (name not in state or state[name].shape != own.shape):
+            raise InputError(f"--read_out context: {name} of {file} is for another size; leave --input_size out")
     mae.blocks = nn.ModuleList()  # the latent comes from the encoder that is probed
     return mae

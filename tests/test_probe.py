@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import command, parse, run_command, small_flags, write_pictures
 from layouts import write_demo_reid
 from PIL import Image
@@ -106,19 +105,6 @@ def test_linear_probe_chooses_its_l2_on_all_rows(monkeypatch):
     assert len(fits) == 2 * len(probe.L2_GRID) + 1
 
 
-def test_linear_probe_regularises_as_much_as_the_data_want():
-    rng = torch.Generator().manual_seed(1)
-    labels = torch.randint(3, (300,), generator=rng)
-    noise = torch.randn(300, 60, generator=rng)
-    weak = torch.cat([F.one_hot(labels, 3) * 0.7 + noise[:, :3], noise[:, 3:]], dim=1)
-    _, strong_l2 = linear_predict(weak, labels, weak, 3)
-    # a narrow margin between crowded classes: three slabs along one direction
-    slabs = noise.clone()
-    slabs[:, 0] = labels + 0.9 * torch.rand(300, generator=rng)
-    _, weak_l2 = linear_predict(slabs[:, :3], labels, slabs[:, :3], 3)
-    assert weak_l2 < strong_l2
-
-
 def test_extract_on_two_ranks(run_dir, tmp_path):
     data = write_pictures(tmp_path / "data", 9)
     (data / "0004.png").write_bytes(b"broken")
@@ -197,14 +183,12 @@ def test_every_protocol_on_every_label(short, bright, tmp_path, capsys):
             assert metrics[f"knn_{name}_block2_{ending}"] == metrics[f"knn_{name}_{ending}"]
     assert metrics["knn_mean_third_top1"] < 1
     assert metrics["majority_mean_light"] == metrics["majority_cls_block1_light"] <= 0.6
-    assert metrics["fewshot30_mean_light_top1_std"] == 0 and metrics["fewshot1_light_short_classes"] == 0
-    assert metrics["fewshot30_light_short_classes"] == 2 and metrics["unreadable"] == 1
+    assert metrics["fewshot30_mean_light_top1_std"] == 0 and metrics["unreadable"] == 1
     parts = [metrics[f"knn_mean_{name}_balanced"] for name in ("up", "down", "third")]
     assert metrics["knn_mean_attributes_mA"] == pytest.approx(np.mean(parts)) and parts[0] == 1
     assert metrics["knn_mean_attributes_columns"] == 3 and metrics["mae_blr"] == 50
     said = capsys.readouterr().out
     assert "1 rows have no light" in said and "unreadable, left out" in said and "majority" in said
-    assert "fewshot 30: 2 of the 2 classes of light have fewer training images, the least 11" in said
     assert Image.open(tmp_path / "out" / "layers.png").size[0] > 500
 
 
@@ -259,7 +243,7 @@ def test_files_without_a_context_head_say_so(run_dir, tmp_path):
         with pytest.raises(InputError, match=f"{name} has no context head.*give checkpoint-last.pth"):
             load_read_outs(run_dir / name, ("context",), None, "cpu")
     file, _ = with_head(run_dir, tmp_path, "decoder")
-    with pytest.raises(InputError, match="48 x 32 px: distill_head.position_weight .* leave --input_size out"):
+    with pytest.raises(InputError, match="distill_head.position_weight of .* leave --input_size out"):
         load_read_outs(file, ("context",), (48, 32), "cpu")
 
 
@@ -293,9 +277,9 @@ def test_search_without_fine_tuning_is_the_evaluation_of_main_finetune(short, tm
         ("--shots 0", "--shots 0: must be at least 1"),
         ("--draws 0", "--draws 0: must be at least 1"),
         ("--warmup_epochs 90", "leaves nothing of --epochs 90"),
-        ("--crop_min 0", "must be in"),
+        ("--crop_min 0", "must be positive"),
         ("--temperature 0", "must be positive"),
-        ("--seed -1", "--seed -1: must be at least 0"),
+        ("--seed -1", "--seed -1: must not be negative"),
         ("--label_column colour", "has no column 'colour'"),
         ("--protocol mae --blr 1e30 --label_column light --epochs 40", "the probe's loss is .* lower --blr"),
     ],
@@ -322,14 +306,6 @@ def test_lars_by_hand():
     assert weight[1, 0].item() == pytest.approx(-0.8 - 2 * 0.9 * 0.4)
     assert weight[0, 1].item() == pytest.approx(-0.6 - 2 * (0.9 * 0.3 + 0.1 * norm), rel=1e-5)
     assert bias.item() == pytest.approx(-2 * 0.9 * 0.5)
-
-
-def test_lars_decays_matrices_only():
-    weight, bias = torch.nn.Parameter(torch.full((2, 2), 2.0)), torch.nn.Parameter(torch.ones(2))
-    optimizer = LARS([weight, bias], lr=1.0, weight_decay=0.5, trust_coefficient=0.1, momentum=0.0)
-    weight.grad, bias.grad = torch.zeros(2, 2), torch.zeros(2)
-    optimizer.step()  # u = 0.5 w: 0.1 |w| / |u| u = 0.1 w
-    assert torch.allclose(weight, torch.full((2, 2), 1.8)) and torch.equal(bias, torch.ones(2))
 
 
 def test_heads_follow_maes_recipe():

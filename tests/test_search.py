@@ -1,9 +1,7 @@
 """tools.search: what is found, what is kept on disk, what is refused."""
 
 import json
-import os
 import sys
-import types
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -97,8 +95,8 @@ def rows() -> np.ndarray:
     return values
 
 
-@pytest.mark.parametrize("block_numbers", [1, 60, 113, 10**6])
-@pytest.mark.parametrize("k", [1, 5, 16, 50])
+@pytest.mark.parametrize("block_numbers", [1, 113, 10**6])
+@pytest.mark.parametrize("k", [1, 5, 50])
 def test_the_best_are_those_of_a_slow_search(rows, block_numbers, k):
     query = np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32)
     query[0], query[1] = rows[9], rows[2]
@@ -126,13 +124,13 @@ def test_embed_once_search_after(encoders, gallery, tmp_path, monkeypatch, capsy
     output, query = tmp_path / "out", gallery / "a" / "0003.png"
     (tmp_path / "lost.png").write_bytes(b"broken")
     words = [query, tmp_path / "lost.png", gallery / "b" / "0000.png", "--gallery", gallery]
-    words += ["--checkpoint", encoders[0], "--output", output]
-    numbers = run(*words, "--topk", "20")
+    words += ["--checkpoint", encoders[0], "--topk", "20"]
+    numbers = run(*words, "--output", output)
     assert numbers["queries"] == 3 and numbers["unreadable_queries"] == 1 and numbers["same_file"] == 2
     assert numbers["gallery"] == numbers["embedded"] == 13 and numbers["unreadable"] == 1
     said = capsys.readouterr().out
-    assert said.count("unreadable query, left out: ") == 1 and "(same file)" in said
-    assert "13 images under" in said and "1 gallery images are unreadable" in said
+    assert said.count("unreadable query, left out: ") == 1 and "(same file)" in said and "a/0007.png: Unid" in said
+    assert "13 images under" in said and "1 of them unreadable" in said
 
     first, lost, second = results(output)
     assert lost["problem"].startswith("UnidentifiedImageError") and lost["results"] == []
@@ -150,78 +148,49 @@ def test_embed_once_search_after(encoders, gallery, tmp_path, monkeypatch, capsy
         assert hit["cosine"] == pytest.approx(cosines.get(hit["path"], hit["cosine"]), abs=1e-3)
 
     index = tmp_path / "out.index"
-    header = json.loads((index / search.HEADER).read_text())
-    assert header["img_size"] == [32, 32] and header["images"] == 13 and header["unreadable"] == 1
-    assert list(json.loads((index / "unreadable.json").read_text())) == ["a/0007.png"]
     kept = np.load(index / "embeddings.npy", allow_pickle=False)
     assert kept.dtype == np.float16 and np.isnan(kept[7]).all()
     assert np.allclose(np.linalg.norm(np.delete(kept, 7, 0).astype(np.float32), axis=1), 1, atol=1e-3)
-    assert sorted(file.name for file in index.iterdir()) == [
-        "embeddings.npy", "names.npz", search.HEADER, "unreadable.json",
-    ]  # fmt: skip
-    with np.load(index / "names.npz", allow_pickle=False) as opened:
-        assert opened["names"].dtype == np.uint8 and len(opened["ends"]) == 13
+    assert sorted(file.name for file in index.iterdir()) == ["embeddings.npy", "index.json"]
     picture = Image.open(output / "results.png")
     assert picture.width > 12 * search.TILE and picture.height < 3 * (search.TILE + 48)
 
     no_embedding(monkeypatch)
-    again = run(*words, "--topk", "20")
-    assert again["embedded"] == 0 and results(output) == [first, lost, second]
-    moved = ["--gallery", index, "--checkpoint", encoders[0], "--output", tmp_path / "other"]
-    run(query, *moved, "--topk", "3", "--no-picture")
-    assert results(tmp_path / "other")[0]["results"] == first["results"][:3]
+    again = run(*words, "--output", tmp_path / "other", "--index", index, "--no-picture")
+    assert again["embedded"] == 0 and results(tmp_path / "other") == [first, lost, second]
     assert not (tmp_path / "other" / "results.png").exists()
+    without = run(*words[:1], *words[3:-1], "3", "--output", output, "--exclude_self")
+    assert (
+        without["same_file"] == 0
+        and len(results(output)[0]["results"]) == 3
+        and names(results(output)[0])[0] == "0005.png"
+    )
 
 
 def test_another_job_is_refused(encoders, gallery, tmp_path, monkeypatch):
     query, index = gallery / "a" / "0001.png", tmp_path / "index"
-    words = [query, "--output", tmp_path / "out", "--no-picture"]
-    own = ["--gallery", gallery, "--index", index]
-    run(*words, *own, "--checkpoint", encoders[0])
+    words = [query, "--output", tmp_path / "out", "--no-picture", "--gallery", gallery, "--index", index]
+    own = [*words, "--checkpoint", encoders[0]]
+    run(*own)
     no_embedding(monkeypatch)
     kept = (index / "embeddings.npy").read_bytes()
-    with pytest.raises(InputError, match="its checkpoint_sha256 differ"):
-        run(*words, *own, "--checkpoint", encoders[1])
-    with pytest.raises(InputError, match="its checkpoint_sha256 differ"):
-        run(*words, "--gallery", index, "--checkpoint", encoders[1])
-    own += ["--checkpoint", encoders[0]]
-    with pytest.raises(InputError, match="its img_size differ"):
-        run(*words, *own, "--input_size", "48")
-    with pytest.raises(InputError, match="its read_out differ"):
-        run(*words, *own, "--read_out", "mean")
-    (gallery / "a" / "0002.png").unlink()
-    with pytest.raises(InputError, match="its images_sha256, images differ"):
-        run(*words, *own)
-    with pytest.raises(InputError, match="is an index already"):
-        run(*words, "--gallery", index, "--index", tmp_path / "x", "--checkpoint", encoders[0])
-    of_index = [*words, "--gallery", index, "--checkpoint", encoders[0]]
-    assert run(*of_index)["embedded"] == 0
-    assert (index / "embeddings.npy").read_bytes() == kept
-    for name, content in (("embeddings.npy", kept[:-9]), ("names.npz", b"PK"), (search.HEADER, b"{")):
+    for more, differs in (
+        ([*words, "--checkpoint", encoders[1]], "checkpoint_sha256"),
+        ([*own, "--input_size", "48"], "img_size"),
+        ([*own, "--read_out", "mean"], "read_out"),
+    ):
+        with pytest.raises(InputError, match=f"its {differs} differ"):
+            run(*more)
+    for name, content in (("embeddings.npy", kept[:-9]), ("index.json", b"{")):
         whole = (index / name).read_bytes()
         (index / name).write_bytes(content)
         with pytest.raises(InputError, match="damaged"):
-            run(*of_index)
+            run(*own)
         (index / name).write_bytes(whole)
-
-
-def stop_after(monkeypatch, count: int) -> list[int]:
-    """The embedder is stopped at its `count`-th batch, the query's included; the list counts images."""
-    real, seen = search.load_embedder, []
-
-    def load(*arguments):
-        embed, size = real(*arguments)
-
-        def counting(imgs):
-            if len(seen) == count:
-                raise KeyboardInterrupt
-            seen.append(len(imgs))
-            return embed(imgs)
-
-        return counting, size
-
-    monkeypatch.setattr(search, "load_embedder", load)
-    return seen
+    (gallery / "a" / "0002.png").unlink()
+    with pytest.raises(InputError, match="its images_sha256, images differ"):
+        run(*own)
+    assert (index / "embeddings.npy").read_bytes() == kept
 
 
 def test_a_stopped_index_goes_on(encoders, gallery, tmp_path, monkeypatch):
@@ -229,45 +198,31 @@ def test_a_stopped_index_goes_on(encoders, gallery, tmp_path, monkeypatch):
     words = [gallery / "a" / "0001.png", "--gallery", gallery, "--checkpoint", encoders[0], "--no-picture"]
     run(*words, "--output", tmp_path / "straight")
     words += ["--output", tmp_path / "broken"]
-    index = tmp_path / "broken.index"
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(KeyboardInterrupt):
-            run(*words)
-    assert len(list((index / "embeddings.parts").glob("part_*.npy"))) == 2
-    with pytest.raises(InputError, match="unfinished: repeat the call"):
-        run(words[0], "--gallery", index, *words[3:])
+    real, seen, last = search.load_embedder, [], 3
+
+    def load(*arguments):
+        embed, size = real(*arguments)
+
+        def counting(imgs):
+            if len(seen) == last:
+                raise KeyboardInterrupt
+            seen.append(len(imgs))
+            return embed(imgs)
+
+        return counting, size
+
+    monkeypatch.setattr(search, "load_embedder", load)
+    with pytest.raises(KeyboardInterrupt):
+        run(*words)
+    assert len(list((tmp_path / "broken.index" / "embeddings.parts").glob("part_*.npy"))) == 2
+    last = 99
     with pytest.raises(InputError, match="its checkpoint_sha256 differ"):
-        run(*words, "--checkpoint", encoders[1])
-    with monkeypatch.context() as patch:
-        seen = stop_after(patch, 99)
-        assert run(*words)["embedded"] == 13 and seen == [1, 4, 1]
-    straight = tmp_path / "straight.index"
-    for name in ("embeddings.npy", search.HEADER, "unreadable.json"):
-        assert (index / name).read_bytes() == (straight / name).read_bytes()
+        run(*words[:4], encoders[1], *words[5:])
+    seen = []
+    assert run(*words)["embedded"] == 13 and seen == [1, 4, 1]
+    for name in ("embeddings.npy", "index.json"):
+        assert (tmp_path / "broken.index" / name).read_bytes() == (tmp_path / "straight.index" / name).read_bytes()
     assert results(tmp_path / "broken") == results(tmp_path / "straight")
-
-    header = json.loads((index / search.HEADER).read_text())  # killed when all but the header was written
-    header = {name: header[name] for name in header if name not in ("root", "packed", "unreadable")}
-    (index / search.HEADER).write_text(json.dumps(header))
-    (index / "names.npz").unlink()
-    no_embedding(monkeypatch)
-    assert run(*words)["unreadable"] == 1
-    assert json.loads((index / "unreadable.json").read_text()) == {"a/0007.png": "unreadable"}
-    assert results(tmp_path / "broken") == results(tmp_path / "straight")
-
-
-def test_exclude_self_whatever_the_file_is_called(encoders, gallery, tmp_path):
-    query = gallery / "a" / "0003.png"
-    for number in range(5):
-        os.symlink(query, gallery / "b" / f"link{number}.png")
-    words = [query, "--gallery", gallery, "--checkpoint", encoders[0], "--output", tmp_path / "out"]
-    assert run(*words, "--topk", "4")["same_file"] == 3  # and the copy
-    assert run(*words, "--topk", "4", "--exclude_self")["same_file"] == 0
-    found = names(results(tmp_path / "out")[0])
-    assert len(found) == 4 and found[0] == "0005.png" and "link" not in "".join(found)
-    run(*words, "--topk", "50", "--exclude_self")
-    assert len(results(tmp_path / "out")[0]["results"]) == 11
 
 
 def save_reid(file: Path, **config) -> TransReID:
@@ -307,68 +262,23 @@ def test_mean_of_the_patches_of_a_packed_set(encoders, gallery, tmp_path):
     pack.main(pack.get_args_parser().parse_args(["--data_path", str(gallery), "--output", str(packed)]))
     table.write_text(f"{gallery}/a/0001.png\n{gallery}/b/0000.png\n")
     words = ["--checkpoint", encoders[0], "--output", tmp_path / "out", "--topk", "2", "--no-picture"]
-    run(table, "--gallery", packed, "--read_out", "mean", "--input_size", "48,32", *words)
-    index = tmp_path / "out.index"
-    assert run(packed, "--gallery", index, *words)["same_file"] == 12  # size and read-out are the index's
+    words += ["--read_out", "mean", "--input_size", "48,32"]
+    run(table, "--gallery", packed, *words)
+    assert run(packed, "--gallery", packed, *words)["same_file"] == 12
     assert results(tmp_path / "out")[1]["results"][0]["path"] == f"{packed}:a/0001.png"
-    assert json.loads((index / search.HEADER).read_text())["img_size"] == [48, 32]
     moved = packed.rename(tmp_path / "moved")
-    with pytest.raises(InputError, match="no longer holds the packed set .* give it as --gallery"):
-        run(table, "--gallery", index, *words)
     assert run(table, "--gallery", moved, *words)["embedded"] == 0
     assert results(tmp_path / "out")[0]["results"][0]["path"] == f"{moved}:a/0001.png"
 
 
-def test_a_gallery_may_move(encoders, gallery, tmp_path):
-    words = ["--checkpoint", encoders[0], "--output", tmp_path / "out", "--topk", "2"]
-    run(gallery / "b", "--gallery", gallery, *words)
-    moved = gallery.rename(tmp_path / "moved")
-    assert run(moved / "b", "--gallery", moved, *words)["embedded"] == 0
-    assert results(tmp_path / "out")[0]["results"][0]["path"] == str(moved / "b" / "0000.png")
-    assert run(moved / "b", "--gallery", tmp_path / "out.index", *words)["same_file"] == 0  # drawn as gone
-
-
-class FlatIP:
-    """What search uses of faiss.IndexFlatIP."""
-
-    def __init__(self, dim: int):
-        self.rows = np.zeros((0, dim), np.float32)
-
-    def add(self, rows: np.ndarray) -> None:
-        assert rows.dtype == np.float32 and np.isfinite(rows).all()
-        self.rows = np.concatenate([self.rows, rows])
-
-    def search(self, query: np.ndarray, k: int):
-        cosines = query @ self.rows.T
-        order = np.argsort(-cosines, axis=1)[:, :k]
-        return np.take_along_axis(cosines, order, axis=1), order
-
-
-@pytest.mark.parametrize("real", [False, True])
-def test_faiss_finds_the_same(rows, monkeypatch, real):
-    if real:
-        pytest.importorskip("faiss")
-    else:
-        monkeypatch.setitem(sys.modules, "faiss", types.SimpleNamespace(IndexFlatIP=FlatIP))
-    query = torch.from_numpy(np.random.default_rng(1).normal(size=(4, 6)).astype(np.float32))
-    for block_numbers in (30, 10**6):
-        expected, _ = search.search_rows(query, rows, 12, block_numbers)
-        cosines, found = search.search_rows(query, rows, 12, block_numbers, search.load_faiss())
-        assert np.allclose(cosines, expected, atol=1e-5)
-        assert not np.isnan(rows[found]).any()
-
-
 def test_mistakes_end_in_a_sentence(encoders, gallery, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "faiss", None)
     query, common = gallery / "a" / "0001.png", ["--gallery", gallery, "--checkpoint", encoders[0]]
     common += ["--output", tmp_path / "out"]
     for words, sentence in (
-        ([query, *common, "--faiss"], "pip install faiss-cpu"),
         ([query, *common, "--topk", "0"], "--topk 0: must be at least 1"),
         ([query, *common, "--gallery", tmp_path / "no"], "--gallery .*no does not exist"),
         ([gallery / "a" / "0007.png", *common], "none of the 1 queries could be read"),
         ([tmp_path / "no.png", *common], "none of the 1 queries could be read"),
-        ([query, *common, "--gallery", query], "neither a folder nor a manifest"),
     ):
         with pytest.raises(InputError, match=sentence):
             run(*words)

@@ -1,7 +1,7 @@
 """Find the images of a gallery that look most like a query. The gallery is embedded once; no labels needed.
 
     python -m tools.search car.jpg --gallery PHOTOS --checkpoint runs/veri/model.pth --output found
-    python -m tools.search van.jpg --gallery found.index --checkpoint runs/veri/model.pth --output found_van
+    python -m tools.search van.jpg --gallery PHOTOS --checkpoint runs/veri/model.pth --output van --index found.index
 
 Under torchrun the ranks share the embedding; a call that was stopped goes on where it was.
 """
@@ -9,9 +9,10 @@ Under torchrun the ranks share the embedding; a call that was stopped goes on wh
 import argparse
 from pathlib import Path
 
-from util.cli import Parser, parse_input_size, run_tool
+from util.cli import Parser, check_numbers, parse_input_size, run_tool
 
 TILE, QUERIES_DRAWN, RANKS_DRAWN = 128, 20, 20
+BLOCK_NUMBERS = 1 << 22  # of the gallery and of cosines, held at a time; more are slower
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -19,8 +20,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add = parser.add_argument_group("images").add_argument
     add("queries", nargs="+", metavar="QUERY", help="image files, or one folder or manifest")
-    add("--gallery", required=True, help="folder, manifest or packed set; or the index of an earlier call")
-    add("--index", default=None, help="folder to keep the embeddings in, float16 (default: OUTPUT.index)")
+    add("--gallery", required=True, help="folder, manifest or packed set to search in")
+    add("--index", default=None, help="folder that keeps its embeddings, float16 (default: OUTPUT.index)")
     add("--output", default="search_results", help="folder for the results (default search_results)")
     add("--topk", default=10, type=int, help="results a query (default 10)")
     add("--exclude_self", action="store_true", help="leave out the query's own file (default: mark it)")
@@ -28,13 +29,11 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=f"draw results.png of the first {QUERIES_DRAWN} queries (default on)")
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, help="re-id model of main_finetune.py, or any plain encoder")
-    add("--read_out", default=None, choices=("cls", "mean"),
-        help="of plain encoders: class token or mean of the patches (default: the index's, else cls)")
-    add("--input_size", default=None, help="pixels: one side, or H,W (default: the index's, else the checkpoint's)")
+    add("--read_out", default="cls", choices=("cls", "mean"),
+        help="of plain encoders: class token or mean of the patches (default cls)")
+    add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
     add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"), help="precision (default none: fp32)")
     add = parser.add_argument_group("run").add_argument
-    add("--faiss", action="store_true",
-        help="faiss on the CPU: rounds more, ties in any order (default: torch, exact, ties as in the gallery)")
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes per rank (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
@@ -45,11 +44,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
-import json
 import os
 import time
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -63,8 +60,7 @@ from datasets.packed import PackedImages
 from datasets.path_list import PathList, printable
 from engine_extract import extract_features, extract_to_file
 from finetune.encoder import load_model
-from tools.search_index import HEADER, KIND, best_of_block, build_index, load_faiss, open_index, search_rows
-from util.dist import end_distributed, init_distributed, is_main_process, pick_device, print_main
+from util.dist import barrier, end_distributed, init_distributed, is_main_process, pick_device, print_main
 from util.errors import InputError
 from util.fetch import fetch
 from util.files import file_sha256, write_atomic, write_json
@@ -72,10 +68,11 @@ from util.parallel import claim
 from util.precision import pick_precision
 from util.progress import Progress
 
+Images = PathList | PackedImages
+
 
 def main(args) -> dict:
-    if args.topk < 1:
-        raise InputError(f"--topk {args.topk}: must be at least 1")
+    check_numbers(args, at_least_one="topk batch_size")
     device = pick_device(args.device)
     init_distributed(device, timeout_s=600)
     try:
@@ -85,109 +82,79 @@ def main(args) -> dict:
 
 
 def search(args, device: torch.device) -> dict:
-    best = load_faiss() if args.faiss else best_of_block
-    queries = open_queries(args.queries)
-    folder, known, paths = locate_index(args)
-    read_out = args.read_out or known.get("read_out", "cls")
-    size = parse_input_size(args.input_size) if args.input_size else known.get("img_size")
-    embed, size = load_embedder(args, device, read_out, size)
-    sha256 = file_sha256(args.checkpoint)
-    header = {"kind": KIND, "checkpoint_sha256": sha256, "read_out": read_out, "img_size": list(size)}
-    if paths is not None:
-        header |= {"images_sha256": paths.sha256(), "images": len(paths)}
-    if known:
-        claim(folder / HEADER, header, KIND)
+    """Embed the queries, embed the gallery or open its index, find, write."""
+    if not Path(args.gallery).exists():
+        raise InputError(f"--gallery {args.gallery} does not exist: give a folder of images, a manifest or packed set")
+    queries, gallery = open_queries(args.queries), list_images(args.gallery)
+    args.checkpoint = str(fetch(args.checkpoint))
+    embed, size = load_embedder(args, device)
     amp_dtype, _ = pick_precision(args.amp, device)
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "amp_dtype": amp_dtype}
     features, problems = embed_queries(embed, queries, size, device, loading)
+    header = {
+        "checkpoint_sha256": file_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size),
+        "amp": str(amp_dtype), "images_sha256": gallery.sha256(), "images": len(gallery),
+    }  # fmt: skip
+    folder = Path(args.index or f"{os.path.abspath(args.output)}.index")
     started = time.perf_counter()
-    is_new = "unreadable" not in known
-    if is_new:
-        images, job = WholeImages(paths, np.arange(len(paths)), size), header | {"amp": str(amp_dtype)}
-        extract = partial(extract_to_file, embed, images, device, job=job, dtype=np.float16, **loading)
-        build_index(folder, header, paths, extract)
+    embedded = embed_gallery(embed, gallery, size, device, folder, header, loading)
     if not is_main_process():
         return {}
-    embedded = time.perf_counter()
-    header, rows, paths = open_index(folder, paths)
+    opened = time.perf_counter()
+    rows = open_index(folder, gallery)
+    unreadable = int(np.isnan(rows[:, 0]).sum())
+    print(f"gallery: {len(rows)} images under {gallery.root}, {unreadable} of them unreadable and never found")
     readable = [number for number in range(len(queries)) if number not in problems]
     names = [image_name(queries, number) for number in readable]
-    lists = find_hits(names, features[readable].to(device), rows, paths, args, best)
+    lists = find_hits(names, features[readable].to(device), rows, gallery, args)
     searched = time.perf_counter()
-    if header["unreadable"]:
-        print(f"{header['unreadable']} gallery images are unreadable and not found: {folder}/unreadable.json")
-    write_results(args, queries, problems, dict(zip(readable, lists)), paths)
+    write_results(args, queries, problems, dict(zip(readable, lists)), gallery)
     return {
-        "queries": len(queries), "unreadable_queries": len(problems), "gallery": len(rows),
-        "unreadable": header["unreadable"], "embedded": len(rows) if is_new else 0, "topk": args.topk,
-        "same_file": sum(hit["same_file"] for hits in lists for hit in hits), "index": str(folder),
-        "embed_seconds": embedded - started, "search_seconds": searched - embedded,
+        "queries": len(queries), "unreadable_queries": len(problems), "gallery": len(rows), "unreadable": unreadable,
+        "embedded": embedded, "topk": args.topk, "same_file": sum(hit["same_file"] for hits in lists for hit in hits),
+        "index": str(folder), "embed_seconds": opened - started, "search_seconds": searched - opened,
     }  # fmt: skip
 
 
-def open_queries(words: list[str]) -> PathList | PackedImages:
+def open_queries(words: list[str]) -> Images:
     first = Path(words[0])
     if len(words) == 1 and (first.is_dir() or first.suffix.lower() in MANIFEST_ENDINGS):
         return list_images(first)
     return PathList(Path(), words)
 
 
-def image_name(paths: PathList | PackedImages, number: int) -> str:
+def image_name(paths: Images, number: int) -> str:
     """Its path; of a packed set PACK:NAME."""
     if isinstance(paths, PackedImages):
         return f"{os.path.realpath(paths.root)}:{paths.relative(number)}"
     return str(paths[number])
 
 
-def locate_index(args) -> tuple[Path, dict, PathList | PackedImages | None]:
-    """-> (folder, its header or {} where it is new, the images or None where the gallery is the index)."""
-    gallery = Path(args.gallery)
-    if not gallery.exists():
-        raise InputError(f"--gallery {gallery} does not exist: give images, or the index of an earlier call")
-    is_index = (gallery / HEADER).is_file()
-    if is_index and args.index:
-        raise InputError(f"--index {args.index}: {gallery} is an index already; drop --index")
-    folder = gallery if is_index else Path(args.index or f"{os.path.abspath(args.output)}.index")
-    known = {}
-    if (folder / HEADER).is_file():
-        claim(folder / HEADER, {"kind": KIND}, KIND)
-        known = json.loads((folder / HEADER).read_text())
-    if is_index and "unreadable" not in known:
-        raise InputError(f"{folder} is unfinished: repeat the call that made it, with its own --gallery")
-    paths = None if is_index else list_images(gallery)
-    where = f"of {folder}" if is_index else f"under {paths.root}"
-    print_main(f"gallery: {known['images'] if is_index else len(paths)} images {where}")
-    return folder, known, paths
-
-
-def load_embedder(args, device: torch.device, read_out: str, size) -> tuple[Callable, tuple[int, int]]:
+def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int]]:
     """-> (uint8 [n, 3, H, W] -> [n, D] float32 of unit length; (H, W) in px)."""
-    args.checkpoint = file = str(fetch(args.checkpoint))
-    found = load_model(file, device, size)
-    print_main(f"model {file}:\n{found.report}")
+    found = load_model(args.checkpoint, device, parse_input_size(args.input_size) if args.input_size else None)
+    print_main(f"model {args.checkpoint}:\n{found.report}")
     is_reid = found.task == "reid"
     model, base = found.model, found.model.base if found.task else found.model
     if is_reid and (model.config.cameras or model.config.views):
         raise InputError(
-            f"{file} was trained with the camera or view of each image (SIE), which a search does not know: "
+            f"{args.checkpoint} was trained with the camera or view of each image (SIE), which a search does not know: "
             "give a model trained without --sie_camera and --sie_view"
         )
-    if is_reid and read_out == "mean":
-        raise InputError(f"--read_out mean: {file} is a re-id model with a feature of its own; drop it")
+    if is_reid and args.read_out == "mean":
+        raise InputError(f"--read_out mean: {args.checkpoint} is a re-id model with a feature of its own; drop it")
 
     def embed(imgs: torch.Tensor) -> torch.Tensor:
-        features = model.encode(imgs) if is_reid else base.encode(imgs)[read_out]
+        features = model.encode(imgs) if is_reid else base.encode(imgs)[args.read_out]
         if not torch.isfinite(features).all():
-            raise InputError(f"{file} gives embeddings that are not finite at --amp {args.amp}: try another")
+            raise InputError(f"{args.checkpoint} gives embeddings that are not finite at --amp {args.amp}: try another")
         return F.normalize(features.float(), dim=1)
 
     return embed, base.img_size
 
 
-def embed_queries(embed: Callable, queries, size, device, loading: dict) -> tuple[torch.Tensor, dict[int, str]]:
+def embed_queries(embed: Callable, queries: Images, size, device, loading: dict) -> tuple[torch.Tensor, dict[int, str]]:
     """-> ([Q, D] float32, {number: why it could not be read}); InputError if that is all of them."""
-    if len(queries) <= loading["batch_size"]:
-        loading = loading | {"num_workers": 0}
     images = WholeImages(queries, np.arange(len(queries)), size)
     progress = Progress("queries", len(queries), shown=False)
     features, problems = extract_features(lambda imgs, _: {"": embed(imgs)}, images, device, progress, **loading)
@@ -198,64 +165,129 @@ def embed_queries(embed: Callable, queries, size, device, loading: dict) -> tupl
     return torch.from_numpy(features[""]), problems
 
 
-def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, paths, args, best) -> list[list]:
+def embed_gallery(embed, gallery: Images, size, device, folder: Path, header: dict, loading: dict) -> int:
+    """Fill an index, or go on with it; how many images this call added to it.
+
+    Files: embeddings.npy [M, D] float16, NaN where unreadable; index.json, what they depend on.
+    """
+    is_whole = (folder / "embeddings.npy").is_file()
+    barrier()  # all ranks have looked
+    claim(folder / "index.json", header, "search index")
+    if is_whole:
+        return 0
+    images = WholeImages(gallery, np.arange(len(gallery)), size)
+    found = extract_to_file(embed, images, device, folder / "embeddings", job=header, dtype=np.float16, **loading)
+    for number, why in (found[1] if found else {}).items():
+        print(f"unreadable, left out: {printable(image_name(gallery, number))}: {why}")
+    return len(gallery)
+
+
+def open_index(folder: Path, gallery: Images) -> np.ndarray:
+    """[M, D] float16, a memory map, NaN where unreadable."""
+    try:
+        rows = np.load(folder / "embeddings.npy", mmap_mode="r")
+    except (ValueError, OSError, EOFError) as error:
+        raise InputError(f"{folder} is damaged ({error}): remove it, embed again") from error
+    if len(rows) != len(gallery):
+        raise InputError(f"{folder} is damaged ({len(rows)} rows of {len(gallery)} images): remove it, embed again")
+    return rows
+
+
+def best_of_block(q: torch.Tensor, block: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best rows of a block; those with NaN have cosine -inf.
+
+    Products are float64, rounded to float32: equal rows then have equal cosines, whatever block they are in.
+
+    Args:
+        q: [Q, D] float64, unit length. block: [n, D] float.
+    Returns:
+        Cosines [Q, min(k, n)] float32, descending, ties in the order of the rows; rows, int64.
+    """
+    g = torch.from_numpy(block).to(q.device).float().double()  # in two steps: straight is half as fast
+    lengths = torch.linalg.vector_norm(g, dim=1).clamp_min(1e-12)
+    cosines = (q @ g.t() / lengths).float().nan_to_num_(nan=-torch.inf)
+    k = min(k, len(block))
+    least = cosines.topk(k, dim=1).values[:, -1:]
+    ahead, equal = cosines > least, cosines == least
+    room = k - ahead.sum(dim=1, keepdim=True)
+    chosen = ahead | (equal & (equal.cumsum(dim=1) <= room))  # of those tied for the last places the first
+    rows = chosen.nonzero()[:, 1].view(-1, k)
+    values, order = cosines.gather(1, rows).sort(dim=1, descending=True, stable=True)
+    return values, rows.gather(1, order)
+
+
+def search_rows(query: torch.Tensor, rows: np.ndarray, k: int, block_numbers: int = BLOCK_NUMBERS) -> tuple:
+    """The k rows most similar to each query; the rows are read once, block by block.
+
+    Args:
+        query: [Q, D] float, finite; its device computes. rows: [M, D] float array or memory map; those with NaN are
+            never found. block_numbers: held at a time; about 24 bytes each.
+    Returns:
+        Cosines [Q, min(k, M)] float32, descending, ties in the order of the rows, -inf: there are no more;
+        rows [Q, min(k, M)] int64.
+    """
+    q = F.normalize(query.double(), dim=1)
+    step = max(1, block_numbers // sum(q.shape))
+    values, found = q.new_empty((len(q), 0), dtype=torch.float32), q.new_empty((len(q), 0), dtype=torch.int64)
+    progress = Progress("searched", len(rows), shown=len(rows) > step)
+    for start in range(0, len(rows), step):
+        block = np.array(rows[start : start + step])
+        more, place = best_of_block(q, block, k)
+        values, order = torch.cat([values, more], dim=1).sort(dim=1, descending=True, stable=True)
+        values, found = values[:, :k], torch.cat([found, place + start], dim=1).gather(1, order[:, :k])
+        progress.update(start + len(block))
+    progress.close()
+    return values.cpu().numpy(), found.cpu().numpy()
+
+
+def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, gallery: Images, args) -> list[list[dict]]:
     """[{row, path, cosine, same_file, rank}, ...] of each query; names, features [Q, D]: the queries'."""
-    places, wanted = [os.path.realpath(name) for name in names], args.topk + args.exclude_self
-    while True:
-        lists, own = [], 0
-        for place, values, found in zip(places, *search_rows(features, rows, wanted, best=best)):
-            hits = []
-            for row, cosine in zip(found.tolist(), values.tolist()):
-                path = image_name(paths, row)
-                hits.append({"row": row, "path": path, "cosine": cosine, "same_file": os.path.realpath(path) == place})
-            hits = [hit for hit in hits if hit["cosine"] > -np.inf]
-            others = [hit for hit in hits if not (args.exclude_self and hit["same_file"])]
-            own = max(own, len(hits) - len(others))
-            lists.append([hit | {"rank": rank} for rank, hit in enumerate(others[: args.topk], 1)])
-        if own <= wanted - args.topk or wanted >= len(rows):
-            return lists
-        wanted *= 2  # links to the query's file have pushed others out
+    lists = []
+    for name, values, found in zip(names, *search_rows(features, rows, args.topk + args.exclude_self)):
+        hits, place = [], os.path.realpath(name)
+        for row, cosine in zip(found.tolist(), values.tolist()):
+            path = image_name(gallery, row)
+            same_file = os.path.realpath(path) == place
+            if cosine > -np.inf and not (same_file and args.exclude_self):
+                hits.append({"row": row, "path": path, "cosine": cosine, "same_file": same_file})
+        lists.append([hit | {"rank": rank} for rank, hit in enumerate(hits[: args.topk], 1)])
+    return lists
 
 
-def write_results(args, queries, problems: dict[int, str], found: dict[int, list[dict]], paths) -> None:
+def write_results(args, queries: Images, problems: dict[int, str], found: dict[int, list[dict]], gallery) -> None:
     """The table on stdout, results.json and results.png."""
     output, names = Path(args.output), [image_name(queries, number) for number in range(len(queries))]
     width = max(len(printable(names[number])) for number in found)
     print(f"{'query':{width}}  rank   cosine  path")
     for number, hits in found.items():
         for hit in hits:
-            same = "  (same file)" if hit["same_file"] else ""
-            line = f"{hit['rank']:4d}  {hit['cosine']:7.4f}  {printable(hit['path'])}{same}"
-            print(f"{printable(names[number]):{width}}  {line}")
+            line = f"{hit['rank']:4d}  {hit['cosine']:7.4f}  {printable(hit['path'])}"
+            print(f"{printable(names[number]):{width}}  {line}{'  (same file)' if hit['same_file'] else ''}")
     results = [{"query": q, "problem": problems.get(i, ""), "results": found.get(i, [])} for i, q in enumerate(names)]
     write_json(output / "results.json", results)
     if args.picture:
-        drawn = {number: found[number][:RANKS_DRAWN] for number in list(found)[:QUERIES_DRAWN]}
-        sheet = draw_results(queries, paths, drawn)
+        sheet = draw_results(queries, gallery, {number: found[number] for number in list(found)[:QUERIES_DRAWN]})
         write_atomic(output / "results.png", lambda opened: sheet.save(opened, format="PNG"))
 
 
-def draw_results(queries, paths, found: dict[int, list[dict]]) -> Image.Image:
+def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]]) -> Image.Image:
     """A line a query: the query, then what was found, cosine and file name beneath."""
     width, height = TILE + 8, TILE + 40
-    columns = 1 + max(len(hits) for hits in found.values())
-    sheet = Image.new("RGB", (columns * width + 24, len(found) * height + 8), "white")
+    columns = 1 + max(len(hits[:RANKS_DRAWN]) for hits in found.values())
+    sheet = Image.new("RGB", (columns * width, len(found) * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for line, (query, hits) in enumerate(found.items()):
-        cells = [(queries, query, "query", "#06c")]
-        for hit in hits:
-            words, colour = ("  same file", "#d60") if hit["same_file"] else ("", "#ccc")
-            cells.append((paths, hit["row"], f"{hit['cosine']:.4f}{words}", colour))
-        for column, (images, number, words, colour) in enumerate(cells):
-            left, top = 8 + column * width + 16 * (column > 0), 8 + line * height
+        cells = [(queries, query, "query")]
+        for hit in hits[:RANKS_DRAWN]:
+            cells.append((gallery, hit["row"], f"{hit['cosine']:.4f}{'  same file' if hit['same_file'] else ''}"))
+        for column, (images, number, words) in enumerate(cells):
             try:
                 tile = ImageOps.pad(open_rgb(images[number]), (TILE, TILE), color="#eee")
-            except UNREADABLE:
-                tile, words = Image.new("RGB", (TILE, TILE), "#b33"), f"{words}  is gone"
-            sheet.paste(tile, (left, top))
-            draw.rectangle((left - 2, top - 2, left + TILE + 1, top + TILE + 1), outline=colour, width=2)
+            except UNREADABLE:  # removed since it was embedded
+                tile = Image.new("RGB", (TILE, TILE), "#b33")
+            sheet.paste(tile, (column * width + 4, line * height + 4))
             name = printable(Path(images.relative(number)).name)[-20:]
-            draw.text((left, top + TILE + 3), f"{words}\n{name}", fill="black", font=font)
+            draw.text((column * width + 4, line * height + TILE + 6), f"{words}\n{name}", fill="black", font=font)
     return sheet
 
 
