@@ -68,6 +68,13 @@ def parse(parser: argparse.ArgumentParser, flags: list[str]):
     return parser.parse_args(flags)
 
 
+def run_finetune(words: list[str]) -> dict:
+    """`python main_finetune.py WORDS` in this process."""
+    import main_finetune
+
+    return main_finetune.main(main_finetune.get_args_parser().parse_args(words))
+
+
 def command(*words: str, processes: int = 1) -> list[str]:
     """`python main_x.py ...` or the same under torchrun on a free port."""
     if processes == 1:

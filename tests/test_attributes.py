@@ -59,20 +59,6 @@ def slow_metrics(said, labels) -> dict[str, float]:
     }  # fmt: skip
 
 
-def test_metrics_of_an_example_worked_by_hand():
-    labels = np.array([[1, 0, 1, 0], [0, 1, 0, 0], [1, 1, 0, 0]])
-    said = np.array([[1, 0, 0, 0], [0, 1, 1, 0], [0, 1, 0, 0]], dtype=bool)
-    found = attribute_metrics(said, labels)
-    # attribute 0: TPR 1/2, TNR 1; 1: 1, 1; 2: 0, 1/2; 3: nothing true, so 0 and 1
-    assert found["mA"] == pytest.approx((0.75 + 1 + 0.25 + 0.5) / 4)
-    assert found["mA_supported"] == pytest.approx((0.75 + 1 + 0.25) / 3)
-    assert found["accuracy"] == pytest.approx(1 / 2)  # 1/2 of each image
-    assert found["precision"] == pytest.approx((1 + 1 / 2 + 1) / 3)
-    assert found["recall"] == pytest.approx((1 / 2 + 1 + 1 / 2) / 3)
-    assert found["F1"] == pytest.approx(2 / 3)  # each image's
-    assert found["F1_of_means"] == pytest.approx(20 / 27)  # another order of averaging, another number
-
-
 @pytest.mark.parametrize("seed", range(4))
 def test_metrics_equal_a_slow_implementation(seed):
     rng = np.random.default_rng(seed)
@@ -168,20 +154,6 @@ def test_veri_is_read_from_its_gb2312_files(veri):
     assert "never true in train: " in notes and "colour: gold" in notes
     data.train.labels[7, 0] ^= 1
     assert data.sha256() != read_attribute_set(veri).sha256()
-
-
-def test_a_mixed_drawn_set_shows_what_it_tests():
-    """Groups of vehicles of one look, as re-identification needs them, tie colour to type."""
-    looks = {}
-    for mixed in (False, True):
-        rows = plan(140, 60, 6, 0, mixed)
-        assert len(rows) == 1200 and len({row["pid"] for row in rows}) == 200
-        looks[mixed] = [
-            {(r["body"], r["colour"]) for r in rows if (r["split"] == "train") == is_train}
-            for is_train in (True, False)
-        ]
-    assert looks[True][1] <= looks[True][0] and len(looks[True][1]) == 60 and len(looks[True][0]) == 100
-    assert len(looks[False][1]) == 15 and not looks[False][1] & looks[False][0]
 
 
 def test_derived_sets_have_other_headers(copy):
@@ -296,15 +268,6 @@ def test_damaged_tables_stop_with_one_sentence(tmp_path, text, options, message)
     with pytest.raises(InputError, match=message) as caught:
         read_attribute_set(write_table(tmp_path, text), **options)
     assert "\n" not in str(caught.value)
-
-
-def test_columns_and_attributes_of_the_wrong_kind_of_set(veri, tmp_path):
-    with pytest.raises(InputError, match="name columns of a table"):
-        read_attribute_set(veri, binary=["taxi"])
-    with pytest.raises(InputError, match="the model knows taxi, not VeRi-776's"):
-        read_attribute_set(veri, known=(Attribute("taxi"),))
-    with pytest.raises(InputError, match="does not exist"):
-        read_attribute_set(tmp_path / "nowhere")
 
 
 def test_an_xml_that_knows_no_attribute_is_refused_before_training(veri, tmp_path):
@@ -441,16 +404,6 @@ def test_the_fusion_block_is_the_encoders_own():
     attribute_loss(model(torch.randn(4, 3, 32, 32)), torch.ones(4, 5), torch.full((5,), 0.5)).backward()
     assert all(p.grad is not None and p.requires_grad for p in model.parameters())
     assert model.attr_vectors.shape == (5, 7) and "attr_vectors" in model.state_dict()  # saved, not trained
-
-
-def test_checkpointed_activations_change_nothing():
-    models = [build_vtb(), build_vtb()]
-    models[1].base.grad_checkpoint = True
-    imgs = torch.randn(2, 3, 32, 32)
-    for model in models:
-        model(imgs).square().sum().backward()
-    for one, two in zip(*(model.parameters() for model in models)):
-        assert torch.allclose(one.grad, two.grad, atol=1e-6)
 
 
 def test_the_loss_is_the_weighted_sum_over_attributes():

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import command, parse, run_command
+from conftest import command, parse, read_log, run_command, run_finetune
 from layouts import write_demo_cars
 from PIL import ImageColor
 
@@ -44,16 +44,12 @@ def words(files, output, *more) -> list[str]:
 
 
 def finetune(files, output, *more) -> dict:
-    return main_finetune.main(parse(main_finetune.get_args_parser(), words(files, output, *more)))
+    return run_finetune(words(files, output, *more))
 
 
 def score(file, data, output, *more) -> dict:
     flags = f"--task fgvc --eval --resume {file} --data_path {data} --output_dir {output} --batch_size 8"
-    return main_finetune.main(parse(main_finetune.get_args_parser(), [*flags.split(), *CPU, *more]))
-
-
-def log_of(output) -> list[dict]:
-    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    return run_finetune([*flags.split(), *CPU, *more])
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +65,7 @@ def test_a_run_leaves_a_model_that_scores_the_same(files, trained, tmp_path):
     assert numbers["parts"] == "3 parts after 2 blocks"
     assert "12 test images of 4 classes; whole picture to 43 x 43 px, centre crop 32 x 32" in numbers["protocol"]
     assert json.loads((output / "metrics.json").read_text()) == numbers
-    log = log_of(output)
+    log = read_log(output)
     assert [row["epoch"] for row in log] == [0, 1, 1] and log[-1]["test_top1"] == numbers["top1"]
     total = log[0]["train_ce"] + log[0]["train_contrastive"]
     assert log[0]["train_loss"] == pytest.approx(total, rel=1e-5)
@@ -134,7 +130,7 @@ def test_frames_lie_around_their_patches():
 def test_the_baseline_has_no_parts_and_learns(files, tmp_path):
     flags = "--parts off --report --epochs 10 --no-auto_augment --resize 32 --drop_path 0 --print_freq 20"
     numbers = finetune(files, tmp_path / "o", *flags.split())
-    log = log_of(tmp_path / "o")
+    log = read_log(tmp_path / "o")
     assert numbers["parts"] == "no parts" and "train_contrastive" not in log[0]
     assert log[9]["train_accuracy"] > 0.7 and log[9]["train_ce"] < 0.6 * log[0]["train_ce"]
     assert "Selected parts" not in (tmp_path / "o" / "report.html").read_text()
@@ -168,7 +164,7 @@ def test_two_ranks_are_one(files, trained, tmp_path):
     flags = words(files, tmp_path / "two", "--batch_size", "4")
     done = run_command(command("main_finetune.py", *flags, processes=2))
     assert done.returncode == 0, done.stderr
-    for one, two in zip(log_of(trained[0]), log_of(tmp_path / "two")):
+    for one, two in zip(read_log(trained[0]), read_log(tmp_path / "two")):
         for name in ("train_loss", "train_ce", "train_contrastive", "train_grad_norm", "train_accuracy"):
             assert two.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-4), name
     numbers = json.loads((tmp_path / "two" / "metrics.json").read_text())

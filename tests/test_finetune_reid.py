@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -10,7 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, command, parse, run_command
+from conftest import ROOT, command, parse, read_log, run_command, run_finetune
 from layouts import write_demo_reid
 
 import main_finetune
@@ -47,7 +48,7 @@ def veri(tmp_path_factory):
 
 def finetune(data, output, *more) -> dict:
     flags = [*SMALL, "--data_path", str(data), "--output_dir", str(output), *more]
-    return main_finetune.main(parse(main_finetune.get_args_parser(), flags))
+    return run_finetune(flags)
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +62,14 @@ def test_a_run_leaves_a_model_that_scores_the_same(veri, trained, tmp_path, caps
     assert {"mAP", "R1", "mINP", "reranked_mAP", "protocol", "sie"} <= set(numbers)
     assert json.loads((output / "metrics.json").read_text()) == numbers
     assert "same-camera matches removed" in numbers["protocol"] and numbers["sie"].startswith("SIE on (20 cam")
-    log = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    log = read_log(output)
     assert [row["epoch"] for row in log] == [0, 1, 1] and log[-1]["test_mAP"] == numbers["mAP"]
     assert log[1]["train_loss"] < log[0]["train_loss"] and log[0]["train_center"] > 0
     for name in ("model.pth", "model.safetensors"):
         again = tmp_path / name
         flags = f"--task reid --eval --resume {output / name} --data_path {veri} --output_dir {again}"
         words = [*flags.split(), *CPU, "--batch_size", "8"]
-        found = main_finetune.main(parse(main_finetune.get_args_parser(), words))
+        found = run_finetune(words)
         assert found == {k: v for k, v in numbers.items() if not k.startswith("reranked")}
     page = (output / "report.html").read_text()
     assert numbers["protocol"].split(" #")[0] in page
@@ -129,7 +130,7 @@ def test_eval_takes_no_flag_that_would_change_the_model(veri, trained, tmp_path)
     ):
         words = f"--task reid --eval --data_path {veri} --output_dir {tmp_path / 'o'} {flags}".split()
         with pytest.raises(InputError, match=message):
-            main_finetune.main(parse(main_finetune.get_args_parser(), words))
+            run_finetune(words)
 
 
 def test_tables_number_cameras_by_name_and_not_by_row(veri, tmp_path):
@@ -141,21 +142,18 @@ def test_tables_number_cameras_by_name_and_not_by_row(veri, tmp_path):
     head, own = "path,pid,camid,split", tmp_path / "own.csv"
     own.write_text("\n".join([head, *rows]) + "\n")
     words = [word for word in SMALL if word != "--sie_view"]
-    main_finetune.main(
-        parse(main_finetune.get_args_parser(),
-              [*words, "--data_path", str(own), "--output_dir", str(tmp_path / "o"), "--epochs", "2"])
-    )  # fmt: skip
+    run_finetune([*words, "--data_path", str(own), "--output_dir", str(tmp_path / "o"), "--epochs", "2"])
     found = {}
     other = [*rows, rows[-1].replace("gate", "door")]
     for name, lines in (("same", rows), ("reversed", rows[::-1]), ("other", other)):
         (tmp_path / f"{name}.csv").write_text("\n".join([head, *lines]) + "\n")
         score = f"--task reid --eval --resume {tmp_path / 'o' / 'model.pth'} --data_path {tmp_path / name}.csv"
-        args = parse(main_finetune.get_args_parser(), [*score.split(), *CPU, "--batch_size", "1"])
+        words = [*score.split(), *CPU, "--batch_size", "1"]
         if name == "other":
             with pytest.raises(InputError, match="knows the cameras gate .*, not door"):
-                main_finetune.main(args)
+                run_finetune(words)
         else:
-            found[name] = main_finetune.main(args)
+            found[name] = run_finetune(words)
     assert found["same"]["mAP"] == pytest.approx(found["reversed"]["mAP"], abs=1e-6)
     assert sorted(f.name for f in (tmp_path / "o").glob("eval_*")) == ["eval_other", "eval_reversed", "eval_same"]
 
@@ -203,8 +201,7 @@ def test_two_ranks_are_one(veri, trained, tmp_path):
     words[-1] = "8"
     done = run_command(command(*words, "--output_dir", str(tmp_path / "one")))
     assert done.returncode == 0, done.stderr
-    logs = [[json.loads(r) for r in (tmp_path / n / "log.txt").read_text().splitlines()] for n in ("one", "two")]
-    for one, two in zip(*logs):
+    for one, two in zip(*(read_log(tmp_path / name) for name in ("one", "two"))):
         for name in ("train_loss", "train_id", "train_triplet", "train_grad_norm"):
             assert two.get(name, 0) == pytest.approx(one.get(name, 0), rel=1e-4), name
     score = f"main_finetune.py --task reid --eval --resume {trained[0] / 'model.pth'} --data_path {veri}"
@@ -227,13 +224,12 @@ def test_a_plain_encoder_can_be_scored_as_it_is(veri, tmp_path, name):
     write_safetensors(tmp_path / "encoder.safetensors", encoder.state_dict(), {"config": json.dumps(config)})
     flags = f"--task reid --eval --finetune {tmp_path / name} --input_size 48 --data_path {veri}"
     words = [*flags.split(), *CPU, "--output_dir", str(tmp_path / "out")]
-    numbers = main_finetune.main(parse(main_finetune.get_args_parser(), words))
+    numbers = run_finetune(words)
     assert 0 < numbers["mAP"] < 1 and numbers["sie"] == "SIE off"
 
 
 def test_unreadable_test_images_make_another_protocol(veri, tmp_path, trained):
-    copy = tmp_path / "VeRi"
-    subprocess.run(["cp", "-r", str(veri), str(copy)], check=True)
+    copy = shutil.copytree(veri, tmp_path / "VeRi")
     data = read_reid(copy)
     query, gallery = data.tests["test"]
     query.paths[1].write_bytes(b"no image")
@@ -241,21 +237,17 @@ def test_unreadable_test_images_make_another_protocol(veri, tmp_path, trained):
     model = load_model(trained[0] / "model.pth").model
     found = extract_reid(model, query, "query", batch_size=4, num_workers=0)
     whole = extract_reid(model, read_reid(veri).tests["test"][0], "query", batch_size=4, num_workers=0)
-    assert (
-        found.unreadable[0].startswith(f"{query.paths.relative(1)}\tUnidentifiedImageError: cannot")
-        and len(found.images) == len(query) - 1
-    )
+    assert found.unreadable[0].startswith(f"{query.paths.relative(1)}\tUnidentifiedImageError: cannot")
+    assert len(found.images) == len(query) - 1
     assert torch.equal(found.values, whole.values[[0, *range(2, len(query))]])
-    words = f"--task reid --eval --resume {trained[0] / 'model.pth'} --data_path {copy} --device cpu --amp none"
-    words += f" --num_workers 0 --output_dir {tmp_path / 'out'}"
-    numbers = main_finetune.main(parse(main_finetune.get_args_parser(), words.split()))
+    words = f"--task reid --eval --resume {trained[0] / 'model.pth'} --data_path {copy} --output_dir {tmp_path / 'out'}"
+    numbers = run_finetune([*words.split(), *CPU])
     assert numbers["protocol"].startswith("veri776/2-unreadable-left-out (")
     assert len((tmp_path / "out" / "unreadable_test_images.txt").read_text().splitlines()) == 2
 
 
 def test_unreadable_training_images_are_replaced_counted_and_limited(veri, tmp_path):
-    copy = tmp_path / "VeRi"
-    subprocess.run(["cp", "-r", str(veri), str(copy)], check=True)
+    copy = shutil.copytree(veri, tmp_path / "VeRi")
     data = read_reid(copy)
     data.train.paths[0].write_bytes(b"no image")
     with pytest.raises(InputError, match="1 of 4[08] images could not be read.*bad_images.txt"):
@@ -294,9 +286,9 @@ def test_side_information_that_the_set_lacks_is_refused(tmp_path):
         words += ["--data_path", str(tmp_path / "id"), "--output_dir", str(tmp_path / "o"), flag]
         words += ["--num_instances", "2"]
         with pytest.raises(InputError, match=message):
-            main_finetune.main(parse(main_finetune.get_args_parser(), words))
+            run_finetune(words)
     words = [*words[:-3], "--num_instances", "2", "--epochs", "2", "--report"]
-    numbers = main_finetune.main(parse(main_finetune.get_args_parser(), words))
+    numbers = run_finetune(words)
     assert {"800_R1", "800_R1_std", "2400_mAP"} <= set(numbers) and "10 draws" in numbers["800_protocol"]
     assert (tmp_path / "o" / "report_800.html").exists()
 
@@ -308,10 +300,9 @@ def test_a_model_of_one_set_says_so_on_another(veri, trained, tmp_path):
     for name, part in zip(("query", "gallery"), data.tests["test"]):
         rows += [f"{part.paths[i]},{part.pids[i]},{70 + i % 30},{name}" for i in range(len(part))]
     table.write_text("\n".join(["path,pid,camid,split", *rows]) + "\n")
-    words = f"--task reid --eval --resume {trained[0] / 'model.pth'} --data_path {table}"
-    words += f" --output_dir {tmp_path / 'o'} {' '.join(CPU)}"
+    words = f"--task reid --eval --resume {trained[0] / 'model.pth'} --data_path {table} --output_dir {tmp_path / 'o'}"
     with pytest.raises(InputError, match="the cameras or views of veri776, and means nothing on table"):
-        main_finetune.main(parse(main_finetune.get_args_parser(), words.split()))
+        run_finetune([*words.split(), *CPU])
 
 
 # parts
@@ -436,13 +427,10 @@ def test_transreids_loader_takes_our_encoder(tmp_path):
     args = SimpleNamespace(output_dir=tmp_path, save_minutes=1, keep_checkpoints=1, resume="")
     RunFiles(args, {}, {}, [], "--init").export_encoder(mae)
     file = tmp_path / "encoder.pth"
-    assert "distilled" not in file.name
     content = torch.load(file, weights_only=True)
     assert list(content) == ["model"] and len(content["model"]) == 150
-    theirs = {
-        name: torch.zeros_like(value)
-        for name, value in VisionTransformer((32, 32), 16, 192, 12, 3).state_dict().items()
-    }
+    encoder = VisionTransformer((32, 32), 16, 192, 12, 3)
+    theirs = {name: torch.zeros_like(value) for name, value in encoder.state_dict().items()}
     for name, value in content["model"].items():
         assert "head" not in name and "dist" not in name and value.dtype == torch.float32 and value.is_contiguous()
         theirs[name].copy_(value)

@@ -10,14 +10,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import command, parse, read_log, run_command
-from layouts import outlines, write_demo_parts
+from conftest import command, read_log, run_command, run_finetune
+from layouts import write_demo_parts
 from PIL import Image
 
-import main_finetune
 from datasets.seg import KINDS, PartsAugment, open_mask, open_pair, part_names, read_parts
 from datasets.transforms import distort_colours
-from finetune import seg
 from finetune.seg import evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
 from metrics.seg import confusion_matrix, segmentation_numbers
 from models_setr import SETR, TAPS, CpuSyncBatchNorm, SETRConfig, scaled_taps, setr_loss, synchronized
@@ -55,7 +53,7 @@ def small(tmp_path_factory):
 
 def finetune(small, data, output, *more) -> dict:
     flags = [*small, "--data_path", str(data), "--output_dir", str(output), *more]
-    return main_finetune.main(parse(main_finetune.get_args_parser(), flags))
+    return run_finetune(flags)
 
 
 @pytest.fixture(scope="module")
@@ -404,16 +402,6 @@ def test_polygons_against_a_test_of_every_pixel():
     assert fill_polygon([2, 1, 5, 1, 5, 3, 2, 3], 4, 8).nonzero()[1].tolist() == [2, 3, 4, 2, 3, 4]
 
 
-def test_outlines_hold_exactly_their_pixels():
-    mask = np.zeros((9, 12), dtype=bool)
-    mask[1:6, 2:9], mask[3, 4], mask[8, 11], mask[7, 10] = True, False, True, True
-    filled = np.zeros_like(mask)
-    for ring in outlines(mask):
-        filled |= fill_polygon(ring, 9, 12)
-    mask[3, 4] = True  # a hole is filled
-    assert np.array_equal(filled, mask)
-
-
 def convert(source, output, *more) -> dict:
     words = ["--input", str(source), "--output", str(output), "--processes", "1", *more]
     return convert_partimagenet.main(convert_partimagenet.get_args_parser().parse_args(words))
@@ -538,19 +526,6 @@ def test_what_a_release_lacks_is_counted(releases, tmp_path):
     }
 
 
-# the drawn set
-
-
-def test_the_drawn_set_has_what_real_sets_have(parts):
-    sizes = {Image.open(f).size for f in parts.glob("images/*/*")}
-    assert any(h > w for w, h in sizes) and any(w % 2 for w, h in sizes) and min(min(s) for s in sizes) < 32
-    modes = [Image.open(f).mode for f in parts.glob("annotations/train/*.png")]
-    assert modes.count("P") == 1
-    data = read_parts(parts, "own", ("train",))
-    assert (data.splits["train"].counts[:, -1] > 0).sum() == 1
-    assert (data.splits["train"].counts[:, 3] == 0).any()  # no mirror
-
-
 # runs
 
 
@@ -564,10 +539,10 @@ def test_a_run_leaves_a_model_that_scores_the_same(trained, parts, tmp_path):
     assert log[0]["train_aux"] > 0 and log[-1]["test_mIoU"] == numbers["mIoU"]
     for name in ("model.pth", "model.safetensors"):
         words = f"--task seg --eval --resume {output / name} --data_path {parts} --output_dir {tmp_path}"
-        found = main_finetune.main(parse(main_finetune.get_args_parser(), [*words.split(), *CPU]))
+        found = run_finetune([*words.split(), *CPU])
         assert found == numbers
     words += " --seg_eval whole --seg_split val"
-    whole = main_finetune.main(parse(main_finetune.get_args_parser(), [*words.split(), *CPU]))
+    whole = run_finetune([*words.split(), *CPU])
     assert "whole image at 32 x 32 px" in whole["protocol"] and whole["mIoU"] != numbers["mIoU"]
     for name in ("model.pth", "checkpoint-last.pth", "checkpoint-1.pth", "model.safetensors"):
         assert read_checkpoint(output / name)["model"]
@@ -581,28 +556,6 @@ def test_the_report_shows_every_class_by_name_and_number(trained):
     assert page.count("<figcaption>answer</figcaption>") == page.count("<figcaption>truth</figcaption>") > 3
     assert trained[1]["protocol"].split(" (")[0] in page and "What is taken for what" in page
     assert "http://" not in page and "https://" not in page
-
-
-def test_a_run_goes_on_bit_for_bit(small, parts, trained, tmp_path, monkeypatch):
-    calls, whole = [], seg.setr_loss
-
-    def stops(*args):
-        calls.append(1)
-        if len(calls) == 7:  # in the second epoch
-            raise KeyboardInterrupt
-        return whole(*args)
-
-    flags = ["--decoder", "mla", "--save_minutes", "0"]
-    with monkeypatch.context() as patch:
-        patch.setattr(seg, "setr_loss", stops)
-        with pytest.raises(KeyboardInterrupt):
-            finetune(small, parts, tmp_path / "run", *flags)
-    assert read_checkpoint(tmp_path / "run" / "checkpoint-last.pth")["batches_done"] == 1
-    numbers = finetune(small, parts, tmp_path / "run", *flags, "--resume", "auto")
-    straight, again = (read_checkpoint(f / "model.pth")["model"] for f in (trained[0], tmp_path / "run"))
-    assert all(torch.equal(straight[name], again[name]) for name in straight) and numbers == trained[1]
-    with pytest.raises(InputError, match="decoder"):
-        finetune(small, parts, tmp_path / "run", "--decoder", "naive", "--resume", "auto")
 
 
 def test_two_ranks_are_one(small, parts, tmp_path):
@@ -621,28 +574,22 @@ def test_two_ranks_are_one(small, parts, tmp_path):
         assert torch.allclose(two[name], value, rtol=1e-4, atol=1e-6 * max(1, value.abs().max())), name
     words = f"--task seg --eval --resume {tmp_path / 'two' / 'model.pth'} --data_path {parts}"
     words = [*words.split(), *CPU, "--output_dir", str(tmp_path / "alone")]
-    main_finetune.main(parse(main_finetune.get_args_parser(), words))
+    run_finetune(words)
     found = [(tmp_path / name / "metrics.json").read_text() for name in ("two", "alone")]
     assert found[0] == found[1]
 
 
-def test_broken_pairs_are_counted_and_named(small, parts, trained, tmp_path):
+def test_broken_pairs_are_counted_and_named(parts, trained, tmp_path):
     broken = tmp_path / "parts"
     shutil.copytree(parts, broken)
     images, masks = (sorted((broken / kind / "test").iterdir()) for kind in ("images", "annotations"))
     images[0].write_bytes(images[0].read_bytes()[:300])
     masks[1].write_bytes(b"no image")
     words = f"--task seg --eval --resume {trained[0] / 'model.pth'} --data_path {broken} --output_dir {tmp_path}"
-    numbers = main_finetune.main(parse(main_finetune.get_args_parser(), [*words.split(), *CPU]))
+    numbers = run_finetune([*words.split(), *CPU])
     assert numbers["unreadable"] == 2 and "2 unreadable left out" in numbers["protocol"]
     listed = (tmp_path / "unreadable_test_images.txt").read_text()
     assert images[0].name in listed and images[1].name in listed and "UnidentifiedImageError" in listed
-    train = sorted((broken / "annotations" / "train").iterdir())
-    train[0].write_bytes(b"")
-    with pytest.raises(InputError, match=r"1 of \d+ images could not be read.*bad_images.txt"):
-        finetune(small, broken, tmp_path / "strict")
-    finetune(small, broken, tmp_path / "lax", "--max_bad_ratio", "0.2", "--epochs", "1")
-    assert train[0].stem in (tmp_path / "lax" / "bad_images.txt").read_text()
 
 
 def test_every_image_is_scored_once(parts):
@@ -694,7 +641,7 @@ def test_eval_takes_no_flag_that_would_change_the_model(small, parts, trained, t
     ):
         words = f"--task seg --eval --data_path {parts} --output_dir {tmp_path / 'o'} {flags}".split()
         with pytest.raises(InputError, match=message):
-            main_finetune.main(parse(main_finetune.get_args_parser(), [*words, *CPU]))
+            run_finetune([*words, *CPU])
 
 
 @pytest.mark.parametrize(
