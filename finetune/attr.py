@@ -1,7 +1,6 @@
 """Attribute recognition: VTB, from flags to a task that can be trained and scored."""
 
 import csv
-import hashlib
 import io
 import math
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from models_vtb import VTB, attribute_loss
 from reports.attr import AttributeTest, write_attr_report
 from util.dist import gather_rows, print_main
 from util.errors import InputError
-from util.files import write_atomic
+from util.files import file_sha256, write_atomic
 
 # by what a column holds (description.canonical), else by whether it holds words
 SENTENCES = {
@@ -278,29 +277,23 @@ def vectors_of_file(file: Path, count: int) -> tuple[torch.Tensor, str]:
     """An array [A, D_t] in a .npy, or the only tensor of a .safetensors.
 
     Raises:
-        InputError: missing, damaged, of another shape, or with numbers that are not finite.
+        InputError: unreadable, of another shape, or with numbers that are not finite.
     """
-    if not file.is_file():
-        raise InputError(f"--attr_vectors {file} does not exist: give a .npy or .safetensors, or drop the flag")
     try:
         if file.suffix == ".safetensors":
-            found = list(load_file(file).values())
-            if len(found) != 1:
-                raise InputError(f"--attr_vectors {file} holds {len(found)} tensors: keep the one that is meant")
-            vectors = found[0]
+            (vectors,) = load_file(file).values()
         else:
             vectors = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
-    except (OSError, ValueError, EOFError, SafetensorError, TypeError) as error:
+    except (OSError, ValueError, EOFError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:120]
-        raise InputError(f"--attr_vectors {file} is no .npy and no .safetensors of numbers: {reason}") from error
-    if vectors.ndim != 2 or len(vectors) != count or not vectors.shape[1]:
+        raise InputError(f"--attr_vectors {file}: give a .npy, or a .safetensors of one tensor: {reason}") from error
+    vectors = vectors.float()
+    if vectors.ndim != 2 or len(vectors) != count or not torch.isfinite(vectors).all():
         raise InputError(
-            f"--attr_vectors {file} has the shape {tuple(vectors.shape)}, and {count} attributes need "
+            f"--attr_vectors {file} has the shape {tuple(vectors.shape)}, and {count} attributes need finite numbers "
             f"({count}, D): one row an attribute, in the order that the header of a run prints"
         )
-    if not torch.isfinite(vectors.float()).all():
-        raise InputError(f"--attr_vectors {file} holds numbers that are not finite: make it again")
-    return vectors.float(), f"{file.name}, sha256 {hashlib.sha256(file.read_bytes()).hexdigest()[:16]}"
+    return vectors, f"{file.name}, sha256 {file_sha256(file)[:16]}"
 
 
 def vectors_of_clip(clip_model: str, clip_pretrained: str, sentences: list[str]) -> tuple[torch.Tensor, str]:

@@ -351,14 +351,14 @@ def test_vectors_of_a_file(tmp_path):
     (tmp_path / "damaged.safetensors").write_bytes(b"no")
     save_file({"x": vectors, "y": vectors + 1}, tmp_path / "two.safetensors")
     for name, message in (
-        ("gone.npy", "does not exist"),
-        ("nan.npy", "not finite"),
-        ("flat.npy", r"shape \(3,\), and 3 attributes need \(3, D\)"),
+        ("gone.npy", "No such file"),
+        ("nan.npy", "3 attributes need finite numbers"),
+        ("flat.npy", r"shape \(3,\), and 3 attributes need finite numbers \(3, D\)"),
         ("v.npy", r"shape \(3, 5\), and 4 attributes need"),
-        ("words.npy", "is no .npy and no .safetensors of numbers"),
-        ("damaged.npy", "is no .npy and no .safetensors of numbers"),
-        ("damaged.safetensors", "is no .npy and no .safetensors of numbers"),
-        ("two.safetensors", "holds 2 tensors"),
+        ("words.npy", "give a .npy, or a .safetensors of one tensor: could not convert"),
+        ("damaged.npy", "give a .npy, or a .safetensors of one tensor"),
+        ("damaged.safetensors", "give a .npy, or a .safetensors of one tensor"),
+        ("two.safetensors", "too many values to unpack"),
     ):
         with pytest.raises(InputError, match=message) as caught:
             vectors_of_file(tmp_path / name, 4 if name == "v.npy" else 3)

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, parse, read_log, run_command, run_finetune
+from conftest import ROOT, command, parse, read_log, run_command, run_finetune
 from layouts import write_demo_cars
 from PIL import ImageColor
 
@@ -202,6 +204,15 @@ def test_defaults_are_the_recipes():
     found = (args.img_size, args.batch_size, args.opt, args.weight_decay, args.clip_grad, args.epochs)
     assert found == ((448, 448), 16, "sgd", 0.0, 1.0, 20) and args.contrastive_weight == 1
     assert main_finetune.TASKS["fgvc"].default_lr(args) == 0.03
+
+
+def test_the_help_of_a_task_shows_its_flags_alone(capsys):
+    with pytest.raises(SystemExit):
+        main_finetune.get_args_parser().parse_args(["--task", "fgvc", "--help"])
+    shown = capsys.readouterr().out
+    assert "--parts" in shown and "--batch_size" in shown and "--num_instances" not in shown and "seg)" not in shown
+    code = "import sys, finetune.flags; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.parametrize(
