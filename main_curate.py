@@ -146,12 +146,11 @@ class Curation:
         limits = flags("min_side aspect brightness min_contrast min_sharpness")
         counts["quality"] = run("quality", limits, lambda _: self.drop("quality", poor_images(self.index, args)))
         counts["embed"] = run("embed", self.encoder_settings(), self.embed, shared=True)
-        data = np.load(self.folder / "embeddings.npy", mmap_mode="r")
-        self.embedded = Embedded(data, np.load(self.folder / "embedded_rows.npy"))
+        self.embedded = Embedded(self.array("embeddings", mmap_mode="r"), self.array("embedded_rows"))
         prompts = list(read_prompts(args.vehicle_prompts)) if args.vehicle_filter else None
         settings = flags("vehicle_filter vehicle_threshold") | {"prompts": prompts}
         counts["vehicle"] = run("vehicle", settings, self.drop_others)
-        copies = "near_bits near_agreement seed"
+        copies = "near_bits near_agreement"
         counts["leaks"] = run("leaks", flags(f"{copies} leak_cosine"), self.drop_leaks)
         settings = flags(f"{copies} near_cosine group_cap track_cap")
         counts["duplicates"] = run("duplicates", settings, self.drop_duplicates)
@@ -161,23 +160,22 @@ class Curation:
         counts["write"] = run("write", {}, self.write)
         if not is_main_process():
             return {}
-        selection = np.load(self.folder / "selection.npy")
+        selection = self.array("selection")
         counts["evidence"], sizes = judge(self.embedded, self.domains(), selection, self.device, args.seed)
         write_json(self.folder / "curation.json", {"settings": vars(args), "stages": self.stages.records} | counts)
         self.report(selection, counts["evidence"], sizes)
         return counts
 
+    def array(self, name: str, **how) -> np.ndarray:
+        return np.load(self.folder / f"{name}.npy", **how)
+
     def report(self, selection: np.ndarray, evidence: dict, sizes: dict) -> None:
         removals = {
             name: load_removal(self.folder, name) for name in DROPS if name != "vehicle" or self.args.vehicle_filter
         }
-        clusters = {
-            name: (rows, tree.path()[:, min(1, len(tree.sizes) - 1)]) for name, (tree, rows) in self.trees().items()
-        }
-        found = Curated(
-            self.images, self.index, removals, self.alive(), selection, clusters, evidence, sizes, vars(self.args)
-        )
-        write_curation_report(self.folder / "report.html", found)
+        clusters = {name: (rows, tree.path()[:, :2][:, -1]) for name, (tree, rows) in self.trees().items()}
+        found = (self.images, self.index, removals, self.alive(), selection, clusters, evidence, sizes, vars(self.args))
+        write_curation_report(self.folder / "report.html", Curated(*found))
 
     def make_index(self, job: str) -> dict:
         build_index(self.images, self.folder, {"job": job}, self.args.box_margin, self.args.num_workers)
@@ -271,9 +269,8 @@ class Curation:
         return self.drop("vehicle", removal)
 
     def finder(self, cosine: float) -> CopyFinder:
-        aligner = Aligner(np.load(self.folder / "thumbnails.npy", mmap_mode="r"), self.device)
-        bits, agreement, seed = self.args.near_bits, self.args.near_agreement, self.args.seed
-        return CopyFinder(self.index, self.embedded, aligner, bits, cosine, agreement, seed)
+        aligner = Aligner(self.array("thumbnails", mmap_mode="r"), self.device)
+        return CopyFinder(self.index, self.embedded, aligner, self.args.near_bits, cosine, self.args.near_agreement)
 
     def drop_leaks(self, job: str) -> dict:
         finder = self.finder(self.args.leak_cosine)
@@ -298,12 +295,12 @@ class Curation:
         folder = Path("clusters", job[:12])
         counts = {"folder": str(folder), "images": sum(map(len, domains.values()))}
         for number, (name, mine) in enumerate(domains.items()):
-            plan = plan_levels(len(mine), args.levels, args.resampling, clip=len(domains) > 1)
+            ks = plan_levels(len(mine), args.levels, clip=len(domains) > 1)
             place, memory = self.embedded.place(mine), args.memory_gb * 1e9
             rows = Rows(self.embedded.data, self.device, place, args.spherical, resident_bytes=memory)
             tree = build_tree(
-                rows, plan, self.folder / folder / name, seed=args.seed, tree_number=number,
-                iterations=args.iterations, resample=args.resample,
+                rows, ks, self.folder / folder / name, seed=args.seed, tree_number=number,
+                resampling=args.resampling, iterations=args.iterations, resample=args.resample,
             )  # fmt: skip
             if is_main_process():
                 tree.save(self.folder / folder / name, mine)
@@ -322,7 +319,7 @@ class Curation:
 
     def write(self, job: str) -> dict:
         """Write the manifest, with the cluster of each image on every level (-1 beyond a smaller tree)."""
-        selection, trees = np.load(self.folder / "selection.npy"), self.trees().values()
+        selection, trees = self.array("selection"), self.trees().values()
         clusters = np.full((len(selection), max(len(tree.sizes) for tree, _ in trees)), -1, dtype=np.int32)
         distance = np.zeros(len(selection), dtype=np.float32)
         for tree, rows in trees:

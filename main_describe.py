@@ -3,9 +3,9 @@
     python main_describe.py --attributes labels.csv --images labels.csv --split train --output texts
     python main_pretrain.py --text_bank texts --kl_weight 0.05 ...
 
-Attributes (a table with whatever columns exist, or the files of VeRi-776, VehicleID, CompCars, StanfordCars,
-DVM-CAR) become canonical words, fill templates, and are encoded by the frozen teacher. With --images a
-text stays only if the images know it. Embeddings are stored, so that other thresholds cost seconds.
+Attributes (a table with whatever columns exist, or the files of VeRi-776, CompCars, StanfordCars, DVM-CAR) become
+canonical words, fill templates, and are encoded by the frozen teacher. With --images a text stays only if the images
+know it. Embeddings are stored, so that other thresholds cost seconds.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from util.cli import Parser, run_tool
 from util.errors import InputError
 
 SLOTS = ("make", "model", "year", "body", "colour", "view", "doors", "scene", "part")
-FORMATS = ("auto", "table", "veri", "vehicleid", "compcars", "stanford", "dvm")
+FORMATS = ("auto", "table", "veri", "compcars", "stanford", "dvm")
 TEMPLATES = Path(__file__).parent / "description" / "templates.json"
 
 

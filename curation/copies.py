@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from curation.filters import Removals
-from curation.hierarchy import members_by_cluster, step_rng
+from curation.hierarchy import members_by_cluster
 from curation.index import SIDE, Index
-from curation.kmeans import kmeans
-from curation.rows import Embedded, Rows
+from curation.rows import Embedded
 
 BANDS = 4  # of 16 bits of a hash; with one flipped bit allowed in a band, no pair of up to 7 bits is missed
 PAIR_BLOCK = 4_000_000  # candidate pairs held at a time
-BRUTE_ROWS = 20_000  # a base of up to so many rows is compared with all queries
-NEIGHBOURS, PROBES = 8, 4  # nearest embeddings that are candidates; cells of a larger base that a query looks into
+COSINES_AT_A_TIME = 2**28
+NEIGHBOURS = 8  # nearest embeddings that are candidates
 CANDIDATE_COSINE = 0.65  # of the nearest embeddings, those at least so alike are laid over each other
 FLOOR = 0.8  # agreement below which neither hash nor embedding is believed: plain backgrounds share hashes
 
@@ -104,61 +103,32 @@ def _expand(low: np.ndarray, high: np.ndarray):
 
 
 def embedding_pairs(
-    data: np.ndarray, queries: np.ndarray, base: np.ndarray, cosine: float, device: torch.device, seed: int = 0
+    data: np.ndarray, queries: np.ndarray, base: np.ndarray, cosine: float, device: torch.device
 ) -> Pairs:
     """Find (query, base) pairs of at least this cosine among the eight nearest of each query; value: the cosine.
-
-    With a base of up to 20,000 rows all are compared; beyond, the base is cut into cells of about a thousand by
-    k-means and a query looks into its nearest four.
 
     Args:
         data: [N, D] embeddings; queries, base: int64 rows of it. A row is no neighbour of itself.
     Returns:
         Pairs of positions in `queries` and `base`.
     """
+
+    def unit(rows: np.ndarray) -> torch.Tensor:
+        return F.normalize(torch.from_numpy(data[rows]).to(device).float(), dim=1)
+
     if not len(queries) or not len(base):
         return join([])
-    if len(base) <= BRUTE_ROWS:
-        return _compare(data, queries, base, np.arange(len(queries)), np.arange(len(base)), cosine, device)
-    cells = max(2, len(base) // 1000)
-    rows = Rows(data, device, base, unit=True, alone=True)
-    clusters = kmeans(rows, cells, iterations=8, rng=step_rng(seed, 2000))
-    members, offsets = members_by_cluster(clusters.assignment, cells)
-    visits = []
-    for part in np.split(queries, range(65_536, len(queries), 65_536)):
-        similar = _unit_rows(data, part, device) @ clusters.centroids.t()
-        visits.append(similar.topk(min(PROBES, cells), dim=1).indices.cpu().numpy())
-    wanted = np.concatenate(visits)
-    asking, asking_offsets = members_by_cluster(wanted.ravel(), cells)
-    found = []
-    for cell in range(cells):
-        mine = asking[asking_offsets[cell] : asking_offsets[cell + 1]] // wanted.shape[1]
-        there = members[offsets[cell] : offsets[cell + 1]]
-        if len(mine) and len(there):
-            found.append(_compare(data, queries, base, mine, there, cosine, device))
-    pairs = join(found)
-    pairs = pairs[np.lexsort((-pairs.value, pairs.first))]  # each query's best few of what several cells gave
-    return pairs[np.arange(len(pairs)) - np.searchsorted(pairs.first, pairs.first, side="left") < NEIGHBOURS]
-
-
-def _compare(data, queries, base, asking, there, cosine: float, device: torch.device) -> Pairs:
-    """Compare positions `asking` of the queries with positions `there` of the base."""
-    y = _unit_rows(data, base[there], device)
-    theirs = torch.from_numpy(base[there]).to(device)
+    y, theirs = unit(base), torch.from_numpy(base).to(device)
+    step = max(1, min(BLOCK, COSINES_AT_A_TIME // len(base)))
     parts = []
-    for start in range(0, len(asking), BLOCK):
-        mine = asking[start : start + BLOCK]
-        similar = _unit_rows(data, queries[mine], device) @ y.t()
-        similar[theirs[None] == torch.from_numpy(queries[mine]).to(device)[:, None]] = -2
-        value, place = similar.topk(min(NEIGHBOURS, len(there)), dim=1)
+    for start in range(0, len(queries), step):
+        mine = queries[start : start + step]
+        similar = unit(mine) @ y.t()
+        similar[theirs[None] == torch.from_numpy(mine).to(device)[:, None]] = -2
+        value, place = similar.topk(min(NEIGHBOURS, len(base)), dim=1)
         row, column = (value >= cosine).nonzero(as_tuple=True)
-        picked = place[row, column].cpu().numpy()
-        parts.append(Pairs(mine[row.cpu().numpy()], there[picked], value[row, column].cpu().numpy()))
+        parts.append(Pairs(*(x.cpu().numpy() for x in (row + start, place[row, column], value[row, column]))))
     return join(parts)
-
-
-def _unit_rows(data: np.ndarray, rows: np.ndarray, device: torch.device) -> torch.Tensor:
-    return F.normalize(torch.from_numpy(data[rows]).to(device).float(), dim=1)
 
 
 def once(pairs: Pairs) -> tuple[Pairs, np.ndarray]:
@@ -272,7 +242,7 @@ class Aligner:
 class CopyFinder:
     """Finds near copies among the images of an index: the agreement of their pixels is at least `agreement`; or it is
     at least 0.8 and at most `bits` of their hashes differ, or their embeddings have at least `cosine` and are among
-    each other's nearest (within one list). seed: of the cells."""
+    each other's nearest (within one list)."""
 
     index: Index
     embedded: Embedded
@@ -280,7 +250,6 @@ class CopyFinder:
     bits: int
     cosine: float
     agreement: float
-    seed: int
 
     def near_pairs(self, first: np.ndarray, second: np.ndarray) -> Pairs:
         """Find near copies between two lists of index rows (or within one, given twice); value: their agreement."""
@@ -289,7 +258,7 @@ class CopyFinder:
         by_hash = hash_pairs(index.phash[first], index.phash[second], self.bits, within)
         floor = min(CANDIDATE_COSINE, self.cosine)
         places = embedded.place(first), embedded.place(second)
-        alike = embedding_pairs(embedded.data, *places, floor, self.aligner.device, self.seed)
+        alike = embedding_pairs(embedded.data, *places, floor, self.aligner.device)
         both_ways = np.ones(len(alike), dtype=bool)
         if within:
             alike, both_ways = once(alike)

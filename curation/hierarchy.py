@@ -20,15 +20,6 @@ PLUS_PLUS = {"cpu": 5_000, "cuda": 50_000}  # clusters seeded by k-means++; more
 
 
 @dataclass(frozen=True)
-class LevelPlan:
-    """One level: k clusters; `resampling` further runs on the `members` rows kept of each cluster."""
-
-    k: int
-    members: int
-    resampling: int
-
-
-@dataclass(frozen=True)
 class Tree:
     """parents[0]: [N] int32, the level-1 cluster of each image; parents[l]: [k_l] int32, the level-(l+1) cluster of
     each level-l cluster; distance: [N] float32, squared, to the level-1 centroid."""
@@ -88,11 +79,11 @@ def step_rng(seed: int, *numbers: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, 0xC1A57E6], counter=counter))
 
 
-def plan_levels(count: int, ks: list[int] | None, resampling: int, clip: bool = False) -> list[LevelPlan]:
-    """Plan levels from the flags, or from the number of images.
+def plan_levels(count: int, ks: list[int] | None, clip: bool = False) -> list[int]:
+    """Choose the number of clusters on each level from the flag, or from the number of images.
 
     Default sizes: an image in forty (in twenty below 500,000) becomes a cluster, then a tenth of them on each level,
-    down to no fewer than 10 clusters and at most three levels. Half a cluster's mean size is resampled.
+    down to no fewer than 10 clusters and at most three levels.
 
     Args:
         clip: drop levels that such a small source cannot have, rather than refuse.
@@ -112,15 +103,16 @@ def plan_levels(count: int, ks: list[int] | None, resampling: int, clip: bool = 
                 f"--levels {' '.join(map(str, ks))}: level {level} makes {k} clusters of {outer}; every level must be "
                 "smaller than what it clusters"
             )
-    return [LevelPlan(k, max(2, outer // k // 2), resampling) for outer, k in zip(above, ks)]
+    return ks
 
 
 def build_tree(
     rows: Rows,
-    plan: list[LevelPlan],
+    ks: list[int],
     folder: Path,
     *,
     seed: int,
+    resampling: int,
     tree_number: int = 0,
     iterations: int = 50,
     resample: str = "closest",
@@ -128,15 +120,18 @@ def build_tree(
     """Cluster level by level; every finished step is a file of `folder`, so a killed run loses one step at most.
 
     Args:
+        ks: clusters on each level, finest first.
+        resampling: further runs on each level, on the half of a cluster's mean size that is kept of every cluster.
         tree_number: which of several trees; only changes the random numbers.
         resample: which members of a cluster are clustered again, `closest` (as published) or `random`.
     """
     parents, distance = [], np.empty(0)
-    for level, step in enumerate(plan, start=1):
-        init = "kmeans++" if step.k <= PLUS_PLUS[rows.device.type] else "random"
-        print_main(f"level {level}: {step.k} clusters of {len(rows)}, {init} start")
+    for level, k in enumerate(ks, start=1):
+        members = max(2, len(rows) // k // 2)
+        init = "kmeans++" if k <= PLUS_PLUS[rows.device.type] else "random"
+        print_main(f"level {level}: {k} clusters of {len(rows)}, {init} start")
         clusters = None
-        for number in range(1 + step.resampling):
+        for number in range(1 + resampling):
             file = folder / f"level{level}_step{number:02d}.npz"
             if file.is_file():
                 clusters = _load_step(file, rows.device)
@@ -145,15 +140,15 @@ def build_tree(
             part = rows
             if clusters is not None:
                 key = clusters.distance if resample == "closest" else rng.random(len(rows))
-                picked = lowest_of_each(clusters.assignment, key, np.full(step.k, step.members))
-                if len(picked) < step.k:
+                picked = lowest_of_each(clusters.assignment, key, np.full(k, members))
+                if len(picked) < k:
                     break  # too few members to say anything new
                 part = rows.subset(picked)
-            fresh = kmeans(part, step.k, iterations=iterations, init=init, rng=rng)
+            fresh = kmeans(part, k, iterations=iterations, init=init, rng=rng)
             clusters = fresh if clusters is None else assign(rows, fresh.centroids)
             _save_step(file, clusters)
             print_main(
-                f"level {level} step {number}/{step.resampling}: inertia {clusters.inertia:.6g} after "
+                f"level {level} step {number}/{resampling}: inertia {clusters.inertia:.6g} after "
                 f"{fresh.iterations} iterations, {fresh.reseeded} empty clusters moved"
             )
         parents.append(clusters.assignment)
@@ -161,7 +156,7 @@ def build_tree(
             distance = clusters.distance
         # the next level sees the centroids where the images are, and shifts them anew
         rows = Rows(rows.restore(clusters.centroids), rows.device, unit=rows.unit, alone=rows.alone)
-    return Tree(parents, [step.k for step in plan], distance)
+    return Tree(parents, ks, distance)
 
 
 def _save_step(file: Path, clusters: Clusters) -> None:

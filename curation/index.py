@@ -44,47 +44,29 @@ class Index(SimpleNamespace):
 def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, workers: int | None) -> None:
     """Write folder/index.csv and folder/thumbnails.npy, [N, 32, 32] uint8 grey; the ranks share the work, a killed run
     goes on at the first part that is missing."""
-    parts = Parts(folder / "index.parts", job, "unfinished index", len(images), PART_IMAGES, ".csv")
+    parts = Parts(folder / "index.parts", job, "unfinished index", len(images), PART_IMAGES, ".npz")
     progress = Progress("opened", parts.items_to_do(), shown=is_main_process())
     workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    done = 0
     with worker_pool(workers, (images, margin)) as pool:
         for start in parts.todo:
-            text = io.StringIO()
+            text, thumbnails = io.StringIO(), []
             writer = csv.writer(text, lineterminator="\n")
-            thumbnails = []
             for row, thumbnail in map_in_order(pool, _measure_chunk, range(start, parts.stop(start)), workers):
                 writer.writerow(row)
                 thumbnails.append(thumbnail)
-                done += 1
-                if done % 512 == 0:
-                    progress.update(done)
-            # the table last: a table that exists is a part done
-            for ending, data in ((".pixels", np.stack(thumbnails).tobytes()), (".csv", _encode(text.getvalue()))):
-                write_atomic(parts.file(start).with_suffix(ending), lambda opened, data=data: opened.write(data))
-        progress.update(done)
+            table = np.frombuffer(text.getvalue().encode("utf-8", "replace"), dtype=np.uint8)
+            arrays = {"table": table, "thumbnails": np.stack(thumbnails)}
+            write_atomic(parts.file(start), lambda opened, arrays=arrays: np.savez(opened, **arrays))
+            progress.update(progress.done + len(thumbnails))
     progress.close()
     if not parts.complete():
         return
-    header = io.BytesIO()
-    shape = (len(images), SIDE, SIDE)
-    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": shape})
-    for name, first, ending in (
-        ("thumbnails.npy", header.getvalue(), ".pixels"),
-        ("index.csv", _encode(",".join(FIELDS) + "\n"), ".csv"),
-    ):
-
-        def join(opened, first=first, ending=ending) -> None:
-            opened.write(first)
-            for start in parts.starts:
-                opened.write(parts.file(start).with_suffix(ending).read_bytes())
-
-        write_atomic(folder / name, join)
+    done = [np.load(parts.file(start)) for start in parts.starts]
+    thumbnails = np.concatenate([part["thumbnails"] for part in done])
+    table = b"".join([",".join(FIELDS).encode(), b"\n", *(part["table"].tobytes() for part in done)])
+    write_atomic(folder / "thumbnails.npy", lambda opened: np.save(opened, thumbnails))
+    write_atomic(folder / "index.csv", lambda opened: opened.write(table))
     parts.remove()
-
-
-def _encode(text: str) -> bytes:
-    return text.encode("utf-8", "replace")  # names of files may hold any bytes
 
 
 def _measure_chunk(numbers: list[int]) -> list[tuple[list[str], np.ndarray]]:

@@ -144,26 +144,16 @@ def near_duplicates(texts: torch.Tensor, lengths: list[int], threshold: float, b
     Args:
         texts: [T, D] float32 unit rows; lengths: characters of each; threshold: cosine above which the later text goes.
     Returns:
-        {index of a removed text: index of the kept text it repeats}.
+        {index of a removed text: index of the kept text it is nearest to}.
     """
     order = sorted(range(len(texts)), key=lambda i: (lengths[i], i))
-    kept: list[int] = []
-    removed: dict[int, int] = {}
+    texts, kept, removed = texts[order], torch.zeros(len(order), dtype=torch.bool), {}
     for start in range(0, len(order), block):
-        ids = order[start : start + block]
-        part = texts[ids]
-        if kept:
-            value, place = (part @ texts[kept].T).max(dim=1)
-            removed |= {i: kept[p] for i, v, p in zip(ids, value.tolist(), place.tolist()) if v > threshold}
-        inner = part @ part.T
-        fresh: list[int] = []  # places within the block
-        for place, i in enumerate(ids):
-            if i in removed:
-                continue
-            value, nearest = inner[place, fresh].max(dim=0) if fresh else (-1.0, 0)
+        cosine = texts[start : start + block] @ texts[: start + block].T
+        for place, row in enumerate(cosine, start):
+            value, nearest = row.where(kept[: len(row)], -2).max(dim=0)
             if value > threshold:
-                removed[i] = ids[fresh[nearest]]
+                removed[order[place]] = order[nearest]
             else:
-                fresh.append(place)
-        kept += [ids[place] for place in fresh]
+                kept[place] = True
     return removed

@@ -1,6 +1,6 @@
 """Attribute files of datasets -> raw rows: one dict of values by slot a row.
 
-Formats: a table (.csv .tsv .jsonl, any columns), VeRi-776, VehicleID, CompCars, StanfordCars class names and DVM-CAR.
+Formats: a table (.csv .tsv .jsonl, any columns), VeRi-776, CompCars, StanfordCars class names and DVM-CAR.
 """
 
 import csv
@@ -19,8 +19,6 @@ from util.errors import InputError
 Rows = Iterator[dict[str, str]]
 SIGNS = {  # files by which a folder is known
     "train_label.xml": "veri",
-    "attribute/color_attr.txt": "vehicleid",
-    "color_attr.txt": "vehicleid",
     "misc/attributes.txt": "compcars",
     "attributes.txt": "compcars",
     "devkit/cars_meta.mat": "stanford",
@@ -148,33 +146,6 @@ def read_veri(path: Path) -> Rows:
         yield {slot: slots[slot][1][code] for slot, code in codes.items() if code is not None}
 
 
-def read_vehicleid(path: Path) -> Rows:
-    """VehicleID: "<vehicle> <id>" in `color_attr.txt` and `model_attr.txt`; names, which the set lacks, in
-    `color_names.txt` and `model_names.txt`, "<id> <name>" a line. One row a vehicle."""
-    folder = path / "attribute" if (path / "attribute").is_dir() else path if path.is_dir() else path.parent
-    vehicles: dict[str, dict[str, str]] = {}
-    for slot, name in (("colour", "color"), ("model", "model")):
-        file, names_file = folder / f"{name}_attr.txt", folder / f"{name}_names.txt"
-        if not file.is_file():
-            continue
-        if not names_file.is_file():
-            raise InputError(f"{file} holds numbers only: write their names to {names_file}, '<id> <name>' a line")
-        names = dict(_pair(names_file, number, line) for number, line in _lines(names_file))
-        for number, line in _lines(file):
-            vehicle, code = _pair(file, number, line)
-            if code not in names:
-                raise InputError(f"{file}, line {number}: id {code} is not in {names_file.name}")
-            vehicles.setdefault(vehicle, {})[slot] = names[code].replace("_", " ")
-    yield from vehicles.values()
-
-
-def _pair(file: Path, number: int, line: str) -> list[str]:
-    words = line.split(maxsplit=1)
-    if len(words) != 2:
-        raise InputError(f"{file}, line {number} does not hold two words: {line[:60]}")
-    return [word.strip() for word in words]
-
-
 def read_compcars(path: Path) -> Rows:
     """CompCars: `misc/attributes.txt` (model id, speed, displacement, doors, seats, type), names in
     `make_model_name.mat` and `car_type.mat`; makes, years and views from `label/<make>/<model>/<year>/`."""
@@ -234,7 +205,6 @@ def read_dvm(path: Path, extra: tuple[str, ...] = (), **table) -> Rows:
 READERS = {
     "table": read_table,
     "veri": read_veri,
-    "vehicleid": read_vehicleid,
     "compcars": read_compcars,
     "stanford": read_stanford,
     "dvm": read_dvm,

@@ -106,7 +106,7 @@ def test_bad_input_has_one_sentence():
     found = kmeans(Rows(same, CPU), 5, iterations=5, rng=step_rng(0, 1))
     assert found.inertia == 0 and (found.sizes() > 0).sum() == 3
     with pytest.raises(InputError, match="level 2 makes 200 clusters of 100"):
-        plan_levels(1000, [100, 200], 2)
+        plan_levels(1000, [100, 200])
 
 
 def test_two_ranks_find_the_same_clusters(tmp_path):
@@ -119,11 +119,11 @@ from pathlib import Path
 import numpy as np, torch
 from util.dist import init_distributed, is_main_process, end_distributed
 from curation.rows import Rows
-from curation.hierarchy import build_tree, plan_levels
+from curation.hierarchy import build_tree
 init_distributed(torch.device("cpu"), 60)
 out = Path("{tmp_path}")
 rows = Rows(np.load(out / "x.npy", mmap_mode="r"), torch.device("cpu"))
-tree = build_tree(rows, plan_levels(20_000, [60, 8], 2), out / "two", seed=3, iterations=10)
+tree = build_tree(rows, [60, 8], out / "two", seed=3, resampling=2, iterations=10)
 if is_main_process():
     np.save(out / "path.npy", tree.path())
 end_distributed()
@@ -131,19 +131,19 @@ end_distributed()
     (tmp_path / "job.py").write_text(code)
     done = run_command(command(str(tmp_path / "job.py"), processes=2))
     assert done.returncode == 0, done.stderr
-    one = build_tree(Rows(x, CPU), plan_levels(20_000, [60, 8], 2), tmp_path / "one", seed=3, iterations=10)
+    one = build_tree(Rows(x, CPU), [60, 8], tmp_path / "one", seed=3, resampling=2, iterations=10)
     assert one.path().shape == (20_000, 2) and (one.path() == np.load(tmp_path / "path.npy")).all()
 
 
 def test_steps_on_disk_are_not_done_again(tmp_path, monkeypatch):
-    rows, plan = Rows(blobs(2000, 10), CPU), plan_levels(2000, [40, 6], 2)
-    whole = build_tree(rows, plan, tmp_path / "a", seed=0, iterations=5)
-    build_tree(rows, plan, tmp_path / "b", seed=0, iterations=5)
+    rows, settings = Rows(blobs(2000, 10), CPU), {"seed": 0, "resampling": 2, "iterations": 5}
+    whole = build_tree(rows, [40, 6], tmp_path / "a", **settings)
+    build_tree(rows, [40, 6], tmp_path / "b", **settings)
     for name in ("level1_step02.npz", "level2_step00.npz", "level2_step01.npz", "level2_step02.npz"):
         (tmp_path / "b" / name).unlink()
     runs = []
     monkeypatch.setattr("curation.hierarchy.kmeans", lambda *a, **k: runs.append(1) or kmeans(*a, **k))
-    again = build_tree(rows, plan, tmp_path / "b", seed=0, iterations=5)
+    again = build_tree(rows, [40, 6], tmp_path / "b", **settings)
     assert len(runs) == 4 and (again.path() == whole.path()).all()
 
 
@@ -178,9 +178,8 @@ def test_the_sample_covers_rings_by_area(tmp_path):
     rows = Rows(x, CPU)
 
     def off(levels: list[int], resampling: int) -> float:
-        plan = plan_levels(len(x), levels, resampling)
         folder = tmp_path / "_".join(map(str, levels))
-        tree = build_tree(rows, plan, folder, seed=0, iterations=8)
+        tree = build_tree(rows, levels, folder, seed=0, resampling=resampling, iterations=8)
         chosen, _ = sample_tree(tree, 600, seed=0)
         assert len(chosen) == 600 == len(np.unique(chosen))
         share = np.bincount(ring[chosen], minlength=4) / 600
@@ -194,7 +193,7 @@ def test_the_sample_covers_rings_by_area(tmp_path):
 
 def test_closest_members_are_taken(tmp_path):
     rows = Rows(blobs(500, 5), CPU)
-    tree = build_tree(rows, plan_levels(500, [5], 0), tmp_path, seed=0, iterations=10)
+    tree = build_tree(rows, [5], tmp_path, seed=0, resampling=0, iterations=10)
     chosen, shares = sample_tree(tree, 50, seed=0, how="closest")
     assert (shares == 10).all()
     indices, offsets = members_by_cluster(tree.parents[0], 5)

@@ -184,7 +184,7 @@ def test_an_index_goes_on_at_the_missing_part(pool, tmp_path, monkeypatch):
 
     def failing(file, write):
         calls.append(file)
-        if len(calls) == 6:  # tables of two parts are there, and thumbnails of three
+        if len(calls) == 3:
             raise KeyboardInterrupt
         return real(file, write)
 
@@ -192,11 +192,11 @@ def test_an_index_goes_on_at_the_missing_part(pool, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         build_index(images, tmp_path / "cut", {"job": "a"}, 0.0, 1)
     monkeypatch.setattr("curation.index.write_atomic", real)
-    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "index.parts").glob("*.csv")}
+    kept = {p.name: p.stat().st_mtime_ns for p in (tmp_path / "cut" / "index.parts").glob("*.npz")}
     assert len(kept) == 2
     with pytest.raises(InputError, match="holds another unfinished index"):
         build_index(images, tmp_path / "cut", {"job": "b"}, 0.0, 1)
-    (tmp_path / "cut" / "index.parts" / ".part_9.csv.123.tmp").write_text("what a kill -9 left")
+    (tmp_path / "cut" / "index.parts" / ".part_9.npz.123.tmp").write_text("what a kill -9 left")
     build_index(images, tmp_path / "cut", {"job": "a"}, 0.0, 1)
     for name in ("index.csv", "thumbnails.npy"):
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
@@ -333,12 +333,12 @@ def test_ranks_that_look_at_different_moments_leave_no_part_out(tmp_path, monkey
 
 def test_tiny_and_empty_domains(tmp_path):
     for count in (1, 2, 3):
-        (plan,) = plan_levels(count, None, 2)
-        assert plan.k == 1 or plan.k < count
-    assert [step.k for step in plan_levels(7, [5000, 500, 5], 2, clip=True)] == [5]
-    assert [step.k for step in plan_levels(3, [5000, 500], 2, clip=True)] == [1]
+        (k,) = plan_levels(count, None)
+        assert k == 1 or k < count
+    assert plan_levels(7, [5000, 500, 5], clip=True) == [5] and plan_levels(3, [5000, 500], clip=True) == [1]
+    assert plan_levels(2_000_000, None) == [50_000, 5_000, 500]
     x = np.random.default_rng(0).standard_normal((1, 4)).astype(np.float32)
-    tree = build_tree(Rows(x, CPU), plan_levels(1, None, 2), tmp_path, seed=0)
+    tree = build_tree(Rows(x, CPU), [1], tmp_path, seed=0, resampling=2)
     assert sample_tree(tree, 1, seed=0)[0].tolist() == [0]
     assert sum(quotas({"a": 600, "b": 600}, 1001, ["a=0.5", "b=0.5"], 0).values()) == 1001
 
@@ -368,22 +368,19 @@ def test_hash_pairs_miss_none(bits):
     assert all(-v == (int(near[a]) ^ int(base[b])).bit_count() for a, b, v in zip(*vars(found).values()))
 
 
-def both_ways(pairs: Pairs) -> Pairs:
-    pairs, both = once(pairs)
-    return Pairs(*(values[both] for values in vars(pairs).values()))
-
-
-def test_embedding_pairs_by_cells_find_what_comparing_all_finds(monkeypatch):
+def test_embedding_pairs_are_the_nearest_for_any_block_size(monkeypatch):
     rng = np.random.default_rng(0)
-    x = rng.standard_normal((3000, 16)).astype(np.float32)
-    x[1500:1600] = x[:100] + 0.05 * rng.standard_normal((100, 16))
-    rows = np.arange(3000)
-    all_pairs = both_ways(embedding_pairs(x, rows, rows, 0.97, CPU))
-    monkeypatch.setattr("curation.copies.BRUTE_ROWS", 100)
-    cells = both_ways(embedding_pairs(x, rows, rows, 0.97, CPU))
-    expected = set(zip(all_pairs.first.tolist(), all_pairs.second.tolist()))
-    found = set(zip(cells.first.tolist(), cells.second.tolist()))
-    assert len(expected) >= 95 and found <= expected and len(found) >= 0.97 * len(expected)
+    x = rng.standard_normal((600, 16)).astype(np.float32)
+    x[300:400] = x[:100] + 0.05 * rng.standard_normal((100, 16))
+    rows = np.arange(600)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    cosines = unit @ unit.T - 3 * np.eye(600)
+    for at_a_time in (2**28, 10_000):
+        monkeypatch.setattr("curation.copies.COSINES_AT_A_TIME", at_a_time)
+        pairs, both_ways = once(embedding_pairs(x, rows, rows, 0.97, CPU))
+        found = set(zip(pairs.first.tolist(), pairs.second.tolist()))
+        assert found == {(i, j) for i, j in zip(*np.nonzero(cosines >= 0.97)) if i < j} and len(found) >= 95
+        assert both_ways.all()
 
 
 def test_what_goes_is_alike_to_what_stays():
@@ -484,7 +481,7 @@ def fake_index(n: int, **columns) -> Index:
 
 
 def finder(index: Index, x: np.ndarray, aligner: Aligner, bits=6, cosine=0.97, agreement=0.88) -> CopyFinder:
-    return CopyFinder(index, Embedded(x, np.arange(len(x))), aligner, bits, cosine, agreement, seed=0)
+    return CopyFinder(index, Embedded(x, np.arange(len(x))), aligner, bits, cosine, agreement)
 
 
 def noise(n: int) -> np.ndarray:

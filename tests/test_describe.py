@@ -154,20 +154,6 @@ def test_veri(tmp_path):
         read_all(tmp_path)
 
 
-def test_vehicleid(tmp_path):
-    folder = tmp_path / "attribute"
-    write(folder / "color_attr.txt", "0000017 1\n0000019 0\n")
-    write(folder / "model_attr.txt", "0000017 1\n")
-    with pytest.raises(InputError, match="color_names.txt"):
-        read_all(tmp_path)
-    write(folder / "color_names.txt", "0 black\n1 white\n")
-    write(folder / "model_names.txt", "0 BMW_X5\n1 Audi_A6L\n")
-    assert read_all(tmp_path) == [{"colour": "white", "model": "Audi A6L"}, {"colour": "black"}]
-    write(folder / "model_attr.txt", "0000017 1\n0000019\n")
-    with pytest.raises(InputError, match="model_attr.txt, line 2"):
-        read_all(tmp_path)
-
-
 def test_compcars(tmp_path):
     write(tmp_path / "misc/attributes.txt", "model_id maximum_speed displacement door_number seat_number type\n1 235 1.8 4 5 3\n3 0 0.0 5 5 2\n")  # fmt: skip  # noqa: E501
     write_cells(
