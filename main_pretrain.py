@@ -270,11 +270,9 @@ def build_run(args, device: torch.device) -> PretrainRun:
         args.init = str(fetch(args.init))
         print_main(f"weights from {args.init}:\n{initialise_from(bare, args.init)}")
     bare.to(device)
-    config = {
-        "kind": "CGD-MAE encoder",
-        **{name: getattr(args, name) for name in ("model", "norm_pix_loss", "mask_ratio")},
-    }
-    files = RunFiles(args, facts, config | bare.settings(), FIXED_ON_RESUME, "--init")
+    settings = {name: getattr(args, name) for name in ("model", "norm_pix_loss", "mask_ratio")}
+    config = {"kind": "CGD-MAE encoder"} | settings | bare.settings()
+    files = RunFiles(args, facts, config, FIXED_ON_RESUME, "--init")
     dataset = PretrainDataset(
         paths,
         args.img_size,
