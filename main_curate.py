@@ -93,8 +93,7 @@ import torch
 from curation.copies import Aligner, CopyFinder
 from curation.filters import Removals, load_removal, poor_images, read_prompts, vehicle_probability
 from curation.hierarchy import Tree, build_tree, load_tree, plan_levels
-from curation.index import SIDE, build_index, load_index
-from curation.manifest import write_manifest
+from curation.index import SIDE, build_index, load_index, write_manifest
 from curation.rows import CHUNK, Embedded, Rows
 from curation.sample import draw_sample, judge
 from curation.sources import open_sources

@@ -14,7 +14,7 @@ from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 
-from util.cli import Parser, run_tool
+from util.cli import Parser, check_numbers, run_tool
 from util.errors import InputError
 
 SLOTS = ("make", "model", "year", "body", "colour", "view", "doors", "scene", "part")
@@ -91,13 +91,11 @@ from util.parallel import claim
 
 def check_args(args) -> dict[str, str]:
     """Refuse contradictions among flags; returns {slot: column} of --column."""
-    for names, least in (
-        ("max_texts max_per_make max_images report_texts num_workers", 0),
-        ("topk n_min batch_size", 1),
-    ):
-        for name in names.split():
-            if getattr(args, name) < least:
-                raise InputError(f"--{name} {getattr(args, name)}: must be at least {least}")
+    check_numbers(
+        args,
+        at_least_one="topk n_min batch_size",
+        not_negative="max_texts max_per_make max_images report_texts num_workers",
+    )
     for name in ("hub_share", "dedup_cos"):
         if not 0 < getattr(args, name) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be above 0 and at most 1")

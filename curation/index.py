@@ -1,4 +1,4 @@
-"""The first stage: open every image of every source once. What was seen is index.csv and thumbnails.npy."""
+"""Every image of every source is opened once: index.csv and thumbnails.npy; in the end some rows are manifest.csv."""
 
 import csv
 import hashlib
@@ -13,6 +13,7 @@ from PIL import Image
 
 from curation.sources import JoinedImages
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
+from datasets.packed import PackedImages
 from util.dist import is_main_process
 from util.files import write_atomic
 from util.parallel import Parts, map_in_order, shared, worker_pool
@@ -22,6 +23,7 @@ FIELDS = (
     "source", "role", "path", "identity", "camera", "bytes", "width", "height", "box", "sha256", "pixels",
     "phash", "brightness", "contrast", "sharpness", "problem",
 )  # fmt: skip
+MANIFEST = ("path", "source", "sha256", "width", "height", "box", "identity", "camera")
 SIDE = 32  # px of a thumbnail
 PART_IMAGES = 4096
 BLOCK_ROWS = 65_536  # rows of the table that are Python objects at a time
@@ -190,3 +192,54 @@ def _columns(rows: list[dict[str, str]], known: dict[str, dict[str, int]]) -> di
         for name in names:
             columns[name] = np.array([float(row[name] or 0) for row in rows], dtype=dtype)
     return columns
+
+
+def write_manifest(
+    folder: Path,
+    cut_folder: str,
+    images: JoinedImages,
+    selection: np.ndarray,
+    clusters: np.ndarray,
+    distance: np.ndarray,
+) -> dict[str, int]:
+    """Write folder/manifest.csv, one row a selected image in the order of the index.
+
+    Images that have no file of their own, or of which a box is wanted, are written to folder/images as they will be
+    trained on (packed images byte for byte, boxes as JPEG of quality 95); all others stay where they are.
+
+    Args:
+        cut_folder: name of the folder in folder/images, another one for another index.
+        selection: [n] int64 index rows, ascending. clusters: [n, levels] int32. distance: [n] float32, squared.
+    """
+    text, written = io.StringIO(), 0
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow([*MANIFEST, *(f"cluster{level + 1}" for level in range(clusters.shape[1])), "distance"])
+    rows = enumerate(read_rows(folder / "index.csv"))
+    for place, wanted in enumerate(selection.tolist()):
+        row = next(row for number, row in rows if number == wanted)
+        file = own_file(folder / "images" / cut_folder, images, wanted, row["box"])
+        if file is not None:
+            row |= {"path": str(file.relative_to(folder)), "box": ""}  # it is cut already
+            written += 1
+        writer.writerow([*(row[name] for name in MANIFEST), *clusters[place].tolist(), f"{distance[place]:.6g}"])
+    write_atomic(folder / "manifest.csv", lambda opened: opened.write(text.getvalue().encode("utf-8", "replace")))
+    return {"images": len(selection), "written_images": written}
+
+
+def own_file(folder: Path, images: JoinedImages, number: int, box: str) -> Path | None:
+    """Write a file for an image that has none that can be trained on as it is; None where it has."""
+    source, index = images.locate(number)
+    if not box and not isinstance(source.paths, PackedImages):
+        return None
+    file = folder / source.name / f"{number:09d}.jpg"
+    if file.is_file():
+        return file
+    if box:
+        encoded = io.BytesIO()
+        cut = open_rgb(source.paths[index]).crop(tuple(map(int, box.split())))
+        cut.save(encoded, "JPEG", quality=95, subsampling=0)
+        data = encoded.getvalue()
+    else:
+        data = source.paths.read(index)
+    write_atomic(file, lambda opened: opened.write(data))
+    return file

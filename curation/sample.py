@@ -96,11 +96,8 @@ def draw_sample(trees: dict[str, tuple[Tree, np.ndarray]], args) -> tuple[np.nda
         ([n] int64 index rows, ascending; how many of each tree).
     """
     sizes = {name: len(rows) for name, (_, rows) in trees.items()}
-    if args.target_size > sum(sizes.values()):
-        raise InputError(
-            f"--target_size {args.target_size}: only {sum(sizes.values())} images are left after filters and "
-            "de-duplication; lower it, or add pools"
-        )
+    if args.target_size > (left := sum(sizes.values())):
+        raise InputError(f"--target_size {args.target_size}: only {left} images are left; lower it, or add pools")
     shares = quotas(sizes, args.target_size, args.quota, args.seed)
     chosen = []
     for number, (name, (tree, rows)) in enumerate(trees.items()):

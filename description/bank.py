@@ -59,30 +59,17 @@ def encode(args, candidates: Candidates, templates: Templates, clip, tokenizer, 
     context_length = getattr(tokenizer, "context_length", None) or clip.context_length
     facts["longest_tokens"] = check_tokens(tokenizer, [*flat, args.generic], context_length)
     print(f"{len(flat)} texts to encode, the longest has {facts['longest_tokens']} of {context_length} tokens")
-    rows = embed_texts(clip, tokenizer, flat, Path(args.output) / "embeddings", args.batch_size)
-    candidates.embeddings = mean_of_wordings(rows, [len(each) for each in wordings])
+    file = Path(args.output) / "embeddings" / f"texts-{hash_texts(flat)[:12]}.npy"  # kept for other thresholds
+    if not file.is_file():
+        encoded = encode_texts(clip, tokenizer, flat, args.batch_size).cpu().numpy()
+        write_atomic(file, lambda opened: np.save(opened, encoded))
+    # CLIP's prompt ensembling: the mean of each description's normalised wordings, renormalised
+    rows = torch.from_numpy(np.load(file)).split([len(each) for each in wordings])
+    candidates.embeddings = torch.stack([F.normalize(part.mean(dim=0), dim=0) for part in rows])
     near = near_duplicates(candidates.embeddings, [len(t.text) for t in candidates.texts], args.dedup_cos)
     candidates.drop({i: ("near-duplicate", f"of '{candidates.texts[j].text}'") for i, j in near.items()})
     over = cap(candidates.texts, args.max_texts, args.max_per_make)
     candidates.drop({i: ("cap", why) for i, why in over.items()})
-
-
-def embed_texts(clip, tokenizer, texts: list[str], folder: Path, batch_size: int) -> torch.Tensor:
-    """[T, D] float32 unit rows on the CPU, kept in `folder` for other thresholds."""
-    file = folder / f"texts-{hash_texts(texts)[:12]}.npy"
-    if not file.is_file():
-        rows = encode_texts(clip, tokenizer, texts, batch_size).cpu().numpy()
-        write_atomic(file, lambda opened: np.save(opened, rows))
-    return torch.from_numpy(np.load(file))
-
-
-def mean_of_wordings(rows: torch.Tensor, sizes: list[int]) -> torch.Tensor:
-    """Average each description's normalised wordings and renormalise (CLIP's prompt ensembling).
-
-    Args:
-        rows: [sum(sizes), D] unit rows, description after description.
-    """
-    return torch.stack([F.normalize(part.mean(dim=0), dim=0) for part in rows.split(sizes)])
 
 
 def embed_images(teacher: FrozenTeacher, paths, indices: np.ndarray, args) -> tuple[torch.Tensor, dict[str, str]]:

@@ -12,10 +12,10 @@ HUB_FAIR = 5  # a hub is used at least this many times as often as an average te
 class Grounding:
     """What grounding found for T texts.
 
-    usage: [T] int64, images that have the text among their nearest; corrected: [T] int64, the same after the correction
-    of hubs; gap: [T] float32, mean cosine advantage over the generic prompt on the images of `usage`, NaN where there
-    are none; limit: [T] float32, share of images above which the text is a hub; best_images: [T, m] int64, nearest
-    first; reasons: "" (kept), "ungrounded", "hub" or "generic".
+    usage: [T] int64, images that have the text among their nearest; corrected: the same after the correction of hubs;
+    gap: [T] float32, mean cosine advantage over the generic prompt on the images of `usage` (NaN: none); limit: [T]
+    float32, share of images above which the text is a hub; best_images: [T, m] int64, nearest first; reasons: ""
+    (kept), "ungrounded", "hub" or "generic".
     """
 
     usage: torch.Tensor

@@ -8,7 +8,7 @@ import torch
 from conftest import command, run_command
 
 from curation.hierarchy import build_tree, members_by_cluster, plan_levels, step_rng
-from curation.kmeans import BLOCK, assign, kmeans, plus_plus
+from curation.kmeans import kmeans, plus_plus
 from curation.rows import Rows
 from curation.sample import balance, sample_tree, tail_coverage, water_fill
 from util.errors import InputError
@@ -210,12 +210,3 @@ def test_balance_of_known_histograms():
     one = balance(np.array([0, 0, 0, 8]))
     assert one["gini"] == pytest.approx(0.75) and one["effective"] == pytest.approx(1) and one["coverage"] == 0.25
     assert tail_coverage(np.array([1, 1, 50, 50] * 5), np.array([1, 0, 9, 9] * 5)) == 0.5
-
-
-def test_assignment_is_exact_for_any_block_size(monkeypatch):
-    x = blobs(1000, 7)
-    rows = Rows(x, CPU)
-    centroids = rows.take(np.arange(37))
-    whole = assign(rows, centroids)
-    monkeypatch.setitem(BLOCK, "cpu", 64)
-    assert (assign(rows, centroids).assignment == whole.assignment).all()

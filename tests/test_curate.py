@@ -17,7 +17,7 @@ from PIL import Image, ImageFilter
 import main_curate
 from curation.copies import Aligner, CopyFinder, Pairs, embedding_pairs, hash_pairs, once, stars
 from curation.hierarchy import build_tree, plan_levels
-from curation.index import Index, build_index, load_index, parse_box, perceptual_hash, read_rows, sharpness
+from curation.index import Index, build_index, parse_box, perceptual_hash, read_rows, sharpness
 from curation.rows import Embedded, Rows
 from curation.sample import judge, quotas, sample_tree
 from curation.sources import open_sources
@@ -289,14 +289,6 @@ def test_manifest_rows_of_the_other_split_stay_out(pool, tmp_path):
     assert images.name(0) == paths[0] and images.name(3) == paths[1]
 
 
-def test_the_order_and_place_of_sources_are_part_of_their_identity(pool, tmp_path):
-    photos, benchmark = f"a={pool}/photos", f"b={pool}/benchmark"
-    one = open_sources([photos, benchmark], [], COLUMNS).fingerprint()
-    assert one != open_sources([benchmark, photos], [], COLUMNS).fingerprint()
-    (tmp_path / "elsewhere").symlink_to(pool / "photos")
-    assert one != open_sources([f"a={tmp_path}/elsewhere", benchmark], [], COLUMNS).fingerprint()
-
-
 def test_a_stage_that_failed_or_was_done_again_redoes_what_follows(tmp_path):
     def fail(_):
         raise InputError("no")
@@ -531,13 +523,3 @@ def test_hash_and_sharpness_measure_what_they_say(pool):
     values = np.asarray(image, dtype=np.float32)
     blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(4)), dtype=np.float32)
     assert sharpness(blurred) < 0.3 * sharpness(values)
-
-
-def test_index_arrays_are_the_table(pool, curated):
-    index = load_index(curated[0] / "index.csv")
-    rows = list(read_rows(curated[0] / "index.csv"))
-    assert len(index) == len(rows) and index.excluded.sum() == sum(row["role"] == "exclude" for row in rows)
-    for i in (0, len(rows) // 2, len(rows) - 1):
-        assert index.sources[index.source[i]] == rows[i]["source"]
-        assert index.readable[i] == (rows[i]["problem"] == "")
-        assert index.phash[i] == int(rows[i]["phash"] or "0", 16)
