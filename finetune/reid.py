@@ -258,15 +258,13 @@ def write_reports(model: TransReID, data: ReidData, results: dict, folder: Path,
     for test, result in results.items():
         if result.protocol.rerank:
             continue
-        query, gallery = result.query.images, result.gallery.images if result.gallery else None
-        values = result.query.values, result.gallery.values if result.gallery else None
+        query, gallery = result.query, result.gallery
         if gallery is None:
-            kept, asked = draw_gallery(query.pids, result.protocol.seed, 0)
+            kept, asked = draw_gallery(query.images.pids, result.protocol.seed, 0)
             query, gallery = query.take(asked), query.take(kept)
-            values = values[0][asked], values[0][kept]
+        rows = (query.images, query.values, gallery.images, gallery.values)
         file = folder / ("report.html" if test == "test" else f"report_{test}.html")
-        found = ReidTest(result.protocol, result.metrics, query, values[0], gallery, values[1], data.pid_names)
-        write_reid_report(file, facts, found, model)
+        write_reid_report(file, facts, ReidTest(result.protocol, result.metrics, *rows, data.pid_names), model)
         print(f"report: {file}")
 
 
@@ -277,6 +275,9 @@ class Features:
     images: ReidImages
     values: torch.Tensor
     unreadable: list[str]
+
+    def take(self, rows: np.ndarray) -> "Features":
+        return Features(self.images.take(rows), self.values[rows], self.unreadable)
 
 
 @dataclass(frozen=True)

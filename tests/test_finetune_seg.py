@@ -212,11 +212,7 @@ def test_numbers_against_brute_force():
     assert numbers.flat["parts_aAcc"] == pytest.approx((truth == predicted)[some].mean())
 
 
-def test_numbers_by_hand():
-    numbers = segmentation_numbers(np.array([[6, 2, 0], [1, 3, 0], [0, 4, 0]]), background=True)
-    assert numbers.iou.tolist() == pytest.approx([6 / 9, 3 / 10, 0])
-    assert numbers.acc.tolist() == pytest.approx([6 / 8, 3 / 4, 0])
-    assert numbers.flat["parts_mIoU"] == pytest.approx(0.15) and numbers.flat["parts_aAcc"] == 3 / 8
+def test_numbers_of_a_set_without_background_and_of_nothing():
     assert "parts_mIoU" not in segmentation_numbers(np.eye(2, dtype=int), background=False).flat
     assert all(np.isnan(v) for v in segmentation_numbers(np.zeros((2, 2), dtype=int), True).flat.values())
 
@@ -469,7 +465,6 @@ def test_small_parts_lie_on_top():
         ("empty", "is neither release of PartImageNet"),
         ("whole masks", "has the value 158: masks of parts hold 0 to 39"),
         ("ids from 1", "calls category 25 'Car Body', which is 24 in the release"),
-        ("ids beyond", "is no COCO json of PartImageNet: ValueError category_id 255, but ids go to 39"),
         ("no json", "train.json is no COCO json of PartImageNet"),
         ("no vehicle", "has no picture of Boat|has no picture of Car"),
         ("occupied", "exists and does not hold this conversion"),
@@ -488,10 +483,6 @@ def test_releases_that_cannot_be_converted(releases, tmp_path, what, message):
     elif what == "ids from 1":
         content = json.loads((source / "train.json").read_text())
         content["categories"] = [c | {"id": c["id"] + 1} for c in content["categories"]]
-        (source / "train.json").write_text(json.dumps(content))
-    elif what == "ids beyond":
-        content = json.loads((source / "train.json").read_text())
-        content["annotations"][0]["category_id"] = 255
         (source / "train.json").write_text(json.dumps(content))
     elif what == "no json":
         (source / "train.json").write_text('{"images": 3}')

@@ -28,7 +28,6 @@ def write_run(folder, metrics: dict, commit="c" * 40, **changed):
         "task": "reid", "seed": 0, "weights_sha256": A, "finetune": "out/cgd/encoder.pth", "epochs": 3,
         "images": 37_778, "num_classes": 575, "images_sha": "1", "data_path": "/data/VeRi", "lr": 0.01,
         "output_dir": str(folder), "batch_size": 64, "global_batch": 64, "jpm": True, "attr_threshold": 0.45,
-        "given": ["jpm", "output_dir", "lr"],
     }  # fmt: skip
     args = {name: value for name, value in (args | changed).items() if value is not None}
     folder.mkdir(parents=True)
