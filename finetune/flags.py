@@ -326,7 +326,8 @@ def help_of(f: Flag) -> str:
 
 
 def fill_defaults(args) -> set[str]:
-    """Give each flag that nobody has said its default; flags of other tasks leave `args`.
+    """Give each flag that nobody has said its default; flags of other tasks leave `args`, and `args.given` names those
+    that say how the run is done, for tables of results.
 
     Returns:
         The names of the flags that the user has said.
@@ -335,7 +336,9 @@ def fill_defaults(args) -> set[str]:
     """
     said = {name for name, value in vars(args).items() if value is not None}
     about = TASKS[args.task]
-    for f in [*(f for flags in COMMON.values() for f in flags), *about.flags]:
+    flags = [*(f for flags in COMMON.values() for f in flags), *about.flags]
+    args.given = [f.name for f in flags if f.name in said] + ["amp"] * (args.amp != "auto")
+    for f in flags:
         if getattr(args, f.name) is None:
             setattr(args, f.name, about.recipe[f.name] if f.default is BY_RECIPE else f.default)
     own = {f.name for f in about.flags}

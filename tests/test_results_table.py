@@ -28,6 +28,7 @@ def write_run(folder, metrics: dict, commit="c" * 40, **changed):
         "task": "reid", "seed": 0, "weights_sha256": A, "finetune": "out/cgd/encoder.pth", "epochs": 3,
         "images": 37_778, "num_classes": 575, "images_sha": "1", "data_path": "/data/VeRi", "lr": 0.01,
         "output_dir": str(folder), "batch_size": 64, "global_batch": 64, "jpm": True, "attr_threshold": 0.45,
+        "given": ["jpm", "output_dir", "lr"],
     }  # fmt: skip
     args = {name: value for name, value in (args | changed).items() if value is not None}
     folder.mkdir(parents=True)
@@ -271,5 +272,6 @@ def test_runs_of_main_finetune_say_what_the_table_needs(tmp_path):
     assert "### set, as veri776: 30 training images, 5 vehicles," in text
     behind = row(text, "[1]")
     assert behind[7] == f"`{file_sha256(weights)[:16]}`" and behind[5] == "0, 1"
+    assert behind[3] == "input_size 32, epochs 1, warmup_epochs 0, opt adamw, lr 0.001, amp none"
     mean = 50 * (found[0]["mAP"] + found[1]["mAP"])
     assert f"| {mean:.1f} ± " in text and "(2 seeds)" in text

@@ -14,7 +14,7 @@ from metrics.attr import THRESHOLD
 # no part of the recipe: where things lie, how fast it goes, the weights, the seed that rows are means over
 NOT_CONFIG = (
     "seed finetune weights_sha256 data_path output_dir log_dir device num_workers pin_mem batch_size "
-    "world_size resume max_bad_ratio max_bad_steps allow_change print_freq save_freq save_minutes "
+    "world_size resume given max_bad_ratio max_bad_steps allow_change print_freq save_freq save_minutes "
     "keep_checkpoints eval eval_every report compile grad_checkpoint local_rank dist_url dist_on_itp "
     "dist_timeout tests rerank rerank_k1 rerank_k2 rerank_lambda"
 ).split()
