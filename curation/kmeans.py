@@ -26,9 +26,6 @@ class Clusters:
     iterations: int = 0
     reseeded: int = 0
 
-    def sizes(self) -> np.ndarray:
-        return np.bincount(self.assignment, minlength=len(self.centroids))
-
 
 def kmeans(
     rows: Rows,

@@ -38,16 +38,16 @@ def water_fill(sizes: np.ndarray, target: int, rng: np.random.Generator) -> np.n
     return shares
 
 
-def sample_tree(tree: Tree, target: int, *, seed: int, how: str = "random", tree_number: int = 0):
+def sample_tree(tree: Tree, target: int, *, seed: int, how: str = "random", tree_number: int = 0) -> np.ndarray:
     """Share the target over the top clusters, each share over its children, down to the images.
 
     Args:
         how: `random` members of a level-1 cluster, or those `closest` to its centroid.
     Returns:
-        (ascending int64 rows, min(target, N) of them, none twice; [k_top] int64 shares of the top clusters).
+        [min(target, N)] int64 rows, ascending, none twice.
     """
     rng = step_rng(seed, tree_number, 1000)
-    top_shares = shares = water_fill(tree.images_below(len(tree.sizes) - 1), target, rng)
+    shares = water_fill(tree.images_below(len(tree.sizes) - 1), target, rng)
     for level in range(len(tree.sizes) - 1, 0, -1):
         children, offsets = members_by_cluster(tree.parents[level], tree.sizes[level])
         sizes = tree.images_below(level - 1)
@@ -57,7 +57,7 @@ def sample_tree(tree: Tree, target: int, *, seed: int, how: str = "random", tree
             below[mine] = water_fill(sizes[mine], int(shares[cluster]), rng)
         shares = below
     key = tree.distance if how == "closest" else rng.random(len(tree.distance))
-    return lowest_of_each(tree.parents[0], key, shares), top_shares
+    return lowest_of_each(tree.parents[0], key, shares)
 
 
 def quotas(sizes: dict[str, int], target: int, wanted: list[str], seed: int) -> dict[str, int]:
@@ -101,7 +101,7 @@ def draw_sample(trees: dict[str, tuple[Tree, np.ndarray]], args) -> tuple[np.nda
     shares = quotas(sizes, args.target_size, args.quota, args.seed)
     chosen = []
     for number, (name, (tree, rows)) in enumerate(trees.items()):
-        positions, _ = sample_tree(tree, shares[name], seed=args.seed, how=args.sample, tree_number=number)
+        positions = sample_tree(tree, shares[name], seed=args.seed, how=args.sample, tree_number=number)
         chosen.append(rows[positions])
     return np.sort(np.concatenate(chosen)), shares
 
