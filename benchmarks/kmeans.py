@@ -1,10 +1,10 @@
-"""k-means: ours, faiss's and scikit-learn's and, with --against, another checkout's, in one run.
+"""k-means: ours, faiss's and, with --against, another checkout's, in one run.
 
-    pip install faiss-cpu scikit-learn
+    pip install faiss-cpu
     python -m benchmarks.kmeans
 
 A mixture of Gaussians with twice as many centres as clusters; the same iterations, no resampling, all from random rows.
-Variants whose package is not installed are left out.
+faiss is left out where it is not installed.
 """
 
 import argparse
@@ -51,20 +51,11 @@ def with_faiss(x: np.ndarray, args) -> np.ndarray:
     return np.ascontiguousarray(found.centroids)
 
 
-def with_mini_batches(x: np.ndarray, args) -> np.ndarray:
-    from sklearn.cluster import MiniBatchKMeans
-
-    options = {"init": "random", "n_init": 1, "batch_size": 8192, "max_no_improvement": None, "tol": 0.0}
-    found = MiniBatchKMeans(args.clusters, max_iter=args.iterations, random_state=0, **options).fit(x)
-    return np.ascontiguousarray(found.cluster_centers_, dtype=np.float32)
-
-
 def main(args) -> dict:
     work = {name: getattr(args, name) for name in ("points", "dim", "clusters", "iterations", "device")}
     x, variants = mixture(work), {}
-    for package, fit in (("faiss", with_faiss), ("sklearn", with_mini_batches)):
-        if importlib.util.find_spec(package):
-            variants[package] = timed(partial(fit, x, args), lambda found: {"inertia": inertia(x, found)})
+    if importlib.util.find_spec("faiss"):
+        variants["faiss"] = timed(partial(with_faiss, x, args), lambda found: {"inertia": inertia(x, found)})
     return take_turns(variants, cluster, work, args)
 
 

@@ -1,8 +1,7 @@
 """What the benchmarks time of this project, and how variants take turns.
 
 With --against FOLDER another checkout takes part: a process of its own runs this very file on that checkout's modules
-and prints a JSON line a turn. So the functions below take plain values and use only names that every checkout since
-03f0466 has, and this file imports the project inside of functions alone.
+and prints a JSON line a turn. So this file imports the project inside of functions alone.
 """
 
 import json
@@ -86,8 +85,6 @@ def make_features(queries: int, gallery: int, identities: int, cameras: int, dim
 
 def rank_features(args: dict) -> Turn:
     """From features to mAP and R1."""
-    import torch
-
     try:
         from metrics.reid import cosine_blocks, rank_blocks, scores
     except ImportError:  # where it was in 03f0466
