@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from datasets.manifest import cell, check_first_exist, iterate_manifest
+from datasets.manifest import cell, check_first_exist, iterate_manifest, published_note
 from datasets.path_list import PathList, printable
 from datasets.train_items import TrainItems
 from datasets.transforms import PadCropErase
@@ -151,8 +151,7 @@ def _read_veri(root: Path, need_train: bool) -> AttributeData:
     if both:
         notes.append(f"{len(both)} vehicles are in both splits, e.g. {min(both)}")
     counts = {split: len(images) for split, images in parts.items() if len(images)}
-    other = [f"{k} {n:,} instead of {PUBLISHED[k]:,}" for k, n in counts.items() if n != PUBLISHED[k]]
-    notes.append(f"other counts than published: {', '.join(other)}" if other else "all counts as published")
+    notes.append(published_note(counts, PUBLISHED))
     return AttributeData("veri776", VERI, parts["train"], parts["test"], notes)
 
 
@@ -174,9 +173,7 @@ def _read_veri_xml(file: Path, folder: str) -> tuple[AttributeImages, set[str], 
         vehicles.add(item.get("vehicleID"))
     if not rows:
         raise InputError(f"{file} holds no <Item>: copy it again")
-    notes, declared = [], next((items.get("number") for items in root.iter("Items")), None)
-    if declared is not None and declared.strip() != str(len(rows)):
-        notes.append(f"{file} holds {len(rows):,} items and says {declared}")
+    notes = []
     place = file.parent / folder
     here = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
     missing = [name for name in rows if name not in here]
@@ -194,13 +191,8 @@ def veri_xml(file: Path) -> ET.Element:
     first."""
     try:
         return ET.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", file.read_text(encoding="gb18030")))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not GB18030 text (byte {error.start}): copy it again") from error
-    except ET.ParseError as error:
-        line = error.position[0]
-        raise InputError(f"{file}, line {line} is not well-formed XML ({error}): copy it again") from error
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
+    except (UnicodeDecodeError, ET.ParseError, OSError) as error:
+        raise InputError(f"{file} cannot be read as XML ({error}): copy it again") from error
 
 
 def veri_code(file: Path, item: ET.Element, key: str, known: Collection[int]) -> int | None:

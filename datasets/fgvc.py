@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from datasets.labelled import list_labelled
+from datasets.manifest import published_note
 from datasets.matfile import read_cell_strings, read_struct_array
 from datasets.path_list import PathList
 from datasets.train_items import TrainItems
@@ -22,7 +23,6 @@ DEVKIT_FIELDS = (*BOX, "class", "fname")
 ANNOS_FIELDS = ("relative_im_path", *BOX, "class", "test")
 PUBLISHED = {"training images": 8144, "test images": 8041, "classes": 196}
 TRAIN, TEST = "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"
-UNLABELLED = "devkit/cars_test_annos.mat"
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,6 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
             return _with_notes(_read_devkit(folder, need_train), is_cars=True)
         if (folder / "cars_annos.mat").is_file():
             return _with_notes(_read_annos(folder), is_cars=True)
-        if (folder / UNLABELLED).is_file():
-            raise InputError(f"{folder} lacks {TRAIN} and {TEST}: copy the whole devkit")
     found = list_labelled(data_path, label_column, ("test", "val"), need_train)
     test = "test" if "test" in found.splits else "val"
     notes = [] if test == "test" else ["there is no split test: scores are of split val"]
@@ -118,7 +116,7 @@ def _read_devkit(folder: Path, need_train: bool) -> FgvcData:
     test_file = next((file for file in (folder / TEST, folder / "devkit" / TEST) if file.is_file()), None)
     if test_file is None:
         raise InputError(
-            f"{folder} lacks {TEST}; {UNLABELLED} holds no classes: get the file with labels and put it there"
+            f"{folder} lacks {TEST}; devkit/cars_test_annos.mat holds no classes: get the file with labels"
         )
     notes: list[str] = []
     files = {"train": folder / TRAIN, "test": test_file}
@@ -126,7 +124,7 @@ def _read_devkit(folder: Path, need_train: bool) -> FgvcData:
     for split, file in files.items():
         if split == "train" and not need_train:
             continue
-        rows = _rows(file, DEVKIT_FIELDS, notes)
+        rows = _rows(file, DEVKIT_FIELDS)
         names[split] = [f"cars_{split}/{_text(file, i, 'fname', row)}" for i, row in enumerate(rows)]
         labels[split] = [_number(file, i, "class", row) for i, row in enumerate(rows)]
         _check_files(folder, names[split], file)
@@ -140,7 +138,7 @@ def _read_devkit(folder: Path, need_train: bool) -> FgvcData:
 def _read_annos(folder: Path) -> FgvcData:
     """StanfordCars as one `cars_annos.mat` beside `car_ims/`."""
     file, notes = folder / "cars_annos.mat", []
-    rows = _rows(file, ANNOS_FIELDS, notes)
+    rows = _rows(file, ANNOS_FIELDS)
     names = [_text(file, i, "relative_im_path", row) for i, row in enumerate(rows)]
     labels = [_number(file, i, "class", row) for i, row in enumerate(rows)]
     is_test = np.array([_number(file, i, "test", row) for i, row in enumerate(rows)])
@@ -160,8 +158,8 @@ def _images(folder: Path, names: list[str], labels: list[int]) -> FgvcImages:
     return FgvcImages(PathList(folder, names), np.array(labels, dtype=np.int64) - 1)
 
 
-def _rows(file: Path, fields: tuple[str, ...], notes: list[str]) -> list[dict]:
-    """The struct array `annotations`, read by the names of its fields; another order is noted."""
+def _rows(file: Path, fields: tuple[str, ...]) -> list[dict]:
+    """The struct array `annotations`, read by the names of its fields."""
     found, values = read_struct_array(file, "annotations")
     missing = [name for name in fields if name not in found]
     if missing:
@@ -170,11 +168,6 @@ def _rows(file: Path, fields: tuple[str, ...], notes: list[str]) -> list[dict]:
         )
     if not values:
         raise InputError(f"{file} lists no image: copy it again")
-    if tuple(found) != fields:
-        notes.append(
-            f"{file.name}: fields are in the order {', '.join(found)}, published is {', '.join(fields)}; "
-            "they are read by name here, but readers by position (TransFG's) take one for another"
-        )
     return [dict(zip(found, row)) for row in values]
 
 
@@ -229,12 +222,7 @@ def _with_notes(data: FgvcData, is_cars: bool) -> FgvcData:
     counts = {"training images": len(data.train), "test images": len(data.test), "classes": len(data.classes)}
     line = ", ".join(f"{count:,} {what}" for what, count in counts.items())
     if is_cars:
-        other = [
-            f"{PUBLISHED[what]:,} {what}"
-            for what, count in counts.items()
-            if count != PUBLISHED[what] and (count or what != "training images")
-        ]
-        line += f"; published are {', '.join(other)}: this is another set" if other else ", as published"
+        line += "; " + published_note({what: count for what, count in counts.items() if count}, PUBLISHED)
     notes = [line, *data.notes]
     for what, part in (("training", data.train), ("test", data.test)):
         absent = np.setdiff1d(np.arange(len(data.classes)), part.labels)

@@ -127,6 +127,12 @@ def cell(row: dict, column: str) -> str:
     return "" if value is None else str(value).strip()
 
 
+def published_note(counts: dict[str, int], published: dict[str, int]) -> str:
+    """How counts differ from the published ones; what is not there does not count as different."""
+    other = [f"{name} {counts[name]:,} instead of {n:,}" for name, n in published.items() if counts.get(name, n) != n]
+    return f"other counts than published: {', '.join(other)}" if other else "all counts as published"
+
+
 def _list_folder(folder: Path) -> PathList:
     root = folder / "train" if (folder / "train").is_dir() else folder
     found: list[str] = []

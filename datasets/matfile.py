@@ -6,8 +6,6 @@ import numpy as np
 
 from util.errors import InputError
 
-MOST_BYTES = 1 << 26  # the annotations of known sets hold less than 2 MB
-
 
 def read_cell_strings(file: str | Path, variable: str) -> list[str | None]:
     """The strings of one cell array in MATLAB's (column-major) order, None for empty cells. A file with only one cell
@@ -44,13 +42,9 @@ def _load(file: str | Path) -> dict[str, np.ndarray]:
     from scipy.io import loadmat  # here and not above: most sets need no scipy
 
     try:
-        size = Path(file).stat().st_size
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
-    if size > MOST_BYTES:
-        raise InputError(f"{file} has {size / 1e6:.0f} MB: lists of names and annotations are far smaller")
-    try:
         found = loadmat(file)
+    except FileNotFoundError as error:
+        raise InputError(f"cannot read {file}: {error.strerror}") from error
     except Exception as error:  # scipy lets errors of many kinds pass
         raise InputError(
             f"{file} is damaged or no MATLAB 5 file ({error}): copy it again; version 7.3 is another format, save it "

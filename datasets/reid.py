@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from datasets.manifest import cell, check_first_exist, iterate_manifest
+from datasets.manifest import cell, check_first_exist, iterate_manifest, published_note
 from datasets.path_list import PathList
 from datasets.train_items import TrainItems
 from datasets.transforms import PadCropErase
@@ -371,12 +371,7 @@ def _compare_counts(data: ReidData) -> list[str]:
     counts = {name: len(images) for name, images in _all_images(data).items()} | {"train identities": data.classes}
     lines = [", ".join(f"{name} {count:,}" for name, count in counts.items())]
     if data.name in PUBLISHED:
-        other = [
-            f"{name} {counts[name]:,} instead of {number:,}"
-            for name, number in PUBLISHED[data.name].items()
-            if counts.get(name, number) != number
-        ]
-        lines.append(f"other counts than published: {', '.join(other)}" if other else "all counts as published")
+        lines.append(published_note(counts, PUBLISHED[data.name]))
     return lines
 
 

@@ -28,10 +28,7 @@ class TeacherCache:
         file = self.folder / HEADER
         if not file.is_file():
             raise InputError(f"--teacher_cache {folder} holds no {HEADER}: build it with python -m tools.reinforce")
-        try:
-            self.header = json.loads(file.read_text())
-        except json.JSONDecodeError as error:
-            raise InputError(f"{file} is damaged ({error}): build the cache again") from error
+        self.header = json.loads(file.read_text())
         self.identity = TeacherIdentity(**self.header["teacher"])
         self.is_full = self.header["teacher_view"] == "full"
         self.num_views = self.header["views"]

@@ -179,7 +179,7 @@ def test_a_damaged_veri_is_refused_or_told(copy):
     for changed, message in (
         (text.replace(f'colorID="{colour}"', 'colorID="11"', 1), "train_label.xml: .*jpg has colorID '11'"),
         (text.replace(f'typeID="{body}"', 'typeID="0"', 1), "has typeID '0', known are 1 to 9"),
-        (text.replace("</Items>", ""), "train_label.xml, line .* is not well-formed XML"),
+        (text.replace("</Items>", ""), "train_label.xml cannot be read as XML .*line"),
         (text.replace(items[1], items[0]), "train_label.xml: item 2 has a repeated imageName"),
         ("<TrainingImages/>", "train_label.xml holds no <Item>"),
     ):  # fmt: skip
@@ -191,7 +191,6 @@ def test_a_damaged_veri_is_refused_or_told(copy):
     (copy / "image_train" / gone).unlink()
     short = text.replace(items[0] + "\n", "").replace(f' colorID="{colour}"', "")
     notes = "\n".join(read(short).notes)
-    assert "train_label.xml holds 47 items and says 48" in notes
     assert f"1 of the 47 images of {file} are not in {copy / 'image_train'}, e.g. {gone}" in notes
     assert "have no item in train_label.xml and are not used" in notes and "labels of train are unknown" in notes
     shutil.rmtree(copy / "image_train")

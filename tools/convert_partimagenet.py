@@ -18,7 +18,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--input", type=Path, required=True, help="folder of the release")
     add("--output", type=Path, required=True, help="folder to write")
-    add("--release", default="auto", choices=("auto", "ood", "seg"), help="which it is (default auto)")
     add("--label_space", default="vehicle_parts", choices=("car_parts", "car_bicycle", "vehicle_parts"),
         help="whose parts become classes; only their pictures are kept (default vehicle_parts)")  # fmt: skip
     add("--resplit", action=argparse.BooleanOptionalAction, default=None,
@@ -47,7 +46,7 @@ from PIL import Image
 
 from datasets.images import UNREADABLE, is_turned, why_unreadable
 from datasets.manifest import IMAGE_ENDINGS
-from datasets.seg import BACKGROUND_ID, IGNORE, KINDS, PARTS, SPLITS, open_mask, part_names, read_parts
+from datasets.seg import BACKGROUND_ID, IGNORE, KINDS, PARTS, SPLITS, open_mask, part_names
 from util.errors import InputError
 from util.parallel import map_in_order, worker_pool
 
@@ -80,7 +79,7 @@ def main(args) -> dict:
     source, output = args.input.absolute(), args.output.absolute()
     if not source.is_dir():
         raise InputError(f"--input {source} is no folder: give the folder of PartImageNet")
-    release = args.release if args.release != "auto" else which_release(source)
+    release = which_release(source)
     resplit = release == "ood" if args.resplit is None else args.resplit
     settings = {"input": str(source), "release": release, "label_space": args.label_space}
     settings |= {"resplit": args.seed if resplit else None}
@@ -102,7 +101,7 @@ def main(args) -> dict:
         split_anew(found.rows, args.seed)
     result = {**settings, **summary(found)}
     write_set(output, found.rows, result, args.link, args.processes or os.cpu_count() or 1)
-    say(result, output)
+    say(result)
     return result
 
 
@@ -161,16 +160,13 @@ def read_coco(file: Path) -> dict:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         names = {c["id"]: f"{c.get('supercategory', '')} {c['name']}" for c in content.get("categories", ())}
-        for image in content["images"]:
-            image["id"], image["file_name"], image["width"], image["height"]  # noqa: B018
-        for annotation in content["annotations"]:
-            if not 0 <= int(annotation["category_id"]) < NUM_IDS:
-                raise ValueError(f"category_id {annotation['category_id']}, but ids go to {NUM_IDS - 1}")
-            annotation["image_id"]  # noqa: B018
+        largest = max((annotation["category_id"] for annotation in content["annotations"]), default=0)
+        if largest >= NUM_IDS:
+            raise ValueError(f"category_id {largest}, but ids go to {NUM_IDS - 1}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} is no COCO json of PartImageNet: {type(error).__name__} {error}") from error
     for number, part in (pair for parts in PARTS.values() for pair in parts.items()):
-        places = [i for i, name in names.items() if _letters(name).endswith(_letters(part))]
+        places = [i for i, name in names.items() if re.sub("[^a-z]+", " ", name.lower()).endswith(part.lower())]
         if places and number not in places:
             raise InputError(
                 f"{file} calls category {places[0]} '{part}', which is {number} in the release (ids 0 "
@@ -179,18 +175,12 @@ def read_coco(file: Path) -> dict:
     return content
 
 
-def _letters(name: str) -> str:
-    return re.sub(r"[^a-z]", "", name.lower())
-
-
 def usable(annotations: list[dict], counts: Counter) -> list[tuple[int, list]]:
     """(id, polygons) of an image's annotations; what cannot be drawn is counted."""
     found = []
     for annotation in annotations:
         polygons = annotation.get("segmentation")
-        if not isinstance(polygons, list):
-            counts["annotations without polygons"] += 1
-            continue
+        polygons = polygons if isinstance(polygons, list) else []  # run-length codes are of crowds
         whole = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
         counts["polygons of fewer than 3 points"] += len(polygons) - len(whole)
         if whole:
@@ -353,7 +343,7 @@ def write_pairs(rows: list[dict], folder: Path, table: np.ndarray, link: bool) -
     return []
 
 
-def say(result: dict, output: Path) -> None:
+def say(result: dict) -> None:
     """Print what was written and what was not."""
     for split, kinds in result["pictures"].items():
         print(f"{split}: " + (", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none"))
@@ -361,8 +351,6 @@ def say(result: dict, output: Path) -> None:
         print(f"dropped: {count} {what}")
     for why, names in result["left_out"].items():
         print(f"left out: {len(names)} ({why}), first {names[0]}")
-    written = tuple(split for split, kinds in result["pictures"].items() if kinds)
-    print("\n".join(read_parts(output, "own", written).notes), flush=True)
 
 
 if __name__ == "__main__":
