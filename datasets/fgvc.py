@@ -1,7 +1,6 @@
 """Images of fine-grained classes: StanfordCars from its devkit, an ImageFolder tree, or a table."""
 
 import hashlib
-import os
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -125,8 +124,8 @@ def _read_devkit(folder: Path, need_train: bool) -> FgvcData:
         if split == "train" and not need_train:
             continue
         rows = _rows(file, DEVKIT_FIELDS)
-        names[split] = [f"cars_{split}/{_text(file, i, 'fname', row)}" for i, row in enumerate(rows)]
-        labels[split] = [_number(file, i, "class", row) for i, row in enumerate(rows)]
+        names[split] = [f"cars_{split}/{name}" for name in _column(file, rows, "fname", str)]
+        labels[split] = _column(file, rows, "class", int)
         _check_files(folder, names[split], file)
     meta = folder / "devkit" / "cars_meta.mat"
     classes = read_cell_strings(meta, "class_names") if meta.is_file() else None
@@ -139,9 +138,8 @@ def _read_annos(folder: Path) -> FgvcData:
     """StanfordCars as one `cars_annos.mat` beside `car_ims/`."""
     file, notes = folder / "cars_annos.mat", []
     rows = _rows(file, ANNOS_FIELDS)
-    names = [_text(file, i, "relative_im_path", row) for i, row in enumerate(rows)]
-    labels = [_number(file, i, "class", row) for i, row in enumerate(rows)]
-    is_test = np.array([_number(file, i, "test", row) for i, row in enumerate(rows)])
+    names, labels = _column(file, rows, "relative_im_path", str), _column(file, rows, "class", int)
+    is_test = np.array(_column(file, rows, "test", int))
     if not np.isin(is_test, (0, 1)).all() or is_test.all() or not is_test.any():
         raise InputError(f"{file}: field 'test' must be 0 (train) or 1 (test), both of them present")
     _check_files(folder, names, file)
@@ -171,26 +169,20 @@ def _rows(file: Path, fields: tuple[str, ...]) -> list[dict]:
     return [dict(zip(found, row)) for row in values]
 
 
-def _text(file: Path, index: int, field: str, row: dict) -> str:
-    if not isinstance(row[field], str):
-        raise InputError(f"{file}, annotation {index + 1}: '{field}' is {row[field]!r}, expected a file name")
-    return row[field]
-
-
-def _number(file: Path, index: int, field: str, row: dict) -> int:
-    """A Python int: 0 - 1 would be 255 in the file's own uint8."""
-    value = row[field]
-    if isinstance(value, str | None) or value != int(value):
-        raise InputError(f"{file}, annotation {index + 1}: '{field}' is {value!r}, expected one whole number")
-    return int(value)
+def _column(file: Path, rows: list[dict], field: str, kind: type) -> list:
+    """A field of all annotations, as str or int (a Python int: 0 - 1 would be 255 in the file's own uint8)."""
+    found = []
+    for number, row in enumerate(rows, 1):
+        value = row[field]
+        if not isinstance(value, str if kind is str else int | float) or kind(value) != value:
+            what = "a file name" if kind is str else "one whole number"
+            raise InputError(f"{file}, annotation {number}: '{field}' is {value!r}, expected {what}")
+        found.append(kind(value))
+    return found
 
 
 def _check_files(folder: Path, names: list[str], file: Path) -> None:
-    there: set[str] = set()
-    for parent in {name.rpartition("/")[0] for name in names}:
-        if (folder / parent).is_dir():
-            there.update(f"{parent}/{name}" for name in os.listdir(folder / parent))
-    missing = [name for name in names if name not in there]
+    missing = [name for name in names if not (folder / name).is_file()]
     if missing:
         raise InputError(
             f"{len(missing)} of the {len(names)} images of {file} do not exist, first {folder / missing[0]}: "

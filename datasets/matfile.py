@@ -41,10 +41,10 @@ def read_struct_array(file: str | Path, variable: str) -> tuple[list[str], list[
 def _load(file: str | Path) -> dict[str, np.ndarray]:
     from scipy.io import loadmat  # here and not above: most sets need no scipy
 
+    if not Path(file).is_file():
+        raise InputError(f"cannot read {file}: no such file")
     try:
         found = loadmat(file)
-    except FileNotFoundError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
     except Exception as error:  # scipy lets errors of many kinds pass
         raise InputError(
             f"{file} is damaged or no MATLAB 5 file ({error}): copy it again; version 7.3 is another format, save it "

@@ -30,7 +30,7 @@ class PackedImages:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.header = read_header(self.folder)
+        self.header = json.loads((self.folder / HEADER).read_text())
         self.root = self.folder
         shards = range(self.header["shards"])
         missing = [k for k in shards if not shard_file(self.folder, k).is_file()]
@@ -95,11 +95,3 @@ def is_packed(folder: Path) -> bool:
 
 def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"shard{shard:05d}.bin"
-
-
-def read_header(folder: Path) -> dict:
-    try:
-        header = json.loads((folder / HEADER).read_text())
-    except json.JSONDecodeError as error:
-        raise InputError(f"{folder / HEADER} is damaged ({error}): pack the images again") from error
-    return header

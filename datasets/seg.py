@@ -246,7 +246,7 @@ def _sizes(size: tuple[int, int], mask: np.ndarray) -> str:
 
 
 def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> tuple[np.ndarray | None, str]:
-    """([256] pixels of each target or None, problem); the image's pixels are not decoded.
+    """([K + 1] pixels of each class and of none, or None, problem); the image's pixels are not decoded.
 
     Raises:
         InputError: sizes differ, or a value has no name.
@@ -267,30 +267,29 @@ def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> tuple[np.ndar
             f"{mask_file} has {values[strange[0]]} pixels of value {strange[0]}, which classes.json does not "
             'name: name it there, or make it the value of "ignore"'
         )
-    return np.bincount(space.table, weights=values, minlength=256).astype(np.int64), ""
+    pixels = np.bincount(space.table, weights=values, minlength=256).astype(np.int64)
+    return pixels[[*range(len(space.names)), IGNORE]], ""
 
 
 def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, notes: list[str]) -> PartsSplit:
     """Open every mask of a split; which images have what."""
     mine = range(get_rank(), len(images), get_world_size())
     progress = Progress(f"masks of {split}", len(mine), shown=is_main_process() and len(mine) > 500)
-    found: dict[int, tuple[np.ndarray | None, str]] = {}
-    fatal = None
+    found: dict[int, tuple[np.ndarray | None, str] | InputError] = {}
     for done, row in enumerate(mine, 1):
         try:
             found[row] = _look(images[row], masks[row], space)
         except InputError as error:
-            fatal = row, str(error)  # all ranks must hear of it
+            found[row] = error  # all ranks must hear of it
             break
         progress.update(done)
     progress.close()
     if get_world_size() > 1:
         parts = [None] * get_world_size()
-        dist.all_gather_object(parts, (found, fatal))
-        found = {row: value for part, _ in parts for row, value in part.items()}
-        fatal = min((bad for _, bad in parts if bad), default=None)
-    if fatal:
-        raise InputError(fatal[1])
+        dist.all_gather_object(parts, found)
+        found = {row: value for part in parts for row, value in part.items()}
+    if wrong := [row for row in sorted(found) if isinstance(found[row], InputError)]:
+        raise found[wrong[0]]
     bad = [row for row in range(len(images)) if found[row][0] is None]
     if len(bad) == len(images):
         raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {found[0][1]}")
@@ -298,7 +297,7 @@ def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, note
     counts = np.zeros((len(images), classes + 1), dtype=np.int64)
     for row, (pixels, _) in found.items():
         if pixels is not None:
-            counts[row] = [*pixels[:classes], pixels[IGNORE]]
+            counts[row] = pixels
     if space.is_part:
         keep = counts[:, 1:classes].any(axis=1)
         keep[bad] = True

@@ -33,22 +33,15 @@ def test_known_folders(path, name):
 @pytest.mark.parametrize(
     "path",
     [
-        "mytest/car.jpg",
-        "test/car.jpg",
-        "image_test/car.jpg",
-        "cars_test.jpg",
-        "my_cars_test/1.jpg",
-        "cars_testing/1.jpg",
-        "VeRi/image_train/0001_c001_00016450_0.jpg",
-        "notVeRi/image_test/1.jpg",
-        "VeRi/image_test_notes.jpg",
-        "cars_train/00001.jpg",
+        "mytest/car.jpg", "test/car.jpg", "image_test/car.jpg", "cars_test.jpg", "my_cars_test/1.jpg",
+        "cars_testing/1.jpg", "VeRi/image_train/0001_c001_00016450_0.jpg", "notVeRi/image_test/1.jpg",
+        "VeRi/image_test_notes.jpg", "cars_train/00001.jpg",
         "AIC20_ReID_Simulation/image_train/1.jpg",
         "CityFlow/a-ReID/image_test/1.jpg",
         "PartImageNet/images/train/n02814533_1.JPEG",
         "",
     ],
-)
+)  # fmt: skip
 def test_no_false_alarm(path):
     assert benchmarks.recognise(path) is None
 
@@ -126,7 +119,7 @@ def test_the_recipe_prints_its_commands(tmp_path):
             "bash",
             str(ROOT / "scripts/automobile1m.sh"),
             str(tmp_path),
-        ]
+        ]  # fmt: skip
     )
     assert done.returncode == 0, done.stderr
     for part in ("--pool web=", "--pool stanford_cars=", "--exclude stanford_cars=", "main_describe.py"):

@@ -54,7 +54,7 @@ def test_what_a_mat_file_holds(tmp_path):
     with pytest.raises(InputError, match="no struct array 'other': it holds annotations, class_names"):
         read_struct_array(file, "other")
     (tmp_path / "b.mat").write_bytes(file.read_bytes()[:400])
-    for name, message in (("b.mat", "b.mat is damaged or no MATLAB 5 file"), ("c.mat", "cannot read .*c.mat: No such")):
+    for name, message in (("b.mat", "b.mat is damaged or no MATLAB 5 file"), ("c.mat", "cannot read .*c.mat: no such")):
         with pytest.raises(InputError, match=message):
             read_struct_array(tmp_path / name, "annotations")
 

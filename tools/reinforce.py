@@ -128,12 +128,9 @@ def keep_bank(kept: Path, given: str | None, clip, tokenizer, identity) -> None:
         save_bank(kept, bank, texts, identity)
     elif given:
         bank, texts, _ = read_encoded(kept, identity)
-        if is_encoded(Path(given)):
-            other, other_texts, _ = read_encoded(Path(given), identity)
-            is_same = texts == other_texts and torch.equal(bank, other)
-        else:
-            is_same = texts == read_texts(Path(given))
-        if not is_same:
+        file = Path(given)
+        other, other_texts = read_encoded(file, identity)[:2] if is_encoded(file) else (bank, read_texts(file))
+        if texts != other_texts or not torch.equal(bank, other):
             raise InputError(
                 f"{kept} holds another bank than --text_bank {given}: delete it to have this one taken, or choose "
                 "another --output"
