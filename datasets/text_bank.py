@@ -16,7 +16,6 @@ from util.errors import InputError
 from util.files import write_atomic
 
 VOCABULARY = Path(__file__).with_name("vocabulary.json")
-FOLDER_FILES = ("bank.json", "bank.npy", "texts.jsonl")
 
 
 @dataclass(frozen=True)
@@ -116,17 +115,13 @@ def _load_file(file: Path) -> tuple[torch.Tensor, list[str], dict]:
 
 def _load_folder(folder: Path) -> tuple[torch.Tensor, list[str], dict]:
     """The output of main_describe.py, bank.json, bank.npy and texts.jsonl: (embeddings, texts, teacher)."""
-    again = "run main_describe.py again"
-    for name in FOLDER_FILES:
-        if not (folder / name).is_file():
-            raise InputError(f"--text_bank {folder} has no {name}: give the --output of a finished main_describe.py")
+    again = "give the --output of a finished main_describe.py"
     try:
         header = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
         made_by, texts_sha256, bank_sha256 = (header[k] for k in ("teacher", "texts_sha256", "bank_sha256"))
-        bank = np.load(folder / "bank.npy", allow_pickle=False)
+        bank, texts = np.load(folder / "bank.npy", allow_pickle=False), read_texts(folder / "texts.jsonl")
     except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
-        raise InputError(f"--text_bank {folder} is damaged ({error}): {again}") from error
-    texts = read_texts(folder / "texts.jsonl")
+        raise InputError(f"--text_bank {folder} is incomplete or damaged ({error}): {again}") from error
     if hash_texts(texts) != texts_sha256:
         raise InputError(
             f"--text_bank {folder}/texts.jsonl has changed since bank.npy was made: {again}, or pass texts.jsonl "

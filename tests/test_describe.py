@@ -471,9 +471,9 @@ def test_folder_banks_are_checked(made, teacher_files, tmp_path):
     with pytest.raises(InputError, match="made by teacher MiniClip-test with weights"):
         read_encoded(out, stranger)
     damages = {
-        "bank.json": (b"{", "bank.json is damaged"),
+        "bank.json": (b"{", "bank.json is incomplete or damaged"),
         "texts.jsonl": (b'{"text": "a"}\n{"text": "b"}\n', "has changed since"),
-        "bank.npy": ((out / "bank.npy").read_bytes()[:-4], "bank.npy is damaged"),
+        "bank.npy": ((out / "bank.npy").read_bytes()[:-4], "bank.npy is incomplete or damaged"),
     }
     for name, (content, message) in damages.items():
         copy = tmp_path / name.replace(".", "_")
@@ -482,7 +482,7 @@ def test_folder_banks_are_checked(made, teacher_files, tmp_path):
         with pytest.raises(InputError, match=message):
             read_encoded(copy, identity)
         (copy / name).unlink()
-        with pytest.raises(InputError, match=f"has no {name}"):
+        with pytest.raises(InputError, match=f"incomplete or damaged .*{name}"):
             read_encoded(copy, identity)
     other = np.load(out / "bank.npy")
     np.save(tmp_path / "bank_npy" / "bank.npy", -other)

@@ -345,10 +345,7 @@ def write_pairs(rows: list[dict], folder: Path, table: np.ndarray, link: bool) -
 
 def say(result: dict) -> None:
     """Print what was written and what was not."""
-    for split, kinds in result["pictures"].items():
-        print(f"{split}: " + (", ".join(f"{count} x {kind}" for kind, count in kinds.items()) or "none"))
-    for what, count in result["dropped"].items():
-        print(f"dropped: {count} {what}")
+    print(f"written: {json.dumps(result['pictures'])}, dropped: {json.dumps(result['dropped'])}", flush=True)
     for why, names in result["left_out"].items():
         print(f"left out: {len(names)} ({why}), first {names[0]}")
 
