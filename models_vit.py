@@ -112,15 +112,10 @@ class VisionTransformer(nn.Module):
 
     Args:
         img_size: (H, W) in pixels, multiples of `patch_size` unless patches overlap.
-        patch_size, embed_dim, depth, num_heads: p, D, number of blocks, attention heads.
         mean, std: per-channel statistics of pixels scaled to [0, 1].
-        drop_path: see `build_blocks`.
+        drop_path, quick_gelu: see `build_blocks`. pre_norm: a norm before the first block, as in CLIP's image tower.
         stride: px from patch to patch; less than `patch_size`: they overlap (None: `patch_size`).
-        pre_norm: a norm before the first block, as in CLIP's image tower. quick_gelu: as in OpenAI's.
-        initialize: draw MAE's initial weights; a subclass with more modules passes False and
-            calls `initialize_weights` itself once all of them exist.
-    Raises:
-        InputError: the patch size does not divide the image size.
+        initialize: draw MAE's initial weights; a subclass with more modules calls `initialize_weights` itself.
     """
 
     def __init__(
@@ -213,19 +208,14 @@ class VisionTransformer(nn.Module):
     def embed_images(
         self, images, batch_size: int = 64, read_outs: tuple[str, ...] = FEATURES
     ) -> dict[str, torch.Tensor]:
-        """Pictures -> their features: preprocessing included, nothing masked, the same every time.
-
-        Each picture is taken whole and resized to `img_size` by an antialiased bicubic filter; features are float32
-        whatever mode the encoder is in.
+        """Pictures -> their features: taken whole, resized by an antialiased bicubic filter, nothing masked, float32.
 
         Args:
             images: one or more Pillow images of any mode, files, or [3, H, W] uint8 tensors, also mixed and
                 of different sizes; or a batch [N, 3, H, W] uint8.
-            batch_size: pictures at a time on the encoder's device.
             read_outs: which features; "tokens" of many pictures need much memory.
         Returns:
-            {"cls": [N, D] class token, "mean": [N, D] mean of the patch tokens, "tokens": [N, L, D]} float32
-            on the CPU, N = 1 for a single picture.
+            {"cls": [N, D] class token, "mean": [N, D] mean of the patch tokens, "tokens": [N, L, D]} on the CPU.
         """
         if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 0) == 3:
             images = [images]
@@ -236,7 +226,7 @@ class VisionTransformer(nn.Module):
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads, scoring(self):
 
             def prepare(start: int):
-                return threads.map(self._whole, images[start : start + batch_size], range(start, start + batch_size))
+                return threads.map(self._whole, images[start : start + batch_size])
 
             ahead = prepare(0)  # decoded while the encoder is busy
             for start in range(0, len(images), batch_size):
@@ -248,23 +238,20 @@ class VisionTransformer(nn.Module):
                     collected[name].append(features[name].float().cpu().contiguous())
         return {name: torch.cat(values) for name, values in collected.items()}
 
-    def _whole(self, image, number: int) -> torch.Tensor:
+    def _whole(self, image) -> torch.Tensor:
         """A picture, a file or [3, H, W] uint8 -> [3, H, W] uint8 of this encoder's size."""
         try:
             if isinstance(image, (str, Path)):
                 image = open_rgb(image)
-            elif isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.shape[0] == 3:
+            elif isinstance(image, torch.Tensor) and image.dtype == torch.uint8:
                 image = Image.fromarray(image.permute(1, 2, 0).cpu().numpy())
             elif not isinstance(image, Image.Image):
-                raise InputError(
-                    f"picture {number} is a {type(image).__name__}: give Pillow images, files or uint8 tensors "
-                    "[3, H, W]; normalised floats go to encode()"
-                )
+                raise InputError(f"a picture is a {type(image).__name__}: give Pillow images, files or uint8 tensors")
             elif is_turned(image):
                 image = ImageOps.exif_transpose(image)
             return whole_image(to_rgb(image), self.img_size)
         except UNREADABLE as error:
-            raise InputError(f"picture {number} ({image}) cannot be read: {why_unreadable(error)}") from error
+            raise InputError(f"picture {image} cannot be read: {why_unreadable(error)}") from error
 
 
 def init_module(module: nn.Module):
@@ -280,21 +267,16 @@ def init_module(module: nn.Module):
 def load_encoder(
     source: str | Path, img_size: tuple[int, int] | None = None, device: torch.device | str = "cpu", **more
 ) -> VisionTransformer:
-    """A ready encoder from any file that `util.pretrained` recognises.
+    """A ready encoder in eval mode, from any file that `util.pretrained` recognises; its `report`: what was loaded.
 
-    Sizes come from the tensors, pixel statistics and (H, W) from the file's config where it has one
-    (else CLIP's for CLIP, ImageNet's for all others, and a square grid). Another `img_size` or
-    `stride` resizes the position table.
+    Sizes come from the tensors, pixel statistics and (H, W) from the file's config where it has one (else CLIP's for
+    CLIP, ImageNet's for all others, and a square grid). Another `img_size` or `stride` resizes the position table.
 
     Args:
         source: a file, a name of util/registry.json, https://..., or hf://ORG/REPO/FILE.
         img_size: (H, W) in px, default the file's.
         device: a torch device, or "auto": CUDA where there is one.
         more: stride, drop_path, quick_gelu (see `VisionTransformer`), pos_resize (see `resize_pos_embed`).
-    Returns:
-        The encoder in eval mode; its `report` is a table of what was loaded.
-    Raises:
-        InputError: unreadable file, or tensors that are not those of a ViT this project knows.
     """
     file = fetch(source)
     device = pick_device("auto") if device == "auto" else torch.device(device)

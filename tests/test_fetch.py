@@ -30,15 +30,12 @@ SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdiges
 class Handler(http.server.BaseHTTPRequestHandler):
     """One file under every path but /absent; `server.sent` bytes of it arrive, `server.gets` counts downloads."""
 
-    def do_HEAD(self):
+    def do_GET(self):
+        self.server.gets += 1
         self.send_response(404 if self.path == "/absent.pth" else 200)
         self.send_header("Content-Length", str(len(CONTENT)))
         self.send_header("Content-Type", self.server.content_type)
         self.end_headers()
-
-    def do_GET(self):
-        self.server.gets += 1
-        self.do_HEAD()
         self.wfile.write(CONTENT[: self.server.sent])
 
     def log_message(self, *args):
@@ -155,8 +152,7 @@ def test_a_local_file_is_returned_untouched(tmp_path, monkeypatch, no_network):
     for source in ("encoder.pth", Path("encoder.pth"), tmp_path / "encoder.pth", "mae_vit_base"):
         assert fetch(source) == Path(source)
     assert fetch("~/encoder.pth") == tmp_path / "encoder.pth"
-    message = refused(tmp_path)
-    assert "is a folder" in message and str(tmp_path / "encoder.pth") in message
+    assert "is a folder" in refused(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"as Hugging Face writes it")
     assert fetch(tmp_path) == tmp_path / "model.safetensors"
 
@@ -193,9 +189,7 @@ def test_hugging_face(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     assert fetch(Path("hf://org/repo/encoder.safetensors")) == file
     assert fetch("hf://org/repo@v1/folder/encoder.safetensors") == file
-    assert fetch(f"hf://org/repo/encoder.safetensors#sha256={SHA256}") == file
     assert calls[:2] == [("org/repo", "encoder.safetensors", None), ("org/repo", "folder/encoder.safetensors", "v1")]
-    assert MD5 in refused("hf://org/repo/encoder.safetensors#md5=123456")
     message = refused("hf://org/gated/encoder.safetensors")
     assert "403 ask for access" in message and "hf auth login" in message
     for source in ("hf://", "hf://org/repo", "hf://org/repo/", "hf:///repo/file"):

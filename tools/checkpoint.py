@@ -13,7 +13,6 @@ Code inside a file is never run.
 """
 
 import argparse
-import json
 import re
 import zipfile
 from pathlib import Path
@@ -36,7 +35,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         return found
 
     # fmt: off
-    verb("inspect", "what a file is: kind, sizes, parts, settings, losses, licence, hash; runs nothing in it")
+    verb("inspect", "what a file is: kind, sizes, parts, settings, licence, hash; runs nothing in it")
     verb("verify", "whether it can be read, is finite, fits its model, and has the sha256 beside it")
     verb("download", "get a released checkpoint once; later calls need no network")
     verb("list", "the names that download knows", what="")
@@ -74,10 +73,8 @@ def inspect_file(file: str | Path) -> dict:
 
     Returns:
         Plain values, empty ones left out: bytes, sha256, registry (the row with this hash), python_objects (names that
-        would be imported), kind, architecture, tensors, parameters, parts {part: [tensors, parameters]}, dtypes,
-        not_finite, finished_epochs, losses, args, config, licence, data, trained.
-    Raises:
-        InputError: missing, truncated, damaged, or no file of weights.
+        would be imported), kind, tensors, parameters, parts {part: [tensors, parameters]}, dtypes, not_finite,
+        finished_epochs, args, config, licence, data, trained.
     """
     file = fetch(file)
     digests = file_digests(file, ("sha256", "md5"))
@@ -109,10 +106,7 @@ def inspect_file(file: str | Path) -> dict:
         **{name: header[name] for name in ("licence", "data", "trained") if name in header},
     }
     if isinstance(content.get("epoch"), int):
-        facts |= {
-            "finished_epochs": content["epoch"] + 1,
-            "losses": _losses(file.with_name("log.txt"), content["epoch"]),
-        }
+        facts["finished_epochs"] = content["epoch"] + 1
     return {name: value for name, value in facts.items() if value not in ("", None, {}, [])}
 
 
@@ -155,40 +149,30 @@ def _kind(file: Path, content: dict, config: dict) -> str:
     return kind
 
 
-def _losses(log: Path, epoch: int) -> dict[str, float]:
-    """Of the line of `epoch` in a run's log.txt."""
-    rows = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
-    row = next((row for row in rows if row.get("epoch") == epoch), {})
-    return {k.removeprefix("train_"): v for k, v in row.items() if "loss" in k}
-
-
 def verify_file(file: str | Path) -> dict:
     """Load a file into its model: readable, finite, every tensor there and of the right shape; and compare its sha256
     where one was published: in SHA256SUMS or FILE.sha256 beside it.
 
     Returns:
         file, kind, parameters, sha256 (what it was compared with), verdict.
-    Raises:
-        InputError: damaged, not all tensors, numbers that are not finite, another sha256.
     """
     file = Path(file)
-    content = read_checkpoint(file)
-    config = read_config(file, content)
-    broken = _not_finite({k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)})
+    content = read_checkpoint(file)["model"]
+    broken = _not_finite({k: v for k, v in content.items() if isinstance(v, torch.Tensor)})
     if broken:
         raise InputError(
             f"{file} holds numbers that are not finite in {len(broken)} tensors, first {broken[0]}: the "
             "training diverged or the file is damaged"
         )
-    kind = config.get("kind", "encoder of others")
-    model = load_model(file).model
-    result = {"file": str(file), "kind": kind, "parameters": sum(p.numel() for p in model.parameters())}
+    found = load_model(file)
+    parameters = sum(p.numel() for p in found.model.parameters())
+    result = {"file": str(file), "kind": found.config.get("kind", "encoder of others"), "parameters": parameters}
     for record in (file.with_name("SHA256SUMS"), Path(f"{file}.sha256")):
-        lines = record.read_text().splitlines() if record.is_file() else []
-        for wanted, name in (line.split(maxsplit=1) for line in lines):
+        for line in record.read_text().splitlines() if record.is_file() else []:
+            wanted, name = line.split(maxsplit=1)
+            if name == file.name and wanted != file_sha256(file):
+                raise InputError(f"{file} has another sha256 than {record} says: fetch or copy it again")
             if name == file.name:
-                if wanted != file_sha256(file):
-                    raise InputError(f"{file} has another sha256 than {record} says: fetch or copy it again")
                 return result | {"sha256": str(record), "verdict": "whole: the bytes that were published"}
     return result | {"verdict": "loads into its model and is finite; no sha256 beside it to compare with"}
 

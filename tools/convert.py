@@ -63,11 +63,7 @@ def convert(file: str | Path, target: str, output: str | Path, input_size: tuple
         input_size: (H, W) in px that the position table is resized to (bicubic), default the file's own; for
             setr the crop, default 512 x 512 (bilinear, as SETR does), and only where it loads by `load_from`.
     Returns:
-        What to print: target, source, output, input_size, tensors and parameters written, load (lines of code
-        or a command), remark.
-    Raises:
-        InputError: a source that cannot be read or is incomplete, a target that cannot hold it, an output
-            that cannot be written or reads back otherwise.
+        What to print, with the lines that load the file there and a remark.
     """
     (write, suffixes), file, output = TARGETS[target], fetch(file), Path(output)
     if suffixes and output.suffix not in suffixes:
@@ -93,13 +89,12 @@ def _read_source(file: Path, target: str, input_size: tuple[int, int] | None) ->
     found = read_pretrained(file)
     encoder = encoder_from(found, file, None if target == "setr" else input_size)
     state = {k: v.detach().float().contiguous() for k, v in encoder.state_dict().items()}
-    absent = next((k for k in state if k not in found.state), None)
-    if absent:
-        raise InputError(f"{file} lacks {absent}, which would be made up in the copy: give a whole encoder")
-    broken = next((k for k, v in state.items() if not v.isfinite().all()), None)
-    if broken:
-        raise InputError(f"{file} holds numbers in {broken} that are not finite: its training went wrong")
-    decoder = _whole_decoder(found.decoder, state, file) if target in ("mae", "hf") and found.decoder else {}
+    for name, value in state.items():
+        if name not in found.state:
+            raise InputError(f"{file} lacks {name}, which would be made up in the copy: give a whole encoder")
+        if not value.isfinite().all():
+            raise InputError(f"{file} holds numbers in {name} that are not finite: its training went wrong")
+    decoder = {k: v.float().contiguous() for k, v in found.decoder.items()} if target in ("mae", "hf") else {}
     settings, (rows, columns) = encoder.settings(), encoder.grid_size
     if target not in ("timm", "safetensors") and (settings["pre_norm"] or settings["quick_gelu"]):
         raise InputError(
@@ -111,25 +106,13 @@ def _read_source(file: Path, target: str, input_size: tuple[int, int] | None) ->
             f"{file} has a position table of {rows} x {columns} patches, and --to {target} reads "
             "squares alone: resize it first, --to safetensors --input_size 224, and convert that file"
         )
-    if decoder and decoder["decoder_pos_embed"].shape[1] != 1 + rows * columns:
+    patches = len(decoder["decoder_pos_embed"][0]) - 1 if decoder else rows * columns
+    if patches != rows * columns:
         raise InputError(
-            f"{file} holds a decoder for {decoder['decoder_pos_embed'].shape[1] - 1} patches, "
-            f"and --input_size makes {rows * columns}: drop --input_size, or give the encoder alone"
+            f"{file} holds a decoder for {patches} patches, and --input_size makes {rows * columns}: drop "
+            "--input_size, or give the encoder alone"
         )
     return Source(file, found, encoder, state, decoder)
-
-
-def _whole_decoder(decoder: dict, state: dict, file: Path) -> dict:
-    """MAE's decoder in float32, all of it; its blocks have the same parts as the encoder's."""
-    blocks = {k.split(".")[1] for k in decoder if k.startswith("decoder_blocks.")}
-    inner = [k.removeprefix("blocks.0.") for k in state if k.startswith("blocks.0.")]
-    wanted = ["mask_token", "decoder_pos_embed"]
-    wanted += [f"decoder_{part}.{kind}" for part in ("embed", "norm", "pred") for kind in ("weight", "bias")]
-    wanted += [f"decoder_blocks.{number}.{k}" for number in range(max(len(blocks), 1)) for k in inner]
-    absent = next((k for k in wanted if k not in decoder), None)
-    if absent:
-        raise InputError(f"{file} has a decoder without {absent}: give a whole file, or the encoder alone")
-    return {k: v.float().contiguous() for k, v in decoder.items()}
 
 
 def _check_written(source: Source, output: Path, written: dict) -> None:
@@ -138,11 +121,8 @@ def _check_written(source: Source, output: Path, written: dict) -> None:
     content = read_checkpoint(file)
     found = recognise(content, file)
     wanted, read = source.state | source.decoder, found.state | found.decoder
-    wrong = [k for k, v in wanted.items() if k not in read or not torch.equal(read[k], v)]
-    wrong += [k for k in read if k not in wanted]
-    backbone = content.get("state_dict", {})
-    wrong += [k for k, v in backbone.items() if not torch.equal(v, written[k])]
-    count = len(content["model"]) + len(backbone)
+    wrong = [k for k in wanted | read if k not in wanted or k not in read or not torch.equal(read[k], wanted[k])]
+    count = len(content["model"]) + len(content.get("state_dict", {}))
     if wrong or count != len(written):
         raise InputError(
             f"{file} reads back with {count} tensors of {len(written)} written, {len(wrong)} of them changed "
@@ -170,18 +150,14 @@ def to_mae(source: Source, output: Path, size) -> tuple[dict, str, str]:
 def to_timm(source: Source, output: Path, size) -> tuple[dict, str, str]:
     """A bare state dict for timm.create_model(..., checkpoint_path=...)."""
     state, settings = dict(source.state), source.settings
-    if settings["pre_norm"] and state.pop("patch_embed.proj.bias").any():  # timm's CLIP towers have no such bias
-        raise InputError(
-            f"{source.file} has a bias in its patch embedding and a norm before its blocks, and timm has "
-            "no model with both: use --to safetensors"
-        )
+    if settings["pre_norm"]:
+        del state["patch_embed.proj.bias"]  # timm's CLIP towers have none; CLIP's is 0
     if output.suffix == ".safetensors":
-        write_safetensors(output, state, {"format": "pt", "config": json.dumps(_config(source))})
+        to_safetensors(replace(source, state=state), output, size)
     else:
         write_torch(output, state)
     name, more = timm_model(settings)
-    default = timm.get_pretrained_cfg(name)
-    stats = {"mean": tuple(settings["mean"]), "std": tuple(settings["std"])}
+    default, stats = timm.get_pretrained_cfg(name), {k: tuple(settings[k]) for k in ("mean", "std")}
     remark = source.pixels
     if (tuple(default.mean), tuple(default.std)) != (stats["mean"], stats["std"]):
         more["pretrained_cfg_overlay"] = stats
@@ -210,7 +186,7 @@ def timm_model(settings: dict) -> tuple[str, dict]:
 def to_hf(source: Source, output: Path, size) -> tuple[dict, str, str]:
     """A folder for from_pretrained: weights, config and preprocessor (what differs from their defaults), under the
     names of transformers 4, which 5 reads too."""
-    decoder, settings = source.decoder, source.settings
+    decoder, settings, known = source.decoder, source.settings, source.found.config
     height, width = settings["img_size"]
     config = {
         "architectures": ["ViTMAEForPreTraining" if decoder else "ViTModel"],
@@ -223,40 +199,27 @@ def to_hf(source: Source, output: Path, size) -> tuple[dict, str, str]:
         "image_size": height if height == width else [height, width],
         "patch_size": settings["patch_size"],
     }
-    remark = source.pixels
     if decoder:
-        config |= _hf_decoder_config(source)
-        if "norm_pix_loss" not in source.found.config:
-            remark += "; whether it was trained with norm_pix_loss is not known, config.json says no"
-    pixels = {
-        "image_processor_type": "ViTImageProcessor",
-        "size": {"height": height, "width": width},
-        "resample": 3,  # bicubic
-        "image_mean": settings["mean"],
-        "image_std": settings["std"],
-    }
+        dim = len(decoder["decoder_embed.weight"])
+        config |= {
+            "decoder_hidden_size": dim,
+            "decoder_num_hidden_layers": len({k.split(".")[1] for k in decoder if k.startswith("decoder_blocks.")}),
+            "decoder_num_attention_heads": known.get("decoder_num_heads", dim // 32),  # MAE's are 32 wide
+            "decoder_intermediate_size": len(decoder["decoder_blocks.0.mlp.fc1.weight"]),
+            "mask_ratio": known.get("mask_ratio", 0.75),
+            "norm_pix_loss": known.get("norm_pix_loss", False),
+        }
+    pixels = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width},
+              "resample": 3, "image_mean": settings["mean"], "image_std": settings["std"]}  # fmt: skip
     state = _hf_names(source.state, decoder)
     write_safetensors(output / "model.safetensors", state, {"format": "pt"})
     write_json(output / "config.json", config)
-    write_json(output / "preprocessor_config.json", pixels)
-    model = "ViTMAEForPreTraining" if decoder else "ViTModel"
-    more = "" if decoder else ", add_pooling_layer=False"
-    load = f"model = transformers.{model}.from_pretrained('{output}'{more})"
+    write_json(output / "preprocessor_config.json", pixels)  # resample 3: bicubic
+    load = f"model = transformers.{config['architectures'][0]}.from_pretrained('{output}'"
+    load += ")" if decoder else ", add_pooling_layer=False)"
     load += f"\nprocessor = transformers.AutoImageProcessor.from_pretrained('{output}')"
-    return state, load, remark
-
-
-def _hf_decoder_config(source: Source) -> dict:
-    known, width = source.found.config, len(source.decoder["decoder_embed.weight"])
-    depth = 1 + max(int(k.split(".")[1]) for k in source.decoder if k.startswith("decoder_blocks."))
-    return {
-        "decoder_hidden_size": width,
-        "decoder_num_hidden_layers": depth,
-        "decoder_num_attention_heads": known.get("decoder_num_heads", width // 32),  # MAE's are 32 wide
-        "decoder_intermediate_size": len(source.decoder["decoder_blocks.0.mlp.fc1.weight"]),
-        "mask_ratio": known.get("mask_ratio", 0.75),
-        "norm_pix_loss": known.get("norm_pix_loss", False),
-    }
+    unknown = "; whether it was trained with norm_pix_loss is not known, config.json says no"
+    return state, load, source.pixels + unknown * (bool(decoder) and "norm_pix_loss" not in known)
 
 
 def _hf_names(state: dict, decoder: dict) -> dict[str, torch.Tensor]:
@@ -347,19 +310,15 @@ def to_setr(source: Source, output: Path, size) -> tuple[dict, str, str]:
 
 
 def to_safetensors(source: Source, output: Path, size) -> tuple[dict, str, str]:
-    """Our own: MAE's names; in the header the config."""
-    write_safetensors(output, source.state, {"format": "pt", "config": json.dumps(_config(source))})
+    """Our own: MAE's names; in the header what builds the ViT, and what the source says of its training."""
+    known, settings = source.found.config, source.settings
+    name = _size_name(settings)
+    config = {"model": f"mae_vit_{name}_patch{settings['patch_size']}"} if name else {}
+    config |= settings | {k: known[k] for k in ("norm_pix_loss", "mask_ratio") if k in known}
+    origin = source.found.origin
+    config["kind"] = origin if origin == "CGD-MAE encoder" else "encoder of " + origin.removeprefix("encoder of ")
+    write_safetensors(output, source.state, {"format": "pt", "config": json.dumps(config)})
     return source.state, f"encoder = models_vit.load_encoder('{output}')", source.pixels
-
-
-def _config(source: Source) -> dict:
-    """The fields of a run's encoder.safetensors as far as they are known, and those that build the ViT."""
-    origin, settings = source.found.origin, source.settings
-    kind = origin if origin == "CGD-MAE encoder" else "encoder of " + origin.removeprefix("encoder of ")
-    size = _size_name(settings)
-    name = {"model": f"mae_vit_{size}_patch{settings['patch_size']}"} if size else {}
-    known = {k: source.found.config[k] for k in ("norm_pix_loss", "mask_ratio") if k in source.found.config}
-    return name | settings | known | {"kind": kind}
 
 
 def _size_name(settings: dict) -> str:

@@ -34,10 +34,6 @@ def release(run_dir: str | Path, output: str | Path, *, name: str, licence: str)
         output: a new folder or an earlier release.
         name: what the model is called in the cards.
         licence: SPDX identifier of the weights' licence.
-    Returns:
-        {"folder", "files", "bytes", "sha256_encoder", "to_do"}.
-    Raises:
-        InputError: no finished run of pre-training, a folder with other files.
     """
     run_dir, output = Path(run_dir), Path(output)
     content = read_checkpoint(run_dir / "checkpoint-last.pth")
@@ -63,18 +59,17 @@ def release(run_dir: str | Path, output: str | Path, *, name: str, licence: str)
         _write_text(output / "LICENSE", APACHE.read_text())
     if not (output / "DATA_CARD.md").exists():
         _write_text(output / "DATA_CARD.md", _data_card(args))
-    _write_text(output / "README.md", _model_card(name, licence, content, model, recipe, _last_line(run_dir)))
+    log = run_dir / "log.txt"
+    last = json.loads(log.read_text().splitlines()[-1]) if log.is_file() else {}
+    _write_text(output / "README.md", _model_card(name, licence, content, model, recipe, last))
     sums = {file: file_sha256(output / file) for file in WEIGHTS}
     _write_text(output / "SHA256SUMS", "".join(f"{digest}  {file}\n" for file, digest in sums.items()))
-    files = sorted(file for file in FILES if (output / file).is_file())
+    todo = "fill in DATA_CARD.md" + ", add the licence's text as LICENSE" * (not (output / "LICENSE").exists())
     return {
         "folder": str(output),
-        "files": files,
-        "bytes": sum((output / file).stat().st_size for file in files),
+        "files": sorted(file for file in FILES if (output / file).is_file()),
         "sha256_encoder": sums["encoder.safetensors"],
-        "to_do": "fill in DATA_CARD.md"
-        + (", add the licence's text as LICENSE" if "LICENSE" not in files else "")
-        + f"; then publish: hf upload ORG/REPO {output} --private",
+        "to_do": f"{todo}; then publish: hf upload ORG/REPO {output} --private",
     }
 
 
@@ -107,12 +102,6 @@ def _write_sample(file: Path, model, ratio: float, name: str) -> None:
 
 def _write_text(file: Path, text: str) -> None:
     write_atomic(file, lambda opened: opened.write(text.encode()))
-
-
-def _last_line(run_dir: Path) -> dict:
-    log = run_dir / "log.txt"
-    lines = log.read_text().splitlines() if log.is_file() else []
-    return json.loads(lines[-1]) if lines else {}
 
 
 def _teacher(args: dict) -> str:

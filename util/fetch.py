@@ -14,13 +14,15 @@ import http.client
 import json
 import os
 import re
-import urllib.error
+import shutil
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from tqdm import tqdm
+
 from util.errors import InputError
-from util.files import file_digests, write_atomic
+from util.files import BLOCK_BYTES, file_digests, write_atomic
 
 REGISTRY = Path(__file__).with_name("registry.json")
 CACHE = Path("~/.cache/cgd_mae")
@@ -39,24 +41,22 @@ def fetch(source: str | Path, cache: str | Path | None = None) -> Path:
     local, rows = os.path.expanduser(text), known()
     if os.path.exists(local):
         return weights_file(local)
-    if text in rows:
-        row = rows[text]
+    if row := rows.get(text):
         if not row["url"]:
             raise InputError(f"{text} ({row['what']}) has no address: fill in its url in {REGISTRY}, or give a path")
         return _from_web(row["url"], {kind: row[kind] for kind in ("sha256", "md5") if kind in row}, cache)
-    url, _, fragment = text.partition("#")
-    kind, _, prefix = fragment.lower().partition("=")
-    if fragment and not (kind in ("sha256", "md5") and re.fullmatch("[0-9a-f]{6,64}", prefix)):
-        raise InputError(f"{text} with the hash {fragment}: give sha256= or md5= and 6 or more of its digits")
-    wanted = {kind: prefix} if fragment else {}
-    if url.startswith(("http://", "https://")):
-        return _from_web(url, wanted, cache)
-    if url.startswith("hf://"):
-        return _from_hugging_face(url, wanted)
-    nearest = difflib.get_close_matches(text, rows, n=3, cutoff=0.6)
+    if text.startswith("hf://"):
+        return _from_hugging_face(text)
+    if text.startswith(("http://", "https://")):
+        url, _, fragment = text.partition("#")
+        wanted = re.fullmatch("(sha256|md5)=([0-9a-f]{6,64})", fragment.lower())
+        if fragment and not wanted:
+            raise InputError(f"{text} with the hash {fragment}: give sha256= or md5= and 6 or more of its digits")
+        return _from_web(url, {wanted[1]: wanted[2]} if wanted else {}, cache)
+    nearest = difflib.get_close_matches(text, rows, n=1)
     raise InputError(
         f"checkpoint {text or repr(text)} does not exist as a file, and no released one has this name"
-        + (f": did you mean {' or '.join(nearest)}?" if nearest else ".")
+        + (f": did you mean {nearest[0]}?" if nearest else ".")
         + f" Known names: {', '.join(rows)}; else give a file, https://HOST/FILE or hf://ORG/REPO/FILE"
     )
 
@@ -74,9 +74,7 @@ def weights_file(source: str | Path) -> Path:
         if (source / name).is_file():
             return source / name
     if source.is_dir():
-        files = sorted(str(p) for p in source.iterdir() if p.suffix in (".pth", ".pt", ".safetensors", ".npz"))
-        holds = f"it holds {', '.join(files[:4]) or 'none'}"
-        raise InputError(f"{source} is a folder without model.safetensors or pytorch_model.bin: give a file ({holds})")
+        raise InputError(f"{source} is a folder without model.safetensors or pytorch_model.bin: give a file in it")
     return source
 
 
@@ -103,42 +101,27 @@ def _from_web(url: str, wanted: dict[str, str], cache) -> Path:
 
 
 def _download(url: str, file: Path, wanted: dict[str, str]) -> None:
-    import torch  # here, so that this file can be imported without
-
-    for left in file.parent.glob("*.partial"):  # of a process that was killed
-        left.unlink()
-    part, length = file.with_name(f"{file.name}.partial"), _length(url)
+    part = file.with_name(f"{file.name}.partial")
     print(f"downloading {url.partition('?')[0]}", flush=True)  # what follows a ? may be a key
-    torch.hub.download_url_to_file(url, str(part))
-    if length not in (None, part.stat().st_size):  # torch takes a cut connection for the end of the file
+    request = urllib.request.Request(url, headers={"User-Agent": "cgd-mae"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        if answer.headers.get_content_type() == "text/html":
+            raise ValueError("it is a web page")
+        length = int(answer.headers["Content-Length"] or 0)
+        with open(part, "wb") as opened, tqdm.wrapattr(opened, "write", total=length or None) as counted:
+            shutil.copyfileobj(answer, counted, BLOCK_BYTES)
+    if length and part.stat().st_size != length:
         raise OSError(f"cut at {part.stat().st_size:,} of {length:,} bytes")
-    digests = _compare_hash(part, wanted, url)
+    digests = file_digests(part, ("sha256", "md5"))
+    for kind, prefix in wanted.items():
+        if not digests[kind].startswith(prefix):
+            raise InputError(f"{url} has the {kind} {digests[kind]}, not {prefix}... as published: it is another file")
     # the record first: a file that is there is a file that was checked
     write_atomic(f"{file}.sha256", lambda opened: opened.write(f"{digests['sha256']}  {file.name}\n".encode()))
     os.replace(part, file)
 
 
-def _length(url: str) -> int | None:
-    """Bytes that a server says a file has, None where it does not say; ValueError for a web page."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=30) as answer:
-            headers = answer.headers
-    except urllib.error.HTTPError:  # also of servers that answer GET alone, which comes next
-        return None
-    if headers.get_content_type() == "text/html":
-        raise ValueError("it is a web page")
-    return int(headers["Content-Length"]) if headers["Content-Length"] else None
-
-
-def _compare_hash(file: Path, wanted: dict[str, str], url: str) -> dict[str, str]:
-    digests = file_digests(file, ("sha256", "md5"))
-    for kind, prefix in wanted.items():
-        if not digests[kind].startswith(prefix):
-            raise InputError(f"{url} has the {kind} {digests[kind]}, not {prefix}... as published: it is another file")
-    return digests
-
-
-def _from_hugging_face(url: str, wanted: dict[str, str]) -> Path:
+def _from_hugging_face(url: str) -> Path:
     """hf://ORG/REPO/FILE or hf://ORG/REPO@REVISION/FILE; cache, login and offline rule are huggingface_hub's."""
     named = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+[^/])", url)
     if not named:
@@ -146,10 +129,7 @@ def _from_hugging_face(url: str, wanted: dict[str, str]) -> Path:
     import huggingface_hub  # takes a second, and only hf:// needs it
 
     try:
-        file = Path(huggingface_hub.hf_hub_download(named[1], named[3], revision=named[2]))
+        return Path(huggingface_hub.hf_hub_download(named[1], named[3], revision=named[2]))
     except Exception as error:  # its own, those of the HTTP client under it, the disk's
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"cannot get {url} (private or gated: hf auth login first): {reason}") from error
-    if wanted:
-        _compare_hash(file, wanted, url)
-    return file

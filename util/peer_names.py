@@ -98,16 +98,20 @@ def _from_hf(whole: dict, prefix: str, file: Path) -> tuple[str, dict, dict]:
 
 def _hf_config(file: Path) -> dict:
     """What config.json and preprocessor_config.json beside a file say, in this project's words."""
-    theirs, pixels = (_read_json(file.with_name(name)) for name in ("config.json", "preprocessor_config.json"))
+    found = []
+    for beside in (file.with_name(name) for name in ("config.json", "preprocessor_config.json")):
+        try:
+            found.append(json.loads(beside.read_text()) if beside.is_file() else {})
+        except ValueError as error:
+            raise InputError(f"{beside} is damaged ({error}): fetch it again, or move it away") from error
+    theirs, pixels = found
     config = {ours: theirs[name] for name, ours in HF_CONFIG.items() if name in theirs}
     act = theirs.get("hidden_act", "gelu")
     if act not in ("gelu", "quick_gelu"):
         raise InputError(
-            f"{file.with_name('config.json')} asks for the activation {act!r}, and this encoder has gelu and "
-            "quick_gelu: its features would be others"
+            f"{file.with_name('config.json')} asks for the activation {act!r}: only gelu and quick_gelu go"
         )
-    if act == "quick_gelu":
-        config["quick_gelu"] = True
+    config |= {"quick_gelu": True} if act == "quick_gelu" else {}
     if size := theirs.get("image_size"):
         config["img_size"] = list(size) if isinstance(size, list) else [size, size]
     if not pixels.get("do_normalize", True):
@@ -115,13 +119,6 @@ def _hf_config(file: Path) -> dict:
     elif "image_mean" in pixels and "image_std" in pixels:
         config |= {"mean": pixels["image_mean"], "std": pixels["image_std"]}
     return config
-
-
-def _read_json(file: Path) -> dict:
-    try:
-        return json.loads(file.read_text()) if file.is_file() else {}
-    except ValueError as error:
-        raise InputError(f"{file} is damaged ({error}): fetch it again, or move it away") from error
 
 
 def _from_google(whole: dict, prefix: str, file: Path) -> tuple[str, dict, dict]:

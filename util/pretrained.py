@@ -96,16 +96,16 @@ def _find_encoder(whole: dict, file) -> tuple[str, str]:
             if key == prefix + ending and (not prefix or prefix.endswith(".")):
                 if ending == PATCHES or prefix + "class_embedding" in whole:
                     found.setdefault(prefix, ending)
-
-    def rank(prefix: str) -> tuple[int, int]:
-        last = prefix.rstrip(".").split(".")
-        return min((i for i, name in enumerate(PREFERRED) if name in last), default=len(PREFERRED)), len(last)
-
     if not found:
         raise InputError(
             f"{file} is no ViT encoder: no name in it ends with {PATCHES}, and it starts with "
             f"{', '.join(list(whole)[:3]) or 'nothing'}"
         )
+
+    def rank(prefix: str) -> tuple[int, int]:
+        last = prefix.rstrip(".").split(".")
+        return min((i for i, name in enumerate(PREFERRED) if name in last), default=len(PREFERRED)), len(last)
+
     prefix = min(found, key=rank)
     return prefix, found[prefix]
 
@@ -120,16 +120,12 @@ def _last_block(whole: dict) -> dict:
 
 
 def _check_tables(state: dict, config: dict, file) -> None:
-    pos_embed, weight = state.get("pos_embed"), state.get(PATCHES)
-    if pos_embed is None or "cls_token" not in state or weight.ndim != 4 or pos_embed.ndim != 3:
-        raise InputError(
-            f"{file} is no ViT encoder with a class token and a position table: it lacks pos_embed or "
-            "cls_token, or they have another form"
-        )
-    size, patch = config.get("img_size"), weight.shape[2]
-    if size is not None:
-        stride = config.get("stride", patch)
-        rows, columns = ((side - patch) // stride + 1 for side in size)
+    pos_embed, weight = state.get("pos_embed"), state[PATCHES]
+    if pos_embed is None or "cls_token" not in state:
+        raise InputError(f"{file} is no ViT with a class token and a position table: it lacks pos_embed or cls_token")
+    if size := config.get("img_size"):
+        patch = weight.shape[2]
+        rows, columns = ((side - patch) // config.get("stride", patch) + 1 for side in size)
         if 1 + rows * columns != pos_embed.shape[1]:
             raise InputError(
                 f"{file} holds pos_embed with {pos_embed.shape[1]} rows, and its config says {size[0]} x "
@@ -154,10 +150,8 @@ def read_config(file: str | Path, content: dict) -> dict:
 
 
 def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: list[str]) -> str:
-    """Copy an encoder's tensors into a model of the same names.
+    """Copy an encoder's tensors into a model of the same names; `resized` names those brought to another size before.
 
-    Args:
-        resized: names whose tensor was brought to another size before; for the report.
     Returns:
         A table: loaded, new (kept at their initial values), resized, ignored.
     Raises:
@@ -165,14 +159,12 @@ def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: li
             the file has parts inside its encoder that this one lacks.
     """
     own = model.state_dict()
-    unknown = [k for k in found.state if k not in own]
-    if unknown:
+    if unknown := [k for k in found.state if k not in own]:
         raise InputError(
             f"{file} is a ViT with parts that this encoder lacks ({len(unknown)} tensors, first {unknown[0]}), and "
             "without them its features would be others: give a plain ViT"
         )
-    wrong = [k for k, v in found.state.items() if v.shape != own[k].shape]
-    if wrong:
+    if wrong := [k for k, v in found.state.items() if v.shape != own[k].shape]:
         k = wrong[0]
         raise InputError(
             f"{file} holds another architecture: {k} is {tuple(found.state[k].shape)}, the model wants "
@@ -185,8 +177,7 @@ def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: li
             f"{file} has {len(own) - len(new)} of the encoder's {len(own)} tensors ({share:.0%}, at least "
             f"95% are needed); the first that is missing is {new[0]}"
         )
-    in_block = next((k for k in new if k.startswith("blocks.")), None)
-    if in_block:
+    if in_block := next((k for k in new if k.startswith("blocks.")), None):
         raise InputError(f"{file} lacks {in_block}: a block that is random in part would spoil the features")
     model.load_state_dict(found.state, strict=False)
     rows = (("loaded", list(found.state)), ("new", new), ("resized", resized), ("ignored", found.ignored))
