@@ -386,11 +386,7 @@ def write_demo(
     val_ratio: float = 0.25,
     processes: int | None = None,
 ) -> dict:
-    """Write images/<split>/<body>/NNNNN.jpg and labels.csv into a new folder.
-
-    A folder that already holds this very set is left as it is ("written": False). `val_ratio`: share of the identities
-    held out, in [0, 1). `processes` (default: one per core) changes the speed only.
-    """
+    """Write images/<split>/<body>/NNNNN.jpg and labels.csv; `val_ratio`: share of the identities held out."""
     settings = {"num_images": num_images, "size": size, "seed": seed, "val_ratio": val_ratio}
     if num_images < 1 or size < 16 or not 0 <= val_ratio < 1:
         raise InputError(f"num_images must be 1 or more, size 16 or more and val_ratio in [0, 1), got {settings}")

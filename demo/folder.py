@@ -29,14 +29,11 @@ def write_set(
 
     Args:
         stamp: name of the file that holds the settings.
-        rows: each has a `path` relative to the folder.
-        draw: (row, folder) writes the file of one row; it can be pickled.
+        draw: (row, folder) writes the file of one row, at its `path`; it can be pickled.
         finish: (folder) writes tables after the last file.
         processes: number of workers, None: one per core. They change the speed only.
     Returns:
         False where `output` already holds this very set.
-    Raises:
-        InputError: it holds anything else.
     """
     output, about = Path(output).absolute(), json.dumps({**settings, "version": VERSION}, indent=1) + "\n"
     if (output / stamp).is_file() and (output / stamp).read_text(encoding="utf-8") == about:

@@ -57,8 +57,6 @@ TRUTH = ("path", "kind", "of", "body", "colour", "make", "pid", "camid", "how")
 CAPTIONS = ("path", "split", "caption", "short_caption")
 NOT_FOUND = "<!DOCTYPE html>\n<html><head><title>404</title></head><body>Not found.</body></html>\n"
 
-# the plan: which file is what, and of whom
-
 
 def share_out(total: int, weights: Sequence[float]) -> list[int]:
     """Whole numbers in proportion to the weights that add up to `total` (largest remainder)."""
@@ -101,9 +99,8 @@ def plan(num_images: int, seed: int) -> tuple[list[dict], list[dict]]:
     rows += _copies("exact_copy", kinds["exact_copy"], clean, seed)
     rows += _copies("pixel_copy", kinds["pixel_copy"], [row for row in clean if row["ending"] == ".jpg"], seed)
     rows += _copies("near_copy", kinds["near_copy"], clean, seed)
-    rows += _copies("leak_exact", leaked, test[:leaked], seed) + _copies(
-        "leak_near", kinds["leak_near"], test[leaked:], seed
-    )
+    rows += _copies("leak_exact", leaked, test[:leaked], seed)
+    rows += _copies("leak_near", kinds["leak_near"], test[leaked:], seed)
     for k in range(kinds["non_vehicle"]):
         row = _row("non_vehicle", k, {})
         short, place = SUBJECTS[row["how"]], CAMERAS[k % len(CAMERAS)].place
@@ -132,14 +129,8 @@ def _ranked(seed: int) -> list[list[int]]:
 
 def _row(kind: str, number: int, labels: dict) -> dict:
     ways = HOWS.get(kind, ("",))
-    return {
-        **labels,
-        "kind": kind,
-        "number": number,
-        "how": ways[number % len(ways)],
-        "shape": (1, 1),
-        "ending": ".jpg",
-    }
+    how = ways[number % len(ways)]
+    return {**labels, "kind": kind, "number": number, "how": how, "shape": (1, 1), "ending": ".jpg"}
 
 
 def _copies(kind: str, count: int, originals: list[dict], seed: int) -> list[dict]:
@@ -183,18 +174,8 @@ def _name(rows: list[dict], seed: int) -> None:
             row["of"] = "" if first == row["path"] else first
 
 
-# the files
-
-
 def file_bytes(row: dict, seed: int, size: int) -> bytes:
-    """The file of one row of the plan; a function of its arguments.
-
-    Args:
-        row: has path, kind, how, number (its own stream of random numbers) and shape (width and height in units of
-            `size`); vehicles have pid, camid, viewid, shot; copies and leaks have `source`, the row of their original;
-            frames of a track have `frame`.
-        size: side of the pictures in px.
-    """
+    """Draw the file of one row of the plan; `number` keys its own stream of random numbers, `size` is in px."""
     kind, how, rng = row["kind"], row["how"], demo_rng(seed, "flaw", row["kind"], row["number"])
     if "source" in row:
         return _copy(file_bytes(row["source"], seed, size), kind, how, rng)
@@ -224,11 +205,9 @@ def file_bytes(row: dict, seed: int, size: int) -> bytes:
 
 def encode(picture: Image.Image, ending: str, quality: int = 85) -> bytes:
     """An RGB picture as JPEG of this quality, or without loss as .png, .bmp or .webp."""
-    opened = io.BytesIO()
-    if ending.lower() in (".jpg", ".jpeg"):
-        picture.save(opened, "JPEG", quality=quality)
-    else:
-        picture.save(opened, ending[1:].upper(), lossless=True)  # PNG and BMP know no loss anyway
+    opened, is_jpeg = io.BytesIO(), ending.lower() in (".jpg", ".jpeg")
+    how = {"quality": quality} if is_jpeg else {"lossless": True}
+    picture.save(opened, "JPEG" if is_jpeg else ending[1:], **how)
     return opened.getvalue()
 
 
@@ -273,9 +252,6 @@ def _copy(data: bytes, kind: str, how: str, rng: np.random.Generator) -> bytes:
     return encode(picture, ".jpg")
 
 
-# the folder
-
-
 def _write_file(row: dict, folder: Path, seed: int, size: int) -> None:
     (folder / row["path"]).write_bytes(file_bytes(row, seed, size))
 
@@ -283,17 +259,8 @@ def _write_file(row: dict, folder: Path, seed: int, size: int) -> None:
 def write_pool(
     output: Path, num_images: int = 4000, size: int = 96, seed: int = 0, processes: int | None = None
 ) -> dict:
-    """Write the pool into a new folder; one that already holds this very pool is left as it is.
-
-    Args:
-        num_images: files in photos/, 100 or more, readable or not; benchmark/ has 3.75% more.
-        size: short side of a good picture in px, 32 or more.
-        processes: number of workers, None: one per core. They change the speed only.
-    Returns:
-        images, benchmark, identities (in photos/), counts (files by kind) and written.
-    Raises:
-        InputError: a number out of range, or an `output` that holds something else.
-    """
+    """Write `num_images` files into photos/ and 3.75% more into benchmark/ of a new folder; `size` is the short side of
+    a good picture in px. -> images, benchmark, identities (in photos/), counts (files by kind) and written."""
     if num_images < 100 or size < 32:
         raise InputError(f"num_images must be 100 or more and size 32 or more, got {num_images} and {size}")
     rows, test = plan(num_images, seed)

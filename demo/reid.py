@@ -96,18 +96,9 @@ def write_demo_reid(
     mixed: bool = False,
     processes: int | None = None,
 ) -> dict:
-    """Write the set into a new folder; one that already holds this very set is left as it is.
+    """Write the set into a new folder; with six pictures of a vehicle or more, one of its five cameras comes back.
 
-    Args:
-        train_ids, test_ids: vehicles, 5 or more of each; none is in both.
-        images_per_id: pictures of a vehicle, 6 or more, so that one of its five cameras comes back.
-        size: side of a picture in px.
-        mixed: vehicles of all bodies and colours in turns, not four of each.
-        processes: number of workers, None: one per core. They change the speed only.
-    Returns:
-        train, query and gallery (numbers of images; VeRi's gallery holds the queries besides), and written.
-    Raises:
-        InputError: a setting that is unknown or out of range, or an `output` that holds something else.
+    -> train, query and gallery (numbers of images; VeRi's gallery holds the queries besides), and written.
     """
     if min(train_ids, test_ids) < 5 or train_ids + test_ids > MOST or images_per_id < 6 or size < 16:
         raise InputError(

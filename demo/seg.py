@@ -48,14 +48,7 @@ def _write_pair(row: dict, folder: Path, seed: int) -> None:
 def write_demo_parts(
     output: Path, num_images: int = 600, size: int = 128, seed: int = 0, processes: int | None = None
 ) -> dict:
-    """Write images/, annotations/ and classes.json into a new folder; one that already holds this very set is left.
-
-    Args:
-        num_images: 30 or more. size: side in px, about, 32 or more.
-        processes: number of workers, None: one per core. They change the speed only.
-    Returns:
-        train, val and test (numbers of images), and written.
-    """
+    """Write images/, annotations/ and classes.json. -> train, val and test (numbers of images), and written."""
     if num_images < 30 or size < 32:
         raise InputError(f"num_images must be 30 or more and size 32 or more, got {num_images} and {size}")
     rows = plan(num_images, size, seed)

@@ -82,9 +82,7 @@ def main(args) -> dict:
     device, output = pick_device(args.device), Path(args.output)
     pictures, captions = read_pairs(Path(args.data_path), args.caption_column)
     if len(pictures) < args.batch_size:
-        raise InputError(
-            f"--batch_size {args.batch_size}: {args.data_path} has {len(pictures)} readable training pairs"
-        )
+        raise InputError(f"--batch_size {args.batch_size}: {args.data_path} has {len(pictures)} readable pairs")
     config = output / "MiniCLIP.json"
     write_json(config, CONFIG)
     open_clip.add_model_config(config)
