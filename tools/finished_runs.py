@@ -18,7 +18,7 @@ NOT_CONFIG = (
     "keep_checkpoints eval eval_every report compile grad_checkpoint local_rank dist_url dist_on_itp "
     "dist_timeout tests rerank rerank_k1 rerank_k2 rerank_lambda"
 ).split()
-METRICS = {  # of each task, in the order of the tables; the first is drawn
+METRICS = {  # of each task, in the order of the tables
     "reid": ("mAP", "R1", "R5"),
     "attr": ("mA", "accuracy", "F1", "constant_mA"),
     "fgvc": ("top1", "mean_class_accuracy", "majority"),

@@ -2,7 +2,7 @@
 
     python -m tools.results_table runs/ --output results.md --name 3fa4b2c1="CGD-MAE, 400 epochs"
 
-Writes OUTPUT (Markdown) and a picture of the same name. Runs that differ in their seed only become one row,
+Writes OUTPUT (Markdown). Runs that differ in their seed only become one row,
 mean +- sample deviation. A run without its config, seed, commit or the hash of its starting weights gives no
 row, and is listed with the reason. Numbers of sets with other counts than published have tables of their own.
 """
@@ -19,7 +19,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("runs", nargs="+", metavar="RUN_OR_FOLDER",
         help="output folders of main_finetune.py, or folders of them")
-    add("--output", required=True, help="Markdown file to write; the picture goes beside it as .png")
+    add("--output", required=True, help="Markdown file to write")
     add("--name", nargs="+", default=[], metavar="HASH=TEXT",
         help="what to call the weights whose SHA-256 begins so; random=TEXT for none (default: their file)")
     # fmt: on
@@ -34,9 +34,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 import numpy as np
-from matplotlib.figure import Figure
 
-from reports.page import png_bytes
 from tools.finished_runs import METRICS, LeftOut, Run, TestNumbers, numbers_of, read_run
 from util.errors import InputError
 from util.files import write_atomic
@@ -58,7 +56,6 @@ TABLES = {  # heading: {test: (title, metrics)}
         PARTS: ("PartImageNet vehicles", ("mIoU", "mAcc")),
     },
 }
-DRAWN = ("reid veri776", "reid vehicleid/800", "reid veriwild/3000", "attr veri776", "fgvc StanfordCars", PARTS)
 
 
 @dataclass(frozen=True)
@@ -74,17 +71,12 @@ class Group:
     runs: list[Run] = field(default_factory=list)
     values: dict[str, list[float]] = field(default_factory=dict)
 
-    def deviation(self, metric: str) -> float:
-        """Sample deviation over the seeds; of one seed 0."""
-        values = self.values[metric]
-        return float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
-
     def cell(self, metric: str) -> str:
         """Mean, sample deviation, number of seeds; one seed alone as such."""
         values, digits = self.values.get(metric, []), DIGITS[self.runs[0].task]
         if len(values) < 2:
             return f"{values[0]:.{digits}f} (1 seed)" if values else ""
-        return f"{np.mean(values):.{digits}f} ± {self.deviation(metric):.{digits}f} ({len(values)} seeds)"
+        return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f} ({len(values)} seeds)"
 
 
 def main(args) -> dict:
@@ -102,12 +94,11 @@ def main(args) -> dict:
     runs, left_out = read_runs(folders)
     groups = group_runs(runs, weight_names([run for run, _ in runs], args.name))
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
-    picture, text = draw(groups, published), markdown(groups, left_out, published, output.with_suffix(".png").name)
-    write_atomic(output.with_suffix(".png"), lambda opened: opened.write(picture))
+    text = markdown(groups, left_out, published)
     write_atomic(output, lambda opened: opened.write(text.encode()))
     for folder, reason in left_out:
         print(f"left out: {folder}: {reason}")
-    print(f"{output}, {output.with_suffix('.png')}")
+    print(output)
     return {"runs": len(runs), "rows": len(groups), "left_out": len(left_out), "output": str(output)}
 
 
@@ -168,9 +159,9 @@ def group_runs(runs: list[tuple[Run, list[TestNumbers]]], names: dict[str, str])
     return list(groups.values())
 
 
-def markdown(groups: list[Group], left_out: list[tuple[str, str]], published: dict, picture: str) -> str:
+def markdown(groups: list[Group], left_out: list[tuple[str, str]], published: dict) -> str:
     """The page: both tables, a table for each other set, the runs behind our rows, and what was left out."""
-    parts = ["# Results", f"![Our runs beside published numbers]({picture})"]
+    parts = ["# Results"]
     for heading, columns in TABLES.items():
         parts += [f"## {heading}", published_table(columns, groups, published)]
     parts.append(
@@ -239,54 +230,6 @@ def runs_table(groups: list[Group]) -> str:
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def draw(groups: list[Group], published: dict) -> bytes:
-    """A PNG: a panel for the main metric of each published test, and of each other set of ours; published in
-    grey, ours in blue with the deviation over seeds."""
-    titles = {key: test for columns in TABLES.values() for key, test in columns.items()}
-    panels = []  # (title, [(name, mean, deviation, colour)])
-    for key in DRAWN:
-        title, (metric, *_) = titles[key]
-        found = [(row["name"], row["numbers"].get(key, {}).get(metric)) for row in published["rows"]]
-        bars = [(name, value, 0.0, "silver") for name, value in found if value is not None]
-        panels.append((f"{title}, {NAMES.get(metric, metric)}", bars + our_bars(groups, key, metric)))
-    for key, title in {g.test.key: g.test.title for g in groups if not g.test.is_published}.items():
-        metric = METRICS[key.split()[0]][0]
-        panels.append((f"{title.replace(': ', chr(10), 1)}\n{metric}", our_bars(groups, key, metric)))
-    lines = [panels[i : i + 3] for i in range(0, len(panels), 3)]
-    heights = [0.9 + 0.24 * max(len(bars) for _, bars in line) for line in lines]
-    figure = Figure((16.8, sum(heights)), layout="constrained")
-    axes = figure.subplots(len(lines), 3, squeeze=False, height_ratios=heights)
-    for axis in axes.flat:
-        axis.set_visible(False)
-    for row, line in zip(axes, lines):
-        for axis, (title, bars) in zip(row, line):
-            draw_bars(axis, title, bars)
-            axis.set_ylim(max(len(bars) for _, bars in line) - 0.5, -0.5)  # from the top, bars of one height
-    return png_bytes(figure)
-
-
-def our_bars(groups: list[Group], key: str, metric: str) -> list[tuple[str, float, float, str]]:
-    return [
-        (f"{g.name} [{g.number}]", float(np.mean(g.values[metric])), g.deviation(metric), "tab:blue")
-        for g in groups
-        if g.test.key == key and g.values.get(metric)
-    ]
-
-
-def draw_bars(axis, title: str, bars: list[tuple[str, float, float, str]]) -> None:
-    names, values, spreads, colours = zip(*bars)
-    axis.set_visible(True)
-    axis.grid(False)
-    places = range(len(bars))
-    axis.barh(places, values, xerr=[s or np.nan for s in spreads], color=colours, capsize=2)
-    axis.set_yticks(places, names, fontsize="small")
-    right = max(value + spread for value, spread in zip(values, spreads))
-    for place, (value, spread) in enumerate(zip(values, spreads)):
-        axis.text(value + spread + 0.01 * right, place, f"{value:.1f}", va="center", fontsize="small")
-    axis.set_xlim(0, 1.12 * right or 1)
-    axis.set_title(f"{title}, %", fontsize="medium")
 
 
 if __name__ == "__main__":
