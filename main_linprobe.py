@@ -67,6 +67,8 @@ def check_args(args) -> None:
         positive="temperature blr crop_min",
         not_negative="seed num_workers warmup_epochs",
     )
+    if args.crop_min > 1:
+        raise InputError(f"--crop_min {args.crop_min}: must be in (0, 1]")
     if min(args.shots) < 1:
         raise InputError(f"--shots {min(args.shots)}: must be at least 1")
     if args.warmup_epochs >= args.epochs:

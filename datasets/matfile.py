@@ -6,6 +6,8 @@ import numpy as np
 
 from util.errors import InputError
 
+MAX_BYTES = 64 * 2**20
+
 
 def read_cell_strings(file: str | Path, variable: str) -> list[str | None]:
     """The strings of one cell array in MATLAB's (column-major) order, None for empty cells. A file with only one cell
@@ -43,6 +45,8 @@ def _load(file: str | Path) -> dict[str, np.ndarray]:
 
     if not Path(file).is_file():
         raise InputError(f"cannot read {file}: no such file")
+    if Path(file).stat().st_size > MAX_BYTES:
+        raise InputError(f"{file} is larger than {MAX_BYTES:,} bytes: no file of annotations is")
     try:
         found = loadmat(file)
     except Exception as error:  # scipy lets errors of many kinds pass

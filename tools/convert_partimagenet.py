@@ -161,6 +161,9 @@ def read_coco(file: Path) -> dict:
         content = json.loads(file.read_text(encoding="utf-8"))
         names = {c["id"]: f"{c.get('supercategory', '')} {c['name']}" for c in content.get("categories", ())}
         largest = max((annotation["category_id"] for annotation in content["annotations"]), default=0)
+        for entry, names_of in (("annotations", {"image_id"}), ("images", {"id", "file_name", "width", "height"})):
+            if not all(names_of <= row.keys() for row in content[entry]):
+                raise ValueError(f"one of its {entry} lacks {', '.join(sorted(names_of))}")
         if largest >= NUM_IDS:
             raise ValueError(f"category_id {largest}, but ids go to {NUM_IDS - 1}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
