@@ -85,6 +85,8 @@ def command(*words: str, processes: int = 1) -> list[str]:
 
 def run_command(words: list[str], timeout: float = 300) -> subprocess.CompletedProcess:
     """Run what `command` has made: in processes that need not import torch again."""
+    if words[0] != sys.executable or words[1] == "-c":
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=timeout)
     words, processes = words[1:], 1
     if words[:2] == ["-m", "torch.distributed.run"]:
         processes, words = int(words[3].partition("=")[2]), words[4:]
