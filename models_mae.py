@@ -152,11 +152,12 @@ class MaskedAutoencoderViT(VisionTransformer):
             `pixel`: mean squared error; `pixel_baseline`: the same if every patch were predicted by its own mean.
         """
         target = self.patchify(imgs)
+        var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as in MAE
+        baseline = var[..., 0] * (1 - 1 / target.shape[-1])
         if self.norm_pix_loss:
-            var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as in MAE
             target = (target - mean) * (var + 1e-6).rsqrt()
-        error = (pred - target).square().mean(dim=-1)  # [N, L]
-        baseline = target.var(dim=-1, correction=0)
+            baseline = baseline / (var[..., 0] + 1e-6)
+        error = F.mse_loss(pred, target, reduction="none").mean(dim=-1)  # [N, L]
         return {"pixel": (error * mask).sum() / mask.sum(), "pixel_baseline": (baseline * mask).sum() / mask.sum()}
 
     def forward(
