@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install what the tests need and run them: about 15 minutes on 2 cores.
+# Install what the tests need and run them: about 5 minutes on 2 idle cores after the install.
 # Usage: bash scripts/test.sh [PYTEST ARGUMENTS]
 set -euo pipefail
 cd "$(dirname "$0")/.."
