@@ -11,8 +11,6 @@ from description.canonical import INVISIBLE, MEASURE, SLOTS, canonical_row, colu
 from description.readers import read_attributes, read_text
 from util.errors import InputError
 
-DEFAULT_TEMPLATES = Path(__file__).with_name("templates.json")
-
 
 @dataclass
 class Text:

@@ -21,7 +21,8 @@ from datasets.text_bank import read_encoded
 from description.canonical import canonical_row, split_class_name, with_articles
 from description.grounding import bank_statistics, ground, near_duplicates
 from description.readers import read_attributes
-from description.texts import DEFAULT_TEMPLATES, Templates, Text, cap, fill, invisible_reason, read_templates
+from description.texts import Templates, Text, cap, fill, invisible_reason, read_templates
+from main_describe import TEMPLATES
 from models_teacher import build_bank, encode_texts, load_clip
 from util.errors import InputError
 
@@ -118,7 +119,7 @@ def test_default_templates_read_well():
     rows = rows_of(
         {"class_name": "Audi TTS Coupe 2012", "colour": "red"}, {"class_name": "Ford F-150 Regular Cab 2012"}
     )
-    texts = [t.text for t in fill(read_templates(DEFAULT_TEMPLATES), rows)[0]]
+    texts = [t.text for t in fill(read_templates(TEMPLATES), rows)[0]]
     assert "a photo of a red Audi coupe." in texts and "a photo of a 2012 Ford F-150 Regular Cab." in texts
     for text in texts:
         words = text.rstrip(".").lower().split()
