@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datasets.eval_images import WholeImages
+from datasets.items import WholeImages
 from util.dist import is_main_process
 from util.files import write_atomic, write_json
 from util.parallel import Parts

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.utils.data import Dataset, Sampler, Subset
 
-from datasets.eval_images import WholeImages
+from datasets.items import WholeImages
 from engine_extract import extract_features
 from util.dist import get_rank, get_world_size, is_main_process, wait_for_main
 from util.errors import InputError

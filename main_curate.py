@@ -99,7 +99,7 @@ from curation.sample import draw_sample, judge
 from curation.sources import open_sources
 from curation.stages import Stages
 from datasets.benchmarks import recognise
-from datasets.eval_images import WholeImages
+from datasets.items import WholeImages
 from engine_extract import extract_to_file
 from models_teacher import FrozenTeacher, encode_texts, load_clip
 from models_vit import load_encoder

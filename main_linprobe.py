@@ -96,7 +96,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets.eval_images import WholeImages
+from datasets.items import WholeImages
 from datasets.labelled import LabelledImages, list_labelled
 from datasets.pretrain import PretrainDataset
 from datasets.reid import read_reid

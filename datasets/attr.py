@@ -11,9 +11,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from datasets.items import TrainItems
 from datasets.manifest import cell, check_first_exist, iterate_manifest, published_note
 from datasets.path_list import PathList, printable
-from datasets.train_items import TrainItems
 from datasets.transforms import PadCropErase
 from util.errors import InputError
 

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from datasets.items import TrainItems
 from datasets.labelled import list_labelled
 from datasets.manifest import published_note
 from datasets.matfile import read_cell_strings, read_struct_array
 from datasets.path_list import PathList
-from datasets.train_items import TrainItems
 from datasets.transforms import CropFlipAugment
 from util.errors import InputError
 

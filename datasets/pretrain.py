@@ -4,7 +4,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from datasets.images import UNREADABLE, open_reduced, why_unreadable
+from datasets.images import open_reduced
+from datasets.items import REPLACEMENT_TRIES, read_or_next
 from datasets.path_list import PathList
 from datasets.transforms import (
     CROP_STREAM,
@@ -12,11 +13,9 @@ from datasets.transforms import (
     jpeg_reduction,
     mask_noise,
     random_crop_box,
-    thread_rng,
+    sample_rng,
     whole_image,
 )
-
-REPLACEMENT_TRIES = 20
 
 
 class PretrainDataset(Dataset):
@@ -34,8 +33,7 @@ class PretrainDataset(Dataset):
         teacher_size: tuple[int, int] | None = None, teacher_cache=None,
     ):  # fmt: skip
         self.paths, self.input_size, self.num_patches = paths, input_size, num_patches
-        self.seed, self.min_area = seed, min_area
-        self.teacher_cache = teacher_cache
+        self.seed, self.min_area, self.teacher_cache = seed, min_area, teacher_cache
         self.teacher_size = teacher_size if teacher_cache is None else None
 
     def __len__(self) -> int:
@@ -47,17 +45,12 @@ class PretrainDataset(Dataset):
         `teacher_embed` [D_t] float16 where asked for."""
         epoch, index = item
         view = self.teacher_cache.view_of(epoch) if self.teacher_cache else epoch
-        problem = ""
-        for used in range(index, index + REPLACEMENT_TRIES):
-            used %= len(self.paths)
-            try:
-                image, full_size, box, flip = self._open(view, used)
-                break
-            except UNREADABLE as error:
-                problem = problem or f"{self.paths.relative(index)}\t{why_unreadable(error)}"
-        else:  # a run this full of bad files is stopped by --max_bad_ratio; until then it gets grey
-            image = Image.new("RGB", self.input_size[::-1], "grey")
-            used, full_size, box, flip = index, image.size, (0, 0, *image.size), False
+        others = (i % len(self.paths) for i in range(index + 1, index + REPLACEMENT_TRIES))
+        found, used, problem = read_or_next(self.paths, lambda i: self._open(view, i), index, others)
+        if found is None:
+            blank = Image.new("RGB", self.input_size[::-1], "grey")
+            found = blank, blank.size, (0, 0, *blank.size), False
+        image, full_size, box, flip = found
         sample = {
             "imgs": crop_resize(image, box, self.input_size, flip, full_size),
             "noise": torch.from_numpy(mask_noise(self.seed, epoch, index, self.num_patches)),
@@ -75,8 +68,7 @@ class PretrainDataset(Dataset):
 
         def reduction(*full_size: int) -> int:
             nonlocal box, flip
-            rng = thread_rng.at(self.seed, view, index, CROP_STREAM)
-            box, flip = random_crop_box(rng, *full_size, self.min_area)
+            box, flip = random_crop_box(sample_rng(self.seed, view, index, CROP_STREAM), *full_size, self.min_area)
             factor = jpeg_reduction(box, self.input_size)
             if self.teacher_size is not None:
                 factor = min(factor, jpeg_reduction((0, 0, *full_size), self.teacher_size))

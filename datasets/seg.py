@@ -19,9 +19,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from datasets.images import UNREADABLE, is_turned, open_rgb, to_rgb, why_unreadable
+from datasets.items import TrainItems
 from datasets.manifest import IMAGE_ENDINGS
 from datasets.path_list import PathList
-from datasets.train_items import TrainItems
 from datasets.transforms import IGNORE, PartsAugment
 from util.dist import get_rank, get_world_size, is_main_process
 from util.errors import InputError

@@ -1,7 +1,6 @@
 """Augmentation as a pure function of (seed, epoch, index): no global random state anywhere."""
 
 import math
-import threading
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +11,6 @@ from PIL import Image
 CROP_STREAM, MASK_STREAM, AUGMENT_STREAM = 0, 1, 2  # independent random streams of one (seed, epoch, index)
 TRIES = 10
 IGNORE = 255  # target of pixels without a label
-LONG = 4  # SETR's 2048 x 512: the long side is at most this many times the crop
 
 
 def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:
@@ -20,38 +18,15 @@ def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Gene
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, index]))
 
 
-class ThreadRng(threading.local):
-    """`sample_rng` in a sixth of its time: each thread has one generator, set to the place asked for. Draw at once:
-    the next call moves it."""
-
-    def __init__(self):
-        self.philox = np.random.Philox(0)
-        self.generator = np.random.Generator(self.philox)
-        self.place = self.philox.state
-
-    def at(self, seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:
-        self.place["state"]["key"][:] = seed, epoch
-        self.place["state"]["counter"][:] = 0, 0, stream, index
-        self.philox.state = self.place  # its buffer is marked as used up, its half word as absent
-        return self.generator
-
-
-thread_rng = ThreadRng()
-
-
 def mask_noise(seed: int, epoch: int, index: int, num_patches: int) -> np.ndarray:
     """[L] float32 in [0, 1): the noise by which MAE orders the patches of one image."""
-    return thread_rng.at(seed, epoch, index, MASK_STREAM).random(num_patches, dtype=np.float32)
+    return sample_rng(seed, epoch, index, MASK_STREAM).random(num_patches, dtype=np.float32)
 
 
-def random_crop_box(
-    rng: np.random.Generator, width: int, height: int, min_area: float
-) -> tuple[tuple[int, int, int, int], bool]:
-    """MAE's random-resized-crop box (left, upper, right, lower) in px, and whether to flip.
-
-    Area uniform in [min_area, 1] of the image, aspect log-uniform in [3/4, 4/3], ten tries, then
-    the largest central crop of allowed aspect (torchvision's RandomResizedCrop rule).
-    """
+def random_crop_box(rng: np.random.Generator, width: int, height: int, min_area: float) -> tuple[tuple, bool]:
+    """MAE's random-resized-crop box (left, upper, right, lower) in px, and whether to flip: area uniform in
+    [min_area, 1] of the image, aspect log-uniform in [3/4, 4/3], ten tries, then the largest central crop of allowed
+    aspect (torchvision's RandomResizedCrop rule)."""
     draws = rng.random((TRIES, 4))
     flip = bool(rng.random() < 0.5)
     low, high = math.log(3 / 4), math.log(4 / 3)
@@ -62,8 +37,7 @@ def random_crop_box(
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(x_draw * (width - w + 1)), int(y_draw * (height - h + 1))
             return (left, upper, left + w, upper + h), flip
-    w = min(width, round(height * 4 / 3))
-    h = min(height, round(width * 4 / 3))
+    w, h = min(width, round(height * 4 / 3)), min(height, round(width * 4 / 3))
     left, upper = (width - w) // 2, (height - h) // 2
     return (left, upper, left + w, upper + h), flip
 
@@ -80,19 +54,13 @@ def jpeg_reduction(box: tuple[int, int, int, int], size: tuple[int, int], oversa
 def crop_resize(
     image: Image.Image, box: tuple, size: tuple[int, int], flip: bool, full_size: tuple[int, int] | None = None
 ) -> torch.Tensor:
-    """Box of an RGB image, bicubic with antialiasing to (H, W) -> [3, H, W] uint8.
-
-    Args:
-        box: (left, upper, right, lower) in px of the undecimated picture.
-        full_size: (width, height) of that picture in px, where `image` was decoded smaller.
-    """
-    if full_size is None or full_size == image.size:
-        # torch's uint8 kernel rounds like Pillow's and takes a third of its time
+    """Box of an RGB image, bicubic with antialiasing to (H, W) -> [3, H, W] uint8; `box` (left, upper, right, lower)
+    in px of the picture of `full_size`, (width, height), from which `image` was perhaps decoded smaller."""
+    if full_size in (None, image.size):  # torch's uint8 kernel rounds like Pillow's and takes a third of its time
         pixels = torch.from_numpy(np.array(image.crop(box))).permute(2, 0, 1)
         pixels = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
     else:
-        scale_x, scale_y = image.size[0] / full_size[0], image.size[1] / full_size[1]
-        box = (box[0] * scale_x, box[1] * scale_y, box[2] * scale_x, box[3] * scale_y)
+        box = tuple(edge * image.size[i % 2] / full_size[i % 2] for i, edge in enumerate(box))
         image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
         pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
     return pixels.flip(2) if flip else pixels.contiguous()
@@ -105,12 +73,9 @@ def whole_image(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class PadCropErase:
-    """Resize, flip, pad and crop: the recipe of re-identification (Luo et al., 2019, Sec. 2). Erasing follows on the
-    device, after normalisation, since its noise is normal there (Zhong et al., 2020, arXiv 1708.04896).
-
-    size: (H, W) in px. flip: chance of mirroring. pad: black border in px, some of which a random crop cuts
-    off again. erase: chance of losing a rectangle.
-    """
+    """Resize to `size` (H, W), mirror with chance `flip`, pad by `pad` black px and crop: the recipe of
+    re-identification (Luo et al., 2019, Sec. 2). Erasing, with chance `erase`, follows on the device, after
+    normalisation, since its noise is normal there (Zhong et al., 2020, arXiv 1708.04896)."""
 
     size: tuple[int, int]
     flip: float = 0.5
@@ -129,15 +94,13 @@ class PadCropErase:
         return {"imgs": imgs, "erase": torch.tensor([*erase, int(rng.integers(1 << 62))])}
 
 
-def erase_box(
-    rng: np.random.Generator, size: tuple[int, int], area: tuple[float, float] = (0.02, 1 / 3), aspect: float = 0.3
-) -> tuple[int, int, int, int]:
-    """(top, left, height, width) in px: area uniform in its range as a fraction of the image, height / width
-    log-uniform in [aspect, 1 / aspect], ten tries; height 0: none fitted."""
+def erase_box(rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """(top, left, height, width) in px: area uniform in [0.02, 1/3] of the image, height / width log-uniform in
+    [0.3, 1 / 0.3], ten tries; height 0: none fitted."""
     height, width = size
     for _ in range(TRIES):
-        pixels = rng.uniform(*area) * height * width
-        ratio = math.exp(rng.uniform(math.log(aspect), -math.log(aspect)))
+        pixels = rng.uniform(0.02, 1 / 3) * height * width
+        ratio = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
         h, w = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
         if 0 < h < height and 0 < w < width:
             return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
@@ -145,12 +108,8 @@ def erase_box(
 
 
 def erase_boxes(imgs: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
-    """Normal noise in one rectangle of each image, in place.
-
-    Args:
-        imgs: [N, 3, H, W] float, normalised, on any device.
-        boxes: [N, 5] int64 on the CPU: top, left, height, width in px, seed of the noise.
-    """
+    """Normal noise in one rectangle of each image, in place: imgs [N, 3, H, W] float, normalised; boxes [N, 5] int64 on
+    the CPU: top, left, height, width in px, seed of the noise."""
     for image, (top, left, height, width, seed) in zip(imgs, boxes.tolist()):
         if height:
             generator = torch.Generator(imgs.device).manual_seed(seed)
@@ -160,24 +119,20 @@ def erase_boxes(imgs: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class CropFlipAugment:
-    """The whole picture to `resize`, a random crop of `size`, perhaps mirrored; then AutoAugment's policy of
-    ImageNet (Cubuk et al., 2019, arXiv 1805.09501).
-
-    size, resize: (H, W) in px. flip: chance of mirroring. auto_augment: whether the policy is applied.
-    """
+    """The whole picture to `resize`, a random crop of `size`, both (H, W) in px, every other one mirrored; then
+    AutoAugment's policy of ImageNet (Cubuk et al., 2019, arXiv 1805.09501)."""
 
     size: tuple[int, int]
     resize: tuple[int, int]
-    flip: float = 0.5
     auto_augment: bool = True
 
     def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        """An RGB picture -> [3, H, W] uint8, a function of the picture and of `rng`."""
+        """An RGB picture -> [3, H, W] uint8."""
         imgs = whole_image(image, self.resize)
         (height, width), (rows, columns) = self.size, self.resize
         top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
         imgs = imgs[:, top : top + height, left : left + width]
-        if rng.random() < self.flip:
+        if rng.random() < 0.5:
             imgs = imgs.flip(2)
         return auto_augment(imgs, rng) if self.auto_augment else imgs.contiguous()
 
@@ -196,47 +151,42 @@ def auto_augment(imgs: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class PartsAugment:
-    """SETR's: resize, crop, mirror, distort colours, pad.
-
-    size: (H, W) of the crop in px. fill: RGB of the padding, whose pixels have no label. ratio: range of the
-    random factor of the size. most: a crop of which one class has more than this share of the labelled
-    pixels is drawn again. flip: chance of mirroring. distort: whether colours change.
-    """
+    """SETR's: resize by a random factor of `ratio`, crop to `size` (H, W), mirror every other one, distort colours, pad
+    with the RGB `fill`, whose pixels have no label."""
 
     size: tuple[int, int]
     fill: tuple[int, int, int]
     ratio: tuple[float, float] = (0.5, 2.0)
-    most: float = 0.75
-    flip: float = 0.5
     distort: bool = True
 
     def __call__(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """An RGB picture and its mask, [h, w] uint8 of targets -> `imgs` [3, H, W], `masks` [H, W] uint8."""
         short, long = sorted(image.size)
         side = min(self.size)
-        factor = min(LONG * side / long, side / short) * rng.uniform(*self.ratio)
+        factor = min(4 * side / long, side / short)  # SETR's 2048 x 512: the long side is at most 4 times the crop
+        factor *= rng.uniform(*self.ratio)
         width, height = (max(1, round(factor * length)) for length in image.size)
         mask = np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
         top, left, mask = self.crop(mask, rng)
+        scale = (image.size[0] / width, image.size[1] / height) * 2
         box = (left, top, left + mask.shape[1], top + mask.shape[0])  # only this part of the image is resized
-        scale = image.size[0] / width, image.size[1] / height
-        box = [min(edge * scale[i % 2], image.size[i % 2]) for i, edge in enumerate(box)]
+        box = [min(edge * scale[i], image.size[i % 2]) for i, edge in enumerate(box)]
         image = image.resize(mask.shape[::-1], Image.Resampling.BILINEAR, box=box)
-        if rng.random() < self.flip:
+        if rng.random() < 0.5:
             image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask[:, ::-1]
         pixels = distort_colours(image, rng) if self.distort else np.asarray(image)
         return {"imgs": padded(pixels, self.size, self.fill), "masks": padded(mask, self.size, IGNORE)}
 
     def crop(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
-        """(top, left, part of the mask), at most of the crop's size: of ten draws the first in which no class
-        has more than `most`, else the last."""
+        """(top, left, part of the mask), at most of the crop's size: of ten draws the first in which no class has more
+        than 75% of the labelled pixels, else the last."""
         high, wide = (min(side, length) for side, length in zip(self.size, mask.shape))
         for _ in range(TRIES):
             top = int(rng.integers(mask.shape[0] - high + 1))
             left = int(rng.integers(mask.shape[1] - wide + 1))
             part = mask[top : top + high, left : left + wide]
             pixels = np.bincount(part.ravel(), minlength=256)[:IGNORE]
-            if self.most * pixels.sum() > pixels.max():
+            if 0.75 * pixels.sum() > pixels.max():
                 break
         return top, left, part
 
@@ -246,38 +196,26 @@ def padded(pixels: np.ndarray, size: tuple[int, int], fill) -> torch.Tensor:
     whole = np.empty((*size, *pixels.shape[2:]), dtype=np.uint8)
     whole[:] = fill
     whole[: pixels.shape[0], : pixels.shape[1]] = pixels
-    return torch.from_numpy(np.ascontiguousarray(whole.transpose(2, 0, 1) if whole.ndim == 3 else whole))
+    return torch.from_numpy(np.moveaxis(whole, -1, 0).copy() if whole.ndim == 3 else whole)
 
 
 def distort_colours(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
-    """Photometric distortion (Liu et al., 2016, "SSD", Sec. 3.6 of its code): each with a chance of one half,
-    brightness + [-32, 32], contrast x [0.5, 1.5] (before or after the colours), saturation x [0.5, 1.5], hue
-    + [-36, 36] degrees.
-
-    Args:
-        image: RGB.
-    Returns:
-        [h, w, 3] uint8.
-    """
+    """Photometric distortion of an RGB picture -> [h, w, 3] uint8 (Liu et al., 2016, "SSD", Sec. 3.6 of its code): each
+    with a chance of one half, brightness + [-32, 32], contrast x [0.5, 1.5] (before or after the colours), saturation
+    x [0.5, 1.5], hue + [-36, 36] degrees."""
     chosen = rng.random(5) < 0.5
     brightness, contrast = rng.uniform(-32, 32), rng.uniform(0.5, 1.5)
     saturation, hue = rng.uniform(0.5, 1.5), rng.uniform(-36, 36)
-    pixels = np.asarray(image)
 
     def linear(pixels: np.ndarray, factor: float, shift: float) -> np.ndarray:
         return (pixels * np.float32(factor) + np.float32(shift)).clip(0, 255).astype(np.uint8)
 
-    if chosen[0]:
-        pixels = linear(pixels, 1, brightness)
+    pixels = linear(np.asarray(image), 1, brightness if chosen[0] else 0)
     if chosen[1] and chosen[4]:
         pixels = linear(pixels, contrast, 0)
     if chosen[2] or chosen[3]:
         hsv = np.array(Image.fromarray(pixels).convert("HSV"))
-        if chosen[2]:
-            hsv[..., 1] = linear(hsv[..., 1], saturation, 0)
-        if chosen[3]:
-            hsv[..., 0] = (hsv[..., 0].astype(np.int16) + round(hue * 256 / 360)) % 256
+        hsv[..., 1] = linear(hsv[..., 1], saturation if chosen[2] else 1, 0)
+        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + (round(hue * 256 / 360) if chosen[3] else 0)) % 256
         pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-    if chosen[1] and not chosen[4]:
-        pixels = linear(pixels, contrast, 0)
-    return pixels
+    return linear(pixels, contrast, 0) if chosen[1] and not chosen[4] else pixels

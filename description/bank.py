@@ -11,7 +11,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 
-from datasets.eval_images import WholeImages
+from datasets.items import WholeImages
 from datasets.path_list import printable
 from datasets.text_bank import TeacherIdentity, hash_texts
 from description.grounding import bank_statistics, ground, near_duplicates

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from datasets.attr import Attribute, AttributeData, AttributeTrainImages, read_attribute_set
-from datasets.eval_images import WholeImages
+from datasets.items import WholeImages
 from datasets.samplers import epoch_batches
 from datasets.transforms import PadCropErase
 from description.canonical import slot_of, with_articles

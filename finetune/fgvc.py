@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datasets.eval_images import CenterCrops
 from datasets.fgvc import CropFlipAugment, FgvcData, FgvcTrainImages, read_fgvc, renumber_classes
+from datasets.items import CenterCrops
 from datasets.samplers import epoch_batches
 from engine_finetune import Task, evaluation, predict, write_unreadable
 from finetune.encoder import Trained, build_encoder, build_optimizer

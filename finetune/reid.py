@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from datasets.eval_images import WholeImages
+from datasets.items import WholeImages
 from datasets.reid import UNKNOWN, ReidData, ReidImages, ReidTrainImages, read_reid
 from datasets.samplers import PKBatches, count_used
 from datasets.transforms import PadCropErase, erase_boxes

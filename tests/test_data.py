@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -18,17 +17,7 @@ from datasets.manifest import list_images
 from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset, build_loader
 from datasets.samplers import EpochBatches, count_used, pk_batches
-from datasets.transforms import (
-    CROP_STREAM,
-    MASK_STREAM,
-    crop_resize,
-    jpeg_reduction,
-    mask_noise,
-    random_crop_box,
-    sample_rng,
-    thread_rng,
-    whole_image,
-)
+from datasets.transforms import CROP_STREAM, crop_resize, jpeg_reduction, random_crop_box, sample_rng, whole_image
 from util.errors import InputError
 from util.stop import init_worker
 
@@ -160,24 +149,6 @@ def test_crop_boxes_have_the_published_distribution():
         for a, b in zip(np.array(ours).T, np.array(theirs).T):
             assert abs(a.mean() - b.mean()) < 0.01 * width and abs(a.std() - b.std()) < 0.01 * width
         assert 0.47 < np.mean(flips) < 0.53
-
-
-def test_the_generator_of_a_thread_draws_what_a_new_one_draws():
-    places = [(0, 0, 0, 0), (7, 3, 10**6, 1), (7, 3, 10**6, 0), (2**62, 399, 5, 1), (0, 0, 0, 0)]
-    for place in places:
-        # an odd number of half words first: neither they nor the buffer may leak into the next place
-        drawn, fresh = thread_rng.at(*place), sample_rng(*place)
-        for draw in (
-            lambda rng: rng.random(7, dtype=np.float32),
-            lambda rng: rng.random((3, 2)),
-            lambda rng: rng.integers(0, 1000, 5),
-        ):
-            np.testing.assert_array_equal(draw(drawn), draw(fresh))
-    with ThreadPoolExecutor(4) as pool:
-        noise = list(pool.map(lambda i: mask_noise(1, 2, i % 50, 64), range(400)))
-    for i, ours in enumerate(noise):
-        wanted = sample_rng(1, 2, i % 50, MASK_STREAM).random(64, dtype=np.float32)
-        np.testing.assert_array_equal(ours, wanted)
 
 
 def test_long_images_fall_back_to_the_centre():

@@ -10,8 +10,8 @@ from conftest import write_pictures
 from layouts import CAR_FOLDERS, write_demo_cars, write_mat
 from PIL import Image
 
-from datasets.eval_images import CenterCrops
 from datasets.fgvc import DEVKIT_FIELDS, FgvcTrainImages, read_fgvc, renumber_classes
+from datasets.items import CenterCrops
 from datasets.matfile import read_cell_strings, read_struct_array
 from datasets.transforms import CropFlipAugment, auto_augment
 from util.errors import InputError

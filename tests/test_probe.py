@@ -15,8 +15,8 @@ from PIL import Image
 import main_finetune
 import main_linprobe
 import main_pretrain
-from datasets.eval_images import WholeImages
 from datasets.images import open_rgb
+from datasets.items import WholeImages
 from datasets.manifest import list_images
 from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset

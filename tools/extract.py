@@ -39,7 +39,7 @@ import io
 
 import numpy as np
 
-from datasets.eval_images import WholeImages
+from datasets.items import WholeImages
 from datasets.manifest import list_images
 from datasets.path_list import printable
 from engine_extract import extract_to_file

@@ -53,8 +53,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from datasets.eval_images import WholeImages
 from datasets.images import UNREADABLE, open_rgb
+from datasets.items import WholeImages
 from datasets.manifest import MANIFEST_ENDINGS, list_images
 from datasets.packed import PackedImages
 from datasets.path_list import PathList, printable
