@@ -96,8 +96,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from datasets.fgvc import LabelledImages, list_labelled
 from datasets.items import WholeImages
-from datasets.labelled import LabelledImages, list_labelled
 from datasets.pretrain import PretrainDataset
 from datasets.reid import read_reid
 from datasets.samplers import EpochBatches

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.manifest import cell, check_first_exist, iterate_manifest, list_images
+from datasets.manifest import check_first_exist, list_images
 from datasets.packed import PackedImages
 from datasets.path_list import PathList
+from datasets.tables import cell, iterate_table
 from util.errors import InputError
 
 TEST_SPLITS = ("val", "dev", "test", "query", "gallery", "probe")  # beginnings of a split's name
@@ -98,7 +99,7 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
         return Source(name, role, list_images(path))
     rows = []
     left_out = 0
-    for row in iterate_manifest(path):
+    for row in iterate_table(path):
         split = cell(row, "split").lower()
         if split.startswith(TEST_SPLITS) if role == "pool" else split == "train":
             left_out += 1

@@ -12,13 +12,13 @@ import numpy as np
 import torch
 
 from datasets.items import TrainItems
-from datasets.manifest import cell, check_first_exist, iterate_manifest, published_note
+from datasets.manifest import check_first_exist
 from datasets.path_list import PathList, printable
+from datasets.tables import cell, iterate_table, published_note
 from datasets.transforms import PadCropErase
 from util.errors import InputError
 
 UNKNOWN = -1
-PUBLISHED = {"train": 37_778, "test": 11_579}  # images of VeRi-776
 VERI_FILES = {"train": ("train_label.xml", "image_train"), "test": ("test_label.xml", "image_test")}
 NOT_ATTRIBUTES = ("path", "split")
 YES_NO = {"0": 0, "1": 1, "false": 0, "true": 1, "": UNKNOWN}
@@ -151,7 +151,7 @@ def _read_veri(root: Path, need_train: bool) -> AttributeData:
     if both:
         notes.append(f"{len(both)} vehicles are in both splits, e.g. {min(both)}")
     counts = {split: len(images) for split, images in parts.items() if len(images)}
-    notes.append(published_note(counts, PUBLISHED))
+    notes.append(published_note(counts, "veri776"))
     return AttributeData("veri776", VERI, parts["train"], parts["test"], notes)
 
 
@@ -210,11 +210,9 @@ def _read_table(
     known: tuple[Attribute, ...] | None, need_train: bool,
 ) -> AttributeData:  # fmt: skip
     rows: dict[str, list[tuple[str, list[str]]]] = {}  # split -> (path, cells of the columns)
-    for number, row in enumerate(iterate_manifest(file), 1):
+    for number, row in enumerate(iterate_table(file), 1):
         if number == 1:
             binary = _check_columns(file, list(row), binary, categorical)
-        if None in row or (None in row.values() and file.suffix.lower() != ".jsonl"):
-            raise InputError(f"{file}, row {number} has another number of fields than the first line")
         cells = [cell(row, name) for name in (*binary, *categorical)]
         rows.setdefault(cell(row, "split"), []).append((row["path"], cells))
     for name in ("train", test_split) if need_train else (test_split,):

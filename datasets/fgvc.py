@@ -1,4 +1,4 @@
-"""Images of fine-grained classes: StanfordCars from its devkit, an ImageFolder tree, or a table."""
+"""Images with a class: StanfordCars from its devkit, a tree of folders, or a table."""
 
 import hashlib
 from collections import Counter
@@ -10,18 +10,14 @@ import torch
 from PIL import Image
 
 from datasets.items import TrainItems
-from datasets.labelled import list_labelled
-from datasets.manifest import published_note
+from datasets.manifest import list_images
 from datasets.matfile import read_cell_strings, read_struct_array
 from datasets.path_list import PathList
+from datasets.tables import PUBLISHED, cell, iterate_table, published_note
 from datasets.transforms import CropFlipAugment
 from util.errors import InputError
 
-BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
-DEVKIT_FIELDS = (*BOX, "class", "fname")
-ANNOS_FIELDS = ("relative_im_path", *BOX, "class", "test")
-PUBLISHED = {"training images": 8144, "test images": 8041, "classes": 196}
-TRAIN, TEST = "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat"
+TRAIN, TEST, ANNOS = "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat", "cars_annos.mat"
 
 
 @dataclass(frozen=True)
@@ -35,7 +31,6 @@ class FgvcImages:
         return len(self.labels)
 
     def take(self, rows: np.ndarray) -> "FgvcImages":
-        """Some of the images, in the order of `rows`."""
         return FgvcImages(self.paths.take(rows), self.labels[rows])
 
 
@@ -57,6 +52,17 @@ class FgvcData:
         return digest.hexdigest()
 
 
+class FgvcTrainImages(TrainItems):
+    """Training images: `imgs` [3, H, W] uint8, `labels` int64 scalar."""
+
+    def __init__(self, images: FgvcImages, augment: CropFlipAugment, seed: int):
+        super().__init__(images.paths, augment.resize, seed)
+        self.images, self.augment = images, augment
+
+    def sample(self, content: Image.Image, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        return {"imgs": self.augment(content, rng), "labels": torch.tensor(self.images.labels[index])}
+
+
 def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bool = True) -> FgvcData:
     """A set by what lies at `data_path`:
 
@@ -72,10 +78,8 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
     """
     data_path = Path(data_path)
     for folder in (data_path, data_path / "car", data_path / "stanford_cars"):
-        if (folder / TRAIN).is_file() or (folder / TEST).is_file():
-            return _with_notes(_read_devkit(folder, need_train), is_cars=True)
-        if (folder / "cars_annos.mat").is_file():
-            return _with_notes(_read_annos(folder), is_cars=True)
+        if any((folder / name).is_file() for name in (TRAIN, TEST, ANNOS)):
+            return _with_notes(_read_cars(folder, need_train))
     found = list_labelled(data_path, label_column, ("test", "val"), need_train)
     test = "test" if "test" in found.splits else "val"
     notes = [] if test == "test" else ["there is no split test: scores are of split val"]
@@ -86,7 +90,97 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
     every = FgvcImages(found.paths, found.labels)
     train = every.take(found.splits["train"] if need_train else np.zeros(0, np.int64))
     name = "folder" if data_path.is_dir() else "table"
-    return _with_notes(FgvcData(name, train, every.take(found.splits[test]), found.classes, notes), is_cars=False)
+    return _with_notes(FgvcData(name, train, every.take(found.splits[test]), found.classes, notes))
+
+
+def _read_cars(folder: Path, need_train: bool) -> FgvcData:
+    """StanfordCars as TransFG (`car/`) and torchvision (`stanford_cars/`) want it, or as one `cars_annos.mat`."""
+    is_devkit = (folder / TRAIN).is_file() or (folder / TEST).is_file()
+    meta = folder / ("devkit/cars_meta.mat" if is_devkit else ANNOS)
+    classes = read_cell_strings(meta, "class_names") if meta.is_file() else []
+    rows: dict[str, list[tuple[str, int]]] = {"train": [], "test": []}
+    if is_devkit:
+        test = next((file for file in (folder / TEST, folder / "devkit" / TEST) if file.is_file()), None)
+        if test is None:
+            raise InputError(
+                f"{folder} lacks {TEST}; devkit/cars_test_annos.mat holds no classes: get the file with labels"
+            )
+        for split, file in {"train": folder / TRAIN, "test": test}.items() if need_train else [("test", test)]:
+            found = _annotations(file, {"fname": str, "class": int}, meta, len(classes))
+            rows[split] = [(f"cars_{split}/{name}", label) for name, label in found]
+            _check_files(folder, rows[split], file)
+    else:
+        found = _annotations(meta, {"relative_im_path": str, "class": int, "test": int}, meta, len(classes))
+        if {is_test for *_, is_test in found} != {0, 1}:
+            raise InputError(f"{meta}: field 'test' must be 0 (train) or 1 (test), both of them present")
+        for name, label, is_test in found:
+            rows["test" if is_test else "train"].append((name, label))
+        _check_files(folder, rows["train"] + rows["test"], meta)
+    notes = [] if classes else [f"{meta} is not there: classes are called by their numbers"]
+    count = len(classes) or max(label for part in rows.values() for _, label in part)
+    names = [name or f"class {i}" for i, name in enumerate(classes or [None] * count, 1)]
+    times = Counter(names)
+    names = [f"{name} ({i})" if times[name] > 1 else name for i, name in enumerate(names, 1)]
+    parts = (
+        FgvcImages(PathList(folder, (name for name, _ in part)), np.array([label - 1 for _, label in part], np.int64))
+        for part in rows.values()
+    )
+    return FgvcData("StanfordCars", *parts, names, notes)
+
+
+def _annotations(file: Path, fields: dict[str, type], meta: Path, count: int) -> list[tuple]:
+    """The struct array `annotations`, read by the names of its fields, as str or int (a Python int: 0 - 1 would be
+    255 in the file's own uint8). Classes must be 1..count, or any where count is 0."""
+    found, values = read_struct_array(file, "annotations")
+    missing = [name for name in fields if name not in found]
+    if missing:
+        raise InputError(
+            f"{file} has no field '{missing[0]}': its fields are {', '.join(found)}, expected {', '.join(fields)}"
+        )
+    if not values:
+        raise InputError(f"{file} lists no image: copy it again")
+    rows = []
+    for number, row in enumerate(values, 1):
+        row = dict(zip(found, row))
+        for field, kind in fields.items():
+            value = row[field]
+            if not isinstance(value, str if kind is str else int | float) or kind(value) != value:
+                what = "a file name" if kind is str else "one whole number"
+                raise InputError(f"{file}, annotation {number}: '{field}' is {value!r}, expected {what}")
+        if not 1 <= row["class"] <= (count or row["class"]):
+            raise InputError(
+                f"{file}, annotation {number}: class {row['class']} is outside 1..{count or 'n'}, the classes that "
+                f"{meta.name} names"
+            )
+        rows.append(tuple(kind(row[field]) for field, kind in fields.items()))
+    return rows
+
+
+def _check_files(folder: Path, rows: list[tuple[str, int]], file: Path) -> None:
+    missing = [name for name, _ in rows if not (folder / name).is_file()]
+    if missing:
+        raise InputError(
+            f"{len(missing)} of the {len(rows)} images of {file} do not exist, first {folder / missing[0]}: "
+            "copies with other file names do not go with these annotations"
+        )
+
+
+def _with_notes(data: FgvcData) -> FgvcData:
+    """Counts, beside the published ones where there are any, and classes that a split lacks."""
+    counts = {"training images": len(data.train), "test images": len(data.test), "classes": len(data.classes)}
+    line = ", ".join(f"{count:,} {what}" for what, count in counts.items())
+    if data.name in PUBLISHED:
+        line += "; " + published_note({what: count for what, count in counts.items() if count}, data.name)
+    notes = [line, *data.notes]
+    for what, part in (("training", data.train), ("test", data.test)):
+        absent = np.setdiff1d(np.arange(len(data.classes)), part.labels)
+        if len(absent) and len(part):
+            first = ", ".join(data.classes[i] for i in absent[:3]) + (" ..." if len(absent) > 3 else "")
+            notes.append(f"{len(absent)} classes have no {what} image: {first}")
+    if len(data.train):
+        found = np.bincount(data.train.labels, minlength=len(data.classes))
+        notes.append(f"training images of a class: {found.min()} to {found.max()}")
+    return replace(data, notes=notes)
 
 
 def renumber_classes(data: FgvcData, classes: list[str], file: str | Path) -> FgvcData:
@@ -110,129 +204,69 @@ def renumber_classes(data: FgvcData, classes: list[str], file: str | Path) -> Fg
     return replace(data, train=train, test=test, classes=classes)
 
 
-def _read_devkit(folder: Path, need_train: bool) -> FgvcData:
-    """StanfordCars as TransFG (`car/`) and torchvision (`stanford_cars/`) want it."""
-    test_file = next((file for file in (folder / TEST, folder / "devkit" / TEST) if file.is_file()), None)
-    if test_file is None:
-        raise InputError(
-            f"{folder} lacks {TEST}; devkit/cars_test_annos.mat holds no classes: get the file with labels"
-        )
-    notes: list[str] = []
-    files = {"train": folder / TRAIN, "test": test_file}
-    names, labels = {"train": [], "test": []}, {"train": [], "test": []}
-    for split, file in files.items():
-        if split == "train" and not need_train:
-            continue
-        rows = _rows(file, DEVKIT_FIELDS)
-        names[split] = [f"cars_{split}/{name}" for name in _column(file, rows, "fname", str)]
-        labels[split] = _column(file, rows, "class", int)
-        _check_files(folder, names[split], file)
-    meta = folder / "devkit" / "cars_meta.mat"
-    classes = read_cell_strings(meta, "class_names") if meta.is_file() else None
-    classes = _check_classes(classes, meta, [(files[split], labels[split]) for split in files], notes)
-    parts = [_images(folder, names[split], labels[split]) for split in files]
-    return FgvcData("StanfordCars", *parts, classes, notes)
+@dataclass(frozen=True)
+class LabelledImages:
+    """Images, their class numbers [n] int64 (into `classes`; -1: none given) and the rows of each split that
+    have one; unlabelled: how many of train and val have none and are left out."""
+
+    paths: PathList
+    labels: np.ndarray
+    classes: list[str]
+    splits: dict[str, np.ndarray]
+    unlabelled: int = 0
 
 
-def _read_annos(folder: Path) -> FgvcData:
-    """StanfordCars as one `cars_annos.mat` beside `car_ims/`."""
-    file, notes = folder / "cars_annos.mat", []
-    rows = _rows(file, ANNOS_FIELDS)
-    names, labels = _column(file, rows, "relative_im_path", str), _column(file, rows, "class", int)
-    is_test = np.array(_column(file, rows, "test", int))
-    if not np.isin(is_test, (0, 1)).all() or is_test.all() or not is_test.any():
-        raise InputError(f"{file}: field 'test' must be 0 (train) or 1 (test), both of them present")
-    _check_files(folder, names, file)
-    classes = _check_classes(read_cell_strings(file, "class_names"), file, [(file, labels)], notes)
-    parts = []
-    for value in (0, 1):
-        rows = np.flatnonzero(is_test == value).tolist()
-        parts.append(_images(folder, [names[i] for i in rows], [labels[i] for i in rows]))
-    return FgvcData("StanfordCars", *parts, classes, notes)
+def list_labelled(
+    data_path: str | Path, label_column: str = "label", held_out: tuple[str, ...] = ("val",), need_train: bool = True
+) -> LabelledImages:
+    """Read a table (.csv, .tsv, .jsonl with `path`, `split` and `label_column`) or a folder with
+    `train/CLASS/...` and `val/CLASS/...`.
+
+    Args:
+        held_out: names of the split to test on; the first that is there is read.
+        need_train: whether a split `train` must be there.
+    Raises:
+        InputError: columns, split or classes are missing.
+    """
+    data_path = Path(data_path)
+    if data_path.is_dir():
+        rows, root = _folder_rows(data_path, held_out, need_train), data_path
+    elif data_path.exists():
+        needed, advice = ("split", label_column), "; --label_column chooses the labels"
+        listed, root = iterate_table(data_path, needed, advice), data_path.parent
+        rows = [(row["path"], cell(row, "split"), cell(row, label_column)) for row in listed]
+    else:
+        raise InputError(f"--data_path {data_path} does not exist: give a folder or a table")
+    paths, split, named = zip(*rows)
+    classes = sorted(set(named) - {""})
+    if len(classes) < 2:
+        raise InputError(f"{data_path}: all rows have the same '{label_column}', nothing to tell apart")
+    number = {name: i for i, name in enumerate(classes)}
+    labels = np.array([number.get(name, -1) for name in named], dtype=np.int64)
+    split = np.array(split)
+    test = next((name for name in held_out if name in split), held_out[0])
+    splits = {name: np.flatnonzero((split == name) & (labels >= 0)) for name in ("train", test)}
+    for name, found in splits.items():
+        if not len(found) and (need_train or name == test):
+            has = ", ".join(sorted(set(split)))
+            raise InputError(f"{data_path} has no row with split '{name}' and a '{label_column}': it has {has}")
+    unlabelled = int((np.isin(split, list(splits)) & (labels < 0)).sum())
+    return LabelledImages(PathList(root, paths), labels, classes, splits, unlabelled)
 
 
-def _images(folder: Path, names: list[str], labels: list[int]) -> FgvcImages:
-    """labels: from 1, as published."""
-    return FgvcImages(PathList(folder, names), np.array(labels, dtype=np.int64) - 1)
+def _folder_rows(folder: Path, held_out: tuple[str, ...], need_train: bool) -> list[tuple[str, str, str]]:
+    """(path, split, class) of the images of a tree."""
 
-
-def _rows(file: Path, fields: tuple[str, ...]) -> list[dict]:
-    """The struct array `annotations`, read by the names of its fields."""
-    found, values = read_struct_array(file, "annotations")
-    missing = [name for name in fields if name not in found]
-    if missing:
-        raise InputError(
-            f"{file} has no field '{missing[0]}': its fields are {', '.join(found)}, expected {', '.join(fields)}"
-        )
-    if not values:
-        raise InputError(f"{file} lists no image: copy it again")
-    return [dict(zip(found, row)) for row in values]
-
-
-def _column(file: Path, rows: list[dict], field: str, kind: type) -> list:
-    """A field of all annotations, as str or int (a Python int: 0 - 1 would be 255 in the file's own uint8)."""
-    found = []
-    for number, row in enumerate(rows, 1):
-        value = row[field]
-        if not isinstance(value, str if kind is str else int | float) or kind(value) != value:
-            what = "a file name" if kind is str else "one whole number"
-            raise InputError(f"{file}, annotation {number}: '{field}' is {value!r}, expected {what}")
-        found.append(kind(value))
-    return found
-
-
-def _check_files(folder: Path, names: list[str], file: Path) -> None:
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise InputError(
-            f"{len(missing)} of the {len(names)} images of {file} do not exist, first {folder / missing[0]}: "
-            "copies with other file names do not go with these annotations"
-        )
-
-
-def _check_classes(
-    classes: list[str | None] | None, meta: Path, labels: list[tuple[Path, list[int]]], notes: list[str]
-) -> list[str]:
-    """Names of the classes; those that have none, or one that is there already, get their number."""
-    count = len(classes) if classes else max(max(found, default=1) for _, found in labels)
-    if not classes:
-        notes.append(f"{meta} is not there: classes are called by their numbers")
-    for file, found in labels:
-        for index, label in enumerate(found):
-            if not 1 <= label <= count:
-                raise InputError(
-                    f"{file}, annotation {index + 1}: class {label} is outside 1..{count}, the classes that "
-                    f"{meta.name} names"
-                )
-    names = [name or f"class {i}" for i, name in enumerate(classes or [None] * count, 1)]
-    twice = {name for name, times in Counter(names).items() if times > 1}
-    return [f"{name} ({i})" if name in twice else name for i, name in enumerate(names, 1)]
-
-
-def _with_notes(data: FgvcData, is_cars: bool) -> FgvcData:
-    """Counts, beside the published ones where there are any, and classes that a split lacks."""
-    counts = {"training images": len(data.train), "test images": len(data.test), "classes": len(data.classes)}
-    line = ", ".join(f"{count:,} {what}" for what, count in counts.items())
-    if is_cars:
-        line += "; " + published_note({what: count for what, count in counts.items() if count}, PUBLISHED)
-    notes = [line, *data.notes]
-    for what, part in (("training", data.train), ("test", data.test)):
-        absent = np.setdiff1d(np.arange(len(data.classes)), part.labels)
-        if len(absent) and len(part):
-            first = ", ".join(data.classes[i] for i in absent[:3]) + (" ..." if len(absent) > 3 else "")
-            notes.append(f"{len(absent)} classes have no {what} image: {first}")
-    if len(data.train):
-        found = np.bincount(data.train.labels, minlength=len(data.classes))
-        notes.append(f"training images of a class: {found.min()} to {found.max()}")
-    return replace(data, notes=notes)
-
-
-class FgvcTrainImages(TrainItems):
-    """Training images: `imgs` [3, H, W] uint8, `labels` int64 scalar."""
-
-    def __init__(self, images: FgvcImages, augment: CropFlipAugment, seed: int):
-        super().__init__(images.paths, augment.resize, seed)
-        self.images, self.augment = images, augment
-
-    def sample(self, content: Image.Image, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        return {"imgs": self.augment(content, rng), "labels": torch.tensor(self.images.labels[index])}
+    rows = []
+    test = next((name for name in held_out if (folder / name).is_dir()), held_out[0])
+    for split in ("train", test):
+        if not (folder / split).is_dir():
+            if split == "train" and not need_train:
+                continue
+            raise InputError(f"{folder} has no folder {split}/: an ImageFolder needs train/ and {test}/")
+        paths = list_images(folder / split)
+        for relative in (Path(paths.relative(index)) for index in range(len(paths))):
+            if len(relative.parts) < 2:
+                raise InputError(f"{folder / split / relative} lies in no class folder")
+            rows.append((f"{split}/{relative}", split, relative.parts[0]))
+    return rows

@@ -15,23 +15,13 @@ import numpy as np
 import torch
 
 from datasets.items import TrainItems
-from datasets.manifest import cell, check_first_exist, iterate_manifest, published_note
+from datasets.manifest import check_first_exist
 from datasets.path_list import PathList
+from datasets.tables import PUBLISHED, cell, iterate_table, published_note
 from datasets.transforms import PadCropErase
 from util.errors import InputError
 
 UNKNOWN = -1
-PUBLISHED = {  # images and identities as published; another count is said, not refused
-    "veri776": {"train": 37_778, "train identities": 575, "query": 1678, "gallery": 11_579},
-    "vehicleid": {
-        "train": 113_346, "train identities": 13_164,
-        "test_800": 6493, "test_1600": 13_377, "test_2400": 19_777,
-    },
-    "veriwild": {
-        "train": 277_797, "train identities": 30_671, "query_3000": 3000, "gallery_3000": 38_861,
-        "query_5000": 5000, "gallery_5000": 64_389, "query_10000": 10_000, "gallery_10000": 128_517,
-    },
-}  # fmt: skip
 SIGNS = {  # files and folders by which a layout is recognised
     "image_train": "veri776", "train_test_split/test_list_800.txt": "vehicleid", "attribute/img2vid.txt": "vehicleid",
     "train_test_split/train_list.txt": "veriwild", "train_test_split/train_list_start0.txt": "veriwild",
@@ -317,7 +307,7 @@ def read_table(file: Path, need_train: bool = True) -> ReidData:
     listed: dict[str, list[tuple[str, str, str, str]]] = {"train": [], "query": [], "gallery": []}
     blank: Counter[str] = Counter()
     count = 0
-    for count, row in enumerate(iterate_manifest(file), 1):
+    for count, row in enumerate(iterate_table(file), 1):
         for column in ("path", "pid", "split"):
             if not cell(row, column):
                 raise InputError(f"{file}, row {count} has no '{column}': the columns are path, pid, split")
@@ -371,7 +361,7 @@ def _compare_counts(data: ReidData) -> list[str]:
     counts = {name: len(images) for name, images in _all_images(data).items()} | {"train identities": data.classes}
     lines = [", ".join(f"{name} {count:,}" for name, count in counts.items())]
     if data.name in PUBLISHED:
-        lines.append(published_note(counts, PUBLISHED[data.name]))
+        lines.append(published_note(counts, data.name))
     return lines
 
 

@@ -249,8 +249,8 @@ def test_tables_of_words(tmp_path):
         ("path,split,taxi\n0.jpg,test,1\n", {}, "no row with split 'train': it has 'test'"),
         ("path,split,taxi\n0.jpg,train,-1\n1.jpg,test,1\n", {}, "0.jpg has taxi '-1', not 0, 1 or nothing"),
         ("path,split,taxi\n0.jpg,train,\n1.jpg,test,1\n", {}, "of 0.jpg no attribute is known"),
-        ("path,split,taxi\n0.jpg,train\n1.jpg,test,1\n", {}, "row 1 has another number of fields"),
-        ("path,split,taxi\n0.jpg,train,1,1\n1.jpg,test,1\n", {}, "row 1 has another number of fields"),
+        ("path,split,taxi\n0.jpg,train\n1.jpg,test,1\n", {}, "line 2 has another number of fields"),
+        ("path,split,taxi\n0.jpg,train,1,1\n1.jpg,test,1\n", {}, "line 2 has another number of fields"),
         ("path,split,taxi\n0.jpg,train,1\n1.jpg,test,1\n", {"binary": ["bus"]}, "no column 'bus'"),
         ("path,split,taxi\n0.jpg,train,1\n1.jpg,test,1\n", {"categorical": ["taxi"]}, "holds 1 different"),
         (

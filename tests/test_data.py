@@ -11,8 +11,8 @@ from conftest import write_pictures
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
+from datasets.fgvc import list_labelled
 from datasets.images import UNREADABLE, open_reduced, open_rgb
-from datasets.labelled import list_labelled
 from datasets.manifest import list_images
 from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset, build_loader

@@ -7,12 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_pictures
-from layouts import CAR_FOLDERS, write_demo_cars, write_mat
+from layouts import BOX, CAR_FOLDERS, write_demo_cars, write_mat
 from PIL import Image
 
-from datasets.fgvc import DEVKIT_FIELDS, FgvcTrainImages, read_fgvc, renumber_classes
+from datasets.fgvc import FgvcTrainImages, read_fgvc, renumber_classes
 from datasets.items import CenterCrops
 from datasets.matfile import read_cell_strings, read_struct_array
+from datasets.tables import PUBLISHED
 from datasets.transforms import CropFlipAugment, auto_augment
 from util.errors import InputError
 
@@ -88,7 +89,7 @@ def put(name, value):
     [
         ("transfg", put("class", 0), "annotation 1: class 0 is outside 1..6, the classes that cars_meta.mat"),
         ("transfg", put("class", 7), "annotation 1: class 7 is outside 1..6"),
-        ("transfg", drop("class"), "has no field 'class': its fields are bbox_x1, .*, fname, expected"),
+        ("transfg", drop("class"), "has no field 'class': its fields are bbox_x1, .*, fname, expected fname, class"),
         ("transfg", put("fname", 3), "annotation 1: 'fname' is 3, expected a file name"),
         ("transfg", put("class", "4"), "annotation 1: 'class' is '4', expected one whole number"),
         ("transfg", put("fname", "no.jpg"), "1 of the 12 images of .* do not exist, first .*no.jpg"),
@@ -106,7 +107,7 @@ def test_wrong_annotations_get_a_sentence(cars, tmp_path, layout, change, messag
 
 def test_fields_in_another_order_are_read_by_name(cars, tmp_path):
     folder = shutil.copytree(cars / "transfg", tmp_path / "set")
-    order = (*DEVKIT_FIELDS[:4], "fname", "class")
+    order = (*BOX, "fname", "class")
     data = read_fgvc(annotate(folder, "transfg", lambda rows: [{k: row[k] for k in order} for row in rows]))
     assert as_rows(data) == as_rows(read_fgvc(cars / "transfg"))
 
@@ -125,7 +126,7 @@ def test_incomplete_copies_get_a_sentence(cars, tmp_path):
 
 
 def test_published_counts_are_said(cars, monkeypatch):
-    monkeypatch.setattr("datasets.fgvc.PUBLISHED", {"training images": 12, "test images": 6, "classes": 6})
+    monkeypatch.setitem(PUBLISHED, "StanfordCars", {"training images": 12, "test images": 6, "classes": 6})
     assert read_fgvc(cars / "annos").notes[0] == "12 training images, 6 test images, 6 classes; all counts as published"
 
 
@@ -148,7 +149,7 @@ def test_folders_and_tables(tmp_path):
     assert table.classes == ["x", "y"] and len(table.train) == 2 and table.test.labels.tolist() == [1]
     assert "1 rows have no 'model' and are left out" in table.notes
     assert "1 rows of other splits than train and test are not used" in table.notes
-    with pytest.raises(InputError, match="no column 'label': it has path, split, model; choose one with"):
+    with pytest.raises(InputError, match="no column 'label': it has path, split, model; --label_column chooses"):
         read_fgvc(tmp_path / "t.csv")
     with pytest.raises(InputError, match="nowhere does not exist"):
         read_fgvc(tmp_path / "nowhere")

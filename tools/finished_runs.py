@@ -6,9 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets.attr import PUBLISHED as ATTRIBUTE_COUNTS
-from datasets.fgvc import PUBLISHED as CAR_COUNTS
-from datasets.reid import PUBLISHED as REID_COUNTS
+from datasets.tables import PUBLISHED
 from metrics.attr import THRESHOLD
 
 # no part of the recipe: where things lie, how fast it goes, the weights, the seed that rows are means over
@@ -163,14 +161,13 @@ def published_counts(task: str, name: str) -> dict | None:
     """
     counts = None
     set_name, _, size = name.partition("/")
+    own, ending = PUBLISHED.get(set_name, {}), f"_{size}" if size else ""
     if (task, name) == ("attr", "veri776"):
-        counts = ATTRIBUTE_COUNTS["train"], 19, ATTRIBUTE_COUNTS["test"], None
+        counts = own["train"], 19, own["test"], None
     elif (task, name) == ("fgvc", "StanfordCars"):
-        counts = CAR_COUNTS["training images"], CAR_COUNTS["classes"], CAR_COUNTS["test images"], None
-    elif task == "reid" and set_name in REID_COUNTS:
-        own, ending = REID_COUNTS[set_name], f"_{size}" if size else ""
-        if f"query{ending}" in own:
-            counts = own["train"], own["train identities"], own[f"query{ending}"], own[f"gallery{ending}"]
-        elif f"test{ending}" in own:  # one image of each vehicle is the gallery
-            counts = own["train"], own["train identities"], own[f"test{ending}"] - int(size), None
+        counts = own["training images"], own["classes"], own["test images"], None
+    elif task == "reid" and f"query{ending}" in own:
+        counts = own["train"], own["train identities"], own[f"query{ending}"], own[f"gallery{ending}"]
+    elif task == "reid" and f"test{ending}" in own:  # one image of each vehicle is the gallery
+        counts = own["train"], own["train identities"], own[f"test{ending}"] - int(size), None
     return counts and dict(zip(("train", "classes", "test", "gallery"), counts))

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.manifest import cell, iterate_manifest
+from datasets.tables import cell, iterate_table
 from util.cli import Parser, run_tool
 from util.errors import InputError
 from util.files import write_atomic
@@ -43,7 +43,7 @@ def main(args) -> dict:
         raise InputError(f"--test_share {args.test_share}, --queries {args.queries}: give a share in (0, 1), 1 or more")
     file = Path(args.data_path)
     members: dict[str, list[dict]] = defaultdict(list)
-    for number, row in enumerate(iterate_manifest(file), 1):
+    for number, row in enumerate(iterate_table(file), 1):
         if args.label_column not in row:
             raise InputError(f"{file}, row {number} has no column {args.label_column}: it has {', '.join(row)}")
         members[cell(row, args.label_column)].append(row)

@@ -30,8 +30,8 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 
+from datasets.fgvc import list_labelled
 from datasets.items import WholeImages
-from datasets.labelled import list_labelled
 from engine_extract import extract_features
 from metrics.probe import knn_predict, topk_accuracy
 from models_mae import MODELS

@@ -55,9 +55,10 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from datasets.images import UNREADABLE, open_rgb
 from datasets.items import WholeImages
-from datasets.manifest import MANIFEST_ENDINGS, list_images
+from datasets.manifest import list_images
 from datasets.packed import PackedImages
 from datasets.path_list import PathList, printable
+from datasets.tables import TABLE_ENDINGS
 from engine_extract import extract_features, extract_to_file
 from finetune.encoder import load_model
 from util.dist import barrier, end_distributed, init_distributed, is_main_process, pick_device, print_main
@@ -118,7 +119,7 @@ def search(args, device: torch.device) -> dict:
 
 def open_queries(words: list[str]) -> Images:
     first = Path(words[0])
-    if len(words) == 1 and (first.is_dir() or first.suffix.lower() in MANIFEST_ENDINGS):
+    if len(words) == 1 and (first.is_dir() or first.suffix.lower() in TABLE_ENDINGS):
         return list_images(first)
     return PathList(Path(), words)
 

@@ -40,7 +40,7 @@ import open_clip
 import torch
 
 from datasets.images import UNREADABLE, open_rgb
-from datasets.manifest import read_manifest
+from datasets.tables import iterate_table
 from datasets.transforms import CROP_STREAM, crop_resize, random_crop_box, sample_rng
 from util.checkpoint import write_safetensors
 from util.dist import pick_device
@@ -58,7 +58,7 @@ CONFIG = {
 
 def read_pairs(file: Path, column: str) -> tuple[list, list[str]]:
     """-> (RGB pictures, captions) of the training rows; unreadable pictures are named and left out."""
-    rows = read_manifest(file)
+    rows = list(iterate_table(file))
     if column not in rows[0]:
         raise InputError(f"{file} has no column '{column}' (--caption_column): it has {', '.join(rows[0])}")
     pictures, captions = [], []

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.images import open_given
-from datasets.manifest import read_manifest
+from datasets.tables import iterate_table
 from demo.folder import write_set, write_table
 from demo.pool import encode
 from util.cli import Parser, run_tool
@@ -82,7 +82,7 @@ def write_photo(row: dict, folder: Path, seed: int) -> None:
 
 
 def main(args) -> dict:
-    column, rows = args.label_column, read_manifest(args.data_path)
+    column, rows = args.label_column, list(iterate_table(args.data_path))
     if "split" not in rows[0] or column not in rows[0]:
         raise InputError(f"{args.data_path} needs columns 'split' and '{column}': it has {', '.join(rows[0])}")
     rows = [row | {"source": str(Path(args.data_path).absolute().parent / row["path"])} for row in rows]

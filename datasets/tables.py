@@ -1,0 +1,90 @@
+"""Tables (.csv .tsv .jsonl .txt), one reader for all, and the counts of published sets."""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from util.errors import InputError
+
+TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".txt")
+PUBLISHED = {  # images, identities and classes as published; another count is said, not refused
+    "veri776": {"train": 37_778, "train identities": 575, "query": 1678, "gallery": 11_579, "test": 11_579},
+    "vehicleid": {
+        "train": 113_346, "train identities": 13_164,
+        "test_800": 6493, "test_1600": 13_377, "test_2400": 19_777,
+    },
+    "veriwild": {
+        "train": 277_797, "train identities": 30_671, "query_3000": 3000, "gallery_3000": 38_861,
+        "query_5000": 5000, "gallery_5000": 64_389, "query_10000": 10_000, "gallery_10000": 128_517,
+    },
+    "StanfordCars": {"training images": 8144, "test images": 8041, "classes": 196},
+}  # fmt: skip
+
+
+def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = "") -> Iterator[dict[str, str]]:
+    """The rows of a table, one at a time: a million rows are never in memory together. All have a path.
+
+    Args:
+        needed: columns that must be there, besides `path`. advice: what to say where one is not.
+    Raises:
+        InputError: unknown ending, no such column, a broken or empty row, no rows.
+    """
+    file, count = Path(file), 0
+    if file.suffix.lower() not in TABLE_ENDINGS:
+        raise InputError(f"{file} is neither a folder nor a manifest: manifests end in {', '.join(TABLE_ENDINGS)}")
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as opened:
+            for count, row in enumerate(_rows(file, opened), 1):
+                missing = [column for column in needed if column not in row] if count == 1 else ()
+                if missing:
+                    raise InputError(f"{file} has no column '{missing[0]}': it has {', '.join(row)}{advice}")
+                yield row
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
+    if not count:
+        raise InputError(f"{file} lists no image: it has no row")
+
+
+def _rows(file: Path, opened) -> Iterator[dict[str, str]]:
+    ending = file.suffix.lower()
+    if ending == ".txt":
+        yield from ({"path": line.strip()} for line in opened if line.strip())
+        return
+    if ending == ".jsonl":
+        for number, line in enumerate(opened, 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
+            if not isinstance(row, dict) or not isinstance(row.get("path"), str) or not row["path"]:
+                raise InputError(
+                    f"{file}, line {number} has no text under the key 'path': write one JSON object a line"
+                )
+            yield row
+        return
+    reader = csv.DictReader(opened, delimiter="\t" if ending == ".tsv" else ",")
+    if "path" not in (reader.fieldnames or []):
+        header = ", ".join(reader.fieldnames or ["nothing"])
+        raise InputError(f"{file} has no column 'path': its first line holds {header}")
+    for row in reader:
+        if not row["path"]:
+            raise InputError(f"{file}, line {reader.line_num}: the column 'path' is empty")
+        if None in row or None in row.values():
+            raise InputError(f"{file}, line {reader.line_num} has another number of fields than the first line")
+        yield row
+
+
+def cell(row: dict, column: str) -> str:
+    """A value of a table as text; '' where there is none (0 is a value)."""
+    value = row.get(column)
+    return "" if value is None else str(value).strip()
+
+
+def published_note(counts: dict[str, int], name: str) -> str:
+    """How counts differ from those of PUBLISHED[name]; what is not there does not count as different."""
+    published = PUBLISHED[name].items()
+    other = [f"{what} {counts[what]:,} instead of {n:,}" for what, n in published if counts.get(what, n) != n]
+    return f"other counts than published: {', '.join(other)}" if other else "all counts as published"
