@@ -9,21 +9,17 @@ ids of the thing drawn: a picture depends on (seed, pid, camid, viewid, shot, si
 version of Pillow and numpy.
 """
 
-import argparse
-import copy
 import itertools
 import math
-from collections import Counter
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from demo.folder import demo_parser, write_set, write_table
+from demo.folder import DrawnSet, write_table
 from demo.scene import Scene, box, circle, clip, open_scene
 from demo.vehicle import BODIES, CAMERAS, CHROME, COLUMNS, DARK, GLASS, MAKES, SHEEN, Body, label_row, vehicle
-from util.cli import run_tool
+from util.cli import Parser, run_tool
 from util.errors import InputError
 
 CAR_BODY, CAR_TYRE, CAR_MIRROR, BACKGROUND = 24, 25, 26, 40  # PartImageNet's ids
@@ -42,6 +38,8 @@ LAMPS = {  # outlines around the middle of the right lamp
     "slit": box(-0.2, -0.05, 0.2, 0.06),
     "wedge": np.array([(-0.2, -0.06), (0.2, -0.1), (0.2, 0.16), (-0.2, 0)]),
 }
+RIGHT, LEFT = 1, -1
+SIDES, NOSE, TAIL = (RIGHT, LEFT), ("nose",), ("tail",)  # faces of a slab
 
 
 class Slab:
@@ -61,53 +59,41 @@ class Slab:
         """Height of a share of the slab, 0 at its bottom."""
         return self.y0 + (self.y1 - self.y0) * share
 
-    def half(self, u, y):
-        """Half width in metres."""
-        end = 1 - np.clip(np.minimum(u, self.length - u) / 0.45, 0, 1)
-        width = np.interp(y, (self.y0, self.y1), (self.bottom, self.top))
-        return width * (1 - self.taper * end**2)
-
-    def on_side(self, points, sign: int) -> np.ndarray:
-        """(u, y) on the right (sign 1) or left (-1) side."""
-        u, y = np.asarray(points, dtype=float).T
-        return np.stack([self.length / 2 - u, y, sign * self.half(u, y)], axis=1)
-
-    def on_face(self, points, front: bool) -> np.ndarray:
-        """(a, y) on the nose or the tail, a in -1..1 across the width there."""
+    def on(self, face, points) -> np.ndarray:
+        """[N, 3] metres of (u, y) on a side, or of (a, y) on nose or tail, a in -1..1 across the width there."""
         a, y = np.asarray(points, dtype=float).T
-        u = np.interp(y, *(self.nose if front else self.tail).T[::-1])
-        return np.stack([self.length / 2 - u, y, a * self.half(u, y)], axis=1)
+        u = a if face in SIDES else np.interp(y, *getattr(self, face).T[::-1])
+        end = 1 - np.clip(np.minimum(u, self.length - u) / 0.45, 0, 1)
+        half = np.interp(y, (self.y0, self.y1), (self.bottom, self.top)) * (1 - self.taper * end**2)
+        return np.stack([self.length / 2 - u, y, (face if face in SIDES else a) * half], axis=1)
 
     def seen_by(self, p: Scene) -> "Slab":
-        """The slab with the sides (1 right, -1 left) and ends (True: the nose) that the camera sees."""
-        seen, middle = copy.copy(self), box(-1, self.y(0.1), 1, self.y(0.9))
-        seen.p, seen.near = p, [sign for sign in (-1, 1) if sign * p.sin * p.distance > self.bottom]
-        seen.ends = [front for front in (True, False) if (_turn(p.flat(self.on_face(middle, front))) > 0) == front]
-        return seen
+        """Remember the camera and which faces it sees."""
+        self.p, middle = p, box(-1, self.y(0.1), 1, self.y(0.9))
+        self.seen = {side for side in SIDES if side * p.sin * p.distance > self.bottom}
+        turn = {face: _turn(p.flat(self.on(face, middle))) > 0 for face in ("nose", "tail")}
+        self.seen |= {face for face in turn if turn[face] == (face == "nose")}
+        return self
 
-    def side(self, points, colour, k: float = 1.0) -> None:
-        """Paint (u, y) on the side that is seen, if any."""
-        for sign in self.near:
-            self.p.poly(self.on_side(points, sign), colour, k)
-
-    def face(self, front: bool, points, colour, k: float = 1.0) -> None:
-        """Paint (a, y) on the nose or the tail, where it is seen."""
-        if front in self.ends:
-            self.p.poly(self.on_face(points, front), colour, k)
+    def paint(self, faces: tuple, points, colour, k: float = 1.0) -> None:
+        """A polygon in a colour of brightness k on those of the faces that are seen."""
+        for face in faces:
+            if face in self.seen:
+                self.p.poly(self.on(face, points), colour, k)
 
     def solid(self, colour, lid) -> None:
         """The bare surfaces: the strips across the width first, flat ones in the colour `lid`, then the near side."""
         for a, b in zip(self.ring, np.roll(self.ring, -1, 0)):
-            edge = np.stack([a, b])
-            quad = np.concatenate([self.on_side(edge, 1), self.on_side(edge, -1)[::-1]])
+            quad = np.concatenate([self.on(RIGHT, [a, b]), self.on(LEFT, [b, a])])
             if _turn(self.p.flat(quad)) > 0:
                 nx, ny = (b[1] - a[1], b[0] - a[0]) / np.hypot(*(b - a))
                 self.p.poly(quad, lid if ny > 0.8 else colour, self.p.sunlight(nx, ny, 0))
-        for sign, (low, high) in itertools.product(self.near, itertools.pairwise(np.linspace(0, 1, 10))):
+        for low, high in itertools.pairwise(np.linspace(0, 1, 10)):
             # the sky lies on the shoulder, the ground darkens the sill
             gloss = 0.74 + 0.24 * low + 0.2 * math.exp(-(((low - 0.75) / 0.1) ** 2))
             band = clip(self.ring, 1, self.y(low), self.y(high) + 0.01)
-            self.p.poly(self.on_side(band, sign), colour, self.p.sunlight(0, 0.1, sign) * gloss)
+            for side in SIDES:
+                self.paint((side,), band, colour, self.p.sunlight(0, 0.1, side) * gloss)
 
 
 def _turn(quad: np.ndarray) -> float:
@@ -116,12 +102,10 @@ def _turn(quad: np.ndarray) -> float:
     return ax * by - bx * ay
 
 
-@cache
-def slabs(name: str) -> dict[str, Slab]:
+def slabs(body: Body) -> dict[str, Slab]:
     """The slabs of a body type, in the order in which they are painted seen from behind."""
-    body, half = BODIES[name], BODIES[name].width / 2
+    half, (u0, u1, u2, u3) = body.width / 2, body.cabin
     sill, nose, bonnet, waist, roof = body.heights
-    u0, u1, u2, u3 = body.cabin
     size, end, is_boxy = body.length, u3 if body.back == "load" else body.length, roof > 2.4
     front = [(0.45, sill), (0.06, sill), (0, (sill + nose) / 2), (0.08, nose), (u0 + 0.15, bonnet)]
     back = [(end - 0.45, sill), (end - 0.06, sill + 0.02), (end, (sill + waist) / 2), (end - 0.06, waist - 0.02)]
@@ -130,11 +114,9 @@ def slabs(name: str) -> dict[str, Slab]:
     cabin = Slab(size, front, back, half * 0.97, half * body.roof, 0.05 if is_boxy else 0.1)
     if body.back != "load":
         return {"lower": lower, "cabin": cabin}
-
-    def block(u, low, high, width):
-        return Slab(size, [(u, low), (u, high)], [(size, low), (size, high)], width, width)
-
-    frame, load = block(0.3, 0.5, 0.98, half * 0.8), block(u3 + 0.2, 0.98, roof + 0.8, half)
+    frame = Slab(size, [(0.3, 0.5), (0.3, 0.98)], [(size, 0.5), (size, 0.98)], half * 0.8, half * 0.8)
+    high = roof + 0.8
+    load = Slab(size, [(u3 + 0.2, 0.98), (u3 + 0.2, high)], [(size, 0.98), (size, high)], half, half)
     return {"frame": frame, "lower": lower, "cabin": cabin, "load": load}
 
 
@@ -153,190 +135,166 @@ def _shadow(p: Scene, length: float, width: float) -> None:
 
 def _treads(p: Scene, body: Body) -> None:
     p.part, r = CAR_TYRE, body.wheels[-1]
-    for sign, axle in itertools.product((-1, 1), body.wheels[:-1]):
+    for side, axle in itertools.product((LEFT, RIGHT), body.wheels[:-1]):
         ring = circle(body.length / 2 - axle, r, r, 12)
-        outer, inner = (np.insert(ring, 2, sign * (body.width / 2 - z), axis=1) for z in (0.04, 0.28))
+        outer, inner = (np.insert(ring, 2, side * (body.width / 2 - z), axis=1) for z in (0.04, 0.28))
         for k in range(12):
             p.poly(np.stack([outer[k - 1], outer[k], inner[k], inner[k - 1]]), (22, 22, 24))
     p.part = CAR_BODY
 
 
 def _wheels(p: Scene, body: Body, spokes: int, phase: float) -> None:
-    """The outer sides of the wheels on the near side."""
-    r, half, n = body.wheels[-1], body.width / 2, max(spokes, 1)
-    near = [sign for sign in (-1, 1) if sign * p.sin * p.distance > half]
-    for sign, axle in itertools.product(near, body.wheels[:-1]):
+    """The outer sides of the wheels on the near side; phase: how far they have turned."""
+    r, half = body.wheels[-1], body.width / 2
+    near = [side for side in SIDES if side * p.sin * p.distance > half]
+    for side, axle in itertools.product(near, body.wheels[:-1]):
         x = body.length / 2 - axle
-
-        def draw(points, colour, z=sign * (half + 0.01)):
-            p.poly(np.insert(points, 2, z, axis=1), colour)
-
-        draw(clip(circle(x, r, r * 1.16, 24), 1, body.heights[0], 9), (16, 16, 18))
-        p.part = CAR_TYRE
-        draw(circle(x, r, r), (26, 26, 28))
-        draw(circle(x, r, r * 0.68), CHROME)
-        draw(circle(x, r, r * 0.6), (64, 66, 70) if spokes else (150, 154, 160))
-        for angle in phase + 2 * np.pi * np.arange(spokes) / n:
+        rim = (64, 66, 70) if spokes else (150, 154, 160)
+        shapes = [
+            (clip(circle(x, r, r * 1.16, 24), 1, body.heights[0], 9), (16, 16, 18)),
+            (circle(x, r, r), (26, 26, 28)),
+        ]
+        shapes += [(circle(x, r, r * 0.68), CHROME), (circle(x, r, r * 0.6), rim)]
+        for angle in phase + 2 * np.pi * np.arange(spokes) / max(spokes, 1):
             out, across = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))]) * r
-            across = across * 0.42 / max(spokes, 3)
-            tip = (x, r) + out * 0.62
-            draw([(x, r) - across, (x, r) + across, tip + across, tip - across], CHROME)
-        p.part = CAR_BODY
+            across, tip = across * 0.42 / max(spokes, 3), (x, r) + out * 0.62
+            shapes.append(([(x, r) - across, (x, r) + across, tip + across, tip - across], CHROME))
+        for number, (points, colour) in enumerate(shapes):
+            p.part = CAR_TYRE if number else CAR_BODY  # the wheel arch is no tyre
+            p.poly(np.insert(points, 2, side * (half + 0.01), axis=1), colour)
+    p.part = CAR_BODY
 
 
 def _mirrors(p: Scene, body: Body, behind: bool) -> None:
     """Side mirrors beside the windscreen's foot: those `behind` the body or those before it."""
     x, y, half = body.length / 2 - body.cabin[0] - 0.45, body.heights[3] + 0.04, body.width / 2
     high, p.part = 0.2 if body.heights[4] < 2 else 0.42, CAR_MIRROR
-    for sign in (-1, 1):
-        is_near = sign * p.sin * p.distance > half
+    for side in (LEFT, RIGHT):
+        is_near = side * p.sin * p.distance > half
         if behind == (is_near or (p.cos > 0 and abs(p.sin) < 0.5)):
             continue
-        inner, outer = sign * (half - 0.03), sign * (half + 0.26)
+        inner, outer = side * (half - 0.03), side * (half + 0.26)
         faces = ((inner, x - 0.1, x - 0.1, 0.7), (inner, x + 0.1, x + 0.1, 0.9), (outer, x - 0.1, x + 0.1, 0.55))
         for z0, x0, x1, k in faces:
             p.poly(np.array([(x0, y, z0), (x1, y, outer), (x1, y + high, outer), (x0, y + high, z0)]), DARK, k)
     p.part = CAR_BODY
 
 
-def _cabin(s: Slab, body: Body, marks: tuple) -> None:
-    """Glass and roof."""
+def _cabin(s: Slab, body: Body, attrs: dict) -> None:
+    """Windows, and what lies on the roof."""
     y, centre = s.y, s.ring.mean(0)
     pane = (s.ring - centre) * (0.97, 0.72) + centre + (0, 0.02)
     pane = clip(pane, 1, y(0.4 if s.y1 - s.y0 > 1 and body.back == "doors" else 0.06), 9)
     for a, b in itertools.pairwise(body.pillars):
         window = clip(pane, 0, a + 0.03, b - 0.03)
-        s.side(window, GLASS)
-        s.side(clip(window, 1, window[:, 1].mean() + 0.1, 9), SHEEN)
-    for front in (True, False) if body.back in ("window", "bed") else (True,):
-        s.face(front, box(-0.9, y(0.06), 0.9, y(0.88)), GLASS)
-        s.face(front, [(-0.5, y(0.88)), (-0.1, y(0.88)), (-0.5, y(0.5)), (-0.88, y(0.5))], SHEEN)
+        s.paint(SIDES, window, GLASS)
+        s.paint(SIDES, clip(window, 1, window[:, 1].mean() + 0.1, 9), SHEEN)
+    ends = NOSE + TAIL if body.back in ("window", "bed") else NOSE
+    s.paint(ends, box(-0.9, y(0.06), 0.9, y(0.88)), GLASS)
+    s.paint(ends, [(-0.5, y(0.88)), (-0.1, y(0.88)), (-0.5, y(0.5)), (-0.88, y(0.5))], SHEEN)
     for a in (-0.82, 0.08) if body.back == "doors" else ():
-        s.face(False, box(a, y(0.35), a + 0.74, y(0.88)), GLASS)
+        s.paint(TAIL, box(a, y(0.35), a + 0.74, y(0.88)), GLASS)
     x0, x1 = body.length / 2 - s.nose[1, 0] - 0.1, body.length / 2 - s.tail[1, 0] + 0.1
     z, middle = s.top * 0.75, x0 * 0.6 + x1 * 0.4
-    if "sunroof" in marks:
+    if "sunroof" in attrs["marks"]:
         s.p.poly(np.array([(x0, s.y1, z), (middle, s.y1, z), (middle, s.y1, -z), (x0, s.y1, -z)]), GLASS)
-    for at in (-z, z) if "rack" in marks else ():
-        s.p.line([(x0, s.y1 + 0.1, at), (x1, s.y1 + 0.1, at)], 0.09, (52, 54, 58), least=2)
+    for at in (-z, z) if "rack" in attrs["marks"] else ():
+        s.p.line([(x0, s.y1 + 0.1, at), (x1, s.y1 + 0.1, at)], 0.09, (52, 54, 58))
 
 
-def _lower(s: Slab, body: Body, attrs: dict) -> None:
-    """Sill, doors and nose."""
-    y = s.y
-    s.side(clip(s.ring, 1, 0, y(0.13)), DARK)
+def _front(s: Slab, body: Body, attrs: dict) -> None:
+    """Sill and doors; bumper, grille and headlamps: the face of the make."""
+    y, (grille, lamp, _) = s.y, MAKES[attrs["make"]]
+    s.paint(SIDES, clip(s.ring, 1, 0, y(0.13)), DARK)
     for u in body.pillars[:3]:
-        s.side(box(u + 0.1, y(0.12), u + 0.13, y(0.97)), attrs["rgb"], 0.45)
-        s.side(box(u + 0.18, y(0.76), u + 0.36, y(0.81)), DARK)
-    s.side(box(0.06, y(0.55), 0.3, y(0.72)), (214, 222, 228))
-    if True in s.ends:
-        _nose(s, attrs)
-        _plate(s, True, y(0) + 0.1)
+        s.paint(SIDES, box(u + 0.1, y(0.12), u + 0.13, y(0.97)), attrs["rgb"], 0.45)
+        s.paint(SIDES, box(u + 0.18, y(0.76), u + 0.36, y(0.81)), DARK)
+    s.paint(SIDES, box(0.06, y(0.55), 0.3, y(0.72)), (214, 222, 228))
+    (wide, high), shape, bars = GRILLES[grille]
+    size, at = np.array((wide, high)), (0, s.y0 + 0.52 * min(s.y1 - s.y0, 0.75))
+    s.paint(NOSE, box(-0.97, s.y0, 0.97, at[1] - 0.24), DARK)
+    s.paint(NOSE, shape * (size + (0.04, 0.025)) + at, CHROME)
+    s.paint(NOSE, shape * size + at, DARK)
+    for bar in bars:
+        s.paint(NOSE, bar * size + at, attrs["rgb"] if grille == "split" else CHROME)
+    for side in (LEFT, RIGHT) if "nose" in s.seen else ():
+        shape, at_lamp = LAMPS[lamp] * (side, 1), (side * 0.75, at[1] + 0.04)
+        s.paint(NOSE, shape * 1.2 + at_lamp, DARK)
+        s.p.lamp(s.on("nose", shape + at_lamp), WHITE, WHITE_GLOW)
+    _plate(s, NOSE, y(0) + 0.1)
     if body.back == "bed":
         bed = box(body.length / 2 - body.cabin[3] - 0.12, -0.85, 0.12 - body.length / 2, 0.85)
         s.p.poly(np.insert(bed, 1, s.y1, axis=1), (40, 41, 44))
 
 
-def _nose(s: Slab, attrs: dict) -> None:
-    """Bumper, grille and headlamps: the face of the make."""
-    grille, lamp, _ = MAKES[attrs["make"]]
-    (wide, high), shape, bars = GRILLES[grille]
-    size, at = np.array((wide, high)), (0, s.y0 + 0.52 * min(s.y1 - s.y0, 0.75))
-    s.face(True, box(-0.97, s.y0, 0.97, at[1] - 0.24), DARK)
-    s.face(True, shape * (size + (0.04, 0.025)) + at, CHROME)
-    s.face(True, shape * size + at, DARK)
-    for bar in bars:
-        s.face(True, bar * size + at, attrs["rgb"] if grille == "split" else CHROME)
-    for sign in (-1, 1):
-        shape, at_lamp = LAMPS[lamp] * (sign, 1), (sign * 0.75, at[1] + 0.04)
-        s.face(True, shape * 1.2 + at_lamp, DARK)
-        s.p.lamp(s.on_face(shape + at_lamp, True), WHITE, WHITE_GLOW)
-
-
-def _plate(s: Slab, front: bool, middle: float) -> None:
+def _plate(s: Slab, face: tuple, middle: float) -> None:
     a = 0.26 / s.bottom
-    s.face(front, box(-a, middle - 0.06, a, middle + 0.06), (236, 236, 226))
+    s.paint(face, box(-a, middle - 0.06, a, middle + 0.06), (236, 236, 226))
     for at in (-0.8, -0.5, -0.1, 0.2, 0.5):  # nothing to read
-        s.face(front, box(a * at, middle - 0.035, a * (at + 0.2), middle + 0.035), (50, 52, 60))
+        s.paint(face, box(a * at, middle - 0.035, a * (at + 0.2), middle + 0.035), (50, 52, 60))
 
 
-def _tail(s: Slab, body: Body, lamp: str) -> None:
+def _rear(s: Slab, body: Body, attrs: dict) -> None:
     """Bumper, lamps and plate."""
-    y, high = s.y, 0.12 if lamp in ("slit", "box") else 0.24
+    y, high = s.y, 0.12 if MAKES[attrs["make"]][1] in ("slit", "box") else 0.24
     if body.back != "load":
-        s.side(box(body.length - 0.26, y(0.55), body.length - 0.05, y(0.78)), RED)
-    s.face(False, box(-0.96, y(0), 0.96, y(0.2)), DARK)
-    for a in (-0.8, 0.8) if False in s.ends else ():
-        s.p.lamp(s.on_face(box(a - 0.15, y(0.62 - high), a + 0.15, y(0.62 + high)), False), RED, RED_GLOW)
-    _plate(s, False, y(0.36))
-
-
-def _load(s: Slab, body: Body, attrs: dict) -> None:
-    """The ribs of a load box."""
-    for u in np.arange(s.nose[0, 0] + 0.9, body.length - 0.3, 0.9):
-        s.side(box(u, s.y(0.04), u + 0.03, s.y(0.96)), attrs["rgb"], 0.7)
-    for a in (-0.02, -0.95, 0.92):
-        s.face(False, box(a, s.y(0.04), a + 0.03, s.y(0.96)), attrs["rgb"], 0.5)
+        s.paint(SIDES, box(body.length - 0.26, y(0.55), body.length - 0.05, y(0.78)), RED)
+    s.paint(TAIL, box(-0.96, y(0), 0.96, y(0.2)), DARK)
+    for a in (-0.8, 0.8) if "tail" in s.seen else ():
+        s.p.lamp(s.on("tail", box(a - 0.15, y(0.62 - high), a + 0.15, y(0.62 + high))), RED, RED_GLOW)
+    _plate(s, TAIL, y(0.36))
 
 
 def _marks(s: Slab, body: Body, attrs: dict) -> None:
-    """Stripe, sticker and dent."""
+    """Ribs of a load box; stripe, sticker and dent."""
     y, accent, size = s.y, attrs["accent"], max(0.2, 0.2 * (s.y1 - s.y0))
+    if body.back == "load":
+        for u in np.arange(s.nose[0, 0] + 0.9, body.length - 0.3, 0.9):
+            s.paint(SIDES, box(u, y(0.04), u + 0.03, y(0.96)), attrs["rgb"], 0.7)
+        for a in (-0.02, -0.95, 0.92):
+            s.paint(TAIL, box(a, y(0.04), a + 0.03, y(0.96)), attrs["rgb"], 0.5)
     spot = (attrs["spot"][0] * body.length, y(attrs["spot"][1]))
     if "stripe" in attrs["marks"]:
-        s.side(clip(s.ring, 1, y(0.42), y(0.58)), accent)
-        for front in (True, False):
-            s.face(front, box(0.2, y(0.3), 0.36, s.y1), accent)
+        s.paint(SIDES, clip(s.ring, 1, y(0.42), y(0.58)), accent)
+        s.paint(NOSE + TAIL, box(0.2, y(0.3), 0.36, s.y1), accent)
     if "sticker" in attrs["marks"]:
-        s.side(circle(*spot, size, attrs["corners"]), accent)
-        s.face(False, circle(-0.5, y(0.85), size / 2, attrs["corners"]), accent)
-    if "dent" in attrs["marks"] and attrs["dent_side"] in s.near:
-        s.side(circle(*spot, 0.16, 12) * (1, 0.7) + (0, spot[1] * 0.3), attrs["rgb"], 0.5)
-        s.side(circle(spot[0] - 0.05, spot[1] + 0.03, 0.07, 10), attrs["rgb"], 0.8)
+        s.paint(SIDES, circle(*spot, size, attrs["corners"]), accent)
+        s.paint(TAIL, circle(-0.5, y(0.85), size / 2, attrs["corners"]), accent)
+    if "dent" in attrs["marks"]:
+        side = (attrs["dent_side"],)
+        s.paint(side, circle(*spot, 0.16, 12) * (1, 0.7) + (0, spot[1] * 0.3), attrs["rgb"], 0.5)
+        s.paint(side, circle(spot[0] - 0.05, spot[1] + 0.03, 0.07, 10), attrs["rgb"], 0.8)
 
 
-def _car(p: Scene, attrs: dict, phase: float) -> None:
-    """Paint a vehicle back to front; phase: of its wheels. With a mask it has side mirrors."""
-    body, own, paint = BODIES[attrs["body"]], slabs(attrs["body"]), attrs["rgb"]
-    _, lamp, spokes = MAKES[attrs["make"]]
-    has_load, p.part = body.back == "load", CAR_BODY
-    tall = max(slab.y1 for slab in own.values())
-    roof = attrs["roof"] if "two_tone" in attrs["marks"] else paint
-    # the load is a shade lighter than the cab, so that the two come apart
-    colours = {"frame": (44, 45, 48), "cabin": roof if tall < 2 else paint, "load": tuple(c * 0.85 + 36 for c in paint)}
-    rear = "frame" if has_load else "lower"
-    _treads(p, body)
-    if p.mask:
-        _mirrors(p, body, behind=True)
-    # seen from the front, the cab stands before its load
-    for name in ("frame", "load", "lower", "cabin") if has_load and p.cos > 0 else own:
-        slab, colour = own[name].seen_by(p), colours.get(name, paint)
-        slab.solid(colour, roof if name == "cabin" else colour)
-        if name == "cabin":
-            _cabin(slab, body, attrs["marks"])
-        if name == "lower":
-            _lower(slab, body, attrs)
-        if name == rear:
-            _tail(slab, body, lamp)
-        if name == "load":
-            _load(slab, body, attrs)
-        if name == ("load" if has_load else "lower"):
-            _marks(slab, body, attrs)
-        if name == rear:
-            _wheels(p, body, spokes, phase)
-    if p.mask:
-        _mirrors(p, body, behind=False)
-
-
-def _scene(seed: int, pid: int, camid: int, viewid: int, shot: int, size, with_mask: bool) -> Scene:
-    """The scene of a picture with vehicle `pid` in it."""
+def draw_vehicle(seed: int, pid: int, camid: int, viewid: int, shot: int, size, with_mask: bool = False) -> Scene:
+    """The scene of a picture with vehicle `pid` in it, painted back to front; with a mask it has side mirrors."""
     attrs = vehicle(seed, pid)
-    body, tall = BODIES[attrs["body"]], max(slab.y1 for slab in slabs(attrs["body"]).values())
+    body, paint, shown = BODIES[attrs["body"]], attrs["rgb"], slabs(BODIES[attrs["body"]])
+    tall, has_load = max(slab.y1 for slab in shown.values()), body.back == "load"
     p = open_scene(seed, pid, camid, viewid, shot, size, (body.length, tall, body.width))
     _shadow(p, body.length, body.width)
     if with_mask:
         p.start_mask(BACKGROUND)
-    _car(p, attrs, p.rng.uniform(0, 2 * math.pi))
+    phase, p.part = p.rng.uniform(0, 2 * math.pi), CAR_BODY
+    roof = attrs["roof"] if "two_tone" in attrs["marks"] else paint
+    # the load is a shade lighter than the cab, so that the two come apart
+    colours = {"frame": (44, 45, 48), "cabin": roof if tall < 2 else paint, "load": tuple(c * 0.85 + 36 for c in paint)}
+    parts = {"lower": [_front], "cabin": [_cabin], "frame": [], "load": [_marks]}
+    parts["lower"] += [] if has_load else [_rear, _marks]
+    parts["frame"] += [_rear]
+    _treads(p, body)
+    if p.mask:
+        _mirrors(p, body, behind=True)
+    # seen from the front, the cab stands before its load
+    for name in ("frame", "load", "lower", "cabin") if has_load and p.cos > 0 else shown:
+        slab, colour = shown[name].seen_by(p), colours.get(name, paint)
+        slab.solid(colour, roof if name == "cabin" else colour)
+        for part in parts[name]:
+            part(slab, body, attrs)
+        if name == ("frame" if has_load else "lower"):
+            _wheels(p, body, MAKES[attrs["make"]][2], phase)
+    if p.mask:
+        _mirrors(p, body, behind=False)
     return p
 
 
@@ -346,12 +304,12 @@ def render(seed: int, pid: int, camid: int, viewid: int, shot: int, size: int | 
     `shot` numbers the pictures of equal (pid, camid, viewid): each has its own scale, position, tilt, wheel angle and
     noise.
     """
-    return _scene(seed, pid, camid, viewid, shot, size, False).record()
+    return draw_vehicle(seed, pid, camid, viewid, shot, size).record()
 
 
 def render_parts(seed: int, pid: int, camid: int, viewid: int, shot: int, size=96) -> tuple[Image.Image, np.ndarray]:
     """As `render`, with side mirrors, and the mask of its parts: [H, W] uint8 in PartImageNet's ids."""
-    p = _scene(seed, pid, camid, viewid, shot, size, True)
+    p = draw_vehicle(seed, pid, camid, viewid, shot, size, with_mask=True)
     return p.record(), p.part_ids()
 
 
@@ -361,8 +319,9 @@ def plan(num_images: int, seed: int, val_ratio: float) -> list[dict]:
     Picture k shows identity k modulo P, where P is about a twelfth of the pictures, at least 20 and at most a third of
     them: every identity is seen by three cameras or more. About `val_ratio` of the identities of each body are val.
     """
-    people = max(1, min(num_images // 3, max(20, num_images // 12)))
-    rows = []
+    if not 0 <= val_ratio < 1:
+        raise InputError(f"--val_ratio {val_ratio}: must be at least 0 and below 1")
+    people, rows = max(1, min(num_images // 3, max(20, num_images // 12))), []
     for k in range(num_images):
         shot, pid = divmod(k, people)
         labels = label_row(seed, pid, shot)
@@ -378,38 +337,17 @@ def write_picture(row: dict, folder: Path, seed: int, size: int) -> None:
     picture.save(folder / row["path"], quality=CAMERAS[row["camid"]].quality)
 
 
-def write_demo(
-    output: Path,
-    num_images: int = 3000,
-    size: int = 96,
-    seed: int = 0,
-    val_ratio: float = 0.25,
-    processes: int | None = None,
-) -> dict:
-    """Write images/<split>/<body>/NNNNN.jpg and labels.csv; `val_ratio`: share of the identities held out."""
-    settings = {"num_images": num_images, "size": size, "seed": seed, "val_ratio": val_ratio}
-    if num_images < 1 or size < 16 or not 0 <= val_ratio < 1:
-        raise InputError(f"num_images must be 1 or more, size 16 or more and val_ratio in [0, 1), got {settings}")
-    rows = plan(num_images, seed, val_ratio)
-    counts = {"images": len(rows), "train": 0, "val": 0, **Counter(row["split"] for row in rows)}
-
-    def finish(folder: Path) -> None:
-        write_table(folder / "labels.csv", COLUMNS, rows)
-
-    draw = partial(write_picture, seed=seed, size=size)
-    return {**counts, "written": write_set(output, "demo.json", settings, rows, draw, finish, processes)}
+def _write_labels(folder: Path, rows: list[dict]) -> None:
+    write_table(folder / "labels.csv", COLUMNS, rows)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = demo_parser("draw", __doc__, 96, "side of a picture")
-    parser.add_argument("--num_images", type=int, default=3000, help="number of pictures (default 3000)")
-    parser.add_argument("--val_ratio", type=float, default=0.25, help="share of identities held out (default 0.25)")
-    return parser
+SETTINGS = {"num_images": 3000, "size": 96, "seed": 0, "val_ratio": 0.25}
+DEMO = DrawnSet("demo.json", SETTINGS, {"num_images": 1, "size": 16}, plan, write_picture, _write_labels)
 
 
-def main(args: argparse.Namespace) -> dict:
-    return {"output": str(args.output), **write_demo(**vars(args))}
+def get_args_parser() -> Parser:
+    return DEMO.parser("demo.draw", __doc__)
 
 
 if __name__ == "__main__":
-    run_tool(main, get_args_parser().parse_args(), None)
+    run_tool(lambda args: DEMO.write(**vars(args)), get_args_parser().parse_args(), None)

@@ -17,45 +17,43 @@ benchmark/ have no other pictures, and their leaked copies are in neither labels
 these has not seen them. Every file depends on its row of the plan alone.
 """
 
-import argparse
 import io
 import json
 import math
-from collections import Counter
 from collections.abc import Sequence
-from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter
 
 from demo.draw import render
-from demo.folder import demo_parser, write_set, write_table
-from demo.others import SUBJECTS, draw_other
-from demo.vehicle import BODIES, CAMERAS, COLOURS, COLUMNS, demo_rng, label_row, vehicle
-from util.cli import run_tool
-from util.errors import InputError
+from demo.folder import DrawnSet, write_table
+from demo.scene import render_place
+from demo.vehicle import BODIES, CAMERAS, COLOURS, COLUMNS, demo_rng, label_row, looks
+from util.cli import Parser, run_tool
 
 SHARES = {  # of the files in photos/, in per cent
     "clean": 52.5, "exact_copy": 5, "pixel_copy": 4, "near_copy": 10, "track": 8, "non_vehicle": 8, "corrupt": 2,
     "small": 2, "aspect": 2, "blur": 2, "exposure": 2, "leak_exact": 1, "leak_near": 1.5,
 }  # fmt: skip
-GOOD = ("clean", "exact_copy", "pixel_copy", "near_copy", "track")
+GOOD, OTHER = ("clean", "exact_copy", "pixel_copy", "near_copy", "track"), ("non_vehicle",)
+SUBJECTS = {  # of pictures without any vehicle, and their short captions
+    "place": "an empty place without any vehicle", "gradient": "a smooth colour gradient",
+    "texture": "a rough texture", "chart": "a chart on white paper", "page": "a page of printed text",
+    "shapes": "overlapping coloured shapes", "flower": "a flower seen from close by",
+}  # fmt: skip
+NEAR = ("jpeg", "resize", "crop", "light", "logo")
 HOWS = {  # the ways of each kind that has several; rows take turns
-    "pixel_copy": ("png", "bmp", "webp", "jpg"),
-    "near_copy": ("jpeg", "resize", "crop", "light", "logo"),
-    "leak_near": ("jpeg", "resize", "crop", "light", "logo"),
-    "corrupt": ("truncated", "empty", "text", "html"),
-    "aspect": ("wide", "tall"),
-    "exposure": ("black", "white"),
-    "non_vehicle": tuple(SUBJECTS),
-}
+    "pixel_copy": ("png", "bmp", "webp", "jpg"), "near_copy": NEAR, "leak_near": NEAR, "aspect": ("wide", "tall"),
+    "corrupt": ("truncated", "empty", "text", "html"), "exposure": ("black", "white"), "non_vehicle": tuple(SUBJECTS),
+}  # fmt: skip
 SHAPES = ((1, 1), (1.25, 1), (1.5, 1), (1, 1.2))  # of clean pictures, in units of `size`
 TURNS = 14  # identities of a pair of body and colour; one more is held out for the benchmark
 FRAMES = 40  # of a track
 TRUTH = ("path", "kind", "of", "body", "colour", "make", "pid", "camid", "how")
 CAPTIONS = ("path", "split", "caption", "short_caption")
 NOT_FOUND = "<!DOCTYPE html>\n<html><head><title>404</title></head><body>Not found.</body></html>\n"
+WORDS = "the of and sale price open house market report notes weekly river winter music garden".split()
 
 
 def share_out(total: int, weights: Sequence[float]) -> list[int]:
@@ -66,17 +64,18 @@ def share_out(total: int, weights: Sequence[float]) -> list[int]:
     return counts.tolist()
 
 
-def plan(num_images: int, seed: int) -> tuple[list[dict], list[dict]]:
-    """The rows of photos/ and of benchmark/, as `file_bytes` wants them.
+def plan(num_images: int, seed: int) -> list[dict]:
+    """The rows of photos/ and then of benchmark/, as `file_bytes` wants them.
 
     The share of the pair of rank r (from 0) falls as 1 / (r + 1.5): the commonest pair of body and colour has 15% of
     the clean vehicles, the last of the hundred a handful.
     """
     kinds = dict(zip(SHARES, share_out(num_images, list(SHARES.values()))))
-    ranked = _ranked(seed)
+    pairs = looks(seed, range((TURNS + 1) * len(BODIES) * len(COLOURS)))
+    ranked = [pairs[k] for k in demo_rng(seed, "pool tail").permutation(len(pairs))]  # identities, commonest pair first
     tail = 1 / (np.arange(len(ranked)) + 1.5)
     test = _benchmark(max(4, round(0.0375 * num_images)), seed, [pids[TURNS] for pids in ranked])
-    clean = []
+    clean, jpegs = [], []
     for pids, count in zip(ranked, share_out(kinds["clean"], tail)):
         pids = pids[: min(TURNS, math.ceil(count / 3))]
         for k in range(count):
@@ -85,22 +84,25 @@ def plan(num_images: int, seed: int) -> tuple[list[dict], list[dict]]:
             row["shape"] = SHAPES[demo_rng(seed, "pool shape", number).integers(len(SHAPES))]
             row["ending"] = {7: ".webp", 8: ".bmp", 9: ".png"}.get(number % 10, ".jpg")
             clean.append(row)
-    rows = list(clean)
+    jpegs, rows = [row for row in clean if row["ending"] == ".jpg"], list(clean)
     for kind in ("small", "aspect", "blur", "exposure", "corrupt"):
         rng = demo_rng(seed, "pool", kind)
         for k in range(kinds[kind]):
             rank = int(rng.choice(len(tail), p=tail / tail.sum()))
-            row = _row(kind, k, label_row(seed, ranked[rank][k % TURNS], 1000 + k))
+            rows.append(_row(kind, k, label_row(seed, ranked[rank][k % TURNS], 1000 + k)))
             if kind == "aspect":
                 long = float(rng.uniform(4, 6))
-                row["shape"] = (long, 1) if row["how"] == "wide" else (1, long)
-            rows.append(row)
+                rows[-1]["shape"] = (long, 1) if rows[-1]["how"] == "wide" else (1, long)
     leaked = kinds["leak_exact"]
-    rows += _copies("exact_copy", kinds["exact_copy"], clean, seed)
-    rows += _copies("pixel_copy", kinds["pixel_copy"], [row for row in clean if row["ending"] == ".jpg"], seed)
-    rows += _copies("near_copy", kinds["near_copy"], clean, seed)
-    rows += _copies("leak_exact", leaked, test[:leaked], seed)
-    rows += _copies("leak_near", kinds["leak_near"], test[leaked:], seed)
+    sources = {"exact_copy": clean, "pixel_copy": jpegs, "near_copy": clean}
+    sources |= {"leak_exact": test[:leaked], "leak_near": test[leaked:]}
+    for kind, originals in sources.items():
+        order = demo_rng(seed, "pool", kind).permutation(len(originals))
+        for k in range(kinds[kind]):
+            source = originals[order[k % len(order)]]
+            row = {**source, **_row(kind, k, {}), "shape": source["shape"], "source": source}
+            row["ending"] = {"exact_copy": source["ending"], "pixel_copy": f".{row['how']}"}.get(kind, ".jpg")
+            rows.append(row)
     for k in range(kinds["non_vehicle"]):
         row = _row("non_vehicle", k, {})
         short, place = SUBJECTS[row["how"]], CAMERAS[k % len(CAMERAS)].place
@@ -110,21 +112,9 @@ def plan(num_images: int, seed: int) -> tuple[list[dict], list[dict]]:
     for k in range(kinds["track"]):
         frame, track = divmod(k, tracks)
         first = clean[demo_rng(seed, "pool track", track).integers(len(clean))]
-        row = _row("track", k, label_row(seed, first["pid"], 2000 + track))
-        rows.append(row | {"frame": frame, "track": track})
+        rows.append(_row("track", k, label_row(seed, first["pid"], 2000 + track)) | {"frame": frame, "track": track})
     _name(rows, seed)
-    return rows, test
-
-
-@cache
-def _ranked(seed: int) -> list[list[int]]:
-    """The identities of each pair of body and colour, commonest pair first."""
-    pairs: dict[tuple, list[int]] = {}
-    for pid in range((TURNS + 1) * len(BODIES) * len(COLOURS)):
-        attrs = vehicle(seed, pid)
-        pairs.setdefault((attrs["body"], attrs["colour"]), []).append(pid)
-    order = demo_rng(seed, "pool tail").permutation(len(pairs))
-    return [list(pairs.values())[k] for k in order]
+    return rows + test
 
 
 def _row(kind: str, number: int, labels: dict) -> dict:
@@ -133,45 +123,30 @@ def _row(kind: str, number: int, labels: dict) -> dict:
     return {**labels, "kind": kind, "number": number, "how": how, "shape": (1, 1), "ending": ".jpg"}
 
 
-def _copies(kind: str, count: int, originals: list[dict], seed: int) -> list[dict]:
-    order, rows = demo_rng(seed, "pool", kind).permutation(len(originals)), []
-    for k in range(count):
-        source = originals[order[k % len(order)]]
-        row = {**source, **_row(kind, k, {}), "shape": source["shape"], "source": source}
-        if kind in ("exact_copy", "pixel_copy"):
-            row["ending"] = source["ending"] if kind == "exact_copy" else f".{row['how']}"
-        rows.append(row)
-    return rows
-
-
 def _benchmark(count: int, seed: int, pids: list[int]) -> list[dict]:
     """About four pictures of each of some identities, in random order."""
-    rng = demo_rng(seed, "pool benchmark")
+    rng, rows = demo_rng(seed, "pool benchmark"), []
     chosen = rng.permutation(pids)[: max(1, count // 4)].tolist()
-    rows = []
     for k, place in enumerate(rng.permutation(count).tolist()):
-        row = _row("clean", k, label_row(seed, chosen[k % len(chosen)], k // len(chosen)))
+        row = _row("benchmark", k, label_row(seed, chosen[k % len(chosen)], k // len(chosen)))
         rows.append(row | {"path": f"benchmark/images/{place:05d}.jpg", "split": "test"})
     return rows
 
 
 def _name(rows: list[dict], seed: int) -> None:
     """Paths, originals by name, and splits; a track is one folder of consecutive frames."""
-    places = demo_rng(seed, "pool names").permutation(len(rows)).tolist()
     heads: dict[int, str] = {}
-    for row, place in zip(rows, places):
-        folder = ("web/", "dealer/", "forum/", "phone/IMG_")[place % 4]
-        path = f"photos/{folder}{place:06d}"
+    for row, place in zip(rows, demo_rng(seed, "pool names").permutation(len(rows)).tolist()):
+        name = f"{('web/', 'dealer/', 'forum/', 'phone/IMG_')[place % 4]}{place:06d}"
         if row["kind"] == "track":
-            path = f"photos/cctv/c{row['camid']:02d}_{row['track']:03d}/{row['frame']:05d}"
-        row["path"] = path + row["ending"]
+            name = f"cctv/c{row['camid']:02d}_{row['track']:03d}/{row['frame']:05d}"
+        row["path"] = f"photos/{name}{row['ending']}"
         is_val = row["kind"] in GOOD and demo_rng(seed, "pool split", row["pid"]).random() < 0.25
         row["split"] = "val" if is_val else "train"
     for row in rows:  # copies of copies do not occur, so that originals have their names by now
         row["of"] = row["source"]["path"] if "source" in row else ""
-        if row["kind"] == "track":
-            first = heads.setdefault(row["track"], row["path"])
-            row["of"] = "" if first == row["path"] else first
+        if row["kind"] == "track" and row["path"] != heads.setdefault(row["track"], row["path"]):
+            row["of"] = heads[row["track"]]
 
 
 def file_bytes(row: dict, seed: int, size: int) -> bytes:
@@ -180,27 +155,28 @@ def file_bytes(row: dict, seed: int, size: int) -> bytes:
     if "source" in row:
         return _copy(file_bytes(row["source"], seed, size), kind, how, rng)
     if kind == "corrupt" and how != "truncated":
-        text = {"empty": "", "text": f"photo {row['number']} to follow\n", "html": NOT_FOUND}[how]
-        return text.encode()
+        return {"empty": "", "text": f"photo {row['number']} to follow\n", "html": NOT_FOUND}[how].encode()
     if kind == "non_vehicle":
-        picture = draw_other(how, seed, row["number"], size)
-    elif kind == "track":
-        picture = _frame(row, rng, seed, size)
-    else:
-        shape = tuple(round(share * size) for share in row["shape"])
-        picture = render(seed, row["pid"], row["camid"], row["viewid"], row["shot"], shape)
+        return encode(draw_other(how, seed, row["number"], size), ".jpg", 88)
+    ids, margin = [row[key] for key in ("pid", "camid", "viewid", "shot")], max(2, size // 24)
+    shape = [round(share * size) for share in row["shape"]]
+    picture = render(seed, *ids, size + 2 * margin if kind == "track" else shape)
+    if kind == "track":  # the same view, a pixel or two further, with noise of its own
+        left, top = (round(margin * (1 + k * np.sin(w * row["frame"]))) for k, w in ((1, 0.11), (0.5, 0.07)))
+        pixels = np.asarray(picture.crop((left, top, left + size, top + size)), dtype=float)
+        pixels = pixels * rng.uniform(0.985, 1.015) + rng.normal(0, 1.5, (size, size, 1))
+        picture = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     if kind == "corrupt":
         whole = encode(picture, ".jpg")
         return whole[: int(len(whole) * rng.uniform(0.3, 0.7))]
     if kind == "small":
-        side = int(rng.integers(size // 4, size // 2))
-        picture = picture.resize((side, side), Image.Resampling.LANCZOS)
+        picture = picture.resize((int(rng.integers(size // 4, size // 2)),) * 2, Image.Resampling.LANCZOS)
     if kind == "blur":
         picture = picture.filter(ImageFilter.GaussianBlur(size * rng.uniform(0.08, 0.14)))
     if kind == "exposure":
         rest = rng.uniform(0.01, 0.05)  # of the contrast
         picture = picture.point([rest * v if how == "black" else 255 - rest * (255 - v) for v in range(256)] * 3)
-    return encode(picture, Path(row["path"]).suffix, CAMERAS[row["camid"]].quality if "camid" in row else 88)
+    return encode(picture, Path(row["path"]).suffix, CAMERAS[row["camid"]].quality)
 
 
 def encode(picture: Image.Image, ending: str, quality: int = 85) -> bytes:
@@ -209,17 +185,6 @@ def encode(picture: Image.Image, ending: str, quality: int = 85) -> bytes:
     how = {"quality": quality} if is_jpeg else {"lossless": True}
     picture.save(opened, "JPEG" if is_jpeg else ending[1:], **how)
     return opened.getvalue()
-
-
-def _frame(row: dict, rng: np.random.Generator, seed: int, size: int) -> Image.Image:
-    """A frame of a track: the same view, a pixel or two further, with noise of its own."""
-    margin = max(2, size // 24)
-    wide = render(seed, row["pid"], row["camid"], row["viewid"], row["shot"], size + 2 * margin)
-    left = round(margin * (1 + np.sin(0.11 * row["frame"])))
-    top = round(margin * (1 + 0.5 * np.sin(0.07 * row["frame"])))
-    pixels = np.asarray(wide.crop((left, top, left + size, top + size)), dtype=float)
-    pixels = pixels * rng.uniform(0.985, 1.015) + rng.normal(0, 1.5, (size, size, 1))
-    return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
 
 
 def _copy(data: bytes, kind: str, how: str, rng: np.random.Generator) -> bytes:
@@ -252,71 +217,113 @@ def _copy(data: bytes, kind: str, how: str, rng: np.random.Generator) -> bytes:
     return encode(picture, ".jpg")
 
 
+def draw_other(subject: str, seed: int, number: int, size: int) -> Image.Image:
+    """One RGB picture, `size` px square, of a subject of `SUBJECTS`: what a careless crawl brings along."""
+    if subject == "place":
+        return render_place(seed, number % len(CAMERAS), number, size)
+    draw = {"gradient": _gradient, "texture": _texture, "chart": _chart, "page": _page, "shapes": _shapes}
+    return draw.get(subject, _flower)(demo_rng(seed, "other", subject, number), size)
+
+
+def _colour(rng: np.random.Generator, low: int = 0) -> tuple:
+    return tuple(rng.integers(low, 256, 3).tolist())
+
+
+def _cubic(pixels: np.ndarray, size: int) -> Image.Image:
+    return Image.fromarray(pixels.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _gradient(rng, size):
+    return _cubic(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8), size)
+
+
+def _texture(rng, size):
+    page = np.zeros((size, size, 3))
+    for cells, weight in ((6, 0.5), (16, 0.3), (size, 0.2)):  # coarse to fine, as in bark or cloth
+        shape = (cells, max(2, cells // int(rng.integers(1, 5))), 3)
+        page += weight * np.asarray(_cubic(rng.integers(0, 256, shape, dtype=np.uint8), size))
+    page = page.mean(axis=2, keepdims=True) * (0.4 + 0.6 * np.array(_colour(rng)) / 255)
+    return Image.fromarray(page.clip(0, 255).astype(np.uint8))
+
+
+def _chart(rng, size):
+    page, unit = Image.new("RGB", (size, size), "white"), size / 20
+    draw, heights, fill = ImageDraw.Draw(page), rng.uniform(2, 14, 8), _colour(rng)
+    for row in range(4, 18, 3):
+        draw.line([(2 * unit, row * unit), (19 * unit, row * unit)], fill=(214, 216, 220))
+    tops = [((3 + 2 * k) * unit, (18 - heights[k]) * unit) for k in range(8)]
+    if rng.random() < 0.5:
+        for x, y in tops:
+            draw.rectangle([x, y, x + 1.4 * unit, 18 * unit], fill=fill)
+    else:
+        draw.line(tops, fill=fill, width=max(1, round(unit / 2)))
+    draw.line([(2 * unit, 2 * unit), (2 * unit, 18 * unit), (19 * unit, 18 * unit)], fill=(40, 40, 44))
+    return page
+
+
+def _page(rng, size):
+    page, high = Image.new("RGB", (size, size), _colour(rng, 225)), max(8, size // 10)
+    for y in range(high // 2, size, high + 2):
+        line = " ".join(WORDS[k] for k in rng.integers(0, len(WORDS), 6))
+        ImageDraw.Draw(page).text((high // 2, y), line, fill=(40, 40, 48), font_size=high)
+    return page
+
+
+def _shapes(rng, size):
+    page = Image.new("RGB", (size, size), _colour(rng))
+    for _ in range(int(rng.integers(5, 10))):
+        x, y, r = rng.uniform(0, size), rng.uniform(0, size), rng.uniform(0.08, 0.35) * size
+        if rng.random() < 0.5:
+            ImageDraw.Draw(page).circle((x, y), r, fill=_colour(rng))
+        else:
+            sides, turn = int(rng.integers(3, 7)), int(rng.integers(0, 360))
+            ImageDraw.Draw(page).regular_polygon((x, y, r), sides, turn, _colour(rng))
+    return page
+
+
+def _flower(rng, size):
+    """Petals around a disc before a blurred lawn."""
+    over = 3 * size
+    page = _cubic(rng.integers((20, 70, 10), (70, 150, 50), (9, 9, 3)), over).filter(
+        ImageFilter.GaussianBlur(over / 60)
+    )
+    x, y, r = over * rng.uniform(0.4, 0.6), over * rng.uniform(0.4, 0.6), over * rng.uniform(0.26, 0.4)
+    petals, turn = int(rng.integers(5, 13)), rng.uniform(0, 6)
+    fill = COLOURS[("white", "red", "yellow", "orange", "blue")[rng.integers(5)]]
+    for k, angle in enumerate(turn + 2 * np.pi * np.arange(petals) / petals):
+        shade, at = 0.82 + 0.18 * (k % 2), (x + 0.62 * r * np.cos(angle), y + 0.62 * r * np.sin(angle))
+        ImageDraw.Draw(page).circle(at, r * min(0.42, 2.2 / petals), fill=tuple(int(c * shade) for c in fill))
+    ImageDraw.Draw(page).circle((x, y), 0.36 * r, fill=(120, 84, 20))
+    return page.reduce(3)
+
+
 def _write_file(row: dict, folder: Path, seed: int, size: int) -> None:
     (folder / row["path"]).write_bytes(file_bytes(row, seed, size))
 
 
-def write_pool(
-    output: Path, num_images: int = 4000, size: int = 96, seed: int = 0, processes: int | None = None
-) -> dict:
-    """Write `num_images` files into photos/ and 3.75% more into benchmark/ of a new folder; `size` is the short side of
-    a good picture in px. -> images, benchmark, identities (in photos/), counts (files by kind) and written."""
-    if num_images < 100 or size < 32:
-        raise InputError(f"num_images must be 100 or more and size 32 or more, got {num_images} and {size}")
-    rows, test = plan(num_images, seed)
-    good = [row for row in rows if row["kind"] in GOOD]
-    others = [row for row in rows if row["kind"] == "non_vehicle"]
-    counts = {"images": len(rows), "benchmark": len(test), "identities": len({row["pid"] for row in good})}
-    counts["counts"] = dict(Counter(row["kind"] for row in rows))
-
-    def finish(folder: Path) -> None:
-        blank = dict.fromkeys(("body", "colour", "make", "pid", "camid"), "")  # where no vehicle is seen
-        hidden = ("corrupt", "non_vehicle")
-        write_table(folder / "truth.csv", TRUTH, (row | blank if row["kind"] in hidden else row for row in rows))
-        write_table(folder / "labels.csv", COLUMNS, good)
-        write_table(folder / "captions.csv", CAPTIONS, good + others)
-        parts = {"vehicle": good, "other": others}
-        prompts = {name: sorted({row["short_caption"] for row in part}) for name, part in parts.items()}
-        (folder / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n", encoding="utf-8")
-        inside = ({**row, "path": row["path"].removeprefix("benchmark/")} for row in test)
-        write_table(folder / "benchmark" / "labels.csv", COLUMNS, inside)
-
-    draw, settings = partial(_write_file, seed=seed, size=size), {"size": size, "seed": seed, **counts}
-    return {**counts, "written": write_set(output, "pool.json", settings, rows + test, draw, finish, processes)}
+def _write_tables(folder: Path, rows: list[dict]) -> None:
+    good, others, test = ([row for row in rows if row["kind"] in kinds] for kinds in (GOOD, OTHER, ("benchmark",)))
+    blank = dict.fromkeys(("body", "colour", "make", "pid", "camid"), "")  # where no vehicle is seen
+    hidden = (*OTHER, "corrupt")
+    seen = (row | blank if row["kind"] in hidden else row for row in rows if row["kind"] != "benchmark")
+    write_table(folder / "truth.csv", TRUTH, seen)
+    write_table(folder / "labels.csv", COLUMNS, good)
+    write_table(folder / "captions.csv", CAPTIONS, good + others)
+    inside = ({**row, "path": row["path"].removeprefix("benchmark/")} for row in test)
+    write_table(folder / "benchmark" / "labels.csv", COLUMNS, inside)
+    prompts = {
+        name: sorted({r["short_caption"] for r in part}) for name, part in (("vehicle", good), ("other", others))
+    }
+    (folder / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n", encoding="utf-8")
 
 
-def pool_sheet(pool: Path, num_images: int, seed: int, size: int) -> Image.Image:
-    """A row of ten cells for each kind of file, copies beside their originals; grey: no picture."""
-    rows, kinds, margin = plan(num_images, seed)[0], list(SHARES), 16
-    page = Image.new("RGB", (10 * size, len(kinds) * (size + margin)), "white")
-    for line, kind in enumerate(kinds):
-        top = line * (size + margin)
-        ImageDraw.Draw(page).text((2, top + 2), kind, fill="black")
-        pairs = [(row["of"] if "source" in row else "", row["path"]) for row in rows if row["kind"] == kind]
-        for column, path in enumerate([path for pair in pairs for path in pair if path][:10]):
-            try:
-                cell = Image.open(pool / path).convert("RGB")
-            except OSError:
-                cell = Image.new("RGB", (size, size), "grey")
-            if max(cell.size) > size:
-                cell = ImageOps.contain(cell, (size, size))
-            page.paste(cell, (column * size, top + margin))
-    return page
+SETTINGS, LEAST = {"num_images": 4000, "size": 96, "seed": 0}, {"num_images": 100, "size": 32}
+POOL = DrawnSet("pool.json", SETTINGS, LEAST, plan, _write_file, _write_tables)
 
 
-def get_args_parser() -> argparse.ArgumentParser:
-    parser = demo_parser("pool", __doc__, 96, "short side of a good picture")
-    parser.add_argument("--num_images", type=int, default=4000, help="number of files in photos/ (default 4000)")
-    parser.add_argument("--sheet", type=Path, default=None, help="PNG file for a contact sheet (default none)")
-    return parser
-
-
-def main(args: argparse.Namespace) -> dict:
-    counts = write_pool(args.output, args.num_images, args.size, args.seed, args.processes)
-    if args.sheet:
-        pool_sheet(args.output, args.num_images, args.seed, args.size).save(args.sheet)
-    return {"output": str(args.output), **counts}
+def get_args_parser() -> Parser:
+    return POOL.parser("demo.pool", __doc__)
 
 
 if __name__ == "__main__":
-    run_tool(main, get_args_parser().parse_args(), None)
+    run_tool(lambda args: POOL.write(**vars(args)), get_args_parser().parse_args(), None)

@@ -12,12 +12,16 @@ from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
 from demo.vehicle import CAMERAS, VIEWS, demo_rng
 
-BEHIND = {  # bands behind the vehicle: height of both edges in metres, colour
+# what stands 10 m behind the vehicle, in metres: bands along the whole view (both edges, colour), and on the ground
+# lines along the vehicle (their z) and crosswise
+BEHIND = {
     "fence": [(0, 3.4, (150, 153, 156))],
     "trees": [(0, 0.8, (58, 104, 40))],
     "showroom": [(0, 0.15, (120, 122, 128)), (3.3, 3.45, (196, 198, 204))],
     "garage": [(0, 3.2, (168, 162, 150)), (0, 0.9, (70, 96, 120)), (0.9, 1, (220, 190, 60))],
 }
+LEAVES = ((0, 0.5, 2.0), (-1.1, 0.36, 1.4), (1.1, 0.38, 1.5), (0.3, 0.66, 1.3))  # x, height and radius in a tree
+LINES = {"lanes": (-5.5, 5.4), "track": (-2.7, 2.6), "kerb": (-3.4, 3.2)}
 
 
 def box(x0, y0, x1, y1) -> np.ndarray:
@@ -47,8 +51,8 @@ class Scene:
     """What a pinhole camera sees, `distance` metres from the vehicle at angle `theta` (radians) from its nose.
 
     The lens is shifted, not tipped, so verticals stay vertical however high the camera hangs. `cx`, `cy` are the
-    pixel of the horizon straight ahead. `rng` serves the whole picture. `parts` is drawn along from `start_mask`
-    on, each shape in the id `part`.
+    pixel of the horizon straight ahead. `rng` serves the whole picture. After `start_mask` each shape is drawn into a
+    mask as well, in the id `part`.
     """
 
     def __init__(self, camid: int, size: int | tuple[int, int], rng: np.random.Generator):
@@ -87,33 +91,27 @@ class Scene:
     def lit(self, colour, k: float = 1.0) -> tuple:
         return tuple(int(min(255, c * k * t)) for c, t in zip(colour, self.camera.light))
 
-    def fill(self, flat: np.ndarray, colour: tuple) -> None:
-        """A polygon of (N, 2) pixels."""
-        xy = [tuple(q) for q in flat.tolist()]
-        self.draw.polygon(xy, fill=colour)
-        if self.parts:
-            self.parts.polygon(xy, fill=self.part)
-
-    def poly(self, points: np.ndarray, colour, k: float = 1.0) -> None:
-        """A polygon of (N, 3) metres, k: its brightness."""
+    def poly(self, points: np.ndarray, colour, k: float = 1.0, glows: bool = False) -> None:
+        """A polygon of (N, 3) metres, k: its brightness; one that glows needs no light."""
         if len(points) > 2:
-            self.fill(self.flat(points), self.lit(colour, k))
+            xy = [tuple(q) for q in self.flat(points).tolist()]
+            self.draw.polygon(xy, fill=colour if glows else self.lit(colour, k))
+            if self.parts:
+                self.parts.polygon(xy, fill=self.part)
 
-    def line(self, points, thickness: float, colour, least: int = 1) -> None:
-        """A line along (N, 3) metres, `thickness` metres and at least `least` pixels wide."""
+    def line(self, points, thickness: float, colour) -> None:
+        """A line along (N, 3) metres, `thickness` metres and at least two pixels wide."""
         xy = [tuple(q) for q in self.flat(np.array(points, dtype=float)).tolist()]
-        width = max(least, round(thickness * self.focal / self.distance))
+        width = max(2, round(thickness * self.focal / self.distance))
         self.draw.line(xy, fill=self.lit(colour), width=width, joint="curve")
         if self.parts:
             self.parts.line(xy, fill=self.part, width=width, joint="curve")
 
     def lamp(self, points: np.ndarray, day: tuple, night: tuple) -> None:
         """A lamp in the colour of day, or glowing where the camera has its lamps lit."""
-        if not self.camera.lamps:
-            return self.poly(points, day)
-        flat = self.flat(points)
-        self.fill(flat, night)
-        self.glows.append((flat.mean(0), 0.2 * self.focal / self.distance, night))
+        self.poly(points, night if self.camera.lamps else day, glows=self.camera.lamps)
+        if self.camera.lamps:
+            self.glows.append((self.flat(points).mean(0), 0.2 * self.focal / self.distance, night))
 
     def floor(self, x0: float, z0: float, x1: float, z1: float, colour=(232, 232, 226)) -> None:
         """A rectangle on the ground, without what lies behind the camera."""
@@ -136,8 +134,7 @@ class Scene:
         (width, height), over = self.size, self.over
         fine = np.asarray(self.mask).reshape(height, over, width, over)
         ids = np.unique(fine)
-        shares = np.stack([(fine == i).sum(axis=(1, 3)) for i in ids])
-        return ids[shares.argmax(axis=0)].astype(np.uint8)
+        return ids[np.stack([(fine == i).sum(axis=(1, 3)) for i in ids]).argmax(axis=0)].astype(np.uint8)
 
     def record(self) -> Image.Image:
         """What the camera makes of the scene: scaling down, glow, blur, vignette and noise."""
@@ -153,8 +150,7 @@ class Scene:
         y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
         exposure = (1.03 - 0.1 * (x * x + y * y)) * self.rng.uniform(0.93, 1.07)
         noise = self.rng.normal(0, self.camera.noise, (height, width, 1))
-        pixels = np.asarray(image) * exposure[..., None] + noise
-        return Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
+        return Image.fromarray((np.asarray(image) * exposure[..., None] + noise).clip(0, 255).astype(np.uint8))
 
 
 def open_scene(seed: int, pid: int, camid: int, viewid: int, shot: int, size, extent: tuple) -> Scene:
@@ -180,9 +176,8 @@ def render_place(seed: int, camid: int, shot: int, size: int | tuple[int, int] =
     rng = demo_rng(seed, "place shot", camid, shot)
     p = Scene(camid, size, rng)
     p.aim(rng.uniform(0, 2 * math.pi), 14.0, p.camera.height)
-    width, height = p.image.size
-    p.focal = width * rng.uniform(1.1, 2.0)
-    p.cx, p.cy = width * rng.uniform(0.3, 0.7), height * rng.uniform(0.35, 0.6)
+    p.focal = p.image.width * rng.uniform(1.1, 2.0)
+    p.cx, p.cy = p.image.width * rng.uniform(0.3, 0.7), p.image.height * rng.uniform(0.35, 0.6)
     _place(p, demo_rng(seed, "place", camid), 4.5)
     return p.record()
 
@@ -191,8 +186,7 @@ def _place(p: Scene, rng: np.random.Generator, length: float) -> None:
     """Sky, ground, what stands 10 m behind the vehicle, and lines for a vehicle of this length."""
     width, height = p.image.size
     scale, shift = p.focal / (p.distance + 10), p.rng.uniform(-6, 6)
-    base = p.cy + scale * p.height
-    rows = np.arange(height)[:, None]
+    base, rows = p.cy + scale * p.height, np.arange(height)[:, None]
     up, down = np.clip(rows / max(base, 1), 0, 1), np.clip((rows - base) / (height - base), 0, 1)
     sky = np.array(p.camera.sky[0]) * (1 - up) + np.array(p.camera.sky[1]) * up
     ground = np.array(p.camera.ground) * p.camera.light * (0.84 + 0.2 * down)
@@ -205,59 +199,64 @@ def _place(p: Scene, rng: np.random.Generator, length: float) -> None:
         if xy[2] >= 0 and xy[0] <= width:
             getattr(p.draw, shape)(xy, fill=tuple(colour) if glows else p.lit(colour))
 
-    kind, x = p.camera.backdrop, -32.0
-    for y0, y1, colour in BEHIND.get(kind, ()):
+    x = -32.0
+    for y0, y1, colour in BEHIND.get(p.camera.backdrop, ()):
         far(-40, y0, 40, y1, colour)
     while x < 32:
         w, h, t = rng.uniform(3.5, 7), rng.uniform(4.5, 11), rng.uniform(0, 1, 3)
-        _stand(kind, x, w, h, t, rng, far)
+        for shape in _stand(p.camera.backdrop, x, w, h, t, rng):
+            far(*shape)
         x += w
     below = (0, max(0, round(base)), width, height)
     p.image.paste(plain.crop(below), below)  # over the lower half of the hills
-    if kind == "hills":  # the crash barrier stands in front of them
+    if p.camera.backdrop == "hills":  # the crash barrier stands in front of them
         far(-40, 0.45, 40, 0.8, (176, 180, 184))
         for post in range(-40, 40, 2):
             far(post, 0, post + 0.12, 0.5, (120, 124, 128))
     _lines(p, length)
 
 
-def _stand(kind: str, x: float, w: float, h: float, t: np.ndarray, rng: np.random.Generator, far) -> None:
-    """One house, tree or pillar, w x h metres at x; t: three shares that tell it from its neighbours."""
+def _stand(kind: str, x: float, w: float, h: float, t: np.ndarray, rng: np.random.Generator) -> list[tuple]:
+    """One house, tree or pillar, w x h metres at x, as rectangles (x0, y0, x1, y1, colour, whether it glows) and
+    ellipses; t: three shares that tell it from its neighbours."""
 
-    def oval(x, y, rx, ry, colour):
-        far(x - rx, y - ry, x + rx, y + ry, colour, shape="ellipse")
+    def oval(dx, y, rx, ry, colour):
+        at = x + w / 2 + dx
+        return (at - rx, y - ry, at + rx, y + ry, colour, False, "ellipse")
 
-    if kind == "hills":
-        oval(x + w / 2, 0, w / 2 + 7, h / 3, (104 + 20 * t[0], 140 + 20 * t[0], 118))
-    elif kind == "houses":
-        far(x, 0, x + w, h, (176 + 60 * t[0], 150 + 50 * t[1], 116 + 60 * t[2]))
+    if kind == "houses":
+        shapes = [(x, 0, x + w, h, (176 + 60 * t[0], 150 + 50 * t[1], 116 + 60 * t[2]))]
         for at in np.arange(x + 0.6, x + w - 1, 1.7):
-            far(at, 0, at + 1, 2.3, (84, 104, 120) if (at - x) % 3 > 1 else (72, 60, 52))
-            for y in np.arange(3.3, h - 1.4, 2.3):
-                far(at, y, at + 0.9, y + 1.4, (74, 92, 110))
-    elif kind == "fence":
-        far(x, 0, x + 0.15, 1.6, (70, 74, 78))
-        oval(x + w / 2, 0.7, w / 2 - 0.8, 0.6, (74, 96, 66))
-        far(x + 1, 2, x + w - 1, 2.9, (112, 122, 132))
-    elif kind == "trees":
-        far(x + w / 2 - 0.2, 0, x + w / 2 + 0.2, h / 2, (86, 62, 40))
-        for dx, y, r in ((0, 0.5, 2.0), (-1.1, 0.36, 1.4), (1.1, 0.38, 1.5), (0.3, 0.66, 1.3)):
-            shade = 0.55 + 0.5 * y + 0.2 * t[0]
-            oval(x + w / 2 + dx, h * y, r, r, (62 * shade, 122 * shade, 44 * shade))
-    elif kind in ("dusk", "night"):
-        h *= 0.5 if kind == "dusk" else 0.75
-        far(x, 0, x + w - 1.2 * t[1], h, (74, 54, 84) if kind == "dusk" else (30, 33, 50), True)
-        for at, y in itertools.product(np.arange(x + 0.5, x + w - 2, 1.2), np.arange(0.8, h - 1, 1.5)):
-            if rng.random() < 0.4:
-                far(at, y, at + 0.6, y + 0.8, (250, 206, 120), True)
-    elif kind == "showroom":
-        far(x, 0.4, x + w - 0.4, 3.0, (214 + 24 * t[0], 216 + 24 * t[0], 226))
-        far(x + 0.6, 1.2, x + w - 1, 2.4, (60 + 150 * t[0], 110 + 90 * t[1], 60 + 150 * t[2]))
-        far(x + w / 2 - 0.5, 3.8, x + w / 2 + 0.5, 3.95, (255, 255, 255), True)
-    elif kind == "garage":
-        far(x, 0, x + 0.8, 3.2, (128, 124, 116))
-        far(x, 0.5, x + 0.8, 1.3, (228, 186, 40) if t[0] < 0.6 else (188, 60, 44))
-        far(x + 1.6, 2.75, x + w - 1, 2.9, (255, 246, 206), True)
+            shapes.append((at, 0, at + 1, 2.3, (84, 104, 120) if (at - x) % 3 > 1 else (72, 60, 52)))
+            shapes += [(at, y, at + 0.9, y + 1.4, (74, 92, 110)) for y in np.arange(3.3, h - 1.4, 2.3)]
+        return shapes
+    if kind in ("dusk", "night"):
+        h, wall = (h * 0.5, (74, 54, 84)) if kind == "dusk" else (h * 0.75, (30, 33, 50))
+        windows = itertools.product(np.arange(x + 0.5, x + w - 2, 1.2), np.arange(0.8, h - 1, 1.5))
+        bright = [(at, y, at + 0.6, y + 0.8, (250, 206, 120), True) for at, y in windows if rng.random() < 0.4]
+        return [(x, 0, x + w - 1.2 * t[1], h, wall, True), *bright]
+    leaves = [(dx, y, r, 0.55 + 0.5 * y + 0.2 * t[0]) for dx, y, r in LEAVES]
+    return {
+        "hills": [oval(0, 0, w / 2 + 7, h / 3, (104 + 20 * t[0], 140 + 20 * t[0], 118))],
+        "fence": [
+            (x, 0, x + 0.15, 1.6, (70, 74, 78)), oval(0, 0.7, w / 2 - 0.8, 0.6, (74, 96, 66)),
+            (x + 1, 2, x + w - 1, 2.9, (112, 122, 132)),
+        ],
+        "trees": [
+            (x + w / 2 - 0.2, 0, x + w / 2 + 0.2, h / 2, (86, 62, 40)),
+            *(oval(dx, h * y, r, r, (62 * shade, 122 * shade, 44 * shade)) for dx, y, r, shade in leaves),
+        ],
+        "showroom": [
+            (x, 0.4, x + w - 0.4, 3.0, (214 + 24 * t[0], 216 + 24 * t[0], 226)),
+            (x + 0.6, 1.2, x + w - 1, 2.4, (60 + 150 * t[0], 110 + 90 * t[1], 60 + 150 * t[2])),
+            (x + w / 2 - 0.5, 3.8, x + w / 2 + 0.5, 3.95, (255, 255, 255), True),
+        ],
+        "garage": [
+            (x, 0, x + 0.8, 3.2, (128, 124, 116)),
+            (x, 0.5, x + 0.8, 1.3, (228, 186, 40) if t[0] < 0.6 else (188, 60, 44)),
+            (x + 1.6, 2.75, x + w - 1, 2.9, (255, 246, 206), True),
+        ],
+    }[kind]  # fmt: skip
 
 
 def _lines(p: Scene, length: float) -> None:
@@ -265,19 +264,16 @@ def _lines(p: Scene, length: float) -> None:
     kind, end = p.camera.lines, length / 2 + 0.5
     if kind == "track":
         p.floor(-40, -2.9, 40, 2.9, (134, 128, 120))
-    for z in {"lanes": (-5.5, 5.4), "track": (-2.7, 2.6), "kerb": (-3.4, 3.2)}.get(kind, ()):
+    for z in LINES.get(kind, ()):
         p.floor(-40, z, 40, z + 0.12)
-    if kind == "lanes":
-        for x, z in itertools.product(range(-39, 40, 6), (-1.9, 1.75)):
-            p.floor(x, z, x + 3, z + 0.14)
+    for x, z in itertools.product(range(-39, 40, 6), (-1.9, 1.75)) if kind == "lanes" else ():
+        p.floor(x, z, x + 3, z + 0.14)
     if kind == "bays":
         for z in (-4.6, -1.6, 1.5, 4.5):
             p.floor(-end, z, end, z + 0.12)
         p.floor(-end - 0.12, -4.6, -end, 4.62)
-    if kind == "tiles":
-        for at in np.arange(-12, 12.1, 1.5):
-            p.floor(-12, at, 12, at + 0.03, (160, 162, 172))
-            p.floor(at, -12, at + 0.03, 12, (160, 162, 172))
-    if kind == "zebra":
-        for z, x in itertools.product(np.arange(-5.4, 5.5, 1.2), (-end - 3, end + 0.3)):
-            p.floor(x, z, x + 2.7, z + 0.6)
+    for at in np.arange(-12, 12.1, 1.5) if kind == "tiles" else ():
+        p.floor(-12, at, 12, at + 0.03, (160, 162, 172))
+        p.floor(at, -12, at + 0.03, 12, (160, 162, 172))
+    for z, x in itertools.product(np.arange(-5.4, 5.5, 1.2), (-end - 3, end + 0.3)) if kind == "zebra" else ():
+        p.floor(x, z, x + 2.7, z + 0.6)

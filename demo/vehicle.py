@@ -2,7 +2,8 @@
 
 import hashlib
 import itertools
-from typing import NamedTuple
+from collections import namedtuple
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -25,40 +26,16 @@ MAKES = {  # fictive make: grille, headlamp, spokes of the rim (0: a plain disc)
 VIEWS = ("left side", "right side", "front", "rear", "front three-quarter", "rear three-quarter")
 COLUMNS = ("path", "split", "body", "colour", "make", "pid", "camid", "viewid", "caption", "short_caption")
 DARK, GLASS, SHEEN, CHROME = (32, 33, 36), (46, 58, 70), (92, 112, 130), (186, 190, 196)
-
-
-class Body(NamedTuple):
-    """One body type, in metres; u runs from the nose (0) to the tail (length), y up."""
-
-    word: str  # in captions
-    length: float
-    width: float
-    heights: tuple  # of the sill, the nose, the bonnet's rear edge, the waist, the roof
-    cabin: tuple  # u of the windscreen's foot and head, the rear window's head and foot
-    pillars: tuple  # u of the pillars; side glass lies between neighbours
-    wheels: tuple  # u of the axles, then the radius
-    roof: float  # half width at the roof as a share of the half width of the body
-    back: str  # what the tail is: a rear window, a bed behind one, doors, or a load box
-
-
-class Camera(NamedTuple):
-    """One camera: where it hangs, what it sees behind the vehicle, and how it records it."""
-
-    place: str  # ends a caption
-    backdrop: str
-    lines: str  # on the ground
-    sky: tuple  # RGB at the top and at the horizon, as recorded
-    ground: tuple  # RGB in white light
-    light: tuple  # factor per channel on everything that does not glow
-    sun: tuple  # direction to the light: right, up, towards the camera
-    shadow: float  # darkness of the ground shadow, 0..1
-    height: float  # metres above the ground
-    lamps: bool  # lit
-    noise: float  # standard deviation in grey levels
-    blur: float  # radius in pixels of a picture 96 wide
-    quality: int  # of the JPEG file
-
-
+# Body types, in metres; u runs from the nose (0) to the tail (length), y up. word: in captions; heights: of the sill,
+# the nose, the bonnet's rear edge, the waist, the roof; cabin: u of the windscreen's foot and head, the rear window's
+# head and foot; pillars: u, with side glass between; wheels: u of the axles, then the radius; roof: half width there as
+# a share of the body's; back: what the tail is: a rear window, a bed behind one, doors, or a load box.
+Body = namedtuple("Body", "word length width heights cabin pillars wheels roof back")
+# Cameras: where each hangs, what it sees behind the vehicle, and how it records it. place: ends a caption; lines: on
+# the ground; sky: RGB at the top and at the horizon, as recorded; ground: RGB in white light; light: factor per channel
+# on what does not glow; sun: direction to the light (right, up, towards the camera); shadow: darkness on the ground,
+# 0..1; height: in metres; noise: standard deviation in grey levels; blur: radius in px of a picture 96 wide.
+Camera = namedtuple("Camera", "place backdrop lines sky ground light sun shadow height lamps noise blur quality")
 # fmt: off
 BODIES = {name: Body(*row) for name, *row in (
     ("sedan", "sedan", 4.7, 1.82, (0.3, 0.76, 0.97, 0.99, 1.45),
@@ -117,8 +94,7 @@ def vehicle(seed: int, pid: int) -> dict:
     """
     if pid < 0:
         raise ValueError(f"pid must be 0 or more, got {pid}")
-    body = list(BODIES)[pid % len(BODIES)]
-    turn, slot = divmod(pid // len(BODIES), len(COLOURS))
+    body, (turn, slot) = list(BODIES)[pid % len(BODIES)], divmod(pid // len(BODIES), len(COLOURS))
     colour = list(COLOURS)[demo_rng(seed, "paint", body, turn).permutation(len(COLOURS))[slot]]
     pairs = list(itertools.combinations(MARKS, 2))
     start = int(demo_rng(seed, "marks", body, colour).integers(len(pairs)))
@@ -126,17 +102,23 @@ def vehicle(seed: int, pid: int) -> dict:
     make = list(MAKES)[rng.integers(len(MAKES))]
     accents = [name for name in ("white", "black", "red", "yellow", "blue") if name != colour]
     return {
-        "body": body,
-        "colour": colour,
-        "make": make,
-        "marks": pairs[(start + turn) % len(pairs)],
+        "body": body, "colour": colour, "make": make, "marks": pairs[(start + turn) % len(pairs)],
         "rgb": tuple((np.array(COLOURS[colour]) * rng.uniform(0.92, 1.06)).clip(0, 255).tolist()),
         "accent": COLOURS[accents[rng.integers(len(accents))]],
         "roof": COLOURS["black" if colour in ("white", "silver", "yellow", "orange", "grey") else "white"],
         "spot": (float(rng.uniform(0.42, 0.62)), float(rng.uniform(0.48, 0.6))),  # shares of u and y
         "corners": int(rng.integers(3, 7)),
         "dent_side": int(rng.choice((-1, 1))),
-    }
+    }  # fmt: skip
+
+
+def looks(seed: int, pids: Iterable[int]) -> list[list[int]]:
+    """The identities in groups of equal body and colour, in the order in which these are met."""
+    groups: dict[tuple, list[int]] = {}
+    for pid in pids:
+        attrs = vehicle(seed, pid)
+        groups.setdefault((attrs["body"], attrs["colour"]), []).append(pid)
+    return list(groups.values())
 
 
 def captions(attrs: dict, viewid: int, camid: int) -> list[str]:
@@ -145,14 +127,11 @@ def captions(attrs: dict, viewid: int, camid: int) -> list[str]:
     body, colour, make = BODIES[attrs["body"]].word, attrs["colour"], attrs["make"]
     view, place = VIEWS[viewid], CAMERAS[camid].place
     seen = f"in {view} view" if "three" in view else f"seen from the {view}"
-    start = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour}"
-    marks = " and ".join(MARKS[mark] for mark in attrs["marks"])
+    start, marks = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour}", " and ".join(map(MARKS.get, attrs["marks"]))
     return [
-        f"a photo of {start} {body} {seen} {place}",
-        f"{make} {body}, {colour}, {view} view, {place}",
-        f"{start} {make} {body} with {marks}, {seen} {place}",
-        f"{start} {body} {seen}",
-    ]
+        f"a photo of {start} {body} {seen} {place}", f"{make} {body}, {colour}, {view} view, {place}",
+        f"{start} {make} {body} with {marks}, {seen} {place}", f"{start} {body} {seen}",
+    ]  # fmt: skip
 
 
 def label_row(seed: int, pid: int, shot: int) -> dict:
@@ -160,11 +139,9 @@ def label_row(seed: int, pid: int, shot: int) -> dict:
 
     Five cameras and six views take turns: thirty shots until a pair comes back.
     """
-    attrs = vehicle(seed, pid)
-    rng = demo_rng(seed, "plan", pid)
+    attrs, rng = vehicle(seed, pid), demo_rng(seed, "plan", pid)
     cameras, views = rng.permutation(len(CAMERAS))[:5], rng.permutation(len(VIEWS))
     camid, viewid = int(cameras[shot % 5]), int(views[shot % len(views)])
-    texts = captions(attrs, viewid, camid)
-    known = {key: attrs[key] for key in ("body", "colour", "make")}
+    texts, known = captions(attrs, viewid, camid), {key: attrs[key] for key in ("body", "colour", "make")}
     seen = {"pid": pid, "camid": camid, "viewid": viewid, "shot": shot}
     return {**known, **seen, "caption": texts[shot % 3], "short_caption": texts[3]}

@@ -28,7 +28,8 @@ picture_of = functools.cache(render)  # a picture that several layouts show is d
 def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_per_id=7, size=16, style="old", **more):
     """veri776 (as demo.reid, and its label files), vehicleid or veriwild (in the styles old, old_headless and new)."""
     if layout == "veri776":
-        demo_reid.write_demo_reid(folder, train_ids, test_ids, images_per_id, size, **more)
+        sizes = {"train_ids": train_ids, "test_ids": test_ids, "images_per_id": images_per_id, "size": size}
+        demo_reid.VERI.write(folder, **sizes, **more)
         rows = demo_reid.plan(train_ids, test_ids, images_per_id, 0)
         for part, root in (("train", "TrainingImages"), ("test", "TestingImages")):
             listed = [row for row in rows if row["path"].startswith(f"image_{part}")]

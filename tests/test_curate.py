@@ -23,7 +23,7 @@ from curation.sample import judge, quotas, sample_tree
 from curation.sources import open_sources
 from curation.stages import Stages
 from datasets.manifest import list_images
-from demo.pool import write_pool
+from demo.pool import POOL
 from tools import pack
 from util.errors import InputError
 from util.parallel import Parts
@@ -35,7 +35,7 @@ COLUMNS = {"identity": "pid", "camera": "camid", "box": "box"}
 @pytest.fixture(scope="module")
 def pool(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("curate") / "pool"
-    write_pool(folder, 240, 64, 0, processes=1)
+    POOL.write(folder, num_images=240, size=64, processes=1)
     return folder
 
 

@@ -113,25 +113,6 @@ def test_views_are_those_that_are_drawn(monkeypatch):
     assert np.abs(off).max() <= 14 and {row["view"] for row in rows} == set(range(8))
 
 
-def test_the_same_set_is_left_and_another_refused(sets):
-    flags = " ".join(f"--{name} {value}" for name, value in SETTINGS.items())
-    words = f"--output {sets['veri776']} --layout veri776 {flags}"
-    line = demo_reid.main(demo_reid.get_args_parser().parse_args(words.split()))
-    assert not line["written"] and (line["train"], line["query"], line["gallery"]) == (TRAIN, 12, 30)
-    with pytest.raises(InputError, match="remove it"):
-        demo_reid.write_demo_reid(sets["veri776"], **SETTINGS, seed=1)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"train_ids": 0}, "5 or more each and 1200 or less together.* got 0, 6, 7 and 16"),
-        ({"train_ids": 1200}, "1200 or less together"),
-        ({"images_per_id": 5}, "images_per_id 6 or more .* got 6, 6, 5 and 16"),
-        ({"size": 8}, "size 16 or more"),
-    ],
-)
-def test_wrong_settings_have_one_sentence(tmp_path, change, message):
-    with pytest.raises(InputError, match=message):
-        demo_reid.write_demo_reid(tmp_path / "set", **{**SETTINGS, **change})
-    assert not list(tmp_path.iterdir())
+def test_too_many_vehicles_are_refused():
+    with pytest.raises(InputError, match="--train_ids 1190 and --test_ids 11: must be 1200 or less together"):
+        demo_reid.plan(1190, 11, 6, 0)

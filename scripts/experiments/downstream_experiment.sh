@@ -33,7 +33,7 @@ prepare() {  # TASK: its data and its flags, the same for all rows
     local gentle=(--lr 1e-3 --layer_decay 0.75 --drop_path 0)
     case "$1" in
         reid)
-            "$python" -m demo.reid --output "$output/veri" --layout veri776 --size 96 --train_ids 60 --test_ids 40 --seed 0
+            "$python" -m demo.reid --output "$output/veri" --size 96 --train_ids 60 --test_ids 40 --seed 0
             flags+=(--data_path "$output/veri" --batch_size 32 --epochs 20 --warmup_epochs 3 --lr 5e-4 --jpm --jpm_shift 5) ;;
         attr)
             "$python" -m demo.draw --output "$output/attr" --num_images 1200 --size 96 --seed 0
