@@ -71,20 +71,23 @@ def train_one_epoch(run: FinetuneRun, args) -> None:
     task, batches = run.task, run.loader.batch_sampler
     batches.set_epoch(run.epoch, run.batches_done)
     steps = batches.batches_per_epoch
-    watch = StepWatch(run, args, lambda values: [f"{name} {values[name]:.4f}" for name in task.shown], "", STEADIER)
     run.model.train()
-    for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):
-        lr = task.lr(run.epoch + step / steps)
-        set_lr(run.optimizer, lr)
-        torch.manual_seed(seed_of_step(args.seed, run.epoch, step))
-        problems = [problem for problem in batch["problem"] if problem]
-        batch = to_device(batch, run.device, host=("problem", "erase"))  # read there: no need to wait for the device
-        with run.autocast():
-            terms = task.loss(run.model, batch)
-        run.backward(terms["loss"])
-        terms = {name: value.detach().float() for name, value in terms.items()}
-        apply_update(run, args, [terms], problems, watch, lr)
-    watch.close()
+
+    def shown(values: dict[str, float]) -> list[str]:
+        return [f"{name} {values[name]:.4f}" for name in task.shown]
+
+    with StepWatch(run, args, shown, "", STEADIER) as watch:
+        for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):
+            lr = task.lr(run.epoch + step / steps)
+            set_lr(run.optimizer, lr)
+            torch.manual_seed(seed_of_step(args.seed, run.epoch, step))
+            problems = [problem for problem in batch["problem"] if problem]
+            batch = to_device(batch, run.device, host=("problem", "erase"))  # read there: no wait for the device
+            with run.autocast():
+                terms = task.loss(run.model, batch)
+            run.backward(terms["loss"])
+            terms = {name: value.detach().float() for name, value in terms.items()}
+            apply_update(run, args, [terms], problems, watch, lr)
 
 
 def seed_of_step(seed: int, epoch: int, step: int) -> int:

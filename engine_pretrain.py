@@ -35,27 +35,24 @@ def train_one_epoch(run: PretrainRun, args) -> None:
     batches = run.loader.batch_sampler
     batches.set_epoch(run.epoch, run.batches_done)
     steps = batches.batches_per_epoch
-    watch = StepWatch(run, args, shown_terms, FASTER_DATA, STEADIER)
     run.model.train()
-    update_terms, problems = [], []
-    for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):
-        first = step - step % args.accum_iter
-        size = min(args.accum_iter, steps - first)  # of this update, in batches
-        if step == first:
-            epoch = run.epoch + first / steps
-            lr = cosine_lr(epoch, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
-            set_lr(run.optimizer, lr)
-            weights = {name: weight * ramp(epoch, args.warmup_epochs) for name, weight in args.weights.items()}
+    with StepWatch(run, args, shown_terms, FASTER_DATA, STEADIER) as watch:
+        for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):
+            first = step - step % args.accum_iter
+            size = min(args.accum_iter, steps - first)  # of this update, in batches
+            if step == first:
+                epoch = run.epoch + first / steps
+                lr = cosine_lr(epoch, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
+                set_lr(run.optimizer, lr)
+                weights = {name: weight * ramp(epoch, args.warmup_epochs) for name, weight in args.weights.items()}
+                update_terms, problems = [], []
 
-        problems += [problem for problem in batch.pop("problem") if problem]
-        batch = to_device(batch, run.device)
-        is_last = step == first + size - 1
-        update_terms.append(forward_backward(run, batch, args, weights, 1 / size, is_last, watch))
-
-        if is_last:
-            apply_update(run, args, update_terms, problems, watch, lr)
-            update_terms, problems = [], []
-    watch.close()
+            problems += [problem for problem in batch.pop("problem") if problem]
+            batch = to_device(batch, run.device)
+            is_last = step == first + size - 1
+            update_terms.append(forward_backward(run, batch, args, weights, 1 / size, is_last, watch))
+            if is_last:
+                apply_update(run, args, update_terms, problems, watch, lr)
 
 
 def forward_backward(run: PretrainRun, batch: dict, args, weights: dict, share: float, is_last: bool, watch) -> dict:

@@ -27,12 +27,9 @@ class Parser(argparse.ArgumentParser):
     """A parser without abbreviations whose errors are one line with the nearest name."""
 
     def __init__(self, prog: str, description: str, parents=()):
+        shape = argparse.RawDescriptionHelpFormatter
         super().__init__(
-            prog,
-            description=description,
-            parents=list(parents),
-            allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            prog, description=description, parents=list(parents), allow_abbrev=False, formatter_class=shape
         )
 
     def error(self, message: str):
@@ -55,11 +52,7 @@ def _nearest(word: str, known: list[str]) -> str:
 
 
 def parse_input_size(text: str) -> tuple[int, int]:
-    """ "224" -> (224, 224); "256,128" -> (256, 128) = (H, W) in pixels.
-
-    Raises:
-        InputError: anything else.
-    """
+    """ "224" -> (224, 224); "256,128" -> (256, 128) = (H, W) in pixels; InputError for anything else."""
     sides = text.split(",")
     if len(sides) > 2 or not all(re.fullmatch(r"\s*[0-9]+\s*", side) for side in sides):
         raise InputError(f"--input_size {text}: give one side or H,W in pixels, for example 224")
@@ -67,10 +60,8 @@ def parse_input_size(text: str) -> tuple[int, int]:
 
 
 def run_tool(main: Callable[[argparse.Namespace], dict], args: argparse.Namespace, metrics_file: Path | None) -> None:
-    """Run `main(args)`, write its numbers to `metrics_file`, if there is one, and print them as the last line.
-
-    `main` returns an empty dict on ranks other than 0: they write and print nothing.
-    """
+    """Run `main(args)`, write its numbers to `metrics_file`, if there is one, and print them as the last line; `main`
+    returns an empty dict on ranks other than 0, which write and print nothing."""
 
     def entry() -> None:
         if result := main(args):
@@ -81,14 +72,8 @@ def run_tool(main: Callable[[argparse.Namespace], dict], args: argparse.Namespac
     run_or_explain(entry)
 
 
-def check_numbers(
-    args: argparse.Namespace, *, at_least_one: str = "", positive: str = "", not_negative: str = ""
-) -> None:
-    """Refuse numbers that make no sense; each argument names flags, apart by blanks; None (not given) passes.
-
-    Raises:
-        InputError: names the first such flag.
-    """
+def check_numbers(args: argparse.Namespace, *, at_least_one="", positive="", not_negative="") -> None:
+    """Refuse numbers that make no sense; each argument names flags, apart by blanks; None (not given) passes."""
     for names, fits, words in (
         (at_least_one, lambda value: value >= 1, "must be at least 1"),
         (positive, lambda value: value > 0, "must be positive"),

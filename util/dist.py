@@ -1,10 +1,10 @@
 """Processes: start and end of the group, ranks, and what only rank 0 says."""
 
 import contextlib
-import datetime
 import inspect
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError
-from util.stop import end_with_launcher, run_lock
+from util.stop import end_with_parent, run_lock
 
 _patient = None  # the group of `wait_for_main`
 
@@ -44,49 +44,36 @@ def pick_device(name: str) -> torch.device:
     if name != "cuda":
         raise InputError(f"--device {name}: choose auto, cuda or cpu; CUDA_VISIBLE_DEVICES picks the GPU")
     if not torch.cuda.is_available():
+        raise InputError("--device cuda: torch sees no CUDA device: use --device cpu, or check the driver (nvidia-smi)")
+    local_rank, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+    if local_rank >= there:
         raise InputError(
-            "--device cuda: torch sees no CUDA device here; use --device cpu, or check the driver with nvidia-smi"
-        )
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if local_rank >= torch.cuda.device_count():
-        raise InputError(
-            f"process {local_rank} of this machine has no GPU: torch sees "
-            f"{torch.cuda.device_count()}; lower torchrun's --nproc_per_node"
+            f"process {local_rank} of this machine has no GPU: torch sees {there}; lower torchrun's --nproc_per_node"
         )
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
 
 def init_distributed(device: torch.device, timeout_s: float) -> None:
-    """Join torchrun's group if there is one: NCCL for CUDA, gloo for CPU.
-
-    The device is bound before the group exists, and the first collective is waited for with
-    `timeout_s`, so that a missing rank ends in a report rather than a hang.
+    """Join torchrun's group if there is one: NCCL for CUDA, gloo for CPU; the device is bound before the group exists.
 
     Raises:
-        InputError: not every rank arrived in time.
+        InputError: not every rank arrived within `timeout_s`: a missing one ends in a report rather than a hang.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}"
+    on_cuda, timeout = device.type == "cuda", timedelta(seconds=timeout_s)
+    backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     try:
-        dist.init_process_group(
-            backend, timeout=datetime.timedelta(seconds=timeout_s), device_id=device if device.type == "cuda" else None
-        )
-        dist.monitored_barrier(group=_gloo_group(device), timeout=datetime.timedelta(seconds=timeout_s))
+        dist.init_process_group(backend, timeout=timeout, device_id=device if on_cuda else None)
+        dist.monitored_barrier(group=dist.new_group(backend="gloo") if on_cuda else None, timeout=timeout)
     except (RuntimeError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0][:300]
+        rank, world, host, port = (os.environ.get(n, "?") for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         raise InputError(
-            f"rank {rank} of {world} on {os.uname().nodename} ({device}, {backend}) waited "
-            f"{timeout_s:.0f} s at {where} and not every rank came: {reason}. Check that the command "
-            "runs on every node with the same --nnodes and --rdzv settings, or raise --dist_timeout"
+            f"rank {rank} of {world} on {os.uname().nodename} ({device}, {backend}) waited {timeout_s:.0f} s at "
+            f"{host}:{port} and not every rank came: {str(error).strip().splitlines()[0][:300]}. Check that the "
+            "command runs on every node with the same --nnodes and --rdzv settings, or raise --dist_timeout"
         ) from error
-
-
-def _gloo_group(device: torch.device):
-    return dist.new_group(backend="gloo") if device.type == "cuda" else None
 
 
 def end_distributed() -> None:
@@ -110,39 +97,35 @@ def barrier() -> None:
 
 
 def wait_for_main() -> None:
-    """Where the others wait while rank 0 works alone, for as long as that takes: the group's timeout is for
-    missing ranks and does not end it."""
+    """Where the others wait while rank 0 works alone, however long: the group's timeout is for missing ranks."""
     global _patient
     if get_world_size() > 1:
-        if _patient is None:
-            _patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=30))
+        _patient = _patient or dist.new_group(backend="gloo", timeout=timedelta(days=30))
         dist.barrier(_patient)
 
 
 def all_ranks_equal(value: object) -> bool:
     """Whether all ranks have an equal value; the same answer on all of them."""
-    if get_world_size() == 1:
-        return True
-    values = [None] * get_world_size()
-    dist.all_gather_object(values, value)
+    values = [value] * get_world_size()
+    if len(values) > 1:
+        dist.all_gather_object(values, value)
     return all(other == values[0] for other in values)
 
 
 def broadcast(value):
     """Rank 0's value on all ranks."""
-    if get_world_size() == 1:
-        return value
     values = [value]
-    dist.broadcast_object_list(values)
+    if get_world_size() > 1:
+        dist.broadcast_object_list(values)
     return values[0]
 
 
 def wrap_ddp(bare: torch.nn.Module, device: torch.device, one_backward: bool) -> DistributedDataParallel:
-    """DDP that exchanges gradients only: the buffers never change (pixel statistics, text bank) or change
-    alike on all ranks (BNNecks and centres see the gathered batch).
+    """DDP that exchanges gradients only: buffers never change (pixel statistics, text bank) or change alike on all
+    ranks (BNNecks and centres see the gathered batch).
 
-    The graph is declared static where each update has `one_backward`; DDP refuses it where the first of
-    several runs under `no_sync`.
+    The graph is declared static where each update has `one_backward`; DDP refuses it where the first of several runs
+    under `no_sync`.
     """
     has_new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
     never = {"forward_sync_buffers" if has_new_name else "broadcast_buffers": False}
@@ -169,8 +152,8 @@ class _GatherRows(torch.autograd.Function):
 def gather_rows(x: torch.Tensor) -> torch.Tensor:
     """[n, ...] of each rank -> [world * n, ...] in the order of the ranks, on every rank.
 
-    A loss computed from it alike on all ranks has, after DDP's averaging, the gradient that one process has
-    on the whole batch: each rank passes back the part of its own rows, `world` times.
+    A loss computed from it alike on all ranks has, after DDP's averaging, the gradient that one process has on the
+    whole batch: each rank passes back the part of its own rows, `world` times.
     """
     return _GatherRows.apply(x) if get_world_size() > 1 else x
 
@@ -182,7 +165,8 @@ def launch(device: str, folder: str | Path, job: Callable[[torch.device], dict],
         InputError: no such device, a rank that did not come within `timeout_s`, or another run in the folder.
     """
     bound = pick_device(device)
-    end_with_launcher()
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # no orphan trains on beside the run that replaces it
+        end_with_parent()
     init_distributed(bound, timeout_s)
     try:
         with run_lock(Path(folder)) if is_main_process() else contextlib.nullcontext():

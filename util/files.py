@@ -38,8 +38,7 @@ def write_atomic(file: str | Path, write) -> None:
 
 def write_json(file: str | Path, value) -> None:
     """JSON with a final newline, atomically."""
-    text = json.dumps(value, indent=1) + "\n"
-    write_atomic(file, lambda opened: opened.write(text.encode()))
+    write_atomic(file, lambda opened: opened.write(f"{json.dumps(value, indent=1)}\n".encode()))
 
 
 def file_sha256(file: str | Path) -> str:

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import resource
 import sys
 import time
@@ -25,48 +26,34 @@ DATA_WAIT_ADVICE = 0.2
 
 
 class Meter:
-    """Mean over updates of named terms (scalars and vectors) on the device, float64, skipping bad updates; reading it
-    is the only synchronisation."""
+    """Sums over updates of named terms (scalars and vectors) on the device, float64, without skipped updates; reading
+    it is the only synchronisation."""
 
     def __init__(self):
-        self._sizes: dict[str, int] = {}
-        self._total: torch.Tensor | None = None  # [sum of sizes + 1], last entry counts updates
+        self.sizes: dict[str, int] = {}
+        self.total: torch.Tensor | None = None  # [sum of sizes + 1], last entry counts updates
 
     def update(self, terms: dict[str, torch.Tensor], ok: torch.Tensor) -> None:
         """Add one update's terms; `ok` is a bool scalar on the device, False adds nothing."""
         values = torch.cat([v.reshape(-1) for v in terms.values()] + [ok.reshape(1)]).double()
-        if self._total is None:
-            self._sizes = {k: v.numel() for k, v in terms.items()}
-            self._total = torch.zeros_like(values)
-        self._total += torch.where(ok, values, 0.0)
+        if self.total is None:
+            self.sizes, self.total = {k: v.numel() for k, v in terms.items()}, torch.zeros_like(values)
+        self.total += torch.where(ok, values, 0.0)
 
     def read(self) -> tuple[int, dict[str, torch.Tensor]]:
         """(updates counted, sums by name on the CPU, float64)."""
-        if self._total is None:
+        if self.total is None:
             return 0, {}
-        *sums, count = self._total.to("cpu", copy=True).split([*self._sizes.values(), 1])
-        return int(count), dict(zip(self._sizes, sums))
-
-    def state_dict(self) -> dict:
-        total = None if self._total is None else self._total.to("cpu", copy=True)
-        return {"sizes": dict(self._sizes), "total": total}
-
-    def load_state_dict(self, state: dict, device: torch.device) -> None:
-        self._sizes = dict(state["sizes"])
-        self._total = None if state["total"] is None else state["total"].to(device)
-
-
-def means(count: int, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Averages of the scalar terms as plain numbers."""
-    return {k: (v / count).item() for k, v in sums.items() if v.numel() == 1} if count else {}
+        *sums, count = self.total.to("cpu", copy=True).split([*self.sizes.values(), 1])
+        return int(count), dict(zip(self.sizes, sums))
 
 
 def peak_gigabytes(device: torch.device) -> float:
     """Peak memory of this process so far: of the device on CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
 
 
 class CommittedBuffers:
@@ -116,10 +103,7 @@ class Run:
 
     def __post_init__(self):
         self.buffers = CommittedBuffers(self.bare)
-
-    @property
-    def output_dir(self) -> Path:
-        return self.files.output_dir
+        self.output_dir = self.files.output_dir
 
     def committing(self):
         """Around a change of weights and counters, which no signal may cut."""
@@ -139,7 +123,8 @@ def to_device(batch: dict, device: torch.device, host: tuple[str, ...] = ("probl
 
 
 def apply_update(run: Run, args, update_terms: list[dict], problems: list[str], watch: "StepWatch", lr: float) -> None:
-    """Average over micro-batches and ranks, then step; a non-finite update is skipped everywhere.
+    """Average over micro-batches and ranks, then step; an update that is not finite, or for which too many images of
+    the epoch could not be read, is skipped everywhere.
 
     The decision is made on the device from numbers that all ranks share, so nobody waits for the host and no rank can
     decide otherwise.
@@ -153,7 +138,8 @@ def apply_update(run: Run, args, update_terms: list[dict], problems: list[str], 
     terms["bad_images"] = torch.full((), float(len(problems)), device=run.device)  # without a copy
     flat = all_reduce_mean(torch.cat([v.reshape(-1) for v in terms.values()]))
     terms = dict(zip(terms, flat.split([v.numel() for v in terms.values()])))
-    loss_ok = torch.isfinite(terms["loss"]).all()
+    watch.bad_images += terms["bad_images"] * get_world_size()
+    loss_ok = torch.isfinite(terms["loss"]).all() & (watch.bad_images <= watch.bad_limit).all()
     ok = loss_ok & torch.isfinite(terms["grad_norm"]).all()
     if args.clip_grad:
         nn.utils.clip_grads_with_norm_(parameters, args.clip_grad, grad_norm)
@@ -162,8 +148,7 @@ def apply_update(run: Run, args, update_terms: list[dict], problems: list[str], 
     watch.add(lr, terms, loss_ok if run.scaler else ok, problems)
     with record_function("optimiser"), run.committing():
         # a fused optimiser leaves weights and state alone where found_inf is 1
-        run.optimizer.grad_scale = None
-        run.optimizer.found_inf = (~ok).float()
+        run.optimizer.grad_scale, run.optimizer.found_inf = None, (~ok).float()
         run.optimizer.step()
         run.optimizer.zero_grad(set_to_none=True)
         if run.scaler:
@@ -193,27 +178,24 @@ class StepWatch:
         later = total * (args.epochs - run.epoch - 1)
         self.bar = Progress(f"epoch {run.epoch}", total, run.batches_done, is_main_process(), later)
         self.seen = run.batches_done  # batches that the loop has taken
-        self.pending: list[tuple] = []  # (batches, lr, terms, ok) not looked at yet
+        self.pending: list[tuple] = []  # (batches, lr, names, row of ok, bad images so far, terms) not looked at
+        self.bad_images = torch.zeros(1, device=run.device)  # of this epoch, by this process, on all ranks
+        self.bad_limit = args.max_bad_ratio * self.batches.num_images
         self.problems: list[str] = []
-        self.seconds = {"total": 0.0, "data": 0.0}
-        self.images = 0
-        self.last_count, self.last_sums = run.meter.read()
-        self.looks = 0
-        self.advised = False
+        self.at_look, self.seen_at_look = dict(run.seconds), run.batches_done + 1
+        self.looks, self.advised = 0, False
         self.said = time.perf_counter()  # when the last line was printed
 
     def batches_of(self, loader) -> Iterator[dict]:
         """The loader's batches, the time they take counted."""
-        clock = time.perf_counter()
+        seconds, clock = self.run.seconds, time.perf_counter()
         for batch in loader:
             taken = time.perf_counter()
             self.seen += 1
             yield batch
             now = time.perf_counter()
-            for seconds in (self.seconds, self.run.seconds):
-                seconds["data"] += taken - clock
-                seconds["total"] += now - clock
-            self.images += self.batches.batch_size * get_world_size()
+            seconds["data"] += taken - clock
+            seconds["total"] += now - clock
             clock = now
 
     def alive(self, images: int, total: int) -> None:
@@ -223,8 +205,9 @@ class StepWatch:
             self.bar.print(f"  batch {self.seen} in progress: {images} of {total} images on this rank")
 
     def add(self, lr: float, terms: dict, ok: torch.Tensor, problems: list[str]) -> None:
-        scalars = {k: v for k, v in terms.items() if v.numel() == 1}
-        self.pending.append((self.seen, lr, scalars, ok))
+        scalars = {name: value for name, value in terms.items() if value.numel() == 1}
+        row = torch.cat([ok.reshape(1), self.bad_images, *scalars.values()])
+        self.pending.append((self.seen, lr, list(scalars), row))
         if problems:  # at once: a stop would lose what waits
             with open(self.run.output_dir / "bad_images.txt", "a") as opened:
                 opened.write("".join(f"{self.run.epoch}\t{p}\n" for p in problems))
@@ -234,95 +217,93 @@ class StepWatch:
         """Look every `print_freq` updates, and at the first and last of an epoch."""
         if self.looks and self.seen < self.bar.total and len(self.pending) < self.args.print_freq:
             return
-        lr = self.pending[-1][1]
-        self._check_steps()
-        self._check_images()
-        count, sums = self.run.meter.read()
-        if count > self.last_count:
-            values = means(count - self.last_count, {k: v - self.last_sums.get(k, 0) for k, v in sums.items()})
-            self.last_count, self.last_sums = count, sums
-            parts = [f"lr {lr:.3g}", f"loss {values['loss']:.4f}", *self.shown(values)]
-            self.bar.update(self.seen, "  ".join([*parts, self._speed()]))
-        self.seconds, self.images = {"total": 0.0, "data": 0.0}, 0
+        if self.problems:
+            first, self.problems = self.problems[0], []
+            self.bar.print(f"unreadable, another image stands in: {first}")
+        lr, good = self.pending[-1][1], self._settle()
+        if good:
+            values = {name: sum(terms[name] for terms in good) / len(good) for name in good[0]}
+            parts = [f"lr {lr:.3g}", f"loss {values['loss']:.4f}", *self.shown(values), self._speed()]
+            self.bar.update(self.seen, "  ".join(parts))
+        self.at_look, self.seen_at_look = dict(self.run.seconds), self.seen
         self.said = time.perf_counter()
         self.looks += 1
         self.run.files.save_if_due(self.run)
 
     def _speed(self) -> str:
-        total = self.seconds["total"]
+        total, data = (self.run.seconds[name] - self.at_look[name] for name in ("total", "data"))
         if not total:  # the first batch is still being counted
             return ""
-        share = self.seconds["data"] / total
-        if (
-            share > DATA_WAIT_ADVICE and self.looks and not self.advised
-        ):  # the first look holds the start of the workers
+        images = (self.seen - self.seen_at_look) * self.batches.batch_size * get_world_size()
+        share = data / total
+        if share > DATA_WAIT_ADVICE and self.looks and not self.advised:  # the first look: workers start
             self.advised = True
-            self.bar.print(
-                f"  {share:.0%} of the time is spent waiting for images: raise --num_workers (now "
-                f"{self.run.loader.num_workers} a rank){self.faster_data}"
-            )
-        return f"{self.images / total:.3g} img/s  data wait {share:.0%}"
+            workers = f"raise --num_workers (now {self.run.loader.num_workers} a rank){self.faster_data}"
+            self.bar.print(f"  {share:.0%} of the time is spent waiting for images: {workers}")
+        return f"{images / total:.3g} img/s  data wait {share:.0%}"
 
-    def _check_images(self) -> None:
-        """Name an unreadable file; stop where they are too many of this epoch's images."""
-        if self.problems:
-            first, self.problems = self.problems[0], []
-            self.bar.print(f"unreadable, another image stands in: {first}")
-        count, sums = self.run.meter.read()
-        bad = round(sums["bad_images"].item() * get_world_size()) if count else 0
-        if bad > self.args.max_bad_ratio * self.batches.num_images:
-            raise InputError(
-                f"{bad} of {self.batches.num_images} images could not be read in this epoch (limit "
-                f"{self.args.max_bad_ratio:.2%}); they are listed in {self.run.output_dir / 'bad_images.txt'}: repair "
-                "or remove them, or raise --max_bad_ratio"
-            )
+    def _settle(self) -> list[dict[str, float]]:
+        """Read what the device has decided -> the terms of the updates that were made.
 
-    def _check_steps(self) -> None:
-        """Report updates that were skipped for a non-finite value; stop after too many in a row."""
-        pending, self.pending = self.pending, []
-        oks = torch.stack([ok for *_, ok in pending]).tolist()
-        for (seen, lr, terms, _), ok in zip(pending, oks):
-            self.run.bad_steps_in_row = 0 if ok else self.run.bad_steps_in_row + 1
-            if not ok and is_main_process():
-                self._report_bad_step(seen, lr, terms)
-            if self.run.bad_steps_in_row >= self.args.max_bad_steps:  # also where good ones have followed
+        Raises:
+            InputError: too many images could not be read, `batches_done` is then where the last update ended; or too
+                many updates in a row were not finite, also where good ones have followed.
+        """
+        run, (pending, self.pending), good = self.run, (self.pending, []), []
+        rows = torch.stack([row for *_, row in pending]).tolist() if pending else []
+        for (seen, lr, names, _), (ok, bad_images, *values) in zip(pending, rows):
+            first, terms = (seen - 1) // self.args.accum_iter * self.args.accum_iter, dict(zip(names, values))
+            if bad_images > self.bad_limit:
+                run.batches_done = first
                 raise InputError(
-                    f"{self.run.bad_steps_in_row} updates in a row had a non-finite loss or gradient and were skipped "
-                    f"(epoch {self.run.epoch}); none of them is in the weights, files and loss terms are in "
-                    f"{self.run.output_dir / 'bad_steps.jsonl'}: {self.steadier}, then --resume auto"
+                    f"{bad_images:.0f} of {self.batches.num_images} images could not be read in this epoch (limit "
+                    f"{self.args.max_bad_ratio:.2%}); they are listed in {run.output_dir / 'bad_images.txt'}: repair "
+                    "or remove them, or raise --max_bad_ratio; then --resume auto"
                 )
-        scale = self.run.scaler.get_scale() if self.run.scaler else 1.0
+            run.bad_steps_in_row = 0 if ok else run.bad_steps_in_row + 1
+            if ok:
+                good.append(terms)
+            elif is_main_process():
+                self._report_bad_step(first, seen, lr, terms)
+            if run.bad_steps_in_row >= self.args.max_bad_steps:
+                raise InputError(
+                    f"{run.bad_steps_in_row} updates in a row had a non-finite loss or gradient and were skipped "
+                    f"(epoch {run.epoch}); none of them is in the weights, files and loss terms are in "
+                    f"{run.output_dir / 'bad_steps.jsonl'}: {self.steadier}, then --resume auto"
+                )
+        scale = run.scaler.get_scale() if run.scaler else 1.0
         if scale < LEAST_SCALE:
             raise InputError(
-                f"fp16 finds no loss scale at which the gradients are finite (epoch {self.run.epoch}, now "
-                f"{scale:.1g}), so nothing is learned any more: {self.steadier}, then --resume auto"
+                f"fp16 finds no loss scale at which the gradients are finite (epoch {run.epoch}, now {scale:.1g}), so "
+                f"nothing is learned any more: {self.steadier}, then --resume auto"
             )
+        return good
 
-    def _report_bad_step(self, seen: int, lr: float, terms: dict) -> None:
-        first = (seen - 1) // self.args.accum_iter * self.args.accum_iter
-        paths, epoch = self.run.loader.dataset.paths, self.run.epoch
-        record = {
-            "epoch": epoch,
-            "batches": [first, seen],
-            "lr": lr,
-            "terms": {k: repr(v.item()) for k, v in terms.items()},
-            "files": [
-                paths.relative(int(i)) for step in range(first, seen) for i in self.batches.global_batch(epoch, step)
-            ],
-        }
+    def _report_bad_step(self, first: int, seen: int, lr: float, terms: dict[str, float]) -> None:
+        name, epoch = self.run.loader.dataset.paths.relative, self.run.epoch
+        files = [name(int(i)) for step in range(first, seen) for i in self.batches.global_batch(epoch, step)]
+        values = {name: repr(value) for name, value in terms.items()}
+        record = {"epoch": epoch, "batches": [first, seen], "lr": lr, "terms": values, "files": files}
         with open(self.run.output_dir / "bad_steps.jsonl", "a") as opened:
             opened.write(json.dumps(record) + "\n")
-        bad = [k for k, v in record["terms"].items() if v in ("nan", "inf", "-inf")]
+        bad = [name for name, value in terms.items() if not math.isfinite(value)]
         self.bar.print(f"update {seen} skipped: {', '.join(bad)} not finite")
 
-    def close(self) -> None:
+    def __enter__(self) -> "StepWatch":
+        return self
+
+    def __exit__(self, *_) -> None:
+        """Also after an error or a signal: what is saved must not count updates that were not made."""
+        with contextlib.suppress(InputError):
+            self._settle()
         self.bar.close()
 
 
 def epoch_record(run: Run, global_batch: int, updates: int) -> dict[str, float]:
     """The numbers of the epoch that has ended, for log.txt: means of the terms, speed, what was skipped."""
     count, sums = run.meter.read()
-    values, seconds = means(count, sums), max(run.seconds["total"], 1e-9)
+    values = {name: (sums[name] / count).item() for name in sums if count and sums[name].numel() == 1}
+    seconds = max(run.seconds["total"], 1e-9)
     bad_images = round(values.pop("bad_images", 0) * count * get_world_size())
     group = run.optimizer.param_groups[0]
     return {
@@ -348,9 +329,9 @@ def next_epoch(run: Run) -> None:
 
 def start_profiler(run: Run, updates: int) -> None:
     """`--profile N`: torch's profiler over `updates` updates after two of warm-up."""
-    on_cuda = [torch.profiler.ProfilerActivity.CUDA] if run.device.type == "cuda" else []
+    activities = torch.profiler.ProfilerActivity
     run.profiler = torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU, *on_cuda],
+        activities=[activities.CPU, *([activities.CUDA] if run.device.type == "cuda" else [])],
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=updates),
         on_trace_ready=lambda profile: _write_trace(profile, run.output_dir / "profile"),
     )

@@ -22,15 +22,13 @@ def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW with betas (0.9, 0.95) and eps 1e-8 (MAE, Table 8), fused: one launch a step, and it
-    skips the update on the device when its `found_inf` is set."""
-    groups = adamw_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), fused=True)
+    """AdamW with betas (0.9, 0.95) and eps 1e-8 (MAE, Table 8); fused: it skips the update where `found_inf` is set."""
+    return torch.optim.AdamW(adamw_groups(model, weight_decay), lr=lr, betas=(0.9, 0.95), fused=True)
 
 
 def layer_number(name: str, depth: int) -> int:
-    """Which layer of a ViT a tensor belongs to: 0 the embeddings, i + 1 block i, depth the branches of JPM
-    (copies of the last block), depth + 1 the heads (the numbering of BEiT, Bao et al., 2021)."""
+    """The layer of a ViT that a tensor belongs to: 0 the embeddings, i + 1 block i, depth the branches of JPM (copies
+    of the last block), depth + 1 the heads (the numbering of BEiT, Bao et al., 2021)."""
     name = name.removeprefix("base.")
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
@@ -50,14 +48,13 @@ def build_finetune_optimizer(
     bias_lr_factor: float = 1.0,
     head_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """SGD with momentum 0.9 (decay on everything, as in TransReID), or AdamW (betas 0.9, 0.999; no decay on
-    1-D tensors, class token and position table). Fused: skips the update where `found_inf` is set.
+    """SGD with momentum 0.9 (decay on everything, as in TransReID), or AdamW (betas 0.9, 0.999; no decay on 1-D
+    tensors, class token and position table). Fused: skips the update where `found_inf` is set.
 
     Args:
         depth: blocks of the encoder. opt: sgd or adamw.
         layer_decay: learning rates shrink by this factor from each layer to the one below it.
-        bias_lr_factor, head_lr_factor: of the learning rate of biases, and of what is not the encoder's (not
-            under `base.`).
+        bias_lr_factor, head_lr_factor: of the rates of biases, and of what is not the encoder's (not under `base.`).
     """
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
@@ -83,74 +80,46 @@ class LARS(torch.optim.Optimizer):
 
         u = g + weight_decay w;   v <- momentum v + eta |w| / |u| u;   w <- w - lr v
 
-    Tensors of one dimension (biases) get v <- momentum v + g: no weight decay, no adaptation. The ratio is 1
-    where |w| or |u| is 0. As in MAE's and MoCo v3's probes `lr` scales all of v; in the paper it enters v,
-    which is the same while it does not change.
-
-    Args:
-        params: tensors or groups. lr: learning rate. weight_decay: of tensors with two dimensions and more.
-        momentum: of v. trust_coefficient: eta.
+    Tensors of one dimension get v <- momentum v + g: no weight decay, no adaptation. The ratio is 1 where |w| or |u| is
+    0. As in MAE's and MoCo v3's probes `lr` scales all of v; in the paper it enters v, the same while it is constant.
     """
 
-    def __init__(
-        self,
-        params: Iterable,
-        lr: float = 0.0,
-        *,
-        weight_decay: float = 0.0,
-        momentum: float = 0.9,
-        trust_coefficient: float = 0.001,
-    ):
-        defaults = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum}
-        super().__init__(params, defaults | {"trust_coefficient": trust_coefficient})
+    def __init__(self, params: Iterable, lr=0.0, *, weight_decay=0.0, momentum=0.9, trust_coefficient=0.001):
+        settings = {"lr": lr, "weight_decay": weight_decay, "momentum": momentum, "eta": trust_coefficient}
+        super().__init__(params, settings)
 
     @torch.no_grad()
     def step(self) -> None:
-        """One update of every tensor that has a gradient."""
         for group in self.param_groups:
             for weight in (w for w in group["params"] if w.grad is not None):
                 update = weight.grad
                 if weight.ndim > 1:
                     update = update.add(weight, alpha=group["weight_decay"])
                     sizes = weight.norm(), update.norm()
-                    ratio = group["trust_coefficient"] * sizes[0] / sizes[1]
                     usable = (sizes[0] > 0) & (sizes[1] > 0)
-                    update = update * torch.where(usable, ratio, torch.ones_like(ratio))
+                    update = update * torch.where(usable, group["eta"] * sizes[0] / sizes[1], 1.0)
                 velocity = self.state[weight].setdefault("velocity", torch.zeros_like(weight))
                 velocity.mul_(group["momentum"]).add_(update)
                 weight.sub_(group["lr"] * velocity)
 
 
 def cosine_lr(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epochs: float) -> float:
-    """MAE's schedule: linear warm-up from 0, then half a cosine down to min_lr.
-
-    Args:
-        epoch: epochs done, fractional; 0 at the start.
-    """
+    """MAE's schedule at `epoch` (fractional, 0 at the start): linear warm-up from 0, half a cosine down to min_lr."""
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
     progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def transreid_lr(epoch: float, lr: float, warmup_lr: float, min_lr: float, warmup: float, epochs: float):
-    """TransReID's schedule: linear from `warmup_lr`, then half a cosine that counts from epoch 0.
-
-    Args:
-        epoch: the number of the epoch, from 1; it is constant within one.
-    """
+def transreid_lr(epoch: float, lr: float, warmup_lr: float, min_lr: float, warmup: float, epochs: float) -> float:
+    """TransReID's schedule in epoch 1, 2, ...: linear from `warmup_lr`, then half a cosine that counts from epoch 0."""
     if epoch < warmup:
         return warmup_lr + (lr - warmup_lr) * epoch / warmup
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1)))
 
 
 def poly_lr(epoch: float, lr: float, warmup_lr: float, min_lr: float, warmup: float, epochs: float) -> float:
-    """SETR's schedule: (1 - progress)^0.9 from lr down to min_lr; before it, where there is a warm-up, linear
-    from `warmup_lr`.
-
-    Args:
-        epoch: epochs done, fractional; 0 at the start.
-    """
+    """SETR's schedule at `epoch` (fractional): linear from `warmup_lr`, then (1 - progress)^0.9 down to min_lr."""
     if epoch < warmup:
         return warmup_lr + (lr - warmup_lr) * epoch / warmup
     left = 1 - min((epoch - warmup) / max(epochs - warmup, 1e-12), 1)

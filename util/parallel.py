@@ -14,8 +14,6 @@ from util.files import write_json
 from util.stop import end_with_parent, init_worker
 
 CHUNK = 64  # items a worker takes at a time
-
-
 _shared: object = None
 
 
@@ -35,17 +33,13 @@ def shared() -> object:
 def _init_pool_worker(for_all: object) -> None:
     global _shared
     _shared = for_all
-    init_worker(0)
+    init_worker()
     end_with_parent()
 
 
-def map_in_order(
-    pool: ProcessPoolExecutor, function: Callable[[list], list], items: Iterable, workers: int
-) -> Iterator:
-    """`pool.map` of `function`, which turns a list of items into a list of results; its input is read only a
-    few chunks ahead, so that memory stays bounded."""
-    items = iter(items)
-    pending: deque = deque()
+def map_in_order(pool: ProcessPoolExecutor, function: Callable[[list], list], items: Iterable, workers) -> Iterator:
+    """`pool.map` of `function`, which turns a list of items into a list of results; reads only a few chunks ahead."""
+    items, pending = iter(items), deque()
     while chunk := list(islice(items, CHUNK)):
         pending.append(pool.submit(function, chunk))
         if len(pending) > 2 * workers:
@@ -55,14 +49,10 @@ def map_in_order(
 
 
 def claim(file: Path, header: dict, what: str) -> bool:
-    """Write `header` to `file` (rank 0), or make sure that the one there is the same.
+    """Write `header` to `file` (rank 0), or make sure that the one there is the same -> whether the folder is new.
 
-    Args:
-        what: the folder's content in words, for the message.
-    Returns:
-        Whether the folder is new.
     Raises:
-        InputError: it holds something else, with the names that differ, or a damaged header.
+        InputError: it holds something else than `what` (the content in words), or a damaged header.
     """
     if not file.is_file():
         if is_main_process():
@@ -74,21 +64,16 @@ def claim(file: Path, header: dict, what: str) -> bool:
         raise InputError(f"{file} is damaged ({error}): remove {file.parent} and start again") from error
     different = [key for key in header if old.get(key) != header[key]]
     if different:
+        names = ", ".join(different)
         raise InputError(
-            f"{file.parent} holds another {what} (its {', '.join(different)} differ): choose another "
-            "--output or remove it"
+            f"{file.parent} holds another {what} (its {names} differ): remove it, or take another --output"
         )
     return False
 
 
 class Parts:
-    """The parts of `total` items, `size` items each, in a folder of their own that only this job may use.
-
-    Args:
-        job: what the parts depend on; a folder with parts of another job is refused.
-        what: the folder's content in words, for that message.
-        ending: of the files.
-    """
+    """The parts of `total` items, `size` items each, in files with this `ending` in a folder of their own; a folder
+    with parts of another `job` (what they depend on) is refused, `what` names its content in that message."""
 
     def __init__(self, folder: Path, job: dict, what: str, total: int, size: int, ending: str):
         self.folder, self.total, self.size, self.ending = folder, total, size, ending

@@ -12,17 +12,13 @@ def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int]) -> torch.Tensor
     [sin(pos * w), cos(pos * w)] with w_k = 10000^(-k / (embed_dim / 4)). Tokens are row-major.
 
     Args:
-        embed_dim: D, a multiple of 4.
-        grid_size: (rows, columns) of patches.
+        embed_dim: D, a multiple of 4. grid_size: (rows, columns) of patches.
     Returns:
         [1 + rows * columns, D] float32; computed in float64.
-    Raises:
-        ValueError: D is not a multiple of 4.
     """
     if embed_dim % 4:
         raise ValueError(f"embed_dim {embed_dim} must be a multiple of 4 for a 2-D position table")
-    rows, columns = grid_size
-    quarter = embed_dim // 4
+    (rows, columns), quarter = grid_size, embed_dim // 4
     omega = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
     column_angle = np.tile(np.arange(columns), rows)[:, None] * omega  # [L, D/4]
     row_angle = np.repeat(np.arange(rows), columns)[:, None] * omega  # [L, D/4]
@@ -36,11 +32,7 @@ def resize_pos_embed(
 ) -> torch.Tensor:
     """Position table [1, 1 + L, D] moved to another grid of patches; class row untouched.
 
-    Args:
-        mode: bicubic as in MAE's fine-tuning, or bilinear as in TransReID.
-
-    Raises:
-        ValueError: the table does not have old_grid's number of rows.
+    mode: bicubic as in MAE's fine-tuning, or bilinear as in TransReID.
     """
     rows, columns = old_grid
     if pos_embed.shape[1] != 1 + rows * columns:

@@ -17,8 +17,7 @@ def pick_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, 
     """`--amp` -> (autocast dtype or None for float32, the decision in words); call it before models are built.
 
     auto: bf16 on GPUs that have it, else fp16; on a CPU bf16 where it has the instructions. Models built afterwards use
-    torch's fused attention, but for half precision on the CPU, where explicit products are faster
-    (docs/PERFORMANCE.md).
+    fused attention, but for half precision on the CPU, where explicit products are faster (docs/PERFORMANCE.md).
     """
     torch.set_float32_matmul_precision("high")
     dtype, words = _pick_dtype(amp, device)
@@ -46,8 +45,7 @@ def _pick_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, str
 
 @contextlib.contextmanager
 def scoring(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode, and float32 products and convolutions that are not rounded to TF32; both are as before
-    afterwards."""
+    """Evaluation mode, and float32 products and convolutions not rounded to TF32; afterwards all is as before."""
     products, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     training = model.training
     torch.set_float32_matmul_precision("highest")

@@ -10,20 +10,15 @@ QUIET_SECONDS = 5  # between plain lines that only count
 
 
 class Progress:
-    """Progress of `total` steps, `done` of which were done before.
+    """Progress of `total` steps, `done` of which were done before; `later` steps follow, for the ETA.
 
-    Args:
-        title: what is counted.
-        shown: False prints nothing (ranks other than 0).
-        later: steps that follow these, for the ETA.
+    title: what is counted. shown: False prints nothing (ranks other than 0).
     """
 
     def __init__(self, title: str, total: int, done: int = 0, shown: bool = True, later: int = 0):
         self.title, self.total, self.shown, self.later = title, total, shown, later
-        self.first, self.done = done, done
-        self.started = time.perf_counter()
-        self.said = 0.0  # so that the first call prints
-        self.bar = None
+        self.first = self.done = done
+        self.started, self.said, self.bar = time.perf_counter(), 0.0, None  # the first call prints
         if shown and sys.stderr.isatty():
             self.bar = tqdm(total=total, initial=done, desc=title, dynamic_ncols=True)
 

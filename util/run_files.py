@@ -1,8 +1,10 @@
 """The files of a training run: saving, finding and continuing it, exporting its weights."""
 
+import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -31,11 +33,9 @@ class RunFiles:
 
     def __init__(self, args, facts: dict, config: dict, fixed: list[str], init_flag: str):
         self.output_dir = Path(args.output_dir)
-        self.args, self.config = facts, config
+        self.args, self.config, self.fixed, self.init_flag = facts, config, fixed, init_flag
         self.save_seconds, self.keep = 60 * args.save_minutes, args.keep_checkpoints
-        self.is_resumed = bool(args.resume)
-        self.fixed, self.init_flag = fixed, init_flag
-        self.saved_at = time.monotonic()
+        self.is_resumed, self.saved_at = bool(args.resume), time.monotonic()
 
     def start(self, epoch: int) -> None:
         """Rank 0, before training: args.json, env.json, and log.txt without the epochs that come again."""
@@ -62,8 +62,8 @@ class RunFiles:
     def save(self, run, name: str = LAST) -> None:
         """Write the state of the last update; whole or not at all.
 
-        `epoch` is the last finished epoch, as in MAE; `batches_done` counts global micro-batches of
-        the next one. Nothing random is kept: order, crops and masks follow from (seed, epoch, index).
+        `epoch` is the last finished epoch, as in MAE; `batches_done` counts global micro-batches of the next one.
+        Nothing random is kept: order, crops and masks follow from (seed, epoch, index).
         """
         content = {
             "model": run.bare.state_dict() | run.buffers.saved,
@@ -73,8 +73,7 @@ class RunFiles:
             "args": self.args,
             "config": self.config,
             "batches_done": run.batches_done,
-            "meter": run.meter.state_dict(),
-            "bad_steps_in_row": run.bad_steps_in_row,
+            "meter": vars(run.meter),
             "seconds": dict(run.seconds),
         }
         write_torch(self.output_dir / name, content)
@@ -88,15 +87,12 @@ class RunFiles:
         """`checkpoint-<finished epoch>.pth`; of those up to it, the oldest beyond `keep` go."""
         self.save(run, f"checkpoint-{run.epoch - 1}.pth")
         epochs = [file for file in _checkpoints(self.output_dir) if file.name != LAST]
-        earlier = [file for file in epochs if _epoch_number(file) < run.epoch]
-        for file in earlier[self.keep :]:
+        for file in [file for file in epochs if _epoch_number(file) < run.epoch][self.keep :]:
             file.unlink()
 
     def resume(self, run, wanted: str, allow_change: list[str]) -> str:
-        """Continue from a file, or with "auto" from the newest readable one in `output_dir`.
+        """Continue from a file, or with "auto" from the newest readable one in `output_dir`; says what was decided.
 
-        Returns:
-            One line that says what was decided.
         Raises:
             InputError: the file is unusable, or settings differ that make it another run.
         """
@@ -112,13 +108,13 @@ class RunFiles:
     def _decide(self, run, wanted: str, allow_change: list[str]) -> str:
         if not wanted:
             return "fresh start (no --resume)"
-        if wanted != "auto":
-            return self._restore(run, Path(wanted), read_checkpoint(wanted), allow_change)
         skipped = []
-        for file in _checkpoints(self.output_dir):
+        for file in _checkpoints(self.output_dir) if wanted == "auto" else [Path(wanted)]:
             try:
                 content = read_checkpoint(file)
             except InputError as error:
+                if wanted != "auto":
+                    raise
                 skipped.append(f"skipped: {error}")
                 continue
             return "; ".join([*skipped, self._restore(run, file, content, allow_change)])
@@ -127,19 +123,15 @@ class RunFiles:
         return f"fresh start (--resume auto found no checkpoint in {self.output_dir})"
 
     def _restore(self, run, file: Path, content: dict, allow_change: list[str]) -> str:
-        needed = ("optimizer", "epoch", "args", "batches_done", "meter")
-        missing = [key for key in needed if key not in content]
-        if missing:
+        if missing := [key for key in ("optimizer", "epoch", "args", "batches_done", "meter") if key not in content]:
             raise InputError(
-                f"{file} holds weights without {', '.join(missing)}, so a run cannot continue from "
-                f"it: use {self.init_flag} {file} to start a new run from these weights"
+                f"{file} holds weights without {', '.join(missing)}, so a run cannot continue from it: use "
+                f"{self.init_flag} {file} to start a new run from these weights"
             )
         old, new = content["args"], self.args
-        unknown = sorted(set(allow_change) - set(self.fixed))
-        if unknown:
+        if unknown := sorted(set(allow_change) - set(self.fixed)):
             raise InputError(f"--allow_change {' '.join(unknown)}: choose among {', '.join(self.fixed)}")
-        known = [k for k in self.fixed if k in old and k not in allow_change]
-        changed = [k for k in known if old[k] != new.get(k)]
+        changed = [k for k in self.fixed if k in old and k not in allow_change and old[k] != new.get(k)]
         if changed:
             differences = ", ".join(f"{k} {old.get(k)} -> {new.get(k)}" for k in changed)
             raise InputError(
@@ -152,33 +144,30 @@ class RunFiles:
         # a scale that stopped the run would stop it again: the cure starts with a new one
         if run.scaler and content["scaler"].get("scale", 0) >= LEAST_SCALE:
             run.scaler.load_state_dict(content["scaler"])
-        run.epoch = content["epoch"] + 1
-        run.bad_steps_in_row = content["bad_steps_in_row"]
-        run.seconds = dict(content["seconds"])
+        run.epoch, run.seconds = content["epoch"] + 1, dict(content["seconds"])
         # a changed batch or list of images moves the batch borders: then the epoch starts again
         same_batches = all(old.get(k) == new.get(k) for k in ("global_batch", "images_sha"))
         run.batches_done = content["batches_done"] if same_batches else 0
-        if same_batches:
-            run.meter.load_state_dict(content["meter"], run.device)
+        if same_batches and content["meter"]["total"] is not None:
+            run.meter.sizes, run.meter.total = content["meter"]["sizes"], content["meter"]["total"].to(run.device)
         was, now = (args.get("precision") for args in (old, new))
         note = f"; precision was {was} and is {now}" if was and was != now else ""
         return f"resuming {file} at epoch {run.epoch}, batch {run.batches_done}{note}"
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, content: dict, file: Path) -> None:
         """Its state; the settings of its groups are this run's, not the file's."""
-        settings = [{k: v for k, v in g.items() if k not in ("params", "lr")} for g in optimizer.param_groups]
-        sizes = [len(g["params"]) for g in optimizer.param_groups]
-        saved = content["optimizer"]
-        same = [len(g["params"]) for g in saved["param_groups"]] == sizes
-        if not same or content["args"].get("opt") != self.args.get("opt"):
+        groups, saved = optimizer.param_groups, content["optimizer"]["param_groups"]
+        settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
+        own, theirs = ([len(group["params"]) for group in some] for some in (groups, saved))
+        if own != theirs or content["args"].get("opt") != self.args.get("opt"):
             raise InputError(
-                f"the optimiser in {file} is another one or has its tensors in other groups, so it cannot go "
-                "on: set the flags that choose or group its tensors back (see args.json), or start anew in "
-                f"another --output_dir with {self.init_flag} {file}"
+                f"the optimiser in {file} is another one or has its tensors in other groups, so it cannot go on: set "
+                "the flags that choose or group its tensors back (see args.json), or start anew in another "
+                f"--output_dir with {self.init_flag} {file}"
             )
-        optimizer.load_state_dict(saved)
-        for group, own in zip(optimizer.param_groups, settings):
-            group.update(own)
+        optimizer.load_state_dict(content["optimizer"])
+        for group, kept in zip(optimizer.param_groups, settings):
+            group.update(kept)
 
     def last_record(self) -> dict:
         """The last line of log.txt, {} without one."""
@@ -187,8 +176,7 @@ class RunFiles:
         return json.loads(lines[-1]) if lines and _epoch_of(lines[-1]) < float("inf") else {}
 
     def export_encoder(self, bare: torch.nn.Module) -> None:
-        """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors`, which also holds
-        the config."""
+        """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors` with its config."""
         state = {k: v.detach().float().cpu().contiguous() for k, v in encoder_state(bare.state_dict()).items()}
         self._export("encoder", {"model": state}, state)
 
@@ -205,27 +193,21 @@ class RunFiles:
 
 def initialise_from(bare: torch.nn.Module, file: str) -> str:
     """`--init`: weights of ours or facebook's MAE, full or encoder only; returns what matched."""
-    content = read_checkpoint(file)
-    return load_weights(bare, content["model"], file, needed="encoder")
+    return load_weights(bare, read_checkpoint(file)["model"], file, needed="encoder")
 
 
 def refuse_used_folder(output_dir: str | Path) -> None:
-    """Before a run that starts anew: it must not replace what another has left.
-
-    Raises:
-        InputError: there are checkpoints.
-    """
-    found = _checkpoints(Path(output_dir))
-    if found:
+    """Before a run that starts anew: InputError where there are checkpoints, which it would replace."""
+    if found := _checkpoints(Path(output_dir)):
         raise InputError(
-            f"{output_dir} holds a run ({found[0].name}): --resume auto goes on with it, another "
-            "--output_dir starts a new one"
+            f"{output_dir} holds a run ({found[0].name}): --resume auto goes on with it, another --output_dir starts a "
+            "new one"
         )
 
 
 def _checkpoints(output_dir: Path) -> list[Path]:
-    """Checkpoints in the folder, newest first."""
-    numbered = [f for f in output_dir.glob("checkpoint-*.pth") if f.stem.split("-")[1].isdigit()]
+    """checkpoint-last.pth and checkpoint-<epoch>.pth in the folder, newest first."""
+    numbered = [f for f in output_dir.glob("checkpoint-*.pth") if re.fullmatch("checkpoint-[0-9]+[.]pth", f.name)]
     last = [file for file in [output_dir / LAST] if file.is_file()]
     return last + sorted(numbered, key=_epoch_number, reverse=True)
 
@@ -236,34 +218,25 @@ def _epoch_number(file: Path) -> int:
 
 
 def _epoch_of(line: str) -> float:
-    """Of a line of log.txt; infinity where the line was cut by a full disk or a kill."""
+    """Of a line of log.txt; infinity where the line was cut by a full disk or a kill, or is not ours."""
     try:
-        return json.loads(line)["epoch"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        return float(json.loads(line)["epoch"])
+    except (ValueError, KeyError, TypeError, RecursionError):
         return float("inf")
 
 
 def environment() -> dict[str, str]:
     """Versions, machine and commit, kept beside the log."""
-    import numpy
-    import open_clip
-    import timm
-
+    packages = {"torch": "torch", "timm": "timm", "open_clip": "open_clip_torch", "numpy": "numpy"}
+    versions = {name: importlib.metadata.version(package) for name, package in packages.items()}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-    return {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "timm": timm.__version__,
-        "open_clip": open_clip.__version__,
-        "numpy": numpy.__version__,
-        "machine": f"{platform.node()}, {os.cpu_count()} cores, {device}",
-        "commit": code_commit(),
-    }
+    machine = f"{platform.node()}, {os.cpu_count()} cores, {device}"
+    return {"python": platform.python_version(), **versions, "machine": machine, "commit": code_commit()}
 
 
 def code_commit(folder: Path | None = None) -> str:
-    """The git commit of the code in `folder` (default: this code), " + changes" where tracked files differ;
-    of an archive that git or its host has made, the commit that it is of; else "unknown"."""
+    """The git commit of the code in `folder` (default: this code), " + changes" where tracked files differ; in an
+    archive made by git, the commit that it is of; else "unknown"."""
     folder = folder or Path(__file__).resolve().parent.parent
 
     def git(*words: str) -> str:

@@ -77,9 +77,8 @@ def ignore_worker_deaths() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
-def init_worker(worker_id: int) -> None:
-    """Data workers: Ctrl-C and SIGHUP are the main process's business, SIGTERM ends a worker as usual; and one thread
-    each, since there is one worker a core."""
+def init_worker(worker_id: int = 0) -> None:
+    """Start a data worker: Ctrl-C and SIGHUP are the main process's business, SIGTERM ends it as usual; one thread."""
     import torch
 
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -88,18 +87,10 @@ def init_worker(worker_id: int) -> None:
     torch.set_num_threads(1)
 
 
-def end_with_launcher() -> None:
-    """Under torchrun: get SIGTERM when the launcher dies, even by kill -9, instead of training on as an orphan beside
-    the run that replaces it."""
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        end_with_parent()
-
-
 def end_with_parent() -> None:
-    """Linux: get SIGTERM when the process that started this one dies."""
-    if os.uname().sysname == "Linux":
-        parent_death_signal = 1  # PR_SET_PDEATHSIG
-        ctypes.CDLL(None).prctl(parent_death_signal, int(signal.SIGTERM))
+    """Linux: get SIGTERM when the process that started this one dies, even by kill -9."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, int(signal.SIGTERM))  # 1: PR_SET_PDEATHSIG
 
 
 @contextlib.contextmanager
@@ -114,8 +105,8 @@ def run_lock(folder: Path, wait_s: float = 45.0) -> Iterator[None]:
         lock = open(folder / ".lock", "a+")
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be written to ({error.strerror}): choose another") from error
+    deadline = time.monotonic() + wait_s
     with lock:
-        deadline = time.monotonic() + wait_s
         while True:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -123,10 +114,8 @@ def run_lock(folder: Path, wait_s: float = 45.0) -> Iterator[None]:
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     lock.seek(0)
-                    holder = lock.read().strip() or "unknown"
-                    raise InputError(
-                        f"another run (process {holder}) is writing to {folder}: stop it, or choose another folder"
-                    ) from None
+                    holder = f"(process {lock.read().strip() or 'unknown'}) is writing to {folder}"
+                    raise InputError(f"another run {holder}: stop it, or choose another folder") from None
                 time.sleep(0.5)
         lock.truncate(0)
         lock.write(f"{os.getpid()} on {os.uname().nodename}")
