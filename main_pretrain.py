@@ -24,8 +24,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(MAE_MODELS)} (default mae_vit_base_patch16)")
     add("--input_size", default="224", help="pixels: one side, or H,W (default 224)")
     add("--mask_ratio", default=0.75, type=float, help="fraction of patches removed (default 0.75)")
-    add("--norm_pix_loss", action="store_true",
-        help="score pixels normalised per patch (default off, as in MAE)")
+    add("--norm_pix_loss", action="store_true", help="score pixels normalised per patch (default off, as in MAE)")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", default=64, type=int, help="images per process and micro-batch (default 64)")
@@ -34,8 +33,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--accum_iter", default=1, type=int, help="micro-batches per update (default 1)")
     add("--epochs", default=400, type=int, help="length of the schedule in epochs (default 400)")
     add("--start_epoch", default=0, type=int, help="first epoch of a fresh run (default 0)")
-    add("--warmup_epochs", default=40, type=float,
-        help="epochs of linear warm-up of learning rate and distillation weights (default 40)")
+    add("--warmup_epochs", default=40, type=float, help="warm-up of lr and distillation, in epochs (default 40)")
     add("--lr", default=None, type=float, help="learning rate (default: from --blr)")
     add("--blr", default=1e-3, type=float, help="lr = blr * effective batch / 256 (default 1e-3)")
     add("--min_lr", default=0.0, type=float, help="learning rate at the end (default 0)")
@@ -44,24 +42,17 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("distillation").add_argument
     add("--no_distill", action="store_true", help="plain MAE, no teacher (default off)")
-    add("--context", default="attention", choices=CONTEXTS,
-        help="the student's global token (default attention)")
+    add("--context", default="attention", choices=CONTEXTS, help="the student's global token (default attention)")
     add("--sim_weight", default=8.0, type=float, help="weight of 1 - cosine (default 8)")
-    add("--kl_weight", default=0.0, type=float,
-        help="weight of the KL over the text bank; at 0 it is only logged (default 0)")
-    add("--kl_tau", default=None, type=float,
-        help="temperature of both softmaxes (default: the teacher's own, 1/exp(logit_scale))")
-    add("--distill_hidden", default=0, type=int,
-        help="width of a hidden layer in the projection, 0 for a linear one (default 0)")
-    add("--clip_model", default=CLIP_MODEL,
-        help="open_clip name or path of an open_clip JSON config (default ViT-L-14)")
+    add("--kl_weight", default=0.0, type=float, help="weight of the KL over the text bank (default 0: only logged)")
+    add("--kl_tau", default=None, type=float, help="temperature of both softmaxes (default: the teacher's own)")
+    add("--distill_hidden", default=0, type=int, help="width of a hidden layer in the projection (default 0: none)")
+    add("--clip_model", default=CLIP_MODEL, help="open_clip name or path of its JSON config (default ViT-L-14)")
     add("--clip_pretrained", default="openai",
         help="open_clip tag, or a weight file .pt .bin .safetensors (default openai)")
-    add("--text_bank", default=None,
-        help="texts .txt or .jsonl, or encoded: .safetensors or a folder of main_describe.py "
-        "(default: built-in vocabulary)")
-    add("--teacher_cache", default=None,
-        help="folder of tools.reinforce: stored embeddings, no teacher runs (default none)")
+    add("--text_bank", default=None, help="texts .txt or .jsonl, or encoded: .safetensors or a folder of "
+        "main_describe.py (default: built-in vocabulary)")
+    add("--teacher_cache", default=None, help="folder of tools.reinforce, in place of a teacher (default none)")
     add("--teacher_view", default="crop", choices=("crop", "full"),
         help="what the teacher sees: the student's crop or the whole image (default crop)")
 
@@ -70,14 +61,12 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="folder or manifest .csv .tsv .jsonl .txt (default data/automobile1m)")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all rows)")
     add("--crop_min", default=0.2, type=float, help="smallest crop, fraction of area (default 0.2)")
-    add("--max_bad_ratio", default=0.01, type=float,
-        help="stop above this fraction of unreadable images (default 0.01)")
+    add("--max_bad_ratio", default=0.01, type=float, help="stop above this share of unreadable images (default 0.01)")
     add_run_flags(parser, output_dir="./output_dir")
     add = parser.add_argument_group("only here").add_argument
     add("--init", default="", help="weights to start a new run from: .pth, .safetensors, a name of "
         "`python -m tools.checkpoint list`, or an address (default: random)")
-    add("--vis_epochs", default=20, type=int,
-        help="epochs between reconstruction panels, 0 for none (default 20)")
+    add("--vis_epochs", default=20, type=int, help="epochs between reconstructions, 0 for none (default 20)")
     # fmt: on
     return parser
 
@@ -121,11 +110,7 @@ FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAM
 
 
 def check_args(args) -> None:
-    """Contradictions among flags, before anything is loaded; fills derived values.
-
-    Raises:
-        InputError: one sentence on the first contradiction.
-    """
+    """Contradictions among flags, before anything is loaded; fills derived values."""
     args.img_size = parse_input_size(args.input_size)
     rows, columns = check_img_size(args.img_size, ENCODER_SIZES[MAE_MODELS[args.model]][3])
     count_kept(rows * columns, args.mask_ratio)
@@ -136,6 +121,8 @@ def check_args(args) -> None:
         "vis_epochs start_epoch keep_checkpoints distill_hidden profile num_workers",
         positive="kl_tau",
     )
+    weights = {} if args.no_distill else {"sim": args.sim_weight, "kl": args.kl_weight}
+    args.weights = {name: weight for name, weight in weights.items() if weight}
     if not 0 < args.crop_min <= 1:
         raise InputError(f"--crop_min {args.crop_min}: must be in (0, 1]")
     if args.warmup_epochs > args.epochs:
@@ -145,32 +132,30 @@ def check_args(args) -> None:
         )
     if args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
-    if args.resume and args.init:
-        raise InputError("--resume continues a run and --init starts one: give only one of them")
-    if args.resume and args.start_epoch:
-        raise InputError("--start_epoch is for fresh runs: --resume takes the epoch from the checkpoint")
-    for name in ("text_bank", "teacher_cache"):
-        if args.no_distill and getattr(args, name):
-            raise InputError(f"--{name} has no use with --no_distill: drop one of them")
-    weights = {} if args.no_distill else {"sim": args.sim_weight, "kl": args.kl_weight}
-    args.weights = {name: weight for name, weight in weights.items() if weight}
+    if args.resume and (args.init or args.start_epoch):
+        raise InputError(
+            "--resume goes on with a run, --init and --start_epoch are for new ones: give only one of them"
+        )
+    if args.no_distill and (args.text_bank or args.teacher_cache):
+        raise InputError("--text_bank and --teacher_cache have no use with --no_distill: drop one of them")
     if not args.no_distill and not args.weights:
         raise InputError("--sim_weight 0 and --kl_weight 0 leave nothing to distil: use --no_distill")
 
 
-def resolve(args, paths, batches: EpochBatches) -> dict:
+def resolve(args, paths) -> dict:
     """Everything derived from flags and data, as plain values; refuses runs that could not learn."""
-    global_batch = args.batch_size * get_world_size()
-    if batches.batches_per_epoch < 1:
+    world, images = get_world_size(), len(paths)
+    global_batch = args.batch_size * world
+    batches = images // global_batch
+    if batches < 1:
         raise InputError(
-            f"{len(paths)} images do not fill one batch of {global_batch} (--batch_size {args.batch_size} x "
-            f"{get_world_size()} processes): lower --batch_size to at most {max(len(paths) // get_world_size(), 1)}"
+            f"{images} images do not fill one batch of {global_batch} (--batch_size {args.batch_size} x {world} "
+            f"processes): lower --batch_size to at most {max(images // world, 1)}"
         )
-    if args.accum_iter > batches.batches_per_epoch:
+    if args.accum_iter > batches:
         raise InputError(
-            f"--accum_iter {args.accum_iter} is more than the {batches.batches_per_epoch} batches of an epoch "
-            f"({len(paths)} images, {global_batch} a batch), so the effective batch would never be reached: use "
-            f"--accum_iter {batches.batches_per_epoch} or less"
+            f"--accum_iter {args.accum_iter} would never reach its effective batch, an epoch has {batches} batches "
+            f"({images} images, {global_batch} a batch): use --accum_iter {batches} or less"
         )
     args.effective_batch = global_batch * args.accum_iter
     if args.lr is None:
@@ -179,13 +164,9 @@ def resolve(args, paths, batches: EpochBatches) -> dict:
         args.micro_batch = args.batch_size if args.device == "cuda" else min(args.batch_size, 32)
     if args.num_workers is None:
         args.num_workers = default_workers()
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | {
-        "world_size": get_world_size(),
-        "global_batch": global_batch,
-        "images": len(paths),
-        "images_sha": paths.sha256(),
-        "updates_per_epoch": -(-batches.batches_per_epoch // args.accum_iter),
-    }
+    facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
+    facts |= {"world_size": world, "global_batch": global_batch, "images": images, "images_sha": paths.sha256()}
+    return facts | {"updates_per_epoch": -(-batches // args.accum_iter)}
 
 
 def header(args, facts: dict) -> list[str]:
@@ -201,9 +182,8 @@ def header(args, facts: dict) -> list[str]:
         f"teacher: {facts['teacher']}",
     ]
     if not args.no_distill:
-        use = "" if args.kl_weight else ", logged only: --kl_weight is 0"
         lines += [
-            f"text bank: {facts['text_bank_used']}{use}",
+            f"text bank: {facts['text_bank_used']}{'' if args.kl_weight else ', logged only: --kl_weight is 0'}",
             f"distillation: context {args.context}, sim x {args.sim_weight:g}, kl x {args.kl_weight:g} at tau "
             f"{facts['tau']:.4g}, the teacher sees the {args.teacher_view}",
         ]
@@ -222,8 +202,7 @@ def train(args, device: torch.device) -> dict[str, float]:
     if not args.resume:
         refuse_used_folder(args.output_dir)
     run = build_run(args, device)
-    files = run.files
-    writer = None
+    files, writer = run.files, None
     if is_main_process():
         files.start(run.epoch)
         if run.text_bank:
@@ -254,11 +233,10 @@ def build_run(args, device: torch.device) -> PretrainRun:
     cache = TeacherCache(args.teacher_cache) if args.teacher_cache else None
     teacher, distill, facts, text_bank = build_teacher(args, device, amp_dtype, cache)
     paths = list_images(args.data_path, args.split)
+    facts |= resolve(args, paths)
     if cache:
-        wanted = {name: getattr(args, name) for name in ("teacher_view", "seed", "crop_min")}
-        cache.check(wanted | {"input_size": list(args.img_size), "images_sha": paths.sha256()})
-    batches = EpochBatches(len(paths), args.batch_size, get_rank(), get_world_size(), args.seed)
-    facts |= resolve(args, paths, batches)
+        wanted = {name: facts[name] for name in ("teacher_view", "seed", "crop_min", "images_sha")}
+        cache.check(wanted | {"input_size": facts["img_size"]})
     facts["precision"] = str(amp_dtype or torch.float32).removeprefix("torch.")
     facts["crop_views"] = 0 if cache is None or cache.is_full else cache.num_views  # 0: new crops each epoch
     print_main(*header(args, facts))
@@ -270,31 +248,22 @@ def build_run(args, device: torch.device) -> PretrainRun:
         args.init = str(fetch(args.init))
         print_main(f"weights from {args.init}:\n{initialise_from(bare, args.init)}")
     bare.to(device)
-    settings = {name: getattr(args, name) for name in ("model", "norm_pix_loss", "mask_ratio")}
+    settings = {name: facts[name] for name in ("model", "norm_pix_loss", "mask_ratio")}
     config = {"kind": "CGD-MAE encoder"} | settings | bare.settings()
     files = RunFiles(args, facts, config, FIXED_ON_RESUME, "--init")
+    full_view = teacher.size if teacher and args.teacher_view == "full" else None
     dataset = PretrainDataset(
-        paths,
-        args.img_size,
-        bare.num_patches,
-        seed=args.seed,
-        min_area=args.crop_min,
-        teacher_size=teacher.size if teacher and args.teacher_view == "full" else None,
+        paths, args.img_size, bare.num_patches, seed=args.seed, min_area=args.crop_min, teacher_size=full_view,
         teacher_cache=cache,
-    )
+    )  # fmt: skip
+    batches = EpochBatches(len(paths), args.batch_size, get_rank(), get_world_size(), args.seed)
+    loader = build_loader(dataset, batches, args.num_workers, args.pin_mem and device.type == "cuda", init_worker)
+    optimizer = build_adamw(bare, args.lr, args.weight_decay)
+    scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     run = PretrainRun(
-        bare,
-        bare,
-        build_adamw(bare, args.lr, args.weight_decay),
-        torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None,
-        build_loader(dataset, batches, args.num_workers, args.pin_mem and device.type == "cuda", init_worker),
-        device,
-        amp_dtype,
-        files,
-        epoch=args.start_epoch,
-        teacher=teacher,
+        bare, bare, optimizer, scaler, loader, device, amp_dtype, files, epoch=args.start_epoch, teacher=teacher,
         text_bank=text_bank,
-    )
+    )  # fmt: skip
     decision = files.resume(run, args.resume, args.allow_change)
     if args.compile:
         for block in [*bare.blocks, *bare.decoder_blocks]:
@@ -334,13 +303,9 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
     # what a continuation must share: the texts where they are encoded at each start, which on another device gives
     # other last bits; the numbers themselves where a file brings them
     is_file = cache or (args.text_bank and is_encoded(Path(args.text_bank)))
-    bank_sha = hashlib.sha256(bank.numpy().tobytes()).hexdigest() if is_file else hash_texts(texts)
-    facts = {
-        "teacher": f"{identity.model} {identity.weights_sha256[:16]}",
-        "text_bank_used": source,
-        "text_bank_sha": bank_sha[:16],
-        "tau": tau,
-    }
+    sha = hashlib.sha256(bank.numpy().tobytes()).hexdigest() if is_file else hash_texts(texts)
+    named = f"{identity.model} {identity.weights_sha256[:16]}"
+    facts = {"teacher": named, "text_bank_used": source, "text_bank_sha": sha[:16], "tau": tau}
     distill = {"context": args.context, "bank": bank, "tau": tau, "hidden": args.distill_hidden}
     return teacher, distill, facts, (bank, texts, identity)
 

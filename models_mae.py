@@ -21,17 +21,11 @@ from util.pretrained import read_config
 
 
 def count_kept(num_patches: int, mask_ratio: float) -> int:
-    """Count the visible patches of an image, MAE's int(L * (1 - mask_ratio)).
-
-    Raises:
-        InputError: nothing would be kept or nothing removed.
-    """
+    """Count the visible patches of an image, MAE's int(L * (1 - mask_ratio))."""
     len_keep = int(num_patches * (1 - mask_ratio))
     if not 1 <= len_keep < num_patches:
-        raise InputError(
-            f"--mask_ratio {mask_ratio} keeps {len_keep} of {num_patches} patches: choose a value that keeps and "
-            "removes at least one"
-        )
+        words = f"--mask_ratio {mask_ratio} keeps {len_keep} of {num_patches} patches"
+        raise InputError(f"{words}: choose a value that keeps and removes at least one")
     return len_keep
 
 
@@ -54,20 +48,9 @@ class MaskedAutoencoderViT(VisionTransformer):
     """
 
     def __init__(
-        self,
-        img_size: tuple[int, int] = (224, 224),
-        patch_size: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        *,
-        decoder_embed_dim: int = 512,
-        decoder_depth: int = 8,
-        decoder_num_heads: int = 16,
-        norm_pix_loss: bool = False,
-        distill: dict | None = None,
-        **pixel_stats,
-    ):
+        self, img_size=(224, 224), patch_size=16, embed_dim=768, depth=12, num_heads=12, *, decoder_embed_dim=512,
+        decoder_depth=8, decoder_num_heads=16, norm_pix_loss=False, distill: dict | None = None, **pixel_stats,
+    ):  # fmt: skip
         super().__init__(img_size, patch_size, embed_dim, depth, num_heads, initialize=False, **pixel_stats)
         self.norm_pix_loss = norm_pix_loss
         self.decoder_embed = nn.Linear(embed_dim, decoder_embed_dim)
@@ -80,21 +63,18 @@ class MaskedAutoencoderViT(VisionTransformer):
         self.initialize_weights()
         self.distill_head = None
         if distill is not None:
-            self.distill_head = GlobalContextHead(
-                embed_dim=embed_dim, decoder_dim=decoder_embed_dim, num_patches=self.num_patches, **distill
-            )
+            sizes = {"embed_dim": embed_dim, "decoder_dim": decoder_embed_dim, "num_patches": self.num_patches}
+            self.distill_head = GlobalContextHead(**sizes, **distill)
 
     def patchify(self, imgs: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] -> [N, L, p * p * 3], each patch in (row, column, channel) order."""
-        rows, columns = self.grid_size
-        p = self.patch_size
+        (rows, columns), p = self.grid_size, self.patch_size
         x = imgs.reshape(len(imgs), 3, rows, p, columns, p)
         return x.permute(0, 2, 4, 3, 5, 1).reshape(len(imgs), rows * columns, p * p * 3)
 
     def unpatchify(self, x: torch.Tensor) -> torch.Tensor:
         """[N, L, p * p * 3] -> [N, 3, H, W]; undoes `patchify`."""
-        rows, columns = self.grid_size
-        p = self.patch_size
+        (rows, columns), p = self.grid_size, self.patch_size
         x = x.reshape(len(x), rows, columns, p, p, 3).permute(0, 5, 1, 3, 2, 4)
         return x.reshape(len(x), 3, rows * p, columns * p)
 
@@ -160,13 +140,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         error = F.mse_loss(pred, target, reduction="none").mean(dim=-1)  # [N, L]
         return {"pixel": (error * mask).sum() / mask.sum(), "pixel_baseline": (baseline * mask).sum() / mask.sum()}
 
-    def forward(
-        self,
-        imgs: torch.Tensor,
-        mask_ratio: float = 0.75,
-        noise: torch.Tensor | None = None,
-        teacher_embed: torch.Tensor | None = None,
-    ) -> dict[str, torch.Tensor]:
+    def forward(self, imgs: torch.Tensor, mask_ratio: float = 0.75, noise=None, teacher_embed=None) -> dict:
         """All loss terms of one batch, unweighted.
 
         Args:
@@ -209,20 +183,12 @@ class GlobalContextHead(nn.Module):
     """
 
     def __init__(
-        self,
-        context: str,
-        embed_dim: int,
-        decoder_dim: int,
-        num_patches: int,
-        bank: torch.Tensor,
-        tau: float,
-        hidden: int = 0,
+        self, context: str, embed_dim: int, decoder_dim: int, num_patches: int, bank: torch.Tensor, tau: float, hidden=0
     ):
         super().__init__()
         if context not in CONTEXTS:
             raise ValueError(f"context {context!r} is not one of {', '.join(CONTEXTS)}")
-        self.context = context
-        self.tau = tau
+        self.context, self.tau = context, tau
         dim = decoder_dim if context == "decoder" else embed_dim
         if context == "attention":
             bottleneck = max(embed_dim // 8, 48)
@@ -233,18 +199,14 @@ class GlobalContextHead(nn.Module):
         elif context == "decoder":
             self.position_weight = nn.Parameter(torch.full((num_patches,), 1 / num_patches))
             self.position_bias = nn.Parameter(torch.zeros(1))
-        teacher_dim = bank.shape[1]
-        self.proj = (
-            nn.Sequential(nn.Linear(dim, hidden), nn.GELU(), nn.Linear(hidden, teacher_dim))
-            if hidden
-            else nn.Linear(dim, teacher_dim)
-        )
+        widen = [nn.Linear(dim, hidden), nn.GELU()] if hidden else []
+        last = nn.Linear(hidden or dim, bank.shape[1])
+        self.proj = nn.Sequential(*widen, last) if hidden else last
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        if context == "attention":
-            # starts as the class token alone, as GCNet's additive fusion does
+        if context == "attention":  # starts as the class token alone, as GCNet's additive fusion does
             nn.init.zeros_(self.transform[-1].weight)
         self.register_buffer("bank", bank, persistent=False)
 
@@ -294,33 +256,25 @@ class GlobalContextHead(nn.Module):
 
 def build_mae(size: str, **kwargs) -> MaskedAutoencoderViT:
     """One of `util.names.ENCODER_SIZES` with its decoder; kwargs of `MaskedAutoencoderViT`."""
-    width, depth, heads, patch_size = ENCODER_SIZES[size]
-    decoder_width, decoder_depth, decoder_heads = DECODER_SIZES[size]
-    return MaskedAutoencoderViT(
-        patch_size=patch_size,
-        embed_dim=width,
-        depth=depth,
-        num_heads=heads,
-        decoder_embed_dim=decoder_width,
-        decoder_depth=decoder_depth,
-        decoder_num_heads=decoder_heads,
-        **kwargs,
+    names = (
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "patch_size",
+        *(f"decoder_{n}" for n in ("embed_dim", "depth", "num_heads")),
     )
+    return MaskedAutoencoderViT(**dict(zip(names, ENCODER_SIZES[size] + DECODER_SIZES[size])), **kwargs)
 
 
 MODELS = {name: partial(build_mae, size) for name, size in MAE_MODELS.items()}
 
 
-def load_autoencoder(
-    file: str | Path, model_name: str | None = None, norm_pix_loss: bool | None = None, **kwargs
-) -> MaskedAutoencoderViT:
+def load_autoencoder(file: str | Path, model_name: str | None = None, norm_pix_loss: bool | None = None, **kwargs):
     """The MAE of a checkpoint, decoder included, in eval mode.
 
     Args:
         model_name, norm_pix_loss: for files that do not say them; default the file's.
         kwargs: of `MaskedAutoencoderViT`, as img_size; size and pixel statistics default to the file's.
-    Raises:
-        InputError: an encoder alone, another architecture, or a file that does not say what it is.
     """
     content = read_checkpoint(file)
     state, config = content["model"], read_config(file, content)
@@ -329,15 +283,12 @@ def load_autoencoder(
         raise InputError(f"{file} does not say its architecture: pass --model, one of {', '.join(MODELS)}")
     if len(encoder_state(state)) == len(state):
         raise InputError(
-            f"{file} holds an encoder only; a reconstruction needs the decoder: use checkpoint-last.pth of "
-            "the run, or a *_full.pth"
+            f"{file} holds an encoder only; a reconstruction needs the decoder: use checkpoint-last.pth of the run, or "
+            "a *_full.pth"
         )
-    if norm_pix_loss is None:
-        norm_pix_loss = config.get("norm_pix_loss")
-    if norm_pix_loss is None:
+    if norm_pix_loss is None and (norm_pix_loss := config.get("norm_pix_loss")) is None:
         raise InputError(f"{file} does not say its target: pass --norm_pix_loss or --no-norm_pix_loss")
     said = {key: tuple(config[key]) for key in ("img_size", "mean", "std") if key in config}
-    said |= kwargs
-    model = MODELS[name](norm_pix_loss=norm_pix_loss, **said)
+    model = MODELS[name](norm_pix_loss=norm_pix_loss, **(said | kwargs))
     load_weights(model, state, file, needed="all")
     return model.eval()

@@ -400,7 +400,7 @@ BAD = {
     "warm-up longer than run": ("--warmup_epochs 3", "longer than --epochs"),
     "nothing to distil": ("--sim_weight 0 --kl_weight 0", "use --no_distill"),
     "resume and init": ("--resume auto --init x.pth", "only one of them"),
-    "bank without teacher": ("--no_distill --text_bank x.txt", "no use with --no_distill"),
+    "bank without teacher": ("--no_distill --text_bank x.txt", "have no use with --no_distill"),
     "unknown teacher": ("--clip_model ViT-Q-99", "unknown to open_clip"),
     "teacher file missing": ("--clip_model ViT-B-32 --clip_pretrained /no/w.pt", "Three ways"),
     "mask everything": ("--no_distill --mask_ratio 1.0", "keeps 0 of 4"),
