@@ -9,7 +9,7 @@ from conftest import ROOT, parse, small_flags
 
 import main_pretrain
 import models_mae
-from benchmarks import data, kmeans, ranking, step
+from benchmarks import run
 from util.errors import InputError
 
 
@@ -49,18 +49,21 @@ def test_slow_data_is_pointed_at_once(pictures, tmp_path, monkeypatch, capsys):
     assert printed.count("raise --num_workers (now 0 a rank)") == 1
 
 
-BENCHMARKS = [
-    (step, "--model mae_vit_tiny_patch16 --input_size 32 --batch_size 2", ["mae", "ours"]),
-    (data, "--images 8 --input_size 32", ["mae", "packed", "ours"]),
-    (ranking, "--size small --dim 16", ["sorting", "ours"]),
-    (kmeans, "--points 600 --dim 8 --clusters 9 --iterations 3", ["ours"]),
-]
+BENCHMARKS = {
+    "step --model mae_vit_tiny_patch16 --input_size 32 --batch_size 2": ["mae", "ours"],
+    "data --images 8 --input_size 32 --data_path PICTURES": ["mae", "packed", "ours"],
+    "ranking --size small --dim 16": ["sorting", "ours"],
+    "kmeans --points 600 --dim 8 --clusters 9 --iterations 3": ["ours"],
+}
 
 
-@pytest.mark.parametrize("benchmark, words, variants", BENCHMARKS)
-def test_benchmarks_time_equal_work(pictures, benchmark, words, variants):
-    flags = [*words.split(), "--rounds", "2", *(["--data_path", str(pictures)] if benchmark is data else [])]
-    result = benchmark.main(benchmark.get_args_parser().parse_args(flags))
+def run_benchmark(words: str) -> dict:
+    return run.main(run.get_args_parser().parse_args([*words.split(), "--rounds", "2"]))
+
+
+@pytest.mark.parametrize("words, variants", BENCHMARKS.items())
+def test_benchmarks_time_equal_work(pictures, words, variants):
+    result = run_benchmark(words.replace("PICTURES", str(pictures)))
     rows = result["rows"]
     assert [name for name in rows if name != "faiss"] == variants and result["torch"]
     assert all(row["seconds"] > 0 for row in rows.values()) and next(iter(rows.values()))["times_as_fast"] == 1
@@ -69,12 +72,10 @@ def test_benchmarks_time_equal_work(pictures, benchmark, words, variants):
         assert not values or max(values) - min(values) < 1e-5
 
 
-def test_a_benchmark_times_another_checkout(tmp_path, monkeypatch):
-    flags = "--size small --dim 16 --rounds 2 --against".split()
-    result = ranking.main(ranking.get_args_parser().parse_args([*flags, str(ROOT)]))
-    rows = result["rows"]
+def test_a_benchmark_times_another_checkout(tmp_path):
+    rows = run_benchmark(f"ranking --size small --dim 16 --against {ROOT}")["rows"]
     assert rows["against"]["mAP"] == rows["ours"]["mAP"] and rows["against"]["seconds"] > 0
     (tmp_path / "metrics").mkdir()
     (tmp_path / "metrics" / "__init__.py").write_text("raise SystemExit(3)")
     with pytest.raises(InputError, match="its process ended with status 3"):
-        ranking.main(ranking.get_args_parser().parse_args([*flags, str(tmp_path)]))
+        run_benchmark(f"ranking --size small --dim 16 --against {tmp_path}")

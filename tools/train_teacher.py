@@ -2,10 +2,9 @@
 
     python -m tools.train_teacher --data_path demo/labels.csv --output teacher
 
-Model and loss are open_clip's own. Writes teacher/MiniCLIP.json, teacher/weights.safetensors (pass them
-as --clip_model and --clip_pretrained) and teacher/texts.txt, the captions it has learned from (pass it as
---text_bank). A teacher that has seen a few thousand pictures knows nothing else: for real work use a
-published CLIP.
+Model and loss are open_clip's own. Writes teacher/MiniCLIP.json and teacher/weights.safetensors (--clip_model and
+--clip_pretrained of main_pretrain.py) and teacher/texts.txt, the captions (--text_bank). A teacher that has seen a few
+thousand pictures knows nothing else: for real work use a published CLIP.
 """
 
 import argparse
@@ -115,13 +114,15 @@ def main(args) -> dict:
             if step % 10 == 9 or step + 1 == steps:
                 progress.update(epoch * steps + step + 1, f"loss {losses[-1]:.3f}")
     progress.close()
-    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
-    write_safetensors(output / "weights.safetensors", state, {"format": "pt"})
+    write_safetensors(output / "weights.safetensors", model.cpu().state_dict(), {"format": "pt"})
     texts = sorted(set(captions))
     write_atomic(output / "texts.txt", lambda opened: opened.write(("\n".join(texts) + "\n").encode()))
-    first, last = float(np.mean(losses[:steps])), float(np.mean(losses[-steps:]))
-    found = {"loss_first_epoch": first, "loss_last_epoch": last, "retrieval_in_batch": float(np.mean(hits[-steps:]))}
-    return {"pairs": len(pictures), "texts": len(texts), **found}
+    parts = {
+        "loss_first_epoch": losses[:steps],
+        "loss_last_epoch": losses[-steps:],
+        "retrieval_in_batch": hits[-steps:],
+    }
+    return {"pairs": len(pictures), "texts": len(texts), **{name: float(np.mean(part)) for name, part in parts.items()}}
 
 
 if __name__ == "__main__":
