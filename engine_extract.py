@@ -21,23 +21,16 @@ Encode = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
 
 @torch.inference_mode()
 def extract_batches(
-    encode: Encode,
-    images: WholeImages,
-    device: torch.device,
-    *,
-    batch_size: int,
-    num_workers: int,
+    encode: Encode, images: WholeImages, device: torch.device, *, batch_size: int, num_workers: int,
     amp_dtype: torch.dtype | None = None,
-) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], dict[int, str]]]:
+) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray], dict[int, str]]]:  # fmt: skip
     """Yield (indices [n], {name: float32 [n, D] or [n, L, D]}, {index: problem}) batch by batch.
 
     `encode` gets the images on the device and their numbers [n] int64 on the CPU. Rows of unreadable images are NaN,
     so that nobody takes them for features.
     """
-    loader = DataLoader(
-        images, batch_size, num_workers=num_workers, pin_memory=device.type == "cuda", worker_init_fn=init_worker
-    )
-    for imgs, index, problem in loader:
+    loading = {"num_workers": num_workers, "pin_memory": device.type == "cuda", "worker_init_fn": init_worker}
+    for imgs, index, problem in DataLoader(images, batch_size, **loading):
         with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
             features = encode(imgs.to(device, non_blocking=True), index)
         # contiguous: a class token is a view that would keep the tokens of all patches in memory
@@ -62,15 +55,9 @@ def extract_features(
 
 
 def extract_to_file(
-    encode: Callable[[torch.Tensor], torch.Tensor],
-    images: WholeImages,
-    device: torch.device,
-    output: Path,
-    job: dict,
-    *,
-    dtype: type = np.float32,
-    **loading,
-) -> tuple[tuple[int, ...], dict[int, str]] | None:
+    encode: Callable[[torch.Tensor], torch.Tensor], images: WholeImages, device: torch.device, output: Path,
+    job: dict, *, dtype: type = np.float32, **loading,
+) -> tuple[tuple[int, ...], dict[int, str]] | None:  # fmt: skip
     """Embeddings of `images` as OUTPUT.npy, row for row; the ranks share the work, a killed run goes on.
 
     Args:
@@ -92,23 +79,16 @@ def extract_to_file(
     progress.close()
     if not parts.complete():
         return None
-    result = _join(parts, output)
-    parts.remove()
-    return result
-
-
-def _join(parts: Parts, output: Path) -> tuple[tuple[int, ...], dict[int, str]]:
-    """Parts -> OUTPUT.npy, without holding more than one part in memory."""
     first = np.load(parts.file(0), mmap_mode="r")
     shape = (parts.total, *first.shape[1:])
-    temporary = output.with_name(f".{output.name}.tmp.npy")
-    joined = np.lib.format.open_memmap(temporary, mode="w+", dtype=first.dtype, shape=shape)
-    problems: dict[int, str] = {}
-    for start in parts.starts:
-        values = np.load(parts.file(start), mmap_mode="r")
-        joined[start : start + len(values)] = values
-        bad = json.loads(parts.file(start).with_suffix(".json").read_text())
-        problems |= {int(index): problem for index, problem in bad.items()}
-    joined.flush()
-    temporary.replace(output.with_name(output.name + ".npy"))
-    return shape, problems
+    about = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
+
+    def join(opened) -> None:  # in order: a memory map would end in SIGBUS where the disk is full
+        np.lib.format.write_array_header_1_0(opened, about)
+        for start in parts.starts:
+            opened.write(np.load(parts.file(start)).tobytes())
+
+    write_atomic(output.with_name(output.name + ".npy"), join)
+    bad = [json.loads(parts.file(start).with_suffix(".json").read_text()) for start in parts.starts]
+    parts.remove()
+    return shape, {int(index): problem for part in bad for index, problem in part.items()}

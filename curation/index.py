@@ -13,7 +13,7 @@ from PIL import Image
 
 from curation.sources import JoinedImages
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
-from datasets.packed import PackedImages
+from datasets.path_list import PackedImages
 from util.dist import is_main_process
 from util.files import write_atomic
 from util.parallel import Parts, map_in_order, shared, worker_pool

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.manifest import check_first_exist, list_images
-from datasets.packed import PackedImages
-from datasets.path_list import PathList
+from datasets.path_list import PackedImages, PathList
 from datasets.tables import cell, iterate_table
 from util.errors import InputError
 

@@ -3,10 +3,9 @@
     python -m datasets.benchmarks --count FOLDER_OR_MANIFEST
     python -m datasets.benchmarks --name VehicleID --root VehicleID_V1.0 --split train --output train.txt
 
-The first counts test images by their paths; the second turns the lists of a benchmark whose splits share one
-folder into a manifest of paths (--split test for --exclude, --split train for --pool). Names are the
-first sieve only: copies under other names need a comparison of contents. The facts and their doubts
-stand in benchmarks.json.
+The first counts test images by their paths; the second turns the lists of a benchmark whose splits share one folder
+into a manifest of paths (--split test for --exclude, --split train for --pool). Copies under other names need a
+comparison of contents. The facts and their doubts stand in benchmarks.json.
 """
 
 import argparse
@@ -14,7 +13,6 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -45,45 +43,31 @@ def _pattern() -> tuple[re.Pattern[bytes], list[str]]:
 
 
 def recognise(path: str | Path) -> str | None:
-    """The benchmark whose test, query, gallery or validation split a path lies in, or None.
-
-    Whole folder names decide, upper and lower case alike; either slash parts them.
-    """
+    """The benchmark whose test, query, gallery or validation split a path lies in, or None. Whole folder names decide,
+    upper and lower case alike; either slash parts them."""
     pattern, names = _pattern()
     found = pattern.search(b"/" + os.fsencode(path).replace(b"\\", b"/").lower())
     return names[found.lastindex - 1] if found else None
 
 
-def read_split(name: str, root: Path, split: str = "test") -> Iterator[str]:
-    """Image paths relative to `root` that the lists of a benchmark name, each once, in their order.
-
-    Lists are looked for in all folders below `root`; their first column names the image, with or
-    without ending.
-
-    Args:
-        name: a key of benchmarks.json with lists of this split.
-        split: "test" (query, gallery and test together) or "train".
-    Raises:
-        InputError: unknown name, no list known for the split or none found, or an empty list.
-    """
-    known = {key for key, facts in load_benchmarks().items() if split in facts["image"]}
-    if name not in known:
-        raise InputError(f"{name} has no {split} list: choose one of {', '.join(sorted(known))}")
+def read_split(name: str, root: Path, split: str = "test") -> list[str]:
+    """Image paths relative to `root` that the lists of a benchmark name, each once, in their order. Lists are looked
+    for in all folders below `root`; their first column names the image, with or without ending. split: "test" (query,
+    gallery and test together) or "train"."""
     facts = load_benchmarks()[name]
+    if split not in facts["image"]:
+        raise InputError(f"{name} has no {split} list")
     files = [file for wanted in facts["lists"][split] for file in sorted(root.rglob(wanted))]
     if not files:
         raise InputError(f"no {split} list of {name} below {root}: looked for {', '.join(facts['lists'][split])}")
     image, ending = facts["image"][split], Path(facts["image"][split]).suffix
-    seen: set[str] = set()
+    seen: dict[str, None] = {}
     for file in files:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-        if not any(line.strip() for line in lines):
+        names = [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        if not names:
             raise InputError(f"{file} is empty: unpack the benchmark again")
-        for words in (line.split() for line in lines if line.strip()):
-            path = image.format(words[0].removesuffix(ending) if ending else words[0])
-            if path not in seen:
-                seen.add(path)
-                yield path
+        seen |= dict.fromkeys(image.format(name.removesuffix(ending)) for name in names)
+    return list(seen)
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -5,8 +5,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets.packed import PackedImages, is_packed
-from datasets.path_list import PathList
+from datasets.path_list import PACK_HEADER, PackedImages, PathList
 from datasets.tables import TABLE_ENDINGS, iterate_table
 from util.errors import InputError
 
@@ -27,22 +26,15 @@ def list_images(data_path: str | Path, split: str | None = None) -> PathList | P
     if not data_path.exists():
         endings = ", ".join(TABLE_ENDINGS)
         raise InputError(f"--data_path {data_path} does not exist: give a folder of images or a manifest ({endings})")
-    if is_packed(data_path):
-        if split is not None:
-            raise InputError(
-                f"--split {split}: the packed set {data_path} has no splits; drop --split, or pack this one alone with "
-                f"python -m tools.pack --split {split}"
-            )
-        return PackedImages(data_path)
     if is_curated(data_path):
         data_path = data_path / "manifest.csv"
     if data_path.is_dir():
         if split is not None:
             raise InputError(
-                f"--split {split} needs a manifest with a column 'split', but --data_path {data_path} is a folder: "
-                "point --data_path at the sub-folder instead"
+                f"--split {split} needs a manifest with a column 'split', but --data_path {data_path} is a folder or a "
+                "packed set: point --data_path at the sub-folder, or pack this split alone (tools.pack --split)"
             )
-        return _list_folder(data_path)
+        return PackedImages(data_path) if (data_path / PACK_HEADER).is_file() else _list_folder(data_path)
     found: set[str | None] = set()
 
     def chosen() -> Iterator[str]:
@@ -70,11 +62,10 @@ def _list_folder(folder: Path) -> PathList:
     others: Counter[str] = Counter()
     for parent, folders, files in os.walk(root, followlinks=True):
         folders.sort()
-        relative = os.path.relpath(parent, root)
         for name in sorted(files):
             ending = os.path.splitext(name)[1].lower()
             if ending in IMAGE_ENDINGS:
-                found.append(os.path.normpath(os.path.join(relative, name)))
+                found.append(os.path.relpath(os.path.join(parent, name), root))
             else:
                 others[ending or "no ending"] += 1
     if not found:
@@ -91,6 +82,6 @@ def check_first_exist(paths: PathList, manifest: Path) -> None:
     first = range(min(len(paths), 50))
     if not any(paths[index].exists() for index in first):
         raise InputError(
-            f"none of the first {len(first)} images of {manifest} exists, for example {paths[0]}: "
-            "paths in a manifest are relative to the manifest's own folder"
+            f"none of the first {len(first)} images of {manifest} exists, for example {paths[0]}: paths in a manifest "
+            "are relative to the manifest's own folder"
         )

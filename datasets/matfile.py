@@ -11,11 +11,7 @@ MAX_BYTES = 64 * 2**20
 
 def read_cell_strings(file: str | Path, variable: str) -> list[str | None]:
     """The strings of one cell array in MATLAB's (column-major) order, None for empty cells. A file with only one cell
-    array is read whatever its name.
-
-    Raises:
-        InputError: no such file or variable, another format (v7.3 is HDF5), damage.
-    """
+    array is read whatever its name."""
     arrays = _load(file)
     cells = [name for name, value in arrays.items() if value.dtype == object and value.dtype.names is None]
     if variable not in cells and len(cells) != 1:
@@ -26,16 +22,11 @@ def read_cell_strings(file: str | Path, variable: str) -> list[str | None]:
 
 
 def read_struct_array(file: str | Path, variable: str) -> tuple[list[str], list[tuple]]:
-    """One struct array: the names of its fields in their order, and for each element the values of all fields, again
-    in that order. A text is a str, a single number an int or float, all else (matrices, empty fields) None.
-
-    Raises:
-        InputError: see `read_cell_strings`.
-    """
-    arrays = _load(file)
-    found = arrays.get(variable)
+    """One struct array: its fields, and for each element their values: a text is a str, a single number an int or
+    float, all else (matrices, empty fields) None."""
+    found = _load(file).get(variable)
     if found is None or found.dtype.names is None:
-        raise InputError(f"{file} has no struct array '{variable}': it holds {', '.join(arrays) or 'nothing'}")
+        raise InputError(f"{file} has no struct array '{variable}'")
     rows = [tuple(_value(value) for value in row) for row in found.ravel(order="F").tolist()]
     return list(found.dtype.names), rows
 
@@ -43,18 +34,15 @@ def read_struct_array(file: str | Path, variable: str) -> tuple[list[str], list[
 def _load(file: str | Path) -> dict[str, np.ndarray]:
     from scipy.io import loadmat  # here and not above: most sets need no scipy
 
-    if not Path(file).is_file():
-        raise InputError(f"cannot read {file}: no such file")
-    if Path(file).stat().st_size > MAX_BYTES:
-        raise InputError(f"{file} is larger than {MAX_BYTES:,} bytes: no file of annotations is")
     try:
-        found = loadmat(file)
+        if Path(file).stat().st_size > MAX_BYTES:
+            raise InputError(f"larger than {MAX_BYTES:,} bytes, as no file of annotations is")
+        return {name: value for name, value in loadmat(file).items() if not name.startswith("__")}
     except Exception as error:  # scipy lets errors of many kinds pass
         raise InputError(
-            f"{file} is damaged or no MATLAB 5 file ({error}): copy it again; version 7.3 is another format, save it "
-            "with -v7, or write its names to a .txt, one a line"
+            f"{file} cannot be read ({error}): copy it again; version 7.3 is another format, save it with -v7, or "
+            "write its names to a .txt, one a line"
         ) from error
-    return {name: value for name, value in found.items() if not name.startswith("__")}
 
 
 def _value(array: np.ndarray) -> str | int | float | None:

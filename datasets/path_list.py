@@ -1,11 +1,20 @@
-"""A list of paths that costs two arrays, however long it is."""
+"""Lists of images that cost a few arrays, however long: paths of files, and packed sets (made by tools.pack)."""
 
+import bisect
 import hashlib
+import io
+import json
 import os
+import zlib
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+
+from util.errors import InputError
+
+PACK_HEADER = "pack.json"
+OFFSET, LENGTH, CRC = range(3)  # columns of a shard's index
 
 
 def printable(name: str) -> str:
@@ -22,13 +31,6 @@ class PathList:
         self.root = Path(root)
         self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self.bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
-
-    @classmethod
-    def from_arrays(cls, root: Path, names: np.ndarray, ends: np.ndarray) -> "PathList":
-        """names: uint8, all names one after another; ends: int64, where each ends."""
-        paths = cls(root, [])
-        paths.bytes, paths.ends = names, ends
-        return paths
 
     def take(self, rows: np.ndarray) -> "PathList":
         """Some of the paths, in the order of `rows`."""
@@ -49,3 +51,70 @@ class PathList:
         digest = hashlib.sha256(self.ends.tobytes())
         digest.update(self.bytes.tobytes())
         return digest.hexdigest()
+
+
+class PackedImages:
+    """The images of a packed set; stands wherever a `PathList` does.
+
+    Files: `pack.json` (what it was made from), `shard<k>.bin` (encoded images, one after another), `shard<k>.npy`
+    ([n, 3] int64: offset and length in bytes, CRC-32), `names.npy` (uint8, the names they had) and `name_ends.npy`
+    (int64).
+
+    Raises:
+        InputError: unfinished, or a shard of another size than its index says.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.root = Path(folder)
+        files = [shard_file(self.root, k) for k in range(json.loads((self.root / PACK_HEADER).read_text())["shards"])]
+        if not all(file.is_file() for file in (*files, self.root / "names.npy")):
+            raise InputError(
+                f"--data_path {self.root} is an unfinished packed set: run the same python -m tools.pack command "
+                "again to complete it"
+            )
+        self._names = PathList(self.root, [])
+        self._names.bytes = np.load(self.root / "names.npy", mmap_mode="r")
+        self._names.ends = np.load(self.root / "name_ends.npy")
+        indices = [np.load(file.with_suffix(".npy")) for file in files]
+        for file, index in zip(files, indices):
+            wanted, size = int(index[:, LENGTH].sum()), file.stat().st_size
+            if size != wanted:
+                raise InputError(
+                    f"{file} has {size} bytes where its index says {wanted}: it is damaged; remove it and run "
+                    "python -m tools.pack again"
+                )
+        self._index = np.concatenate(indices)
+        self._shard_ends = np.cumsum([len(index) for index in indices]).tolist()
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def relative(self, index: int) -> str:
+        return self._names.relative(index)
+
+    def read(self, index: int) -> bytes:
+        """The encoded image.
+
+        Raises:
+            ValueError: its checksum is wrong; named and counted like any unreadable image.
+        """
+        offset, length, crc = self._index[index].tolist()
+        file = shard_file(self.root, bisect.bisect_right(self._shard_ends, index))
+        with open(file, "rb") as opened:
+            data = os.pread(opened.fileno(), length, offset)
+        if zlib.crc32(data) != crc:
+            raise ValueError(f"checksum differs in {file.name} at byte {offset}")
+        return data
+
+    def __getitem__(self, index: int) -> io.BytesIO:
+        return io.BytesIO(self.read(index))
+
+    def sha256(self) -> str:
+        """Identity of the list: names, order and encoded bytes (by their checksums)."""
+        digest = hashlib.sha256(self._names.sha256().encode())
+        digest.update(np.ascontiguousarray(self._index[:, CRC]).tobytes())
+        return digest.hexdigest()
+
+
+def shard_file(folder: Path, shard: int) -> Path:
+    return folder / f"shard{shard:05d}.bin"

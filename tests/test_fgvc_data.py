@@ -52,10 +52,10 @@ def test_what_a_mat_file_holds(tmp_path):
     write_mat(file, {"annotations": rows, "class_names": ["Velmar ", "", "b"]})
     assert read_struct_array(file, "annotations") == (["class", "fname", "empty"], [(300, "a.jpg", None)])
     assert read_cell_strings(file, "class_names") == read_cell_strings(file, "any") == ["Velmar", None, "b"]
-    with pytest.raises(InputError, match="no struct array 'other': it holds annotations, class_names"):
+    with pytest.raises(InputError, match="no struct array 'other'"):
         read_struct_array(file, "other")
     (tmp_path / "b.mat").write_bytes(file.read_bytes()[:400])
-    for name, message in (("b.mat", "b.mat is damaged or no MATLAB 5 file"), ("c.mat", "cannot read .*c.mat: no such")):
+    for name, message in (("b.mat", "b.mat cannot be read"), ("c.mat", "c.mat cannot be read .*No such file")):
         with pytest.raises(InputError, match=message):
             read_struct_array(tmp_path / name, "annotations")
 

@@ -60,12 +60,10 @@ def main(args) -> dict:
 
 
 def extract(args, device) -> dict:
-    output = Path(args.output)
-    output = output.with_suffix("") if output.suffix == ".npy" else output
+    output = Path(args.output.removesuffix(".npy"))
     args.checkpoint = str(fetch(args.checkpoint))
     amp_dtype, _ = pick_precision(args.amp, device)
-    size = parse_input_size(args.input_size) if args.input_size else None
-    model = load_encoder(args.checkpoint, size, device)
+    model = load_encoder(args.checkpoint, parse_input_size(args.input_size) if args.input_size else None, device)
     print_main(f"encoder {args.checkpoint}:\n{model.report}")
     paths = list_images(args.data_path, args.split)
     job = {"checkpoint_sha256": file_sha256(args.checkpoint), "images_sha256": paths.sha256(), "images": len(paths)}

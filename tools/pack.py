@@ -49,8 +49,7 @@ from PIL import Image
 
 from datasets.images import UNREADABLE, is_turned, open_reduced, why_unreadable
 from datasets.manifest import IMAGE_ENDINGS, list_images
-from datasets.packed import HEADER, shard_file
-from datasets.path_list import PathList
+from datasets.path_list import PACK_HEADER, PathList, shard_file
 from util.errors import InputError
 from util.files import write_atomic, write_json
 from util.parallel import claim, map_in_order, worker_pool
@@ -75,7 +74,7 @@ def main(args) -> dict:
         "quality": args.quality,
         "shards": len(source),
     }
-    claim(folder / HEADER, header, "packed set")
+    claim(folder / PACK_HEADER, header, "packed set")
     todo = [k for k in range(len(source)) if not shard_file(folder, k).is_file()]
     total, left = (sum(source.size(k) for k in shards) for shards in (range(len(source)), todo))
     progress, done = Progress(source.unit, total), total - left

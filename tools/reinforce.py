@@ -10,7 +10,7 @@ Under torchrun the ranks share the work. A build that was stopped goes on where 
 import argparse
 from pathlib import Path
 
-from util.cli import Parser, parse_input_size, run_tool
+from util.cli import Parser, check_numbers, parse_input_size, run_tool
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -32,11 +32,9 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes per rank (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
-        help="precision of the teacher on CUDA (default auto)")
+    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"), help="precision on CUDA (default auto)")
     add("--compile", action="store_true", help="torch.compile the teacher (default off)")
-    add("--verify", default=0, type=int, metavar="N",
-        help="recompute N entries of a finished cache and compare (default 0: build)")
+    add("--verify", default=0, type=int, metavar="N", help="compare N entries of a finished cache (default 0: build)")
     # fmt: on
     return parser
 
@@ -49,11 +47,11 @@ from dataclasses import asdict
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from datasets.manifest import list_images
 from datasets.pretrain import PretrainDataset
-from datasets.teacher_cache import HEADER, SHARD_IMAGES, TeacherCache, cache_header, shard_file, shard_files
+from datasets.teacher_cache import HEADER, SHARD_IMAGES, TeacherCache, shard_file, shards
 from datasets.text_bank import is_encoded, read_encoded, read_texts, save_bank
 from models_teacher import FrozenTeacher, build_bank, load_clip
 from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
@@ -65,20 +63,8 @@ from util.progress import Progress
 from util.stop import init_worker
 
 
-class TeacherViews(Dataset):
-    """Item (view, index) -> what the teacher sees, [3, H, W] uint8, and what is wrong with the file."""
-
-    def __init__(self, source: PretrainDataset):
-        self.source = source
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[torch.Tensor, str]:
-        sample = self.source[item]
-        return sample.get("teacher_imgs", sample["imgs"]), sample["problem"]
-
-
 def main(args) -> dict:
-    if args.views < 1:
-        raise InputError(f"--views {args.views}: must be at least 1")
+    check_numbers(args, at_least_one="views")
     device = pick_device(args.device)
     init_distributed(device, timeout_s=600)
     try:
@@ -94,10 +80,9 @@ def build_or_verify(args, device: torch.device) -> dict:
     clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained)
     clip.to(device)
     paths, folder = list_images(args.data_path, args.split), Path(args.output)
-    header = cache_header(
-        asdict(identity), 1 if is_full else args.views, teacher_view=args.teacher_view, seed=args.seed,
-        crop_min=args.crop_min, input_size=list(size), images_sha=paths.sha256(), images=len(paths),
-    )  # fmt: skip
+    header = {"kind": "cgd-mae teacher cache", "teacher": asdict(identity), "views": 1 if is_full else args.views}
+    header |= {"teacher_view": args.teacher_view, "seed": args.seed, "crop_min": args.crop_min}
+    header |= {"input_size": list(size), "images_sha": paths.sha256(), "images": len(paths)}
     claim(folder / HEADER, header, "cache")
     if get_rank() == 0:
         keep_bank(folder / "text_bank.safetensors", args.text_bank, clip, tokenizer, identity)
@@ -109,13 +94,11 @@ def build_or_verify(args, device: torch.device) -> dict:
 
     def embed(view: int, indices: np.ndarray):
         """Yield ([n, D_t] float32, problems) batch by batch."""
-        items = [(view, index) for index in indices.tolist()]
-        loader = DataLoader(
-            TeacherViews(source), args.batch_size, sampler=items, num_workers=args.num_workers,
-            worker_init_fn=init_worker,
-        )  # fmt: skip
-        for imgs, problems in loader:
-            yield teacher(imgs.to(device, non_blocking=True)).cpu(), problems
+        items, loading = [(view, index) for index in indices.tolist()], {"num_workers": args.num_workers}
+        loader = DataLoader(source, args.batch_size, sampler=items, worker_init_fn=init_worker, **loading)
+        for batch in loader:
+            imgs = batch.get("teacher_imgs", batch["imgs"])
+            yield teacher(imgs.to(device, non_blocking=True)).cpu(), batch["problem"]
 
     return verify(args, TeacherCache(folder), embed) if args.verify else build(folder, header, embed)
 
@@ -142,29 +125,24 @@ def build(folder: Path, header: dict, embed) -> dict:
     images, views, width = header["images"], header["views"], header["teacher"]["embed_dim"]
     size = images * views * width * 2
     print_main(f"{images} images x {views} views x {width} float16 = {size / 1e9:.3f} GB in {folder}")
-    jobs = [(view, first) for view in range(views) for first in range(0, images, SHARD_IMAGES)]
     # shared out before looking what is there: ranks that look at different moments must not disagree
-    mine = [(view, first, shard_file(folder, view, first // SHARD_IMAGES)) for view, first in jobs]
-    mine = [job for job in mine[get_rank() :: get_world_size()] if not job[2].is_file()]
-    total = sum(min(SHARD_IMAGES, images - first) for _, first, _ in mine)
-    progress = Progress("teacher", total, shown=get_rank() == 0)
-    started, done, bad = time.perf_counter(), 0, set()
-    for view, first, file in mine:
+    mine = shards(header)[get_rank() :: get_world_size()]
+    mine = [(view, first) for view, first in mine if not shard_file(folder, view, first).is_file()]
+    total = sum(min(SHARD_IMAGES, images - first) for _, first in mine)
+    progress, started, bad = Progress("teacher", total, shown=get_rank() == 0), time.perf_counter(), set()
+    for view, first in mine:
         rows = []
         for embeddings, problems in embed(view, np.arange(first, min(first + SHARD_IMAGES, images))):
             rows.append(embeddings.half().numpy())
             bad.update(filter(None, problems))
-            done += len(embeddings)
-            progress.update(done)
-        write_atomic(file, lambda opened, rows=rows: np.save(opened, np.concatenate(rows)))
+            progress.update(progress.done + len(embeddings))
+        write_atomic(shard_file(folder, view, first), lambda opened, rows=rows: np.save(opened, np.concatenate(rows)))
     progress.close()
     for problem in sorted(bad):
         print(f"unreadable, the next image stands in: {problem}")
     seconds = time.perf_counter() - started
-    return {
-        "images": images, "views": views, "written": done, "unreadable": len(bad), "bytes": size, "seconds": seconds,
-        "images_per_s": done / max(seconds, 1e-9), "files": len(shard_files(folder, header)),
-    }  # fmt: skip
+    result = {"images": images, "views": views, "written": total, "unreadable": len(bad), "bytes": size}
+    return result | {"seconds": seconds, "images_per_s": total / max(seconds, 1e-9)}
 
 
 def verify(args, cache: TeacherCache, embed) -> dict:

@@ -56,8 +56,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from datasets.images import UNREADABLE, open_rgb
 from datasets.items import WholeImages
 from datasets.manifest import list_images
-from datasets.packed import PackedImages
-from datasets.path_list import PathList, printable
+from datasets.path_list import PackedImages, PathList, printable
 from datasets.tables import TABLE_ENDINGS
 from engine_extract import extract_features, extract_to_file
 from finetune.encoder import load_model
