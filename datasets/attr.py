@@ -3,7 +3,7 @@
 import hashlib
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,6 @@ from datasets.transforms import PadCropErase
 from util.errors import InputError
 
 UNKNOWN = -1
-VERI_FILES = {"train": ("train_label.xml", "image_train"), "test": ("test_label.xml", "image_test")}
 NOT_ATTRIBUTES = ("path", "split")
 YES_NO = {"0": 0, "1": 1, "false": 0, "true": 1, "": UNKNOWN}
 MOST_VALUES = 1000  # of a column of words: each becomes an attribute
@@ -136,179 +135,148 @@ def read_attribute_set(
 
 
 def _read_veri(root: Path, need_train: bool) -> AttributeData:
-    parts, vehicles, notes = {}, [], []
-    for split, (name, folder) in VERI_FILES.items():
-        file = root / name
-        if file.is_file():
-            parts[split], found, said = _read_veri_xml(file, folder)
-            vehicles.append(found)
-            notes += said
-        elif split == "train" and not need_train:
-            parts[split] = AttributeImages(PathList(root, []), np.zeros((0, len(VERI)), np.int8))
-        else:
+    notes, parts, vehicles = [], [], []
+    for split in ("train", "test"):
+        file, folder = root / f"{split}_label.xml", root / f"image_{split}"
+        if not file.is_file() and (split == "test" or need_train):
             raise InputError(f"{file} is missing: give the folder of VeRi-776, or a table")
-    both = set.intersection(*vehicles) if len(vehicles) == 2 else ()
-    if both:
+        items = list(veri_items(file)) if file.is_file() else []
+        rows = {name: codes for name, codes, _ in items}
+        vehicles.append({vehicle for *_, vehicle in items} - {None})
+        labels = [
+            [UNKNOWN if code is None else code == k for code, n in zip(codes, (10, 9)) for k in range(1, n + 1)]
+            for codes in rows.values()
+        ]
+        paths = PathList(root, (f"{folder.name}/{name}" for name in rows))
+        parts.append(AttributeImages(paths, np.array(labels, dtype=np.int8).reshape(-1, len(VERI))))
+        here = {entry.name for entry in folder.iterdir()} if rows and folder.is_dir() else set()
+        if missing := [name for name in rows if name not in here]:
+            notes.append(
+                f"{len(missing):,} of the {len(rows):,} images of {file} are not in {folder}, e.g. {missing[0]}"
+            )
+        if unlisted := sum(name.lower().endswith(".jpg") and name not in rows for name in here):
+            notes.append(f"{unlisted:,} images of {folder} have no item in {file.name} and are not used")
+    if both := set.intersection(*vehicles):
         notes.append(f"{len(both)} vehicles are in both splits, e.g. {min(both)}")
-    counts = {split: len(images) for split, images in parts.items() if len(images)}
-    notes.append(published_note(counts, "veri776"))
-    return AttributeData("veri776", VERI, parts["train"], parts["test"], notes)
+    counts = {split: len(images) for split, images in zip(("train", "test"), parts) if len(images)}
+    return AttributeData("veri776", VERI, *parts, [*notes, published_note(counts, "veri776")])
 
 
-def _read_veri_xml(file: Path, folder: str) -> tuple[AttributeImages, set[str], list[str]]:
-    """(images, vehicles, notes) of one of the two label files; the images lie in `folder` beside it."""
-    root = veri_xml(file)
-    codes = {"colorID": range(1, len(VERI_COLOURS) + 1), "typeID": range(1, len(VERI_TYPES) + 1)}
-    rows: dict[str, list[int]] = {}
-    vehicles = set()
-    for item in root.iter("Item"):
-        name = (item.get("imageName") or "").strip()
-        if not name or name in rows:
-            what = "a repeated" if name else "no"
-            raise InputError(f"{file}: item {len(rows) + 1} has {what} imageName {name}: copy it again")
-        rows[name] = []
-        for key, known in codes.items():
-            code = veri_code(file, item, key, known)
-            rows[name] += [UNKNOWN if code is None else int(code == k) for k in known]
-        vehicles.add(item.get("vehicleID"))
-    if not rows:
-        raise InputError(f"{file} holds no <Item>: copy it again")
-    notes = []
-    place = file.parent / folder
-    here = {entry.name for entry in place.iterdir()} if place.is_dir() else set()
-    missing = [name for name in rows if name not in here]
-    if missing:
-        notes.append(f"{len(missing):,} of the {len(rows):,} images of {file} are not in {place}, e.g. {missing[0]}")
-    unlisted = sum(name.lower().endswith(".jpg") and name not in rows for name in here)
-    if unlisted:
-        notes.append(f"{unlisted:,} images of {place} have no item in {file.name} and are not used")
-    paths = PathList(file.parent, (f"{folder}/{name}" for name in rows))
-    return AttributeImages(paths, np.array(list(rows.values()), dtype=np.int8)), vehicles - {None}, notes
-
-
-def veri_xml(file: Path) -> ET.Element:
-    """The root of one of VeRi-776's label files. They declare gb2312, which ElementTree refuses, so they are decoded
-    first."""
+def veri_items(file: Path) -> Iterator[tuple[str, tuple[int | None, int | None], str | None]]:
+    """(image, (colour, type), vehicle) of the items of one of VeRi-776's label files; colours count from 1 to 10, types
+    to 9, None where the item has none. The files declare gb2312, which ElementTree refuses."""
     try:
-        return ET.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", file.read_text(encoding="gb18030")))
+        root = ET.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", file.read_text(encoding="gb18030")))
     except (UnicodeDecodeError, ET.ParseError, OSError) as error:
         raise InputError(f"{file} cannot be read as XML ({error}): copy it again") from error
-
-
-def veri_code(file: Path, item: ET.Element, key: str, known: Collection[int]) -> int | None:
-    """colorID or typeID of an item, None where it has none; InputError where it is not among the known."""
-    code = item.get(key)
-    if code is None:
-        return None
-    if not code.strip().isdecimal() or int(code) not in known:
-        raise InputError(f"{file}: {item.get('imageName')} has {key} '{code}', known are {min(known)} to {max(known)}")
-    return int(code)
+    names: set[str] = set()
+    for number, item in enumerate(root.iter("Item"), 1):
+        name, codes = (item.get("imageName") or "").strip(), []
+        if not name or name in names:
+            raise InputError(
+                f"{file}: item {number} has {'a repeated' if name else 'no'} imageName {name}: copy it again"
+            )
+        names.add(name)
+        for key, most in (("colorID", len(VERI_COLOURS)), ("typeID", len(VERI_TYPES))):
+            code = item.get(key)
+            if (
+                code is not None
+                and not re.fullmatch(r"\s*\d{1,9}\s*", code, re.ASCII)
+                or not 1 <= int(code or 1) <= most
+            ):
+                raise InputError(f"{file}: {name} has {key} '{code}', known are 1 to {most}")
+            codes.append(code and int(code))
+        yield name, tuple(codes), item.get("vehicleID")
+    if not names:
+        raise InputError(f"{file} holds no <Item>: copy it again")
 
 
 def _read_table(
     file: Path, binary: list[str] | None, categorical: list[str], test_split: str,
     known: tuple[Attribute, ...] | None, need_train: bool,
 ) -> AttributeData:  # fmt: skip
-    rows: dict[str, list[tuple[str, list[str]]]] = {}  # split -> (path, cells of the columns)
-    for number, row in enumerate(iterate_table(file), 1):
+    if test_split == "train":
+        raise InputError("--attr_split train would test on what is trained on: name another split")
+    rows: dict[str, list[tuple[str, ...]]] = {}  # split -> path, cells of the columns
+    for number, row in enumerate(iterate_table(file, ("split", *(binary or ()), *categorical)), 1):
         if number == 1:
-            binary = _check_columns(file, list(row), binary, categorical)
-        cells = [cell(row, name) for name in (*binary, *categorical)]
-        rows.setdefault(cell(row, "split"), []).append((row["path"], cells))
+            columns = [*(binary or ()), *categorical]
+            if not columns:
+                columns = binary = [name for name in row if name and name not in NOT_ATTRIBUTES]
+            for name in columns:
+                if columns.count(name) > 1 or name in NOT_ATTRIBUTES:
+                    raise InputError(
+                        f"column '{name}' of {file} cannot be an attribute here, or not twice: name it once"
+                    )
+        rows.setdefault(cell(row, "split"), []).append((row["path"], *(cell(row, name) for name in columns)))
     for name in ("train", test_split) if need_train else (test_split,):
         if name not in rows:
             found = ", ".join(f"'{split}'" for split in rows)
             flag = "" if name == "train" else "; choose one with --attr_split"
             raise InputError(f"{file} has no row with split '{name}': it has {found}{flag}")
-    if test_split == "train":
-        raise InputError("--attr_split train would test on what is trained on: name another split")
-    train, test = rows.pop("train", []), rows.pop(test_split)
-    notes = []
+    train, test, notes = rows.pop("train", []), rows.pop(test_split), []
     if rows:
         told = ", ".join(f"{len(part):,} of split '{split}'" for split, part in rows.items())
         notes.append(f"rows that are not used: {told}")
-    both = {path for path, _ in train} & {path for path, _ in test}
-    if both:
+    if both := {path for path, *_ in train} & {path for path, *_ in test}:
         notes.append(f"{len(both):,} images are in train and in {test_split}, e.g. {printable(min(both))}")
-    attributes = known or (*map(Attribute, binary), *_values(file, [*train, *test], categorical, len(binary)))
+    attributes = list(known or map(Attribute, binary or ()))
+    for column in () if known else categorical:  # a word that training never shows counts as missed
+        words = sorted({row[1 + columns.index(column)] for row in (*train, *test)} - {""})
+        if not 2 <= len(words) <= MOST_VALUES:
+            raise InputError(
+                f"column '{column}' of {file} holds {len(words):,} different words, where 2 to {MOST_VALUES:,} can be "
+                "told apart: leave it out of --attr_categories"
+            )
+        attributes += [Attribute(column, word) for word in words]
     if not attributes:
         raise InputError(f"{file} names no attribute: give --attr_columns or --attr_categories")
-    parts = (_images(file, part, [*binary, *categorical], attributes) for part in (train, test))
+    parts = (_images(file, part, columns, attributes) for part in (train, test))
     return AttributeData("table", tuple(attributes), *parts, notes)
 
 
-def _check_columns(file: Path, header: list[str], binary: list[str] | None, categorical: list[str]) -> list[str]:
-    """The columns of 0 and 1; InputError where the header lacks one."""
-    if binary is None:
-        binary = [] if categorical else [name for name in header if name and name not in NOT_ATTRIBUTES]
-    named = [*binary, *categorical]
-    for name in ("split", *named):
-        if name not in header:
-            raise InputError(f"{file} has no column '{name}': it has {', '.join(map(str, header))}")
-        if named.count(name) > 1 or (name in named and name in NOT_ATTRIBUTES):
-            raise InputError(f"column '{name}' of {file} cannot be an attribute here, or not twice: name it once")
-    return binary
-
-
-def _values(file: Path, rows: list[tuple[str, list[str]]], categorical: list[str], first: int) -> Iterator[Attribute]:
-    """The values of the columns of words, in both splits: one that training never shows counts as missed."""
-    for place, column in enumerate(categorical, first):
-        values = sorted({cells[place] for _, cells in rows} - {""})
-        if not 2 <= len(values) <= MOST_VALUES:
-            raise InputError(
-                f"column '{column}' of {file} holds {len(values):,} different words, where 2 to {MOST_VALUES:,} can be "
-                "told apart: leave it out of --attr_categories"
-            )
-        yield from (Attribute(column, value) for value in values)
-
-
 def _images(
-    file: Path, rows: list[tuple[str, list[str]]], columns: list[str], attributes: tuple[Attribute, ...]
+    file: Path, rows: list[tuple[str, ...]], columns: list[str], attributes: list[Attribute]
 ) -> AttributeImages:
     """Labels of the rows; an empty cell is unknown."""
     labels = np.full((len(rows), len(attributes)), UNKNOWN, dtype=np.int8)
-    for place, column in enumerate(columns):
-        mine = [i for i, a in enumerate(attributes) if a.column == column]
-        words = [attributes[i].value for i in mine]
-        for row, (path, cells) in enumerate(rows):
-            text = cells[place]
-            if words == [""] and text.lower() in YES_NO:
-                labels[row, mine] = YES_NO[text.lower()]
-            elif words == [""]:
-                raise InputError(
-                    f"{file}: {printable(path)} has {column} '{text[:40]}', not 0, 1 or nothing: name the columns of 0 "
-                    "and 1 with --attr_columns, or this one of words with --attr_categories"
-                )
-            elif text in words:
-                labels[row, mine] = [text == word for word in words]
+    for place, column in enumerate(columns, 1):
+        words = {a.value: i for i, a in enumerate(attributes) if a.column == column}
+        for number, row in enumerate(rows):
+            text, path = row[place], row[0]
+            if "" in words and text.lower() in YES_NO:
+                labels[number, words[""]] = YES_NO[text.lower()]
+            elif text and text in words:
+                labels[number, [*words.values()]] = 0
+                labels[number, words[text]] = 1
             elif text:
-                raise InputError(
-                    f"{file}: {printable(path)} has {column} '{text}', and the model knows {', '.join(words[:8])}: "
-                    "correct it, or drop the row"
-                )
+                hint = f"and the model knows {', '.join([*words][:8])}: correct it, or drop the row"
+                if "" in words:
+                    hint = (
+                        "not 0, 1 or nothing: give columns of 0 and 1 by --attr_columns, of words by --attr_categories"
+                    )
+                raise InputError(f"{file}: {printable(path)} has {column} '{text[:40]}', {hint}")
     empty = np.flatnonzero((labels == UNKNOWN).all(axis=1))
     if len(empty):
         path = printable(rows[empty[0]][0])
         raise InputError(f"{file}: of {path} no attribute is known: fill one in, or drop the row")
-    return AttributeImages(PathList(file.parent, (path for path, _ in rows)), labels)
+    return AttributeImages(PathList(file.parent, (path for path, *_ in rows)), labels)
 
 
 def _describe(data: AttributeData) -> list[str]:
     """Counts, and attributes that a split never shows."""
     parts = {"train": data.train, "test": data.test}
     notes = [f"images: {', '.join(f'{split} {len(images):,}' for split, images in parts.items())}"]
-    positives = {split: (images.labels == 1).sum(axis=0).tolist() for split, images in parts.items()}
-    each = [f"{a.name} {n:,} | {m:,}" for a, n, m in zip(data.attributes, *positives.values())]
+    true = {split: (images.labels == 1).sum(axis=0).tolist() for split, images in parts.items()}
+    each = [f"{a.name} {n:,} | {m:,}" for a, n, m in zip(data.attributes, *true.values())]
     more = f", and {len(each) - 40} more" if len(each) > 40 else ""
     notes.append(f"{len(each)} attributes, true images train | test: {', '.join(each[:40])}{more}")
     for split, images in parts.items():
-        if not len(images):
-            continue
-        if absent := [a.name for a, n in zip(data.attributes, positives[split]) if not n]:
+        absent = [a.name for a, n in zip(data.attributes, true[split]) if not n and len(images)]
+        if absent:
             notes.append(f"{len(absent)} attributes are never true in {split}: {', '.join(absent[:10])}")
         if unknown := int((images.labels < 0).sum()):
             notes.append(f"{unknown:,} labels of {split} are unknown: no loss, not scored")
         if without := int((~(images.labels == 1).any(axis=1)).sum()):
-            said = "their accuracy and F1 are 0, as in the published code"
-            notes.append(f"{without:,} images of {split} have no true attribute: {said}")
+            notes.append(f"{without:,} images of {split} have no true attribute: their accuracy and F1 are 0")
     return notes

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets.attr import VERI_COLOURS, VERI_TYPES, veri_code, veri_xml
+from datasets.attr import VERI_COLOURS, VERI_TYPES, veri_items
 from datasets.matfile import read_cell_strings
 from description.canonical import TABLE, column_key, slot_of
 from util.errors import InputError
@@ -136,14 +136,9 @@ def _name_columns(file: Path, header: tuple[str, ...], columns: dict[str, str], 
 
 def read_veri(path: Path) -> Rows:
     """VeRi-776: items of `train_label.xml` with colorID and typeID (1-based)."""
-    file = path / "train_label.xml" if path.is_dir() else path
-    slots = {
-        "colour": ("colorID", dict(enumerate(VERI_COLOURS, 1))),
-        "body": ("typeID", dict(enumerate(VERI_TYPES, 1))),
-    }
-    for item in veri_xml(file).iter("Item"):
-        codes = {slot: veri_code(file, item, key, names) for slot, (key, names) in slots.items()}
-        yield {slot: slots[slot][1][code] for slot, code in codes.items() if code is not None}
+    for _, codes, _ in veri_items(path / "train_label.xml" if path.is_dir() else path):
+        words = zip(("colour", "body"), (VERI_COLOURS, VERI_TYPES), codes)
+        yield {slot: names[code - 1] for slot, names, code in words if code is not None}
 
 
 def read_compcars(path: Path) -> Rows:
