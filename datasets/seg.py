@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from datasets.images import UNREADABLE, is_turned, open_rgb, to_rgb, why_unreadable
 from datasets.items import TrainItems
-from datasets.manifest import IMAGE_ENDINGS
+from datasets.manifest import list_images
 from datasets.path_list import PathList
 from datasets.transforms import IGNORE, PartsAugment
 from util.dist import get_rank, get_world_size, is_main_process
@@ -96,9 +96,8 @@ class PartsData:
 
 
 def read_parts(data_path: str | Path, label_space: str, splits: tuple[str, ...]) -> PartsData:
-    """Read and check the `splits` of a set; the ranks share the work.
-
-    Every mask is opened once: sizes must be those of the images, values those of classes.json.
+    """Read and check the `splits` of a set; the ranks share the work. Every mask is opened once: sizes must be those of
+    the images, values those of classes.json.
 
     Args:
         label_space: "own": the classes of classes.json; a name of `KINDS`: PartImageNet's parts by name, the other
@@ -111,18 +110,21 @@ def read_parts(data_path: str | Path, label_space: str, splits: tuple[str, ...])
     root = Path(data_path)
     if not root.is_dir():
         raise InputError(f"--data_path {root} is no folder: give one with images/, annotations/, classes.json")
-    data = PartsData(label_space_of(read_classes(root / "classes.json"), label_space, root), {})
+    data = PartsData(read_label_space(root / "classes.json", label_space), {})
     for split in splits:
-        images, masks, without = list_pairs(root, split)
-        if without:
-            data.notes.append(f"{split}: {without} masks have no image and are not used")
+        images, masks = list_pairs(root, split, data.notes)
         data.splits[split] = _scan(images, masks, data.space, split, data.notes)
         data.notes.extend(_count_notes(data.splits[split], data.space, split))
     return data
 
 
-def read_classes(file: Path) -> tuple[dict[int, str], int]:
-    """classes.json -> ({value: name}, value of pixels without a label)."""
+def read_label_space(file: Path, name: str) -> LabelSpace:
+    """The targets of a label space on a set with the classes of this classes.json; the background is target 0 where
+    there is one.
+
+    Raises:
+        InputError: the file is missing or damaged, or the set lacks a class.
+    """
     example = '{"classes": ["background", "door"], "ignore": 255}'
     if not file.is_file():
         raise InputError(
@@ -133,7 +135,7 @@ def read_classes(file: Path) -> tuple[dict[int, str], int]:
         content = json.loads(file.read_text(encoding="utf-8"))
         classes, ignore = content["classes"], content.get("ignore", IGNORE)
         pairs = enumerate(classes) if isinstance(classes, list) else classes.items()
-        values = {int(value): str(name) for value, name in pairs}
+        values = {int(value): str(text) for value, text in pairs}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{file} cannot be understood ({error}): write for example {example}") from error
     if not isinstance(ignore, int) or not 0 <= ignore <= 255 or ignore in values:
@@ -143,28 +145,17 @@ def read_classes(file: Path) -> tuple[dict[int, str], int]:
             f'{file}: "classes" must name two classes or more, at most 250, each once, with values from 0 to 255; it '
             f"names {', '.join(values.values())[:160] or 'none'}"
         )
-    return values, ignore
-
-
-def label_space_of(classes: tuple[dict[int, str], int], name: str, where: Path) -> LabelSpace:
-    """The targets of a label space on a set with these classes; the background is target 0 where there is one.
-
-    Raises:
-        InputError: the set lacks a class of it.
-    """
-    values, ignore = classes
-    is_background = {value: text.lower() == "background" for value, text in values.items()}
-    order = sorted(values, key=lambda value: (not is_background[value], value))
+    order = sorted(values, key=lambda value: (values[value].lower() != "background", value))
     names = tuple(values[value] for value in order)
-    targets, is_part = {value: place for place, value in enumerate(order)}, False
+    has_background, is_part = names[0].lower() == "background", False
+    targets = {value: place for place, value in enumerate(order)}
     if name != "own":
         wanted = part_names(name)
-        missing = [part for part in wanted if part not in names]
-        if missing or not any(is_background.values()):
-            what = f"class '{missing[0]}'" if missing else "class 'background'"
+        missing = [part for part in wanted if part not in names] + ["background"] * (not has_background)
+        if missing:
             raise InputError(
-                f"--label_space {name}: {where / 'classes.json'} has no {what}; it names "
-                f"{', '.join(names)[:160]}: use --label_space own, or convert the release again"
+                f"--label_space {name}: {file} has no class '{missing[0]}'; it names {', '.join(names)[:160]}: use "
+                "--label_space own, or convert the release again"
             )
         targets = {v: wanted.index(text) + 1 if text in wanted else 0 for v, text in values.items()}
         is_part = len(names) > len(wanted) + 1
@@ -172,11 +163,11 @@ def label_space_of(classes: tuple[dict[int, str], int], name: str, where: Path) 
     table = np.full(256, UNKNOWN, dtype=np.uint8)
     table[list(targets)] = list(targets.values())
     table[ignore] = IGNORE
-    return LabelSpace(name, names, any(is_background.values()), table, is_part)
+    return LabelSpace(name, names, has_background, table, is_part)
 
 
-def list_pairs(root: Path, split: str) -> tuple[PathList, PathList, int]:
-    """Images of a split and their masks, in the order of the names, and how many masks have no image.
+def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, PathList]:
+    """Images of a split and their masks.
 
     Raises:
         InputError: no such folder, no image, an image without a mask, or two images of one name.
@@ -188,19 +179,16 @@ def list_pairs(root: Path, split: str) -> tuple[PathList, PathList, int]:
             raise InputError(
                 f"{folder} is missing: a set has images/SPLIT and annotations/SPLIT (splits found: {found})"
             )
+    listed = list_images(image_root)
     images: dict[str, str] = {}
-    for file in sorted(image_root.rglob("*")):
-        if file.suffix.lower() in IMAGE_ENDINGS and file.is_file():
-            relative = file.relative_to(image_root)
-            key = str(relative.with_suffix(""))
-            if key in images:
-                raise InputError(
-                    f"{image_root} has {images[key]} and {relative}, and one mask cannot serve two images: "
-                    "rename one of them"
-                )
-            images[key] = str(relative)
-    if not images:
-        raise InputError(f"no image under {image_root} (looked for {' '.join(IMAGE_ENDINGS)})")
+    for relative in map(listed.relative, range(len(listed))):
+        key = str(Path(relative).with_suffix(""))
+        if key in images:
+            raise InputError(
+                f"{image_root} has {images[key]} and {relative}, and one mask cannot serve two images: "
+                "rename one of them"
+            )
+        images[key] = relative
     masks = {str(f.relative_to(mask_root).with_suffix("")) for f in mask_root.rglob("*.png")}
     lacking = [key for key in images if key not in masks]
     if lacking:
@@ -208,8 +196,9 @@ def list_pairs(root: Path, split: str) -> tuple[PathList, PathList, int]:
             f"{len(lacking)} of {len(images)} images under {image_root} have no mask: first "
             f"{mask_root / lacking[0]}.png is missing"
         )
-    mask_paths = PathList(mask_root, (f"{key}.png" for key in images))
-    return PathList(image_root, images.values()), mask_paths, len(masks - set(images))
+    if without := len(masks - set(images)):
+        notes.append(f"{split}: {without} masks have no image and are not used")
+    return listed, PathList(mask_root, (f"{key}.png" for key in images))
 
 
 def open_mask(file: str | Path) -> np.ndarray:
@@ -231,8 +220,7 @@ def open_pair(image_file: Path, mask_file: Path) -> tuple[Image.Image, np.ndarra
     Raises:
         one of `UNREADABLE`: either cannot be read, or their sizes differ.
     """
-    mask = open_mask(mask_file)
-    picture = open_rgb(image_file)
+    mask, picture = open_mask(mask_file), open_rgb(image_file)
     if picture.size != mask.shape[::-1]:
         with Image.open(image_file) as stored:
             if stored.size != mask.shape[::-1]:
@@ -294,10 +282,7 @@ def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, note
     if len(bad) == len(images):
         raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {found[0][1]}")
     classes = len(space.names)
-    counts = np.zeros((len(images), classes + 1), dtype=np.int64)
-    for row, (pixels, _) in found.items():
-        if pixels is not None:
-            counts[row] = pixels
+    counts = np.array([found[row][0] if row not in bad else [0] * (classes + 1) for row in range(len(images))])
     if space.is_part:
         keep = counts[:, 1:classes].any(axis=1)
         keep[bad] = True
@@ -312,18 +297,14 @@ def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, note
 
 def _count_notes(part: PartsSplit, space: LabelSpace, split: str) -> list[str]:
     """Say how many images and pixels a split has of each class."""
-    pixels = part.counts.sum(axis=0)
-    shown = (part.counts[:, :-1] > 0).sum(axis=0)
+    pixels, shown = part.counts.sum(axis=0), (part.counts > 0).sum(axis=0)
     lines = [f"{split}: {len(part)} images; of their pixels, and in how many images:"]
-    for name, count, images in zip(space.names, pixels[:-1].tolist(), shown.tolist()):
+    for name, count, images in zip((*space.names, "without a label (not counted)"), pixels.tolist(), shown.tolist()):
         share = f"{count / pixels.sum():8.3%}" if count else "  absent"
         lines.append(f"  {share} {images:6d}  {name}")
-    if pixels[-1]:
-        images = int((part.counts[:, -1] > 0).sum())
-        lines.append(f"  {pixels[-1] / pixels.sum():8.3%} {images:6d}  without a label (not counted)")
-    if part.unreadable:
-        lines.append(f"  {part.unreadable} pairs cannot be read")
-    return lines
+    if not pixels[-1]:
+        lines.pop()
+    return lines + [f"  {part.unreadable} pairs cannot be read"] * (part.unreadable > 0)
 
 
 def shown_to_model(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:

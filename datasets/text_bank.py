@@ -20,11 +20,8 @@ VOCABULARY = Path(__file__).with_name("vocabulary.json")
 
 @dataclass(frozen=True)
 class TeacherIdentity:
-    """What a text bank or a cache must have been made with; kept in headers as plain values.
-
-    `weights_sha256` also covers what else changes its answers: the activation, size, mean and standard
-    deviation of its input. `tau` is the teacher's own temperature, 1 / exp(logit_scale).
-    """
+    """What a text bank or a cache must have been made with; kept in headers as plain values. weights_sha256: also of
+    the activation, size, mean and deviation of its input. tau: the teacher's own, 1 / exp(logit_scale)."""
 
     model: str
     weights_sha256: str
@@ -47,17 +44,13 @@ def built_in_texts() -> list[str]:
 def read_texts(file: Path) -> list[str]:
     """Texts of a .txt (one a line) or .jsonl (key `text`), duplicates removed, order kept."""
     try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise InputError(f"--text_bank {file} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
-    if file.suffix == ".jsonl":
-        try:
-            lines = [str(json.loads(line)["text"]).strip() for line in lines if line]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(
-                f"--text_bank {file}: every line must be a JSON object with a key 'text' ({error})"
-            ) from error
-    texts = list(dict.fromkeys(line for line in lines if line))
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        if file.suffix == ".jsonl":
+            lines = [json.loads(line)["text"] for line in lines if line.strip()]
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        what = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "lacks a key 'text' in a line of JSON"
+        raise InputError(f"--text_bank {file} {what} ({error}): correct it") from error
+    texts = list(dict.fromkeys(text for line in lines if (text := str(line).strip())))
     if len(texts) < 2:
         raise InputError(f"--text_bank {file} holds {len(texts)} texts: at least 2 are needed")
     return texts
@@ -69,19 +62,45 @@ def is_encoded(text_bank: Path) -> bool:
 
 
 def read_encoded(text_bank: Path, identity: TeacherIdentity) -> tuple[torch.Tensor, list[str], str]:
-    """An encoded bank, file or folder -> (embeddings [T, D_t] float32 CPU unit rows, texts, what it is in words).
+    """An encoded bank, a file of `save_bank` or the output folder of main_describe.py (bank.json, bank.npy and
+    texts.jsonl) -> (embeddings [T, D_t] float32 CPU unit rows, texts, what it is in words).
 
     Raises:
         InputError: it is damaged, or another teacher made it.
     """
-    embeddings, texts, made_by = (_load_folder if text_bank.is_dir() else _load_file)(text_bank)
+    is_folder = text_bank.is_dir()
+    again = "give the --output of a finished main_describe.py" if is_folder else "make it again"
+    try:
+        if is_folder:
+            header = json.loads((text_bank / "bank.json").read_text(encoding="utf-8"))
+            bank = torch.from_numpy(np.load(text_bank / "bank.npy", allow_pickle=False))
+            texts = read_texts(text_bank / "texts.jsonl")
+        else:
+            with safe_open(text_bank, framework="pt") as opened:
+                header, bank = dict(opened.metadata() or {}), opened.get_tensor("bank")
+            header["teacher"], texts = json.loads(header["teacher"]), header["texts"].split("\n")
+        made_by, texts_sha256, bank_sha256 = (header[key] for key in ("teacher", "texts_sha256", "bank_sha256"))
+        rows = (len(texts), made_by["embed_dim"])
+    except (SafetensorError, ValueError, KeyError, TypeError, EOFError, OSError) as error:
+        raise InputError(
+            f"--text_bank {text_bank} is no text bank, incomplete or damaged ({error}): {again}"
+        ) from error
+    if hash_texts(texts) != texts_sha256:
+        raise InputError(f"the texts of --text_bank {text_bank} have changed since they were encoded: {again}")
+    if bank.shape != rows or hash_bank(bank) != bank_sha256:
+        raise InputError(f"--text_bank {text_bank}: its embeddings are not those that its header describes: {again}")
     if made_by != asdict(identity):
         raise InputError(
             f"--text_bank {text_bank} was made by teacher {made_by.get('model')} with weights "
             f"{str(made_by.get('weights_sha256'))[:12]}, but this run uses {identity.model} with "
             f"{identity.weights_sha256[:12]}: encode the texts again with this teacher"
         )
-    return embeddings, texts, f"{len(texts)} encoded texts of {text_bank}"
+    return bank.float(), texts, f"{len(texts)} encoded texts of {text_bank}"
+
+
+def hash_bank(bank: torch.Tensor) -> str:
+    """sha256 of the numbers."""
+    return hashlib.sha256(bank.contiguous().numpy().tobytes()).hexdigest()
 
 
 def hash_texts(texts: list[str]) -> str:
@@ -91,43 +110,7 @@ def hash_texts(texts: list[str]) -> str:
 
 def save_bank(file: Path, embeddings: torch.Tensor, texts: list[str], identity: TeacherIdentity) -> None:
     """Write an encoded bank with the identity of its teacher (atomic)."""
-    header = {
-        "kind": "cgd-mae text bank",
-        "texts": "\n".join(texts),
-        "texts_sha256": hash_texts(texts),
-        "teacher": json.dumps(asdict(identity)),
-    }
+    header = {"kind": "cgd-mae text bank", "texts": "\n".join(texts), "texts_sha256": hash_texts(texts)}
+    header |= {"bank_sha256": hash_bank(embeddings), "teacher": json.dumps(asdict(identity))}
     data = save({"bank": embeddings.contiguous()}, header)
     write_atomic(file, lambda opened: opened.write(data))
-
-
-def _load_file(file: Path) -> tuple[torch.Tensor, list[str], dict]:
-    """What `save_bank` wrote: (embeddings, texts, teacher)."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header = opened.metadata() or {}
-            if "teacher" not in header:
-                raise InputError(f"--text_bank {file} has no teacher in its header: not a text bank")
-            return opened.get_tensor("bank").float(), header["texts"].split("\n"), json.loads(header["teacher"])
-    except SafetensorError as error:
-        raise InputError(f"--text_bank {file} is damaged ({error}): make it again") from error
-
-
-def _load_folder(folder: Path) -> tuple[torch.Tensor, list[str], dict]:
-    """The output of main_describe.py, bank.json, bank.npy and texts.jsonl: (embeddings, texts, teacher)."""
-    again = "give the --output of a finished main_describe.py"
-    try:
-        header = json.loads((folder / "bank.json").read_text(encoding="utf-8"))
-        made_by, texts_sha256, bank_sha256 = (header[k] for k in ("teacher", "texts_sha256", "bank_sha256"))
-        bank, texts = np.load(folder / "bank.npy", allow_pickle=False), read_texts(folder / "texts.jsonl")
-    except (ValueError, KeyError, TypeError, EOFError, OSError) as error:
-        raise InputError(f"--text_bank {folder} is incomplete or damaged ({error}): {again}") from error
-    if hash_texts(texts) != texts_sha256:
-        raise InputError(
-            f"--text_bank {folder}/texts.jsonl has changed since bank.npy was made: {again}, or pass texts.jsonl "
-            "itself to have it encoded"
-        )
-    rows = (len(texts), made_by.get("embed_dim"))
-    if hashlib.sha256(bank.tobytes()).hexdigest() != bank_sha256 or bank.shape != rows:
-        raise InputError(f"--text_bank {folder}/bank.npy is not the one that bank.json describes: {again}")
-    return torch.from_numpy(bank).float(), texts, made_by

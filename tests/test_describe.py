@@ -472,9 +472,9 @@ def test_folder_banks_are_checked(made, teacher_files, tmp_path):
     with pytest.raises(InputError, match="made by teacher MiniClip-test with weights"):
         read_encoded(out, stranger)
     damages = {
-        "bank.json": (b"{", "bank.json is incomplete or damaged"),
-        "texts.jsonl": (b'{"text": "a"}\n{"text": "b"}\n', "has changed since"),
-        "bank.npy": ((out / "bank.npy").read_bytes()[:-4], "bank.npy is incomplete or damaged"),
+        "bank.json": (b"{", "bank_json is no text bank, incomplete or damaged"),
+        "texts.jsonl": (b'{"text": "a"}\n{"text": "b"}\n', "have changed since"),
+        "bank.npy": ((out / "bank.npy").read_bytes()[:-4], "bank_npy is no text bank, incomplete or damaged"),
     }
     for name, (content, message) in damages.items():
         copy = tmp_path / name.replace(".", "_")
@@ -487,7 +487,7 @@ def test_folder_banks_are_checked(made, teacher_files, tmp_path):
             read_encoded(copy, identity)
     other = np.load(out / "bank.npy")
     np.save(tmp_path / "bank_npy" / "bank.npy", -other)
-    with pytest.raises(InputError, match="not the one that bank.json describes"):
+    with pytest.raises(InputError, match="not those that its header describes"):
         read_encoded(tmp_path / "bank_npy", identity)
 
 
