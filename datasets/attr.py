@@ -1,6 +1,5 @@
 """Images with attributes: VeRi-776's colours and types from its XML, or any table whose header names them."""
 
-import hashlib
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -9,13 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from datasets.items import TrainItems
 from datasets.manifest import check_first_exist
 from datasets.path_list import PathList, printable
-from datasets.tables import cell, iterate_table, published_note
-from datasets.transforms import PadCropErase
+from datasets.tables import Labelled, LabelledItems, cell, iterate_table, published_note
 from util.errors import InputError
 
 UNKNOWN = -1
@@ -43,14 +39,10 @@ VERI = (
 
 
 @dataclass(frozen=True)
-class AttributeImages:
-    """paths; labels: [n, A] int8, 1 true, 0 not, -1 unknown."""
+class AttributeImages(Labelled):
+    """labels: [n, A] int8, 1 true, 0 not, -1 unknown."""
 
-    paths: PathList
     labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def rates(self) -> np.ndarray:
         """[A] float64 share of true images among the known; 0 where none is known."""
@@ -69,22 +61,11 @@ class AttributeData:
 
     def sha256(self) -> str:
         """Identity of what is trained on: paths, order, attributes and labels."""
-        digest = hashlib.sha256(self.train.paths.sha256().encode())
-        digest.update("\n".join(attribute.name for attribute in self.attributes).encode())
-        digest.update(np.ascontiguousarray(self.train.labels).tobytes())
-        return digest.hexdigest()
+        return self.train.sha256(*(attribute.name for attribute in self.attributes))
 
 
-class AttributeTrainImages(TrainItems):
+class AttributeTrainImages(LabelledItems):
     """Item (epoch, index) -> imgs [3, H, W] uint8, labels [A] int64, problem."""
-
-    def __init__(self, images: AttributeImages, augment: PadCropErase, seed: int):
-        super().__init__(images.paths, augment.size, seed)
-        self.images, self.augment = images, augment
-
-    def sample(self, content, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        labels = torch.from_numpy(self.images.labels[index].astype(np.int64))
-        return {"imgs": self.augment(content, rng)["imgs"], "labels": labels}
 
 
 def read_attribute_set(
@@ -101,9 +82,6 @@ def read_attribute_set(
         test_split: value of the column split that is tested on.
         known: the attributes of a trained model; then only these, in their order.
         need_train: False: the part to train on may be missing.
-    Raises:
-        InputError: nothing there, a list that is missing or damaged, a label that is none, images that are listed but
-            not there, other attributes than `known`.
     """
     path = Path(path)
     if not path.exists():
@@ -128,8 +106,7 @@ def read_attribute_set(
             if (images.labels < 0).all():
                 raise InputError(
                     f"{path}: not one label of {len(images)} listed images is known, e.g. of "
-                    f"{images.paths.relative(0)}: colorID and typeID of VeRi-776's XML, or columns of the table, are "
-                    "missing or empty"
+                    f"{images.paths.relative(0)}: colorID and typeID, or columns of the table, are missing or empty"
                 )
     return replace(data, notes=[*data.notes, *_describe(data)])
 

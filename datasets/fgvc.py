@@ -1,37 +1,25 @@
 """Images with a class: StanfordCars from its devkit, a tree of folders, or a table."""
 
-import hashlib
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from PIL import Image
 
-from datasets.items import TrainItems
 from datasets.manifest import list_images
 from datasets.matfile import read_cell_strings, read_struct_array
 from datasets.path_list import PathList
-from datasets.tables import PUBLISHED, cell, iterate_table, published_note
-from datasets.transforms import CropFlipAugment
+from datasets.tables import PUBLISHED, Labelled, LabelledItems, cell, iterate_table, published_note
 from util.errors import InputError
 
 TRAIN, TEST, ANNOS = "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat", "cars_annos.mat"
 
 
 @dataclass(frozen=True)
-class FgvcImages:
-    """Images and their classes: labels [n] int64."""
+class FgvcImages(Labelled):
+    """labels: [n] int64 classes."""
 
-    paths: PathList
     labels: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, rows: np.ndarray) -> "FgvcImages":
-        return FgvcImages(self.paths.take(rows), self.labels[rows])
 
 
 @dataclass(frozen=True)
@@ -47,20 +35,11 @@ class FgvcData:
 
     def sha256(self) -> str:
         """Identity of the training images, of all labels and of their names."""
-        digest = hashlib.sha256((self.train.paths.sha256() + "\0".join(self.classes)).encode())
-        digest.update(self.train.labels.tobytes())
-        return digest.hexdigest()
+        return self.train.sha256(*self.classes)
 
 
-class FgvcTrainImages(TrainItems):
+class FgvcTrainImages(LabelledItems):
     """Training images: `imgs` [3, H, W] uint8, `labels` int64 scalar."""
-
-    def __init__(self, images: FgvcImages, augment: CropFlipAugment, seed: int):
-        super().__init__(images.paths, augment.resize, seed)
-        self.images, self.augment = images, augment
-
-    def sample(self, content: Image.Image, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        return {"imgs": self.augment(content, rng), "labels": torch.tensor(self.images.labels[index])}
 
 
 def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bool = True) -> FgvcData:
@@ -71,10 +50,7 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
     - any other folder: `train/CLASS/...` and `test/CLASS/...` or `val/CLASS/...`;
     - a table (.csv, .tsv, .jsonl) with `path`, `split` (train, and test or val) and `label_column`.
 
-    Args:
-        need_train: whether the training split must be there.
-    Raises:
-        InputError: one sentence on what is missing or wrong, with file and row.
+    need_train: whether the training split must be there.
     """
     data_path = Path(data_path)
     for folder in (data_path, data_path / "car", data_path / "stanford_cars"):
@@ -106,16 +82,14 @@ def _read_cars(folder: Path, need_train: bool) -> FgvcData:
                 f"{folder} lacks {TEST}; devkit/cars_test_annos.mat holds no classes: get the file with labels"
             )
         for split, file in {"train": folder / TRAIN, "test": test}.items() if need_train else [("test", test)]:
-            found = _annotations(file, {"fname": str, "class": int}, meta, len(classes))
+            found = _annotations(file, {"fname": str, "class": int}, folder / f"cars_{split}", meta, len(classes))
             rows[split] = [(f"cars_{split}/{name}", label) for name, label in found]
-            _check_files(folder, rows[split], file)
     else:
-        found = _annotations(meta, {"relative_im_path": str, "class": int, "test": int}, meta, len(classes))
+        found = _annotations(meta, {"relative_im_path": str, "class": int, "test": int}, folder, meta, len(classes))
         if {is_test for *_, is_test in found} != {0, 1}:
             raise InputError(f"{meta}: field 'test' must be 0 (train) or 1 (test), both of them present")
         for name, label, is_test in found:
             rows["test" if is_test else "train"].append((name, label))
-        _check_files(folder, rows["train"] + rows["test"], meta)
     notes = [] if classes else [f"{meta} is not there: classes are called by their numbers"]
     count = len(classes) or max(label for part in rows.values() for _, label in part)
     names = [name or f"class {i}" for i, name in enumerate(classes or [None] * count, 1)]
@@ -128,15 +102,13 @@ def _read_cars(folder: Path, need_train: bool) -> FgvcData:
     return FgvcData("StanfordCars", *parts, names, notes)
 
 
-def _annotations(file: Path, fields: dict[str, type], meta: Path, count: int) -> list[tuple]:
-    """The struct array `annotations`, read by the names of its fields, as str or int (a Python int: 0 - 1 would be
-    255 in the file's own uint8). Classes must be 1..count, or any where count is 0."""
+def _annotations(file: Path, fields: dict[str, type], folder: Path, meta: Path, count: int) -> list[tuple]:
+    """The struct array `annotations`, read by the names of its fields, as str or int (a Python int: 0 - 1 would be 255
+    in the file's own uint8). Images, the first field, must lie in `folder`, classes be 1..count (0: any)."""
     found, values = read_struct_array(file, "annotations")
-    missing = [name for name in fields if name not in found]
-    if missing:
-        raise InputError(
-            f"{file} has no field '{missing[0]}': its fields are {', '.join(found)}, expected {', '.join(fields)}"
-        )
+    if missing := [name for name in fields if name not in found]:
+        has = f"its fields are {', '.join(found)}, expected {', '.join(fields)}"
+        raise InputError(f"{file} has no field '{missing[0]}': {has}")
     if not values:
         raise InputError(f"{file} lists no image: copy it again")
     rows = []
@@ -148,21 +120,15 @@ def _annotations(file: Path, fields: dict[str, type], meta: Path, count: int) ->
                 what = "a file name" if kind is str else "one whole number"
                 raise InputError(f"{file}, annotation {number}: '{field}' is {value!r}, expected {what}")
         if not 1 <= row["class"] <= (count or row["class"]):
-            raise InputError(
-                f"{file}, annotation {number}: class {row['class']} is outside 1..{count or 'n'}, the classes that "
-                f"{meta.name} names"
-            )
+            names = f"1..{count or 'n'}, the classes that {meta.name} names"
+            raise InputError(f"{file}, annotation {number}: class {row['class']} is outside {names}")
         rows.append(tuple(kind(row[field]) for field, kind in fields.items()))
-    return rows
-
-
-def _check_files(folder: Path, rows: list[tuple[str, int]], file: Path) -> None:
-    missing = [name for name, _ in rows if not (folder / name).is_file()]
-    if missing:
+    if missing := [row[0] for row in rows if not (folder / row[0]).is_file()]:
         raise InputError(
             f"{len(missing)} of the {len(rows)} images of {file} do not exist, first {folder / missing[0]}: "
             "copies with other file names do not go with these annotations"
         )
+    return rows
 
 
 def _with_notes(data: FgvcData) -> FgvcData:
@@ -184,20 +150,15 @@ def _with_notes(data: FgvcData) -> FgvcData:
 
 
 def renumber_classes(data: FgvcData, classes: list[str], file: str | Path) -> FgvcData:
-    """The set with its labels numbered as a trained model has learned them.
-
-    Raises:
-        InputError: test images of a class that the model does not know.
-    """
+    """The set with its labels numbered as a trained model has learned them; InputError where it lacks one."""
     if data.classes == classes:
         return data
     number = {name: i for i, name in enumerate(classes)}
     new = np.array([number.get(name, -1) for name in data.classes])
     unknown = data.test.labels[new[data.test.labels] < 0]
     if len(unknown):
-        name = data.classes[unknown[0]]
         raise InputError(
-            f"{file} knows {len(classes)} classes ({', '.join(classes)[:60]} ...), not '{name}' of "
+            f"{file} knows {len(classes)} classes ({', '.join(classes)[:60]} ...), not '{data.classes[unknown[0]]}' of "
             f"{len(unknown)} test images: score it on a set with its own classes"
         )
     train, test = (replace(part, labels=new[part.labels]) for part in (data.train, data.test))
@@ -225,8 +186,6 @@ def list_labelled(
     Args:
         held_out: names of the split to test on; the first that is there is read.
         need_train: whether a split `train` must be there.
-    Raises:
-        InputError: columns, split or classes are missing.
     """
     data_path = Path(data_path)
     if data_path.is_dir():

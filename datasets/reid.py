@@ -4,7 +4,6 @@ Layouts: VeRi-776, VehicleID V1.0, VERI-Wild (old and new lists), and a table wi
 split (train, query, gallery) and, where known, camid and viewid.
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -12,13 +11,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from datasets.items import TrainItems
 from datasets.manifest import check_first_exist
 from datasets.path_list import PathList
-from datasets.tables import PUBLISHED, cell, iterate_table, published_note
-from datasets.transforms import PadCropErase
+from datasets.tables import PUBLISHED, Labelled, LabelledItems, cell, iterate_table, published_note
 from util.errors import InputError
 
 UNKNOWN = -1
@@ -29,38 +25,23 @@ SIGNS = {  # files and folders by which a layout is recognised
 
 
 @dataclass(frozen=True)
-class ReidImages:
-    """paths; pids, camids, viewids: [n] int64. pids are numbers of the set's `pid_names`; -1: unknown."""
+class ReidImages(Labelled):
+    """pids, camids, viewids: [n] int64. pids are numbers of the set's `pid_names`; -1: unknown."""
 
-    paths: PathList
     pids: np.ndarray
     camids: np.ndarray
     viewids: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.pids)
-
-    def take(self, rows: np.ndarray) -> "ReidImages":
-        return ReidImages(self.paths.take(rows), self.pids[rows], self.camids[rows], self.viewids[rows])
 
     def has_cameras(self) -> bool:
         return bool((self.camids >= 0).all())
 
 
-class ReidTrainImages(TrainItems):
+class ReidTrainImages(LabelledItems):
     """Item (epoch, slot, index) -> imgs [3, H, W] uint8, erase [5] int64, pids, camids, viewids int64 scalars, problem
     ('' or what was wrong with the file; then another image of the vehicle stands in)."""
 
-    def __init__(self, images: ReidImages, augment: PadCropErase, seed: int):
-        super().__init__(images.paths, augment.size, seed)
-        self.images, self.augment = images, augment
-
     def stand_ins(self, index: int) -> Iterable[int]:
         return np.flatnonzero(self.images.pids == self.images.pids[index]).tolist()
-
-    def sample(self, content, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        ids = {name: torch.tensor(getattr(self.images, name)[index]) for name in ("pids", "camids", "viewids")}
-        return self.augment(content, rng) | ids
 
 
 @dataclass(frozen=True)
@@ -88,22 +69,16 @@ class ReidData:
 
     def sha256(self) -> str:
         """Identity of what is trained on: paths, order and labels."""
-        digest = hashlib.sha256(self.train.paths.sha256().encode())
-        for ids in (self.train.pids, self.train.camids, self.train.viewids):
-            digest.update(np.ascontiguousarray(ids).tobytes())
-        return digest.hexdigest()
+        return self.train.sha256()
 
 
 def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -> ReidData:
-    """Read a set and check it.
+    """Read a set and check it: images that are there, tests that can be answered.
 
     Args:
         path: folder of a published set, or a table (.csv .tsv .jsonl).
         format: veri776, vehicleid, veriwild, table, or auto: by the files that are there.
         need_train: False: the part to train on may be missing.
-    Raises:
-        InputError: nothing there, no such layout, a list that is missing or damaged, images that are listed
-        but not there, a test in which no query can be answered.
     """
     path = Path(path)
     if not path.exists():
@@ -112,9 +87,8 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
         format = "table" if path.is_file() else next((SIGNS[sign] for sign in SIGNS if (path / sign).exists()), "none")
     if format == "none":
         raise InputError(
-            f"{path} has no layout that is known: VeRi-776 has image_train/, VehicleID "
-            "train_test_split/test_list_800.txt, VERI-Wild train_test_split/train_list.txt; or give a table with the "
-            "columns path, pid, split"
+            f"{path} has no layout that is known: VeRi-776 has image_train/, the others train_test_split/ with "
+            "test_list_800.txt or train_list.txt; or give a table with the columns path, pid, split"
         )
     data = READERS[format](path, need_train)
     if need_train and not len(data.train):

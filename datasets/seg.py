@@ -42,7 +42,6 @@ KINDS = {  # label spaces: whose parts they hold; everything else is background
     "vehicle_parts": ("Car", "Bicycle", "Boat", "Aeroplane"),
 }
 SPLITS = ("train", "val", "test")
-LABEL_SPACES = ("own", *KINDS)
 UNKNOWN = 254  # target of values that classes.json does not name
 MASK_MODES = ("L", "P", "1")
 
@@ -54,9 +53,8 @@ def part_names(space: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """name: of `LABEL_SPACES`. names: of the classes; target t is names[t]. background: whether class 0 is that.
-    table: [256] uint8, value of a mask's pixel -> target. is_part: the set has other classes too, so images may be
-    about something else."""
+    """name: own, or of `KINDS`. names: of the classes; target t is names[t]. background: whether class 0 is that.
+    table: [256] uint8, value of a mask's pixel -> target. is_part: the set has other classes too."""
 
     name: str
     names: tuple[str, ...]
@@ -99,13 +97,8 @@ def read_parts(data_path: str | Path, label_space: str, splits: tuple[str, ...])
     """Read and check the `splits` of a set; the ranks share the work. Every mask is opened once: sizes must be those of
     the images, values those of classes.json.
 
-    Args:
-        label_space: "own": the classes of classes.json; a name of `KINDS`: PartImageNet's parts by name, the other
-            classes become background; where there are such, images that show none of the parts are left out and
-            counted.
-    Raises:
-        InputError: a folder, classes.json, a mask or a class is missing, sizes differ, or a mask has a value that
-            classes.json does not name.
+    label_space: "own": the classes of classes.json; a name of `KINDS`: PartImageNet's parts by name, the other classes
+    become background, and images that show none of the parts are left out and counted.
     """
     root = Path(data_path)
     if not root.is_dir():
@@ -119,17 +112,12 @@ def read_parts(data_path: str | Path, label_space: str, splits: tuple[str, ...])
 
 
 def read_label_space(file: Path, name: str) -> LabelSpace:
-    """The targets of a label space on a set with the classes of this classes.json; the background is target 0 where
-    there is one.
-
-    Raises:
-        InputError: the file is missing or damaged, or the set lacks a class.
-    """
+    """The targets of a label space on a set with the classes of classes.json; target 0 is the background, if any."""
     example = '{"classes": ["background", "door"], "ignore": 255}'
     if not file.is_file():
         raise InputError(
-            f"{file} is missing: write which class each pixel value is, for example {example}; "
-            "PartImageNet's releases are converted by python -m tools.convert_partimagenet"
+            f"{file} is missing: write which class each pixel value is, e.g. {example} (PartImageNet: "
+            "python -m tools.convert_partimagenet)"
         )
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
@@ -142,8 +130,8 @@ def read_label_space(file: Path, name: str) -> LabelSpace:
         raise InputError(f'{file}: "ignore" is {ignore!r}, and must be a value from 0 to 255 that no class has')
     if not 2 <= len(values) <= 250 or len(set(values.values())) < len(values) or not set(values) <= set(range(256)):
         raise InputError(
-            f'{file}: "classes" must name two classes or more, at most 250, each once, with values from 0 to 255; it '
-            f"names {', '.join(values.values())[:160] or 'none'}"
+            f'{file}: "classes" must name two classes or more, at most 250, each once, with values 0 to 255, not '
+            f"{', '.join(values.values())[:160] or 'none'}"
         )
     order = sorted(values, key=lambda value: (values[value].lower() != "background", value))
     names = tuple(values[value] for value in order)
@@ -167,11 +155,7 @@ def read_label_space(file: Path, name: str) -> LabelSpace:
 
 
 def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, PathList]:
-    """Images of a split and their masks.
-
-    Raises:
-        InputError: no such folder, no image, an image without a mask, or two images of one name.
-    """
+    """Images of a split and their masks; each image must have one, and for itself alone."""
     image_root, mask_root = root / "images" / split, root / "annotations" / split
     for folder in (image_root, mask_root):
         if not folder.is_dir():
@@ -185,16 +169,14 @@ def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, Path
         key = str(Path(relative).with_suffix(""))
         if key in images:
             raise InputError(
-                f"{image_root} has {images[key]} and {relative}, and one mask cannot serve two images: "
-                "rename one of them"
+                f"{image_root}: one mask cannot serve two images, {images[key]} and {relative}: rename one"
             )
         images[key] = relative
     masks = {str(f.relative_to(mask_root).with_suffix("")) for f in mask_root.rglob("*.png")}
-    lacking = [key for key in images if key not in masks]
-    if lacking:
+    if lacking := [key for key in images if key not in masks]:
+        first = mask_root / f"{lacking[0]}.png"
         raise InputError(
-            f"{len(lacking)} of {len(images)} images under {image_root} have no mask: first "
-            f"{mask_root / lacking[0]}.png is missing"
+            f"{len(lacking)} of {len(images)} images under {image_root} have no mask: first {first} is missing"
         )
     if without := len(masks - set(images)):
         notes.append(f"{split}: {without} masks have no image and are not used")
@@ -202,11 +184,8 @@ def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, Path
 
 
 def open_mask(file: str | Path) -> np.ndarray:
-    """[H, W] uint8: the values of a mask; palettes are not looked at.
-
-    Raises:
-        one of `UNREADABLE`: no picture, or one with more than a byte a pixel.
-    """
+    """[H, W] uint8: the values of a mask; palettes are not looked at. Raises one of `UNREADABLE`: no picture, or one
+    with more than a byte a pixel."""
     with Image.open(file) as image:
         if image.mode not in MASK_MODES:
             raise ValueError(f"its mode is {image.mode}: a mask holds one class a pixel, mode L or P")
@@ -214,12 +193,8 @@ def open_mask(file: str | Path) -> np.ndarray:
 
 
 def open_pair(image_file: Path, mask_file: Path) -> tuple[Image.Image, np.ndarray]:
-    """RGB picture and [H, W] uint8 values of its mask, of one size. A photo that EXIF turns is taken as the
-    mask was drawn: upright, or as it is stored.
-
-    Raises:
-        one of `UNREADABLE`: either cannot be read, or their sizes differ.
-    """
+    """RGB picture and [H, W] uint8 values of its mask, of one size. A photo that EXIF turns is taken as the mask was
+    drawn: upright, or as it is stored. Raises one of `UNREADABLE`: either cannot be read, or their sizes differ."""
     mask, picture = open_mask(mask_file), open_rgb(image_file)
     if picture.size != mask.shape[::-1]:
         with Image.open(image_file) as stored:
@@ -234,11 +209,8 @@ def _sizes(size: tuple[int, int], mask: np.ndarray) -> str:
 
 
 def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> tuple[np.ndarray | None, str]:
-    """([K + 1] pixels of each class and of none, or None, problem); the image's pixels are not decoded.
-
-    Raises:
-        InputError: sizes differ, or a value has no name.
-    """
+    """([K + 1] pixels of each class and of none, or None, why it cannot be read); the image's pixels are not decoded.
+    InputError: sizes differ, or a value has no name."""
     try:
         mask = open_mask(mask_file)
         with Image.open(image_file) as image:
@@ -252,8 +224,8 @@ def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> tuple[np.ndar
     strange = np.flatnonzero((values > 0) & (space.table == UNKNOWN))
     if len(strange):
         raise InputError(
-            f"{mask_file} has {values[strange[0]]} pixels of value {strange[0]}, which classes.json does not "
-            'name: name it there, or make it the value of "ignore"'
+            f"{mask_file} has {values[strange[0]]} pixels of value {strange[0]}, which classes.json does not name: "
+            'name it there, or make it the value of "ignore"'
         )
     pixels = np.bincount(space.table, weights=values, minlength=256).astype(np.int64)
     return pixels[[*range(len(space.names)), IGNORE]], ""
@@ -333,13 +305,9 @@ class PartsTrainItems(TrainItems):
 
 
 class PartsTestItems(Dataset):
-    """Item i -> (row, imgs [3, h, w] uint8, masks [H, W] uint8 at the original size, problem: '' or why the
-    two are empty).
-
-    Args:
-        rows: of the split, those that this rank scores.
-        resized: (width, height) of an image -> (width, height) that the model is shown.
-    """
+    """Item i -> (row, imgs [3, h, w] uint8, masks [H, W] uint8 at the original size, problem: '' or why the two are
+    empty). rows: of the split, those that this rank scores. resized: (width, height) of an image -> what the
+    model is shown."""
 
     def __init__(self, part: PartsSplit, space: LabelSpace, rows: list[int], resized):
         self.part, self.space, self.rows, self.resized = part, space, rows, resized

@@ -1,10 +1,17 @@
-"""Tables (.csv .tsv .jsonl .txt), one reader for all, and the counts of published sets."""
+"""Tables (.csv .tsv .jsonl .txt), one reader for all; labelled images; the counts of published sets."""
 
 import csv
+import hashlib
 import json
 from collections.abc import Iterator
+from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
+import torch
+
+from datasets.items import TrainItems
+from datasets.path_list import PathList
 from util.errors import InputError
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".txt")
@@ -20,6 +27,44 @@ PUBLISHED = {  # images, identities and classes as published; another count is s
     },
     "StanfordCars": {"training images": 8144, "test images": 8041, "classes": 196},
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images, and what is known of each: the other fields, arrays [n, ...]; -1: unknown."""
+
+    paths: PathList
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def arrays(self) -> list[np.ndarray]:
+        return [getattr(self, field.name) for field in fields(self)[1:]]
+
+    def take(self, rows: np.ndarray):
+        """Some of the images, in the order of `rows`."""
+        return type(self)(self.paths.take(rows), *(values[rows] for values in self.arrays()))
+
+    def sha256(self, *names: str) -> str:
+        """Identity of paths, order and labels, and of the names of the labels."""
+        digest = hashlib.sha256((self.paths.sha256() + "\0".join(names)).encode())
+        for values in self.arrays():
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+
+class LabelledItems(TrainItems):
+    """Item -> what `augment` makes of an image: `imgs` [3, H, W] uint8, and more; its labels as int64, by name."""
+
+    def __init__(self, images: Labelled, augment, seed: int):
+        super().__init__(images.paths, getattr(augment, "resize", augment.size), seed)
+        self.images, self.augment = images, augment
+
+    def sample(self, content, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        shown = self.augment(content, rng)
+        labels = {field.name: getattr(self.images, field.name)[index] for field in fields(self.images)[1:]}
+        labels = {name: torch.as_tensor(values, dtype=torch.int64) for name, values in labels.items()}
+        return (shown if isinstance(shown, dict) else {"imgs": shown}) | labels
 
 
 def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = "") -> Iterator[dict[str, str]]:

@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datasets.fgvc import CropFlipAugment, FgvcData, FgvcTrainImages, read_fgvc, renumber_classes
+from datasets.fgvc import FgvcData, FgvcTrainImages, read_fgvc, renumber_classes
 from datasets.items import CenterCrops
 from datasets.samplers import epoch_batches
+from datasets.transforms import CropFlipAugment
 from engine_finetune import Task, evaluation, predict, write_unreadable
 from finetune.encoder import Trained, build_encoder, build_optimizer
 from metrics.fgvc import class_scores

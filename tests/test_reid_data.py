@@ -143,7 +143,7 @@ def test_own_table(tmp_path):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("path,pid a.jpg,x", "row 1 has no 'split'"),
+        ("path,pid a.jpg,x", "has no column 'split': it has path, pid"),
         ("path,pid,split a.jpg,x,test", "split 'test' is none of train, query, gallery"),
         ("path,pid,split a.jpg,x,train b.jpg,y,query", "no row with split 'gallery'"),
         ("path,pid,split b.jpg,y,query c.jpg,y,gallery", "no training image is listed"),
@@ -165,10 +165,10 @@ def test_broken_sets_have_one_sentence(veri, vehicleid, tmp_path):
     with pytest.raises(InputError, match="has no layout that is known"):
         read_reid(tmp_path / "empty")
     lines(veri / "name_train.txt", "car.jpg")
-    with pytest.raises(InputError, match="a VeRi-776 name begins like"):
+    with pytest.raises(InputError, match="line 1 is 'car.jpg', not like a VeRi-776 name"):
         read_reid(veri, "veri776")
     lines(vehicleid / "train_test_split" / "train_list.txt", "0000001 5 6")
-    with pytest.raises(InputError, match="line 1 is '0000001 5 6', not 'name id'"):
+    with pytest.raises(InputError, match="line 1 is '0000001 5 6', not like 'name id'"):
         read_reid(vehicleid, "vehicleid")
     (vehicleid / "train_test_split" / "train_list.txt").unlink()
     with pytest.raises(InputError, match="train_list.txt is missing"):
@@ -178,5 +178,5 @@ def test_broken_sets_have_one_sentence(veri, vehicleid, tmp_path):
     lines(folder / "train_list.txt", "00001/000001", "00002/000002")
     lines(folder / "test_3000.txt", "00001/000001")
     lines(folder / "test_3000_query.txt", "00001/000001")
-    with pytest.raises(InputError, match="train_list.txt, line 2: vehicle_info.txt has no camera for 00002"):
+    with pytest.raises(InputError, match="train_list.txt: vehicle_info.txt has no camera for 00002"):
         read_reid(tmp_path / "wild")

@@ -57,7 +57,7 @@ def test_only_one_split_is_tested_on(labels):
 
 def test_refusals(labels, tmp_path):
     for more, message in (
-        (["--label_column", "colour"], "row 1 has no column colour: it has path, model, split, camid"),
+        (["--label_column", "colour"], "has no column 'colour': it has path, model, split, camid"),
         (["--test_share", "1.5"], "give a share in"),
         (["--test_share", "0.1"], "too few to part"),
     ):

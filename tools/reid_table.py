@@ -3,8 +3,7 @@
     python -m tools.reid_table --data_path labels.csv --label_column class_name --output reid.csv
     python main_finetune.py --task reid --data_path reid.csv ...
 
-The identities are parted, so that no vehicle is trained on and searched for. Columns camid and viewid are
-kept where the table has them.
+No vehicle is trained on and searched for. Columns camid and viewid are kept where the table has them.
 """
 
 import argparse
@@ -43,9 +42,7 @@ def main(args) -> dict:
         raise InputError(f"--test_share {args.test_share}, --queries {args.queries}: give a share in (0, 1), 1 or more")
     file = Path(args.data_path)
     members: dict[str, list[dict]] = defaultdict(list)
-    for number, row in enumerate(iterate_table(file), 1):
-        if args.label_column not in row:
-            raise InputError(f"{file}, row {number} has no column {args.label_column}: it has {', '.join(row)}")
+    for row in iterate_table(file, (args.label_column,), "; --label_column chooses the identities"):
         members[cell(row, args.label_column)].append(row)
     unnamed = len(members.pop("", []))
     rng, names = np.random.default_rng(args.seed), sorted(members)
@@ -55,7 +52,7 @@ def main(args) -> dict:
     tested = {names[i] for i in rng.permutation(len(names))[:count]}
     rows, too_few = [], 0
     for name in names:
-        chosen = members[name]
+        chosen, splits = members[name], []
         if args.test_split is not None:
             chosen = [r for r in chosen if (r.get("split") == args.test_split) == (name in tested)]
         if name not in tested:
@@ -64,9 +61,9 @@ def main(args) -> dict:
             chosen = [chosen[i] for i in rng.permutation(len(chosen))]
             splits = ["query"] * args.queries + ["gallery"] * (len(chosen) - args.queries)
         else:
-            too_few, splits = too_few + 1, []
+            too_few += 1
         for row, split in zip(chosen, splits):
-            path = (file.parent / cell(row, "path")).absolute()
+            path = (file.parent / row["path"]).absolute()
             rows.append(row | {"path": str(path), "pid": name, "split": split})
     extra = [column for column in ("camid", "viewid") if any(column in row for row in rows)]
     text = io.StringIO()
