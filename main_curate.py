@@ -173,7 +173,7 @@ class Curation:
             name: load_removal(self.folder, name) for name in DROPS if name != "vehicle" or self.args.vehicle_filter
         }
         clusters = {name: (rows, tree.path()[:, :2][:, -1]) for name, (tree, rows) in self.trees().items()}
-        found = (self.images, self.index, removals, self.alive(), selection, clusters, evidence, sizes, vars(self.args))
+        found = (self.images, self.index, removals, selection, clusters, evidence, sizes, vars(self.args))
         write_curation_report(self.folder / "report.html", Curated(*found))
 
     def make_index(self, job: str) -> dict:

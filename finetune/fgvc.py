@@ -154,7 +154,7 @@ def score(model: TransFG, data: FgvcData, resize: tuple[int, int], args, amp_dty
             patches = model.base.grid_size[1], model.base.stride, model.base.patch_size
             parts = part_finder(model, amp_dtype)
             answers = Answers(images, data.classes, found.values, scores, lambda row: crops[row][0], parts, patches)
-            write_fgvc_report(folder / "report.html", protocol, facts, answers, args.seed)
+            write_fgvc_report(folder / "report.html", protocol, facts, answers)
             print(f"report: {folder / 'report.html'}")
         return scores.numbers | {"protocol": protocol, "parts": parts_line(model)}
 

@@ -38,16 +38,10 @@ def balanced(said: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 def attribute_metrics(said: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     """mA, accuracy, precision, recall, F1, F1_of_means and mA_supported in [0, 1] (mA_supported: the mean over the
-    attributes with true and false images alone; NaN where there is none).
-
-    Raises:
-        ValueError: shapes differ, or nothing is known.
-    """
-    if said.shape != labels.shape or said.ndim != 2:
-        raise ValueError(f"answers {said.shape} and labels {labels.shape} must both be [n, A]")
+    attributes with true and false images alone; NaN where there is none). ValueError where nothing is known."""
     rows = (labels >= 0).any(axis=1)
-    if not rows.any():
-        raise ValueError("not one label is known")
+    if said.shape != labels.shape or not rows.any():
+        raise ValueError(f"answers {said.shape}, labels {labels.shape}, {rows.sum()} images with a known one")
     true, answer = (labels == 1)[rows], (said & (labels >= 0))[rows]
     both = (true & answer).sum(axis=1)
     precision, recall = ratio(both, answer.sum(axis=1)), ratio(both, true.sum(axis=1))
@@ -66,20 +60,13 @@ def attribute_metrics(said: np.ndarray, labels: np.ndarray) -> dict[str, float]:
 
 
 def constant_answer(labels: np.ndarray) -> np.ndarray:
-    """[A] bool: the best that can be said of every image alike without looking, by the labels of training.
-
-    The k commonest attributes are said to be true, with the k of the highest mean F1 on the training images;
-    of equal ones the fewest, and of equally common attributes the first.
-    """
+    """[A] bool: the best that can be said of every image alike without looking: the k attributes that are commonest in
+    training, with the k of the highest mean F1 there; of equal ones the fewest, and the first."""
+    labels = labels[(labels >= 0).any(axis=1)]
     known, true = labels >= 0, labels == 1
     order = np.argsort(-ratio(true.sum(axis=0), known.sum(axis=0)), kind="stable")
-    rows = known.any(axis=1)
-    size = true[rows].sum(axis=1)
-    both, said = np.zeros(len(size), np.int64), np.zeros(len(size), np.int64)
-    scores = []
-    for column in order.tolist():
-        both, said = both + true[rows, column], said + known[rows, column]
-        scores.append(ratio(2 * both, size + said).mean())
+    both, said = true[:, order].cumsum(axis=1), known[:, order].cumsum(axis=1)  # of the first 1, 2 ... A
+    scores = ratio(2 * both, true.sum(axis=1, keepdims=True) + said).mean(axis=0)
     answer = np.zeros(labels.shape[1], dtype=bool)
     answer[order[: int(np.argmax(scores)) + 1]] = True
     return answer
@@ -98,28 +85,27 @@ def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def group_top1(probs: np.ndarray, labels: np.ndarray, columns: list[int]) -> float:
-    """Share of images whose most probable attribute among `columns` is the true one, of those with exactly one
-    true one; NaN where there is no such image. probs: [n, A] float."""
-    inside = labels[:, columns] == 1
+    """Share of images whose most probable attribute among `columns` is the true one; NaN where there is no image."""
+    counts = group_confusion(probs, labels, columns)
+    return float(ratio(np.trace(counts), counts.sum(), np.nan))
+
+
+def group_confusion(probs: np.ndarray, labels: np.ndarray, columns: list[int]) -> np.ndarray:
+    """[K, K] images by their true attribute among `columns`, of those with exactly one, and the most probable one."""
+    inside, K = labels[:, columns] == 1, len(columns)
     rows = inside.sum(axis=1) == 1
-    if not rows.any():
-        return float("nan")
-    return float(inside[rows, probs[rows][:, columns].argmax(axis=1)].mean())
+    true, said = inside[rows].argmax(axis=1), probs[rows][:, columns].argmax(axis=1)
+    return np.bincount(true * K + said, minlength=K * K).reshape(K, K)
 
 
 def attribute_rows(
     probs: np.ndarray, labels: np.ndarray, names: list[str], rates: np.ndarray, threshold: float
 ) -> list[dict]:
-    """One row an attribute, as plain values in [0, 1] and counts; beside each number what a constant answer
-    gets.
+    """One row an attribute, as plain values in [0, 1] and counts; beside each number what a constant answer gets.
 
-    train_rate: share of true training images. images, support: known and true test images. TPR, TNR and their
-    mean, the term of mA (a constant gets 0.5, or less where there is no support). AP: average precision,
-    that of a constant is the positive rate. accuracy: share of right answers, a constant's by the commoner
-    answer of training.
-
-    Args:
-        probs: [n, A] float. rates: [A] float, share of true images in training.
+    images, support: known and true test images. mA: the attribute's term of it. AP: average precision, of a constant
+    the positive rate. accuracy: share of right answers, a constant's by the commoner answer of training. probs: [n, A]
+    float; rates: [A] float, share of true images in training.
     """
     said, constant = probs > threshold, np.broadcast_to(rates > 0.5, labels.shape)
     tp, fn, tn, fp = confusion(said, labels)

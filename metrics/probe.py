@@ -24,13 +24,9 @@ def knn_predict(train, train_labels, queries, num_classes: int, k: int = 20, tem
 
 
 def linear_fit(features, labels, num_classes: int, l2: float, steps: int = 60, start=None) -> torch.Tensor:
-    """Multinomial logistic regression, full batch, L-BFGS.
+    """Multinomial logistic regression, full batch, L-BFGS -> [D + 1, num_classes] float32, the last row is the bias.
 
-    Args:
-        features: [M, D] float32, standardised. l2: weight of the mean squared weights.
-        start: [D + 1, num_classes], what another `l2` gave (None: zeros).
-    Returns:
-        [D + 1, num_classes] float32, the last row is the bias.
+    features: [M, D] float32, standardised; l2: weight of the mean squared weights; start: what another `l2` gave.
     """
     x = F.pad(features, (0, 1), value=1.0)
     weight = torch.zeros(x.shape[1], num_classes, device=x.device) if start is None else start.clone()
@@ -48,11 +44,8 @@ def linear_fit(features, labels, num_classes: int, l2: float, steps: int = 60, s
 
 
 def linear_predict(train, train_labels, queries, num_classes: int) -> tuple[torch.Tensor, float]:
-    """Linear probe -> (logits, its L2 weight of `L2_GRID`, chosen by five-fold cross-validation).
-
-    Folds beyond `HELD_OUT_ROWS` are left out. One fold of a small set chooses by chance: with 977 rows of 196
-    classes the choice alone moved top-1 by a point.
-    """
+    """Linear probe -> (logits, its L2 weight of `L2_GRID`, chosen by five-fold cross-validation; folds beyond
+    `HELD_OUT_ROWS` are left out). One fold of a small set would choose by chance."""
     mean, std = train.mean(dim=0), train.std(dim=0, correction=0).clamp_min(1e-6)
     train, queries = (train - mean) / std, (queries - mean) / std
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
@@ -73,10 +66,8 @@ def linear_predict(train, train_labels, queries, num_classes: int) -> tuple[torc
 
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int, draw: int) -> np.ndarray:
-    """A few rows of each class, all of one that has fewer: [m] int64, ascending.
-
-    A function of (seed, draw, labels); those of fewer shots are among those of more.
-    """
+    """A few rows of each class, all of one that has fewer: [m] int64, ascending. A function of (seed, draw, labels);
+    those of fewer shots are among those of more."""
     order = np.random.default_rng((seed, draw)).permutation(len(labels))
     by_class = order[np.argsort(labels[order], kind="stable")]
     _, first, counts = np.unique(labels[by_class], return_index=True, return_counts=True)

@@ -22,11 +22,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.sparse import csr_array, vstack
 
 BLOCK_NUMBERS = 1 << 25  # similarities held at a time
 SORTED_AT_ONCE = 1 << 18  # similarities sorted by one thread: what stays in its cache
 MARKS = ("wrong", "right", "junk")
-BINS = 20_000  # of the cosines in [-1, 1]: those of some encoders fill a hundredth of it
 
 
 class FeatureSet(NamedTuple):
@@ -44,12 +44,10 @@ class FeatureSet(NamedTuple):
 class Protocol:
     """The rules of one number.
 
-    name: of the protocol; numbers of different protocols must not stand in one column.
     remove_same_camera: gallery images of the query's vehicle and camera do not count (VeRi-776's rule; also
         what VERI-Wild's authors ask for, though their scripts keep them, which adds about 4 points of mAP).
     draws: 0, or how often one random image of each vehicle becomes the gallery and the rest the queries
-        (VehicleID); the scores are means over the draws. Draw i is a function of (seed, i) and the list.
-    rerank: (k1, k2, lambda) of `reranked_blocks`, or None.
+        (VehicleID); the scores are means over the draws. rerank: (k1, k2, lambda) of `reranked_blocks`, or None.
     """
 
     name: str
@@ -74,12 +72,8 @@ class Protocol:
 def protocols_of(
     name: str, cameras: dict[str, tuple[np.ndarray, np.ndarray | None]], keep_same_camera: bool = False, seed: int = 0
 ) -> dict[str, Protocol]:
-    """The protocol of each test of a set.
-
-    Args:
-        name: of the set. cameras: {test: (camids of the query, of the gallery)}, -1: not known; None: drawn.
-        keep_same_camera: the other variant, under another name. seed: of the draws.
-    """
+    """The protocol of each test of a set; cameras: {test: (camids of the query, of the gallery)}, -1: not known, None:
+    drawn; keep_same_camera: the other variant, under another name; seed: of the draws."""
     found = {}
     for test, (query, gallery) in cameras.items():
         title, draws = name if test == "test" else f"{name}/{test}", (10, seed) if gallery is None else ()
@@ -103,28 +97,27 @@ def evaluate(
     """`scores` by a protocol; without a gallery it is drawn from the queries, and the scores are means over the
     draws, with standard deviations as mAP_std, R1_std ..."""
 
-    def score(query: FeatureSet, gallery: FeatureSet) -> dict[str, float]:
-        cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else ()
-        make_blocks, options = (reranked_blocks, protocol.rerank) if protocol.rerank else (cosine_blocks, ())
-        blocks = make_blocks(query.features, gallery.features, *options, device=device)
-        return scores(rank_blocks(blocks, query.pids, gallery.pids, *cameras))
-
     if gallery is not None:
-        return score(query, gallery)
+        return scores(rank(protocol, query, gallery, device))
     draws = [draw_gallery(query.pids, protocol.seed, draw) for draw in range(protocol.draws)]
-    found = [score(query.take(asked), query.take(kept)) for kept, asked in draws]
+    found = [scores(rank(protocol, query.take(asked), query.take(kept), device)) for kept, asked in draws]
     result = {key: float(np.mean([row[key] for row in found])) for key in found[0]}
     spread = {f"{key}_std": float(np.std([row[key] for row in found])) for key in ("mAP", "R1", "R5", "R10")}
     return result | spread
 
 
+def rank(protocol: Protocol, query: FeatureSet, gallery: FeatureSet, device: torch.device | str = "cpu") -> "Ranks":
+    """Ranks of all true matches by the rules of a protocol."""
+    cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else ()
+    make_blocks, options = (reranked_blocks, protocol.rerank) if protocol.rerank else (cosine_blocks, ())
+    blocks = make_blocks(query.features, gallery.features, *options, device=device)
+    return rank_blocks(blocks, query.pids, gallery.pids, *cameras)
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """Ranks of the true matches.
-
-    hits: [H] int64, ranks (from 1) of the gallery images of each query's vehicle, query by query, ascending;
-    offsets: [Q + 1] int64, the hits of query q are hits[offsets[q]:offsets[q + 1]].
-    """
+    """hits: [H] int64, ranks (from 1) of the gallery images of each query's vehicle, query by query, ascending;
+    offsets: [Q + 1] int64, the hits of query q are hits[offsets[q]:offsets[q + 1]]."""
 
     hits: np.ndarray
     offsets: np.ndarray
@@ -158,7 +151,7 @@ def cosine_blocks(
     query: torch.Tensor, gallery: torch.Tensor, device: torch.device | str = "cpu"
 ) -> Iterator[torch.Tensor]:
     """[q, G] float32 cosines of some queries at a time with the whole gallery, in order. A block is good until the
-    next one is asked for, which takes its memory. ValueError where a feature is not finite."""
+    next one is asked for. ValueError where a feature is not finite."""
     unit = []
     for name, x in (("query", query), ("gallery", gallery)):
         x = x.to(device).float()
@@ -178,14 +171,12 @@ def cosine_blocks(
 def rank_blocks(
     blocks: Iterable[torch.Tensor], query_pids, gallery_pids, query_camids=None, gallery_camids=None
 ) -> Ranks:
-    """Ranks of all true matches. Only the similarities are sorted, not the images with them, which vector
-    instructions do several times faster; looking up those of the true matches gives their ranks.
+    """Ranks of all true matches; ValueError where the pids are not as many as the similarities. Only similarities are
+    sorted, not images with them, which is several times faster; looking up those of the matches gives their ranks.
 
     Args:
         blocks: [q, G] similarities of some queries at a time, in order; junk in them is overwritten.
         query_camids, gallery_camids: [Q], [G] int64, images of one vehicle and camera are junk; None: no junk.
-    Raises:
-        ValueError: the pids are not as many as the similarities.
     """
     order = np.argsort(gallery_pids, kind="stable")
     low, high = (np.searchsorted(gallery_pids[order], query_pids, side) for side in ("left", "right"))
@@ -217,11 +208,8 @@ def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _block_ranks(similar: torch.Tensor, owner: np.ndarray, good: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[n] int64 ranks of pairs of one block, query by query, ascending.
-
-    Args:
-        similar: [q, G]. owner, good: [n] int64 rows, ascending, and columns. counts: [q] int64 pairs of each row.
-    """
+    """[n] int64 ranks of pairs of one block, similar [q, G], query by query, ascending; owner, good: [n] int64 rows,
+    ascending, and columns; counts: [q] int64 pairs of each row."""
     slots, _ = _ranges(np.zeros_like(counts), counts)
     rows, columns, slots = (torch.from_numpy(ids).to(similar.device) for ids in (owner, good, slots))
     values = similar[rows, columns]
@@ -259,45 +247,20 @@ class Card(NamedTuple):
 
 
 class Ranking:
-    """What the page needs of all cosines, in two passes over their blocks.
+    """What the page shows.
 
-    ranks: of all true matches. ap: [Q] float64 in [0, 1], NaN: no match. chosen: {section: query rows, in
-    order}; similar: {query row: [G] float32} of those. true, others: [BINS] int64, pairs of the same vehicle
-    without junk, and of different vehicles, by cosine.
-    shown: queries a section. seed: of the random section.
+    ranks: of all true matches. ap: [Q] float64 in [0, 1], NaN: no match. chosen: {section: query rows, in order}, at
+    most `shown` each; similar: {query row: [G] float32 cosines} of those. seed: of the random section.
     """
 
     def __init__(self, protocol: Protocol, query: FeatureSet, gallery: FeatureSet, shown: int, seed: int, device="cpu"):
-        self.protocol, self.query, self.gallery, self.device = protocol, query, gallery, device
-        self.true, self.others = np.zeros((2, BINS), np.int64)
-        cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else ()
-        self.ranks = rank_blocks(self._counted_blocks(), query.pids, gallery.pids, *cameras)
+        self.protocol, self.query, self.gallery = protocol, query, gallery
+        self.ranks = rank(protocol, query, gallery, device)
         self.ap = self.ranks.average_precision()
         self.chosen = self._choose(shown, seed)
-        wanted, self.similar = np.unique(np.concatenate(list(self.chosen.values()))).tolist(), {}
-        for rows, similar in self._blocks():  # the same products again: others differ in the last digit
-            here = [q for q in wanted if rows.start <= q < rows.stop]
-            self.similar |= {q: similar[q - rows.start].cpu().numpy().copy() for q in here}
-
-    def _blocks(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """(rows of the queries, [q, G] float32 cosines)."""
-        start = 0
-        for similar in cosine_blocks(self.query.features, self.gallery.features, self.device):
-            yield slice(start, start + len(similar)), similar
-            start += len(similar)
-
-    def _counted_blocks(self) -> Iterator[torch.Tensor]:
-        for rows, similar in self._blocks():
-            marks = torch.from_numpy(self._marks(rows)).to(similar.device)
-            self.others += _histogram(similar[marks == 0])
-            self.true += _histogram(similar[marks == 1])
-            yield similar
-
-    def _marks(self, rows: slice) -> np.ndarray:
-        """[q, G] int8, places in MARKS."""
-        same = self.gallery.pids == self.query.pids[rows, None]
-        junk = same & self.protocol.remove_same_camera & (self.gallery.camids == self.query.camids[rows, None])
-        return same + junk.astype(np.int8)
+        wanted = np.unique(np.concatenate(list(self.chosen.values())))
+        blocks = cosine_blocks(query.features[wanted], gallery.features, device)
+        self.similar = dict(zip(wanted.tolist(), np.concatenate([block.cpu().numpy().copy() for block in blocks])))
 
     def _choose(self, shown: int, seed: int) -> dict[str, np.ndarray]:
         scored = np.flatnonzero(~np.isnan(self.ap))
@@ -315,19 +278,15 @@ class Ranking:
         """The list of a chosen query: its first `topk` counted images, up to as many junk ones among them,
         and the first right one where it comes later. Ties in the order of the gallery."""
         order = np.argsort(-self.similar[row], kind="stable")
-        marks, cosines = self._marks(slice(row, row + 1))[0, order], self.similar[row][order]
+        same = self.gallery.pids == self.query.pids[row]
+        junk = same & self.protocol.remove_same_camera & (self.gallery.camids == self.query.camids[row])
+        marks, cosines = (same + junk.astype(np.int8))[order], self.similar[row][order]
         counted = marks < 2
         ranks = np.cumsum(counted)
         within = (ranks - counted < topk) & (counted | (np.cumsum(~counted) <= topk))
         within[np.flatnonzero(marks == 1)[:1]] = True
-        ranks, marks = (ranks * counted).tolist(), [MARKS[mark] for mark in marks]
-        return [Card(int(order[i]), ranks[i], marks[i], float(cosines[i])) for i in np.flatnonzero(within)]
-
-
-def _histogram(cosines: torch.Tensor) -> np.ndarray:
-    """[n] in [-1, 1] -> [BINS] int64."""
-    place = ((cosines.clamp(-1, 1) + 1) * (BINS / 2)).int().clamp_max(BINS - 1)
-    return torch.bincount(place, minlength=BINS).cpu().numpy()
+        ranks = ranks * counted
+        return [Card(int(order[i]), int(ranks[i]), MARKS[marks[i]], float(cosines[i])) for i in np.flatnonzero(within)]
 
 
 def reranked_blocks(
@@ -340,35 +299,30 @@ def reranked_blocks(
     mostly agree (eq. 4 and 5). v_i has exp(-d) at R(i), sums to 1 (eq. 7), and is averaged over the k2
     nearest (eq. 11). The Jaccard distance of v (eq. 10) is mixed with d (eq. 12).
 
-    Args:
-        k1, k2: neighbours that may be reciprocal, and over how many a vector is averaged.
-        weight: lambda, share of d in the final distance.
-    Yields:
-        [q, G] float32 on the CPU, minus the final distance of some queries at a time.
+    weight: lambda, share of d in the final distance. Yields [q, G] float32 on the CPU, minus the final distance.
     """
     x = F.normalize(torch.cat([query, gallery]).to(device).float(), dim=1)
     Q, N = len(query), len(x)
     near, largest = _neighbours(x, min(k1 + 1, N))
-    rows, columns = _expanded(near, k1)
+    rows, columns = _expanded(near, k1).nonzero()
     pairs = zip(*(torch.from_numpy(ids).to(x.device).split(65_536) for ids in (rows, columns)))
     dots = torch.cat([(x[a] * x[b]).sum(dim=1).cpu() for a, b in pairs]).numpy()
     values = np.exp(-(2 - 2 * dots) / largest[rows])
     values = (values / np.bincount(rows, weights=values, minlength=N)[rows]).astype(np.float32)
+    v = csr_array((values.astype(np.float64), (rows, columns)), (N, N))
     if k2 > 1:
-        rows, columns, values = _averaged(rows, columns, values, near[:, :k2])
-    offsets = np.searchsorted(rows, np.arange(N + 1))
-    by_column = np.argsort(columns, kind="stable")
-    column_rows, column_values = rows[by_column], values[by_column]
-    column_offsets = np.searchsorted(columns[by_column], np.arange(N + 1))
-    start = 0
+        v = _incidence(near[:, :k2]) @ v / near[:, :k2].shape[1]
+    v, start = v.astype(np.float32).tocsr(), 0
+    of_column = v.tocsc()
     for similar in cosine_blocks(query, gallery, device):
         first = (2 - 2 * similar).cpu().numpy() / largest[start : start + len(similar), None]
         jaccard = np.empty_like(first)
         for i in range(start, start + len(similar)):
-            mine = slice(offsets[i], offsets[i + 1])
-            place, owner = _ranges(column_offsets[columns[mine]], column_offsets[columns[mine] + 1])
-            shared = np.minimum(values[mine][owner], column_values[place])
-            common = np.bincount(column_rows[place], weights=shared, minlength=N)[Q:]
+            mine = slice(v.indptr[i], v.indptr[i + 1])
+            columns = v.indices[mine]
+            place, owner = _ranges(of_column.indptr[columns], of_column.indptr[columns + 1])
+            shared = np.minimum(v.data[mine][owner], of_column.data[place])
+            common = np.bincount(of_column.indices[place], weights=shared, minlength=N)[Q:]
             jaccard[i - start] = 1 - common / (2 - common)
         start += len(similar)
         yield torch.from_numpy(-((1 - weight) * jaccard + weight * first).astype(np.float32))
@@ -385,34 +339,20 @@ def _neighbours(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     return torch.cat(near).numpy(), torch.cat(largest).numpy()
 
 
-def _reciprocal(near: np.ndarray) -> np.ndarray:
-    """[M] int64, sorted: i * N + j for all j in near[i] with i in near[j]."""
-    N = len(near)
-    ahead, back = np.arange(N)[:, None] * N + near, near * N + np.arange(N)[:, None]
-    return np.intersect1d(ahead, back, assume_unique=True)
+def _incidence(near: np.ndarray) -> csr_array:
+    """[N, k] -> [N, N] of 0 and 1: 1 at (i, j) for all j in near[i]."""
+    N, k = near.shape
+    return csr_array((np.ones(N * k), near.ravel(), np.arange(0, N * k + 1, k)), (N, N))
 
 
-def _expanded(near: np.ndarray, k1: int) -> tuple[np.ndarray, np.ndarray]:
-    """(rows, columns) of R*: R(i), and R(c) with k1 / 2 for the c in R(i) that share two thirds of it."""
-    N = len(near)
-    whole, half = _reciprocal(near), _reciprocal(near[:, : int(np.around(k1 / 2)) + 1])
-    offsets = np.searchsorted(half, np.arange(N + 1) * N)
-    found = [whole]
-    for part in np.array_split(whole, max(1, len(whole) * k1 // 8_000_000)):
-        i, c = part // N, part % N
-        place, owner = _ranges(offsets[c], offsets[c + 1])
-        keys = i[owner] * N + half[place] % N
-        inside = whole[np.minimum(np.searchsorted(whole, keys), len(whole) - 1)] == keys
-        agree = np.bincount(owner, weights=inside, minlength=len(part)) > 2 / 3 * (offsets[c + 1] - offsets[c])
-        found.append(keys[agree[owner]])
-    keys = np.unique(np.concatenate(found))
-    return keys // N, keys % N
-
-
-def _averaged(rows: np.ndarray, columns: np.ndarray, values: np.ndarray, near: np.ndarray) -> tuple[np.ndarray, ...]:
-    """(rows, columns, values) of the mean of v over the nearest of each."""
-    N, k2 = near.shape
-    offsets = np.searchsorted(rows, np.arange(N + 1))
-    place, owner = _ranges(offsets[near.ravel()], offsets[near.ravel() + 1])
-    keys, inverse = np.unique(owner // k2 * N + columns[place], return_inverse=True)
-    return keys // N, keys % N, (np.bincount(inverse, values[place]) / k2).astype(np.float32)
+def _expanded(near: np.ndarray, k1: int) -> csr_array:
+    """R* as [N, N], not 0 where j is in R*(i): R(i), and R(c) with k1 / 2 for the c in R(i) that share two thirds."""
+    N, found = len(near), []
+    nearest = _incidence(near), _incidence(near[:, : int(np.around(k1 / 2)) + 1])
+    whole, half = (ahead.multiply(ahead.T).tocsr() for ahead in nearest)  # reciprocal ones
+    for part in np.array_split(np.arange(N), max(1, N * k1 * k1 // 8_000_000)):
+        own = whole[part]
+        shared = (own @ half.T).multiply(own).tocsr()
+        shared.data = (shared.data > 2 / 3 * half.sum(axis=1)[shared.indices]).astype(np.float64)
+        found.append(own + shared @ half)
+    return vstack(found).tocsr()

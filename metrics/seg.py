@@ -9,14 +9,9 @@ IGNORE = 255  # label of pixels that do not count
 
 
 def confusion_matrix(truth: torch.Tensor, predicted: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """Pixels by true class (rows) and predicted class (columns).
+    """[K, K] int64 pixels by true class (rows) and predicted class (columns); ValueError for a class that is none.
 
-    Args:
-        truth: integers of any shape, 255 where there is no label. predicted: the same shape, 0 to K - 1.
-    Returns:
-        [K, K] int64.
-    Raises:
-        ValueError: shapes differ, or a class that is not one of the K.
+    truth: integers of any shape, 255 where there is no label; predicted: the same shape, 0 to K - 1.
     """
     if truth.shape != predicted.shape:
         raise ValueError(f"truth is {tuple(truth.shape)}, the prediction {tuple(predicted.shape)}")

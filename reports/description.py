@@ -1,13 +1,9 @@
 """The page of a description run: every kept and removed text, with the images that ground it."""
 
-from collections import Counter
 from pathlib import Path
 
-from datasets.images import UNREADABLE, open_rgb
 from datasets.path_list import PathList
-from reports.page import Html, Page, facts_table, folded, jpeg_uri, table, tag
-
-THUMBNAIL = 80  # px, longer side
+from reports.page import Page, Pictures, facts_table, short, table, tag
 
 
 def write_description_report(
@@ -22,50 +18,22 @@ def write_description_report(
         paths: the images, or None when nothing was grounded.
         shown: texts that get pictures, spread evenly over each list.
     """
-    page, pictures = Page(title), Backgrounds(paths)
+    page, pictures = Page(title), Pictures(side=80)
     page.section("Numbers")
     page.add(facts_table({name.replace("_", " "): value for name, value in metrics.items()}))
-    counts = Counter(row["reason"] for row in lists["removed"])
-    page.note("Removed: ", ", ".join(f"{n} {reason}" for reason, n in counts.most_common()) or "none", ".")
-    for name, key, columns in (("kept", "kind", ("usage", "gap")), ("removed", "reason", ("usage", "gap", "detail"))):
+    for name, key in ("kept", "kind"), ("removed", "reason"):
         page.section(f"{name.capitalize()} texts")
         for group in sorted({row[key] for row in lists[name]}):
             rows = [row for row in lists[name] if row[key] == group]
-            some = max(1, shown * len(rows) // max(len(lists[name]), 1))
-            page.add(folded(f"{group}: {len(rows)}", _table(rows, columns, pictures, some), len(rows) <= 30))
-    page.style = pictures.style()
+            some = max(1, shown * len(rows) // len(lists[name]))
+            chosen = {len(rows) * i // some for i in range(some)} if paths is not None else set()
+            lines = [text_line(row, paths, pictures, number in chosen) for number, row in enumerate(rows)]
+            content = table(["text", "usage", "gap", "detail", "nearest images"], lines)
+            page.add(tag("details", tag("summary", f"{group}: {len(rows)}"), content, open="open" * (len(rows) <= 30)))
     page.write(file)
 
 
-class Backgrounds:
-    """Pictures that are stored once, however many texts they ground: backgrounds of CSS classes."""
-
-    def __init__(self, paths: PathList | None):
-        self.paths, self.uris = paths, {}
-
-    def one(self, index: int) -> Html:
-        if index not in self.uris:
-            try:
-                self.uris[index] = jpeg_uri(open_rgb(self.paths[index]), THUMBNAIL, quality=70)
-            except UNREADABLE:
-                return Html()  # it was readable when it was embedded; the report does without
-        name = self.paths.relative(index)
-        return tag("span", kind=f"t i{index}", title=name, role="img", aria_label=name)
-
-    def style(self) -> str:
-        return "".join(f".i{index}{{background-image:url({uri})}}\n" for index, uri in self.uris.items())
-
-
-def _table(rows: list[dict], columns: tuple[str, ...], pictures: Backgrounds, shown: int) -> Html:
-    columns = [name for name in columns if any(name in row for row in rows)]
-    chosen = {len(rows) * i // shown for i in range(shown)} if pictures.paths is not None else set()
-    lines = []
-    for number, row in enumerate(rows):
-        images = row.get("images", []) if number in chosen else []
-        cells = [row["text"], *(_short(row.get(name, "")) for name in columns)]
-        lines.append([*cells, tag("td", *map(pictures.one, images))])
-    return table(["text", *columns, "nearest images" if chosen else ""], lines)
-
-
-def _short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def text_line(row: dict, paths: PathList | None, pictures: Pictures, is_shown: bool) -> list[object]:
+    values = (short(row.get(name, "")) for name in ("usage", "gap", "detail"))
+    images = [pictures.one(paths[i], paths.relative(i), row["text"]) for i in row.get("images", []) if is_shown]
+    return [row["text"], *values, tag("td", *images, kind="t")]

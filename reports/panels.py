@@ -3,6 +3,7 @@
 Letters as in models_vit.py; T = 1 + L tokens.
 """
 
+import contextlib
 from collections.abc import Iterable
 
 import numpy as np
@@ -17,21 +18,21 @@ from models_transreid import TransReID
 from models_vit import VisionTransformer
 
 TITLES = ("input", "masked", "reconstruction", "reconstruction + visible")
+PADDING = ((0, 0), (0, 0), (3, 3), (3, 3), (0, 0))  # px around each picture [N, 4, H, W, 3]
 
 
 @torch.no_grad()
-def reconstruction_columns(model, imgs: torch.Tensor, mask_ratio: float, noise: torch.Tensor):
-    """The four columns of a panel.
+def draw_reconstructions(model, imgs: torch.Tensor, mask_ratio: float, seed: int, title: str):
+    """Panels of images, [N, 3, H, W] uint8 on the model's device; masks are functions of (seed, row).
 
-    Args:
-        model: a MaskedAutoencoderViT; imgs: [N, 3, H, W] uint8 on its device; noise: [N, L].
+    Where the model predicts per-patch-normalised pixels, the true mean and deviation of each patch are put back.
+
     Returns:
-        [N, 4, H, W, 3] uint8 on the CPU. Where the model predicts per-patch-normalised pixels, the
-        true mean and deviation of each patch are put back.
+        The picture, four columns with their titles and a caption; the columns, [N, 4, H, W, 3] uint8 on the CPU.
     """
-    model.eval()
-    imgs = model.normalize(imgs)
-    latent, mask, ids_restore = model.forward_encoder(imgs, mask_ratio, noise)
+    noise = np.stack([mask_noise(seed, 0, i, model.num_patches) for i in range(len(imgs))])
+    imgs = model.eval().normalize(imgs)
+    latent, mask, ids_restore = model.forward_encoder(imgs, mask_ratio, torch.from_numpy(noise).to(imgs.device))
     pred, _ = model.forward_decoder(latent, ids_restore)
     pixels = model.patchify(imgs)
     if model.norm_pix_loss:
@@ -41,61 +42,39 @@ def reconstruction_columns(model, imgs: torch.Tensor, mask_ratio: float, noise: 
     columns = [pixels, pixels * (1 - hidden), pred, pixels * (1 - hidden) + pred * hidden]
     stacked = torch.stack([model.unpatchify(x) for x in columns], dim=1)  # [N, 4, 3, H, W]
     rgb = (stacked * model.pixel_std + model.pixel_mean).clamp(0, 1) * 255
-    return rgb.round().byte().permute(0, 1, 3, 4, 2).cpu()
-
-
-def draw_reconstructions(model, imgs: torch.Tensor, mask_ratio: float, seed: int, title: str):
-    """Panels of images, [N, 3, H, W] uint8 on the model's device; masks are functions of (seed, row).
-
-    Returns:
-        The picture, four columns with their titles and a caption; the columns, [N, 4, H, W, 3] uint8 on the CPU.
-    """
-    noise = np.stack([mask_noise(seed, 0, i, model.num_patches) for i in range(len(imgs))])
-    columns = reconstruction_columns(model, imgs, mask_ratio, torch.from_numpy(noise).to(imgs.device))
-    N, _, height, width, _ = columns.shape
-    scale = max(1, round(160 / width))
-    width, height = width * scale, height * scale
-    gap, top, bottom = 6, 18, 20
-    sheet = Image.new("RGB", (4 * (width + gap) + gap, N * (height + gap) + top + bottom), "white")
+    columns = rgb.round().byte().permute(0, 1, 3, 4, 2).cpu()
+    scale = max(1, round(160 / columns.shape[3]))
+    tiles = np.pad(columns.numpy().repeat(scale, axis=2).repeat(scale, axis=3), PADDING, constant_values=255)
+    N, _, height, width, _ = tiles.shape
+    grid = tiles.transpose(0, 2, 1, 3, 4).reshape(N * height, 4 * width, 3)
+    sheet = Image.fromarray(np.pad(grid, ((20, 20), (0, 0), (0, 0)), constant_values=255))
     draw = ImageDraw.Draw(sheet)
-    for c, name in enumerate(TITLES):
-        draw.text((gap + c * (width + gap), 3), name, fill="black")
-        for n in range(N):
-            tile = Image.fromarray(columns[n, c].numpy()).resize((width, height), Image.Resampling.NEAREST)
-            sheet.paste(tile, (gap + c * (width + gap), top + n * (height + gap)))
+    for column, name in enumerate(TITLES):
+        draw.text((4 + column * width, 3), name, fill="black")
     caption = f"{title}; {mask_ratio:.0%} masked"
-    if model.norm_pix_loss:
-        caption += "; colours use the true mean and deviation of each patch (norm_pix_loss)"
-    draw.text((gap, sheet.height - bottom + 3), caption, fill="black")
+    caption += "; colours use the true mean and deviation of each patch (norm_pix_loss)" * model.norm_pix_loss
+    draw.text((4, sheet.height - 17), caption, fill="black")
     return sheet, columns
 
 
 def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int = 6) -> np.ndarray:
-    """Panels of a few images spread over the training list, the same masks each time.
+    """Reconstructions of images spread over the list, a neighbour in place of an unreadable one.
 
     Returns:
         [H, W, 3] uint8 array; also written to `panels/epoch_<epoch>.png` of the run.
     """
-    imgs = torch.stack(_some_readable(dataset, count)).to(run.device)
-    sheet, _ = draw_reconstructions(model, imgs, mask_ratio, dataset.seed, f"epoch {epoch}")
+    imgs: list[torch.Tensor] = []
+    order = np.linspace(0, len(dataset), count, endpoint=False).astype(int).tolist()
+    for index in dict.fromkeys([*order, *range(min(len(dataset), 100))]):
+        with contextlib.suppress(*UNREADABLE):  # the loop has already counted and listed it
+            imgs.append(whole_image(open_rgb(dataset.paths[index]), dataset.input_size))
+        if len(imgs) == count:
+            break
+    sheet, _ = draw_reconstructions(model, torch.stack(imgs).to(run.device), mask_ratio, dataset.seed, f"epoch {epoch}")
     file = run.output_dir / "panels" / f"epoch_{epoch:04d}.png"
     file.parent.mkdir(parents=True, exist_ok=True)
     sheet.save(file)
     return np.asarray(sheet)
-
-
-def _some_readable(dataset, count: int) -> list[torch.Tensor]:
-    """`count` pictures spread over the list; a neighbour stands in for an unreadable one."""
-    found: list[torch.Tensor] = []
-    order = np.linspace(0, len(dataset), count, endpoint=False).astype(int).tolist()
-    for index in dict.fromkeys([*order, *range(min(len(dataset), 100))]):
-        try:
-            found.append(whole_image(open_rgb(dataset.paths[index]), dataset.input_size))
-        except UNREADABLE:
-            continue  # the loop has already counted and listed it
-        if len(found) == count:
-            break
-    return found
 
 
 @torch.no_grad()
@@ -109,15 +88,12 @@ def attention_rollout(
     row of it is needed, so a vector goes backwards through the blocks: T^2 products each instead of T^3.
 
     Args:
-        base: embeds the images, in evaluation mode. imgs: [N, 3, H, W] uint8 or normalised float, on any device.
-        blocks: those to run, in order (None: the blocks of `base`).
-        side: [N, 1, D] float that is added to all tokens, e.g. side information (None: nothing).
+        imgs: [N, 3, H, W] uint8 or normalised float. blocks: those to run, in order (None: the blocks of `base`).
+        side: [N, 1, D] float that is added to all tokens (None: nothing).
     Returns:
-        [N, rows, columns] float32 in [0, 1] on the CPU: of each image relative to its largest patch. Only
-        the order and ratios within one image mean something.
+        [N, rows, columns] float32 in [0, 1] on the CPU: of each image relative to its largest patch.
     """
-    x = base.embed(imgs.to(base.cls_token.device))  # [N, T, D]
-    x = x if side is None else x + side
+    x = base.embed(imgs.to(base.cls_token.device)) + (0 if side is None else side)  # [N, T, D]
     attentions = []
     for block in base.blocks if blocks is None else blocks:
         attentions.append(mean_attention(block, x))
@@ -132,8 +108,8 @@ def attention_rollout(
 
 
 def mean_attention(block: Block, x: torch.Tensor) -> torch.Tensor:
-    """The attention weights of a block, which a fused kernel does not return: [N, T, D] tokens as they enter the
-    block -> [N, T, T] float32, averaged over the heads; rows sum to 1."""
+    """Attention weights, which a fused kernel does not return: tokens as they enter the block [N, T, D] -> [N, T, T]
+    float32, averaged over the heads; rows sum to 1."""
     attn, (N, T, _) = block.attn, x.shape
     qkv = attn.qkv(block.norm1(x)).view(N, T, 3, attn.num_heads, -1)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # [N, heads, T, head width] each
@@ -146,18 +122,12 @@ def reid_rollout(model: TransReID, imgs: torch.Tensor, camids: torch.Tensor, vie
     block. camids, viewids: [N] int64 on the CPU."""
     side = None
     if model.sie_embed is not None:
-        rows = model.side_rows(camids, viewids).to(model.sie_embed.device)
-        side = model.config.sie_weight * model.sie_embed[rows]  # [N, 1, D]
-    last = [model.b1[0]] if model.config.jpm else []
-    return attention_rollout(model.base, imgs, [*model.base.blocks, *last], side)
+        side = model.config.sie_weight * model.sie_embed[model.side_rows(camids, viewids)]  # [N, 1, D]
+    return attention_rollout(model.base, imgs, [*model.base.blocks, *([model.b1[0]] if model.config.jpm else [])], side)
 
 
 def heat_picture(image: Image.Image, heat: torch.Tensor) -> Image.Image:
-    """A grey picture under its heat, from its coolest patch (black) to its hottest (light yellow).
-
-    Args:
-        image: RGB; heat: [rows, columns] float, stretched over the whole picture.
-    """
+    """An RGB picture in grey under its heat [rows, columns] float, from the coolest patch (black) to the hottest."""
     low, high = heat.min(), heat.max()
     level = Image.fromarray(((heat - low) / (high - low).clamp_min(1e-12)).numpy().astype(np.float32))
     colour = 255 * colormaps["inferno"](np.asarray(level.resize(image.size, Image.Resampling.BILINEAR)))[:, :, :3]

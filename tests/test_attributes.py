@@ -80,9 +80,9 @@ def test_an_attribute_without_support_halves_its_term_and_is_told():
     rows = attribute_rows(labels.astype(float), labels, ["a", "b"], np.array([0.6, 0.1]), 0.45)
     assert rows[1]["support"] == 0 and math.isnan(rows[1]["TPR"]) and math.isnan(rows[1]["AP"])
     assert rows[1]["mA"] == 0.5 and rows[0]["mA"] == 1 and rows[0]["constant_accuracy"] == 2 / 3
-    with pytest.raises(ValueError, match="not one label is known"):
+    with pytest.raises(ValueError, match="0 images with a known one"):
         attribute_metrics(np.zeros((2, 2), bool), np.full((2, 2), -1))
-    with pytest.raises(ValueError, match="must both be"):
+    with pytest.raises(ValueError, match="labels"):
         attribute_metrics(np.zeros((2, 3), bool), np.zeros((2, 2), int))
 
 

@@ -12,7 +12,6 @@ from layouts import write_demo_reid
 import main_finetune
 from models_vit import VisionTransformer
 from tools import results_table
-from tools.finished_runs import published_counts
 from util.errors import InputError
 from util.files import file_sha256
 from util.run_files import code_commit
@@ -221,11 +220,11 @@ def test_published_numbers_are_those_of_the_sheet_and_name_their_source():
 
 def test_counts_of_the_published_sets():
     wild = {"train": 277_797, "classes": 30_671, "test": 10_000, "gallery": 128_517}
-    assert published_counts("reid", "veriwild/10000") == wild
-    assert published_counts("reid", "vehicleid/1600")["test"] == 11_777
+    assert results_table.published_counts("reid", "veriwild/10000") == wild
+    assert results_table.published_counts("reid", "vehicleid/1600")["test"] == 11_777
     others = "reid table, reid veri776/same-camera-kept, reid vehicleid/100, attr table, fgvc folder, seg parts/x"
     for other in others.split(", "):
-        assert published_counts(*other.split()) is None
+        assert results_table.published_counts(*other.split()) is None
 
 
 def test_the_commit_of_a_checkout_of_an_archive_and_of_neither(tmp_path):

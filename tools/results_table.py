@@ -29,23 +29,41 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()
 
+import hashlib
 import json
+import math
+import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from tools.finished_runs import METRICS, LeftOut, Run, TestNumbers, numbers_of, read_run
+from datasets.attr import PUBLISHED as ATTRIBUTE_COUNTS
+from datasets.fgvc import PUBLISHED as CAR_COUNTS
+from datasets.reid import PUBLISHED as REID_COUNTS
+from metrics.attr import THRESHOLD
 from util.errors import InputError
 from util.files import write_atomic
 
 PUBLISHED = Path(__file__).with_name("published_results.json")
+# no part of the recipe: where things lie, how fast it goes, the weights, the seed that rows are means over
+NOT_CONFIG = (
+    "seed finetune weights_sha256 data_path output_dir log_dir device num_workers pin_mem batch_size "
+    "world_size resume given max_bad_ratio max_bad_steps allow_change print_freq save_freq save_minutes "
+    "keep_checkpoints eval eval_every report compile grad_checkpoint local_rank dist_url dist_on_itp "
+    "dist_timeout tests rerank rerank_k1 rerank_k2 rerank_lambda"
+).split()
+METRICS = {  # of each task, in the order of the tables
+    "reid": ("mAP", "R1", "R5"),
+    "attr": ("mA", "accuracy", "F1", "constant_mA"),
+    "fgvc": ("top1", "mean_class_accuracy", "majority"),
+    "seg": ("mIoU", "mAcc", "aAcc", "parts_mIoU", "parts_mAcc"),
+}
 NAMES = {
     "accuracy": "Acc", "constant_mA": "mA of a constant", "top1": "top-1", "mean_class_accuracy": "mean per class",
     "majority": "largest class", "parts_mIoU": "mIoU of parts", "parts_mAcc": "mAcc of parts",
 }  # fmt: skip
 DIGITS = {"reid": 1, "attr": 2, "fgvc": 1, "seg": 2}
-PARTS = "seg PartImageNet vehicles"
 TABLES = {  # heading: {test: (title, metrics)}
     "Re-identification": {"reid veri776": ("VeRi-776", ("mAP", "R1"))}
     | {f"reid vehicleid/{size}": (f"VehicleID {size}", ("R1", "R5")) for size in (800, 1600, 2400)}
@@ -53,27 +71,56 @@ TABLES = {  # heading: {test: (title, metrics)}
     "Attributes, classes, parts": {
         "attr veri776": ("VeRi-776 attributes", ("mA", "accuracy", "F1")),
         "fgvc StanfordCars": ("StanfordCars", ("top1",)),
-        PARTS: ("PartImageNet vehicles", ("mIoU", "mAcc")),
+        "seg PartImageNet vehicles": ("PartImageNet vehicles", ("mIoU", "mAcc")),
     },
 }
+WORDS = """In percent. Bold: ours, mean ± sample deviation over seeds; [n]: the runs below. The others are published
+numbers, and their recipes differ. It is not published which vehicles and parts of PartImageNet theirs are of, nor with
+which decoder: no run of ours stands there."""
+
+
+class LeftOut(ValueError):
+    """Why a folder gives no row, in words."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run: args.json, metrics.json, commit of the code, SHA-256 of the weights that it started from or
+    "random"; config: eight digits, equal for runs that differ in weights, seed and place only; words: its recipe."""
+
+    folder: Path
+    args: dict
+    metrics: dict
+    commit: str
+    weights: str
+
+    @property
+    def config(self) -> str:
+        kept = {name: value for name, value in self.args.items() if name not in NOT_CONFIG}
+        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+    @property
+    def words(self) -> str:
+        given = {name: self.args[name] for name in self.args.get("given", []) if name not in NOT_CONFIG}
+        return ", ".join(name if value is True else f"{name} {value}" for name, value in given.items()) or "defaults"
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed only, on one test.
-
-    number: of the group of runs, from 1. name: of the weights they started from.
-    """
+    """Runs that differ in their seed only, on one test: number of the group; name of the weights; key: equal for what
+    may stand in one column, `TASK SET` of a published set; the test in words; {metric: percents}."""
 
     number: int
     name: str
-    test: TestNumbers
-    runs: list[Run] = field(default_factory=list)
-    values: dict[str, list[float]] = field(default_factory=dict)
+    key: str
+    is_published: bool
+    title: str
+    runs: list[Run]
+    values: dict[str, list[float]]
 
     def cell(self, metric: str) -> str:
         """Mean, sample deviation, number of seeds; one seed alone as such."""
-        values, digits = self.values.get(metric, []), DIGITS[self.runs[0].task]
+        values, digits = self.values.get(metric, []), DIGITS[self.runs[0].args["task"]]
         if len(values) < 2:
             return f"{values[0]:.{digits}f} (1 seed)" if values else ""
         return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f} ({len(values)} seeds)"
@@ -91,98 +138,148 @@ def main(args) -> dict:
     folders = sorted({file.parent for file in files})
     if not folders:
         raise InputError(f"no args.json and no metrics.json in or below {', '.join(args.runs)}")
-    runs, left_out = read_runs(folders)
-    groups = group_runs(runs, weight_names([run for run, _ in runs], args.name))
-    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
-    text = markdown(groups, left_out, published)
-    write_atomic(output, lambda opened: opened.write(text.encode()))
-    for folder, reason in left_out:
-        print(f"left out: {folder}: {reason}")
+    runs, left_out = {}, []
+    for folder in folders:
+        try:
+            run = read_run(folder)
+            first = runs.setdefault((run.config, run.weights, run.args["seed"]), run)
+            if first is not run:
+                raise LeftOut(f"the same config, weights and seed as {first.folder}: it would count twice")
+        except LeftOut as reason:
+            left_out.append([f"`{folder}`", str(reason)])
+            print(f"left out: {folder}: {reason}")
+    groups = group_runs(list(runs.values()), weight_names(list(runs.values()), args.name))
+    text = markdown(groups, left_out, json.loads(PUBLISHED.read_text(encoding="utf-8")))
+    write_atomic(output, lambda opened: opened.write(text.encode("utf-8", "backslashreplace")))
     print(output)
     return {"runs": len(runs), "rows": len(groups), "left_out": len(left_out), "output": str(output)}
 
 
-def read_runs(folders: list[Path]) -> tuple[list[tuple[Run, list[TestNumbers]]], list[tuple[str, str]]]:
-    """([(run, its numbers)], [(folder, why it is left out)])."""
-    runs, left_out = [], []
-    seen: dict[tuple, Path] = {}
-    for folder in folders:
-        try:
-            run = read_run(folder)
-            numbers = numbers_of(run)
-            first = seen.setdefault((run.config, run.weights, run.seed), folder)
-            if first != folder:
-                raise LeftOut(f"the same config, weights and seed as {first}: it would count twice")
-        except LeftOut as reason:
-            left_out.append((str(folder), str(reason)))
-        else:
-            runs.append((run, numbers))
-    return runs, left_out
+def read_run(folder: Path) -> Run:
+    """Read a run; LeftOut where it is not finished, damaged, or does not say what its numbers come from."""
+    args = read_object(folder / "args.json", "not the folder of a training run")
+    if args.get("task") not in METRICS:
+        raise LeftOut("not a run of main_finetune.py: args.json names no task that is known")
+    metrics = read_object(folder / "metrics.json", "the run has not ended")
+    if not isinstance(args.get("seed"), int) or not isinstance(args.get("epochs"), int):
+        raise LeftOut("args.json has no seed or no epochs")
+    weights = str(args.get("weights_sha256", ""))
+    if weights != "random" and not re.fullmatch(r"[0-9a-f]{64}", weights):
+        raise LeftOut("args.json has no weights_sha256, the hash of the weights that the run started from")
+    commit = read_object(folder / "env.json", "no commit of the code").get("commit", "unknown")
+    if commit == "unknown":
+        raise LeftOut("env.json has no commit: the code was no git checkout, or older than this record")
+    last = read_object(folder / "log.txt", "no log of the training", last_line=True)
+    main = METRICS[args["task"]][0]
+    tested = {name: last[f"test_{name}"] for name in metrics if name.endswith(main) and f"test_{name}" in last}
+    if not tested or last.get("epoch") != args["epochs"] - 1 or any(metrics[name] != x for name, x in tested.items()):
+        raise LeftOut(f"log.txt does not end with the numbers of metrics.json after {args['epochs']} epochs")
+    return Run(folder, args, metrics, str(commit), weights)
+
+
+def read_object(file: Path, if_missing: str, last_line: bool = False) -> dict:
+    """A JSON object, of the whole file or of its last line."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = json.loads(text.splitlines()[-1] if last_line else text)
+    except FileNotFoundError:
+        raise LeftOut(f"no {file.name}: {if_missing}") from None
+    except (OSError, ValueError, IndexError, RecursionError) as error:
+        raise LeftOut(f"{file.name} cannot be read: {error}") from None
+    if not isinstance(found, dict):
+        raise LeftOut(f"{file.name} cannot be read: it holds no JSON object")
+    return found
+
+
+def test_of(run: Run, prefix: str, protocol: str) -> tuple[str, bool, str]:
+    """(key, whether it is a published test, title)."""
+    task, name = run.args["task"], re.split(r" \(|: ", protocol)[0]
+    counts = {
+        "train": run.args.get("images"), "classes": run.args.get("num_classes"),
+        "test": run.metrics.get(prefix + ("queries" if task == "reid" else "images")),
+        "gallery": run.metrics.get(prefix + "gallery"),
+    }  # fmt: skip
+    usual = task != "attr" or run.args.get("attr_threshold") == THRESHOLD
+    if usual and counts == published_counts(task, name):
+        return f"{task} {name}", True, name
+    words = ", ".join(f"{what} {count:,.0f}" for what, count in counts.items() if isinstance(count, int | float))
+    title = f"{Path(str(run.args.get('data_path'))).name}, as {name}: {words}"
+    return f"{task} {title} {protocol} {run.args.get('images_sha')}", False, title
+
+
+def published_counts(task: str, name: str) -> dict | None:
+    """What a run on a published set must count to stand beside published numbers; None for others."""
+    counts, (set_name, _, size) = None, name.partition("/")
+    if (task, name) == ("attr", "veri776"):
+        counts = ATTRIBUTE_COUNTS["train"], 19, ATTRIBUTE_COUNTS["test"], None
+    elif (task, name) == ("fgvc", "StanfordCars"):
+        counts = CAR_COUNTS["training images"], CAR_COUNTS["classes"], CAR_COUNTS["test images"], None
+    elif task == "reid" and set_name in REID_COUNTS:
+        own, ending = REID_COUNTS[set_name], f"_{size}" if size else ""
+        if f"query{ending}" in own:
+            counts = own["train"], own["train identities"], own[f"query{ending}"], own[f"gallery{ending}"]
+        elif f"test{ending}" in own:  # one image of each vehicle is the gallery
+            counts = own["train"], own["train identities"], own[f"test{ending}"] - int(size), None
+    return counts and dict(zip(("train", "classes", "test", "gallery"), counts))
 
 
 def weight_names(runs: list[Run], given: list[str]) -> dict[str, str]:
-    """{weights: what they are called}, different for different weights.
-
-    Raises:
-        InputError: a --name that is no HASH=TEXT, or whose hash is that of no weights or of several.
-    """
+    """{weights: what they are called}, different for different weights."""
     names = {}
     for run in runs:
-        file = Path(run.args.get("finetune") or "")
-        told = "random weights" if run.weights == "random" else f"{file.parent.name}/{file.name}".lstrip("/")
-        names.setdefault(run.weights, told)
+        told = "/".join(Path(str(run.args.get("finetune"))).parts[-2:])
+        names.setdefault(run.weights, "random weights" if run.weights == "random" else told)
     for text in given:
         prefix, _, name = text.partition("=")
         found = [weights for weights in names if weights.startswith(prefix)]
         if not prefix or not name or len(found) != 1:
-            raise InputError(
-                f"--name {text}: {len(found)} of the weights begin with '{prefix}'; they are "
-                f"{', '.join(weights[:16] for weights in names) or 'none'}, write HASH=TEXT"
-            )
+            known = ", ".join(weights[:16] for weights in names) or "none"
+            raise InputError(f"--name {text}: write HASH=TEXT with the begin of one of the hashes: {known}")
         names[found[0]] = name
     twice = Counter(names.values())
     return {w: name if twice[name] == 1 else f"{name} {w[:8]}" for w, name in names.items()}
 
 
-def group_runs(runs: list[tuple[Run, list[TestNumbers]]], names: dict[str, str]) -> list[Group]:
-    """Runs of one config on one test, ordered by the name of their weights."""
-    numbers: dict[tuple[str, str], int] = {}
-    groups: dict[tuple[str, str, str], Group] = {}
-    for run, tests in sorted(runs, key=lambda pair: (names[pair[0].weights], pair[0].task, pair[0].seed)):
-        recipe = (run.config, run.weights)
-        number = numbers.setdefault(recipe, len(numbers) + 1)
-        for test in tests:
-            group = groups.setdefault((*recipe, test.key), Group(number, names[run.weights], test))
-            group.runs.append(run)
-            for metric, value in test.numbers.items():
-                group.values.setdefault(metric, []).append(value)
+def group_runs(runs: list[Run], names: dict[str, str]) -> list[Group]:
+    """Runs of one config on one test, ordered by the name of their weights; without what was re-ranked."""
+    numbers: dict[tuple, int] = {}
+    groups: dict[tuple, Group] = {}
+    for run in sorted(runs, key=lambda run: (names[run.weights], run.args["task"], run.args["seed"])):
+        number = numbers.setdefault((run.config, run.weights), len(numbers) + 1)
+        for prefix in (name.removesuffix("protocol") for name in run.metrics if name.endswith("protocol")):
+            values = {m: run.metrics.get(prefix + m) for m in METRICS[run.args["task"]]}
+            values = {m: x for m, x in values.items() if isinstance(x, int | float) and math.isfinite(x)}
+            if "reranked" not in prefix and METRICS[run.args["task"]][0] in values:
+                test = test_of(run, prefix, str(run.metrics[prefix + "protocol"]))
+                new = Group(number, names[run.weights], *test, [], {})
+                group = groups.setdefault((number, test[0]), new)
+                group.runs.append(run)
+                for metric, value in values.items():
+                    group.values.setdefault(metric, []).append(100 * value)
     return list(groups.values())
 
 
-def markdown(groups: list[Group], left_out: list[tuple[str, str]], published: dict) -> str:
+def markdown(groups: list[Group], left_out: list[list[str]], published: dict) -> str:
     """The page: both tables, a table for each other set, the runs behind our rows, and what was left out."""
     parts = ["# Results"]
     for heading, columns in TABLES.items():
         parts += [f"## {heading}", published_table(columns, groups, published)]
-    parts.append(
-        "It is not published which vehicles and parts of PartImageNet the numbers in its columns are of, nor with "
-        "which decoder: no run of ours stands there."
-    )
-    parts.append(
-        "In percent. Bold: ours, mean ± sample deviation over seeds; [n]: the runs below. The others are "
-        "published numbers, and their recipes differ:"
-    )
-    used = dict.fromkeys(row["source"] for row in published["rows"])
-    parts.append("\n".join(f"- {key}: {published['sources'][key]}" for key in used))
-    others = {group.test.key: group.test.title for group in groups if not group.test.is_published}
-    if others:
-        parts.append("## Other sets\n\nNot the published ones: compare within a table only.")
+    parts += [WORDS, "\n".join(f"- {key}: {words}" for key, words in published["sources"].items())]
+    others = {group.key: group.title for group in groups if not group.is_published}
+    parts += ["## Other sets", "Not the published ones: compare within a table only."] if others else []
     for key, title in others.items():
-        parts += [f"### {title}", own_table([group for group in groups if group.test.key == key])]
-    if groups:
-        parts += ["## Runs behind our rows", runs_table(groups)]
-    if left_out:
-        parts += ["## Left out", table(["folder", "reason"], [[f"`{f}`", reason] for f, reason in left_out])]
+        own = [group for group in groups if group.key == key]
+        metrics = [m for m in METRICS[own[0].runs[0].args["task"]] if any(m in group.values for group in own)]
+        rows = [[g.name, g.runs[0].words, *(g.cell(m) for m in metrics), f"[{g.number}]"] for g in own]
+        parts += [f"### {title}", table(["pre-training", "recipe", *(NAMES.get(m, m) for m in metrics), "runs"], rows)]
+    rows = [
+        [f"[{group.number}]", run.args["task"], group.name, run.words, run.config, run.args["seed"],
+         run.commit[:12] + run.commit[40:], run.weights[:16], f"`{run.folder}`"]
+        for group in {group.number: group for group in groups}.values() for run in group.runs
+    ]  # fmt: skip
+    head = ["runs", "task", "pre-training", "recipe", "config", "seed", "commit", "weights, SHA-256", "folder"]
+    parts += ["## Runs behind our rows", table(head, rows)] if rows else []
+    parts += ["## Left out", table(["folder", "reason"], left_out)] if left_out else []
     return "\n\n".join(parts) + "\n"
 
 
@@ -196,39 +293,21 @@ def published_table(columns: dict, groups: list[Group], published: dict) -> str:
         texts = ["" if v is None else f"{v:.{DIGITS[key.split()[0]]}f}" for v, (key, *_) in zip(found, cells)]
         if any(texts):
             rows.append([row["name"], *texts, row["source"]])
-    ours = [group for group in groups if group.test.is_published and group.test.key in columns]
-    for name in dict.fromkeys(group.name for group in ours):
-        of_test = {key: [g for g in ours if g.name == name and g.test.key == key] for key in columns}
-        for i in range(max(map(len, of_test.values()))):
-            row = {key: found[i] for key, found in of_test.items() if i < len(found)}
-            texts = [row[key].cell(metric) if key in row else "" for key, metric, _ in cells]
-            numbers = dict.fromkeys(f"[{group.number}]" for group in row.values())
-            rows.append([f"**{name}**", *(f"**{t}**" if t else "" for t in texts), " ".join(numbers)])
+    ours: dict[tuple, dict[str, Group]] = {}  # the groups of a row
+    for group in (group for group in groups if group.is_published and group.key in columns):
+        place = 0  # of the recipes of one test the first shares its row with the first of another
+        while group.key in ours.get((group.name, place), {}):
+            place += 1
+        ours.setdefault((group.name, place), {})[group.key] = group
+    for (name, _), row in sorted(ours.items()):
+        texts = [row[key].cell(metric) if key in row else "" for key, metric, _ in cells]
+        numbers = dict.fromkeys(f"[{group.number}]" for group in row.values())
+        rows.append([f"**{name}**", *(f"**{text}**" if text else "" for text in texts), " ".join(numbers)])
     return table(head, rows)
 
 
-def own_table(groups: list[Group]) -> str:
-    metrics = [m for m in METRICS[groups[0].runs[0].task] if any(m in group.values for group in groups)]
-    head = ["pre-training", "recipe", *(NAMES.get(m, m) for m in metrics), "runs"]
-    return table(head, [[g.name, g.runs[0].words(), *(g.cell(m) for m in metrics), f"[{g.number}]"] for g in groups])
-
-
-def runs_table(groups: list[Group]) -> str:
-    rows = []
-    for group in {group.number: group for group in groups}.values():
-        run = group.runs[0]
-        commits = dict.fromkeys(run.commit[:12] + run.commit[40:] for run in group.runs)
-        rows.append([
-            f"[{group.number}]", run.task, group.name, run.words(), f"`{run.config}`",
-            ", ".join(str(run.seed) for run in group.runs), ", ".join(commits),
-            f"`{run.weights[:16]}`", " ".join(f"`{run.folder}`" for run in group.runs),
-        ])  # fmt: skip
-    head = ["runs", "task", "pre-training", "recipe", "config", "seeds", "commit", "weights, SHA-256", "folders"]
-    return table(head, rows)
-
-
-def table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+def table(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *([str(cell).replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
