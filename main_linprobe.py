@@ -54,7 +54,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--batch_size", default=128, type=int, help="images through the encoder at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"), help="precision (default auto)")
+    add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"), help="precision (default none: float32)")
     # fmt: on
     return parser
 
@@ -98,6 +98,7 @@ import torch.nn.functional as F
 
 from datasets.fgvc import LabelledImages, list_labelled
 from datasets.items import WholeImages
+from datasets.path_list import printable
 from datasets.pretrain import PretrainDataset
 from datasets.reid import read_reid
 from datasets.samplers import EpochBatches
@@ -107,7 +108,7 @@ from finetune.reid import evaluate_reid, flat_metrics, unreadable_of
 from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from metrics.reid import FeatureSet, evaluate, protocols_of
 from models_probe import ReadOuts, SearchReadOuts, load_read_outs
-from reports.run import Score, draw_layers, mean_attribute_accuracy, score_table
+from reports.run import Scores, draw_layers, mean_attribute_accuracy, score_name, score_table
 from util.dist import pick_device
 from util.fetch import fetch
 from util.files import write_atomic
@@ -118,56 +119,52 @@ from util.progress import Progress
 def main(args) -> dict[str, float | str]:
     """Returns e.g. {"knn_mean_make_top1": 0.12, ...}, shares in [0, 1]."""
     check_args(args)
-    file = metrics_file(args)
-    args.output_dir = str(file.parent)
-    args.checkpoint = str(fetch(args.checkpoint))
-    device = pick_device(args.device)
+    file, device = metrics_file(args), pick_device(args.device)
     size = parse_input_size(args.input_size) if args.input_size else None
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     loading["amp_dtype"], _ = pick_precision(args.amp, device)
+    if "reid" in args.protocol:  # the data are read before the weights are fetched
+        data, judge = read_reid(args.data_path, args.format, need_train=False), judge_search
+        print(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes), sep="\n")
+    else:
+        data, judge = {column: list_labelled(args.data_path, column) for column in args.label_column}, judge_labels
+    args.checkpoint = str(fetch(args.checkpoint))
     read_outs, report = load_read_outs(args.checkpoint, tuple(args.read_out), size, device)
     print(f"encoder {args.checkpoint}:\n{report}", flush=True)
-    judge = judge_search if "reid" in args.protocol else judge_labels
-    facts, scores = judge(args, read_outs, loading)
+    facts, scores = judge(args, data, read_outs, loading)
     print(score_table(scores))
     if "layers" in args.read_out:
-        picture = draw_layers(scores, "/".join(Path(args.checkpoint).parts[-2:]))
-        write_atomic(file.with_name("layers.png"), lambda opened: opened.write(picture))
-    return facts | {score.name: score.value for score in scores}
+        figure = draw_layers(scores, "/".join(Path(args.checkpoint).parts[-2:]))
+        picture = partial(figure.savefig, format="png", dpi=110, facecolor="white")
+        write_atomic(file.with_name("layers.png"), picture)
+    return facts | {score_name(key): value for key, value in scores.items()}
 
 
-def judge_search(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[Score]]:
-    """Each read-out as the feature of a search, by the protocol that `main_finetune.py --eval` uses."""
-    data = read_reid(args.data_path, args.format, need_train=False)
-    print(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes), sep="\n")
+def judge_search(args, data, read_outs: ReadOuts, loading: dict) -> tuple[dict, Scores]:
+    """Each read-out as the feature of a search, by the protocol that `main_finetune.py --eval` uses; beside it
+    features that know nothing: normal noise."""
     model = SearchReadOuts(read_outs)
     protocols = protocols_of(data.name, data.cameras(), seed=args.seed)
     results = evaluate_reid(model, data, protocols, **loading, columns=model.columns)
     print("\n".join(dict.fromkeys(result.protocol.line() for result in results.values())), flush=True)
     facts: dict[str, float | str] = {"unreadable": len(unreadable_of(results))}
     facts |= {f"reid_{name}": value for name, value in flat_metrics(results).items()}
-    scores = []
+    scores: Scores = {}
     for key, result in results.items():
+        rng, noise = np.random.default_rng(args.seed), []
+        for images in (part.images for part in (result.query, result.gallery) if part):
+            values = torch.from_numpy(rng.standard_normal((len(images), 16), np.float32))
+            noise.append(FeatureSet(values, images.pids, images.camids))
         read_out, test = key.split(" ", 1)
-        column = "" if test == "test" else test
-        for protocol, numbers in (("reid", result.metrics), ("random", random_order(result, args.seed))):
-            scores += [Score(protocol, read_out, column, metric, numbers[metric]) for metric in ("mAP", "R1", "R5")]
+        for protocol, numbers in (("reid", result.metrics), ("random", evaluate(result.protocol, *noise))):
+            for metric in ("mAP", "R1", "R5"):
+                scores[protocol, read_out, "" if test == "test" else test, metric] = numbers[metric]
     return facts, scores
 
 
-def random_order(result, seed: int) -> dict[str, float]:
-    """The numbers of features that know nothing: normal noise."""
-    rng, rows = np.random.default_rng(seed), []
-    for images in (part.images for part in (result.query, result.gallery) if part):
-        noise = torch.from_numpy(rng.standard_normal((len(images), 16), np.float32))
-        rows.append(FeatureSet(noise, images.pids, images.camids))
-    return evaluate(result.protocol, *rows)
-
-
-def judge_labels(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[Score]]:
+def judge_labels(args, tables: dict, read_outs: ReadOuts, loading: dict) -> tuple[dict, Scores]:
     """Every protocol on every read-out and label column; features are extracted once."""
-    tables = {column: list_labelled(args.data_path, column) for column in args.label_column}
-    features, problems = all_features(args, read_outs, next(iter(tables.values())).paths, loading)
+    features, problems = probe_features(read_outs, next(iter(tables.values())).paths, loading)
     for column, table in tables.items():
         if table.unlabelled:
             print(f"{table.unlabelled} rows have no {column} and are left out of its numbers")
@@ -179,25 +176,25 @@ def judge_labels(args, read_outs: ReadOuts, loading: dict) -> tuple[dict, list[S
     if "mae" in args.protocol:
         heads = train_mae_heads(args, read_outs, features, tables, loading)
         facts |= {"mae_blr": args.blr}
-    scores: list[Score] = []
+    scores: Scores = {}
     for column, table in tables.items():
         for read_out, values in features.items():
-            found = probe(args, values, table, heads.get((read_out, column)))
-            scores += [Score(name, read_out, column, m, value) for name, of in found.items() for m, value in of.items()]
-    return facts, scores + mean_attribute_accuracy(scores)
+            for protocol, numbers in probe(args, values, table, heads.get((read_out, column))).items():
+                scores |= {(protocol, read_out, column, metric): value for metric, value in numbers.items()}
+    return facts, scores | mean_attribute_accuracy(scores)
 
 
-def all_features(args, read_outs: ReadOuts, paths, loading: dict) -> tuple[dict, dict[int, str]]:
-    """({read-out: [n, D] float32 on the device}, {index: problem}) of one pass over all images."""
-    device = next(read_outs.parameters()).device
-    images, progress = WholeImages(paths, np.arange(len(paths)), read_outs.img_size), Progress("features", len(paths))
-    features, problems = extract_features(lambda imgs, _: read_outs.encode(imgs), images, device, progress, **loading)
+def probe_features(model, paths, loading: dict) -> tuple[dict[str, torch.Tensor], dict[int, str]]:
+    """({read-out: [n, D] float32 on the model's device}, {index: problem}) of one pass over all images."""
+    device = next(model.parameters()).device
+    images, progress = WholeImages(paths, np.arange(len(paths)), model.img_size), Progress("features", len(paths))
+    features, problems = extract_features(lambda imgs, _: model.encode(imgs), images, device, progress, **loading)
     progress.close()
     for index, problem in problems.items():
-        print(f"unreadable, left out: {paths[index]}: {problem}")
+        print(f"unreadable, left out: {printable(paths.relative(index))}: {problem}")
     for name, values in features.items():
         if not np.isfinite(np.delete(values, list(problems), axis=0)).all():
-            raise InputError(f"{args.checkpoint}: {name} is not finite: the model has diverged, or needs --amp none")
+            raise InputError(f"the feature {name} is not finite: the model has diverged, or needs --amp none")
     return {name: torch.from_numpy(values).to(device) for name, values in features.items()}, problems
 
 

@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-import re
 import shutil
 
 import numpy as np

@@ -118,12 +118,12 @@ def test_the_page_shows_the_lists_of_the_metrics(tmp_path, folder, monkeypatch, 
     ap = [ap for ap, _ in slow]
     assert [found[1] for found in sections["worst"]] == pytest.approx([100 * v for v in sorted(ap)[:5]], abs=0.06)
     by_title = {}  # of equal titles, one of the queries must fit
-    for (value, cards), pid, camid in zip(slow, query.pids, query.camids):
+    for (value, whole), pid, camid in zip(slow, query.pids, query.camids):
         title = f"pid car &lt;{pid}&gt;" + (f", camid {camid}" if cameras else "")
-        shown = [(m, r, pytest.approx(c, abs=6e-4), gallery.paths.relative(g)) for g, r, m, c in first_cards(cards, 6)]
+        shown = [(m, r, pytest.approx(c, abs=6e-4), gallery.paths.relative(g)) for g, r, m, c in first_cards(whole, 6)]
         by_title.setdefault(title, []).append((pytest.approx(100 * value, abs=0.06), shown))
-    for title, value, cards in (found for section in sections.values() for found in section):
-        assert (value, cards) in by_title[title]
+    for title, value, listed in (found for section in sections.values() for found in section):
+        assert (value, listed) in by_title[title]
     assert ("not counted" in page) == (protocol is WITH)
     assert ("camid" in page.split('<h2 id="worst-queries')[1]) == cameras
     assert f"mAP<b>{100 * np.mean(ap):.2f} %</b>" in page and protocol.line() in page

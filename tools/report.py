@@ -27,44 +27,27 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
-import numpy as np
 import torch
 
 from datasets.fgvc import list_labelled
-from datasets.items import WholeImages
-from engine_extract import extract_features
+from main_linprobe import probe_features
 from metrics.probe import knn_predict, topk_accuracy
 from models_mae import MODELS
-from models_vit import VisionTransformer, load_encoder
+from models_vit import load_encoder
 from reports.run import write_run_report
 from util.errors import InputError
-from util.progress import Progress
 
 
-def initial_encoder(config: dict) -> VisionTransformer:
-    """The encoder as it was before the first update."""
-    torch.manual_seed(config["seed"])
-    model = MODELS[config["model"]](img_size=tuple(config["img_size"]))
-    return model.eval()
-
-
-def knn_accuracy(model, tables: dict, read_out: str, title: str) -> dict[str, float]:
+def knn_accuracy(model, tables: dict, read_out: str) -> dict[str, float]:
     paths = next(iter(tables.values())).paths
-    progress = Progress(title, len(paths))
-    images, loading = WholeImages(paths, np.arange(len(paths)), model.img_size), {"batch_size": 128, "num_workers": 2}
-    features, problems = extract_features(
-        lambda imgs, _: {read_out: model.encode(imgs)[read_out]}, images, torch.device("cpu"), progress, **loading
-    )
-    progress.close()
+    features, problems = probe_features(model, paths, {"batch_size": 128, "num_workers": 2})
     if problems:
         raise InputError(f"{len(problems)} images could not be read, first {paths[min(problems)]}: remove them")
-    x = torch.from_numpy(features[read_out])
     scores = {}
     for column, table in tables.items():
-        y = torch.from_numpy(table.labels)
+        y, x = torch.from_numpy(table.labels), features[read_out]
         train, val = (torch.from_numpy(table.splits[name]) for name in ("train", "val"))
-        votes = knn_predict(x[train], y[train], x[val], len(table.classes))
-        scores[column] = topk_accuracy(votes, y[val], 1)
+        scores[column] = topk_accuracy(knn_predict(x[train], y[train], x[val], len(table.classes)), y[val], 1)
     return scores
 
 
@@ -76,17 +59,21 @@ def majority_share(table) -> float:
 
 def main(args) -> dict:
     run_dir = Path(args.run_dir)
-    encoder, log_file = run_dir / "encoder.safetensors", run_dir / "log.txt"
-    for file in (encoder, log_file, run_dir / "args.json"):
-        if not file.is_file():
-            raise InputError(f"{file} does not exist: give the output folder of a finished main_pretrain.py")
-    log = [json.loads(line) for line in log_file.read_text().splitlines()]
-    settings = json.loads((run_dir / "args.json").read_text())
+    for name in ("encoder.safetensors", "log.txt", "args.json"):
+        if not (run_dir / name).is_file():
+            raise InputError(f"{run_dir / name} does not exist: give the output folder of a finished main_pretrain.py")
+    try:
+        log = [json.loads(line) for line in (run_dir / "log.txt").read_text().splitlines()]
+        settings = json.loads((run_dir / "args.json").read_text())
+        torch.manual_seed(settings["seed"])
+        initial = MODELS[settings["model"]](img_size=tuple(settings["img_size"])).eval()  # before the first update
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"log.txt or args.json in {run_dir} is damaged: {error!r}") from error
     tables = {column: list_labelled(args.data_path, column) for column in args.label_column}
     knn = {
         "chance": {column: majority_share(table) for column, table in tables.items()},
-        "before": knn_accuracy(initial_encoder(settings), tables, args.read_out, "before"),
-        "after": knn_accuracy(load_encoder(encoder), tables, args.read_out, "after"),
+        "before": knn_accuracy(initial, tables, args.read_out),
+        "after": knn_accuracy(load_encoder(run_dir / "encoder.safetensors"), tables, args.read_out),
     }
     write_run_report(run_dir / "report.html", log, settings, knn)
     names = {"majority": "chance", "before": "before", "after": "after"}

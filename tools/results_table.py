@@ -38,9 +38,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from datasets.attr import PUBLISHED as ATTRIBUTE_COUNTS
-from datasets.fgvc import PUBLISHED as CAR_COUNTS
-from datasets.reid import PUBLISHED as REID_COUNTS
+from datasets.tables import PUBLISHED as COUNTS
 from metrics.attr import THRESHOLD
 from util.errors import InputError
 from util.files import write_atomic
@@ -210,16 +208,15 @@ def test_of(run: Run, prefix: str, protocol: str) -> tuple[str, bool, str]:
 def published_counts(task: str, name: str) -> dict | None:
     """What a run on a published set must count to stand beside published numbers; None for others."""
     counts, (set_name, _, size) = None, name.partition("/")
+    own, ending = COUNTS.get(set_name, {}), f"_{size}" if size else ""
     if (task, name) == ("attr", "veri776"):
-        counts = ATTRIBUTE_COUNTS["train"], 19, ATTRIBUTE_COUNTS["test"], None
+        counts = own["train"], 19, own["test"], None
     elif (task, name) == ("fgvc", "StanfordCars"):
-        counts = CAR_COUNTS["training images"], CAR_COUNTS["classes"], CAR_COUNTS["test images"], None
-    elif task == "reid" and set_name in REID_COUNTS:
-        own, ending = REID_COUNTS[set_name], f"_{size}" if size else ""
-        if f"query{ending}" in own:
-            counts = own["train"], own["train identities"], own[f"query{ending}"], own[f"gallery{ending}"]
-        elif f"test{ending}" in own:  # one image of each vehicle is the gallery
-            counts = own["train"], own["train identities"], own[f"test{ending}"] - int(size), None
+        counts = own["training images"], own["classes"], own["test images"], None
+    elif task == "reid" and f"query{ending}" in own:
+        counts = own["train"], own["train identities"], own[f"query{ending}"], own[f"gallery{ending}"]
+    elif task == "reid" and f"test{ending}" in own:  # one image of each vehicle is the gallery
+        counts = own["train"], own["train identities"], own[f"test{ending}"] - int(size), None
     return counts and dict(zip(("train", "classes", "test", "gallery"), counts))
 
 

@@ -48,6 +48,7 @@ import os
 import time
 from collections.abc import Callable
 
+import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -69,10 +70,11 @@ from util.precision import pick_precision
 from util.progress import Progress
 
 Images = PathList | PackedImages
+FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")  # has letters that Pillow's own lacks
 
 
 def main(args) -> dict:
-    check_numbers(args, at_least_one="topk batch_size")
+    check_numbers(args, at_least_one="topk batch_size", not_negative="num_workers")
     device = pick_device(args.device)
     init_distributed(device, timeout_s=600)
     try:
@@ -88,20 +90,18 @@ def search(args, device: torch.device) -> dict:
     queries, gallery = open_queries(args.queries), list_images(args.gallery)
     args.checkpoint = str(fetch(args.checkpoint))
     embed, size = load_embedder(args, device)
-    amp_dtype, _ = pick_precision(args.amp, device)
-    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "amp_dtype": amp_dtype}
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
+    loading["amp_dtype"], _ = pick_precision(args.amp, device)
     features, problems = embed_queries(embed, queries, size, device, loading)
     header = {
         "checkpoint_sha256": file_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size),
-        "amp": str(amp_dtype), "images_sha256": gallery.sha256(), "images": len(gallery),
+        "amp": str(loading["amp_dtype"]), "images_sha256": gallery.sha256(), "images": len(gallery),
     }  # fmt: skip
-    folder = Path(args.index or f"{os.path.abspath(args.output)}.index")
-    started = time.perf_counter()
+    folder, started = Path(args.index or f"{os.path.abspath(args.output)}.index"), time.perf_counter()
     embedded = embed_gallery(embed, gallery, size, device, folder, header, loading)
     if not is_main_process():
         return {}
-    opened = time.perf_counter()
-    rows = open_index(folder, gallery)
+    opened, rows = time.perf_counter(), open_index(folder, (len(gallery), features.shape[1]))
     unreadable = int(np.isnan(rows[:, 0]).sum())
     print(f"gallery: {len(rows)} images under {gallery.root}, {unreadable} of them unreadable and never found")
     readable = [number for number in range(len(queries)) if number not in problems]
@@ -118,9 +118,8 @@ def search(args, device: torch.device) -> dict:
 
 def open_queries(words: list[str]) -> Images:
     first = Path(words[0])
-    if len(words) == 1 and (first.is_dir() or first.suffix.lower() in TABLE_ENDINGS):
-        return list_images(first)
-    return PathList(Path(), words)
+    is_list = len(words) == 1 and (first.is_dir() or first.suffix.lower() in TABLE_ENDINGS)
+    return list_images(first) if is_list else PathList(Path(), words)
 
 
 def image_name(paths: Images, number: int) -> str:
@@ -137,10 +136,8 @@ def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int]
     is_reid = found.task == "reid"
     model, base = found.model, found.model.base if found.task else found.model
     if is_reid and (model.config.cameras or model.config.views):
-        raise InputError(
-            f"{args.checkpoint} was trained with the camera or view of each image (SIE), which a search does not know: "
-            "give a model trained without --sie_camera and --sie_view"
-        )
+        why = "was trained with the camera or view of each image (SIE), which a search does not know"
+        raise InputError(f"{args.checkpoint} {why}: give a model trained without --sie_camera and --sie_view")
     if is_reid and args.read_out == "mean":
         raise InputError(f"--read_out mean: {args.checkpoint} is a re-id model with a feature of its own; drop it")
 
@@ -155,8 +152,7 @@ def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int]
 
 def embed_queries(embed: Callable, queries: Images, size, device, loading: dict) -> tuple[torch.Tensor, dict[int, str]]:
     """-> ([Q, D] float32, {number: why it could not be read}); InputError if that is all of them."""
-    images = WholeImages(queries, np.arange(len(queries)), size)
-    progress = Progress("queries", len(queries), shown=False)
+    images, progress = WholeImages(queries, np.arange(len(queries)), size), Progress("queries", 0, shown=False)
     features, problems = extract_features(lambda imgs, _: {"": embed(imgs)}, images, device, progress, **loading)
     for number, why in problems.items():
         print_main(f"unreadable query, left out: {printable(image_name(queries, number))}: {why}")
@@ -182,42 +178,20 @@ def embed_gallery(embed, gallery: Images, size, device, folder: Path, header: di
     return len(gallery)
 
 
-def open_index(folder: Path, gallery: Images) -> np.ndarray:
+def open_index(folder: Path, shape: tuple[int, int]) -> np.ndarray:
     """[M, D] float16, a memory map, NaN where unreadable."""
     try:
         rows = np.load(folder / "embeddings.npy", mmap_mode="r")
     except (ValueError, OSError, EOFError) as error:
         raise InputError(f"{folder} is damaged ({error}): remove it, embed again") from error
-    if len(rows) != len(gallery):
-        raise InputError(f"{folder} is damaged ({len(rows)} rows of {len(gallery)} images): remove it, embed again")
+    if rows.shape != shape or rows.dtype != np.float16:
+        raise InputError(f"{folder} is damaged ({rows.dtype} {rows.shape}, not {shape}): remove it, embed again")
     return rows
 
 
-def best_of_block(q: torch.Tensor, block: np.ndarray, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best rows of a block; those with NaN have cosine -inf.
-
-    Products are float64, rounded to float32: equal rows then have equal cosines, whatever block they are in.
-
-    Args:
-        q: [Q, D] float64, unit length. block: [n, D] float.
-    Returns:
-        Cosines [Q, min(k, n)] float32, descending, ties in the order of the rows; rows, int64.
-    """
-    g = torch.from_numpy(block).to(q.device).float().double()  # in two steps: straight is half as fast
-    lengths = torch.linalg.vector_norm(g, dim=1).clamp_min(1e-12)
-    cosines = (q @ g.t() / lengths).float().nan_to_num_(nan=-torch.inf)
-    k = min(k, len(block))
-    least = cosines.topk(k, dim=1).values[:, -1:]
-    ahead, equal = cosines > least, cosines == least
-    room = k - ahead.sum(dim=1, keepdim=True)
-    chosen = ahead | (equal & (equal.cumsum(dim=1) <= room))  # of those tied for the last places the first
-    rows = chosen.nonzero()[:, 1].view(-1, k)
-    values, order = cosines.gather(1, rows).sort(dim=1, descending=True, stable=True)
-    return values, rows.gather(1, order)
-
-
 def search_rows(query: torch.Tensor, rows: np.ndarray, k: int, block_numbers: int = BLOCK_NUMBERS) -> tuple:
-    """The k rows most similar to each query; the rows are read once, block by block.
+    """The k rows most similar to each query; the rows are read once, block by block. Products are float64, rounded to
+    float32: equal rows then have equal cosines, whatever block they are in.
 
     Args:
         query: [Q, D] float, finite; its device computes. rows: [M, D] float array or memory map; those with NaN are
@@ -232,12 +206,19 @@ def search_rows(query: torch.Tensor, rows: np.ndarray, k: int, block_numbers: in
     progress = Progress("searched", len(rows), shown=len(rows) > step)
     for start in range(0, len(rows), step):
         block = np.array(rows[start : start + step])
-        more, place = best_of_block(q, block, k)
-        values, order = torch.cat([values, more], dim=1).sort(dim=1, descending=True, stable=True)
-        values, found = values[:, :k], torch.cat([found, place + start], dim=1).gather(1, order[:, :k])
+        g = torch.from_numpy(block).to(q.device).float().double()  # in two steps: straight is half as fast
+        cosines = (q @ g.t() / torch.linalg.vector_norm(g, dim=1).clamp_min(1e-12)).float().nan_to_num_(nan=-torch.inf)
+        cosines = torch.cat([values, cosines], dim=1)
+        numbers = torch.cat([found, torch.arange(start, start + len(g), device=q.device).expand(len(q), -1)], dim=1)
+        kept = min(k, cosines.shape[1])
+        least = cosines.topk(kept, dim=1).values[:, -1:]
+        ahead, equal = cosines > least, cosines == least
+        chosen = ahead | (equal & (equal.cumsum(dim=1) <= kept - ahead.sum(dim=1, keepdim=True)))  # of ties the first
+        values, found = cosines[chosen].view(-1, kept), numbers[chosen].view(-1, kept)
         progress.update(start + len(block))
     progress.close()
-    return values.cpu().numpy(), found.cpu().numpy()
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    return values.cpu().numpy(), found.gather(1, order).cpu().numpy()
 
 
 def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, gallery: Images, args) -> list[list[dict]]:
@@ -275,19 +256,20 @@ def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]])
     width, height = TILE + 8, TILE + 40
     columns = 1 + max(len(hits[:RANKS_DRAWN]) for hits in found.values())
     sheet = Image.new("RGB", (columns * width, len(found) * height), "white")
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, 11)
     for line, (query, hits) in enumerate(found.items()):
         cells = [(queries, query, "query")]
         for hit in hits[:RANKS_DRAWN]:
             cells.append((gallery, hit["row"], f"{hit['cosine']:.4f}{'  same file' if hit['same_file'] else ''}"))
         for column, (images, number, words) in enumerate(cells):
+            left, top = column * width + 4, line * height + 4
             try:
                 tile = ImageOps.pad(open_rgb(images[number]), (TILE, TILE), color="#eee")
             except UNREADABLE:  # removed since it was embedded
                 tile = Image.new("RGB", (TILE, TILE), "#b33")
-            sheet.paste(tile, (column * width + 4, line * height + 4))
-            name = printable(Path(images.relative(number)).name)[-20:]
-            draw.text((column * width + 4, line * height + TILE + 6), f"{words}\n{name}", fill="black", font=font)
+            sheet.paste(tile, (left, top))
+            name = printable(Path(images.relative(number)).name)[-18:]
+            draw.text((left, top + TILE + 2), f"{words}\n{name}", fill="black", font=font)
     return sheet
 
 
