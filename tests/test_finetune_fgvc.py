@@ -111,7 +111,7 @@ def test_confused_pairs_and_worst_classes_by_hand(files):
     pairs = confused_pairs(found)
     assert len(pairs) == 2 and f"<b>{names[1]}</b><br>2 of 3 taken for the other" in pairs[0]
     assert f"<b>{names[3]}</b><br>1 of 3 taken for the other" in pairs[0]
-    assert pairs[0].count('class="wrong"><img') == 3 and pairs[0].count('class="right"><img') == 2
+    assert pairs[0].count('class="wrong"><img') == 4 and pairs[0].count('class="right"><img') == 2
     assert f"<b>{names[0]}</b><br>0 of 3" in pairs[1] and f"<b>{names[1]}</b><br>1 of 3" in pairs[1]
     table = class_table(found)
     assert table.index(names[1]) < table.index("0.00 %") < table.index("66.67 %") < table.index("100.00 %")
