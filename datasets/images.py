@@ -1,27 +1,120 @@
-"""One image file -> an RGB picture, whatever its format, mode and rotation."""
+"""One image file -> an RGB picture, whatever its format, mode and rotation. The only place that opens pictures."""
 
+import contextlib
+import errno
+import io
+import os
 import re
-import struct
+import stat
+import time
+import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from util.errors import InputError
 
+# what is decoded, whatever a file is called; Pillow's other decoders are old, rarely tested, or start programs
+FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else [])]
+MAX_PIXELS, MAX_BYTES = 2**27, 2**29  # of one picture, before it is decoded or read; a 108-megapixel photo fits
 EXIF_ORIENTATION = 0x0112
+PATIENCE = 20.0  # seconds that an outage of the file system is waited for
+LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
+
+
+class Unreadable(ValueError):
+    """A file that is missing, damaged or no picture; the text says why, the same for the same file."""
+
+
+UNREADABLE = (Unreadable, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+
+
+def why_unreadable(error: Exception) -> str:
+    return str(error) if isinstance(error, Unreadable) else f"{type(error).__name__}: {error}"
+
+
+class Outage:
+    """Tells a file system that is away from a file that is damaged or was never there."""
+
+    folders: set[str] = set()  # in which a file was read
+    since: float | None = None
+
+    def wait(self, file: str | Path, error: OSError) -> bool:
+        """Whether to try again, after a pause."""
+        folder = os.path.dirname(os.fspath(file))
+        is_away = error.errno == errno.ENOENT and folder in self.folders and not os.path.isdir(folder)
+        if error.errno in LASTING and not is_away:
+            return False
+        self.since = self.since or time.monotonic()
+        if time.monotonic() - self.since > PATIENCE:
+            return False
+        time.sleep(0.2)
+        return True
+
+    def is_over(self, file: str | Path) -> None:
+        self.folders.add(os.path.dirname(os.fspath(file)))
+        self.since = None
+
+
+outage = Outage()
+
+
+def read_bytes(file: str | Path) -> bytes:
+    """A regular file, whole; errors of the file system are waited for, up to `PATIENCE` in all.
+
+    Raises:
+        Unreadable: it cannot be read, is no regular file, or too large.
+    """
+    while True:
+        try:
+            found = os.stat(file)
+            if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_BYTES:
+                raise Unreadable(f"no regular file, or larger than {MAX_BYTES:,} bytes")
+            with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
+                data = opened.read()
+            outage.is_over(file)
+            return data
+        except OSError as error:
+            if not outage.wait(file, error):
+                raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
+        except ValueError as error:  # a zero byte or a lone surrogate in the name
+            raise (
+                error if isinstance(error, Unreadable) else Unreadable(f"no file has such a name ({error})")
+            ) from error
+
+
+@contextlib.contextmanager
+def decoding() -> Iterator[None]:
+    """Around calls of Pillow: what is raised inside it, of whatever type, is `Unreadable`; our own errors pass."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and palettes, image by image
+            yield
+    except Exception as error:
+        frames = traceback.walk_tb(error.__traceback__)
+        if not any(frame.f_globals.get("__name__", "").startswith("PIL.") for frame, _ in frames):
+            raise
+        text = re.sub(r" ?<_io\.[^>]*>", "", str(error))  # without memory addresses
+        raise Unreadable(" ".join(f"{type(error).__name__}: {text}".split())[:200]) from error
+
+
+def open_image(file: str | Path | BinaryIO, decode: bool = True) -> Image.Image:
+    """The picture in the mode and the rotation in which it is stored; without `decode` only its header is read."""
+    with decoding():
+        image = Image.open(io.BytesIO(read_bytes(file)) if isinstance(file, (str, Path)) else file, formats=FORMATS)
+        if image.width * image.height > MAX_PIXELS:
+            raise Unreadable(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS:,}")
+        if decode:
+            image.load()
+        return image
 
 
 def open_rgb(file: str | Path | BinaryIO) -> Image.Image:
-    """Decode to 8-bit RGB: EXIF rotation applied, alpha over white, 16-bit scaled to 8.
-
-    Raises:
-        OSError, ValueError, SyntaxError, Image.DecompressionBombError: the file is missing,
-            truncated or no image (Pillow's own exceptions; `UNREADABLE` lists them).
-    """
+    """Decode to 8-bit RGB: EXIF rotation applied, alpha over white, 16-bit scaled to 8; raises `Unreadable`."""
     return open_reduced(file, lambda width, height: 1)[0]
 
 
@@ -38,17 +131,16 @@ def open_reduced(
     Returns:
         The RGB picture and the (width, height) it has when not reduced.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and palettes, image by image
-        with Image.open(file) as image:
-            if is_turned(image):
-                image.load()
-                image = ImageOps.exif_transpose(image)
-            full_size = image.size
-            factor = reduction(*full_size)
-            if image.format == "JPEG" and factor > 1:  # a turned picture has lost its format
-                image.draft(None, (full_size[0] // factor, full_size[1] // factor))
+    image = open_image(file, decode=False)
+    with decoding():
+        if is_turned(image):
             image.load()
+            image = ImageOps.exif_transpose(image)
+        full_size = image.size
+        factor = reduction(*full_size)
+        if image.format == "JPEG" and factor > 1:  # a turned picture has lost its format
+            image.draft(None, (full_size[0] // factor, full_size[1] // factor))
+        image.load()
         return to_rgb(image), full_size
 
 
@@ -57,23 +149,12 @@ def is_turned(image: Image.Image) -> bool:
     return ("exif" in image.info or image.format != "JPEG") and image.getexif().get(EXIF_ORIENTATION, 1) != 1
 
 
-UNREADABLE = (
-    OSError, ValueError, SyntaxError, EOFError, OverflowError, struct.error, Image.DecompressionBombError,
-)  # fmt: skip
-
-
-def why_unreadable(error: Exception) -> str:
-    """One line for lists and logs; the same for the same file, so without memory addresses."""
-    text = re.sub(r" ?<_io\.[^>]*>", "", f"{type(error).__name__}: {error}")
-    return " ".join(text.split())
-
-
 def open_given(file: str | Path, flag: str) -> Image.Image:
     """`open_rgb` of a picture that a flag names; InputError where it cannot be read."""
     try:
         return open_rgb(file)
-    except UNREADABLE as error:
-        raise InputError(f"{flag} {file} cannot be read: {why_unreadable(error)}") from error
+    except Unreadable as error:
+        raise InputError(f"{flag} {file} cannot be read: {error}") from error
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datasets.images import UNREADABLE, open_reduced, open_rgb, why_unreadable
+from datasets.images import Unreadable, open_reduced, open_rgb
 from datasets.path_list import PathList
 from datasets.transforms import AUGMENT_STREAM, jpeg_reduction, sample_rng, whole_image
 
@@ -24,8 +24,8 @@ def read_or_next(paths: PathList, read: Callable, index: int, others: Iterable[i
     for used in itertools.chain([index], others):
         try:
             return read(used), used, problem
-        except UNREADABLE as error:
-            problem = problem or f"{paths.relative(index)}\t{why_unreadable(error)}"
+        except Unreadable as error:
+            problem = problem or f"{paths.relative(index)}\t{error}"
     return None, index, problem
 
 
@@ -45,7 +45,7 @@ class TrainItems(Dataset, ABC):
         """What was read of image `index` -> `imgs` [3, H, W] uint8 and the targets."""
 
     def read(self, index: int):
-        """Image `index`, decoded; raises one of `UNREADABLE`."""
+        """Image `index`, decoded; raises `Unreadable`."""
         return open_reduced(self.paths[index], lambda *full: jpeg_reduction((0, 0, *full), self.size))[0]
 
     def blank(self):
@@ -85,8 +85,8 @@ class WholeImages(Dataset):
         index = int(self.indices[item])
         try:
             image = open_rgb(self.paths[index])
-        except UNREADABLE as error:
-            return torch.zeros(3, *self.size, dtype=torch.uint8), index, why_unreadable(error)
+        except Unreadable as error:
+            return torch.zeros(3, *self.size, dtype=torch.uint8), index, str(error)
         if self.boxes is not None and self.boxes[index, 2] > 0:
             image = image.crop(tuple(self.boxes[index].tolist()))
         return whole_image(image, self.size), index, ""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.images import Unreadable
 from util.errors import InputError
 
 PACK_HEADER = "pack.json"
@@ -45,6 +46,9 @@ class PathList:
 
     def __getitem__(self, index: int) -> Path:
         return self.root / self.relative(index)
+
+    def named(self, index: int) -> tuple[str, Path]:
+        return self.relative(index), self[index]
 
     def sha256(self) -> str:
         """Identity of the list: the relative paths and their order, not the root."""
@@ -96,14 +100,14 @@ class PackedImages:
         """The encoded image.
 
         Raises:
-            ValueError: its checksum is wrong; named and counted like any unreadable image.
+            Unreadable: its checksum is wrong.
         """
         offset, length, crc = self._index[index].tolist()
         file = shard_file(self.root, bisect.bisect_right(self._shard_ends, index))
         with open(file, "rb") as opened:
             data = os.pread(opened.fileno(), length, offset)
         if zlib.crc32(data) != crc:
-            raise ValueError(f"checksum differs in {file.name} at byte {offset}")
+            raise Unreadable(f"checksum differs in {file.name} at byte {offset}")
         return data
 
     def __getitem__(self, index: int) -> io.BytesIO:

@@ -125,20 +125,36 @@ def test_damage_is_found(photos, tmp_path):
         list_images(tmp_path / "p")
 
 
-def write_tar(file, first, count):
-    with tarfile.open(file, "w") as opened:
-        for index in range(first, first + count):
-            image = io.BytesIO()
-            Image.new("RGB", (40, 30), (index * 9 % 256, 80, 40)).save(image, "JPEG", quality=95)
-            for name, data in (("jpg", image.getvalue()), ("cls", b"3"), ("json", b"{}")):
-                info = tarfile.TarInfo(f"{index:05d}.{name}")
-                info.size = len(data)
-                opened.addfile(info, io.BytesIO(data))
+def jpeg(shade: int) -> bytes:
+    image = io.BytesIO()
+    Image.new("RGB", (40, 30), (shade, 80, 40)).save(image, "JPEG", quality=95)
+    return image.getvalue()
+
+
+def write_tar(file, members) -> bytes:
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as opened:
+        for name, data in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            opened.addfile(info, io.BytesIO(data))
+    if isinstance(file, Path):
+        file.write_bytes(made.getvalue())
+    return made.getvalue()
+
+
+def samples(first, count):
+    for index in range(first, first + count):
+        yield from (
+            (f"{index:05d}.jpg", jpeg(index * 9 % 256)),
+            (f"{index:05d}.cls", b"3"),
+            (f"{index:05d}.json", b"{}"),
+        )
 
 
 def test_webdataset_shards(tmp_path):
     for shard in range(3):
-        write_tar(tmp_path / f"s-{shard:03d}.tar", shard * 5, 5)
+        write_tar(tmp_path / f"s-{shard:03d}.tar", samples(shard * 5, 5))
     result = pack.main(flags(f"{tmp_path}/s-{{000..002}}.tar", tmp_path / "p"))
     assert (result["images"], result["shards"], result["copied"]) == (15, 3, 15)
     packed = list_images(tmp_path / "p")
@@ -147,24 +163,37 @@ def test_webdataset_shards(tmp_path):
         assert abs(np.asarray(image)[0, 0, 0].astype(int) - 54) < 4
 
 
-def test_webdataset_errors_are_one_sentence(tmp_path):
-    write_tar(tmp_path / "s-000.tar", 0, 30)
-    with pytest.raises(InputError, match="1 of 2 shards do not exist"):
+def test_which_images_of_a_webdataset_are_taken(tmp_path):
+    """Names with dots, as img2dataset and others write them; masks beside images; hidden files."""
+    names = ["0000.img.jpg", "0001.seg.png", "0001.jpg", "a.b/0002.jpg", "my.photo1.jpg", "my.photo2.JPG", "._0002.jpg"]
+    write_tar(tmp_path / "s.tar", [(name, jpeg(9)) for name in names])
+    pack.main(flags(tmp_path / "s.tar", tmp_path / "p"))
+    packed = list_images(tmp_path / "p")
+    taken = [packed.relative(i).removeprefix("s/") for i in range(len(packed))]
+    assert taken == ["0000.img.jpg", "0001.jpg", "a.b/0002.jpg", "my.photo1.jpg", "my.photo2.JPG"]
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda data: None, "1 of 2 shards do not exist"),
+        (lambda data: data[: data.index(b"00020.jpg")], "s-001.tar could not be read to its end .*it is cut off"),
+        (lambda data: data[: len(data) // 2], "s-001.tar could not be read to its end"),
+        (lambda data: write_tar(None, [("a.xyz", b"1")]), r"s-001.tar holds no image .*it holds .xyz \(1\)"),
+        (lambda data: bytes(10240), "s-001.tar holds no image .*it holds nothing"),
+        (lambda data: b"", "s-001.tar could not be read"),
+    ],
+)
+def test_a_damaged_shard_is_one_sentence(tmp_path, spoil, message):
+    write_tar(tmp_path / "s-000.tar", samples(0, 30))
+    data = spoil((tmp_path / "s-000.tar").read_bytes())
+    if data is not None:
+        (tmp_path / "s-001.tar").write_bytes(data)
+    with pytest.raises(InputError, match=message):
         pack.main(flags(f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p"))
-    data = (tmp_path / "s-000.tar").read_bytes()
-    (tmp_path / "s-001.tar").write_bytes(data[: len(data) // 2 + 300])
-    with pytest.raises(InputError, match="s-001.tar is cut off"):
-        pack.main(flags(f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p"))
-    with tarfile.open(tmp_path / "s-001.tar", "w") as opened:
-        info = tarfile.TarInfo("a.jpg")
-        info.size = 90_000
-        opened.addfile(info, io.BytesIO(bytes(info.size)))
-    (tmp_path / "s-001.tar").write_bytes((tmp_path / "s-001.tar").read_bytes()[:40_000])
-    with pytest.raises(InputError, match="s-001.tar could not be read to its end"):
-        pack.main(flags(f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p"))
-    write_tar(tmp_path / "s-001.tar", 30, 4)
+    write_tar(tmp_path / "s-001.tar", samples(30, 4))
     result = pack.main(flags(f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p"))
-    assert (result["images"], result["written"]) == (34, 1), "the finished shard was kept"
+    assert (result["images"], result["written"]) == (34, 2 if data is None else 1), "the finished shard was kept"
 
 
 def test_training_on_a_packed_set(photos, tmp_path):

@@ -36,20 +36,23 @@ if __name__ == "__main__":
 
 import hashlib
 import io
+import itertools
 import json
 import os
 import tarfile
 import time
 import zlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 
 import numpy as np
 from PIL import Image
 
-from datasets.images import UNREADABLE, is_turned, open_reduced, why_unreadable
+from datasets.images import MAX_BYTES, Unreadable, decoding, is_turned, open_image, open_reduced, read_bytes
 from datasets.manifest import IMAGE_ENDINGS, list_images
-from datasets.path_list import PACK_HEADER, PathList, shard_file
+from datasets.path_list import PACK_HEADER, PathList, printable, shard_file
+from datasets.transforms import jpeg_reduction
 from util.errors import InputError
 from util.files import write_atomic, write_json
 from util.parallel import claim, map_in_order, worker_pool
@@ -61,125 +64,106 @@ def main(args) -> dict:
         if not low <= getattr(args, name) <= high:
             raise InputError(f"--{name} {getattr(args, name)}: must be from {low} to {high}")
     started, folder = time.perf_counter(), Path(args.output)
-    data_path = args.data_path
-    if data_path.endswith((".tar", ".tar}")) or "::" in data_path or data_path.startswith("pipe:"):
-        source = WebShards(data_path)
-    else:
-        source = FileShards(list_images(data_path, args.split), args.shard_images)
-    header = {
-        "kind": "cgd-mae packed images",
-        "version": 1,
-        "source_sha256": source.sha256(),
-        "short_side": args.short_side,
-        "quality": args.quality,
-        "shards": len(source),
-    }
+    shards, source = read_source(args)
+    header = {"kind": "cgd-mae packed images", "version": 1, "source_sha256": source}
+    header |= {"short_side": args.short_side, "quality": args.quality, "shards": len(shards)}
     claim(folder / PACK_HEADER, header, "packed set")
-    todo = [k for k in range(len(source)) if not shard_file(folder, k).is_file()]
-    total, left = (sum(source.size(k) for k in shards) for shards in (range(len(source)), todo))
-    progress, done = Progress(source.unit, total), total - left
-    progress.update(done, "packed before")
+    todo = [k for k in range(len(shards)) if not shard_file(folder, k).is_file()]
+    progress = Progress("shards", len(shards), len(shards) - len(todo))
     encode = partial(encode_chunk, short_side=args.short_side, quality=args.quality)
     workers = args.num_workers or os.cpu_count() or 1
     with worker_pool(workers) as pool:
         for shard in todo:
-            write_shard(folder, shard, map_in_order(pool, encode, source.items(shard), workers))
-            done += source.size(shard)
-            progress.update(done)
+            write_shard(folder, shard, map_in_order(pool, encode, shards[shard](), workers))
+            progress.update(progress.done + 1)
     progress.close()
-    totals = finish(folder, len(source))
+    totals = finish(folder, len(shards))
     if not totals["images"]:
-        raise InputError(f"no image of {data_path} could be read: {folder / 'bad_images.txt'} says why")
-    return totals | {"shards": len(source), "written": len(todo), "seconds": time.perf_counter() - started}
+        raise InputError(f"no image of {args.data_path} could be read: {folder / 'bad_images.txt'} says why")
+    return totals | {"shards": len(shards), "written": len(todo), "seconds": time.perf_counter() - started}
 
 
-class FileShards:
-    """A list of files, cut into shards of `shard_images`."""
+def read_source(args) -> tuple[list[Callable[[], Iterator[tuple[str, Path | bytes]]]], str]:
+    """(for each shard what yields its images: name, and file or bytes; identity of the whole). In the name of a
+    WebDataset braces give ranges, `::` joins lists, as the webdataset library has it."""
+    if not (args.data_path.endswith((".tar", ".tar}")) or "::" in args.data_path or args.data_path.startswith("pipe:")):
+        paths, step = list_images(args.data_path, args.split), args.shard_images
+        chunks = [range(first, min(first + step, len(paths))) for first in range(0, len(paths), step)]
+        return [partial(map, paths.named, chunk) for chunk in chunks], f"{paths.sha256()} / {step}"
+    from webdataset.shardlists import expand_urls  # here and not above: most sets are folders
 
-    unit = "images"
-
-    def __init__(self, paths: PathList, shard_images: int):
-        self.paths, self.shard_images = paths, shard_images
-
-    def __len__(self) -> int:
-        return -(-len(self.paths) // self.shard_images)
-
-    def size(self, shard: int) -> int:
-        return min(self.shard_images, len(self.paths) - shard * self.shard_images)
-
-    def items(self, shard: int) -> Iterator[tuple[str, Path]]:
-        first = shard * self.shard_images
-        return ((self.paths.relative(i), self.paths[i]) for i in range(first, first + self.size(shard)))
-
-    def sha256(self) -> str:
-        return f"{self.paths.sha256()} / {self.shard_images}"
+    urls = expand_urls(args.data_path)
+    missing = [url for url in urls if ":" not in url and not Path(url).is_file()]
+    if missing:
+        raise InputError(f"{len(missing)} of {len(urls)} shards do not exist, first {missing[0]}")
+    names = "\n".join(url.rsplit("/", 1)[-1] for url in urls)
+    return [partial(read_tar, url) for url in urls], hashlib.sha256(names.encode()).hexdigest()
 
 
-class WebShards:
-    """Shards of `data_path`: braces give ranges, `::` joins lists, as the webdataset library has it.
+def read_tar(url: str) -> Iterator[tuple[str, bytes]]:
+    """(shard/name, encoded image) of every sample that has an image.
 
     Raises:
-        InputError: the library is missing, or a local file does not exist.
+        InputError: the shard cannot be opened, ends early, or holds no image.
     """
+    import webdataset
 
-    unit = "shards"
-
-    def __init__(self, data_path: str):
-        try:
-            from webdataset.shardlists import expand_urls
-        except ImportError:
-            raise InputError(f"{data_path} needs the webdataset library: pip install webdataset") from None
-        self.urls = expand_urls(data_path)
-        missing = [url for url in self.urls if ":" not in url and not Path(url).is_file()]
-        if missing:
-            raise InputError(f"{len(missing)} of {len(self.urls)} shards do not exist, first {missing[0]}")
-
-    def __len__(self) -> int:
-        return len(self.urls)
-
-    def size(self, shard: int) -> int:
-        return 1
-
-    def sha256(self) -> str:
-        names = [url.rsplit("/", 1)[-1] for url in self.urls]
-        return hashlib.sha256("\n".join(names).encode()).hexdigest()
-
-    def items(self, shard: int) -> Iterator[tuple[str, bytes]]:
-        """(shard/key.ending, encoded image) of every sample that has an image.
-
-        Raises:
-            InputError: the shard cannot be opened, or ends early.
-        """
-        import webdataset
-
-        url = self.urls[shard]
-        if Path(url).is_file() and not _has_end_mark(Path(url)):
-            # Python's tarfile takes a cut between two members for the end of the archive
-            raise InputError(f"shard {url} is cut off (no end-of-archive mark): copy or download it again")
-        stem = url.rsplit("/", 1)[-1].removesuffix(".tar")
-        samples = webdataset.WebDataset(url, shardshuffle=False, empty_check=False, handler=_reraise)
-        try:
-            for sample in samples:
-                for ending in IMAGE_ENDINGS:
-                    if ending[1:] in sample:
-                        yield f"{stem}/{sample['__key__']}{ending}", sample[ending[1:]]
-                        break
-        except (OSError, EOFError, tarfile.TarError, ValueError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(
-                f"shard {url} could not be read to its end ({type(error).__name__}: {reason}): run the same "
-                "command again when it can; finished shards are kept"
-            ) from error
+    stem, found, others = url.rsplit("/", 1)[-1].removesuffix(".tar"), 0, Counter()
+    try:
+        with webdataset.gopen(url) as opened:
+            stream = Tail(opened)
+            for name, data in images_of_samples(tarfile.open(fileobj=stream, mode="r|"), others):
+                found += 1
+                yield f"{stem}/{name}", data
+            while stream.read(1 << 20):
+                pass
+            if any(stream.last):  # tarfile takes a cut between two files for the end of the archive
+                raise tarfile.ReadError("it is cut off, there is no end-of-archive mark")
+    except (OSError, EOFError, tarfile.TarError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"shard {url} could not be read to its end ({type(error).__name__}: {reason}): copy or download it again, "
+            "then run the same command; finished shards are kept"
+        ) from error
+    seen = ", ".join(f"{ending} ({count})" for ending, count in others.most_common(5))
+    if not found:
+        raise InputError(f"shard {url} holds no image ({' '.join(IMAGE_ENDINGS)}): it holds {seen or 'nothing'}")
 
 
-def _has_end_mark(file: Path) -> bool:
-    with open(file, "rb") as opened:
-        opened.seek(-min(1024, file.stat().st_size), 2)
-        return not any(opened.read())
+class Tail:
+    """A stream that remembers its last 1024 bytes."""
+
+    def __init__(self, stream):
+        self.stream, self.last = stream, b""
+
+    def read(self, size: int) -> bytes:
+        data = self.stream.read(size)
+        self.last = (self.last + data)[-1024:]
+        return data
 
 
-def _reraise(error: Exception) -> bool:
-    raise error
+def images_of_samples(archive: tarfile.TarFile, others: Counter) -> Iterator[tuple[str, bytes]]:
+    """(name, bytes) of the images of an archive; `others` counts the endings of what is passed over. Files that follow
+    each other with the same name up to the first dot are one sample: of KEY.jpg and KEY.mask.png the first is its
+    image, of KEY.1.jpg and KEY.2.jpg both are."""
+
+    def is_image(member: tarfile.TarInfo) -> bool:
+        name = member.name.rsplit("/", 1)[-1].lower()
+        return member.isfile() and member.size <= MAX_BYTES and name[0] != "." and name.endswith(IMAGE_ENDINGS)
+
+    def key(member: tarfile.TarInfo) -> str:
+        folder, _, name = member.name.rpartition("/")
+        return f"{folder}/{name.split('.')[0]}"
+
+    for stem, members in itertools.groupby(archive, key):
+        sample = {}
+        for member in members:
+            if is_image(member):
+                sample[member.name] = archive.extractfile(member).read()
+            elif member.isfile():
+                others[os.path.splitext(member.name)[1] or "no ending"] += 1
+        plain = [name for name in sample if f"/{name}".endswith(f"{stem}{os.path.splitext(name)[1]}")]
+        yield from ((name, sample[name]) for name in plain[:1] or sample)
 
 
 def encode_chunk(chunk, short_side: int, quality: int) -> list[tuple[str, bytes, str]]:
@@ -187,51 +171,51 @@ def encode_chunk(chunk, short_side: int, quality: int) -> list[tuple[str, bytes,
     rows = []
     for name, source in chunk:
         try:
-            data = source.read_bytes() if isinstance(source, Path) else source
+            data = read_bytes(source) if isinstance(source, Path) else source
             rows.append((name, *encode_image(data, short_side, quality)))
-        except UNREADABLE as error:
-            rows.append((name, b"", why_unreadable(error)))
+        except Unreadable as error:
+            rows.append((name, b"", str(error)))
     return rows
 
 
 def encode_image(data: bytes, short_side: int, quality: int) -> tuple[bytes, str]:
     """Encoded image -> (upright RGB or grey JPEG with at most `short_side` px on its shorter side, how)."""
-    with Image.open(io.BytesIO(data)) as image:
-        fits = min(image.size) <= short_side
-        if image.format == "JPEG" and fits and image.mode in ("RGB", "L") and not is_turned(image):
+    image = open_image(io.BytesIO(data), decode=False)
+    with decoding():
+        if (
+            image.format == "JPEG"
+            and min(image.size) <= short_side
+            and image.mode in ("RGB", "L")
+            and not is_turned(image)
+        ):
             image.load()  # a truncated file must not get into the set
             return data, "copied"
-
-    def reduction(width: int, height: int) -> int:
-        room = min(width, height) / (2 * short_side)
-        return max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
-
-    image, _ = open_reduced(io.BytesIO(data), reduction)
+    smallest = (short_side, short_side)
+    image, _ = open_reduced(io.BytesIO(data), lambda *full: jpeg_reduction((0, 0, *full), smallest, oversampling=2))
     scale = short_side / min(image.size)
     if scale < 1:
         size = tuple(max(round(side * scale), 1) for side in image.size)
         image = image.resize(size, Image.Resampling.BICUBIC)
     encoded = io.BytesIO()
-    image.save(encoded, "JPEG", quality=quality)
+    with decoding():  # a JPEG has at most 65,535 px a side
+        image.save(encoded, "JPEG", quality=quality)
     return encoded.getvalue(), "encoded"
 
 
 def write_shard(folder: Path, shard: int, rows: Iterable[tuple[str, bytes, str]]) -> None:
     """One shard and, before it appears, all that is told about it: what exists is complete."""
     file = shard_file(folder, shard)
-    names, problems, index, counts = [], [], [], {"copied": 0, "encoded": 0}
+    names, problems, index, counts = [], [], [], Counter(copied=0, encoded=0)
 
     def write(opened) -> None:
-        position = 0
         for name, data, how in rows:
-            if not data:
-                problems.append([name, how])
-                continue
-            opened.write(data)
-            index.append((position, len(data), zlib.crc32(data)))
-            names.append(name)
-            counts[how] += 1
-            position += len(data)
+            if data:
+                index.append((opened.tell(), len(data), zlib.crc32(data)))
+                names.append(name)
+                counts[how] += 1
+                opened.write(data)
+            else:
+                problems.append((name, how))
         table = np.array(index, dtype=np.int64).reshape(-1, 3)
         write_atomic(file.with_suffix(".npy"), lambda f: np.save(f, table))
         write_json(file.with_suffix(".json"), {"names": names, "problems": problems, **counts})
@@ -244,7 +228,7 @@ def finish(folder: Path, shards: int) -> dict:
     files = [shard_file(folder, shard) for shard in range(shards)]
     about = [json.loads(file.with_suffix(".json").read_text()) for file in files]
     names = PathList(folder, [name for part in about for name in part["names"]])
-    problems = [f"{name}\t{problem}\n" for part in about for name, problem in part["problems"]]
+    problems = [f"{printable(name)}\t{problem}\n" for part in about for name, problem in part["problems"]]
     if problems:
         write_atomic(folder / "bad_images.txt", lambda f: f.write("".join(problems).encode()))
     write_atomic(folder / "name_ends.npy", lambda f: np.save(f, names.ends))
