@@ -6,9 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT, command, parse, read_log, run_command, small_flags
@@ -46,23 +44,16 @@ def test_run_with_distillation(pictures, teacher_files, texts_file, tmp_path):
     wanted += " train_kl_baseline train_pixel_baseline train_grad_norm images_per_s data_wait bad_images"
     assert set(wanted.split()) <= set(log[0])
     assert all(math.isfinite(v) for row in log for v in row.values())
-    for name in ("checkpoint-1.pth", "checkpoint-last.pth", "encoder.pth", "encoder.safetensors",
-                 "args.json", "env.json", "text_bank.safetensors", "panels/epoch_0001.png"):  # fmt: skip
-        assert (out / name).is_file(), name
+    # a random untrained teacher answers nearly the same for every picture
+    assert 0.5 < log[0]["train_cos_baseline"] < 1 and 0 < log[0]["train_kl_baseline"] < 0.5
+    names = "checkpoint-1.pth encoder.safetensors args.json env.json text_bank.safetensors panels/epoch_0001.png"
+    assert all((out / name).is_file() for name in names.split())
     encoder = torch.load(out / "encoder.pth", weights_only=True)
     assert set(encoder) == {"model"} and len(encoder["model"]) == 150
     content = torch.load(out / "checkpoint-last.pth", weights_only=True)
     assert {"model", "optimizer", "epoch", "scaler", "args"} <= set(content)
     assert content["epoch"] == 1 and isinstance(content["args"], dict)
     assert any(k.startswith("distill_head.") for k in content["model"])
-
-
-def test_trivial_baselines_are_what_a_constant_answer_reaches(pictures, teacher_files, texts_file, tmp_path):
-    out = tmp_path / "run"
-    run_main(small_flags(pictures, out, *teacher_flags(teacher_files, texts_file), "--epochs", "1"))
-    row = read_log(out)[0]
-    # a random untrained teacher answers nearly the same for every picture
-    assert 0.5 < row["train_cos_baseline"] < 1 and 0 < row["train_kl_baseline"] < 0.5
 
 
 def test_trivial_baselines_of_known_answers():
@@ -114,18 +105,15 @@ def test_no_distill_is_plain_mae_bit_for_bit(pictures, tmp_path):
         assert torch.equal(trained[key], value), key
 
 
-@pytest.mark.parametrize(
-    "speed_flags", [["--accum_iter", "1"], ["--accum_iter", "2", "--micro_batch", "2"], ["--compile"]]
-)
-def test_two_ranks_equal_one(pictures, teacher_files, texts_file, tmp_path, speed_flags):
-    teacher = teacher_flags(teacher_files, texts_file)
+@pytest.mark.parametrize("flags, of_two", [("", ""), ("--accum_iter 2 --micro_batch 2", ""), ("", "--compile")])
+def test_two_ranks_equal_one(pictures, teacher_files, texts_file, tmp_path, flags, of_two):
     one, two = tmp_path / "one", tmp_path / "two"
-    more = [*teacher, *speed_flags, "--blr", "0.05"]
+    more = [*teacher_flags(teacher_files, texts_file), *flags.split(), "--blr", "0.05"]
     run_main(small_flags(pictures, one, *more))
-    words = small_flags(pictures, two, *more, "--batch_size", "4")
+    words = small_flags(pictures, two, *more, *of_two.split(), "--batch_size", "4")
     done = run_command(command("main_pretrain.py", *words, processes=2))
     assert done.returncode == 0, done.stderr
-    assert curve(two) == pytest.approx(curve(one), rel=1e-5, abs=1e-7)
+    assert curve(two) == pytest.approx(curve(one), rel=1e-4 if of_two else 1e-5, abs=1e-7)
 
 
 def test_leftover_micro_batches_are_used(pictures, tmp_path):
@@ -136,36 +124,38 @@ def test_leftover_micro_batches_are_used(pictures, tmp_path):
     assert {int(s["step"]) for s in state.values()} == {6}
 
 
-@pytest.mark.parametrize("processes, kills, speed_flags", [(1, 3, []), (2, 3, []), (1, 1, ["--compile"])])
-def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_path, processes, kills, speed_flags):
-    teacher = teacher_flags(teacher_files, texts_file)
-    more = [*teacher, *speed_flags, "--epochs", "6", "--batch_size", str(4 // processes),
-            "--save_minutes", "0.001", "--save_freq", "2"]  # fmt: skip
-    straight, killed = tmp_path / "straight", tmp_path / "killed"
+KILLED = """
+import os, signal, sys
+import engine_pretrain, main_pretrain
+
+at, batches, real = int(sys.argv.pop(1)), [], engine_pretrain.forward_backward
+
+def forward_backward(*args):
+    batches.append(1)
+    if len(batches) == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args)
+
+engine_pretrain.forward_backward = forward_backward
+main_pretrain.main(main_pretrain.get_args_parser().parse_args())
+"""
+
+
+@pytest.mark.parametrize("processes, at", [(1, 7), (1, 9), (2, 9)])
+def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_path, processes, at):
+    """Killed in the second epoch: at the first batch of an update (7), in the middle of one (9)."""
+    more = [*teacher_flags(teacher_files, texts_file), "--accum_iter", "2", "--save_minutes", "0",
+            "--batch_size", str(8 // processes)]  # fmt: skip
+    straight, killed, script = tmp_path / "straight", tmp_path / "killed", tmp_path / "killed.py"
+    script.write_text(KILLED)
     words = small_flags(pictures, straight, *more)
     done = run_command(command("main_pretrain.py", *words, processes=processes))
     assert done.returncode == 0, done.stderr
-    words = command("main_pretrain.py", *small_flags(pictures, killed, *more, "--resume", "auto"),
-                    processes=processes)  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    rng = np.random.default_rng(processes)
-    for kill in range(kills):
-        process = subprocess.Popen(
-            words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            start_new_session=True,
-        )  # fmt: skip
-        for line in process.stdout:
-            if line.startswith("epoch") and rng.random() < 0.12 + 0.1 * kill:
-                break
-        ranks = children(process.pid) if processes > 1 else []  # of torchrun, each in a session of its own
-        for pid in ranks or [process.pid]:
-            os.kill(pid, signal.SIGKILL)
-        assert len(ranks) == processes * (processes > 1)
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    done = run_command(words)
+    words = small_flags(pictures, killed, *more, "--resume", "auto")
+    assert run_command(command(str(script), str(at), *words, processes=processes)).returncode == -signal.SIGKILL
+    done = run_command(command("main_pretrain.py", *words, processes=processes))
     assert done.returncode == 0, done.stderr
-    assert "resuming" in done.stdout
+    assert f"checkpoint-last.pth at epoch 1, batch {(at - 6) // 2 * 2}" in done.stdout
     a = torch.load(straight / "checkpoint-last.pth", weights_only=True)
     b = torch.load(killed / "checkpoint-last.pth", weights_only=True)
     for key in a["model"]:
@@ -183,19 +173,7 @@ def test_ends_quietly(pictures, tmp_path):
     assert json.loads(done.stdout.splitlines()[-1])["epoch"] == 0
 
 
-def children(pid: int) -> list[int]:
-    """Processes that `pid` started."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(stat.read_text().rpartition(")")[2].split()[1]) == pid:
-                found.append(int(stat.parent.name))
-        except OSError:  # it ended while we looked
-            continue
-    return found
-
-
-@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (1, signal.SIGINT), (2, signal.SIGINT)])
+@pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (2, signal.SIGINT)])
 def test_stopping_leaves_a_resumable_checkpoint(pictures, tmp_path, processes, number):
     out = tmp_path / "run"
     flags = small_flags(pictures, out, "--no_distill", "--epochs", "300", "--num_workers", "1",
@@ -375,15 +353,8 @@ def test_resume_auto_passes_over_a_truncated_file(pictures, tmp_path, capsys):
     assert "truncated or damaged" in capsys.readouterr().out
 
 
-def test_compiled_run_has_the_same_curve(pictures, tmp_path):
-    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
-    run_main(small_flags(pictures, eager, "--no_distill", "--blr", "0.05"))
-    run_main(small_flags(pictures, compiled, "--no_distill", "--blr", "0.05", "--compile"))
-    assert curve(compiled) == pytest.approx(curve(eager), rel=1e-4)
-
-
 def test_less_memory_same_run(pictures, teacher_files, texts_file, tmp_path):
-    """Activation checkpointing and channels-last change no number."""
+    """Activation checkpointing changes no number."""
     teacher = teacher_flags(teacher_files, texts_file)
     plain, saving = tmp_path / "plain", tmp_path / "saving"
     run_main(small_flags(pictures, plain, *teacher))
