@@ -58,17 +58,11 @@ class DrawnSet(NamedTuple):
         return {"output": str(output), **counts, "written": written}
 
 
-def write_set(output: Path, stamp: str, settings: dict, rows: Sequence[dict], draw: Callable[[dict, Path], None],
-              finish: Callable[[Path], None], processes: int | None) -> bool:  # fmt: skip
+def write_set(output, stamp: str, settings: dict, rows: Sequence[dict], draw, finish, processes: int | None) -> bool:
     """Draw every row under a temporary name, then rename: `output` appears complete or not at all.
 
-    Args:
-        stamp: name of the file that holds the settings.
-        draw: (row, folder) writes the file of one row, at its `path`; it can be pickled.
-        finish: (folder) writes tables after the last file.
-        processes: number of workers, None: one per core. They change the speed only.
-    Returns:
-        False where `output` already holds this very set.
+    `draw(row, folder)` writes the file of one row at its `path`, in `processes` workers (None: one per core), and can
+    be pickled; `finish(folder)` comes last. -> False where `output` holds this very set, as the file `stamp` says.
     """
     output, about = Path(output).absolute(), json.dumps({**settings, "version": VERSION}, indent=1) + "\n"
     if (output / stamp).is_file() and (output / stamp).read_text(encoding="utf-8") == about:

@@ -2,19 +2,13 @@
 
     python -m demo.pool --output pool --num_images 4000
 
-writes
-
-    photos/          the pool: vehicles with a long tail over (body, colour), copies, tracks, rubbish
-    truth.csv        path, kind, of, body, colour, make, pid, camid, how; `of` is the original
-    labels.csv       the columns of the demo set, for good vehicle pictures and their copies
-    captions.csv     path, split and captions of the same and of the pictures without a vehicle
-    prompts.json     their short captions as prompts for --vehicle_prompts, vehicles and others apart
-    benchmark/       the test split of another set, with labels.csv: some of it has leaked into photos/
-    pool.json        the settings and the number of files of each kind
-
-Kinds are listed in `SHARES`; names do not tell them apart, but for tracks, each a folder of its own. The vehicles of
-benchmark/ have no other pictures, and their leaked copies are in neither labels.csv nor captions.csv: a CLIP trained on
-these has not seen them. Every file depends on its row of the plan alone.
+photos/ is the pool: vehicles with a long tail over (body, colour), copies, tracks, rubbish. benchmark/ is the test
+split of another set, some of which has leaked into photos/. labels.csv has the columns of the demo set, for good
+pictures of vehicles and their copies; captions.csv path, split and captions of these and of the pictures without a
+vehicle; prompts.json their short captions for --vehicle_prompts; truth.csv says what each file is, and of which file a
+copy (`of`). Names do not tell kinds apart, but for tracks, each a folder of its own. The vehicles of benchmark/ have no
+other pictures, and their leaked copies are in neither labels.csv nor captions.csv: a CLIP trained on these has not seen
+them. Every file depends on its row of the plan alone.
 """
 
 import io
@@ -48,8 +42,7 @@ HOWS = {  # the ways of each kind that has several; rows take turns
     "corrupt": ("truncated", "empty", "text", "html"), "exposure": ("black", "white"), "non_vehicle": tuple(SUBJECTS),
 }  # fmt: skip
 SHAPES = ((1, 1), (1.25, 1), (1.5, 1), (1, 1.2))  # of clean pictures, in units of `size`
-TURNS = 14  # identities of a pair of body and colour; one more is held out for the benchmark
-FRAMES = 40  # of a track
+TURNS, FRAMES = 14, 40  # identities of a pair of body and colour (one more is in the benchmark); pictures of a track
 TRUTH = ("path", "kind", "of", "body", "colour", "make", "pid", "camid", "how")
 CAPTIONS = ("path", "split", "caption", "short_caption")
 NOT_FOUND = "<!DOCTYPE html>\n<html><head><title>404</title></head><body>Not found.</body></html>\n"
@@ -75,7 +68,7 @@ def plan(num_images: int, seed: int) -> list[dict]:
     ranked = [pairs[k] for k in demo_rng(seed, "pool tail").permutation(len(pairs))]  # identities, commonest pair first
     tail = 1 / (np.arange(len(ranked)) + 1.5)
     test = _benchmark(max(4, round(0.0375 * num_images)), seed, [pids[TURNS] for pids in ranked])
-    clean, jpegs = [], []
+    clean: list[dict] = []
     for pids, count in zip(ranked, share_out(kinds["clean"], tail)):
         pids = pids[: min(TURNS, math.ceil(count / 3))]
         for k in range(count):
@@ -181,9 +174,8 @@ def file_bytes(row: dict, seed: int, size: int) -> bytes:
 
 def encode(picture: Image.Image, ending: str, quality: int = 85) -> bytes:
     """An RGB picture as JPEG of this quality, or without loss as .png, .bmp or .webp."""
-    opened, is_jpeg = io.BytesIO(), ending.lower() in (".jpg", ".jpeg")
-    how = {"quality": quality} if is_jpeg else {"lossless": True}
-    picture.save(opened, "JPEG" if is_jpeg else ending[1:], **how)
+    opened, is_jpeg = io.BytesIO(), ending == ".jpg"
+    picture.save(opened, "JPEG" if is_jpeg else ending[1:], quality=quality if is_jpeg else 80, lossless=not is_jpeg)
     return opened.getvalue()
 
 
@@ -193,8 +185,7 @@ def _copy(data: bytes, kind: str, how: str, rng: np.random.Generator) -> bytes:
     if kind in ("exact_copy", "leak_exact"):
         return data
     if how == "jpg":
-        text = b"saved again"
-        return data[:2] + b"\xff\xfe" + (len(text) + 2).to_bytes(2, "big") + text + data[2:]
+        return data[:2] + b"\xff\xfe\x00\x0dsaved again" + data[2:]
     picture = Image.open(io.BytesIO(data)).convert("RGB")
     if kind == "pixel_copy":
         return encode(picture, f".{how}")
@@ -221,8 +212,12 @@ def draw_other(subject: str, seed: int, number: int, size: int) -> Image.Image:
     """One RGB picture, `size` px square, of a subject of `SUBJECTS`: what a careless crawl brings along."""
     if subject == "place":
         return render_place(seed, number % len(CAMERAS), number, size)
-    draw = {"gradient": _gradient, "texture": _texture, "chart": _chart, "page": _page, "shapes": _shapes}
-    return draw.get(subject, _flower)(demo_rng(seed, "other", subject, number), size)
+    rng = demo_rng(seed, "other", subject, number)
+    if subject == "gradient":
+        return _cubic(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8), size)
+    return {"texture": _texture, "chart": _chart, "page": _page, "shapes": _shapes, "flower": _flower}[subject](
+        rng, size
+    )
 
 
 def _colour(rng: np.random.Generator, low: int = 0) -> tuple:
@@ -231,10 +226,6 @@ def _colour(rng: np.random.Generator, low: int = 0) -> tuple:
 
 def _cubic(pixels: np.ndarray, size: int) -> Image.Image:
     return Image.fromarray(pixels.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _gradient(rng, size):
-    return _cubic(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8), size)
 
 
 def _texture(rng, size):
