@@ -3,7 +3,7 @@
     python main_describe.py --attributes labels.csv --images labels.csv --split train --output texts
     python main_pretrain.py --text_bank texts --kl_weight 0.05 ...
 
-Attributes (a table with whatever columns exist, or the files of VeRi-776, CompCars, StanfordCars, DVM-CAR) become
+Attributes (a table with whatever columns exist, or the files of VeRi-776, CompCars, StanfordCars) become
 canonical words, fill templates, and are encoded by the frozen teacher. With --images a text stays only if the images
 know it. Embeddings are stored, so that other thresholds cost seconds.
 """
@@ -18,7 +18,7 @@ from util.cli import Parser, check_numbers, run_tool
 from util.errors import InputError
 
 SLOTS = ("make", "model", "year", "body", "colour", "view", "doors", "scene", "part")
-FORMATS = ("auto", "table", "veri", "compcars", "stanford", "dvm")
+FORMATS = ("auto", "table", "veri", "compcars", "stanford")
 TEMPLATES = Path(__file__).parent / "description" / "templates.json"
 
 
@@ -114,10 +114,8 @@ def main(args) -> dict:
     templates = read_templates(Path(args.templates))
     facts: dict = {}
     rows = read_rows(args, columns, templates, facts)
-    texts, unused = fill(templates, rows, use_words=not args.rows_only)
+    texts = fill(templates, rows, use_words=not args.rows_only)
     facts["candidates"] = len(texts)
-    for phrase in unused:
-        print(f"unused template (an attribute is missing): {phrase}")
     if len(texts) < 2:
         raise InputError(
             f"the attributes give {len(texts)} texts and a bank needs 2: add rows or columns, or templates "

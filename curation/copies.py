@@ -6,7 +6,7 @@ compared tile by tile, for another car before the same wall has most of its pixe
 """
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 
 from curation.filters import Removals
-from curation.hierarchy import members_by_cluster
+from curation.hierarchy import members_by_cluster, step_rng
 from curation.index import SIDE, Index
-from curation.rows import Embedded
+from curation.kmeans import assign_block, kmeans
+from curation.rows import Embedded, Rows
 
-BANDS = 4  # of 16 bits of a hash; with one flipped bit allowed in a band, no pair of up to 7 bits is missed
-PAIR_BLOCK = 4_000_000  # candidate pairs held at a time
-COSINES_AT_A_TIME = 2**28
+PAIR = np.dtype([("first", np.int64), ("second", np.int64), ("value", np.float32)])  # alike images, and how alike
+ALL_WITH_ALL = 20_000  # images that are compared with all others; beyond, with those of the nearest cells
+CELL_IMAGES, NEAR_CELLS = 1000, 16  # images in a cell on average, and how many cells an image is compared with
+NUMBERS_AT_A_TIME = 2**24  # cosines and hash distances held at a time
 NEIGHBOURS = 8  # nearest embeddings that are candidates
 CANDIDATE_COSINE = 0.65  # of the nearest embeddings, those at least so alike are laid over each other
 FLOOR = 0.8  # agreement below which neither hash nor embedding is believed: plain backgrounds share hashes
@@ -33,110 +35,47 @@ WORTH_REFINING = 0.8  # correlation of the best window
 STEPS = (0.025, 0.0125, 0.00625)  # of side and centre in the refinement, fractions of the side
 TILE = 8  # px of a tile of the thumbnail
 TEXTURE = 4.0  # deviation of grey values from which a tile has something to compare
-BLOCK = 2048  # pairs, or rows of queries, at a time
+BLOCK = 2048  # pairs at a time
 
 
-@dataclass(frozen=True)
-class Pairs:
-    """Alike images: first, second [P] int64, value [P] float32 (how alike; larger is more)."""
-
-    first: np.ndarray
-    second: np.ndarray
-    value: np.ndarray
-
-    def __getitem__(self, chosen: np.ndarray) -> "Pairs":
-        return Pairs(self.first[chosen], self.second[chosen], self.value[chosen])
-
-    def __len__(self) -> int:
-        return len(self.first)
+def as_pairs(first, second, value=0) -> np.ndarray:
+    """Arrays [P] -> [P] `PAIR`."""
+    pairs = np.empty(len(first), PAIR)
+    pairs["first"], pairs["second"], pairs["value"] = first, second, value
+    return pairs
 
 
-def join(parts: list[Pairs]) -> Pairs:
-    empty = Pairs(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0, np.float32))
-    parts = [empty, *parts]
-    return Pairs(*(np.concatenate([getattr(part, name) for part in parts]) for name in ("first", "second", "value")))
-
-
-def hash_pairs(queries: np.ndarray, base: np.ndarray, bits: int, within: bool) -> Pairs:
-    """Find all (query, base) whose 64-bit hashes differ in at most `bits` bits; value: minus the number of bits.
-
-    Multi-index hashing (Norouzi et al., 2012): such a pair agrees in one of four bands but for one bit.
-
-    Args:
-        queries, base: uint64. bits: at most 7. within: they are one set, of which each pair is wanted once.
-    """
-    found = [np.zeros(0, dtype=np.int64)]
-    for band in range(BANDS):
-        shift = np.uint64(16 * band)
-        keys = ((base >> shift) & np.uint64(0xFFFF)).astype(np.int64)
-        order = np.argsort(keys, kind="stable")
-        ordered = keys[order]
-        own = ((queries >> shift) & np.uint64(0xFFFF)).astype(np.int64)
-        for flip in [0] + [1 << bit for bit in range(16 if bits >= BANDS else 0)]:
-            low = np.searchsorted(ordered, own ^ flip, side="left")
-            high = np.searchsorted(ordered, own ^ flip, side="right")
-            for first, place in _expand(low, high):
-                second = order[place]
-                near = np.bitwise_count(queries[first] ^ base[second]) <= bits
-                if within:
-                    near &= first < second
-                found.append(first[near] * len(base) + second[near])
-    codes = np.unique(np.concatenate(found))
-    first, second = codes // max(len(base), 1), codes % max(len(base), 1)
-    distance = np.bitwise_count(queries[first] ^ base[second]).astype(np.float32)
-    return Pairs(first, second, -distance)
-
-
-def _expand(low: np.ndarray, high: np.ndarray):
-    """Turn the range [low, high) of each query into arrays (query, position), a bounded number of pairs at a time."""
-    counts = high - low
-    ends = np.cumsum(counts)
-    start = 0
-    while start < len(counts):
-        done = ends[start - 1] if start else 0
-        stop = max(int(np.searchsorted(ends, done + PAIR_BLOCK, side="right")), start + 1)
-        chosen = counts[start:stop]
-        query = np.repeat(np.arange(start, stop), chosen)
-        inside = np.arange(len(query)) - np.repeat(np.cumsum(chosen) - chosen, chosen)
-        yield query, np.repeat(low[start:stop], chosen) + inside
-        start = stop
-
-
-def embedding_pairs(
-    data: np.ndarray, queries: np.ndarray, base: np.ndarray, cosine: float, device: torch.device
-) -> Pairs:
-    """Find (query, base) pairs of at least this cosine among the eight nearest of each query; value: the cosine.
-
-    Args:
-        data: [N, D] embeddings; queries, base: int64 rows of it. A row is no neighbour of itself.
-    Returns:
-        Pairs of positions in `queries` and `base`.
-    """
-
-    def unit(rows: np.ndarray) -> torch.Tensor:
-        return F.normalize(torch.from_numpy(data[rows]).to(device).float(), dim=1)
-
-    if not len(queries) or not len(base):
-        return join([])
-    y, theirs = unit(base), torch.from_numpy(base).to(device)
-    step = max(1, min(BLOCK, COSINES_AT_A_TIME // len(base)))
-    parts = []
-    for start in range(0, len(queries), step):
-        mine = queries[start : start + step]
-        similar = unit(mine) @ y.t()
-        similar[theirs[None] == torch.from_numpy(mine).to(device)[:, None]] = -2
-        value, place = similar.topk(min(NEIGHBOURS, len(base)), dim=1)
-        row, column = (value >= cosine).nonzero(as_tuple=True)
-        parts.append(Pairs(*(x.cpu().numpy() for x in (row + start, place[row, column], value[row, column]))))
-    return join(parts)
-
-
-def once(pairs: Pairs) -> tuple[Pairs, np.ndarray]:
+def once(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Take pairs within one set once each, first < second, and tell [P] bool whether they hold in both directions."""
-    low, high = np.minimum(pairs.first, pairs.second), np.maximum(pairs.first, pairs.second)
-    codes = low * (int(high.max(initial=-1)) + 1) + high
-    _, first, counts = np.unique(codes, return_index=True, return_counts=True)
-    return Pairs(low, high, pairs.value)[first], counts == 2
+    low, high = np.minimum(pairs["first"], pairs["second"]), np.maximum(pairs["first"], pairs["second"])
+    _, place, counts = np.unique(low * (high.max(initial=0) + 1) + high, return_index=True, return_counts=True)
+    return as_pairs(low, high, pairs["value"])[place], counts == 2
+
+
+def neighbourhoods(data: np.ndarray, queries: np.ndarray, base: np.ndarray, device: torch.device) -> Iterator[tuple]:
+    """Yield (places in `queries`, places in `base`) to compare: all with all, or, of a large base, each cell of k-means
+    with the cells around it.
+
+    Args:
+        data: [N, D] embeddings; queries, base: int64 rows of it.
+    """
+    if len(base) <= ALL_WITH_ALL:
+        yield np.arange(len(queries)), np.arange(len(base))
+        return
+    rows, rng, k = Rows(data, device, base, unit=True), step_rng(0, 5000), len(base) // CELL_IMAGES
+    some = np.sort(rng.choice(len(base), min(len(base), 100 * k), replace=False))
+    centres = kmeans(rows.subset(some), k, iterations=5, rng=rng).centroids
+    around = (centres @ centres.t()).topk(min(NEAR_CELLS, k), dim=1).indices.tolist()
+    theirs, ours = (np.split(*cells_of(rows, centres)) for rows in (rows, Rows(data, device, queries, True)))
+    for cell, places in enumerate(ours):
+        yield places, np.concatenate([theirs[near] for near in around[cell]])
+
+
+def cells_of(rows: Rows, centres: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Order rows by their nearest centre -> (places [N], where to split them [k - 1])."""
+    nearest = np.concatenate([assign_block(x, centres, unit=True)[0].cpu().numpy() for _, x in rows.chunks()])
+    places, offsets = members_by_cluster(nearest, len(centres))
+    return places, offsets[1:-1]
 
 
 def _resampling() -> torch.Tensor:
@@ -251,22 +190,42 @@ class CopyFinder:
     cosine: float
     agreement: float
 
-    def near_pairs(self, first: np.ndarray, second: np.ndarray) -> Pairs:
+    def candidates(self, first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find pairs of places in two lists of index rows that may be copies: hashes that differ in at most `bits`
+        bits; and of the eight nearest embeddings of each of `first` those alike enough (value: the cosine)."""
+        data, device = self.embedded.data, self.aligner.device
+        places, hashes = (self.embedded.place(first), self.embedded.place(second)), self.index.phash
+        hashed, alike = [as_pairs([], [])], [as_pairs([], [])]
+
+        def unit(rows: np.ndarray) -> torch.Tensor:
+            return F.normalize(torch.from_numpy(data[rows]).to(device).float(), dim=1)
+
+        for queries, base in neighbourhoods(data, *places, device):
+            step, y = max(1, NUMBERS_AT_A_TIME // max(len(base), 1)), unit(places[1][base])
+            for mine in np.split(queries, range(step, len(queries), step)) if len(base) else ():
+                same = first[mine, None] == second[base]
+                near = np.bitwise_count(hashes[first[mine], None] ^ hashes[second[base]]) <= self.bits
+                row, column = np.nonzero(near & ~same)
+                hashed.append(as_pairs(mine[row], base[column]))
+                similar = unit(places[0][mine]) @ y.t()
+                similar[torch.from_numpy(same).to(device)] = -2
+                value, place = similar.topk(min(NEIGHBOURS, len(base)), dim=1)
+                row, rank = (value >= min(CANDIDATE_COSINE, self.cosine)).nonzero(as_tuple=True)
+                column, value, row = (x.cpu().numpy() for x in (place[row, rank], value[row, rank], row))
+                alike.append(as_pairs(mine[row], base[column], value))
+        return np.concatenate(hashed), np.concatenate(alike)
+
+    def near_pairs(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """Find near copies between two lists of index rows (or within one, given twice); value: their agreement."""
-        within = first is second
-        index, embedded = self.index, self.embedded
-        by_hash = hash_pairs(index.phash[first], index.phash[second], self.bits, within)
-        floor = min(CANDIDATE_COSINE, self.cosine)
-        places = embedded.place(first), embedded.place(second)
-        alike = embedding_pairs(embedded.data, *places, floor, self.aligner.device)
+        hashed, alike = self.candidates(first, second)
         both_ways = np.ones(len(alike), dtype=bool)
-        if within:
-            alike, both_ways = once(alike)
-        hash_fits = self.aligner.agreement(first[by_hash.first], second[by_hash.second])
-        fits = self.aligner.agreement(first[alike.first], second[alike.second])
-        near = (fits >= self.agreement) | ((alike.value >= self.cosine) & both_ways & (fits >= FLOOR))
-        found = Pairs(by_hash.first, by_hash.second, hash_fits)[hash_fits >= FLOOR]
-        return join([found, Pairs(alike.first, alike.second, fits)[near]])
+        if first is second:
+            (hashed, _), (alike, both_ways) = once(hashed), once(alike)
+        near = (alike["value"] >= self.cosine) & both_ways
+        for pairs in (hashed, alike):
+            pairs["value"] = self.aligner.agreement(first[pairs["first"]], second[pairs["second"]])
+        near = (alike["value"] >= self.agreement) | (near & (alike["value"] >= FLOOR))
+        return np.concatenate([hashed[hashed["value"] >= FLOOR], alike[near]])
 
     def leaks(self, alive: np.ndarray, benchmark_of: Callable[[int], str | None]) -> Removals:
         """Remove pool rows that are a picture of an excluded source: the same bytes, the same pixels, or near; and rows
@@ -293,9 +252,9 @@ class CopyFinder:
             add(reason, alive[hit], of[hit], np.ones(hit.sum()))
         rest = out.left_of(alive)
         pairs = self.near_pairs(rest, excluded)
-        pairs = pairs[np.lexsort((-pairs.value, pairs.first))]
-        pairs = pairs[np.unique(pairs.first, return_index=True)[1]]  # the best match of each
-        add("near (agreement)", rest[pairs.first], excluded[pairs.second], pairs.value)
+        pairs = pairs[np.lexsort((-pairs["value"], pairs["first"]))]
+        pairs = pairs[np.unique(pairs["first"], return_index=True)[1]]  # the best match of each
+        add("near (agreement)", rest[pairs["first"]], excluded[pairs["second"]], pairs["value"])
         return out
 
     def duplicates(self, alive: np.ndarray, leaked: np.ndarray, group_cap: int, track_cap: int) -> Removals:
@@ -315,18 +274,17 @@ class CopyFinder:
         rest = np.sort(np.concatenate([out.left_of(alive), leaked]))
         pairs = self.near_pairs(rest, rest)
         is_leaked = np.isin(rest, leaked)
-        leak = np.full(len(rest), -1, dtype=np.int64)
-        likeness = np.zeros(len(rest), dtype=np.float32)
-        for one, other in ((pairs.first, pairs.second), (pairs.second, pairs.first)):
-            hit = np.flatnonzero(is_leaked[one] & ~is_leaked[other])
-            hit = hit[np.argsort(pairs.value[hit], kind="stable")]  # the most alike is written last
-            leak[other[hit]], likeness[other[hit]] = one[hit], pairs.value[hit]
-        gone = leak >= 0
-        out.add("copy of a leaked picture (agreement)", rest[gone], rest[leak[gone]], likeness[gone])
-        inside = ~is_leaked & ~gone
+        hits = both_directions(pairs)
+        hits = hits[is_leaked[hits["first"]] & ~is_leaked[hits["second"]]]
+        hits = hits[np.lexsort((-hits["value"], hits["second"]))]
+        hits = hits[np.unique(hits["second"], return_index=True)[1]]  # the most alike leak of each
+        gone = hits["second"]
+        out.add("copy of a leaked picture (agreement)", rest[gone], rest[hits["first"]], hits["value"])
+        inside = ~is_leaked
+        inside[gone] = False
         area = index.width[rest].astype(np.int64) * index.height[rest]
         largest_first = np.lexsort((rest, -area))
-        of, likeness = stars(largest_first, pairs[inside[pairs.first] & inside[pairs.second]], group_cap)
+        of, likeness = stars(largest_first, pairs[inside[pairs["first"]] & inside[pairs["second"]]], group_cap)
         gone = of != np.arange(len(rest))
         out.add("near copy (agreement)", rest[gone], rest[of[gone]], likeness[gone])
         surplus = beyond_tracks(index, out.left_of(alive), track_cap)
@@ -340,7 +298,11 @@ def _first_of_each(keys: np.ndarray) -> np.ndarray:
     return first[inverse.reshape(-1)]
 
 
-def stars(order: np.ndarray, pairs: Pairs, cap: int) -> tuple[np.ndarray, np.ndarray]:
+def both_directions(pairs: np.ndarray) -> np.ndarray:
+    return np.concatenate([pairs, as_pairs(pairs["second"], pairs["first"], pairs["value"])])
+
+
+def stars(order: np.ndarray, pairs: np.ndarray, cap: int) -> tuple[np.ndarray, np.ndarray]:
     """Choose which images go, and which one stays for each: every image that goes is itself alike to the one that
     stays, so that a chain of small steps (a surveillance track) does not end as one image.
 
@@ -350,23 +312,18 @@ def stars(order: np.ndarray, pairs: Pairs, cap: int) -> tuple[np.ndarray, np.nda
     Returns:
         [n] int64, the image that stands for each (itself if it stays), and [n] float32, the value of that pair.
     """
-    keeper = np.arange(len(order))
-    value = np.ones(len(order), dtype=np.float32)
-    free = np.ones(len(order), dtype=bool)
-    both = join([pairs, Pairs(pairs.second, pairs.first, pairs.value)])
-    both = both[np.lexsort((both.second, -both.value, both.first))]
-    offsets = np.concatenate([[0], np.cumsum(np.bincount(both.first, minlength=len(order)))])
+    keeper, value, free = np.arange(len(order)), np.ones(len(order), np.float32), np.ones(len(order), dtype=bool)
+    pairs = both_directions(pairs)
+    pairs = pairs[np.lexsort((pairs["second"], -pairs["value"], pairs["first"]))]
+    offsets = np.searchsorted(pairs["first"], np.arange(len(order) + 1))
     for image in order[np.diff(offsets)[order] > 0].tolist():
-        if not free[image]:
-            continue
-        free[image] = False
-        mine = slice(offsets[image], offsets[image + 1])
-        near, alike = both.second[mine], both.value[mine]
-        still = free[near]
-        near, first = np.unique(near[still], return_index=True)  # a pair may have been found twice
-        alike = alike[still][first]
-        chosen = np.argsort(-alike, kind="stable")[: cap - 1]
-        keeper[near[chosen]], value[near[chosen]], free[near[chosen]] = image, alike[chosen], False
+        if free[image]:
+            free[image] = False
+            near = pairs[offsets[image] : offsets[image + 1]]
+            near = near[free[near["second"]]]
+            near = near[np.unique(near["second"], return_index=True)[1]]  # a pair may have been found twice
+            near = near[np.argsort(-near["value"], kind="stable")[: cap - 1]]
+            keeper[near["second"]], value[near["second"]], free[near["second"]] = image, near["value"], False
     return keeper, value
 
 

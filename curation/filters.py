@@ -1,8 +1,7 @@
 """What leaves the pool, and why: unreadable and poor images, and what is no vehicle (copies: curation.copies)."""
 
-import csv
-import io
 import json
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from curation.index import Index
+from curation.index import Index, csv_bytes
 from util.errors import InputError
 from util.files import write_atomic
 
@@ -36,34 +35,30 @@ class Removals:
 
     def add(self, reason: str, rows: np.ndarray, of: np.ndarray | int = -1, value: np.ndarray | float = 0) -> None:
         """rows: int64, none twice."""
-        of, value = np.broadcast_to(of, rows.shape), np.broadcast_to(value, rows.shape)
         new = self.reason[rows] < 0
         if reason not in self.reasons:
             self.reasons.append(reason)
         self.reason[rows[new]] = self.reasons.index(reason)
-        self.of[rows[new]], self.value[rows[new]] = of[new], value[new]
+        for all_values, values in ((self.of, of), (self.value, value)):
+            all_values[rows[new]] = np.broadcast_to(values, rows.shape)[new]
 
     def left_of(self, rows: np.ndarray) -> np.ndarray:
         """Return those of `rows` that are not removed."""
         return rows[self.reason[rows] < 0]
 
-    def counts(self) -> dict[str, int]:
-        found = np.bincount(self.reason[self.rows], minlength=len(self.reasons))
-        return {name: int(count) for name, count in zip(self.reasons, found) if count}
-
-    def save(self, folder: Path, name: str, path_of) -> None:
-        """Write NAME.npz for the stages after and NAME.csv for people; path_of: row -> its path."""
+    def save(self, folder: Path, name: str, path_of) -> dict[str, int]:
+        """Write NAME.npz for later stages and NAME.csv for people; path_of: row -> its path; -> counts by reason."""
         rows = self.rows
         arrays = {"rows": rows, "reason": self.reason[rows], "of": self.of[rows], "value": self.value[rows]}
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(["row", "path", "reason", "of", "value"])
+        table = [["row", "path", "reason", "of", "value"]]
         for row, reason, of, value in zip(*(values.tolist() for values in arrays.values())):
             other = path_of(of) if of >= 0 else ""
-            writer.writerow([row, path_of(row), self.reasons[reason], other, f"{value:.4g}"])
-        write_atomic(folder / f"{name}.csv", lambda f: f.write(text.getvalue().encode("utf-8", "replace")))
+            table.append([row, path_of(row), self.reasons[reason], other, f"{value:.4g}"])
+        write_atomic(folder / f"{name}.csv", lambda f: f.write(csv_bytes(table)))
         reasons = np.array(self.reasons, dtype=np.str_)
         write_atomic(folder / f"{name}.npz", lambda f: np.savez(f, **arrays, reasons=reasons))
+        found = Counter(self.reasons[reason] for reason in arrays["reason"])
+        return {"removed": len(rows)} | {name: found[name] for name in self.reasons if found[name]}
 
 
 def load_removal(folder: Path, name: str) -> SimpleNamespace:
@@ -80,11 +75,9 @@ def poor_images(index: Index, args) -> Removals:
     """
     out = Removals(len(index))
     out.add("unreadable", np.flatnonzero(~index.readable))
-    side = np.minimum(index.width, index.height)
-    ratio = index.width / np.maximum(index.height, 1)
     for reason, value, low, high in (
-        ("small (px)", side, args.min_side, np.inf),
-        ("aspect (width / height)", ratio, *args.aspect),
+        ("small (px)", np.minimum(index.width, index.height), args.min_side, np.inf),
+        ("aspect (width / height)", index.width / np.maximum(index.height, 1), *args.aspect),
         ("exposure (mean of 255)", index.brightness, *args.brightness),
         ("flat (deviation of 255)", index.contrast, args.min_contrast, np.inf),
         ("blurred (deviation of the Laplacian)", index.sharpness, args.min_sharpness, np.inf),

@@ -4,6 +4,7 @@ Level 1 clusters the images, level l > 1 the centroids of level l - 1, each coun
 and again spreads them evenly over what the pool covers, however unevenly the pool fills it.
 """
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from curation.kmeans import Clusters, assign, kmeans
 from curation.rows import Rows
-from util.dist import barrier, is_main_process, print_main
+from util.dist import print_main
 from util.errors import InputError
 from util.files import write_atomic
 
@@ -30,10 +31,8 @@ class Tree:
 
     def path(self) -> np.ndarray:
         """Return each image's cluster on every level, [N, levels] int32."""
-        columns = [self.parents[0]]
-        for parents in self.parents[1:]:
-            columns.append(parents[columns[-1]])
-        return np.stack(columns, axis=1)
+        levels = itertools.accumulate(self.parents, lambda below, parents: parents[below])
+        return np.stack(list(levels), axis=1)
 
     def images_below(self, level: int) -> np.ndarray:
         """Count the images in each cluster of a level (0: the clusters of images), [k] int64."""
@@ -89,15 +88,12 @@ def plan_levels(count: int, ks: list[int] | None, clip: bool = False) -> list[in
         clip: drop levels that such a small source cannot have, rather than refuse.
     """
     if not ks:
-        ks = [max(1, min(count, 2), count // (40 if count >= 500_000 else 20))]
-        if ks[0] == count:  # one or two images
-            ks = [1]
+        ks = [max(1, min(count, 2), count // (40 if count >= 500_000 else 20)) if count > 2 else 1]
         while len(ks) < 3 and ks[-1] // 10 >= 10:
             ks.append(ks[-1] // 10)
     elif clip:
         ks = [k for k in ks if k < count] or [1]
-    above = [count, *ks]
-    for level, (outer, k) in enumerate(zip(above, ks), start=1):
+    for level, (outer, k) in enumerate(zip([count, *ks], ks), start=1):
         if not 1 <= k < outer and count > 1:
             raise InputError(
                 f"--levels {' '.join(map(str, ks))}: level {level} makes {k} clusters of {outer}; every level must be "
@@ -106,68 +102,41 @@ def plan_levels(count: int, ks: list[int] | None, clip: bool = False) -> list[in
     return ks
 
 
-def build_tree(
-    rows: Rows,
-    ks: list[int],
-    folder: Path,
-    *,
-    seed: int,
-    resampling: int,
-    tree_number: int = 0,
-    iterations: int = 50,
-    resample: str = "closest",
-) -> Tree:
+def build_tree(rows: Rows, ks: list[int], folder: Path, args, tree_number: int = 0) -> Tree:
     """Cluster level by level; every finished step is a file of `folder`, so a killed run loses one step at most.
 
     Args:
         ks: clusters on each level, finest first.
-        resampling: further runs on each level, on the half of a cluster's mean size that is kept of every cluster.
+        args: reads `resampling` (further runs on each level, on the half of a cluster's mean size that is kept of every
+            cluster), `resample` (which members are kept, `closest`, as published, or `random`), `iterations`, `seed`.
         tree_number: which of several trees; only changes the random numbers.
-        resample: which members of a cluster are clustered again, `closest` (as published) or `random`.
     """
     parents, distance = [], np.empty(0)
     for level, k in enumerate(ks, start=1):
-        members = max(2, len(rows) // k // 2)
+        members, clusters = max(2, len(rows) // k // 2), None
         init = "kmeans++" if k <= PLUS_PLUS[rows.device.type] else "random"
-        print_main(f"level {level}: {k} clusters of {len(rows)}, {init} start")
-        clusters = None
-        for number in range(1 + resampling):
+        print_main(f"level {level}: {k:,} clusters of {len(rows):,}, {init} start, {args.resampling} resampling steps")
+        for number in range(1 + args.resampling):
             file = folder / f"level{level}_step{number:02d}.npz"
             if file.is_file():
-                clusters = _load_step(file, rows.device)
+                with np.load(file) as stored:
+                    clusters = Clusters(**{name: stored[name] for name in ("assignment", "distance", "inertia")},
+                                        centroids=torch.from_numpy(stored["centroids"]).to(rows.device))  # fmt: skip
                 continue
-            rng = step_rng(seed, tree_number, level, number)
-            part = rows
+            rng, part = step_rng(args.seed, tree_number, level, number), rows
             if clusters is not None:
-                key = clusters.distance if resample == "closest" else rng.random(len(rows))
+                key = clusters.distance if args.resample == "closest" else rng.random(len(rows))
                 picked = lowest_of_each(clusters.assignment, key, np.full(k, members))
                 if len(picked) < k:
                     break  # too few members to say anything new
                 part = rows.subset(picked)
-            fresh = kmeans(part, k, iterations=iterations, init=init, rng=rng)
+            fresh = kmeans(part, k, iterations=args.iterations, init=init, rng=rng)
             clusters = fresh if clusters is None else assign(rows, fresh.centroids)
-            _save_step(file, clusters)
-            print_main(
-                f"level {level} step {number}/{resampling}: inertia {clusters.inertia:.6g} after "
-                f"{fresh.iterations} iterations, {fresh.reseeded} empty clusters moved"
-            )
+            arrays = vars(clusters) | {"centroids": clusters.centroids.cpu().numpy()}
+            write_atomic(file, lambda opened, arrays=arrays: np.savez(opened, **arrays))
+        print_main(f"level {level}: mean squared distance to the centroid {clusters.inertia / len(rows):.4g}")
         parents.append(clusters.assignment)
-        if level == 1:
-            distance = clusters.distance
+        distance = clusters.distance if level == 1 else distance
         # the next level sees the centroids where the images are, and shifts them anew
-        rows = Rows(rows.restore(clusters.centroids), rows.device, unit=rows.unit, alone=rows.alone)
+        rows = Rows(rows.restore(clusters.centroids), rows.device, unit=rows.unit)
     return Tree(parents, ks, distance)
-
-
-def _save_step(file: Path, clusters: Clusters) -> None:
-    if is_main_process():
-        arrays = {"centroids": clusters.centroids.cpu().numpy(), "inertia": np.float64(clusters.inertia)}
-        arrays |= {"assignment": clusters.assignment, "distance": clusters.distance}
-        write_atomic(file, lambda opened: np.savez(opened, **arrays))
-    barrier()
-
-
-def _load_step(file: Path, device: torch.device) -> Clusters:
-    with np.load(file) as stored:
-        centroids = torch.from_numpy(stored["centroids"]).to(device)
-        return Clusters(centroids, stored["assignment"], stored["distance"], float(stored["inertia"]))

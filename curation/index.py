@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import os
+from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ FIELDS = (
     "phash", "brightness", "contrast", "sharpness", "problem",
 )  # fmt: skip
 MANIFEST = ("path", "source", "sha256", "width", "height", "box", "identity", "camera")
+MEASURED = {"width": np.int32, "height": np.int32} | dict.fromkeys(("brightness", "contrast", "sharpness"), np.float32)
 SIDE = 32  # px of a thumbnail
 PART_IMAGES = 4096
 BLOCK_ROWS = 65_536  # rows of the table that are Python objects at a time
@@ -51,24 +53,26 @@ def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, wo
     workers = workers or max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     with worker_pool(workers, (images, margin)) as pool:
         for start in parts.todo:
-            text, thumbnails = io.StringIO(), []
-            writer = csv.writer(text, lineterminator="\n")
-            for row, thumbnail in map_in_order(pool, _measure_chunk, range(start, parts.stop(start)), workers):
-                writer.writerow(row)
-                thumbnails.append(thumbnail)
-            table = np.frombuffer(text.getvalue().encode("utf-8", "replace"), dtype=np.uint8)
+            numbers = range(start, parts.stop(start))
+            rows, thumbnails = zip(*map_in_order(pool, _measure_chunk, numbers, workers))
+            table = np.frombuffer(csv_bytes(rows), dtype=np.uint8)
             arrays = {"table": table, "thumbnails": np.stack(thumbnails)}
             write_atomic(parts.file(start), lambda opened, arrays=arrays: np.savez(opened, **arrays))
-            progress.update(progress.done + len(thumbnails))
+            progress.update(progress.done + len(rows))
     progress.close()
-    if not parts.complete():
-        return
-    done = [np.load(parts.file(start)) for start in parts.starts]
-    thumbnails = np.concatenate([part["thumbnails"] for part in done])
-    table = b"".join([",".join(FIELDS).encode(), b"\n", *(part["table"].tobytes() for part in done)])
-    write_atomic(folder / "thumbnails.npy", lambda opened: np.save(opened, thumbnails))
-    write_atomic(folder / "index.csv", lambda opened: opened.write(table))
-    parts.remove()
+    if parts.complete():
+        done = [np.load(parts.file(start)) for start in parts.starts]
+        thumbnails = np.concatenate([part["thumbnails"] for part in done])
+        table = b"".join([csv_bytes([FIELDS]), *(part["table"].tobytes() for part in done)])
+        write_atomic(folder / "thumbnails.npy", lambda opened: np.save(opened, thumbnails))
+        write_atomic(folder / "index.csv", lambda opened: opened.write(table))
+        parts.remove()
+
+
+def csv_bytes(rows: Iterable) -> bytes:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().encode("utf-8", "replace")
 
 
 def _measure_chunk(numbers: list[int]) -> list[tuple[list[str], np.ndarray]]:
@@ -81,10 +85,8 @@ def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[lis
 
     `problem` says why an image is unreadable; its thumbnail is black.
     """
-    thumbnail = np.zeros((SIDE, SIDE), dtype=np.uint8)
-    source, _ = images.locate(number)
-    row = dict.fromkeys(FIELDS, "")
-    row |= {"source": source.name, "role": source.role, "path": images.name(number)}
+    thumbnail, source = np.zeros((SIDE, SIDE), dtype=np.uint8), images.locate(number)[0]
+    row = dict.fromkeys(FIELDS, "") | {"source": source.name, "role": source.role, "path": images.name(number)}
     row |= {name: images.text(number, name) for name in ("identity", "camera")}
     try:
         row["path"].encode("utf-8")  # names that are not UTF-8 fit into no table
@@ -167,62 +169,50 @@ def load_index(file: Path) -> Index:
     rows, blocks = read_rows(file), []
     while block := list(islice(rows, BLOCK_ROWS)):
         blocks.append(_columns(block, known))
-    joined = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return Index(sources=list(known["source"]), **joined)
+    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
+    return Index(sources=list(known["source"]), **columns)
 
 
 def _columns(rows: list[dict[str, str]], known: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:
-    def halves(text: str) -> tuple[int, int]:
-        return int(text[:16] or "0", 16), int(text[16:32] or "0", 16)
+    def hashes(name: str) -> np.ndarray:
+        return np.array([[int(row[name][i : i + 16] or "0", 16) for i in (0, 16)] for row in rows], dtype=np.uint64)
 
     columns: dict[str, np.ndarray] = {
         "excluded": np.array([row["role"] == "exclude" for row in rows]),
         "readable": np.array([not row["problem"] for row in rows]),
-        "phash": np.array([int(row["phash"] or "0", 16) for row in rows], dtype=np.uint64),
+        "phash": hashes("phash")[:, 0],
         "box": np.array([row["box"].split() or (0, 0, 0, 0) for row in rows], dtype=np.int32),
-        "file_hash": np.array([halves(row["sha256"]) for row in rows], dtype=np.uint64),
-        "pixel_hash": np.array([halves(row["pixels"]) for row in rows], dtype=np.uint64),
+        "file_hash": hashes("sha256"),
+        "pixel_hash": hashes("pixels"),
     }
-    for column, numbers in known.items():
-        # the same id in two sources is two vehicles
+    for column, numbers in known.items():  # the same id in two sources is two vehicles
         prefixes = ["" if column == "source" else row["source"] + "\0" for row in rows]
         keys = [row[column] and prefix + row[column] for prefix, row in zip(prefixes, rows)]
         columns[column] = np.array([numbers.setdefault(key, len(numbers)) if key else -1 for key in keys], np.int32)
-    for names, dtype in ((("width", "height"), np.int32), (("brightness", "contrast", "sharpness"), np.float32)):
-        for name in names:
-            columns[name] = np.array([float(row[name] or 0) for row in rows], dtype=dtype)
-    return columns
+    return columns | {
+        name: np.array([float(row[name] or 0) for row in rows], dtype=dtype) for name, dtype in MEASURED.items()
+    }
 
 
-def write_manifest(
-    folder: Path,
-    cut_folder: str,
-    images: JoinedImages,
-    selection: np.ndarray,
-    clusters: np.ndarray,
-    distance: np.ndarray,
-) -> dict[str, int]:
-    """Write folder/manifest.csv, one row a selected image in the order of the index.
+def write_manifest(folder: Path, cut_folder: str, images: JoinedImages, selection: np.ndarray, extra: dict) -> dict:
+    """Write folder/manifest.csv, one row a selected image in the order of the index; return how many.
 
     Images that have no file of their own, or of which a box is wanted, are written to folder/images as they will be
     trained on (packed images byte for byte, boxes as JPEG of quality 95); all others stay where they are.
 
     Args:
         cut_folder: name of the folder in folder/images, another one for another index.
-        selection: [n] int64 index rows, ascending. clusters: [n, levels] int32. distance: [n] float32, squared.
+        selection: [n] int64 index rows, ascending. extra: further columns, n texts each.
     """
-    text, written = io.StringIO(), 0
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*MANIFEST, *(f"cluster{level + 1}" for level in range(clusters.shape[1])), "distance"])
-    rows = enumerate(read_rows(folder / "index.csv"))
-    for place, wanted in enumerate(selection.tolist()):
+    table, written, rows = [[*MANIFEST, *extra]], 0, enumerate(read_rows(folder / "index.csv"))
+    for wanted, *values in zip(selection.tolist(), *extra.values()):
         row = next(row for number, row in rows if number == wanted)
         file = own_file(folder / "images" / cut_folder, images, wanted, row["box"])
         if file is not None:
             row |= {"path": str(file.relative_to(folder)), "box": ""}  # it is cut already
             written += 1
-        writer.writerow([*(row[name] for name in MANIFEST), *clusters[place].tolist(), f"{distance[place]:.6g}"])
-    write_atomic(folder / "manifest.csv", lambda opened: opened.write(text.getvalue().encode("utf-8", "replace")))
+        table.append([*(row[name] for name in MANIFEST), *values])
+    write_atomic(folder / "manifest.csv", lambda opened: opened.write(csv_bytes(table)))
     return {"images": len(selection), "written_images": written}
 
 
@@ -232,14 +222,12 @@ def own_file(folder: Path, images: JoinedImages, number: int, box: str) -> Path 
     if not box and not isinstance(source.paths, PackedImages):
         return None
     file = folder / source.name / f"{number:09d}.jpg"
-    if file.is_file():
-        return file
-    if box:
+    if not file.is_file():
         encoded = io.BytesIO()
-        cut = open_rgb(source.paths[index]).crop(tuple(map(int, box.split())))
-        cut.save(encoded, "JPEG", quality=95, subsampling=0)
-        data = encoded.getvalue()
-    else:
-        data = source.paths.read(index)
-    write_atomic(file, lambda opened: opened.write(data))
+        if box:
+            cut = open_rgb(source.paths[index]).crop(tuple(map(int, box.split())))
+            cut.save(encoded, "JPEG", quality=95, subsampling=0)
+        else:
+            encoded.write(source.paths.read(index))
+        write_atomic(file, lambda opened: opened.write(encoded.getvalue()))
     return file

@@ -15,26 +15,21 @@ NET_ROWS = 10_000  # rows the cells are found on
 
 
 def water_fill(sizes: np.ndarray, target: int, rng: np.random.Generator) -> np.ndarray:
-    """Share `target` as equally as the sizes allow: share_j = min(level, size_j), their sum exactly the target.
+    """Share `target` as equally as the sizes [J] int64 allow: share_j = min(level, size_j), their sum exactly the
+    target, or that of the sizes if it is smaller.
 
     What the integer level leaves over goes, one each, to random clusters that still have more.
-
-    Args:
-        sizes: [J] int64 >= 0. target: at most their sum; more is cut to it.
-    Returns:
-        [J] int64.
     """
     sizes = np.asarray(sizes, dtype=np.int64)
     if target >= sizes.sum():
         return sizes.copy()
     ascending = np.sort(sizes)
-    below = np.concatenate([[0], np.cumsum(ascending)])[:-1]  # images of all smaller clusters
+    below = np.cumsum(ascending) - ascending  # images of all smaller clusters
     # the level if all clusters from this one on were cut: right for the first that is larger than it
     levels = (target - below) // np.arange(len(sizes), 0, -1)
     level = levels[np.argmax(ascending > levels)]
     shares = np.minimum(sizes, level)
-    rest = int(target - shares.sum())
-    shares[rng.choice(np.flatnonzero(sizes > level), rest, replace=False)] += 1
+    shares[rng.choice(np.flatnonzero(sizes > level), int(target - shares.sum()), replace=False)] += 1
     return shares
 
 
@@ -60,49 +55,22 @@ def sample_tree(tree: Tree, target: int, *, seed: int, how: str = "random", tree
     return lowest_of_each(tree.parents[0], key, shares)
 
 
-def quotas(sizes: dict[str, int], target: int, wanted: list[str], seed: int) -> dict[str, int]:
-    """Share the target over the sources: the fractions of `--quota NAME=SHARE` where given, the rest as equal as their
-    sizes allow."""
-    shares = {}
-    for spec in wanted:
-        name, _, text = spec.partition("=")
-        try:
-            shares[name] = float(text)
-        except ValueError:
-            shares[name] = -1.0
-        if name not in sizes or not 0 <= shares[name] <= 1:
-            raise InputError(f"--quota {spec}: write NAME=SHARE, a share of 0 to 1 of one of {', '.join(sizes)}")
-    fixed = {name: int(share * target) for name, share in shares.items()}
-    if sum(shares.values()) > 1 - 1e-9:  # what rounding down has left over
-        for name in [name for name in fixed if fixed[name] < sizes[name]][: target - sum(fixed.values())]:
-            fixed[name] += 1
-    others = {name: size for name, size in sizes.items() if name not in fixed}
-    left = target - sum(fixed.values())
-    if not 0 <= left <= sum(others.values()) or any(fixed[name] > sizes[name] for name in fixed):
-        raise InputError(
-            f"--quota {' '.join(wanted)} and --target_size {target} ask for {fixed} images and {left} of the other "
-            f"sources, but there are {sizes} left: change the quotas or lower the target"
-        )
-    filled = water_fill(np.array(list(others.values()), dtype=np.int64), left, step_rng(seed, 4000))
-    return fixed | dict(zip(others, filled.tolist()))
-
-
 def draw_sample(trees: dict[str, tuple[Tree, np.ndarray]], args) -> tuple[np.ndarray, dict[str, int]]:
-    """Draw exactly --target_size images.
+    """Draw exactly --target_size images, as many of each tree as of the others where its size allows.
 
     Args:
-        trees: name -> (tree, index rows of its images). args: reads target_size, quota, seed, sample.
+        trees: name -> (tree, index rows of its images). args: reads target_size, seed, sample.
     Returns:
         ([n] int64 index rows, ascending; how many of each tree).
     """
-    sizes = {name: len(rows) for name, (_, rows) in trees.items()}
-    if args.target_size > (left := sum(sizes.values())):
-        raise InputError(f"--target_size {args.target_size}: only {left} images are left; lower it, or add pools")
-    shares = quotas(sizes, args.target_size, args.quota, args.seed)
-    chosen = []
-    for number, (name, (tree, rows)) in enumerate(trees.items()):
-        positions = sample_tree(tree, shares[name], seed=args.seed, how=args.sample, tree_number=number)
-        chosen.append(rows[positions])
+    sizes = np.array([len(rows) for _, rows in trees.values()], dtype=np.int64)
+    if args.target_size > sizes.sum():
+        raise InputError(f"--target_size {args.target_size}: {sizes.sum()} images are left; lower it, or add pools")
+    shares = dict(zip(trees, water_fill(sizes, args.target_size, step_rng(args.seed, 4000)).tolist()))
+    chosen = [
+        rows[sample_tree(tree, shares[name], seed=args.seed, how=args.sample, tree_number=number)]
+        for number, (name, (tree, rows)) in enumerate(trees.items())
+    ]
     return np.sort(np.concatenate(chosen)), shares
 
 
@@ -129,8 +97,7 @@ def balance(sizes: np.ndarray) -> dict[str, float]:
 def tail_coverage(pool_sizes: np.ndarray, chosen_sizes: np.ndarray) -> float:
     """Share of the smallest tenth of the pool's non-empty clusters of which something was chosen."""
     filled = np.flatnonzero(pool_sizes > 0)
-    order = filled[np.argsort(pool_sizes[filled], kind="stable")]
-    tail = order[: max(1, len(order) // 10)]
+    tail = filled[np.argsort(pool_sizes[filled], kind="stable")][: max(1, len(filled) // 10)]
     return float((chosen_sizes[tail] > 0).mean())
 
 
@@ -146,22 +113,22 @@ def judge(
         ({"pool" | "random" | "selection": numbers of `balance`, plus tail_coverage}, {same: [K] int64 sizes}); "random"
         draws as many of each domain as the selection has.
     """
-    rng = step_rng(seed, 3000)
-    sizes: dict[str, list[np.ndarray]] = {"pool": [], "random": [], "selection": []}
+    rng, sizes = step_rng(seed, 3000), {"pool": [], "random": [], "selection": []}
     for rows in domains.values():
         chosen = np.intersect1d(rows, selection)
         drawn = rng.choice(rows, len(chosen), replace=False)
         if len(rows) > MAX_ROWS:
             rows = np.sort(rng.choice(rows, MAX_ROWS, replace=False))
-        x = Rows(embedded.data, device, embedded.place(rows), unit=True, alone=True)
+        x = Rows(embedded.data, device, embedded.place(rows), unit=True)
         net = x.take(np.sort(rng.choice(len(rows), min(len(rows), NET_ROWS), replace=False)))
         centres = cell_centres(net, min(int(np.clip(len(rows) // 20, 10, 1000)), len(net)), rng)
         cell = np.concatenate([(part @ centres.t()).argmax(dim=1).cpu().numpy() for _, part in x.chunks()])
-        for name, mine in (("pool", rows), ("random", drawn), ("selection", chosen)):
+        for name, mine in zip(sizes, (rows, drawn, chosen)):
             sizes[name].append(np.bincount(cell[np.isin(rows, mine)], minlength=len(centres)))
-    joined = {name: np.concatenate(parts) for name, parts in sizes.items()}
-    pool = joined["pool"]
-    return {name: balance(of) | {"tail_coverage": tail_coverage(pool, of)} for name, of in joined.items()}, joined
+    sizes = {name: np.concatenate(parts) for name, parts in sizes.items()}
+    return {
+        name: balance(of) | {"tail_coverage": tail_coverage(sizes["pool"], of)} for name, of in sizes.items()
+    }, sizes
 
 
 def cell_centres(x: torch.Tensor, wanted: int, rng: np.random.Generator) -> torch.Tensor:
@@ -177,9 +144,7 @@ def cell_centres(x: torch.Tensor, wanted: int, rng: np.random.Generator) -> torc
     x = x[torch.from_numpy(rng.permutation(len(x))).to(x.device)]
     low, high, best = -1.0, 1.0, x[:1]
     for _ in range(20):
-        cosine = (low + high) / 2
-        free = torch.ones(len(x), dtype=torch.bool, device=x.device)
-        centres = []
+        cosine, free, centres = (low + high) / 2, torch.ones(len(x), dtype=torch.bool, device=x.device), []
         while len(centres) < 2 * wanted and free.any():
             first = int(free.to(torch.uint8).argmax())
             centres.append(x[first])

@@ -57,12 +57,11 @@ class JoinedImages:
 
     def fingerprint(self) -> list[list[str]]:
         """Identify what the sources list, in their order: rows of the index are numbered by it."""
-        found = []
-        for source in self.sources:
-            columns = [f"{name} {source.columns[name].sha256()}" for name in sorted(source.columns)]
-            root = str(Path(source.paths.root).absolute())
-            found.append([source.role, source.name, root, source.paths.sha256(), *columns])
-        return found
+        return [
+            [source.role, source.name, str(Path(source.paths.root).absolute()), source.paths.sha256()]
+            + [f"{name} {source.columns[name].sha256()}" for name in sorted(source.columns)]
+            for source in self.sources
+        ]
 
 
 def open_sources(pools: list[str], excludes: list[str], column_names: dict[str, str]) -> JoinedImages:

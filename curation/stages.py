@@ -17,9 +17,7 @@ class Stages:
     and those after it, no others."""
 
     def __init__(self, folder: Path):
-        self.folder = folder / "stages"
-        self.fingerprint = ""
-        self.records: dict[str, dict] = {}
+        self.folder, self.fingerprint, self.records = folder / "stages", "", {}
 
     def run(self, name: str, settings: dict, work: Callable[[str], dict], shared: bool = False) -> dict:
         """Do the stage or recall it, and return its counts.
@@ -30,13 +28,11 @@ class Stages:
             shared: all ranks work; otherwise rank 0 does, and the others wait.
         """
         text = json.dumps([self.fingerprint, name, settings], sort_keys=True)
-        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        file = self.folder / f"{name}.json"
+        self.fingerprint, file = hashlib.sha256(text.encode()).hexdigest(), self.folder / f"{name}.json"
         record = broadcast(json.loads(file.read_text()) if file.is_file() else None)
         if record is not None and record["fingerprint"] == self.fingerprint:
-            print_main(f"== {name}: done before, {record['counts']}")
+            print_main(f"{name}: done before")
         else:
-            print_main(f"== {name}")
             if is_main_process():
                 file.unlink(missing_ok=True)  # it must not vouch for files that are now rewritten
             started = time.perf_counter()
@@ -45,9 +41,16 @@ class Stages:
                 record = {"fingerprint": self.fingerprint, "run": uuid.uuid4().hex, "settings": settings}
                 record |= {"counts": counts, "seconds": round(time.perf_counter() - started, 2)}
                 write_json(file, record)
-                print_main(f"{name}: {counts} ({record['seconds']:.1f} s)")
+                print_main(f"{name}: {said(counts)} ({record['seconds']:.1f} s)")
             wait_for_main()
             record = broadcast(record)
         self.records[name] = record
         self.fingerprint += record["run"]  # what comes after belongs to this very run of the stage
         return record["counts"]
+
+
+def said(counts: dict) -> str:
+    """{"removed": 81, "same file": 20} -> "removed 81, same file 20"."""
+    return ", ".join(
+        f"{name} {count:,}" if isinstance(count, int) else f"{name} {count}" for name, count in counts.items()
+    )

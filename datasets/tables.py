@@ -67,11 +67,11 @@ class LabelledItems(TrainItems):
         return (shown if isinstance(shown, dict) else {"imgs": shown}) | labels
 
 
-def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = "") -> Iterator[dict[str, str]]:
-    """The rows of a table, one at a time: a million rows are never in memory together. All have a path.
+def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = "", key: str = "path") -> Iterator:
+    """The rows of a table as dicts, one at a time: a million rows are never in memory together. All have a `key`.
 
     Args:
-        needed: columns that must be there, besides `path`. advice: what to say where one is not.
+        needed: columns that must be there, besides `key`. advice: what to say where one is not. key: "" for none.
     Raises:
         InputError: unknown ending, no such column, a broken or empty row, no rows.
     """
@@ -80,7 +80,7 @@ def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = 
         raise InputError(f"{file} is neither a folder nor a manifest: manifests end in {', '.join(TABLE_ENDINGS)}")
     try:
         with open(file, encoding="utf-8-sig", newline="") as opened:
-            for count, row in enumerate(_rows(file, opened), 1):
+            for count, row in enumerate(_rows(file, opened, key), 1):
                 missing = [column for column in needed if column not in row] if count == 1 else ()
                 if missing:
                     raise InputError(f"{file} has no column '{missing[0]}': it has {', '.join(row)}{advice}")
@@ -91,7 +91,7 @@ def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = 
         raise InputError(f"{file} lists no image: it has no row")
 
 
-def _rows(file: Path, opened) -> Iterator[dict[str, str]]:
+def _rows(file: Path, opened, key: str) -> Iterator[dict[str, str]]:
     ending = file.suffix.lower()
     if ending == ".txt":
         yield from ({"path": line.strip()} for line in opened if line.strip())
@@ -104,19 +104,19 @@ def _rows(file: Path, opened) -> Iterator[dict[str, str]]:
                 row = json.loads(line)
             except json.JSONDecodeError as error:
                 raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
-            if not isinstance(row, dict) or not isinstance(row.get("path"), str) or not row["path"]:
-                raise InputError(
-                    f"{file}, line {number} has no text under the key 'path': write one JSON object a line"
-                )
+            if not isinstance(row, dict):
+                raise InputError(f"{file}, line {number} is not a JSON object: write one a line")
+            if key and not (isinstance(row.get(key), str) and row[key]):
+                raise InputError(f"{file}, line {number} has no text under the key '{key}'")
             yield row
         return
     reader = csv.DictReader(opened, delimiter="\t" if ending == ".tsv" else ",")
-    if "path" not in (reader.fieldnames or []):
+    if key and key not in (reader.fieldnames or []):
         header = ", ".join(reader.fieldnames or ["nothing"])
-        raise InputError(f"{file} has no column 'path': its first line holds {header}")
+        raise InputError(f"{file} has no column '{key}': its first line holds {header}")
     for row in reader:
-        if not row["path"]:
-            raise InputError(f"{file}, line {reader.line_num}: the column 'path' is empty")
+        if key and not row[key]:
+            raise InputError(f"{file}, line {reader.line_num}: the column '{key}' is empty")
         if None in row or None in row.values():
             raise InputError(f"{file}, line {reader.line_num} has another number of fields than the first line")
         yield row

@@ -36,19 +36,17 @@ class Candidates:
     def drop(self, reasons: dict[int, tuple[str, str]]) -> None:
         """{index: (reason, detail)} of texts that go."""
         for i, (reason, detail) in sorted(reasons.items()):
-            text = self.texts[i]
-            row = {"text": text.text, "kind": text.kind, "reason": reason, "detail": detail}
-            self.removed.append(row | self.notes[i])
+            about = {"text": self.texts[i].text, "kind": self.texts[i].kind, "reason": reason, "detail": detail}
+            self.removed.append(about | self.notes[i])
         kept = [i for i in range(len(self.texts)) if i not in reasons]
-        self.texts = [self.texts[i] for i in kept]
-        self.notes = [self.notes[i] for i in kept]
+        self.texts, self.notes = ([values[i] for i in kept] for values in (self.texts, self.notes))
         if self.embeddings is not None:
             self.embeddings = self.embeddings[kept]
-        if len(self.texts) < 2:
-            last = next(iter(reasons.values()), ("", ""))
+        if len(kept) < 2:
+            reason, detail = next(iter(reasons.values()), ("", ""))
             raise InputError(
-                f"{len(self.texts)} texts are left and a bank needs 2: the last went as {last[0]} "
-                f"({last[1]}); loosen that threshold or add attributes"
+                f"{len(kept)} texts are left and a bank needs 2: the last went as {reason} ({detail}); loosen that "
+                "threshold or add attributes"
             )
 
 
@@ -103,8 +101,9 @@ def ground_candidates(args, candidates: Candidates, paths, teacher_parts: tuple,
     count = min(args.max_images or len(paths), len(paths))
     indices = np.linspace(0, len(paths), count, endpoint=False).astype(np.int64)
     dtype = pick_precision(args.amp if device.type == "cuda" else "none", device)[0]
-    teacher = FrozenTeacher(clip, identity, dtype or torch.float32).to(device)
-    rows, problems = embed_images(teacher, paths, indices, args)
+    rows, problems = embed_images(
+        FrozenTeacher(clip, identity, dtype or torch.float32).to(device), paths, indices, args
+    )
     for index, problem in problems.items():
         print(f"unreadable, left out: {printable(paths.relative(int(index)))}: {problem}")
     readable = torch.isfinite(rows[:, 0])
@@ -112,30 +111,26 @@ def ground_candidates(args, candidates: Candidates, paths, teacher_parts: tuple,
     facts |= {"images": len(images), "unreadable": len(problems)}
     if len(images) < args.n_min:
         raise InputError(
-            f"--images {args.images}: {len(images)} of {len(rows)} images could be read, fewer "
-            f"than --n_min {args.n_min}; if they have come back since, remove {args.output}/embeddings"
+            f"--images {args.images}: {len(images)} of {len(rows)} images could be read, fewer than --n_min "
+            f"{args.n_min}; if they have come back since, remove {args.output}/embeddings"
         )
     generic = encode_texts(clip, tokenizer, [args.generic])[0].float().cpu()
     names = [text.kind if args.rank_in == "kind" else "" for text in candidates.texts]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    kinds, texts = torch.tensor([numbers[name] for name in names]), candidates.embeddings
-    found = ground(images, texts, generic, kinds, identity.tau, args)
-    usage, corrected, gap = found.usage.tolist(), found.corrected.tolist(), found.gap.tolist()
-    details = {}
-    for j, (reason, best) in enumerate(zip(found.reasons, found.best_images.tolist())):
-        candidates.notes[j] = {"usage": usage[j], "corrected": corrected[j], "images": indices[best].tolist()}
-        if usage[j]:
-            candidates.notes[j]["gap"] = round(gap[j], 4)
-        if reason:
-            details[j] = (
-                reason,
-                {
-                    "ungrounded": f"{usage[j]} images take it, {args.n_min} are needed",
-                    "hub": f"{corrected[j]} images take it after correction, more than {found.limit[j]:.1%} of them",
-                    "generic": f"{gap[j]:+.3f} against '{args.generic}', {args.margin:+g} is needed",
-                }[reason],
-            )
-    candidates.drop(details)
+    numbers, texts = {name: number for number, name in enumerate(dict.fromkeys(names))}, candidates.embeddings
+    found = ground(images, texts, generic, torch.tensor([numbers[name] for name in names]), identity.tau, args)
+    gone, numbers = {}, (found.usage, found.corrected, found.gap, found.limit, found.best_images)
+    for j, (usage, corrected, gap, limit, best) in enumerate(zip(*(values.tolist() for values in numbers))):
+        candidates.notes[j] = {"usage": usage, "corrected": corrected, "images": indices[best].tolist()}
+        if usage:
+            candidates.notes[j]["gap"] = round(gap, 4)
+        details = {
+            "ungrounded": f"{usage} images take it, {args.n_min} are needed",
+            "hub": f"{corrected} images take it after correction, more than {limit:.1%} of them",
+            "generic": f"{gap:+.3f} against '{args.generic}', {args.margin:+g} is needed",
+        }
+        if reason := found.reasons[j]:
+            gone[j] = reason, details[reason]
+    candidates.drop(gone)
     kept = torch.tensor([not reason for reason in found.reasons])
     facts |= bank_statistics(images, texts, kept, identity.tau)
     print(f"teacher entropy {facts['teacher_entropy']:.3f} of log T (0: hard labels, 1: says nothing)")
@@ -146,18 +141,15 @@ def write_bank(args, candidates: Candidates, templates: Templates, identity: Tea
 
     bank.json is written last: it describes the others, and a folder without it is refused.
     """
-    output = Path(args.output)
-    kept = []
+    output, kept = Path(args.output), []
     for number, (text, note) in enumerate(zip(candidates.texts, candidates.notes)):
         row = {"id": number, "text": text.text, "kind": text.kind, "attrs": text.attrs, "template": text.template}
-        if args.ensemble:
-            row["wordings"] = wordings_of(text, templates, True)
+        row |= {"wordings": wordings_of(text, templates, True)} if args.ensemble else {}
         kept.append(row | {"rows": text.count} | note)
-    lists = {"kept": kept, "removed": candidates.removed}
     (output / "bank.json").unlink(missing_ok=True)
-    for name, file in (("kept", "texts.jsonl"), ("removed", "removed.jsonl")):
+    for rows, file in ((kept, "texts.jsonl"), (candidates.removed, "removed.jsonl")):
         lines = []
-        for row in lists[name]:
+        for row in rows:
             if "images" in row:  # numbers mean nothing without the list
                 row = row | {"images": [printable(paths.relative(index)) for index in row["images"]]}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
@@ -165,20 +157,12 @@ def write_bank(args, candidates: Candidates, templates: Templates, identity: Tea
     bank = candidates.embeddings.numpy().astype(np.float32)
     write_atomic(output / "bank.npy", lambda opened: np.save(opened, bank))
     title = f"Texts for {identity.model}: {len(kept)} kept, {len(candidates.removed)} removed"
+    lists = {"kept": kept, "removed": candidates.removed}
     write_description_report(output / "report.html", title, facts, lists, paths, args.report_texts)
-    about = {
-        "kind": "cgd-mae text bank folder",
-        "teacher": asdict(identity),
-        "pretrained": str(args.clip_pretrained),
-        "texts": len(kept),
-        "dim": bank.shape[1],
-        "dtype": "float32",
-        "logit_scale": math.log(1 / identity.tau),
-        "texts_sha256": hash_texts([row["text"] for row in kept]),
-        "bank_sha256": hashlib.sha256(bank.tobytes()).hexdigest(),
-        "templates_sha256": hashlib.sha256(Path(args.templates).read_bytes()).hexdigest(),
-        "ensemble": args.ensemble,
-        "grounded": paths is not None,
-        "open_clip": open_clip.__version__,
-    }
+    about = {"kind": "cgd-mae text bank folder", "teacher": asdict(identity), "pretrained": str(args.clip_pretrained)}
+    about |= {"texts": len(kept), "dim": bank.shape[1], "dtype": "float32", "logit_scale": math.log(1 / identity.tau)}
+    about |= {"texts_sha256": hash_texts([row["text"] for row in kept])}
+    about |= {"bank_sha256": hashlib.sha256(bank.tobytes()).hexdigest()}
+    about |= {"templates_sha256": hashlib.sha256(Path(args.templates).read_bytes()).hexdigest()}
+    about |= {"ensemble": args.ensemble, "grounded": paths is not None, "open_clip": open_clip.__version__}
     write_json(output / "bank.json", about)

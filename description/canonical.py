@@ -8,7 +8,7 @@ from pathlib import Path
 TABLE = json.loads(Path(__file__).with_name("canonical.json").read_text(encoding="utf-8"))
 SLOTS = ("make", "model", "year", "body", "colour", "view", "doors", "scene", "part")
 INVISIBLE = tuple(TABLE["invisible"])
-CLOSED = ("body", "colour", "view", "doors")  # a number here is a code that nobody has explained
+CLOSED = ("body", "colour", "view", "doors", "year")  # a number here is a code that nobody has explained
 WORDED = ("make", "scene", "part")  # the same, but any word will do
 MEASURE = re.compile(TABLE["measure"])
 WORDS = {  # slot -> {spelling in lower case: canonical word}
@@ -45,13 +45,11 @@ def canonical_row(raw: dict[str, str], unknown: Counter | None = None) -> dict[s
         parsed = split_class_name(values.pop("class_name"))
         values = parsed | {slot: value for slot, value in values.items() if not _is_missing(value)}
     row = {slot: word for slot, value in values.items() if (word := _canonical(slot, value, unknown))}
-    if "model" in row and not (model := _short_model(row)):
-        del row["model"]
-    elif "model" in row:
-        row["model"] = model
+    if "model" in row:
+        row["model"] = _short_model(row)
     if "year" in row:
         row["decade"] = row["year"][:3] + "0s"
-    return row
+    return {slot: word for slot, word in row.items() if word}
 
 
 def split_class_name(name: str) -> dict[str, str]:
@@ -101,12 +99,10 @@ def _canonical(slot: str, value: str, unknown: Counter) -> str | None:
         return WORDS[slot][key]
     if _is_missing(value):
         return None
-    if slot == "year":
-        if year := re.fullmatch(r"((?:19|20)\d\d)(?:\.0)?", value):
-            return year[1]
-        unknown[slot, value] += 1
-        return None
-    is_code = not any(c.isalpha() for c in value)
+    year = re.fullmatch(r"((?:19|20)\d\d)(?:\.0)?", value) if slot == "year" else None
+    if year:
+        return year[1]
+    is_code = slot == "year" or not any(c.isalpha() for c in value)
     if slot in CLOSED or (slot in WORDED and is_code):
         unknown[slot, value] += 1
         return None if is_code else key

@@ -28,15 +28,9 @@ class Grounding:
 
 @torch.no_grad()
 def ground(
-    images: torch.Tensor,
-    texts: torch.Tensor,
-    generic: torch.Tensor,
-    kinds: torch.Tensor,
-    tau: float,
-    rule,
-    show: int = 4,
-    block: int = 1024,
-) -> Grounding:
+    images: torch.Tensor, texts: torch.Tensor, generic: torch.Tensor, kinds: torch.Tensor, tau: float, rule,
+    show: int = 4, block: int = 1024,
+) -> Grounding:  # fmt: skip
     """Judge every text by the images.
 
     Each image takes its `topk` nearest texts of every kind, by cosine, but at most a tenth of the kind's texts. A text
@@ -60,13 +54,12 @@ def ground(
     gap, limit = torch.zeros(T, dtype=torch.float64), torch.zeros(T)
     best = torch.full((T, min(show, N)), -math.inf)
     best_images = torch.zeros(T, min(show, N), dtype=torch.int64)
-    for ids in members:
-        limit[ids] = max(rule.hub_share, HUB_FAIR * _neighbours(rule.topk, len(ids)) / len(ids))
     for start in range(0, N, block):
         cosine = images[start : start + block] @ texts.T  # [b, T]
         advantage = cosine - (images[start : start + block] @ generic)[:, None]
         for ids in members:
-            k = _neighbours(rule.topk, len(ids))
+            k = min(rule.topk, -(-len(ids) // 10))
+            limit[ids] = max(rule.hub_share, HUB_FAIR * k / len(ids))
             chosen = ids[cosine[:, ids].topk(k, dim=1).indices]  # [b, k]
             usage += torch.bincount(chosen.flatten(), minlength=T)
             gap.index_add_(0, chosen.flatten(), advantage.gather(1, chosen).flatten().double())
@@ -76,19 +69,9 @@ def ground(
         best, order = torch.cat([best, cosine.T], dim=1).topk(best.shape[1], dim=1)
         best_images = torch.cat([best_images, numbers], dim=1).gather(1, order)
     gap = (gap / usage).float()
-    reasons = [""] * T
-    for j in range(T):
-        if usage[j] < rule.n_min:
-            reasons[j] = "ungrounded"
-        elif corrected[j] > limit[j] * N:
-            reasons[j] = "hub"
-        elif not gap[j] >= rule.margin:
-            reasons[j] = "generic"
+    wrong = [("ungrounded", usage < rule.n_min), ("hub", corrected > limit * N), ("generic", ~(gap >= rule.margin))]
+    reasons = [next((name for name, of in wrong if of[j]), "") for j in range(T)]
     return Grounding(usage, corrected, gap, limit, best_images, reasons)
-
-
-def _neighbours(topk: int, members: int) -> int:
-    return min(topk, -(-members // 10))
 
 
 def _hub_correction(images, texts, correction: str, tau: float, block: int) -> torch.Tensor:
@@ -105,10 +88,8 @@ def _hub_correction(images, texts, correction: str, tau: float, block: int) -> t
 
 
 @torch.no_grad()
-def bank_statistics(
-    images: torch.Tensor, texts: torch.Tensor, kept: torch.Tensor, tau: float, block: int = 1024
-) -> dict[str, float]:
-    """How the kept texts serve the images, by plain cosine as in training.
+def bank_statistics(images: torch.Tensor, texts: torch.Tensor, kept: torch.Tensor, tau: float, block: int = 1024):
+    """Tell how the kept texts serve the images, by plain cosine as in training.
 
     Args:
         images: [N, D]; texts: [T, D], unit rows; kept: [T] bool; tau: temperature of the softmax.
@@ -117,19 +98,15 @@ def bank_statistics(
         texts' shares as nearest text, over log of their number; teacher_entropy: mean entropy of
         softmax(V U^T / tau) over the kept texts, over the same: near 0 is a hard label, near 1 says nothing.
     """
-    covered, entropy = 0, 0.0
-    count = int(kept.sum())
+    covered, entropy, count = 0, 0.0, int(kept.sum())
     nearest = torch.zeros(count, dtype=torch.float64)
     for part in images.split(block):
         cosine = part @ texts.T
         covered += int(kept[cosine.argmax(dim=1)].sum())
         logits = cosine[:, kept] / tau
         nearest += torch.bincount(logits.argmax(dim=1), minlength=count)
-        log_p = logits.double().log_softmax(dim=1)
-        entropy -= (log_p.exp() * log_p).sum().item()
-    share = nearest / nearest.sum()
-    usage = -(share * share.clamp_min(1e-300).log()).sum().item()
-    scale = math.log(count) if count > 1 else 1.0
+        entropy += torch.special.entr(logits.double().softmax(dim=1)).sum().item()
+    usage, scale = torch.special.entr(nearest / nearest.sum()).sum().item(), math.log(max(count, 2))
     return {
         "coverage": covered / len(images),
         "usage_entropy": usage / scale,

@@ -1,31 +1,21 @@
 """Attribute files of datasets -> raw rows: one dict of values by slot a row.
 
-Formats: a table (.csv .tsv .jsonl, any columns), VeRi-776, CompCars, StanfordCars class names and DVM-CAR.
+Formats: a table (.csv .tsv .jsonl, any columns), VeRi-776, CompCars and StanfordCars class names.
 """
 
-import csv
-import io
-import json
 import re
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from datasets.attr import VERI_COLOURS, VERI_TYPES, veri_items
 from datasets.matfile import read_cell_strings
+from datasets.tables import cell, iterate_table
 from description.canonical import TABLE, column_key, slot_of
 from util.errors import InputError
 
 Rows = Iterator[dict[str, str]]
-SIGNS = {  # files by which a folder is known
-    "train_label.xml": "veri",
-    "misc/attributes.txt": "compcars",
-    "attributes.txt": "compcars",
-    "devkit/cars_meta.mat": "stanford",
-    "cars_meta.mat": "stanford",
-    "Ad_table.csv": "dvm",
-    "tables/Ad_table.csv": "dvm",
-}
+SIGNS = {"train_label.xml": "veri"} | dict.fromkeys(("misc/attributes.txt", "attributes.txt"), "compcars")
+SIGNS |= dict.fromkeys(("devkit/cars_meta.mat", "cars_meta.mat"), "stanford")  # files by which a folder is known
 
 
 def read_attributes(path: str | Path, format: str = "auto", **table) -> Rows:
@@ -45,7 +35,7 @@ def read_attributes(path: str | Path, format: str = "auto", **table) -> Rows:
         format = next((name for sign, name in SIGNS.items() if (path / sign).is_file()), "")
         if not format:
             raise InputError(f"--attributes {path}: none of {', '.join(SIGNS)} is in this folder; give the file itself")
-    return READERS[format](path, **(table if format in ("table", "dvm") else {}))
+    return READERS[format](path, **(table if format == "table" else {}))
 
 
 def read_text(file: Path) -> str:
@@ -57,14 +47,7 @@ def read_text(file: Path) -> str:
         raise InputError(f"cannot read {file}: {error.strerror}") from error
 
 
-def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Number and text of the lines that are not empty."""
-    return ((number, line) for number, line in enumerate(read_text(file).split("\n"), 1) if line.strip())
-
-
-def read_table(
-    file: Path, columns: dict[str, str] | None = None, split: str | None = None, extra: tuple[str, ...] = ()
-) -> Rows:
+def read_table(file: Path, columns: dict[str, str] | None = None, split: str | None = None, extra=()) -> Rows:
     """Read a table with whatever columns exist; empty values are left out.
 
     Args:
@@ -72,63 +55,36 @@ def read_table(
         split: keep the rows whose column `split` has this value, if there is such a column.
         extra: keys of further columns to carry along under their own key.
     """
-    columns = columns or {}
-    named: dict[tuple[str, ...], dict[str, str]] = {}  # keys of a .jsonl change from row to row
-    for row in _table_rows(file):
+    columns, named = columns or {}, {}  # keys of a .jsonl change from row to row
+    for raw in iterate_table(file, key=""):
+        row = {name.strip(): cell(raw, name) for name in raw}
         header = tuple(row)
         if header not in named:
             named[header] = _name_columns(file, header, columns, extra)
         if split is None or row.get("split", split) == split:
             yield {slot: row[name] for name, slot in named[header].items() if row[name]}
     seen = {name for header in named for name in header}
-    if not seen:
-        raise InputError(f"{file} has no row")
+    words = ", ".join(sorted(seen))
     for slot, name in columns.items():
         if name not in seen:
-            raise InputError(f"--column {slot}={name}: {file} has {', '.join(sorted(seen))}")
+            raise InputError(f"--column {slot}={name}: {file} has {words}")
     if not any(named.values()):
-        raise InputError(
-            f"{file} has no usable column among {', '.join(sorted(seen))}: name them with --column make=NAME body=NAME"
-        )
-
-
-def _table_rows(file: Path) -> Rows:
-    ending = file.suffix.lower()
-    if ending not in (".csv", ".tsv", ".jsonl"):
-        raise InputError(f"--attributes {file}: a table ends in .csv, .tsv, .jsonl")
-    if ending == ".jsonl":
-        for number, line in _lines(file):
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
-            if not isinstance(row, dict):
-                raise InputError(f"{file}, line {number} is not a JSON object")
-            yield {key: "" if value is None else str(value) for key, value in row.items()}
-        return
-    reader = csv.DictReader(io.StringIO(read_text(file)), delimiter="\t" if ending == ".tsv" else ",")
-    for row in reader:
-        if None in row or None in row.values():
-            raise InputError(f"{file}, line {reader.line_num} has not as many fields as the first line")
-        yield {name.strip(): value.strip() for name, value in row.items()}
+        raise InputError(f"{file} has no usable column among {words}: name them with --column make=NAME body=NAME")
 
 
 def _name_columns(file: Path, header: tuple[str, ...], columns: dict[str, str], extra: tuple[str, ...]):
     """{column: slot} of a header."""
     chosen = {name: slot for slot, name in columns.items() if name in header}
     for name in header:
-        slot = slot_of(name)
-        if name in chosen:
-            continue
-        if slot and slot not in columns:
-            if slot in chosen.values():
-                other = next(other for other, its in chosen.items() if its == slot)
+        slot, key = slot_of(name), column_key(name)
+        if name not in chosen and slot and slot not in columns:
+            if other := next((other for other, its in chosen.items() if its == slot), None):
                 raise InputError(
                     f"{file}: the columns '{other}' and '{name}' both hold the {slot}; choose with --column {slot}=NAME"
                 )
             chosen[name] = slot
-        elif column_key(name) in extra:
-            chosen[name] = column_key(name)
+        elif name not in chosen and key in extra:
+            chosen[name] = key
     if {"make", "model"} & set(chosen.values()):  # the class name only repeats them
         chosen = {name: slot for name, slot in chosen.items() if slot != "class_name"}
     return chosen
@@ -154,22 +110,20 @@ def read_compcars(path: Path) -> Rows:
         return names[int(number) - 1] if 0 < int(number) <= len(names) else None
 
     kept: dict[str, dict[str, str]] = {}
-    for number, line in _lines(file):
+    for number, line in enumerate(read_text(file).split("\n"), 1):
         fields = line.split()
-        if not re.fullmatch(r"\d+( \S+){4} \d+", " ".join(fields)):
-            if number == 1:
-                continue  # names of the columns
+        if re.fullmatch(r"\d+( \S+){4} \d+", " ".join(fields)):
+            row = dict(zip(("maximum_speed", "displacement", "doors", "seats"), fields[1:5]))
+            kept[fields[0]] = {"model": name(models, fields[0]), "body": name(types, fields[5])} | row
+        elif fields and number > 1:  # the first line may name the columns
             raise InputError(f"{file}, line {number} does not hold six numbers: {line[:60]}")
-        row = dict(zip(("maximum_speed", "displacement", "doors", "seats"), fields[1:5]))
-        kept[fields[0]] = {"model": name(models, fields[0]), "body": name(types, fields[5])} | row
-    seen: Counter[tuple] = Counter()
-    for label in sorted((misc.parent / "label").glob("[0-9]*/[0-9]*/*/*.txt")):
-        view = (read_text(label).split() or [""])[0]
-        seen[(*label.parts[-4:-1], TABLE["compcars_view"].get(view))] += 1
-    for (make, model, year, view), count in seen.items():
+    labels = sorted((misc.parent / "label").glob("[0-9]*/[0-9]*/*/*.txt"))
+    for label in labels:
+        make, model, year = label.parts[-4:-1]
+        view = TABLE["compcars_view"].get((read_text(label).split() or [""])[0])
         row = kept.get(model, {"model": name(models, model)})
-        yield from [row | {"make": name(makes, make), "year": year, "view": view}] * count
-    if not seen:  # without the label tree no make is known: model names mostly begin with it
+        yield row | {"make": name(makes, make), "year": year, "view": view}
+    if not labels:  # without the label tree no make is known: model names mostly begin with it
         yield from kept.values()
 
 
@@ -182,25 +136,4 @@ def read_stanford(path: Path) -> Rows:
     yield from ({"class_name": name.strip()} for name in names if name and name.strip())
 
 
-def read_dvm(path: Path, extra: tuple[str, ...] = (), **table) -> Rows:
-    """DVM-CAR: `Ad_table.csv`; with `Image_table.csv` beside it one row an image, with its viewpoint.
-    An image's id is the advertisement's and a running number."""
-    folder = path if path.is_dir() else path.parent
-    folder = folder / "tables" if (folder / "tables").is_dir() else folder
-    views: dict[str, list[str]] = {}
-    if (folder / "Image_table.csv").is_file():
-        for row in read_table(folder / "Image_table.csv", extra=("image_id",)):
-            if "view" in row:
-                views.setdefault(row.get("image_id", "").rpartition("$$")[0], []).append(row["view"])
-    for row in read_table(folder / "Ad_table.csv", extra=(*extra, "adv_id"), **table):
-        for view in views.get(row.get("adv_id", ""), [None]):
-            yield row | ({"view": view} if view is not None else {})
-
-
-READERS = {
-    "table": read_table,
-    "veri": read_veri,
-    "compcars": read_compcars,
-    "stanford": read_stanford,
-    "dvm": read_dvm,
-}
+READERS = dict(table=read_table, veri=read_veri, compcars=read_compcars, stanford=read_stanford)

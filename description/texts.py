@@ -58,15 +58,16 @@ def read_templates(file: Path) -> Templates:
         words = {column_key(slot): list(values) for slot, values in content.get("words", {}).items()}
         wordings = content.get("wordings") or ["{phrase}"]
         templates = Templates(phrases, wordings, words, content.get("contradictions", []))
+        for template in phrases:
+            phrase, stripped = template["phrase"], re.sub(r"{\w+}", "", template["phrase"])
+            if "{" in stripped or "}" in stripped or not slots_of(phrase):
+                raise InputError(f"--templates {file}: '{phrase}' needs slots in braces, as in 'a {{colour}} {{body}}'")
+            if missing := set(template.get("words", ())) - set(words):
+                raise InputError(
+                    f"--templates {file}: '{phrase}' asks for words of '{missing.pop()}', and there are none"
+                )
     except (TypeError, KeyError, AttributeError) as error:
         raise InputError(f"--templates {file} is not made like description/templates.json ({error!r})") from error
-    for template in phrases:
-        phrase, known = template["phrase"], set(words)
-        stripped = re.sub(r"{\w+}", "", phrase)
-        if "{" in stripped or "}" in stripped or not slots_of(phrase):
-            raise InputError(f"--templates {file}: '{phrase}' needs slots in braces, as in 'a {{colour}} {{body}}'")
-        if missing := set(template.get("words", ())) - known:
-            raise InputError(f"--templates {file}: '{phrase}' asks for words of '{missing.pop()}', and there are none")
     return templates
 
 
@@ -74,32 +75,29 @@ def read_rows(args, columns: dict[str, str], templates: Templates, facts: dict) 
     """Read --attributes into canonical rows with their counts: {sorted tuple of (slot, value): rows}."""
     wanted = templates.slots()
     extra = tuple(wanted - {*SLOTS, *INVISIBLE, "decade"})
-    rows: Counter[tuple] = Counter()
-    unknown: Counter[tuple[str, str]] = Counter()
-    seen: set[str] = set()
+    rows, unknown, seen = Counter(), Counter(), set()
     for path in args.attributes:
         for raw in read_attributes(path, args.format, columns=columns, split=args.split, extra=extra):
             seen |= set(raw)
             row = canonical_row(raw, unknown)
             rows[tuple(sorted((k, v) for k, v in row.items() if k in wanted or k in SLOTS))] += 1
     rows.pop((), None)
-    for slot in sorted(set(extra) - seen - set(templates.words)):
+    if missing := sorted(set(extra) - seen - set(templates.words)):
         raise InputError(
-            f"--templates {args.templates}: unknown placeholder {{{slot}}}; known are {', '.join(SLOTS)}, decade and "
-            "the columns of the table"
+            f"--templates {args.templates}: unknown placeholder {{{missing[0]}}}; known are {', '.join(SLOTS)}, decade "
+            "and the columns of the table"
         )
     if not rows:
         raise InputError("--attributes: no row has a usable value; check --split and the columns, or use --column")
-    facts |= {"rows": rows.total(), "combinations": len(rows)}
+    facts |= {"rows": rows.total(), "combinations": len(rows), "unknown_values": len(unknown)}
     facts["attributes"] = sorted({slot for row in rows for slot, _ in row})
     facts["invisible_columns"] = sorted(seen & set(INVISIBLE))
     for (slot, value), count in unknown.most_common(8):
         print(f"unknown {slot} '{value}' in {count} rows")
-    facts["unknown_values"] = len(unknown)
     return rows
 
 
-def fill(templates: Templates, rows: Counter, *, use_words: bool = True) -> tuple[list[Text], list[str]]:
+def fill(templates: Templates, rows: Counter, *, use_words: bool = True) -> list[Text]:
     """Fill every template with every combination that occurs in the rows.
 
     A slot that a template lists under `words` and no row has is filled with the file's own words: that is a factor
@@ -108,13 +106,12 @@ def fill(templates: Templates, rows: Counter, *, use_words: bool = True) -> tupl
     Args:
         rows: counts of rows, keys are sorted tuples of (slot, value).
     Returns:
-        (texts, unique after lower case and white space; phrases that no row could fill).
+        Texts that are unique after lower case and white space.
     """
     present = {slot for row in rows for slot, _ in row}
     texts: dict[str, Text] = {}
-    unused = []
     for template in templates.phrases:
-        phrase, filled = template["phrase"], 0
+        phrase = template["phrase"]
         slots = list(dict.fromkeys(slots_of(phrase)))
         free = [s for s in slots if use_words and s in template.get("words", ()) and s not in present]
         needed, unless = set(slots) - set(free), set(template.get("unless", ()))
@@ -123,23 +120,19 @@ def fill(templates: Templates, rows: Counter, *, use_words: bool = True) -> tupl
             values = dict(row)
             if needed <= values.keys() and not unless & values.keys():
                 combinations[tuple((slot, values[slot]) for slot in slots if slot in needed)] += count
-        for values, count in combinations.items():
-            for words in itertools.product(*(templates.words[s] for s in free)):
-                attrs = dict(values) | dict(zip(free, words))
-                if any(rule.items() <= attrs.items() for rule in templates.contradictions):
-                    continue
-                if "model" in attrs and "body" in attrs and names_body(attrs["model"], attrs["body"]):
-                    continue  # "a Ram Pickup pickup truck"
-                filled += 1
-                attrs = {slot: attrs[slot] for slot in slots}
-                said = re.sub(r"{(\w+)}", lambda match, attrs=attrs: attrs[match[1]], phrase)
-                text = word(said, templates.wordings[0])
-                new = Text(text, said, "+".join(sorted(slots)), phrase, attrs, 0)
-                known = texts.setdefault(text.lower(), new)
-                known.count = max(known.count, 0 if free else count)
-        if not filled:
-            unused.append(phrase)
-    return list(texts.values()), unused
+        for (values, count), words in itertools.product(
+            combinations.items(), list(itertools.product(*(templates.words[s] for s in free)))
+        ):
+            attrs = dict(values) | dict(zip(free, words))
+            is_odd = any(rule.items() <= attrs.items() for rule in templates.contradictions)
+            if is_odd or ("model" in attrs and "body" in attrs and names_body(attrs["model"], attrs["body"])):
+                continue  # "a Ram Pickup pickup truck"
+            said = re.sub(r"{(\w+)}", lambda match, attrs=attrs: attrs[match[1]], phrase)
+            text, kind = word(said, templates.wordings[0]), "+".join(sorted(slots))
+            attrs = {slot: attrs[slot] for slot in slots}
+            known = texts.setdefault(text.lower(), Text(text, said, kind, phrase, attrs, 0))
+            known.count = max(known.count, 0 if free else count)
+    return list(texts.values())
 
 
 def invisible_reason(text: Text) -> str | None:
@@ -163,18 +156,15 @@ def word(phrase: str, wording: str) -> str:
 
 def cap(texts: list[Text], max_texts: int, max_per_make: int) -> dict[int, str]:
     """{index: why it goes}. Frequent combinations stay; kinds are cut evenly, the smallest last."""
-    removed: dict[int, str] = {}
-    per_make: Counter[str] = Counter()
-    turn: Counter[str] = Counter()
-    order = []
+    removed, order = {}, []
+    per_make, turn = Counter(), Counter()
     for i in sorted(range(len(texts)), key=lambda i: (-texts[i].count, i)):
         make = texts[i].attrs.get("make")
         per_make[make] += 1
         if make is not None and max_per_make and per_make[make] > max_per_make:
             removed[i] = f"more than {max_per_make} texts of {make}"
-            continue
-        order.append((turn[texts[i].kind], i))
-        turn[texts[i].kind] += 1
-    if max_texts:
-        removed |= {i: f"more than {max_texts} texts" for _, i in sorted(order)[max_texts:]}
-    return removed
+        else:
+            order.append((turn[texts[i].kind], i))
+            turn[texts[i].kind] += 1
+    over = sorted(order)[max_texts:] if max_texts else []
+    return removed | {i: f"more than {max_texts} texts" for _, i in over}

@@ -1,19 +1,23 @@
 """k-means, the hierarchy and the balanced sample, against plain NumPy and known answers."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import command, run_command
 
 from curation.hierarchy import build_tree, members_by_cluster, plan_levels, step_rng
-from curation.kmeans import kmeans, plus_plus
+from curation.kmeans import assign, kmeans, plus_plus
 from curation.rows import Rows
 from curation.sample import balance, sample_tree, tail_coverage, water_fill
 from util.errors import InputError
 
 CPU = torch.device("cpu")
+
+
+def settings(**changes) -> SimpleNamespace:
+    return SimpleNamespace(**{"seed": 0, "resampling": 2, "resample": "closest", "iterations": 5} | changes)
 
 
 def blobs(n: int, centres: int, dim: int = 8, seed: int = 0, dtype=np.float32) -> np.ndarray:
@@ -82,8 +86,22 @@ def test_empty_clusters_are_moved():
     rows = Rows(x, CPU)
     start = rows.take(np.array([0, 0, 0, 0, 0, 1]))
     found = kmeans(rows, 6, iterations=10, rng=step_rng(0, 1), start=start)
-    assert (np.bincount(found.assignment, minlength=len(found.centroids)) > 0).all() and found.reseeded >= 4
+    assert (np.bincount(found.assignment, minlength=len(found.centroids)) > 0).all() and len(found.centroids) == 6
     assert len(set(found.assignment[:200]) & set(found.assignment[200:])) == 0
+
+
+@pytest.mark.parametrize("k", [9, 10])
+@pytest.mark.parametrize("init", ["random", "kmeans++"])
+def test_no_cluster_is_empty_where_rows_repeat(init, k):
+    """Ten rows of which one is repeated, and fifty of three kinds."""
+    x, few = blobs(10, 10), np.repeat(blobs(3, 3), [1, 1, 48], axis=0)
+    x[3] = x[7]
+    for seed in range(20 if init == "random" or k == 9 else 0):
+        found = kmeans(Rows(x, CPU), k, iterations=5, init=init, rng=step_rng(seed, 1))
+        assert np.bincount(found.assignment, minlength=k).min() > 0 and found.inertia == pytest.approx(0, abs=1e-6)
+        tree = assign(Rows(x, CPU), found.centroids)
+        assert np.bincount(tree.assignment, minlength=k).min() > 0
+    assert np.bincount(kmeans(Rows(few, CPU), 5, iterations=5, rng=step_rng(0, 1)).assignment, minlength=5).min() > 0
 
 
 def test_plus_plus_never_picks_a_vector_twice():
@@ -101,49 +119,19 @@ def test_bad_input_has_one_sentence():
         Rows(x, CPU)
     with pytest.raises(InputError, match="101 clusters of 100 images"):
         kmeans(Rows(blobs(100, 3), CPU), 101, iterations=1, rng=step_rng(0, 1))
-    same = np.ones((50, 4), dtype=np.float32)
-    same[:2] = [[0] * 4, [2] * 4]
-    found = kmeans(Rows(same, CPU), 5, iterations=5, rng=step_rng(0, 1))
-    assert found.inertia == 0 and (np.bincount(found.assignment, minlength=len(found.centroids)) > 0).sum() == 3
     with pytest.raises(InputError, match="level 2 makes 200 clusters of 100"):
         plan_levels(1000, [100, 200])
 
 
-def test_two_ranks_find_the_same_clusters(tmp_path):
-    x = blobs(20_000, 30, dim=8)
-    np.save(tmp_path / "x.npy", x)
-    code = f"""
-import os, sys
-sys.path.insert(0, os.getcwd())
-from pathlib import Path
-import numpy as np, torch
-from util.dist import init_distributed, is_main_process, end_distributed
-from curation.rows import Rows
-from curation.hierarchy import build_tree
-init_distributed(torch.device("cpu"), 60)
-out = Path("{tmp_path}")
-rows = Rows(np.load(out / "x.npy", mmap_mode="r"), torch.device("cpu"))
-tree = build_tree(rows, [60, 8], out / "two", seed=3, resampling=2, iterations=10)
-if is_main_process():
-    np.save(out / "path.npy", tree.path())
-end_distributed()
-"""
-    (tmp_path / "job.py").write_text(code)
-    done = run_command(command(str(tmp_path / "job.py"), processes=2))
-    assert done.returncode == 0, done.stderr
-    one = build_tree(Rows(x, CPU), [60, 8], tmp_path / "one", seed=3, resampling=2, iterations=10)
-    assert one.path().shape == (20_000, 2) and (one.path() == np.load(tmp_path / "path.npy")).all()
-
-
 def test_steps_on_disk_are_not_done_again(tmp_path, monkeypatch):
-    rows, settings = Rows(blobs(2000, 10), CPU), {"seed": 0, "resampling": 2, "iterations": 5}
-    whole = build_tree(rows, [40, 6], tmp_path / "a", **settings)
-    build_tree(rows, [40, 6], tmp_path / "b", **settings)
+    rows = Rows(blobs(2000, 10), CPU)
+    whole = build_tree(rows, [40, 6], tmp_path / "a", settings())
+    build_tree(rows, [40, 6], tmp_path / "b", settings())
     for name in ("level1_step02.npz", "level2_step00.npz", "level2_step01.npz", "level2_step02.npz"):
         (tmp_path / "b" / name).unlink()
     runs = []
     monkeypatch.setattr("curation.hierarchy.kmeans", lambda *a, **k: runs.append(1) or kmeans(*a, **k))
-    again = build_tree(rows, [40, 6], tmp_path / "b", **settings)
+    again = build_tree(rows, [40, 6], tmp_path / "b", settings())
     assert len(runs) == 4 and (again.path() == whole.path()).all()
 
 
@@ -179,7 +167,7 @@ def test_the_sample_covers_rings_by_area(tmp_path):
 
     def off(levels: list[int], resampling: int) -> float:
         folder = tmp_path / "_".join(map(str, levels))
-        tree = build_tree(rows, levels, folder, seed=0, resampling=resampling, iterations=8)
+        tree = build_tree(rows, levels, folder, settings(resampling=resampling, iterations=8))
         chosen = sample_tree(tree, 600, seed=0)
         assert len(chosen) == 600 == len(np.unique(chosen))
         share = np.bincount(ring[chosen], minlength=4) / 600
@@ -193,7 +181,7 @@ def test_the_sample_covers_rings_by_area(tmp_path):
 
 def test_closest_members_are_taken(tmp_path):
     rows = Rows(blobs(500, 5), CPU)
-    tree = build_tree(rows, [5], tmp_path, seed=0, resampling=0, iterations=10)
+    tree = build_tree(rows, [5], tmp_path, settings(resampling=0, iterations=10))
     chosen = sample_tree(tree, 50, seed=0, how="closest")
     indices, offsets = members_by_cluster(tree.parents[0], 5)
     for j in range(5):

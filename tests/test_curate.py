@@ -7,6 +7,7 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,11 +16,11 @@ from conftest import command, run_command
 from PIL import Image, ImageFilter
 
 import main_curate
-from curation.copies import Aligner, CopyFinder, Pairs, embedding_pairs, hash_pairs, once, stars
+from curation.copies import Aligner, CopyFinder, as_pairs, once, stars
 from curation.hierarchy import build_tree, plan_levels
 from curation.index import Index, build_index, parse_box, perceptual_hash, read_rows, sharpness
 from curation.rows import Embedded, Rows
-from curation.sample import judge, quotas, sample_tree
+from curation.sample import judge, sample_tree
 from curation.sources import open_sources
 from curation.stages import Stages
 from datasets.manifest import list_images
@@ -227,10 +228,10 @@ def test_packed_and_boxed_images_get_files_of_their_own(pool, teacher_files, tmp
         )
     words = f"--pool packed={tmp_path}/packed boxed={tmp_path}/boxed.csv --output {tmp_path}/out --device cpu"
     words += f" --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --target_size 20"
-    words += " --num_workers 1 --min_side 20 --levels 6 --resampling 1 --stratify source --quota packed=0.25"
+    words += " --num_workers 1 --min_side 20 --levels 6 --resampling 1 --stratify source"
     words += " --box_margin 0 --track_cap 3 --near_cosine 1 --near_bits 0 --near_agreement 1"
     counts = curate(words.split())
-    assert counts["sample"] == {"images": 20, "from packed": 5, "from boxed": 15}
+    assert counts["sample"] == {"images": 20, "from packed": 10, "from boxed": 10}
     assert counts["write"]["written_images"] == 20
     assert counts["duplicates"]["beyond the cap of its identity and camera (images)"] >= 20
     paths = list_images(tmp_path / "out" / "manifest.csv")
@@ -251,17 +252,12 @@ def test_bad_input_has_one_sentence(pool, teacher_files, tmp_path):
         (["--exclude", f"b={tmp_path}/gone.csv"], "none of the first 2 images"),
         (["--exclude", f"b={tmp_path}/with_train"], "holds a folder train/"),
         (["--exclude", f"b={tmp_path}/text.csv"], "--exclude b: none of its 1 images can be read"),
-        (["--checkpoint", f"{tmp_path}/none.pth"], "none.pth does not exist"),
         (["--pool", f"demo={pool}/photos"], "given twice"),
         (["--pool", f"a={tmp_path}/nothing"], "does not exist"),
         (["--pool", f"a={empty}"], "it is empty"),
         (["--pool", f"a={tmp_path}/test_only.csv"], "all 1 rows are validation or test rows"),
         (["--identity_column", "plate"], "no manifest of --pool or --exclude has values in it"),
         (["--near_bits", "9"], "must be from 0 to 7"),
-        (["--quota", "demo=0.5"], "--quota needs --stratify source"),
-        (["--stratify", "source", "--quota", "cars=0.5"], "one of demo"),
-        (["--stratify", "source", "--quota", "demo=0.5"], "change the quotas or lower the target"),
-        (["--checkpoint", "x.pth", "--vehicle_filter"], "drop one of them"),
         (["--vehicle_filter", "--vehicle_prompts", f"{tmp_path}/prompts.json"], "vehicle"),
         (["--target_size", "5000"], "images are left"),
         (["--levels", "10", "20"], "level 2 makes 20 clusters of 10"),
@@ -330,63 +326,55 @@ def test_tiny_and_empty_domains(tmp_path):
     assert plan_levels(7, [5000, 500, 5], clip=True) == [5] and plan_levels(3, [5000, 500], clip=True) == [1]
     assert plan_levels(2_000_000, None) == [50_000, 5_000, 500]
     x = np.random.default_rng(0).standard_normal((1, 4)).astype(np.float32)
-    tree = build_tree(Rows(x, CPU), [1], tmp_path, seed=0, resampling=2)
+    tree = build_tree(
+        Rows(x, CPU), [1], tmp_path, SimpleNamespace(seed=0, resampling=2, resample="closest", iterations=5)
+    )
     assert sample_tree(tree, 1, seed=0).tolist() == [0]
-    assert sum(quotas({"a": 600, "b": 600}, 1001, ["a=0.5", "b=0.5"], 0).values()) == 1001
 
 
-def plain_pairs(first, second, bits, same):
-    return {
-        (i, j)
-        for i, a in enumerate(first.tolist())
-        for j, b in enumerate(second.tolist())
-        if (a ^ b).bit_count() <= bits and (not same or i < j)
+@pytest.mark.parametrize("bits", [0, 3, 7])
+def test_candidates_are_near_hashes_and_nearest_embeddings(monkeypatch, bits):
+    rng = np.random.default_rng(bits)
+    base, x = rng.integers(0, 2**64, 600, dtype=np.uint64), rng.standard_normal((600, 16)).astype(np.float32)
+    x[300:400] = x[:100] + 0.05 * rng.standard_normal((100, 16))
+    for i in range(300):
+        base[300 + i] = base[i]
+        for bit in rng.choice(64, i % 10, replace=False):
+            base[300 + i] ^= np.uint64(1) << np.uint64(bit)
+    rows, (upper, lower) = np.arange(600), np.triu_indices(600, 1)
+    near = np.bitwise_count(base[upper] ^ base[lower]) <= bits
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
+    alike = (unit @ unit.T)[upper, lower] >= 0.97
+    copies = finder(fake_index(600, phash=base), x, noise_aligner(600), bits=bits)
+    monkeypatch.setattr("curation.copies.CANDIDATE_COSINE", 0.97)
+    for at_a_time, all_with_all, near_cells in ((2**24, 600, 0), (10_000, 600, 0), (2**24, 500, 10), (2**24, 500, 3)):
+        for name, value in (("NUMBERS_AT_A_TIME", at_a_time), ("ALL_WITH_ALL", all_with_all), ("CELL_IMAGES", 60)):
+            monkeypatch.setattr(f"curation.copies.{name}", value)
+        monkeypatch.setattr("curation.copies.NEAR_CELLS", near_cells)
+        (hashed, _), (nearest, both_ways) = (once(pairs) for pairs in copies.candidates(rows, rows))
+        found = set(zip(nearest["first"], nearest["second"])) & set(zip(upper[alike], lower[alike]))
+        if near_cells == 3:  # of 10
+            assert 0.95 * alike.sum() <= len(found) == len(nearest)
+        else:
+            assert len(found) == len(nearest) == alike.sum() >= 95 and both_ways.all()
+            assert set(zip(hashed["first"], hashed["second"])) == set(zip(upper[near], lower[near]))
+    found, _ = copies.candidates(rows[:300], rows[300:])
+    assert set(zip(found["first"], found["second"] + 300)) == {
+        (a, b) for a, b in zip(upper[near], lower[near]) if a < 300 <= b
     }
 
 
-@pytest.mark.parametrize("bits", [0, 3, 4, 7])
-def test_hash_pairs_miss_none(bits):
-    rng = np.random.default_rng(bits)
-    base = rng.integers(0, 2**64, 60, dtype=np.uint64)
-    near = base.copy()
-    for i in range(60):
-        for bit in rng.choice(64, i % 10, replace=False):
-            near[i] ^= np.uint64(1) << np.uint64(bit)
-    both = np.concatenate([base, near])
-    found = hash_pairs(both, both, bits, True)
-    assert set(zip(found.first.tolist(), found.second.tolist())) == plain_pairs(both, both, bits, True)
-    found = hash_pairs(near, base, bits, False)
-    assert set(zip(found.first.tolist(), found.second.tolist())) == plain_pairs(near, base, bits, False)
-    assert all(-v == (int(near[a]) ^ int(base[b])).bit_count() for a, b, v in zip(*vars(found).values()))
-
-
-def test_embedding_pairs_are_the_nearest_for_any_block_size(monkeypatch):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((600, 16)).astype(np.float32)
-    x[300:400] = x[:100] + 0.05 * rng.standard_normal((100, 16))
-    rows = np.arange(600)
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    cosines = unit @ unit.T - 3 * np.eye(600)
-    for at_a_time in (2**28, 10_000):
-        monkeypatch.setattr("curation.copies.COSINES_AT_A_TIME", at_a_time)
-        pairs, both_ways = once(embedding_pairs(x, rows, rows, 0.97, CPU))
-        found = set(zip(pairs.first.tolist(), pairs.second.tolist()))
-        assert found == {(i, j) for i, j in zip(*np.nonzero(cosines >= 0.97)) if i < j} and len(found) >= 95
-        assert both_ways.all()
-
-
 def test_what_goes_is_alike_to_what_stays():
-    chain = Pairs(np.arange(9), np.arange(1, 10), np.linspace(0.9, 0.99, 9).astype(np.float32))
+    chain = as_pairs(np.arange(9), np.arange(1, 10), np.linspace(0.9, 0.99, 9))
     of, value = stars(np.arange(10), chain, cap=4)
     assert of.tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
-    assert value[1::2] == pytest.approx(chain.value[::2]) and (value[::2] == 1).all()
+    assert value[1::2] == pytest.approx(chain["value"][::2]) and (value[::2] == 1).all()
     of, _ = stars(np.array([5, *range(5), *range(6, 10)]), chain, cap=4)
     assert of.tolist() == [0, 0, 2, 2, 5, 5, 5, 7, 7, 9]
-    wheel = Pairs(np.zeros(9, np.int64), np.arange(1, 10), np.linspace(0.9, 0.99, 9).astype(np.float32))
+    wheel = as_pairs(np.zeros(9, np.int64), np.arange(1, 10), np.linspace(0.9, 0.99, 9))
     of, _ = stars(np.arange(10), wheel, cap=4)  # the most alike three go
     assert np.flatnonzero(of == 0).tolist() == [0, 7, 8, 9] and len(set(of.tolist())) == 7
-    twice = Pairs(*(np.concatenate([values, values]) for values in vars(wheel).values()))
-    assert stars(np.arange(10), twice, cap=4)[0].tolist() == of.tolist()
+    assert stars(np.arange(10), np.concatenate([wheel, wheel]), cap=4)[0].tolist() == of.tolist()
 
 
 def noise_aligner(n: int, *groups: tuple[int, ...]) -> Aligner:
@@ -480,7 +468,7 @@ def noise(n: int) -> np.ndarray:
     return np.random.default_rng(2).standard_normal((n, 32)).astype(np.float32)
 
 
-def test_the_largest_copy_stays_and_copies_of_leaks_go():
+def test_the_largest_copy_stays_and_copies_of_leaks_go(tmp_path):
     n = 8
     phash = np.random.default_rng(1).integers(0, 2**64, n, dtype=np.uint64)
     phash[1], phash[2], phash[5] = phash[0], phash[0], phash[4]
@@ -490,7 +478,8 @@ def test_the_largest_copy_stays_and_copies_of_leaks_go():
     copies = finder(index, x, noise_aligner(n, (0, 1, 2), (4, 5)))
     removal = copies.duplicates(rows[rows != 4], np.array([4]), group_cap=16, track_cap=4)
     assert removal.rows.tolist() == [0, 2, 5] and removal.of[removal.rows].tolist() == [1, 1, 4]
-    assert removal.counts() == {"copy of a leaked picture (agreement)": 1, "near copy (agreement)": 2}
+    counts = {"removed": 3, "copy of a leaked picture (agreement)": 1, "near copy (agreement)": 2}
+    assert removal.save(tmp_path, "duplicates", str) == counts
 
 
 def test_copies_of_a_leak_go_beyond_the_cap_of_groups():
