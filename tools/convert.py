@@ -1,11 +1,10 @@
 """Any encoder that this project reads -> a file that another project's own loader takes.
 
 What is written is float32, contiguous, without Python objects; it is read back, and tensors and features are compared
-before anybody relies on it.
+before anybody relies on it. A writer returns (its tensors, the lines that load them there, a remark).
 """
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -18,12 +17,9 @@ from util.checkpoint import read_checkpoint, write_safetensors, write_torch
 from util.errors import InputError
 from util.fetch import fetch, weights_file
 from util.files import write_atomic, write_json
-from util.peer_names import BLOCK_NAMES, DECODER, GOOGLE_TOP, HF_TOP
 from util.pos_embed import resize_pos_embed
-from util.pretrained import Pretrained, read_pretrained, recognise
+from util.pretrained import Pretrained, read_pretrained, recognise, under_others_names
 
-MAE_BLOCK = re.compile(r"(?:decoder_|)blocks\.(\d+)\.(.+)\.(weight|bias)")
-TO_HF, TO_GOOGLE = ({row[0]: row[i] for row in BLOCK_NAMES} for i in (1, 3))
 SETR_CROP = (512, 512)
 # the name under which SETR looks for its weights in $TORCH_HOME/hub/checkpoints, by its config's model_name
 SETR_NAMES = (
@@ -35,22 +31,18 @@ FEATURE_TOLERANCE = 1e-5  # of the file that was written, read by this project
 
 @dataclass
 class Source:
-    """What is converted. state: the encoder's tensors under MAE's names, float32 and contiguous; decoder: the
-    same of MAE's decoder, empty where the file has none or the target does not want it."""
+    """What is converted. state, decoder: MAE's names, float32 and contiguous; the decoder is empty where the file has
+    none or the target does not want it. size: --input_size."""
 
-    file: Path
     found: Pretrained
     encoder: VisionTransformer
     state: dict[str, torch.Tensor]
     decoder: dict[str, torch.Tensor]
+    size: tuple[int, int] | None
 
-    @property
-    def settings(self) -> dict:
-        return self.encoder.settings()
-
-    @property
-    def pixels(self) -> str:
-        return "pixels: mean {}, std {}".format(*(_stats(self.settings[name]) for name in ("mean", "std")))
+    def __post_init__(self):
+        self.settings = self.encoder.settings()
+        self.pixels = "pixels: mean {}, std {}".format(*(_stats(self.settings[name]) for name in ("mean", "std")))
 
 
 def convert(file: str | Path, target: str, output: str | Path, input_size: tuple[int, int] | None = None) -> dict:
@@ -71,8 +63,8 @@ def convert(file: str | Path, target: str, output: str | Path, input_size: tuple
     if file.resolve() in (output.resolve(), output.resolve() / file.name):
         raise InputError(f"--to {target} --output {output} is the file that is converted: give another name")
     source = _read_source(file, target, input_size)
-    written, load, remark = write(source, output, input_size)
-    _check_written(source, output, written)
+    written, load, remark = write(source, output)
+    _check_written(source, output, len(written))
     return {
         "target": target,
         "source": f"{file} ({source.found.origin})",
@@ -85,18 +77,18 @@ def convert(file: str | Path, target: str, output: str | Path, input_size: tuple
     }
 
 
-def _read_source(file: Path, target: str, input_size: tuple[int, int] | None) -> Source:
+def _read_source(file: Path, target: str, size: tuple[int, int] | None) -> Source:
     found = read_pretrained(file)
-    encoder = encoder_from(found, file, None if target == "setr" else input_size)
+    encoder = encoder_from(found, file, None if target == "setr" else size)
     state = {k: v.detach().float().contiguous() for k, v in encoder.state_dict().items()}
-    for name, value in state.items():
-        if name not in found.state:
-            raise InputError(f"{file} lacks {name}, which would be made up in the copy: give a whole encoder")
-        if not value.isfinite().all():
-            raise InputError(f"{file} holds numbers in {name} that are not finite: its training went wrong")
+    if lost := next((name for name in state if name not in found.state), None):
+        raise InputError(f"{file} lacks {lost}, which would be made up in the copy: give a whole encoder")
+    if bad := next((name for name, value in state.items() if not value.isfinite().all()), None):
+        raise InputError(f"{file} holds numbers in {bad} that are not finite: its training went wrong")
     decoder = {k: v.float().contiguous() for k, v in found.decoder.items()} if target in ("mae", "hf") else {}
-    settings, (rows, columns) = encoder.settings(), encoder.grid_size
-    if target not in ("timm", "safetensors") and (settings["pre_norm"] or settings["quick_gelu"]):
+    rows, columns = encoder.grid_size
+    patches = len(decoder["decoder_pos_embed"][0]) - 1 if decoder else rows * columns
+    if target not in ("timm", "safetensors") and ("norm_pre.weight" in state or encoder.settings()["quick_gelu"]):
         raise InputError(
             f"{file} is CLIP's kind of ViT (a norm before its blocks, or OpenAI's GELU), which --to "
             f"{target} has no place for: use --to timm or --to safetensors"
@@ -106,16 +98,15 @@ def _read_source(file: Path, target: str, input_size: tuple[int, int] | None) ->
             f"{file} has a position table of {rows} x {columns} patches, and --to {target} reads "
             "squares alone: resize it first, --to safetensors --input_size 224, and convert that file"
         )
-    patches = len(decoder["decoder_pos_embed"][0]) - 1 if decoder else rows * columns
     if patches != rows * columns:
         raise InputError(
             f"{file} holds a decoder for {patches} patches, and --input_size makes {rows * columns}: drop "
             "--input_size, or give the encoder alone"
         )
-    return Source(file, found, encoder, state, decoder)
+    return Source(found, encoder, state, decoder, size)
 
 
-def _check_written(source: Source, output: Path, written: dict) -> None:
+def _check_written(source: Source, output: Path, written: int) -> None:
     """Read the output as any other file of weights: nothing lost, nothing changed, the same features."""
     file = weights_file(output)
     content = read_checkpoint(file)
@@ -123,9 +114,9 @@ def _check_written(source: Source, output: Path, written: dict) -> None:
     wanted, read = source.state | source.decoder, found.state | found.decoder
     wrong = [k for k in wanted | read if k not in wanted or k not in read or not torch.equal(read[k], wanted[k])]
     count = len(content["model"]) + len(content.get("state_dict", {}))
-    if wrong or count != len(written):
+    if wrong or count != written:
         raise InputError(
-            f"{file} reads back with {count} tensors of {len(written)} written, {len(wrong)} of them changed "
+            f"{file} reads back with {count} tensors of {written} written, {len(wrong)} of them changed "
             f"(first {', '.join(wrong[:1]) or 'none'}): disk or memory failed, remove it and convert again"
         )
     again = encoder_from(replace(found, config=source.settings), file)
@@ -137,7 +128,7 @@ def _check_written(source: Source, output: Path, written: dict) -> None:
         raise InputError(f"{file} gives other features (relative difference {difference:.2g}): remove it")
 
 
-def to_mae(source: Source, output: Path, size) -> tuple[dict, str, str]:
+def to_mae(source: Source, output: Path) -> tuple[dict, str, str]:
     """{"model": encoder, and MAE's decoder where there is one}: facebook's file."""
     state = source.state | source.decoder
     write_torch(output, {"model": state})
@@ -147,49 +138,44 @@ def to_mae(source: Source, output: Path, size) -> tuple[dict, str, str]:
     return state, load, f"{what}; {source.pixels}"
 
 
-def to_timm(source: Source, output: Path, size) -> tuple[dict, str, str]:
+def to_timm(source: Source, output: Path) -> tuple[dict, str, str]:
     """A bare state dict for timm.create_model(..., checkpoint_path=...)."""
     state, settings = dict(source.state), source.settings
-    if settings["pre_norm"]:
+    patch, pre_norm, quick = settings["patch_size"], settings["pre_norm"], settings["quick_gelu"]
+    if pre_norm:
         del state["patch_embed.proj.bias"]  # timm's CLIP towers have none; CLIP's is 0
     if output.suffix == ".safetensors":
-        to_safetensors(replace(source, state=state), output, size)
+        to_safetensors(replace(source, state=state), output)
     else:
         write_torch(output, state)
-    name, more = timm_model(settings)
+    kind = ("_clip" + "_quickgelu" * quick) * pre_norm
+    more = {} if pre_norm or not quick else {"act_layer": "quick_gelu"}
+    name = f"vit_{_size_name(settings)}_patch{patch}{kind}_224"
+    if not timm.is_model(name):  # its ViT-B with other sizes
+        name = f"vit_base_patch16{kind}_224"
+        more |= {k: settings[k] for k in ("patch_size", "embed_dim", "depth", "num_heads")}
+    if settings["img_size"] != [224, 224]:
+        more["img_size"] = tuple(settings["img_size"])
     default, stats = timm.get_pretrained_cfg(name), {k: tuple(settings[k]) for k in ("mean", "std")}
     remark = source.pixels
     if (tuple(default.mean), tuple(default.std)) != (stats["mean"], stats["std"]):
         more["pretrained_cfg_overlay"] = stats
         remark += f"; timm's default for {name} is mean {_stats(default.mean)}, std {_stats(default.std)}"
-    if settings["pre_norm"] and not settings["quick_gelu"]:
+    if pre_norm and not quick:
         remark += "; of OpenAI's own weights the model is the one with clip_quickgelu in its name"
     arguments = {"num_classes": 0, "checkpoint_path": str(output)} | more
     words = ", ".join(f"{k}={v!r}" for k, v in arguments.items())
     return state, f"model = timm.create_model('{name}', {words})", remark
 
 
-def timm_model(settings: dict) -> tuple[str, dict]:
-    """timm's model of these sizes, or its ViT-B with other sizes, and the arguments that it needs."""
-    patch, pre_norm, quick = settings["patch_size"], settings["pre_norm"], settings["quick_gelu"]
-    kind = ("_clip" + "_quickgelu" * quick) * pre_norm
-    more = {} if pre_norm or not quick else {"act_layer": "quick_gelu"}
-    name = f"vit_{_size_name(settings)}_patch{patch}{kind}_224"
-    if not timm.is_model(name):
-        name = f"vit_base_patch16{kind}_224"
-        more |= {k: settings[k] for k in ("patch_size", "embed_dim", "depth", "num_heads")}
-    if settings["img_size"] != [224, 224]:
-        more["img_size"] = tuple(settings["img_size"])
-    return name, more
-
-
-def to_hf(source: Source, output: Path, size) -> tuple[dict, str, str]:
+def to_hf(source: Source, output: Path) -> tuple[dict, str, str]:
     """A folder for from_pretrained: weights, config and preprocessor (what differs from their defaults), under the
     names of transformers 4, which 5 reads too."""
     decoder, settings, known = source.decoder, source.settings, source.found.config
     height, width = settings["img_size"]
+    model = "ViTMAEForPreTraining" if decoder else "ViTModel"
     config = {
-        "architectures": ["ViTMAEForPreTraining" if decoder else "ViTModel"],
+        "architectures": [model],
         "model_type": "vit_mae" if decoder else "vit",
         "hidden_size": settings["embed_dim"],
         "num_hidden_layers": settings["depth"],
@@ -211,33 +197,17 @@ def to_hf(source: Source, output: Path, size) -> tuple[dict, str, str]:
         }
     pixels = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width},
               "resample": 3, "image_mean": settings["mean"], "image_std": settings["std"]}  # fmt: skip
-    state = _hf_names(source.state, decoder)
+    state = under_others_names(source.state | decoder, "hf", settings["num_heads"])
     write_safetensors(output / "model.safetensors", state, {"format": "pt"})
     write_json(output / "config.json", config)
     write_json(output / "preprocessor_config.json", pixels)  # resample 3: bicubic
-    load = f"model = transformers.{config['architectures'][0]}.from_pretrained('{output}'"
-    load += ")" if decoder else ", add_pooling_layer=False)"
+    load = f"model = transformers.{model}.from_pretrained('{output}'{'' if decoder else ', add_pooling_layer=False'})"
     load += f"\nprocessor = transformers.AutoImageProcessor.from_pretrained('{output}')"
     unknown = "; whether it was trained with norm_pix_loss is not known, config.json says no"
     return state, load, source.pixels + unknown * (bool(decoder) and "norm_pix_loss" not in known)
 
 
-def _hf_names(state: dict, decoder: dict) -> dict[str, torch.Tensor]:
-    """An encoder -> names of a ViTModel's file; with MAE's decoder, those of ViTMAEForPreTraining."""
-    renamed = {}
-    for key, value in _split_qkv(state | decoder).items():
-        in_decoder = bool(DECODER.match(key))
-        if block := MAE_BLOCK.fullmatch(key):
-            number, part, kind = block.groups()
-            layers = "decoder.decoder_layers" if in_decoder else "encoder.layer"
-            name = f"{layers}.{number}.{TO_HF[part]}.{kind}"
-        else:
-            name = f"decoder.{key}" if in_decoder else HF_TOP[key]
-        renamed[name if in_decoder or not decoder else f"vit.{name}"] = value.contiguous()
-    return renamed
-
-
-def to_transreid(source: Source, output: Path, size) -> tuple[dict, str, str]:
+def to_transreid(source: Source, output: Path) -> tuple[dict, str, str]:
     """{"model": the encoder's tensors and no others}: an unknown name is a KeyError there (also in VTB)."""
     if "distilled" in str(output.absolute()):
         raise InputError(
@@ -250,52 +220,23 @@ def to_transreid(source: Source, output: Path, size) -> tuple[dict, str, str]:
     return source.state, load, remark
 
 
-def to_transfg(source: Source, output: Path, size) -> tuple[dict, str, str]:
+def to_transfg(source: Source, output: Path) -> tuple[dict, str, str]:
     """Google's names and shapes in an .npz, as `model.load_from(np.load(FILE))` reads."""
-    arrays = _google_names(source.state, source.settings["num_heads"])
+    arrays = under_others_names(source.state, "google", source.settings["num_heads"])
     write_atomic(output, lambda opened: np.savez(opened, **{k: v.numpy() for k, v in arrays.items()}))
     return arrays, f"python train.py ... --pretrained_dir {output}", f"{source.pixels} (TransFG has ImageNet's)"
 
 
-def _google_names(state: dict, num_heads: int) -> dict[str, torch.Tensor]:
-    """An encoder -> names and shapes of Google's ViT (vit_jax)."""
-    renamed = {}
-    for key, value in _split_qkv(state).items():
-        if key in GOOGLE_TOP:
-            name, value = GOOGLE_TOP[key], value.permute(2, 3, 1, 0) if value.ndim == 4 else value
-        else:
-            number, part, kind = MAE_BLOCK.fullmatch(key).groups()
-            leaf = "bias" if kind == "bias" else "scale" if part.startswith("norm") else "kernel"
-            name = f"Transformer/encoderblock_{number}/{TO_GOOGLE[part]}/{leaf}"
-            value = value.T if value.ndim == 2 else value
-            if part in ("attn.q", "attn.k", "attn.v"):
-                value = value.unflatten(-1, (num_heads, -1))  # [D, heads, D / heads]
-            elif part == "attn.proj" and leaf == "kernel":
-                value = value.unflatten(0, (num_heads, -1))  # [heads, D / heads, D]
-        renamed[name] = value.contiguous()
-    return renamed
-
-
-def _split_qkv(state: dict) -> dict:
-    split = {}
-    for key, value in state.items():
-        parts = zip("qkv", value.chunk(3)) if ".attn.qkv." in key else [("qkv", value)]
-        split |= {key.replace(".attn.qkv.", f".attn.{part}."): rows for part, rows in parts}
-    return split
-
-
-def to_setr(source: Source, output: Path, size) -> tuple[dict, str, str]:
+def to_setr(source: Source, output: Path) -> tuple[dict, str, str]:
     """One file for both of its ways: "model" for its cache, with a head that it deletes; "state_dict" for
     load_from, with the position table of the crop."""
-    height, width = size or SETR_CROP
-    patch = source.settings["patch_size"]
+    (height, width), patch = source.size or SETR_CROP, source.settings["patch_size"]
     if height != width or height % patch:
         raise InputError(
             f"--to setr --input_size {height} {width}: SETR's crops are squares of a multiple of the patch "
             f"size {patch}, such as {32 * patch}"
         )
-    dim = source.settings["embed_dim"]
-    head = {"head.weight": torch.zeros(1000, dim), "head.bias": torch.zeros(1000)}
+    head = {"head.weight": torch.zeros(1000, source.encoder.embed_dim), "head.bias": torch.zeros(1000)}
     grid = (height // patch, width // patch)
     table = resize_pos_embed(source.state["pos_embed"], source.encoder.grid_size, grid, "bilinear")
     crop = source.state | {"pos_embed": table.contiguous()}
@@ -309,12 +250,11 @@ def to_setr(source: Source, output: Path, size) -> tuple[dict, str, str]:
     return content["model"] | content["state_dict"], load, remark
 
 
-def to_safetensors(source: Source, output: Path, size) -> tuple[dict, str, str]:
+def to_safetensors(source: Source, output: Path) -> tuple[dict, str, str]:
     """Our own: MAE's names; in the header what builds the ViT, and what the source says of its training."""
-    known, settings = source.found.config, source.settings
-    name = _size_name(settings)
-    config = {"model": f"mae_vit_{name}_patch{settings['patch_size']}"} if name else {}
-    config |= settings | {k: known[k] for k in ("norm_pix_loss", "mask_ratio") if k in known}
+    known, name = source.found.config, _size_name(source.settings)
+    config = {"model": f"mae_vit_{name}_patch{source.settings['patch_size']}"} if name else {}
+    config |= source.settings | {k: known[k] for k in ("norm_pix_loss", "mask_ratio") if k in known}
     origin = source.found.origin
     config["kind"] = origin if origin == "CGD-MAE encoder" else "encoder of " + origin.removeprefix("encoder of ")
     write_safetensors(output, source.state, {"format": "pt", "config": json.dumps(config)})

@@ -1,4 +1,4 @@
-"""Any published ViT file -> the encoder's tensors under MAE's names.
+"""Any published ViT file -> the encoder's tensors under MAE's names, and MAE's names -> those of others.
 
 Recognised: CGD-MAE and MAE (encoder or whole), VehicleMAE, timm and DeiT, DINO and iBOT, MoCo v3, the image
 tower of CLIP (OpenAI's and open_clip's names), TransReID (ours and the original), Hugging Face's ViT and
@@ -14,15 +14,48 @@ import torch
 
 from util.checkpoint import HEAD_KEYS, encoder_state, parts_of, read_checkpoint, read_safetensors_header
 from util.errors import InputError
-from util.peer_names import CLIP_PATCHES, DECODER, PATCHES, from_clip, under_mae_names
 
+PATCHES = "patch_embed.proj.weight"
 # of several encoders in one file, the one whose name says that it is meant to be used
 PREFERRED = ("", "base_encoder", "teacher", "visual", "backbone", "base")
+DECODER = re.compile(r"mask_token$|decoder_pos_embed$|decoder_(embed|blocks|norm|pred)\.")  # of MAE
 # what heads, decoders and losses of others are called; all else would change the features and is refused
 OTHERS = re.compile(
     r"(head|fc|fc_norm|pre_logits|dist_token|head_dist|proj|predictor|decode|mask_token|logit_scale|bottleneck|"
     r"classifier|pooler|b2|sie_embed|center|pos_embed_probs|get_token_probs|proj_encode_feature|distill_head)"
 )
+# a part of the encoder: MAE's name, CLIP's, Hugging Face's, Google's
+NAMES = (
+    ("cls_token", "class_embedding", "embeddings.cls_token", "cls"),
+    ("pos_embed", "positional_embedding", "embeddings.position_embeddings", "Transformer/posembed_input/pos_embedding"),
+    ("patch_embed.proj", "conv1", "embeddings.patch_embeddings.projection", "embedding"),
+    ("norm_pre", "ln_pre", "", ""),
+    ("norm", "ln_post", "layernorm", "Transformer/encoder_norm"),
+    ("dist_token", "", "embeddings.distillation_token", ""),
+    ("mask_token", "", "embeddings.mask_token", ""),
+)
+# a part of a block; q, k and v are apart in the last two and one matrix in MAE's, rows in that order
+BLOCK_NAMES = (
+    ("norm1", "ln_1", "layernorm_before", "LayerNorm_0"),
+    ("norm2", "ln_2", "layernorm_after", "LayerNorm_2"),
+    ("attn.qkv", "attn.in_proj", "", ""),
+    ("attn.q", "", "attention.attention.query", "MultiHeadDotProductAttention_1/query"),
+    ("attn.k", "", "attention.attention.key", "MultiHeadDotProductAttention_1/key"),
+    ("attn.v", "", "attention.attention.value", "MultiHeadDotProductAttention_1/value"),
+    ("attn.proj", "attn.out_proj", "attention.output.dense", "MultiHeadDotProductAttention_1/out"),
+    ("mlp.fc1", "mlp.c_fc", "intermediate.dense", "MlpBlock_3/Dense_0"),
+    ("mlp.fc2", "mlp.c_proj", "output.dense", "MlpBlock_3/Dense_1"),
+)
+# names in the memory of transformers 5, which its files do not have
+HF_MEMORY = {"attn.q": "attention.q_proj", "attn.k": "attention.k_proj", "attn.v": "attention.v_proj",
+             "attn.proj": "attention.o_proj", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2"}  # fmt: skip
+COLUMNS = {"clip": 1, "hf": 2, "google": 3}
+QKV = ("attn.q", "attn.k", "attn.v")
+BLOCKS = {"clip": "transformer.resblocks.{}.", "hf": "encoder.layer.{}.", "google": "Transformer/encoderblock_{}/"}
+HF_CONFIG = {
+    "num_attention_heads": "num_heads", "num_hidden_layers": "depth", "norm_pix_loss": "norm_pix_loss",
+    "mask_ratio": "mask_ratio", "decoder_num_attention_heads": "decoder_num_heads",
+}  # fmt: skip
 
 
 @dataclass
@@ -48,10 +81,15 @@ def read_pretrained(file: str | Path) -> Pretrained:
 
 def recognise(content: dict, file: str | Path) -> Pretrained:
     """`read_pretrained` of what `read_checkpoint(file)` has returned."""
-    tensors = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
-    origin, whole, config = under_mae_names(tensors, Path(file))
-    config = config | read_config(file, content)
-    prefix, patches = _find_encoder(whole, file)
+    whole = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
+    peer, prefix = _find_encoder(whole, file)
+    origin, config = {"clip": "CLIP", "google": "Google ViT"}.get(peer, "ViT"), read_config(file, content)
+    if peer in ("hf", "google"):
+        if peer == "hf":
+            config = _hf_config(Path(file)) | config
+        elif prefix + "head/kernel" in whole:  # Google's own, trained on pixels in [-1, 1]; ours have no head
+            config = {"mean": [0.5] * 3, "std": [0.5] * 3} | config
+        whole, prefix = _under_maes_names(whole, peer, prefix, config, file), ""
     if "part_layer.norm1.weight" in whole:
         raise InputError(
             f"{file} is a TransFG model: its last block has learned to see selected parts alone, so it is no "
@@ -59,23 +97,27 @@ def recognise(content: dict, file: str | Path) -> Pretrained:
         )
     state = {k.removeprefix(prefix): v for k, v in whole.items() if k.startswith(prefix)}
     ignored = [k for k in whole if not k.startswith(prefix)]
-    origin = origin or ("MAE" if "decoder_embed.weight" in state else "ViT")
-    if any(k.startswith(HEAD_KEYS) for k in state):
-        origin = "CGD-MAE"
-    if patches == CLIP_PATCHES:
-        origin, state = "CLIP", from_clip(state)
-    elif prefix == "base." and any(k.startswith("b1.") for k in whole):
-        origin, ignored = "TransReID with JPM", [k for k in ignored if not k.startswith("b1.")]
-        state |= _last_block(whole)
+    if peer == "hf":
+        origin = "Hugging Face ViTMAE" if "decoder_embed.weight" in state else "Hugging Face ViT"
+    elif peer == "clip":
+        state = _under_maes_names(state, peer, "", config, file)
+        state["cls_token"], state["pos_embed"] = state["cls_token"].reshape(1, 1, -1), state["pos_embed"][None]
     elif prefix == "base.":
         origin = "TransReID"
+        if any(k.startswith("b1.") for k in whole):
+            origin, ignored = "TransReID with JPM", [k for k in ignored if not k.startswith("b1.")]
+            state |= _last_block(whole)
+    elif prefix.endswith("base_encoder."):
+        origin = "MoCo v3"
+    elif any(k.startswith(HEAD_KEYS) for k in state):
+        origin = "CGD-MAE"
+    elif peer == "mae" and "decoder_embed.weight" in state:
+        origin = "MAE"
     if "dist_token" in state:  # DeiT: a second token before the patches
         origin = "DeiT"
         state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], dim=1)
     elif "norm_pre.weight" in state:
         origin = "CLIP"
-    if prefix.endswith("base_encoder."):
-        origin = "MoCo v3"
     if "patch_embed.proj.bias" not in state:  # CLIP has none
         state["patch_embed.proj.bias"] = torch.zeros(len(state[PATCHES]))
     encoder = {k: v for k, v in encoder_state(state).items() if not OTHERS.match(k)}
@@ -88,14 +130,16 @@ def recognise(content: dict, file: str | Path) -> Pretrained:
 
 
 def _find_encoder(whole: dict, file) -> tuple[str, str]:
-    """(prefix of the encoder's names, name of its patch embedding behind it)."""
-    found = {}
-    for ending in (PATCHES, CLIP_PATCHES):
+    """(whose names a file has, prefix of the encoder's names), by its patch embedding."""
+    endings = {"hf": "embeddings.patch_embeddings.projection.weight", "google": "embedding/kernel", "mae": PATCHES,
+               "clip": "conv1.weight"}  # fmt: skip
+    found: dict[str, str] = {}
+    for peer, ending in endings.items():
         for key in whole:
             prefix = key.removesuffix(ending)
-            if key == prefix + ending and (not prefix or prefix.endswith(".")):
-                if ending == PATCHES or prefix + "class_embedding" in whole:
-                    found.setdefault(prefix, ending)
+            if key == prefix + ending and (not prefix or prefix.endswith((".", "/"))):
+                if peer != "clip" or prefix + "class_embedding" in whole:
+                    found.setdefault(prefix, peer)
     if not found:
         raise InputError(
             f"{file} is no ViT encoder: no name in it ends with {PATCHES}, and it starts with "
@@ -107,7 +151,116 @@ def _find_encoder(whole: dict, file) -> tuple[str, str]:
         return min((i for i, name in enumerate(PREFERRED) if name in last), default=len(PREFERRED)), len(last)
 
     prefix = min(found, key=rank)
-    return prefix, found[prefix]
+    return found[prefix], prefix
+
+
+def _under_maes_names(whole: dict, peer: str, prefix: str, config: dict, file) -> dict[str, torch.Tensor]:
+    """Another project's tensors under MAE's names, those of no such name as they are; `config` gets num_heads
+    where shapes tell it."""
+    top, block = ({row[COLUMNS[peer]]: row[0] for row in rows} for rows in (NAMES, BLOCK_NAMES))
+    if peer == "hf":
+        block |= {theirs: ours for ours, theirs in HF_MEMORY.items()}
+    start = re.escape(BLOCKS[peer]).replace(r"\{\}", r"(\d+)")
+    pattern = re.compile(rf"(?:{start})?(.+?)(?:[._/](weight|bias|scale|kernel))?")
+    tensors = {}
+    for key, value in whole.items():
+        short = key.removeprefix(prefix)
+        in_decoder = "decoder_" * short.startswith("decoder.decoder_")
+        # the memory of transformers 5 has layers.N; its files have decoder_layers.N or decoder_encoder.layer.N
+        inner = re.sub(r"^layers\.", "encoder.layer.", short.removeprefix("decoder.decoder_"))
+        number, theirs, leaf = pattern.fullmatch(inner).groups()
+        ours = (block if number else top).get(theirs)
+        if peer == "google" and ours:
+            if ours in QKV:
+                config["num_heads"] = value.shape[-2]  # kernel [D, heads, D / heads], bias [heads, D / heads]
+            value = _google_shape(ours, leaf, value)
+        if ours and (number or not in_decoder):
+            key = f"{in_decoder}blocks.{number}.{ours}" if number else ours
+            key += f".{'bias' if leaf == 'bias' else 'weight'}" if leaf else ""
+        elif short.startswith("decoder.") and DECODER.match(short.removeprefix("decoder.")):
+            key = short.removeprefix("decoder.")
+        tensors[key] = value
+    return _join_qkv(tensors, file)
+
+
+def under_others_names(state: dict[str, torch.Tensor], peer: str, num_heads: int) -> dict[str, torch.Tensor]:
+    """An encoder under MAE's names -> under those of "hf" or "google"; for Hugging Face with MAE's decoder, too."""
+    column, vit = COLUMNS[peer], "vit." if "decoder_embed.weight" in state else ""
+    renamed = {}
+    for key, value in _split_qkv(state).items():
+        number, part, leaf = re.fullmatch(r"(?:(?:decoder_)?blocks\.(\d+)\.)?(.+?)(?:\.(weight|bias))?", key).groups()
+        theirs = next((row[column] for row in (BLOCK_NAMES if number else NAMES) if row[0] == part), "")
+        name = (BLOCKS[peer].format(number) if number else "") + theirs
+        if peer == "google":
+            leaf = "scale" if leaf == "weight" and "norm" in part else "kernel" if leaf == "weight" else leaf
+            name, value = name + (f"/{leaf}" if leaf else ""), _google_shape(part, leaf, value, num_heads)
+        elif DECODER.match(key):
+            name = f"decoder.decoder_layers.{number}.{theirs}.{leaf}" if number else f"decoder.{key}"
+        else:
+            name = vit + name + (f".{leaf}" if leaf else "")
+        renamed[name] = value.contiguous()
+    return renamed
+
+
+def _google_shape(part: str, leaf: str | None, value: torch.Tensor, num_heads: int = 0) -> torch.Tensor:
+    """A tensor as MAE shapes it; with `num_heads` the way back. Kernels are transposed, heads apart."""
+    if part == "patch_embed.proj" and leaf == "kernel":  # [p, p, 3, D] there
+        return value.permute(2, 3, 1, 0) if num_heads else value.permute(3, 2, 0, 1)
+    if num_heads and leaf == "kernel":
+        value = value.T
+    if part in QKV:  # [D, heads, D / heads] there
+        value = value.unflatten(-1, (num_heads, -1)) if num_heads else value.flatten(-2)
+    elif part == "attn.proj" and leaf == "kernel":  # [heads, D / heads, D] there
+        value = value.unflatten(0, (num_heads, -1)) if num_heads else value.flatten(0, 1)
+    return value.T if leaf == "kernel" and not num_heads else value
+
+
+def _split_qkv(state: dict) -> dict:
+    split = {}
+    for key, value in state.items():
+        parts = zip("qkv", value.chunk(3)) if ".attn.qkv." in key else [("qkv", value)]
+        split |= {key.replace(".attn.qkv.", f".attn.{part}."): rows for part, rows in parts}
+    return split
+
+
+def _join_qkv(tensors: dict, file: Path) -> dict:
+    """q, k and v of each block -> one tensor."""
+    joined = {}
+    for key, value in tensors.items():
+        part = re.fullmatch(r"(.*\.attn\.)[qkv](\.(?:weight|bias))", key)
+        if not part:
+            joined[key] = value
+        elif (whole := f"{part[1]}qkv{part[2]}") not in joined:
+            try:
+                joined[whole] = torch.cat([tensors[f"{part[1]}{letter}{part[2]}"] for letter in "qkv"])
+            except (KeyError, RuntimeError) as error:
+                raise InputError(f"{file}: {whole} needs q, k and v of one shape ({error})") from error
+    return joined
+
+
+def _hf_config(file: Path) -> dict:
+    """What config.json and preprocessor_config.json beside a file say, in this project's words."""
+    found = []
+    for beside in (file.with_name(name) for name in ("config.json", "preprocessor_config.json")):
+        try:
+            found.append(json.loads(beside.read_text()) if beside.is_file() else {})
+        except ValueError as error:
+            raise InputError(f"{beside} is damaged ({error}): fetch it again, or move it away") from error
+    theirs, pixels = found
+    config = {ours: theirs[name] for name, ours in HF_CONFIG.items() if name in theirs}
+    act = theirs.get("hidden_act", "gelu")
+    if act not in ("gelu", "quick_gelu"):
+        raise InputError(
+            f"{file.with_name('config.json')} asks for the activation {act!r}: only gelu and quick_gelu go"
+        )
+    config |= {"quick_gelu": True} if act == "quick_gelu" else {}
+    if size := theirs.get("image_size"):
+        config["img_size"] = list(size) if isinstance(size, list) else [size, size]
+    if not pixels.get("do_normalize", True):
+        config |= {"mean": [0.0] * 3, "std": [1.0] * 3}
+    elif "image_mean" in pixels and "image_std" in pixels:
+        config |= {"mean": pixels["image_mean"], "std": pixels["image_std"]}
+    return config
 
 
 def _last_block(whole: dict) -> dict:
