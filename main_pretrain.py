@@ -89,7 +89,7 @@ from datasets.text_bank import hash_texts, is_encoded, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch, trivial_distillation
 from models_mae import MODELS, count_kept
 from models_teacher import FrozenTeacher, build_bank, load_clip
-from models_vit import check_img_size
+from models_vit import patch_grid
 from reports.panels import save_panels
 from util.dist import get_rank, get_world_size, is_main_process, launch, print_main, wrap_ddp
 from util.errors import InputError
@@ -112,7 +112,7 @@ FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAM
 def check_args(args) -> None:
     """Contradictions among flags, before anything is loaded; fills derived values."""
     args.img_size = parse_input_size(args.input_size)
-    rows, columns = check_img_size(args.img_size, ENCODER_SIZES[MAE_MODELS[args.model]][3])
+    rows, columns = patch_grid(args.img_size, ENCODER_SIZES[MAE_MODELS[args.model]][3])
     count_kept(rows * columns, args.mask_ratio)
     check_numbers(
         args,

@@ -1,5 +1,6 @@
 """The frozen CLIP teacher: any open_clip model, in its own normalisation and resolution."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ from util.errors import InputError
 
 
 class FrozenTeacher(nn.Module):
-    """Image tower of a CLIP model; never trained, never in a checkpoint.
+    """The image side of a CLIP model; never trained, never in a checkpoint.
 
     Args:
         clip: an open_clip model.
@@ -27,10 +28,12 @@ class FrozenTeacher(nn.Module):
     def __init__(self, clip: nn.Module, identity: TeacherIdentity, dtype: torch.dtype):
         super().__init__()
         preprocess = open_clip.get_model_preprocess_cfg(clip)
-        self.identity = identity
+        self.identity, self.dtype = identity, dtype
         self.size: tuple[int, int] = _as_pair(preprocess["size"])
-        self.visual = clip.visual.to(dtype).eval().requires_grad_(False)
-        self.dtype = dtype
+        self.interpolation, self.resize_mode = preprocess["interpolation"], preprocess["resize_mode"]
+        self.clip = copy.copy(clip)  # its own `encode_image`, without the text tower
+        self.clip._modules, self.clip._parameters = {"visual": clip.visual}, {}
+        self.clip.to(dtype).eval().requires_grad_(False)
         for name in ("mean", "std"):
             values = torch.tensor(preprocess[name], dtype=torch.float32).view(1, 3, 1, 1)
             self.register_buffer(name, values, persistent=False)
@@ -48,7 +51,7 @@ class FrozenTeacher(nn.Module):
         x = ((x - self.mean) / self.std).to(self.dtype)
         if x.device.type == "cpu":  # faster convolutions there
             x = x.contiguous(memory_format=torch.channels_last)
-        return F.normalize(self.visual(x).float(), dim=1)
+        return F.normalize(self.clip.encode_image(x).float(), dim=1)
 
 
 def load_clip(clip_model: str, clip_pretrained: str) -> tuple[nn.Module, object, TeacherIdentity]:
@@ -65,8 +68,13 @@ def load_clip(clip_model: str, clip_pretrained: str) -> tuple[nn.Module, object,
     """
     name = _register_config(clip_model)
     weights = _find_weights(name, clip_pretrained)
-    _say_activation(name, clip_pretrained)
-    tag_config = open_clip.pretrained.get_pretrained_cfg(name, clip_pretrained) or {}
+    tag = open_clip.get_pretrained_cfg(name, clip_pretrained) or {}
+    twin = f"{name}-quickgelu"
+    if Path(clip_pretrained).is_file() and open_clip.get_model_config(twin):
+        print_main(
+            f"note: {clip_pretrained} does not say how it was trained; --clip_model {name} runs it with GELU "
+            f"and OpenAI's normalisation. OpenAI's, MetaCLIP's and DFN's weights want --clip_model {twin}"
+        )
     level = logging.root.manager.disable
     logging.disable(logging.WARNING)  # open_clip logs each step on the root logger
     try:
@@ -74,8 +82,8 @@ def load_clip(clip_model: str, clip_pretrained: str) -> tuple[nn.Module, object,
             name,
             pretrained=str(weights),
             # OpenAI's weights were trained with QuickGELU although the plain names build GELU
-            force_quick_gelu=bool(tag_config.get("quick_gelu")),
-            force_preprocess_cfg={k: tag_config[k] for k in ("mean", "std") if k in tag_config},
+            force_quick_gelu=bool(tag.get("quick_gelu")),
+            force_preprocess_cfg={k: tag[k] for k in ("mean", "std") if k in tag},
         )
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as error:
@@ -86,8 +94,11 @@ def load_clip(clip_model: str, clip_pretrained: str) -> tuple[nn.Module, object,
     finally:
         logging.disable(level)
     model.eval().requires_grad_(False)
-    identity = TeacherIdentity(name, _hash_weights(model), _embed_dim(model), 1 / model.logit_scale.exp().item())
-    return model, tokenizer, identity
+    with torch.no_grad():
+        width = model.encode_image(
+            torch.zeros(1, 3, *_as_pair(open_clip.get_model_preprocess_cfg(model)["size"]))
+        ).shape[1]
+    return model, tokenizer, TeacherIdentity(name, _hash_weights(model), width, 1 / model.logit_scale.exp().item())
 
 
 def check_tokens(tokenizer, texts: list[str], context_length: int) -> int:
@@ -178,7 +189,7 @@ def _find_weights(name: str, clip_pretrained: str) -> Path:
         return path
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or len(path.parts) > 1:
         raise InputError(f"teacher weights not found: no file {path.absolute()}. " + _three_ways(name, "openai"))
-    config = open_clip.pretrained.get_pretrained_cfg(name, clip_pretrained)
+    config = open_clip.get_pretrained_cfg(name, clip_pretrained)
     if not config:
         tags = open_clip.list_pretrained_tags_by_model(name)
         raise InputError(
@@ -196,30 +207,15 @@ def _find_weights(name: str, clip_pretrained: str) -> Path:
 
 
 def _three_ways(name: str, tag: str) -> str:
+    # the model that runs a tag's weights as they were trained when they come as a file, which names no activation
+    twin = f"{name}-quickgelu"
+    is_quick = (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu") and open_clip.get_model_config(twin)
     return (
         'Three ways to supply them: (1) with a network, run once: python -c "import open_clip; '
         f"open_clip.create_model('{name}', pretrained='{tag}')\"; (2) copy that machine's "
         "~/.cache/huggingface and ~/.cache/clip to this one; (3) pass the weight file itself: "
-        f"--clip_model {_name_for_file(name, tag)} --clip_pretrained /path/to/weights.safetensors"
+        f"--clip_model {twin if is_quick else name} --clip_pretrained /path/to/weights.safetensors"
     )
-
-
-def _name_for_file(name: str, tag: str) -> str:
-    """The model that runs a tag's weights as they were trained when they come as a file, which does not say
-    with which activation."""
-    twin = f"{name}-quickgelu"
-    tag_config = open_clip.pretrained.get_pretrained_cfg(name, tag) or {}
-    return twin if tag_config.get("quick_gelu") and open_clip.get_model_config(twin) else name
-
-
-def _say_activation(name: str, clip_pretrained: str) -> None:
-    """Where weights come as a file and open_clip knows the model with two activations."""
-    twin = f"{name}-quickgelu"
-    if Path(clip_pretrained).is_file() and open_clip.get_model_config(twin):
-        print_main(
-            f"note: {clip_pretrained} does not say how it was trained; --clip_model {name} runs it with GELU "
-            f"and OpenAI's normalisation. OpenAI's, MetaCLIP's and DFN's weights want --clip_model {twin}"
-        )
 
 
 def _hash_weights(model: nn.Module) -> str:
@@ -237,12 +233,6 @@ def _hash_weights(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(value.detach().cpu().contiguous().float().numpy().data)
     return digest.hexdigest()
-
-
-def _embed_dim(model: nn.Module) -> int:
-    with torch.no_grad():
-        height, width = _as_pair(open_clip.get_model_preprocess_cfg(model)["size"])
-        return model.encode_image(torch.zeros(1, 3, height, width)).shape[1]
 
 
 def _as_pair(size) -> tuple[int, int]:

@@ -36,18 +36,6 @@ CLIP_STATS = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27
 LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
-def check_img_size(img_size: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Return (rows, columns) of the patch grid; InputError when the patch does not divide."""
-    for side, name in zip(img_size, ("height", "width")):
-        if side <= 0 or side % patch_size:
-            below = max(side // patch_size, 1) * patch_size
-            raise InputError(
-                f"input {name} {side} px is not a multiple of the patch size {patch_size}: "
-                f"use --input_size {below} or {below + patch_size}"
-            )
-    return img_size[0] // patch_size, img_size[1] // patch_size
-
-
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, grad_checkpoint: bool) -> torch.Tensor:
     """[N, T, D] through all blocks; with `grad_checkpoint` the backward pass computes each block again
     instead of keeping its activations (Chen et al., 2016)."""
@@ -56,17 +44,28 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, grad_checkpoint: bool) ->
     return x
 
 
-def patch_grid(img_size: tuple[int, int], patch_size: int, stride: int) -> tuple[int, int]:
-    """(rows, columns) of patches that begin every `stride` px; InputError where there is none, and where
-    they do not overlap and do not cover the image."""
-    if stride == patch_size:
-        return check_img_size(img_size, patch_size)
+def patch_grid(img_size: tuple[int, int], patch_size: int, stride: int | None = None) -> tuple[int, int]:
+    """(rows, columns) of patches that begin every `stride` px, by default one beside the other.
+
+    Raises:
+        InputError: there is none, or they do not overlap and do not cover the image.
+    """
+    height, width = img_size
+    if stride in (None, patch_size):
+        for side, name in ((height, "height"), (width, "width")):
+            if side <= 0 or side % patch_size:
+                below = max(side // patch_size, 1) * patch_size
+                raise InputError(
+                    f"input {name} {side} px is not a multiple of the patch size {patch_size}: "
+                    f"use --input_size {below} or {below + patch_size}"
+                )
+        return height // patch_size, width // patch_size
     if not 0 < stride < patch_size or min(img_size) < patch_size:
         raise InputError(
-            f"--stride {stride} at {img_size[0]} x {img_size[1]} px: give a stride from 1 to the patch size "
+            f"--stride {stride} at {height} x {width} px: give a stride from 1 to the patch size "
             f"{patch_size}, and images no smaller than a patch"
         )
-    return (img_size[0] - patch_size) // stride + 1, (img_size[1] - patch_size) // stride + 1
+    return (height - patch_size) // stride + 1, (width - patch_size) // stride + 1
 
 
 class SameOnAnyRanksDropPath(nn.Module):
@@ -86,20 +85,20 @@ class SameOnAnyRanksDropPath(nn.Module):
         return x * kept / (1 - self.rate)
 
 
-def build_blocks(
-    dim: int, depth: int, num_heads: int, drop_path: float = 0.0, quick_gelu: bool = False
-) -> nn.ModuleList:
+def build_blocks(dim: int, depth: int, num_heads: int, drop_path: float = 0.0, quick_gelu: bool = False):
     """MAE's pre-norm blocks: mlp ratio 4, qkv bias, erf GELU, LayerNorm eps 1e-6, no dropout.
 
     Args:
         drop_path: chance that a sample skips the last block (Huang et al., 2016); grows linearly from 0.
         quick_gelu: OpenAI's x * sigmoid(1.702 x) in place of the erf GELU.
     """
-    rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-    act = get_act_layer("quick_gelu" if quick_gelu else "gelu")
+    more = {
+        "qkv_bias": True,
+        "norm_layer": LayerNorm,
+        "act_layer": get_act_layer("quick_gelu" if quick_gelu else "gelu"),
+    }
     blocks = nn.ModuleList(
-        Block(dim, num_heads, mlp_ratio=4.0, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate, act_layer=act)
-        for rate in rates
+        Block(dim, num_heads, **more, drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth)
     )
     for name, module in list(blocks.named_modules()):
         if isinstance(module, DropPath):
@@ -135,13 +134,14 @@ class VisionTransformer(nn.Module):
         initialize: bool = True,
     ):
         super().__init__()
+        stride = stride or patch_size
         self._settings = {
             "img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth,
-            "num_heads": num_heads, "mean": mean, "std": std, "stride": stride or patch_size,
-            "pre_norm": pre_norm, "quick_gelu": quick_gelu,
+            "num_heads": num_heads, "mean": mean, "std": std, "stride": stride, "pre_norm": pre_norm,
+            "quick_gelu": quick_gelu,
         }  # fmt: skip
-        self.img_size, self.patch_size, self.stride = tuple(img_size), patch_size, stride or patch_size
-        self.grid_size = patch_grid(self.img_size, patch_size, self.stride)
+        self.img_size, self.patch_size, self.stride = tuple(img_size), patch_size, stride
+        self.grid_size = patch_grid(self.img_size, patch_size, stride)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
         self.embed_dim = embed_dim
         self.grad_checkpoint = False
@@ -151,8 +151,9 @@ class VisionTransformer(nn.Module):
         self.patch_embed = PatchEmbed(self.img_size, patch_size, 3, embed_dim)
         self.patch_embed.proj.stride = (self.stride, self.stride)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        pos_embed = sincos_pos_embed(embed_dim, self.grid_size)[None]
-        self.pos_embed = nn.Parameter(pos_embed, requires_grad=False)  # [1, 1 + L, D]
+        self.pos_embed = nn.Parameter(
+            sincos_pos_embed(embed_dim, self.grid_size)[None], requires_grad=False
+        )  # [1, 1 + L, D]
         self.blocks = build_blocks(embed_dim, depth, num_heads, drop_path, quick_gelu)
         self.norm_pre = LayerNorm(embed_dim) if pre_norm else nn.Identity()
         self.norm = LayerNorm(embed_dim)
@@ -224,17 +225,12 @@ class VisionTransformer(nn.Module):
         collected: dict[str, list[torch.Tensor]] = {name: [] for name in read_outs}
         device = self.cls_token.device
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads, scoring(self):
-
-            def prepare(start: int):
-                return threads.map(self._whole, images[start : start + batch_size])
-
-            ahead = prepare(0)  # decoded while the encoder is busy
-            for start in range(0, len(images), batch_size):
-                batch, ahead = torch.stack(list(ahead)), prepare(start + batch_size)
+            ahead = threads.map(self._whole, images[:batch_size])  # decoded while the encoder is busy
+            for end in range(batch_size, len(images) + batch_size, batch_size):
+                batch, ahead = torch.stack(list(ahead)), threads.map(self._whole, images[end : end + batch_size])
                 with torch.autocast(device.type, enabled=False):
                     features = self.encode(batch.to(device, non_blocking=True))
-                for name in read_outs:
-                    # contiguous: a class token is a view that would keep all tokens in memory
+                for name in read_outs:  # contiguous: a class token is a view that would keep all tokens in memory
                     collected[name].append(features[name].float().cpu().contiguous())
         return {name: torch.cat(values) for name, values in collected.items()}
 
@@ -284,48 +280,40 @@ def load_encoder(
 
 
 def encoder_from(
-    found: Pretrained,
-    file: str | Path,
-    img_size: tuple[int, int] | None = None,
-    *,
-    stride: int | None = None,
-    drop_path: float = 0.0,
-    quick_gelu: bool = False,
-    pos_resize: str = "bicubic",
+    found: Pretrained, file: str | Path, img_size: tuple[int, int] | None = None, *, pos_resize: str = "bicubic", **more
 ) -> VisionTransformer:
     """`load_encoder` of a file that has been read, on the CPU."""
-    pos_embed, patch = found.state["pos_embed"], found.state["patch_embed.proj.weight"]
-    width, patch_size = patch.shape[0], patch.shape[2]
+    state, config = found.state, found.config
+    width, _, _, patch_size = state["patch_embed.proj.weight"].shape
     known = {w: h for w, _, h, _ in ENCODER_SIZES.values()}
-    heads = found.config.get("num_heads", known.get(width))
+    heads = config.get("num_heads", known.get(width))
     if found.origin == "MoCo v3" and width == 384:
         heads = 12  # its ViT-S has twice the heads of the others'
     if heads is None:
         raise InputError(f"{file} has width {width}: the known encoders are {', '.join(map(str, known))} wide")
     mean, std = CLIP_STATS if found.origin == "CLIP" else (IMAGENET_MEAN, IMAGENET_STD)
-    depth = 1 + max(int(k.split(".")[1]) for k in found.state if k.startswith("blocks."))
-    own_size, own_grid = _source_grid(found.config, pos_embed.shape[1] - 1, patch_size, file)
+    depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
+    own_size, own_grid = _source_grid(config, state["pos_embed"].shape[1] - 1, patch_size, file)
+    more["quick_gelu"] = more.get("quick_gelu") or config.get("quick_gelu", False)
     model = VisionTransformer(
-        tuple(img_size or own_size), patch_size, width, depth, heads,
-        mean=tuple(found.config.get("mean", mean)), std=tuple(found.config.get("std", std)),
-        drop_path=drop_path, stride=stride, pre_norm="norm_pre.weight" in found.state,
-        quick_gelu=quick_gelu or found.config.get("quick_gelu", False),
+        tuple(img_size or own_size), patch_size, width, depth, heads, mean=tuple(config.get("mean", mean)),
+        std=tuple(config.get("std", std)), pre_norm="norm_pre.weight" in state, **more,
     )  # fmt: skip
     resized = [] if own_grid == model.grid_size else ["pos_embed"]
-    table = resize_pos_embed(pos_embed, own_grid, model.grid_size, pos_resize)
-    found = replace(found, state=found.state | {"pos_embed": table})
-    model.report = load_pretrained(model, found, file, resized)
+    table = resize_pos_embed(state["pos_embed"], own_grid, model.grid_size, pos_resize)
+    model.report = load_pretrained(model, replace(found, state=state | {"pos_embed": table}), file, resized)
     if resized:
         rows, columns = own_grid
-        model.report += f" from {rows} x {columns} to {model.grid_size[0]} x {model.grid_size[1]}, {pos_resize}"
+        model.report += (
+            f"\n  pos_embed from {rows} x {columns} to {model.grid_size[0]} x {model.grid_size[1]}, {pos_resize}"
+        )
     return model.eval()
 
 
 def _source_grid(config: dict, patches: int, patch_size: int, file) -> tuple[tuple, tuple]:
     """((H, W) in px, (rows, columns)) that a position table was made for."""
-    size, stride = config.get("img_size"), config.get("stride", patch_size)
-    if size is not None:
-        return tuple(size), patch_grid(tuple(size), patch_size, stride)
+    if size := config.get("img_size"):
+        return tuple(size), patch_grid(tuple(size), patch_size, config.get("stride"))
     side = round(patches**0.5)
     if side * side != patches:
         raise InputError(

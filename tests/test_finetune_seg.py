@@ -398,7 +398,7 @@ def test_polygons_against_a_test_of_every_pixel():
 
 
 def convert(source, output, *more) -> dict:
-    words = ["--input", str(source), "--output", str(output), "--processes", "1", *more]
+    words = ["--input", str(source), "--output", str(output), *more]
     return convert_partimagenet.main(convert_partimagenet.get_args_parser().parse_args(words))
 
 

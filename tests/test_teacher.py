@@ -37,7 +37,7 @@ def test_embeddings_are_open_clips_own(clip):
 def test_teacher_is_frozen(clip):
     teacher = FrozenTeacher(clip[0], clip[2], torch.float32)
     teacher.train()
-    assert not teacher.visual.training
+    assert not teacher.clip.visual.training
     assert not any(p.requires_grad for p in teacher.parameters())
     assert not teacher(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).requires_grad
 

@@ -31,7 +31,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         if what:
             found.add_argument(what, help=what_help or "file, registry name, https:// or hf:// address")
         found.add_argument("--cache", default=None, help="folder of downloads (default ~/.cache/cgd_mae)")
-        found.add_argument("--metrics", default=None, help="write the printed JSON here, too (default: nowhere)")
         return found
 
     # fmt: off
@@ -62,9 +61,9 @@ from finetune.encoder import load_model
 from tools.convert import convert
 from tools.export_onnx import export_onnx, onnx_facts
 from tools.release import release
-from util.checkpoint import read_checkpoint, read_safetensors_header
+from util.checkpoint import not_finite, read_checkpoint, read_safetensors_header
 from util.fetch import fetch, known
-from util.files import file_digests, file_sha256
+from util.files import file_digests
 from util.pretrained import read_config, recognise
 
 
@@ -89,60 +88,42 @@ def inspect_file(file: str | Path) -> dict:
     except InputError as error:
         if "Python objects" not in str(error):
             raise
-        kind = "refused: it holds Python objects, which could run code"
-        return facts | {"kind": kind, "python_objects": _python_objects(file, error.__cause__)}
+        names = re.findall(r"GLOBAL (\S+)", str(error.__cause__))  # of old files the first, which torch has named
+        if zipfile.is_zipfile(file):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
+        return facts | {"kind": "refused: it holds Python objects, which could run code", "python_objects": names}
     state = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
     header = read_safetensors_header(file) if file.suffix == ".safetensors" else {}
     config, args = read_config(file, content), content.get("args") or {}
+    parts: dict[str, list[int]] = {}
+    for key, value in state.items():
+        tensors, parameters = parts.get(key.split(".")[0], (0, 0))
+        parts[key.split(".")[0]] = [tensors + 1, parameters + value.numel()]
     facts |= {
-        "kind": _kind(file, content, config),
+        "kind": "checkpoint of a run, " * ("optimizer" in content) + kind_of(file, content),
         "tensors": len(state),
         "parameters": sum(v.numel() for v in state.values()),
-        "parts": by_part(state),
+        "parts": parts,
         "dtypes": sorted({str(v.dtype).removeprefix("torch.") for v in state.values()}),
-        "not_finite": _not_finite(state)[:5],
+        "not_finite": not_finite(state)[:5],
+        "finished_epochs": content["epoch"] + 1 if isinstance(content.get("epoch"), int) else None,
         "args": args if isinstance(args, dict) else vars(args),  # MAE keeps a Namespace
         "config": config,
         **{name: header[name] for name in ("licence", "data", "trained") if name in header},
     }
-    if isinstance(content.get("epoch"), int):
-        facts["finished_epochs"] = content["epoch"] + 1
     return {name: value for name, value in facts.items() if value not in ("", None, {}, [])}
 
 
-def _python_objects(file: Path, error: Exception) -> list[str]:
-    """Names that a file would import; of a format before torch 1.6 the first one, which torch has named."""
-    if not zipfile.is_zipfile(file):
-        return re.findall(r"GLOBAL (\S+)", str(error))
-    with torch.serialization.safe_globals([argparse.Namespace]):
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(file))
-
-
-def by_part(state: dict[str, torch.Tensor]) -> dict[str, list[int]]:
-    """{first word of the names: [tensors, parameters]}."""
-    parts: dict[str, list[int]] = {}
-    for key, value in state.items():
-        count = parts.setdefault(key.split(".")[0], [0, 0])
-        count[0] += 1
-        count[1] += value.numel()
-    return parts
-
-
-def _not_finite(state: dict[str, torch.Tensor]) -> list[str]:
-    return [k for k, v in state.items() if v.is_floating_point() and not torch.isfinite(v.float()).all()]
-
-
-def _kind(file: Path, content: dict, config: dict) -> str:
+def kind_of(file: Path, content: dict) -> str:
     """What a file is and the sizes of its encoder, in words."""
-    kind = "checkpoint of a run, " * ("optimizer" in content)
     try:
         found = recognise(content, file)
     except InputError as error:
-        return kind + (config.get("kind") or f"not an encoder: {error}")
+        return read_config(file, content).get("kind") or f"not an encoder: {error}"
     width, _, patch, _ = found.state["patch_embed.proj.weight"].shape
     blocks = len({k.split(".")[1] for k in found.state if k.startswith("blocks.")})
-    kind += f"{found.origin}: ViT {width} wide, {blocks} blocks, patches of {patch} px, "
-    kind += f"{found.state['pos_embed'].shape[1] - 1} positions"
+    positions = found.state["pos_embed"].shape[1] - 1
+    kind = f"{found.origin}: ViT {width} wide, {blocks} blocks, patches of {patch} px, {positions} positions"
     if found.decoder:
         depth = len({k.split(".")[1] for k in found.decoder if k.startswith("decoder_blocks.")})
         kind += f"; decoder {len(found.decoder['decoder_embed.weight'])} wide, {depth} blocks"
@@ -157,9 +138,8 @@ def verify_file(file: str | Path) -> dict:
         file, kind, parameters, sha256 (what it was compared with), verdict.
     """
     file = Path(file)
-    content = read_checkpoint(file)["model"]
-    broken = _not_finite({k: v for k, v in content.items() if isinstance(v, torch.Tensor)})
-    if broken:
+    content = read_checkpoint(file)
+    if broken := not_finite(content["model"]):
         raise InputError(
             f"{file} holds numbers that are not finite in {len(broken)} tensors, first {broken[0]}: the "
             "training diverged or the file is damaged"
@@ -168,12 +148,11 @@ def verify_file(file: str | Path) -> dict:
     parameters = sum(p.numel() for p in found.model.parameters())
     result = {"file": str(file), "kind": found.config.get("kind", "encoder of others"), "parameters": parameters}
     for record in (file.with_name("SHA256SUMS"), Path(f"{file}.sha256")):
-        for line in record.read_text().splitlines() if record.is_file() else []:
-            wanted, name = line.split(maxsplit=1)
-            if name == file.name and wanted != file_sha256(file):
+        lines = record.read_text().splitlines() if record.is_file() else []
+        for wanted in (line.split()[0] for line in lines if line.split()[1:] == [file.name]):
+            if wanted != file_digests(file, ("sha256",))["sha256"]:
                 raise InputError(f"{file} has another sha256 than {record} says: fetch or copy it again")
-            if name == file.name:
-                return result | {"sha256": str(record), "verdict": "whole: the bytes that were published"}
+            return result | {"sha256": str(record), "verdict": "whole: the bytes that were published"}
     return result | {"verdict": "loads into its model and is finite; no sha256 beside it to compare with"}
 
 
@@ -183,10 +162,8 @@ def table(facts: dict) -> str:
     for name, value in facts.items():
         if name == "parts":
             value = "".join(f"\n{'':16}{part}: {count} tensors, {size:,}" for part, (count, size) in value.items())
-        elif isinstance(value, dict):
-            value = ", ".join(f"{k} {v}" for k, v in value.items())
-        elif isinstance(value, list):
-            value = ", ".join(map(str, value))
+        elif isinstance(value, (dict, list)):
+            value = ", ".join(f"{k} {value[k]}" if isinstance(value, dict) else str(k) for k in value)
         lines.append(f"{name:15} {value:,}" if isinstance(value, int) else f"{name:15} {value}")
     return "\n".join(lines)
 
@@ -217,4 +194,4 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    run_tool(main, ARGS, Path(ARGS.metrics) if ARGS.metrics else None)
+    run_tool(main, ARGS, None)

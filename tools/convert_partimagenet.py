@@ -24,7 +24,6 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="split each class anew (default: on for ood, off for seg)")  # fmt: skip
     add("--seed", default=0, type=int, help="seed of the new splits (default 0)")
     add("--link", action="store_true", help="link the images instead of copying them (default off)")
-    add("--processes", default=None, type=int, help="workers (default: one a core)")
     return parser
 
 
@@ -32,14 +31,14 @@ if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import tempfile
 from collections import Counter, defaultdict
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Iterator
 
 import numpy as np
 from PIL import Image
@@ -48,11 +47,9 @@ from datasets.images import UNREADABLE, is_turned, why_unreadable
 from datasets.manifest import IMAGE_ENDINGS
 from datasets.seg import BACKGROUND_ID, IGNORE, KINDS, PARTS, SPLITS, open_mask, part_names
 from util.errors import InputError
-from util.parallel import map_in_order, worker_pool
 
 NUM_IDS = 40  # 0 to 23 are parts of animals, 38 and 39 of bottles
 TEST_SHARE, VAL_SHARE = 0.10, 0.05  # about those of the release "_Seg"
-SYNSET = re.compile(r"n\d{8}")
 SYNSETS = {
     "Car": (
         "n02701002 n02814533 n02930766 n03100240 n03417042 n03444034 n03445924 n03594945 n03670208 n03769881 "
@@ -64,24 +61,21 @@ SYNSETS = {
 }
 
 
-@dataclass
-class Found:
-    """rows: one a picture: source (its file), split, synset, name, and mask (a file) or polygons (a list of
-    (id, polygons)). left_out: {why: names}. counts: of what was dropped inside pictures."""
-
-    rows: list[dict] = field(default_factory=list)
-    left_out: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
-    counts: Counter = field(default_factory=Counter)
-
-
 def main(args) -> dict:
     """Convert; returns the counts of conversion.json."""
-    source, output = args.input.absolute(), args.output.absolute()
+    source, output, space = args.input.absolute(), args.output.absolute(), args.label_space
     if not source.is_dir():
         raise InputError(f"--input {source} is no folder: give the folder of PartImageNet")
-    release = which_release(source)
-    resplit = release == "ood" if args.resplit is None else args.resplit
-    settings = {"input": str(source), "release": release, "label_space": args.label_space}
+    beside = {split: source / f"{split}.json" for split in SPLITS}
+    jsons = {s: file if file.is_file() else source / "annotations" / file.name for s, file in beside.items()}
+    jsons = {split: file for split, file in jsons.items() if file.is_file()}
+    if not jsons and not (source / "annotations" / "train").is_dir():
+        raise InputError(
+            f'{source} is neither release of PartImageNet: "_OOD" has train.json, val.json, test.json, '
+            '"_Seg" has images/train and annotations/train; name the folder that holds them'
+        )
+    resplit = bool(jsons) if args.resplit is None else args.resplit
+    settings = {"input": str(source), "release": "ood" if jsons else "seg", "label_space": space}
     settings |= {"resplit": args.seed if resplit else None}
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         report = output / "conversion.json"
@@ -90,37 +84,37 @@ def main(args) -> dict:
             print(f"{output} already holds this conversion: left as it is", flush=True)
             return result
         raise InputError(f"{output} exists and does not hold this conversion: name another output or remove it first.")
-    found = (read_ood if release == "ood" else read_seg)(source, args.label_space)
-    if not found.rows:
-        reasons = ", ".join(f"{len(names)} x {why}" for why, names in found.left_out.items())
+    rows: list[dict] = []
+    left_out: dict[str, list[str]] = defaultdict(list)
+    dropped: Counter = Counter()
+    for row in read_ood(source, jsons) if jsons else read_seg(source):
+        if kind_of(row["name"][:9]) not in KINDS[space]:
+            dropped["pictures of something else"] += 1
+        elif why := problem(row, dropped):
+            left_out[why].append(f"{row['split']}/{row['name']}")
+        else:
+            rows.append(row | {"synset": row["name"][:9]})
+    if not rows:
+        reasons = ", ".join(f"{len(names)} x {why}" for why, names in left_out.items())
         raise InputError(
-            f"{source} has no picture of {', '.join(KINDS[args.label_space])} that can be used; left out: "
+            f"{source} has no picture of {', '.join(KINDS[space])} that can be used; left out: "
             f"{reasons or 'nothing, it holds no such picture'}"
         )
     if resplit:
-        split_anew(found.rows, args.seed)
-    result = {**settings, **summary(found)}
-    write_set(output, found.rows, result, args.link, args.processes or os.cpu_count() or 1)
-    say(result)
+        split_anew(rows, args.seed)
+    kinds = {split: Counter(kind_of(row["synset"]) for row in rows if row["split"] == split) for split in SPLITS}
+    result = {
+        **settings,
+        "pictures": {split: dict(sorted(counts.items())) for split, counts in kinds.items()},
+        "synsets": len({row["synset"] for row in rows}),
+        "dropped": {name: count for name, count in sorted(dropped.items()) if count},
+        "left_out": dict(left_out),
+    }
+    write_set(output, rows, result, args.link)
+    print(f"written: {json.dumps(result['pictures'])}, dropped: {json.dumps(result['dropped'])}", flush=True)
+    for why, names in left_out.items():
+        print(f"left out: {len(names)} ({why}), first {names[0]}")
     return result
-
-
-def which_release(source: Path) -> str:
-    """ood or seg, by the files that are there."""
-    if any(file.is_file() for file in json_files(source).values()):
-        return "ood"
-    if (source / "annotations" / "train").is_dir():
-        return "seg"
-    raise InputError(
-        f'{source} is neither release of PartImageNet: "_OOD" has train.json, val.json, test.json, '
-        '"_Seg" has images/train and annotations/train; name the folder that holds them'
-    )
-
-
-def json_files(source: Path) -> dict[str, Path]:
-    """{split: its json}, beside the images or in annotations/."""
-    beside = {split: source / f"{split}.json" for split in SPLITS}
-    return {s: file if file.is_file() else source / "annotations" / file.name for s, file in beside.items()}
 
 
 def kind_of(synset: str) -> str | None:
@@ -128,31 +122,29 @@ def kind_of(synset: str) -> str | None:
     return next((kind for kind, synsets in SYNSETS.items() if synset in synsets), None)
 
 
-def read_ood(source: Path, space: str) -> Found:
+def read_ood(source: Path, jsons: dict[str, Path]) -> Iterator[dict]:
     """The release "_OOD": COCO json; the folder of an image is the first nine characters of its name."""
-    found = Found()
-    for split, file in json_files(source).items():
-        if not file.is_file():
-            continue
+    for split, file in jsons.items():
         content = read_coco(file)
         annotations: dict[int, list] = defaultdict(list)
         for annotation in content["annotations"]:
             annotations[annotation["image_id"]].append(annotation)
         root = next((p for p in (source / split, source / "images" / split) if p.is_dir()), source / split)
         for image in content["images"]:
-            name, size = Path(image["file_name"]).name, (image["width"], image["height"])
-            if kind_of(name[:9]) not in KINDS[space]:
-                found.counts["pictures of something else"] += 1
-                continue
-            picture = next((p for p in (root / name[:9] / name, root / name) if p.is_file()), None)
-            why = size_problem(picture, size) if picture else "no such file"
-            drawn = [] if why else usable(annotations[image["id"]], found.counts)
-            if not drawn:  # all background would teach that there is no vehicle
-                found.left_out[why or "no annotation that can be drawn"].append(f"{split}/{name}")
-                continue
-            row = {"source": picture, "split": split, "synset": name[:9], "name": name}
-            found.rows.append(row | {"size": size, "polygons": drawn})
-    return found
+            name, drawn = Path(image["file_name"]).name, annotations[image["id"]]
+            picture = next((p for p in (root / name[:9] / name, root / name) if p.is_file()), root / name)
+            size = (image["width"], image["height"])
+            yield {"split": split, "name": name, "source": picture, "size": size, "annotations": drawn}
+
+
+def read_seg(source: Path) -> Iterator[dict]:
+    """The release "_Seg": PNG masks whose value 40 is the background."""
+    for split in SPLITS:
+        folder, masks = source / "images" / split, source / "annotations" / split
+        for picture in sorted(folder.rglob("*")) if folder.is_dir() else ():
+            if picture.suffix.lower() in IMAGE_ENDINGS:
+                mask = masks / picture.relative_to(folder).with_suffix(".png")
+                yield {"split": split, "name": picture.name, "source": picture, "mask": mask}
 
 
 def read_coco(file: Path) -> dict:
@@ -178,66 +170,39 @@ def read_coco(file: Path) -> dict:
     return content
 
 
-def usable(annotations: list[dict], counts: Counter) -> list[tuple[int, list]]:
-    """(id, polygons) of an image's annotations; what cannot be drawn is counted."""
-    found = []
-    for annotation in annotations:
-        polygons = annotation.get("segmentation")
-        polygons = polygons if isinstance(polygons, list) else []  # run-length codes are of crowds
-        whole = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
-        counts["polygons of fewer than 3 points"] += len(polygons) - len(whole)
-        if whole:
-            found.append((int(annotation["category_id"]), whole))
-        else:
-            counts["annotations without a usable polygon"] += 1
-    return found
-
-
-def read_seg(source: Path, space: str) -> Found:
-    """The release "_Seg": PNG masks whose value 40 is the background."""
-    found = Found()
-    for split in SPLITS:
-        folder, masks = source / "images" / split, source / "annotations" / split
-        for picture in sorted(folder.rglob("*")) if folder.is_dir() else ():
-            name, mask = picture.name, masks / picture.relative_to(folder).with_suffix(".png")
-            if picture.suffix.lower() not in IMAGE_ENDINGS:
-                continue
-            if not SYNSET.match(name):
-                found.left_out["the name does not begin with a synset"].append(f"{split}/{name}")
-            elif kind_of(name[:9]) not in KINDS[space]:
-                found.counts["pictures of something else"] += 1
-            elif why := mask_problem(picture, mask):
-                found.left_out[why].append(f"{split}/{name}")
-            else:
-                found.rows.append({"source": picture, "split": split, "synset": name[:9], "name": name, "mask": mask})
-    return found
-
-
-def size_problem(picture: Path, size: tuple[int, int]) -> str:
-    """'' or why a picture cannot carry a mask of this (width, height)."""
+def problem(row: dict, dropped: Counter) -> str:
+    """'' or why a picture cannot be used; its annotations become `polygons`, a list of (id, polygons)."""
+    file, what, values = row["source"], "image", []
     try:
-        with Image.open(picture) as image:
+        with Image.open(file) as image:
             sizes = {image.size, image.size[::-1]} if is_turned(image) else {image.size}
+        if "mask" in row:
+            file, what = row["mask"], "mask"
+            mask = open_mask(file)
+            row["size"], values = mask.shape[::-1], np.unique(mask).tolist()
+    except FileNotFoundError:
+        return "no mask" if what == "mask" else "no such file"
     except UNREADABLE as error:
-        return f"the image cannot be read ({why_unreadable(error)[:60]})"
-    return "" if size in sizes else "image and mask differ in size"
-
-
-def mask_problem(picture: Path, file: Path) -> str:
-    """'' or why a pair cannot be used; InputError where values are not the release's."""
-    if not file.is_file():
-        return "no mask"
-    try:
-        mask = open_mask(file)
-    except UNREADABLE as error:
-        return f"the mask cannot be read ({why_unreadable(error)[:60]})"
-    strange = [value for value in np.unique(mask).tolist() if NUM_IDS < value != IGNORE]
-    if strange:
+        return f"the {what} cannot be read ({why_unreadable(error)[:60]})"
+    if strange := [value for value in values if NUM_IDS < value != IGNORE]:
         raise InputError(
             f"{file} has the value {strange[0]}: masks of parts hold 0 to {NUM_IDS - 1}, {BACKGROUND_ID} for "
             f"the background, {IGNORE} for none (folders *_whole hold objects, not parts)"
         )
-    return size_problem(picture, mask.shape[::-1])
+    if row["size"] not in sizes:
+        return "image and mask differ in size"
+    if "mask" in row:
+        return ""
+    row["polygons"] = []
+    for annotation in row.pop("annotations"):
+        polygons = annotation.get("segmentation")
+        polygons = polygons if isinstance(polygons, list) else []  # run-length codes are of crowds
+        whole = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
+        dropped["polygons of fewer than 3 points"] += len(polygons) - len(whole)
+        dropped["annotations without a usable polygon"] += not whole
+        row["polygons"] += [(int(annotation["category_id"]), whole)] if whole else []
+    # all background would teach that there is no vehicle
+    return "" if row["polygons"] else "no annotation that can be drawn"
 
 
 def split_anew(rows: list[dict], seed: int) -> None:
@@ -252,17 +217,6 @@ def split_anew(rows: list[dict], seed: int) -> None:
         test, val = (max(few, round(share * len(part))) for share in (TEST_SHARE, VAL_SHARE))
         for place, index in enumerate(rng.permutation(len(part)).tolist()):
             part[index]["split"] = "test" if place < test else "val" if place < test + val else "train"
-
-
-def summary(found: Found) -> dict:
-    """Counts of what is there and of what is not."""
-    kinds = {split: Counter(kind_of(r["synset"]) for r in found.rows if r["split"] == split) for split in SPLITS}
-    return {
-        "pictures": {split: dict(sorted(counts.items())) for split, counts in kinds.items()},
-        "synsets": len({row["synset"] for row in found.rows}),
-        "dropped": {name: count for name, count in sorted(found.counts.items()) if count},
-        "left_out": dict(found.left_out),
-    }
 
 
 def fill_polygon(polygon: list[float], height: int, width: int) -> np.ndarray:
@@ -292,27 +246,30 @@ def draw_polygons(polygons: list[tuple[int, list]], size: tuple[int, int]) -> np
         polygons: (id, polygons) of each annotation. size: (width, height) in px.
     """
     width, height = size
-    regions = []
-    for number, rings in polygons:
-        region = np.any([fill_polygon(ring, height, width) for ring in rings], axis=0)
-        regions.append((number, region))
+    regions = [(n, np.any([fill_polygon(ring, height, width) for ring in rings], axis=0)) for n, rings in polygons]
     mask = np.full((height, width), BACKGROUND_ID, dtype=np.uint8)
     for number, region in sorted(regions, key=lambda pair: -int(pair[1].sum())):
         mask[region] = number
     return mask
 
 
-def write_set(output: Path, rows: list[dict], result: dict, link: bool, processes: int) -> None:
-    """Pictures, masks and classes.json under a temporary name, then renamed."""
+def write_set(output: Path, rows: list[dict], result: dict, link: bool) -> None:
+    """Pictures, copied or linked, masks and classes.json under a temporary name, then renamed."""
     space = result["label_space"]
+    ids = [number for kind in KINDS[space] for number in PARTS[kind]]
+    table = np.zeros(256, dtype=np.uint8)  # PartImageNet's ids -> classes; other parts are background
+    table[[*ids, IGNORE]] = [*range(1, len(ids) + 1), IGNORE]
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         folder.chmod(0o755)  # mkdtemp keeps others out; a data folder need not
-        job = partial(write_pairs, folder=folder, table=label_table(space), link=link)
-        with worker_pool(processes) as pool:
-            for _ in map_in_order(pool, job, rows, processes):
-                pass
+        for kind, split in itertools.product(("images", "annotations"), SPLITS):
+            (folder / kind / split).mkdir(parents=True)
+        for row in rows:
+            mask = open_mask(row["mask"]) if "mask" in row else draw_polygons(row["polygons"], row["size"])
+            mask_file = (folder / "annotations" / row["split"] / row["name"]).with_suffix(".png")
+            Image.fromarray(table[mask]).save(mask_file)
+            (os.symlink if link else shutil.copyfile)(row["source"], folder / "images" / row["split"] / row["name"])
         classes = {"classes": ["background", *part_names(space)], "ignore": IGNORE}
         for name, content in (("classes.json", classes), ("conversion.json", result)):
             (folder / name).write_text(json.dumps(content, indent=1) + "\n")
@@ -320,37 +277,6 @@ def write_set(output: Path, rows: list[dict], result: dict, link: bool, processe
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-
-
-def label_table(space: str) -> np.ndarray:
-    """[256] uint8: PartImageNet's ids -> classes of a label space; other parts are background."""
-    table = np.zeros(256, dtype=np.uint8)
-    ids = [number for kind in KINDS[space] for number in PARTS[kind]]
-    table[[*ids, IGNORE]] = [*range(1, len(ids) + 1), IGNORE]
-    return table
-
-
-def write_pairs(rows: list[dict], folder: Path, table: np.ndarray, link: bool) -> list:
-    """Pictures, copied or linked, and their masks."""
-    for row in rows:
-        picture = folder / "images" / row["split"] / row["name"]
-        mask_file = (folder / "annotations" / row["split"] / row["name"]).with_suffix(".png")
-        for file in (picture, mask_file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-        mask = open_mask(row["mask"]) if "mask" in row else draw_polygons(row["polygons"], row["size"])
-        Image.fromarray(table[mask]).save(mask_file)
-        if link:
-            picture.symlink_to(row["source"])
-        else:
-            shutil.copyfile(row["source"], picture)
-    return []
-
-
-def say(result: dict) -> None:
-    """Print what was written and what was not."""
-    print(f"written: {json.dumps(result['pictures'])}, dropped: {json.dumps(result['dropped'])}", flush=True)
-    for why, names in result["left_out"].items():
-        print(f"left out: {len(names)} ({why}), first {names[0]}")
 
 
 if __name__ == "__main__":

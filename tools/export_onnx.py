@@ -26,7 +26,7 @@ TOLERANCE = 1e-3  # |onnx - torch| / |torch| of a feature
 class _Features(nn.Module):
     """images -> cls, mean, tokens of an encoder, or the embedding of a model that may want ids of cameras and views."""
 
-    def __init__(self, model: nn.Module, sides: dict[str, int] | None = None):
+    def __init__(self, model: nn.Module, sides: dict[str, int] | None):
         super().__init__()
         self.model, self.sides = model, sides
 
@@ -52,34 +52,32 @@ def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int
     if output.suffix != ".onnx":
         raise InputError(f"--output {output}: give a file name that ends in .onnx")
     found = load_model(file, img_size=input_size)
-    model, config, kind = found.model, found.config, found.config.get("kind", "encoder")
+    kind, base, sides, outputs = found.config.get("kind", "encoder"), found.model, None, FEATURES
     if found.task == "reid":
-        sides = {"camids": model.config.cameras, "viewids": model.config.views}
-        base, wrapped, outputs = model.base, _Features(model, sides), ("embedding",)
+        settings = found.model.config
+        base, sides, outputs = base.base, {"camids": settings.cameras, "viewids": settings.views}, ("embedding",)
     elif found.task:
         raise InputError(f"{file} is a {kind}: only encoders and models of --task reid go to ONNX")
-    else:
-        base, wrapped, sides, outputs, config = model, _Features(model), {}, FEATURES, model.settings()
+    model = _Features(found.model, sides).eval()
+    height, width = base.img_size
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(0, 256, (5, 3, *base.img_size), dtype=torch.uint8, generator=generator)
-    inputs = {"images": pictures} | {name: torch.zeros(5, dtype=torch.int64) for name, count in sides.items() if count}
+    inputs = {"images": torch.randint(0, 256, (5, 3, height, width), dtype=torch.uint8, generator=generator)}
+    inputs |= {name: torch.zeros(5, dtype=torch.int64) for name, count in (sides or {}).items() if count}
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         written = Path(folder) / output.name
-        _write(wrapped.eval(), inputs, outputs, written)
-        session = ort.InferenceSession(str(written), providers=["CPUExecutionProvider"])
-        differences = _differences(wrapped, session, inputs, outputs)
-        largest = max(differences.values())
+        _write(model, inputs, outputs, written)
+        largest = _largest_difference(model, ort, written, inputs)
         if not largest < TOLERANCE:  # also NaN
             raise InputError(
                 f"{file} gives other features under onnxruntime {ort.__version__} (relative difference "
                 f"{largest:.2g}, at most {TOLERANCE}): nothing was written; try other versions of torch and onnxruntime"
             )
         graph = onnx.load(str(written), load_external_data=False)
-        height, width = base.img_size
         facts = {
             "kind": kind, "source": Path(file).name, "source_sha256": file_sha256(file),
-            "config": json.dumps(config), "largest_difference": f"{largest:.3g}",
+            "config": json.dumps(found.config if found.task else base.settings()),
+            "largest_difference": f"{largest:.3g}",
             "preprocessing": f"RGB uint8 [N, 3, {height}, {width}]; the whole picture resized by an antialiased "
             "bicubic filter; normalisation is inside",
         }  # fmt: skip
@@ -109,23 +107,22 @@ def _write(model: nn.Module, inputs: dict, outputs: tuple, file: Path) -> None:
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
-        exported = torch.onnx.export(
-            program, input_names=list(inputs), output_names=list(outputs), dynamo=True, verbose=False
-        )
+        names = {"input_names": list(inputs), "output_names": list(outputs)}
+        exported = torch.onnx.export(program, **names, dynamo=True, verbose=False)
         exported.save(str(file), external_data=size > ONE_FILE_BYTES)
 
 
 @torch.inference_mode()
-def _differences(model, session, inputs: dict, outputs: tuple) -> dict[str, float]:
-    """{feature: largest |onnx - torch| / |torch|} over the pictures, in batches of one and of all."""
-    expected, worst = model(*inputs.values()), dict.fromkeys(outputs, 0.0)
+def _largest_difference(model, ort, file: Path, inputs: dict) -> float:
+    """Largest |onnx - torch| / |torch| of a feature, in batches of one and of all."""
+    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    differences = []
     for rows in (slice(0, 1), slice(None)):
         found = session.run(None, {name: value[rows].numpy() for name, value in inputs.items()})
-        for name, ours, theirs in zip(outputs, expected, found):
+        for ours, theirs in zip(model(*inputs.values()), found):
             a, b = ours[rows].flatten(1).numpy(), theirs.reshape(len(theirs), -1)
-            difference = np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1)
-            worst[name] = float(np.maximum(worst[name], difference.max()))
-    return worst
+            differences.append(np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1))
+    return float(np.concatenate(differences).max())
 
 
 def onnx_facts(file: str | Path) -> dict:

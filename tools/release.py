@@ -1,4 +1,4 @@
-"""A finished pre-training run -> a folder for others: weights, what they are, how to check them, what made them."""
+"""A finished pre-training run -> a folder for others: weights that are verified, their sums, and two cards."""
 
 import json
 from pathlib import Path
@@ -12,10 +12,10 @@ from models_vit import load_encoder
 from reports.panels import draw_reconstructions
 from util.checkpoint import encoder_state, read_checkpoint, write_safetensors, write_torch
 from util.errors import InputError
-from util.files import file_sha256, write_atomic, write_json
+from util.files import file_sha256, write_atomic
 
 WEIGHTS = ("encoder.safetensors", "encoder.pth", "full.safetensors", "full.pth")
-FILES = (*WEIGHTS, "README.md", "DATA_CARD.md", "LICENSE", "config.json", "reconstruction.png", "SHA256SUMS")
+FILES = (*WEIGHTS, "README.md", "DATA_CARD.md", "LICENSE", "reconstruction.png", "SHA256SUMS")
 KEPT = (".git", ".gitattributes", ".cache")  # of a clone that an earlier release was uploaded from
 APACHE = Path(__file__).resolve().parent.parent / "LICENSE"
 # what of a run's settings the cards show; paths of the machine it ran on are not among them
@@ -38,7 +38,7 @@ def release(run_dir: str | Path, output: str | Path, *, name: str, licence: str)
     run_dir, output = Path(run_dir), Path(output)
     content = read_checkpoint(run_dir / "checkpoint-last.pth")
     args = content.get("args", {})
-    if "epoch" not in content or "task" in args or "mask_ratio" not in args:
+    if "epoch" not in content or "mask_ratio" not in args:
         raise InputError(f"{run_dir} is no run of main_pretrain.py: give its --output_dir")
     if content["epoch"] + 1 < args["epochs"]:
         raise InputError(
@@ -51,24 +51,25 @@ def release(run_dir: str | Path, output: str | Path, *, name: str, licence: str)
     recipe = {key: args[key] for key in RECIPE if args.get(key) not in (None, "")}
     (output / "SHA256SUMS").unlink(missing_ok=True)  # it would vouch for other files
     _write_weights(output, content, model, recipe, licence)
-    write_json(
-        output / "config.json", {"name": name, "licence": licence, "config": content["config"], "recipe": recipe}
-    )
-    _write_sample(output / "reconstruction.png", model, args["mask_ratio"], name)
-    if licence == "Apache-2.0" and not (output / "LICENSE").exists():
-        _write_text(output / "LICENSE", APACHE.read_text())
-    if not (output / "DATA_CARD.md").exists():
-        _write_text(output / "DATA_CARD.md", _data_card(args))
-    log = run_dir / "log.txt"
-    last = json.loads(log.read_text().splitlines()[-1]) if log.is_file() else {}
-    _write_text(output / "README.md", _model_card(name, licence, content, model, recipe, last))
-    sums = {file: file_sha256(output / file) for file in WEIGHTS}
-    _write_text(output / "SHA256SUMS", "".join(f"{digest}  {file}\n" for file, digest in sums.items()))
+    drawn = [render(seed=7, pid=i, camid=i, viewid=i, shot=0, size=256) for i in range(4)]  # no photo is published
+    images = torch.stack([whole_image(image, model.img_size) for image in drawn])
+    sheet, _ = draw_reconstructions(model, images, args["mask_ratio"], 0, name)
+    write_atomic(output / "reconstruction.png", lambda opened: sheet.save(opened, format="PNG"))
+    teacher = "none (plain MAE)"
+    if args.get("teacher") and not args.get("no_distill"):
+        teacher = f"{Path(args['teacher']).name}; what it has seen is part of what this model has seen"
+    sums = "".join(f"{file_sha256(output / file)}  {file}\n" for file in WEIGHTS)
+    texts = {"LICENSE": APACHE.read_text()} if licence == "Apache-2.0" else {}
+    texts |= {"DATA_CARD.md": _data_card(args, teacher)}
+    texts = {file: text for file, text in texts.items() if not (output / file).exists()}
+    texts |= {"README.md": _model_card(name, licence, teacher, model, recipe), "SHA256SUMS": sums}
+    for file, text in texts.items():
+        write_atomic(output / file, lambda opened, text=text: opened.write(text.encode()))
     todo = "fill in DATA_CARD.md" + ", add the licence's text as LICENSE" * (not (output / "LICENSE").exists())
     return {
         "folder": str(output),
         "files": sorted(file for file in FILES if (output / file).is_file()),
-        "sha256_encoder": sums["encoder.safetensors"],
+        "sha256_encoder": sums[:64],
         "to_do": f"{todo}; then publish: hf upload ORG/REPO {output} --private",
     }
 
@@ -92,42 +93,20 @@ def _write_weights(folder: Path, content: dict, model, recipe: dict, licence: st
                 raise InputError(f"{folder / name} gives other features than the run: disk or memory failed, try again")
 
 
-def _write_sample(file: Path, model, ratio: float, name: str) -> None:
-    """Reconstructions of four drawn vehicles: no photo is published."""
-    drawn = [render(seed=7, pid=i, camid=i, viewid=i, shot=0, size=256) for i in range(4)]
-    images = torch.stack([whole_image(image, model.img_size) for image in drawn])
-    sheet, _ = draw_reconstructions(model, images, ratio, 0, name)
-    write_atomic(file, lambda opened: sheet.save(opened, format="PNG"))
-
-
-def _write_text(file: Path, text: str) -> None:
-    write_atomic(file, lambda opened: opened.write(text.encode()))
-
-
-def _teacher(args: dict) -> str:
-    if args.get("no_distill") or not args.get("teacher"):
-        return "none (plain MAE)"
-    return f"{Path(args['teacher']).name}; what it has seen is part of what this model has seen"
-
-
-def _data_card(args: dict) -> str:
+def _data_card(args: dict, teacher: str) -> str:
     return f"""# Data card
 
 - Images: {args.get("images", "unknown")} in `{Path(args.get("data_path", "unknown")).name}` where this was trained
 - Identity of the list: sha256 of paths and order `{args.get("images_sha", "unknown")}`
 - Labels: none were used
-- Teacher: {_teacher(args)}
+- Teacher: {teacher}
 - Sources, rights, people and licence plates in the pictures: **to be filled in by who publishes this**
 - Overlap with benchmarks: **to be filled in**; `main_curate.py --exclude` removes test images
 """
 
 
-def _model_card(name: str, licence: str, content: dict, model, recipe: dict, last: dict) -> str:
+def _model_card(name: str, licence: str, teacher: str, model, recipe: dict) -> str:
     rows = "\n".join(f"| {key} | {value} |" for key, value in recipe.items())
-    rows += "".join(
-        f"\n| {key.removeprefix('train_')} of the last epoch | {last[key]:.4f} |" for key in last if "loss" in key
-    )
-    sizes = f"{model.embed_dim} wide, {len(model.blocks)} blocks, patches of {model.patch_size} px"
     return f"""---
 license: {licence.lower()}
 tags: [vehicle, masked-autoencoder, vision-transformer, cgd-mae]
@@ -135,36 +114,25 @@ tags: [vehicle, masked-autoencoder, vision-transformer, cgd-mae]
 
 # {name}
 
-ViT {sizes}. Pre-trained without labels. Teacher: {_teacher(content["args"])}.
+ViT {model.embed_dim} wide, {len(model.blocks)} blocks, patches of {model.patch_size} px, pre-trained without labels.
+Teacher: {teacher}.
 
-- `encoder.safetensors`: encoder and its config, for `load_encoder` and all tools here
-- `encoder.pth`: `{{"model": encoder}}`, MAE's names, for MAE, TransReID, VTB and others' loaders
-- `full.pth`, `full.safetensors`: with decoder and context head, for `--init` and reconstructions
+`encoder.safetensors` is for `load_encoder` and all tools here, `encoder.pth` for the loaders of MAE, TransReID, VTB and
+others, `full.*` (with decoder and context head) for `--init` and reconstructions. `sha256sum -c SHA256SUMS` compares
+the bytes; `python -m tools.checkpoint convert` writes the formats of others.
 
 ```python
 from models_vit import load_encoder
 
-encoder = load_encoder("encoder.safetensors")
-features = encoder.embed_images(["car.jpg"])["cls"]
+features = load_encoder("encoder.safetensors").embed_images(["car.jpg"])["cls"]
 ```
 
-`sha256sum -c SHA256SUMS` compares the bytes; `python -m tools.checkpoint convert` writes the formats of timm, Hugging
-Face, TransReID, TransFG, SETR and ONNX.
-
-![reconstruction](reconstruction.png)
-
-Drawn vehicles: input, masked, reconstruction, reconstruction over the visible patches.
-
-## How it was trained
+![Drawn vehicles: input, masked, reconstruction, reconstruction over the visible patches](reconstruction.png)
 
 | setting | value |
 |---|---|
 {rows}
 
-Data: [DATA_CARD.md](DATA_CARD.md).
-
-## Limits
-
-Features of vehicles; nothing else was in view. What the training images show too rarely, it knows too little.
-It was not made to identify people or to read licence plates. Licence of the weights: {licence}.
+Data: [DATA_CARD.md](DATA_CARD.md). Limits: nothing but vehicles was in view, and what the training images show too
+rarely, it knows too little. It was not made to identify people or to read licence plates. Licence: {licence}.
 """

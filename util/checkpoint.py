@@ -68,7 +68,11 @@ def _read(file: Path):
     if file.suffix == ".safetensors":
         return load_file(file)
     if zipfile.is_zipfile(file):
-        _compare_checksums(file)  # before reading: a changed byte can look like a forbidden name
+        with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums; 0: written without
+            for record in (record for record in archive.infolist() if record.CRC):
+                with archive.open(record) as opened:
+                    while opened.read(BLOCK_BYTES):  # before loading: a changed byte can look like a forbidden name
+                        pass
     if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
@@ -76,29 +80,17 @@ def _read(file: Path):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _compare_checksums(file: Path) -> None:
-    """Raise zipfile.BadZipFile where bytes have changed: torch.load does not look at the checksums."""
-    with zipfile.ZipFile(file) as archive:
-        for record in archive.infolist():
-            if record.CRC:  # torch can write files without
-                with archive.open(record) as opened:
-                    while opened.read(BLOCK_BYTES):
-                        pass
-
-
 def _why_unreadable(file: Path, error: Exception) -> str:
     reason = " ".join(str(error).split())
     if any(words in reason.lower() for words in FORBIDDEN):
         return (
-            f"checkpoint {file} holds Python objects, which could run code, and is refused: load it "
-            "once where you trust it and save its weights alone, "
-            "torch.save({'model': checkpoint['model']}, FILE)"
+            f"checkpoint {file} holds Python objects, which could run code, and is refused: load it once where you "
+            "trust it and save its weights alone, torch.save({'model': checkpoint['model']}, FILE)"
         )
     if "TorchScript" in reason:
         return (
-            f"checkpoint {file} is a program (a TorchScript archive, as OpenAI's own CLIP files are) and "
-            "is refused: save its weights once where you trust it, torch.save(torch.jit.load(FILE)."
-            "state_dict(), OTHER)"
+            f"checkpoint {file} is a program (a TorchScript archive, as OpenAI's own CLIP files are) and is refused: "
+            "save its weights once where you trust it, torch.save(torch.jit.load(FILE).state_dict(), OTHER)"
         )
     reason = reason.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip()
     return (
@@ -118,34 +110,42 @@ def encoder_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {k: v for k, v in state.items() if not k.startswith(DECODER_KEYS + HEAD_KEYS)}
 
 
-def load_weights(model: torch.nn.Module, state: dict, file, *, needed: str) -> str:
+def not_finite(state: dict) -> list[str]:
+    """Names of the tensors that hold NaN or infinity."""
+    floats = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.is_floating_point()}
+    return [k for k, v in floats.items() if not torch.isfinite(v.float()).all()]
+
+
+def load_weights(model: torch.nn.Module, state: dict, file, *, needed: str, **more) -> str:
     """Copy weights by name and say what matched.
 
     Args:
         model: receives the weights.
         state: tensors by name, from `read_checkpoint(file)["model"]`.
         needed: "encoder": every encoder tensor must be there, decoder and distillation head may be
-            missing; "all": nothing of the MAE may be missing.
+            missing; "all": nothing of the MAE may be missing; "95%": of the tensors, and every block whole.
+        more: rows of the table that the caller knows.
     Returns:
-        A table of one line a part: loaded / new (kept at its initial value) / ignored.
+        A table of one line a part: loaded / new (kept at its initial value) / more / ignored.
     Raises:
         InputError: a needed tensor is missing or has another shape.
     """
     own = model.state_dict()
     # position tables of MAE are fixed and follow from the input size: another size keeps its own
-    state = {k: v for k, v in state.items() if k not in POSITION_TABLES or v.shape == own.get(k, v).shape}
+    fixed = POSITION_TABLES if needed != "95%" else ()
+    state = {k: v for k, v in state.items() if k not in fixed or v.shape == own.get(k, v).shape}
     head = {k for k in own if k.startswith(HEAD_KEYS)}
-    optional = set(own) - set(encoder_state(own)) if needed == "encoder" else head
     wrong_shape = [k for k in own if k in state and state[k].shape != own[k].shape]
-    fatal = [k for k in wrong_shape if k not in head]
-    if fatal:
+    if fatal := [k for k in wrong_shape if k not in head]:
         k = fatal[0]
         raise InputError(
             f"{file} holds another architecture: {k} is {tuple(state[k].shape)}, the model wants "
             f"{tuple(own[k].shape)} ({len(fatal)} tensors differ); check --model and --input_size"
         )
-    optional |= set(POSITION_TABLES)
+    optional = {*fixed, *head, *(set(own) - set(encoder_state(own)) if needed == "encoder" else ())}
     missing = [k for k in own if k not in state and k not in optional]
+    if needed == "95%" and len(missing) <= 0.05 * len(own):
+        missing = [k for k in missing if k.startswith("blocks.")]  # random in part, it would spoil the features
     if missing:
         raise InputError(
             f"{file} lacks {len(missing)} of the {len(own)} tensors this model needs, first "
@@ -154,15 +154,8 @@ def load_weights(model: torch.nn.Module, state: dict, file, *, needed: str) -> s
         )
     loaded = {k: v for k, v in state.items() if k in own and k not in wrong_shape}
     model.load_state_dict(loaded, strict=False)
-    new = [k for k in own if k not in loaded]
-    ignored = [k for k in state if k not in own]
-    return "\n".join(
-        f"  {title:8s} {len(keys):4d} tensors{parts_of(keys)}"
-        for title, keys in (("loaded", loaded), ("new", new), ("ignored", ignored))
-    )
-
-
-def parts_of(keys) -> str:
-    """ ": blocks, norm": first words of names, for a table."""
-    parts = dict.fromkeys(key.split(".")[0] for key in keys)
-    return ": " + ", ".join(parts) if parts else ""
+    rows = {"loaded": loaded, "new": [k for k in own if k not in loaded], **more}
+    rows.setdefault("ignored", [k for k in state if k not in own])
+    parts = {title: ", ".join(dict.fromkeys(key.split(".")[0] for key in keys)) for title, keys in rows.items()}
+    lines = (f"  {title:8s} {len(keys):4d} tensors: {parts[title]}" for title, keys in rows.items())
+    return "\n".join(line.removesuffix(": ") for line in lines)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from util.checkpoint import HEAD_KEYS, encoder_state, parts_of, read_checkpoint, read_safetensors_header
+from util.checkpoint import HEAD_KEYS, encoder_state, load_weights, read_checkpoint, read_safetensors_header
 from util.errors import InputError
 
 PATCHES = "patch_embed.proj.weight"
@@ -306,7 +306,7 @@ def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: li
     """Copy an encoder's tensors into a model of the same names; `resized` names those brought to another size before.
 
     Returns:
-        A table: loaded, new (kept at their initial values), resized, ignored.
+        A table: loaded, new (kept at their initial values), ignored, resized.
     Raises:
         InputError: a block is not whole, less than 95% of the encoder's tensors are there, shapes differ, or
             the file has parts inside its encoder that this one lacks.
@@ -317,22 +317,6 @@ def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: li
             f"{file} is a ViT with parts that this encoder lacks ({len(unknown)} tensors, first {unknown[0]}), and "
             "without them its features would be others: give a plain ViT"
         )
-    if wrong := [k for k, v in found.state.items() if v.shape != own[k].shape]:
-        k = wrong[0]
-        raise InputError(
-            f"{file} holds another architecture: {k} is {tuple(found.state[k].shape)}, the model wants "
-            f"{tuple(own[k].shape)} ({len(wrong)} tensors differ); check --model and --input_size"
-        )
-    new = [k for k in own if k not in found.state]
-    share = 1 - len(new) / len(own)
-    if share < 0.95:
-        raise InputError(
-            f"{file} has {len(own) - len(new)} of the encoder's {len(own)} tensors ({share:.0%}, at least "
-            f"95% are needed); the first that is missing is {new[0]}"
-        )
-    if in_block := next((k for k in new if k.startswith("blocks.")), None):
-        raise InputError(f"{file} lacks {in_block}: a block that is random in part would spoil the features")
-    model.load_state_dict(found.state, strict=False)
-    rows = (("loaded", list(found.state)), ("new", new), ("resized", resized), ("ignored", found.ignored))
-    table = [f"  {title:8s} {len(keys):4d} tensors{parts_of(keys)}" for title, keys in rows]
-    return "\n".join([f"  {found.origin}, {share:.0%} of the encoder", *table])
+    table = load_weights(model, found.state, file, needed="95%", resized=resized, ignored=found.ignored)
+    share = len([k for k in own if k in found.state]) / len(own)
+    return f"  {found.origin}, {share:.0%} of the encoder\n{table}"
