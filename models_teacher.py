@@ -102,27 +102,22 @@ def load_clip(clip_model: str, clip_pretrained: str) -> tuple[nn.Module, object,
 
 
 def check_tokens(tokenizer, texts: list[str], context_length: int) -> int:
-    """The longest text in tokens; the tokenizer alone would cut longer ones without a word.
+    """The longest text in tokens, with its start and end; the tokenizer alone would cut longer ones without a word.
 
     Raises:
         InputError: names the first text that does not fit and its tokens.
     """
-    counts = [count_tokens(tokenizer, text) for text in texts]
+    if hasattr(tokenizer, "encode"):  # open_clip's own
+        counts = [len(tokenizer.encode(text)) + 2 for text in texts]
+    else:
+        counts = [len(tokenizer.tokenizer(text)["input_ids"]) for text in texts]
     over = [i for i, count in enumerate(counts) if count > context_length]
     if over:
         raise InputError(
-            f"the text '{texts[over[0]]}' has {counts[over[0]]} tokens where the teacher reads "
-            f"{context_length} "
+            f"the text '{texts[over[0]]}' has {counts[over[0]]} tokens where the teacher reads {context_length} "
             f"({len(over)} of {len(texts)} texts are too long): shorten the template or the value"
         )
     return max(counts)
-
-
-def count_tokens(tokenizer, text: str) -> int:
-    """Tokens of a text with its start and end, never cut off."""
-    if hasattr(tokenizer, "encode"):  # open_clip's own
-        return len(tokenizer.encode(text)) + 2
-    return len(tokenizer.tokenizer(text)["input_ids"])
 
 
 @torch.no_grad()

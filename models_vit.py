@@ -92,14 +92,9 @@ def build_blocks(dim: int, depth: int, num_heads: int, drop_path: float = 0.0, q
         drop_path: chance that a sample skips the last block (Huang et al., 2016); grows linearly from 0.
         quick_gelu: OpenAI's x * sigmoid(1.702 x) in place of the erf GELU.
     """
-    more = {
-        "qkv_bias": True,
-        "norm_layer": LayerNorm,
-        "act_layer": get_act_layer("quick_gelu" if quick_gelu else "gelu"),
-    }
-    blocks = nn.ModuleList(
-        Block(dim, num_heads, **more, drop_path=drop_path * i / max(depth - 1, 1)) for i in range(depth)
-    )
+    block = partial(Block, dim, num_heads, qkv_bias=True, norm_layer=LayerNorm)
+    act, last = get_act_layer("quick_gelu" if quick_gelu else "gelu"), max(depth - 1, 1)
+    blocks = nn.ModuleList(block(drop_path=drop_path * i / last, act_layer=act) for i in range(depth))
     for name, module in list(blocks.named_modules()):
         if isinstance(module, DropPath):
             blocks.set_submodule(name, SameOnAnyRanksDropPath(module.drop_prob))
@@ -134,34 +129,30 @@ class VisionTransformer(nn.Module):
         initialize: bool = True,
     ):
         super().__init__()
-        stride = stride or patch_size
+        self.img_size, self.patch_size, self.embed_dim = tuple(img_size), patch_size, embed_dim
+        self.stride = stride or patch_size
         self._settings = {
             "img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth,
-            "num_heads": num_heads, "mean": mean, "std": std, "stride": stride, "pre_norm": pre_norm,
+            "num_heads": num_heads, "mean": mean, "std": std, "stride": self.stride, "pre_norm": pre_norm,
             "quick_gelu": quick_gelu,
         }  # fmt: skip
-        self.img_size, self.patch_size, self.stride = tuple(img_size), patch_size, stride
         self.grid_size = patch_grid(self.img_size, patch_size, stride)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
-        self.embed_dim = embed_dim
-        self.grad_checkpoint = False
-        self.report = ""  # of `load_encoder`
-
+        self.grad_checkpoint, self.report = False, ""  # the report is of `load_encoder`
         # timm's module holds the weights, so that keys and default initialisation are MAE's
         self.patch_embed = PatchEmbed(self.img_size, patch_size, 3, embed_dim)
         self.patch_embed.proj.stride = (self.stride, self.stride)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
-        self.pos_embed = nn.Parameter(
-            sincos_pos_embed(embed_dim, self.grid_size)[None], requires_grad=False
-        )  # [1, 1 + L, D]
+        table = sincos_pos_embed(embed_dim, self.grid_size)[None]  # [1, 1 + L, D]
+        self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = build_blocks(embed_dim, depth, num_heads, drop_path, quick_gelu)
         self.norm_pre = LayerNorm(embed_dim) if pre_norm else nn.Identity()
         self.norm = LayerNorm(embed_dim)
         if pre_norm:  # CLIP's norms add another epsilon
             for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
                 norm.eps = 1e-5
-        self.register_buffer("pixel_mean", torch.tensor(mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("pixel_std", torch.tensor(std).view(1, 3, 1, 1), persistent=False)
+        for name, values in (("pixel_mean", mean), ("pixel_std", std)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         if initialize:
             self.initialize_weights()
 

@@ -15,7 +15,7 @@ from models_mae import MODELS, load_autoencoder
 from models_setr import SETR, SETRConfig
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer, load_encoder
-from tools.checkpoint import FORMATS, get_args_parser, inspect_file, main, table, verify_file
+from tools.checkpoint import FORMATS, get_args_parser, inspect_file, main, verify_file
 from tools.convert import TARGETS
 from tools.export_onnx import export_onnx
 from tools.release import release
@@ -112,8 +112,8 @@ def test_a_run_is_released_as_its_card_says(pictures, tmp_path):
     assert facts["parts"]["decoder_blocks"][0] == 96
 
     released = release(out, folder, name="small", licence="Apache-2.0")
-    wanted = {"README.md", "DATA_CARD.md", "LICENSE", "SHA256SUMS", "config.json", "encoder.pth"}
-    wanted |= {"encoder.safetensors", "full.pth", "full.safetensors", "reconstruction.png"}
+    wanted = {"README.md", "DATA_CARD.md", "LICENSE", "SHA256SUMS", "encoder.pth"}
+    wanted |= {"encoder.safetensors", "full.pth", "full.safetensors"}
     assert {file.name for file in folder.iterdir()} == wanted == set(released["files"])
     photos = sorted(pictures.iterdir())[:3]
     files = [folder / name for name in ("encoder.safetensors", "encoder.pth", "full.pth")]
@@ -128,7 +128,6 @@ def test_a_run_is_released_as_its_card_says(pictures, tmp_path):
     card, data_card = ((folder / name).read_text() for name in ("README.md", "DATA_CARD.md"))
     assert card.startswith("---\nlicense: apache-2.0") and "| epochs | 2 |" in card and str(tmp_path) not in card
     assert "none (plain MAE)" in card and "Images: 40" in data_card and str(tmp_path) not in data_card
-    assert Image.open(folder / "reconstruction.png").size[0] > 300
 
     (folder / "DATA_CARD.md").write_text("ours")
     (folder / "LICENSE").unlink()
@@ -200,7 +199,7 @@ def test_code_in_a_file_is_listed_and_not_run(encoder, tmp_path, zip_format):
     torch.save(content, file, _use_new_zipfile_serialization=zip_format)
     facts = inspect_file(file)
     assert facts["python_objects"] == ["posix.system", "torch.hub.load"][: 1 + zip_format]
-    assert facts["kind"].startswith("refused") and "posix.system" in table(facts)
+    assert facts["kind"].startswith("refused")
     for use in (load_encoder, verify_file, read_checkpoint, lambda f: export_onnx(f, tmp_path / "x.onnx")):
         with pytest.raises(InputError, match="holds Python objects"):
             use(file)
@@ -224,13 +223,9 @@ def test_onnx_of_an_encoder(encoder_file, encoder, photos, tmp_path, monkeypatch
     ours = encoder.embed_images(photos)
     found = session.run(["cls", "mean", "tokens"], {"images": batch.numpy()})
     assert all(np.allclose(ours[name].numpy(), theirs, atol=1e-4) for name, theirs in zip(ours, found))
-    facts = inspect_file(tmp_path / "e.onnx")
-    assert facts["kind"] == "ONNX of CGD-MAE encoder" and float(facts["largest_difference"]) < 1e-3
-    assert "uint8 [N, 3, 32, 48]" in facts["preprocessing"] and [f.name for f in tmp_path.iterdir()] == ["e.onnx"]
-    for name, content in (("cut", (tmp_path / "e.onnx").read_bytes()[:1000]), ("empty", b"")):
-        (tmp_path / f"{name}.onnx").write_bytes(content)
-        with pytest.raises(InputError, match="no ONNX file"):
-            inspect_file(tmp_path / f"{name}.onnx")
+    facts = session.get_modelmeta().custom_metadata_map
+    assert facts["kind"] == "CGD-MAE encoder" and "uint8 [N, 3, 32, 48]" in facts["preprocessing"]
+    assert [f.name for f in tmp_path.iterdir()] == ["e.onnx"]
     with pytest.raises(InputError, match="ends in .onnx"):
         export_onnx(encoder_file, tmp_path / "e.pb")
     with pytest.raises(InputError, match="is ONNX"):
@@ -286,9 +281,9 @@ def test_a_model_of_another_task_is_not_exported(tmp_path, encoder):
 
 def test_the_command(encoder_file, tmp_path, capsys):
     assert set(FORMATS) == {*TARGETS, "onnx"}
-    parse, out = get_args_parser().parse_args, tmp_path / "facts.json"
-    run_tool(main, parse(["verify", str(encoder_file), "--metrics", str(out)]), out)
-    assert json.loads(out.read_text())["verdict"].startswith("loads into its model")
+    parse = get_args_parser().parse_args
+    run_tool(main, parse(["verify", str(encoder_file)]), None)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["verdict"].startswith("loads into its model")
     run_tool(main, parse(["inspect", str(encoder_file)]), None)
     assert "ViT 192 wide, 2 blocks" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:

@@ -136,7 +136,7 @@ def test_a_clip_tower_goes_to_timms_clip_and_nowhere_else(tmp_path, imgs):
         ("transfg", "a.npz"),
         ("setr", "a.pth"),
     ):
-        with pytest.raises(InputError, match="CLIP's kind of ViT.*--to timm or --to safetensors"):
+        with pytest.raises(InputError, match="CLIP's kind of ViT.*--to timm or safetensors"):
             convert(tmp_path / "clip.pt", target, tmp_path / name)
 
 
@@ -236,7 +236,7 @@ def test_transreid_loads_all_150_and_nothing_else(tmp_path, full, mae, state, im
     assert torch.equal(longer.pos_embed[:, 0], mae.pos_embed[:, 0])
     with pytest.raises(KeyError):  # the reader of this test would have noticed
         transreid_load_param(theirs, full, SIZE)
-    with pytest.raises(InputError, match="with 'distilled' in it"):
+    with pytest.raises(InputError, match="without 'distilled' in it"):
         convert(full, "transreid", tmp_path / "self_distilled" / "encoder.pth")
     assert not (tmp_path / "self_distilled").exists()
 
@@ -477,7 +477,7 @@ def test_a_block_that_is_not_whole_is_refused_in_a_deep_model_too(tmp_path):
     deep = VisionTransformer((16, 16), 16, 192, 24, 3).state_dict()
     for gone in ("blocks.7.", "blocks.7.norm2.bias"):
         torch.save({"model": {k: v for k, v in deep.items() if gone not in k}}, tmp_path / "file.pth")
-        with pytest.raises(InputError, match="lacks blocks.7"):
+        with pytest.raises(InputError, match="lacks .*blocks.7"):
             load_encoder(tmp_path / "file.pth")
 
 
@@ -493,7 +493,7 @@ def test_a_rectangle_goes_where_it_can(tmp_path):
     close(run(convert(file, "timm", tmp_path / "t.pth")["load"])["model"].eval().forward_features(imgs), wanted)
     close(run(convert(file, "hf", tmp_path / "hf")["load"])["model"](imgs).last_hidden_state, wanted)
     for target, name in (("mae", "a.pth"), ("transreid", "a.pth"), ("transfg", "a.npz"), ("setr", "a.pth")):
-        with pytest.raises(InputError, match=f"table of 4 x 2 patches, and --to {target} reads squares alone"):
+        with pytest.raises(InputError, match=f"table of 4 x 2 patches, no square, which --to {target}"):
             convert(file, target, tmp_path / name)
     result = convert(file, "transfg", tmp_path / "a.npz", input_size=(48, 48))
     table = np.load(tmp_path / "a.npz")["Transformer/posembed_input/pos_embedding"]

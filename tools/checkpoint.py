@@ -26,25 +26,27 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.checkpoint", __doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, text: str, what: str = "file", what_help: str = "") -> argparse.ArgumentParser:
+    def verb(
+        name: str, text: str, what: str = "file", what_help: str = "file, registry name, https:// or hf:// address"
+    ):
         found = verbs.add_parser(name, help=text, description=text)
         if what:
-            found.add_argument(what, help=what_help or "file, registry name, https:// or hf:// address")
-        found.add_argument("--cache", default=None, help="folder of downloads (default ~/.cache/cgd_mae)")
-        return found
+            found.add_argument(what, help=what_help)
+            found.add_argument("--cache", default=None, help="folder of downloads (default ~/.cache/cgd_mae)")
+        return found.add_argument
 
     # fmt: off
     verb("inspect", "what a file is: kind, sizes, parts, settings, licence, hash; runs nothing in it")
     verb("verify", "whether it can be read, is finite, fits its model, and has the sha256 beside it")
     verb("download", "get a released checkpoint once; later calls need no network")
     verb("list", "the names that download knows", what="")
-    add = verb("convert", "write it in the format of another code base").add_argument
+    add = verb("convert", "write it in the format of another code base")
     add("--to", required=True, choices=FORMATS, help="format")
     add("--output", required=True, help="file to write; for hf a folder")
     add("--input_size", default=None,
         help="pixels that the position table is made for: one side, or H,W (default: the file's; setr: 512)")
     add = verb("release", "make a folder for others of a finished pre-training run", "run_dir",
-               "--output_dir of main_pretrain.py").add_argument
+               "--output_dir of main_pretrain.py")
     add("--output", required=True, help="folder: new, or an earlier release (its DATA_CARD.md and LICENSE stay)")
     add("--licence", required=True, help="SPDX name of the weights' licence, e.g. Apache-2.0 or CC-BY-NC-4.0")
     add("--name", default=None, help="name in the cards (default: that of the run's folder)")
@@ -59,7 +61,7 @@ import torch
 
 from finetune.encoder import load_model
 from tools.convert import convert
-from tools.export_onnx import export_onnx, onnx_facts
+from tools.export_onnx import export_onnx
 from tools.release import release
 from util.checkpoint import not_finite, read_checkpoint, read_safetensors_header
 from util.fetch import fetch, known
@@ -81,8 +83,6 @@ def inspect_file(file: str | Path) -> dict:
     for name, row in known().items():
         if any(row.get(kind) and value.startswith(row[kind]) for kind, value in digests.items()):
             facts |= {"registry": f"{name}: {row['what']}", "licence": row["licence"]}
-    if file.suffix == ".onnx":
-        return facts | onnx_facts(file)
     try:
         content = read_checkpoint(file)
     except InputError as error:
@@ -95,10 +95,10 @@ def inspect_file(file: str | Path) -> dict:
     state = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
     header = read_safetensors_header(file) if file.suffix == ".safetensors" else {}
     config, args = read_config(file, content), content.get("args") or {}
-    parts: dict[str, list[int]] = {}
+    parts: dict[str, list[int]] = {}  # tensors and parameters
     for key, value in state.items():
-        tensors, parameters = parts.get(key.split(".")[0], (0, 0))
-        parts[key.split(".")[0]] = [tensors + 1, parameters + value.numel()]
+        count = parts.setdefault(key.split(".")[0], [0, 0])
+        count[:] = count[0] + 1, count[1] + value.numel()
     facts |= {
         "kind": "checkpoint of a run, " * ("optimizer" in content) + kind_of(file, content),
         "tensors": len(state),
@@ -156,18 +156,6 @@ def verify_file(file: str | Path) -> dict:
     return result | {"verdict": "loads into its model and is finite; no sha256 beside it to compare with"}
 
 
-def table(facts: dict) -> str:
-    """`inspect_file` for people: a line a fact."""
-    lines = []
-    for name, value in facts.items():
-        if name == "parts":
-            value = "".join(f"\n{'':16}{part}: {count} tensors, {size:,}" for part, (count, size) in value.items())
-        elif isinstance(value, (dict, list)):
-            value = ", ".join(f"{k} {value[k]}" if isinstance(value, dict) else str(k) for k in value)
-        lines.append(f"{name:15} {value:,}" if isinstance(value, int) else f"{name:15} {value}")
-    return "\n".join(lines)
-
-
 def main(args) -> dict:
     if args.verb == "list":
         for name, row in known().items():
@@ -181,7 +169,8 @@ def main(args) -> dict:
         return {"file": str(file), "bytes": file.stat().st_size}
     if args.verb == "inspect":
         facts = inspect_file(file)
-        print(table(facts))
+        for name, value in facts.items():
+            print(f"{name:15} {value:,}" if isinstance(value, int) else f"{name:15} {value}")
         return facts
     if args.verb == "verify":
         return verify_file(file)

@@ -57,7 +57,7 @@ def convert(file: str | Path, target: str, output: str | Path, input_size: tuple
     Returns:
         What to print, with the lines that load the file there and a remark.
     """
-    (write, suffixes), file, output = TARGETS[target], fetch(file), Path(output)
+    (write, *suffixes), file, output = TARGETS[target], fetch(file), Path(output)
     if suffixes and output.suffix not in suffixes:
         raise InputError(f"--to {target} --output {output}: give a name that ends with {' or '.join(suffixes)}")
     if file.resolve() in (output.resolve(), output.resolve() / file.name):
@@ -65,16 +65,9 @@ def convert(file: str | Path, target: str, output: str | Path, input_size: tuple
     source = _read_source(file, target, input_size)
     written, load, remark = write(source, output)
     _check_written(source, output, len(written))
-    return {
-        "target": target,
-        "source": f"{file} ({source.found.origin})",
-        "output": str(output),
-        "input_size": "{} x {}".format(*source.settings["img_size"]),
-        "tensors": len(written),
-        "parameters": sum(value.numel() for value in written.values()),
-        "load": load,
-        "remark": remark,
-    }
+    size = "{} x {}".format(*source.settings["img_size"])
+    result = {"source": f"{file} ({source.found.origin})", "output": str(output), "input_size": size}
+    return result | {"tensors": len(written), "load": load, "remark": remark}
 
 
 def _read_source(file: Path, target: str, size: tuple[int, int] | None) -> Source:
@@ -89,21 +82,19 @@ def _read_source(file: Path, target: str, size: tuple[int, int] | None) -> Sourc
     rows, columns = encoder.grid_size
     patches = len(decoder["decoder_pos_embed"][0]) - 1 if decoder else rows * columns
     if target not in ("timm", "safetensors") and ("norm_pre.weight" in state or encoder.settings()["quick_gelu"]):
-        raise InputError(
-            f"{file} is CLIP's kind of ViT (a norm before its blocks, or OpenAI's GELU), which --to "
-            f"{target} has no place for: use --to timm or --to safetensors"
+        what, cure = (
+            "is CLIP's kind of ViT (a norm before its blocks, or OpenAI's GELU)",
+            "use --to timm or safetensors",
         )
-    if rows != columns and (target not in ("timm", "safetensors", "hf") or decoder):
-        raise InputError(
-            f"{file} has a position table of {rows} x {columns} patches, and --to {target} reads "
-            "squares alone: resize it first, --to safetensors --input_size 224, and convert that file"
-        )
-    if patches != rows * columns:
-        raise InputError(
-            f"{file} holds a decoder for {patches} patches, and --input_size makes {rows * columns}: drop "
-            "--input_size, or give the encoder alone"
-        )
-    return Source(found, encoder, state, decoder, size)
+    elif rows != columns and (target not in ("timm", "safetensors", "hf") or decoder):
+        what = f"has a position table of {rows} x {columns} patches, no square"
+        cure = "resize it first, --to safetensors --input_size 224, and convert that file"
+    elif patches != rows * columns:
+        what = f"holds a decoder for {patches} patches, and --input_size makes {rows * columns}"
+        cure = "drop --input_size, or give the encoder alone"
+    else:
+        return Source(found, encoder, state, decoder, size)
+    raise InputError(f"{file} {what}, which --to {target} has no place for: {cure}")
 
 
 def _check_written(source: Source, output: Path, written: int) -> None:
@@ -175,16 +166,11 @@ def to_hf(source: Source, output: Path) -> tuple[dict, str, str]:
     height, width = settings["img_size"]
     model = "ViTMAEForPreTraining" if decoder else "ViTModel"
     config = {
-        "architectures": [model],
-        "model_type": "vit_mae" if decoder else "vit",
-        "hidden_size": settings["embed_dim"],
-        "num_hidden_layers": settings["depth"],
-        "num_attention_heads": settings["num_heads"],
-        "intermediate_size": len(source.state["blocks.0.mlp.fc1.weight"]),
-        "layer_norm_eps": 1e-6,
-        "image_size": height if height == width else [height, width],
-        "patch_size": settings["patch_size"],
-    }
+        "architectures": [model], "model_type": "vit_mae" if decoder else "vit", "hidden_size": settings["embed_dim"],
+        "num_hidden_layers": settings["depth"], "num_attention_heads": settings["num_heads"],
+        "intermediate_size": len(source.state["blocks.0.mlp.fc1.weight"]), "layer_norm_eps": 1e-6,
+        "image_size": height if height == width else [height, width], "patch_size": settings["patch_size"],
+    }  # fmt: skip
     if decoder:
         dim = len(decoder["decoder_embed.weight"])
         config |= {
@@ -209,11 +195,8 @@ def to_hf(source: Source, output: Path) -> tuple[dict, str, str]:
 
 def to_transreid(source: Source, output: Path) -> tuple[dict, str, str]:
     """{"model": the encoder's tensors and no others}: an unknown name is a KeyError there (also in VTB)."""
-    if "distilled" in str(output.absolute()):
-        raise InputError(
-            f"--to transreid --output {output.absolute()}: TransReID takes a path with 'distilled' in it for "
-            "a DeiT with one more token and cuts the position table; choose another folder or name"
-        )
+    if "distilled" in str(output.absolute()):  # there a DeiT with one more token, whose table is cut
+        raise InputError(f"--to transreid --output {output.absolute()}: choose a path without 'distilled' in it")
     write_torch(output, {"model": source.state})
     load = f"python train.py ... MODEL.PRETRAIN_CHOICE \"('imagenet')\" MODEL.PRETRAIN_PATH \"('{output}')\""
     remark = f"{source.pixels}: INPUT.PIXEL_MEAN and INPUT.PIXEL_STD of its config (0.5 for its ViTs)"
@@ -271,11 +254,6 @@ def _stats(values) -> str:
 
 
 TARGETS = {  # its writer, suffixes of the output; a folder for hf
-    "mae": (to_mae, (".pth",)),
-    "timm": (to_timm, (".pth", ".safetensors")),
-    "hf": (to_hf, ()),
-    "transreid": (to_transreid, (".pth",)),
-    "transfg": (to_transfg, (".npz",)),
-    "setr": (to_setr, (".pth",)),
-    "safetensors": (to_safetensors, (".safetensors",)),
-}
+    "mae": (to_mae, ".pth"), "timm": (to_timm, ".pth", ".safetensors"), "hf": (to_hf,), "transfg": (to_transfg, ".npz"),
+    "setr": (to_setr, ".pth"), "transreid": (to_transreid, ".pth"), "safetensors": (to_safetensors, ".safetensors"),
+}  # fmt: skip

@@ -17,7 +17,6 @@ from torch import nn
 from finetune.encoder import load_model
 from models_vit import FEATURES
 from util.errors import InputError
-from util.files import file_sha256
 
 ONE_FILE_BYTES = 1 << 30  # more goes to NAME.onnx.data beside it: ONNX files end at 2 GiB
 TOLERANCE = 1e-3  # |onnx - torch| / |torch| of a feature
@@ -32,8 +31,7 @@ class _Features(nn.Module):
 
     def forward(self, images, *ids):
         if self.sides is None:
-            features = self.model.encode(images)
-            return tuple(features[name] for name in FEATURES)
+            return tuple(self.model.encode(images)[name] for name in FEATURES)
         given = iter(ids)
         return (self.model.encode(images, *(next(given) if count else None for count in self.sides.values())),)
 
@@ -54,12 +52,11 @@ def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int
     found = load_model(file, img_size=input_size)
     kind, base, sides, outputs = found.config.get("kind", "encoder"), found.model, None, FEATURES
     if found.task == "reid":
-        settings = found.model.config
-        base, sides, outputs = base.base, {"camids": settings.cameras, "viewids": settings.views}, ("embedding",)
+        base, settings, outputs = base.base, base.config, ("embedding",)
+        sides = {"camids": settings.cameras, "viewids": settings.views}
     elif found.task:
         raise InputError(f"{file} is a {kind}: only encoders and models of --task reid go to ONNX")
-    model = _Features(found.model, sides).eval()
-    height, width = base.img_size
+    model, (height, width) = _Features(found.model, sides).eval(), base.img_size
     generator = torch.Generator().manual_seed(0)
     inputs = {"images": torch.randint(0, 256, (5, 3, height, width), dtype=torch.uint8, generator=generator)}
     inputs |= {name: torch.zeros(5, dtype=torch.int64) for name, count in (sides or {}).items() if count}
@@ -67,22 +64,18 @@ def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         written = Path(folder) / output.name
         _write(model, inputs, outputs, written)
-        largest = _largest_difference(model, ort, written, inputs)
+        largest = _largest_difference(model, ort.InferenceSession(written, providers=["CPUExecutionProvider"]), inputs)
         if not largest < TOLERANCE:  # also NaN
             raise InputError(
                 f"{file} gives other features under onnxruntime {ort.__version__} (relative difference "
                 f"{largest:.2g}, at most {TOLERANCE}): nothing was written; try other versions of torch and onnxruntime"
             )
-        graph = onnx.load(str(written), load_external_data=False)
-        facts = {
-            "kind": kind, "source": Path(file).name, "source_sha256": file_sha256(file),
-            "config": json.dumps(found.config if found.task else base.settings()),
-            "largest_difference": f"{largest:.3g}",
-            "preprocessing": f"RGB uint8 [N, 3, {height}, {width}]; the whole picture resized by an antialiased "
-            "bicubic filter; normalisation is inside",
-        }  # fmt: skip
+        graph = onnx.load(written, load_external_data=False)
+        pixels = f"RGB uint8 [N, 3, {height}, {width}], resized whole by an antialiased bicubic filter"
+        config = json.dumps(found.config if found.task else base.settings())
+        facts = {"kind": kind, "config": config, "largest_difference": f"{largest:.3g}", "preprocessing": pixels}
         onnx.helper.set_model_props(graph, facts)
-        onnx.save(graph, str(written))
+        onnx.save(graph, written)
         for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights first, then what needs them
             os.replace(part, output.with_name(part.name))
     return {"outputs": list(outputs), "largest_difference": largest, "bytes": output.stat().st_size}
@@ -99,40 +92,23 @@ def _packages() -> tuple:
 
 
 def _write(model: nn.Module, inputs: dict, outputs: tuple, file: Path) -> None:
-    batch = torch.export.Dim("batch", min=1)
-    shapes: dict = {"images": {0: batch}}
-    if len(inputs) > 1:  # camids and viewids are *ids of the module
-        shapes["ids"] = tuple({0: batch} for _ in list(inputs)[1:])
+    batch = {0: torch.export.Dim("batch", min=1)}
+    shapes: dict = {"images": batch} | ({"ids": (batch,) * (len(inputs) - 1)} if len(inputs) > 1 else {})
     size = sum(p.numel() * 4 for p in model.parameters())
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         program = torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
         names = {"input_names": list(inputs), "output_names": list(outputs)}
-        exported = torch.onnx.export(program, **names, dynamo=True, verbose=False)
-        exported.save(str(file), external_data=size > ONE_FILE_BYTES)
+        torch.onnx.export(program, **names, dynamo=True, verbose=False).save(file, external_data=size > ONE_FILE_BYTES)
 
 
 @torch.inference_mode()
-def _largest_difference(model, ort, file: Path, inputs: dict) -> float:
+def _largest_difference(model, session, inputs: dict) -> float:
     """Largest |onnx - torch| / |torch| of a feature, in batches of one and of all."""
-    session = ort.InferenceSession(str(file), providers=["CPUExecutionProvider"])
-    differences = []
+    differences, expected = [], model(*inputs.values())
     for rows in (slice(0, 1), slice(None)):
         found = session.run(None, {name: value[rows].numpy() for name, value in inputs.items()})
-        for ours, theirs in zip(model(*inputs.values()), found):
+        for ours, theirs in zip(expected, found):
             a, b = ours[rows].flatten(1).numpy(), theirs.reshape(len(theirs), -1)
             differences.append(np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1))
     return float(np.concatenate(differences).max())
-
-
-def onnx_facts(file: str | Path) -> dict:
-    """What an ONNX file says of itself: the metadata that `export_onnx` writes."""
-    onnx, _ = _packages()
-    try:
-        graph = onnx.load(str(file), load_external_data=False)
-    except Exception as error:  # of protobuf
-        raise InputError(f"{file} is truncated or no ONNX file: {str(error)[:100]}") from error
-    if not graph.graph.node:
-        raise InputError(f"{file} is empty or no ONNX file: fetch or copy it again")
-    facts = {p.key: p.value for p in graph.metadata_props}
-    return facts | {"kind": f"ONNX of {facts.get('kind', 'something else')}"}

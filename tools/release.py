@@ -5,17 +5,14 @@ from pathlib import Path
 
 import torch
 
-from datasets.transforms import whole_image
-from demo.draw import render
 from models_mae import load_autoencoder
 from models_vit import load_encoder
-from reports.panels import draw_reconstructions
 from util.checkpoint import encoder_state, read_checkpoint, write_safetensors, write_torch
 from util.errors import InputError
 from util.files import file_sha256, write_atomic
 
 WEIGHTS = ("encoder.safetensors", "encoder.pth", "full.safetensors", "full.pth")
-FILES = (*WEIGHTS, "README.md", "DATA_CARD.md", "LICENSE", "reconstruction.png", "SHA256SUMS")
+FILES = (*WEIGHTS, "README.md", "DATA_CARD.md", "LICENSE", "SHA256SUMS")
 KEPT = (".git", ".gitattributes", ".cache")  # of a clone that an earlier release was uploaded from
 APACHE = Path(__file__).resolve().parent.parent / "LICENSE"
 # what of a run's settings the cards show; paths of the machine it ran on are not among them
@@ -26,15 +23,8 @@ RECIPE = (
 
 
 def release(run_dir: str | Path, output: str | Path, *, name: str, licence: str) -> dict:
-    """Write the folder; the sums come last, because they vouch for the weights. A DATA_CARD.md and a LICENSE that are
-    there already stay as they are.
-
-    Args:
-        run_dir: a finished run of main_pretrain.py.
-        output: a new folder or an earlier release.
-        name: what the model is called in the cards.
-        licence: SPDX identifier of the weights' licence.
-    """
+    """Write the folder, the sums last, because they vouch for the weights; a DATA_CARD.md and a LICENSE that are
+    there already stay as they are. `licence`: SPDX identifier of the weights' licence."""
     run_dir, output = Path(run_dir), Path(output)
     content = read_checkpoint(run_dir / "checkpoint-last.pth")
     args = content.get("args", {})
@@ -51,10 +41,6 @@ def release(run_dir: str | Path, output: str | Path, *, name: str, licence: str)
     recipe = {key: args[key] for key in RECIPE if args.get(key) not in (None, "")}
     (output / "SHA256SUMS").unlink(missing_ok=True)  # it would vouch for other files
     _write_weights(output, content, model, recipe, licence)
-    drawn = [render(seed=7, pid=i, camid=i, viewid=i, shot=0, size=256) for i in range(4)]  # no photo is published
-    images = torch.stack([whole_image(image, model.img_size) for image in drawn])
-    sheet, _ = draw_reconstructions(model, images, args["mask_ratio"], 0, name)
-    write_atomic(output / "reconstruction.png", lambda opened: sheet.save(opened, format="PNG"))
     teacher = "none (plain MAE)"
     if args.get("teacher") and not args.get("no_distill"):
         teacher = f"{Path(args['teacher']).name}; what it has seen is part of what this model has seen"
@@ -126,8 +112,6 @@ from models_vit import load_encoder
 
 features = load_encoder("encoder.safetensors").embed_images(["car.jpg"])["cls"]
 ```
-
-![Drawn vehicles: input, masked, reconstruction, reconstruction over the visible patches](reconstruction.png)
 
 | setting | value |
 |---|---|
