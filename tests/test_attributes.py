@@ -28,29 +28,20 @@ from util.errors import InputError
 
 def slow_metrics(said, labels) -> dict[str, float]:
     """The published definitions, number by number."""
-    balanced, supported = [], []
+    balanced, supported, each = [], [], []
     for a in range(len(labels[0])):
-        count = {"TP": 0, "FN": 0, "TN": 0, "FP": 0}
-        for p, g in zip(said, labels):
-            if g[a] >= 0:
-                count[("T" if bool(p[a]) == bool(g[a]) else "F") + ("P" if p[a] else "N")] += 1
-        positives, negatives = count["TP"] + count["FN"], count["TN"] + count["FP"]
-        tpr = count["TP"] / positives if positives else 0.0
-        tnr = count["TN"] / negatives if negatives else 0.0
+        right = {g: [bool(p[a]) == bool(g) for p, row in zip(said, labels) if row[a] == g] for g in (0, 1)}
+        tnr, tpr = (sum(right[g]) / len(right[g]) if right[g] else 0.0 for g in (0, 1))
         balanced.append((tpr + tnr) / 2)
-        if positives and negatives:
+        if all(right.values()):
             supported.append(balanced[-1])
-    each = []
     for p, g in zip(said, labels):
-        places = [a for a in range(len(g)) if g[a] >= 0]
-        if not places:
-            continue
-        true, answer = {a for a in places if g[a] == 1}, {a for a in places if p[a]}
+        true, answer = ({a for a in range(len(g)) if g[a] >= 0 and row[a] == 1} for row in (g, p))
         both = len(true & answer)
-        precision = both / len(answer) if answer else 0.0
-        recall = both / len(true) if true else 0.0
-        f1 = 2 * precision * recall / (precision + recall) if both else 0.0
-        each.append((both / len(true | answer) if true | answer else 0.0, precision, recall, f1))
+        if (g >= 0).any():
+            precision, recall = (both / len(part) if part else 0.0 for part in (answer, true))
+            f1 = 2 * precision * recall / (precision + recall) if both else 0.0
+            each.append((both / len(true | answer) if true | answer else 0.0, precision, recall, f1))
     accuracy, precision, recall, f1 = (sum(column) / len(each) for column in zip(*each))
     return {
         "mA": sum(balanced) / len(balanced), "accuracy": accuracy, "precision": precision,
@@ -59,7 +50,7 @@ def slow_metrics(said, labels) -> dict[str, float]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_metrics_equal_a_slow_implementation(seed):
     rng = np.random.default_rng(seed)
     labels = rng.choice([-1, 0, 1], (40, 7), p=[0.2, 0.5, 0.3] if seed % 2 else [0.0, 0.7, 0.3])
@@ -82,8 +73,6 @@ def test_an_attribute_without_support_halves_its_term_and_is_told():
     assert rows[1]["mA"] == 0.5 and rows[0]["mA"] == 1 and rows[0]["constant_accuracy"] == 2 / 3
     with pytest.raises(ValueError, match="0 images with a known one"):
         attribute_metrics(np.zeros((2, 2), bool), np.full((2, 2), -1))
-    with pytest.raises(ValueError, match="labels"):
-        attribute_metrics(np.zeros((2, 3), bool), np.zeros((2, 2), int))
 
 
 def test_top1_of_a_group():
@@ -156,46 +145,37 @@ def test_veri_is_read_from_its_gb2312_files(veri):
     assert data.sha256() != read_attribute_set(veri).sha256()
 
 
-def test_derived_sets_have_other_headers(copy):
-    for part in ("train", "test"):
-        file = copy / f"{part}_label.xml"
-        text = file.read_text(encoding="gb2312")
-        text = text.split("?>", 1)[1].replace("cameraID", "camID").replace(' number="', ' count="')
-        file.write_text(text, encoding="gb2312")
-    data = read_attribute_set(copy)
-    assert len(data.train) == 48 and data.train.labels.sum() == 96
-
-
 def test_a_damaged_veri_is_refused_or_told(copy):
     file = copy / "train_label.xml"
     text = file.read_text(encoding="gb2312")
+    items = [line for line in text.splitlines() if "<Item " in line]
+    colour, body, gone = (re.search(f'{key}="(.*?)"', items[0])[0] for key in ("colorID", "typeID", "imageName"))
 
     def read(changed: str):
         file.write_text(changed, encoding="gb2312")
         return read_attribute_set(copy)
 
-    items = [line for line in text.splitlines() if "<Item " in line]
-    colour, body = (items[0].split(f'{key}="')[1].split('"')[0] for key in ("colorID", "typeID"))
     for changed, message in (
-        (text.replace(f'colorID="{colour}"', 'colorID="11"', 1), "train_label.xml: .*jpg has colorID '11'"),
-        (text.replace(f'typeID="{body}"', 'typeID="0"', 1), "has typeID '0', known are 1 to 9"),
+        (text.replace(colour, 'colorID="11"', 1), "train_label.xml: .*jpg has colorID '11', known are 1 to 10"),
+        (text.replace(body, 'typeID="sedan"', 1), "has typeID 'sedan', known are 1 to 9"),
         (text.replace("</Items>", ""), "train_label.xml cannot be read as XML .*line"),
         (text.replace(items[1], items[0]), "train_label.xml: item 2 has a repeated imageName"),
+        (re.sub('(colorID|typeID)="[^"]*"', "", text), "not one label of .* listed images is known"),
         ("<TrainingImages/>", "train_label.xml holds no <Item>"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(InputError, match=message) as caught:
             read(changed)
         assert "\n" not in str(caught.value)
     (copy / "image_train" / "9999_c001_00000001_0.jpg").write_bytes(b"")
-    gone = items[3].split('imageName="')[1].split('"')[0]
+    gone = gone.split('"')[1]
     (copy / "image_train" / gone).unlink()
-    short = text.replace(items[0] + "\n", "").replace(f' colorID="{colour}"', "")
-    notes = "\n".join(read(short).notes)
+    other = text.split("?>", 1)[1].replace(items[1] + "\n", "").replace("cameraID", "camID")  # as in derived sets
+    notes = "\n".join(read(other.replace(" " + colour, "")).notes)
     assert f"1 of the 47 images of {file} are not in {copy / 'image_train'}, e.g. {gone}" in notes
     assert "have no item in train_label.xml and are not used" in notes and "labels of train are unknown" in notes
     shutil.rmtree(copy / "image_train")
     with pytest.raises(InputError, match="none of the first 47 images"):
-        read(short)
+        read(other)
     file.unlink()
     with pytest.raises(InputError, match="train_label.xml is missing"):
         read_attribute_set(copy)
@@ -226,11 +206,8 @@ def test_tables_of_binary_columns(tmp_path):
 
 def test_tables_of_words(tmp_path):
     rows = [("0.jpg", "train", "red", "1"), ("1.jpg", "train", "", "0"), ("2.jpg", "test", "blue", "1")]
-    file = write_table(
-        tmp_path,
-        "".join(json.dumps(dict(zip(("path", "split", "paint", "taxi"), row))) + "\n" for row in rows),
-        "own.jsonl",
-    )
+    lines = (json.dumps(dict(zip(("path", "split", "paint", "taxi"), row))) for row in rows)
+    file = write_table(tmp_path, "\n".join(lines), "own.jsonl")
     data = read_attribute_set(file, categorical=["paint"], binary=["taxi"])
     assert [a.name for a in data.attributes] == ["taxi", "paint: blue", "paint: red"]
     assert data.train.labels.tolist() == [[1, 0, 1], [0, -1, -1]] and data.test.labels.tolist() == [[1, 1, 0]]
@@ -240,6 +217,9 @@ def test_tables_of_words(tmp_path):
         read_attribute_set(file, known=known)
 
 
+TWO = "path,split,taxi\n0.jpg,train,1\n1.jpg,test,1\n"
+
+
 @pytest.mark.parametrize(
     "text, options, message",
     [
@@ -247,59 +227,39 @@ def test_tables_of_words(tmp_path):
         ("path,taxi\n0.jpg,1\n", {}, "no column 'split': it has path, taxi"),
         ("path,split,taxi\n0.jpg,train,1\n", {}, "no row with split 'test': it has 'train'; choose one with"),
         ("path,split,taxi\n0.jpg,test,1\n", {}, "no row with split 'train': it has 'test'"),
-        ("path,split,taxi\n0.jpg,train,-1\n1.jpg,test,1\n", {}, "0.jpg has taxi '-1', not 0, 1 or nothing"),
+        ("path,split,taxi\n0.jpg,train,2\n1.jpg,test,1\n", {}, "0.jpg has taxi '2', not 0, 1 or nothing"),
         ("path,split,taxi\n0.jpg,train,\n1.jpg,test,1\n", {}, "of 0.jpg no attribute is known"),
         ("path,split,taxi\n0.jpg,train\n1.jpg,test,1\n", {}, "line 2 has another number of fields"),
         ("path,split,taxi\n0.jpg,train,1,1\n1.jpg,test,1\n", {}, "line 2 has another number of fields"),
-        ("path,split,taxi\n0.jpg,train,1\n1.jpg,test,1\n", {"binary": ["bus"]}, "no column 'bus'"),
-        ("path,split,taxi\n0.jpg,train,1\n1.jpg,test,1\n", {"categorical": ["taxi"]}, "holds 1 different"),
-        (
-            "path,split,taxi\n0.jpg,train,1\n1.jpg,test,0\n",
-            {"binary": ["taxi"], "categorical": ["taxi"]},
-            "name it once",
-        ),
-        ("path,split,taxi\n0.jpg,train,1\n1.jpg,test,0\n", {"test_split": "train"}, "would test on what is"),
-        ("path,split,taxi\n8.jpg,train,1\n9.jpg,test,0\n", {}, "none of the first 1 images"),
-        ("split,taxi\ntrain,1\n", {}, "no column 'path'"),
+        (TWO, {"binary": ["bus"]}, "no column 'bus'"),
+        (TWO, {"categorical": ["taxi"]}, "holds 1 different"),
+        (TWO, {"binary": ["taxi"], "categorical": ["taxi"]}, "name it once"),
+        (TWO, {"test_split": "train"}, "would test on what is"),
+        (TWO.replace("0.jpg", "8.jpg"), {}, "none of the first 1 images"),
     ],
-)  # fmt: skip
+)
 def test_damaged_tables_stop_with_one_sentence(tmp_path, text, options, message):
     with pytest.raises(InputError, match=message) as caught:
         read_attribute_set(write_table(tmp_path, text), **options)
     assert "\n" not in str(caught.value)
 
 
-def test_an_xml_that_knows_no_attribute_is_refused_before_training(veri, tmp_path):
-    folder = tmp_path / "veri"
-    shutil.copytree(veri, folder)
-    text = (folder / "test_label.xml").read_text(encoding="gb2312")
-    text = re.sub('colorID="[^"]*"|typeID="[^"]*"', "", text)
-    (folder / "test_label.xml").write_text(text, encoding="gb2312")
-    with pytest.raises(InputError, match="not one label of .* listed images is known"):
-        read_attribute_set(folder)
-
-
-def test_training_items_are_a_function_of_seed_epoch_and_index(veri):
-    data = read_attribute_set(veri)
+def test_training_items_are_a_function_of_seed_epoch_and_index(copy):
+    data = read_attribute_set(copy)
     first, second = (AttributeTrainImages(data.train, PadCropErase((16, 16), erase=0), 3) for _ in range(2))
     _ = second[0, 1]
     one, two, later = first[0, 5], second[0, 5], second[1, 5]
     assert torch.equal(one["imgs"], two["imgs"]) and not torch.equal(one["imgs"], later["imgs"])
     assert one["imgs"].shape == (3, 16, 16) and one["labels"].tolist() == data.train.labels[5].tolist()
-    assert one["problem"] == ""
-
-
-def test_an_unreadable_training_image_gives_way_to_the_next_with_its_own_labels(copy):
-    data = read_attribute_set(copy)
-    items = AttributeTrainImages(data.train, PadCropErase((16, 16), erase=0), 0)
-    last = len(items) - 1
-    items.paths[last].write_bytes(b"no image")
-    found = items[0, last]
-    assert found["problem"].startswith(items.paths.relative(last) + "\t")
+    assert one["problem"] == "" and one["labels"].dtype == torch.int64
+    last = len(first) - 1
+    first.paths[last].write_bytes(b"no image")  # gives way to the next with its own labels
+    found = first[0, last]
+    assert found["problem"].startswith(first.paths.relative(last) + "\t")
     assert found["labels"].tolist() == data.train.labels[0].tolist()
-    for index in range(len(items)):
-        items.paths[index].write_bytes(b"")
-    assert items[0, 0]["imgs"].float().std() > 0 and items[0, 0]["problem"]  # grey with a black border
+    for index in range(len(first)):
+        first.paths[index].write_bytes(b"")
+    assert first[0, 0]["imgs"].float().std() > 0 and first[0, 0]["problem"]  # grey with a black border
 
 
 # text vectors
@@ -359,9 +319,8 @@ def test_vectors_of_a_file(tmp_path):
         ("damaged.safetensors", "give a .npy, or a .safetensors of one tensor"),
         ("two.safetensors", "too many values to unpack"),
     ):
-        with pytest.raises(InputError, match=message) as caught:
+        with pytest.raises(InputError, match=message):
             vectors_of_file(tmp_path / name, 4 if name == "v.npy" else 3)
-        assert "\n" not in str(caught.value)
 
 
 # model
@@ -393,15 +352,8 @@ def test_vtb_is_what_its_equations_say():
             scale = model.bn.weight[a] / (model.bn.running_var[a] + model.bn.eps).sqrt()
             expected[n, a] = (logit - model.bn.running_mean[a]) * scale + model.bn.bias[a]
     assert torch.allclose(model(imgs), expected, atol=1e-5)
-
-
-def test_the_fusion_block_is_the_encoders_own():
-    model = build_vtb()
-    encoder = sum(p.numel() for p in model.base.parameters())
     added = (7 * 24 + 24) + 2 * 24 + (5 * 24 + 5) + 2 * 5  # word_embed, modality embeddings, classifiers, norm
-    assert sum(p.numel() for p in model.parameters()) == encoder + added
-    attribute_loss(model(torch.randn(4, 3, 32, 32)), torch.ones(4, 5), torch.full((5,), 0.5)).backward()
-    assert all(p.grad is not None and p.requires_grad for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in encoder.parameters()) + added
     assert model.attr_vectors.shape == (5, 7) and "attr_vectors" in model.state_dict()  # saved, not trained
 
 

@@ -20,13 +20,8 @@ def labels(tmp_path):
 
 
 def run(labels, *more):
-    words = ["--data_path", str(labels), "--label_column", "model"]
-    words += ["--output", str(labels.with_name("reid.csv"))]
-    return reid_table.main(parse_tool([*words, *more]))
-
-
-def parse_tool(words):
-    return reid_table.get_args_parser().parse_args(words)
+    words = ["--data_path", str(labels), "--label_column", "model", "--output", str(labels.with_name("reid.csv"))]
+    return reid_table.main(reid_table.get_args_parser().parse_args([*words, *more]))
 
 
 def test_identities_are_parted_and_read_back(labels):
@@ -48,14 +43,13 @@ def test_identities_are_parted_and_read_back(labels):
 def test_only_one_split_is_tested_on(labels):
     counts = run(labels, "--test_split", "val")
     data = read_reid(labels.with_name("reid.csv"))
-    numbers = {part: [int(images.paths[i].stem) for i in range(len(images))]
-               for part, images in zip(("query", "gallery"), data.tests["test"])}  # fmt: skip
-    assert all(number % 3 == 0 for part in numbers.values() for number in part)
-    assert all(int(data.train.paths[i].stem) % 3 for i in range(len(data.train)))
+    query, gallery = data.tests["test"]
+    numbers = [[int(part.paths[i].stem) for i in range(len(part))] for part in (query, gallery, data.train)]
+    assert not any(number % 3 for number in numbers[0] + numbers[1]) and all(number % 3 for number in numbers[2])
     assert counts["images_left_out"] > 0
 
 
-def test_refusals(labels, tmp_path):
+def test_refusals(labels):
     for more, message in (
         (["--label_column", "colour"], "has no column 'colour': it has path, model, split, camid"),
         (["--test_share", "1.5"], "give a share in"),
