@@ -11,7 +11,7 @@ import numpy as np
 
 from datasets.manifest import check_first_exist
 from datasets.path_list import PathList, printable
-from datasets.tables import Labelled, LabelledItems, cell, iterate_table, published_note
+from datasets.tables import Labelled, LabelledItems, cell, iterate_table, known, published_note
 from util.errors import InputError
 
 UNKNOWN = -1
@@ -89,7 +89,7 @@ def read_attribute_set(
     if format == "veri776" or (format == "auto" and path.is_dir()):
         if binary or categorical:
             raise InputError(
-                f"--attr_columns and --attr_categories name columns of a table, {path} is read as VeRi-776: drop them"
+                f"--attr_columns and --attr_categories name columns of a table, {path} is VeRi-776: drop them"
             )
         if known not in (None, VERI):
             some = ", ".join(a.name for a in known[:4]) + (" ..." if len(known) > 4 else "")
@@ -100,14 +100,13 @@ def read_attribute_set(
             categorical = list(dict.fromkeys(a.column for a in known if a.value))
             binary = [a.column for a in known if not a.value]
         data = _read_table(path, binary, categorical or [], test_split, known, need_train)
-    for images in (data.train, data.test):
-        if len(images):
-            check_first_exist(images.paths, path)
-            if (images.labels < 0).all():
-                raise InputError(
-                    f"{path}: not one label of {len(images)} listed images is known, e.g. of "
-                    f"{images.paths.relative(0)}: colorID and typeID, or columns of the table, are missing or empty"
-                )
+    for images in filter(len, (data.train, data.test)):
+        check_first_exist(images.paths, path)
+        if (images.labels < 0).all():
+            raise InputError(
+                f"{path}: not one label of {len(images)} listed images is known, e.g. of "
+                f"{images.paths.relative(0)}: colorID and typeID, or columns of the table, are missing or empty"
+            )
     return replace(data, notes=[*data.notes, *_describe(data)])
 
 
@@ -128,9 +127,8 @@ def _read_veri(root: Path, need_train: bool) -> AttributeData:
         parts.append(AttributeImages(paths, np.array(labels, dtype=np.int8).reshape(-1, len(VERI))))
         here = {entry.name for entry in folder.iterdir()} if rows and folder.is_dir() else set()
         if missing := [name for name in rows if name not in here]:
-            notes.append(
-                f"{len(missing):,} of the {len(rows):,} images of {file} are not in {folder}, e.g. {missing[0]}"
-            )
+            listed = f"{len(missing):,} of the {len(rows):,} images of {file}"
+            notes.append(f"{listed} are not in {folder}, e.g. {missing[0]}")
         if unlisted := sum(name.lower().endswith(".jpg") and name not in rows for name in here):
             notes.append(f"{unlisted:,} images of {folder} have no item in {file.name} and are not used")
     if both := set.intersection(*vehicles):
@@ -139,8 +137,8 @@ def _read_veri(root: Path, need_train: bool) -> AttributeData:
     return AttributeData("veri776", VERI, *parts, [*notes, published_note(counts, "veri776")])
 
 
-def veri_items(file: Path) -> Iterator[tuple[str, tuple[int | None, int | None], str | None]]:
-    """(image, (colour, type), vehicle) of the items of one of VeRi-776's label files; colours count from 1 to 10, types
+def veri_items(file: Path) -> Iterator[tuple[str, list[int | None], str | None]]:
+    """(image, [colour, type], vehicle) of the items of one of VeRi-776's label files; colours count from 1 to 10, types
     to 9, None where the item has none. The files declare gb2312, which ElementTree refuses."""
     try:
         root = ET.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", file.read_text(encoding="gb18030")))
@@ -150,20 +148,15 @@ def veri_items(file: Path) -> Iterator[tuple[str, tuple[int | None, int | None],
     for number, item in enumerate(root.iter("Item"), 1):
         name, codes = (item.get("imageName") or "").strip(), []
         if not name or name in names:
-            raise InputError(
-                f"{file}: item {number} has {'a repeated' if name else 'no'} imageName {name}: copy it again"
-            )
+            what = "a repeated" if name else "no"
+            raise InputError(f"{file}: item {number} has {what} imageName {name}: copy it again")
         names.add(name)
-        for key, most in (("colorID", len(VERI_COLOURS)), ("typeID", len(VERI_TYPES))):
-            code = item.get(key)
-            if (
-                code is not None
-                and not re.fullmatch(r"\s*\d{1,9}\s*", code, re.ASCII)
-                or not 1 <= int(code or 1) <= most
-            ):
-                raise InputError(f"{file}: {name} has {key} '{code}', known are 1 to {most}")
-            codes.append(code and int(code))
-        yield name, tuple(codes), item.get("vehicleID")
+        for key, words in (("colorID", VERI_COLOURS), ("typeID", VERI_TYPES)):
+            code = known(item.get(key)).lstrip("0")  # VeRi-776 1.0 has types 0: unknown
+            if code and (not re.fullmatch("[0-9]{1,3}", code) or int(code) > len(words)):
+                raise InputError(f"{file}: {name} has {key} '{code[:40]}', known are 1 to {len(words)}")
+            codes.append(int(code) if code else None)
+        yield name, codes, item.get("vehicleID")
     if not names:
         raise InputError(f"{file} holds no <Item>: copy it again")
 
@@ -182,9 +175,7 @@ def _read_table(
                 columns = binary = [name for name in row if name and name not in NOT_ATTRIBUTES]
             for name in columns:
                 if columns.count(name) > 1 or name in NOT_ATTRIBUTES:
-                    raise InputError(
-                        f"column '{name}' of {file} cannot be an attribute here, or not twice: name it once"
-                    )
+                    raise InputError(f"column '{name}' of {file} is no attribute here, or twice: name it once")
         rows.setdefault(cell(row, "split"), []).append((row["path"], *(cell(row, name) for name in columns)))
     for name in ("train", test_split) if need_train else (test_split,):
         if name not in rows:
@@ -229,9 +220,7 @@ def _images(
             elif text:
                 hint = f"and the model knows {', '.join([*words][:8])}: correct it, or drop the row"
                 if "" in words:
-                    hint = (
-                        "not 0, 1 or nothing: give columns of 0 and 1 by --attr_columns, of words by --attr_categories"
-                    )
+                    hint = "not 0, 1 or nothing: --attr_columns names columns of 0 and 1, --attr_categories of words"
                 raise InputError(f"{file}: {printable(path)} has {column} '{text[:40]}', {hint}")
     empty = np.flatnonzero((labels == UNKNOWN).all(axis=1))
     if len(empty):

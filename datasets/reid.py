@@ -14,7 +14,7 @@ import numpy as np
 
 from datasets.manifest import check_first_exist
 from datasets.path_list import PathList
-from datasets.tables import PUBLISHED, Labelled, LabelledItems, cell, iterate_table, published_note
+from datasets.tables import PUBLISHED, Labelled, LabelledItems, cell, iterate_table, known, published_note
 from util.errors import InputError
 
 UNKNOWN = -1
@@ -116,28 +116,41 @@ Row = tuple[str, str, int, int]  # path, identity, camera, view
 def _build(name: str, root: Path, train: list[Row], tests: dict[str, tuple[list[Row], ...]], notes) -> ReidData:
     """Leave junk out and number the identities: those of train first, in sorted order, then the others. A test of one
     list: the protocol draws the gallery."""
-    listed = [row for rows in (train, *(rows for pair in tests.values() for rows in pair)) for row in rows]
-    known = [row for row in listed if not row[1].startswith("-")]
-    if junk := len(listed) - len(known):
-        notes.append(f"{junk} images of vehicle -1 are left out")
-    without = sum(row[3] < 0 for row in known)
-    if 0 < without < len(known):
-        notes.append(f"{without} images have no viewpoint: kept, with an unknown one")
+    counts: Counter[str] = Counter()
+
+    def usable(rows: list[Row], in_gallery: bool = False) -> Iterator[Row]:
+        """Without images of no vehicle; Market-1501's 0000 is no vehicle either, but a distractor in the gallery."""
+        for row in rows:
+            what = "" if row[1] else "-1"
+            if not what and not row[1].strip("0") and re.match(r"0+_c\d", Path(row[0]).name):
+                what = "0000 in the gallery" if in_gallery else "0000"
+            counts[what] += 1
+            if not what or in_gallery and row[1]:
+                yield row
+
+    train = list(usable(train))
+    tests = {test: [list(usable(rows, i == 1)) for i, rows in enumerate(pair)] for test, pair in tests.items()}
+    rows = [*train, *(row for pair in tests.values() for part in pair for row in part)]
+    unseen = sum(row[3] < 0 for row in rows)
+    for what, said in {"-1": "are left out", "0000": "are left out", "0000 in the gallery": "are distractors"}.items():
+        notes += [f"{counts[what]} images of vehicle {what} {said}"] if counts[what] else []
+    if 0 < unseen < len(rows):
+        notes.append(f"{unseen} images have no viewpoint: kept, with an unknown one")
     trained = {row[1] for row in train}
-    names = sorted({row[1] for row in known}, key=lambda name: (name not in trained, _by_number(name)))
+    names = sorted({row[1] for row in rows}, key=lambda name: (name not in trained, _by_number(name)))
     number = {pid: i for i, pid in enumerate(names)}
 
     def images(rows: list[Row]) -> ReidImages:
-        rows = [row for row in rows if row[1] in number]
         ids = ([number[row[1]] for row in rows], [row[2] for row in rows], [row[3] for row in rows])
         return ReidImages(PathList(root, (row[0] for row in rows)), *(np.array(part, np.int64) for part in ids))
 
     found = {test: (*map(images, pair), None)[:2] for test, pair in tests.items()}
-    return ReidData(name, images(train), found, names, len(trained & set(names)), notes)
+    return ReidData(name, images(train), found, names, len(trained), notes)
 
 
 def _by_number(name: str) -> tuple[int, str]:
-    return (int(name), "") if name.isdigit() else (1 << 62, name)
+    is_number = name.isascii() and name.isdigit() and len(name) < 19
+    return (int(name), name) if is_number else (1 << 62, name)
 
 
 def _lines(file: Path) -> list[str]:
@@ -181,7 +194,9 @@ def read_veri(root: Path, need_train: bool) -> ReidData:
         else:
             raise InputError(f"{root} has neither name_{part}.txt nor image_{part}/: unpack VeRi-776 again")
         found = _matches(folder, listed, r"((-?\d+)_c(\d+).*)", "a VeRi-776 name, which begins like 0001_c001_")
-        parts[part] = [(f"{folder.name}/{name}", pid, int(c) - 1, views.get(name, UNKNOWN)) for name, pid, c in found]
+        parts[part] = [
+            (f"{folder.name}/{name}", known(pid), int(c) - 1, views.get(name, UNKNOWN)) for name, pid, c in found
+        ]
     return _build("veri776", root, parts["train"], {"test": (parts["query"], parts["test"])}, [])
 
 
@@ -192,7 +207,7 @@ def read_vehicleid(root: Path, need_train: bool) -> ReidData:
     def rows(name: str) -> list[Row]:
         file = folder / name
         found = _matches(file, _lines(file), r"(\S+?)(?:\.jpg)?\s+(\S+)", "'name id'")
-        return [(f"image/{image}.jpg", pid, UNKNOWN, UNKNOWN) for image, pid in found]
+        return [(f"image/{image}.jpg", known(pid), UNKNOWN, UNKNOWN) for image, pid in found]
 
     endings = (file.stem.rsplit("_", 1)[1] for file in folder.glob("test_list_*.txt"))
     sizes = sorted(int(ending) for ending in endings if ending.isdecimal())
@@ -249,11 +264,9 @@ def read_table(file: Path, need_train: bool = True) -> ReidData:
     needed = ("path", "pid", "split")
     for count, row in enumerate(iterate_table(file, needed, ": a table for --task reid has path, pid, split"), 1):
         texts = [cell(row, column) for column in (*needed, "camid", "viewid")]
-        if not texts[1]:
-            raise InputError(f"{file}, row {count} has no 'pid': fill it in, or drop the row")
         if texts[2].lower() not in listed:
             raise InputError(f"{file}, row {count}: split '{texts[2]}' is none of {', '.join(listed)}")
-        listed[texts[2].lower()].append((*texts[:2], *("" if text == "-1" else text for text in texts[3:])))
+        listed[texts[2].lower()].append((*texts[:2], *texts[3:]))
     rows = [row for part in listed.values() for row in part]
     # numbered in sorted order: the order of the rows must not matter to a model that has learned the numbers
     cameras, views = (

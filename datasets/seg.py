@@ -44,6 +44,7 @@ KINDS = {  # label spaces: whose parts they hold; everything else is background
 SPLITS = ("train", "val", "test")
 UNKNOWN = 254  # target of values that classes.json does not name
 MASK_MODES = ("L", "P", "1")
+SIZES = "the image is {} x {} px, its mask {} x {}"
 
 
 def part_names(space: str) -> tuple[str, ...]:
@@ -141,13 +142,10 @@ def read_label_space(file: Path, name: str) -> LabelSpace:
         wanted = part_names(name)
         missing = [part for part in wanted if part not in names] + ["background"] * (not has_background)
         if missing:
-            raise InputError(
-                f"--label_space {name}: {file} has no class '{missing[0]}'; it names {', '.join(names)[:160]}: use "
-                "--label_space own, or convert the release again"
-            )
+            has = f"it names {', '.join(names)[:160]}"
+            raise InputError(f"--label_space {name}: {file} has no class '{missing[0]}', {has}: use --label_space own")
         targets = {v: wanted.index(text) + 1 if text in wanted else 0 for v, text in values.items()}
-        is_part = len(names) > len(wanted) + 1
-        names = ("background", *wanted)
+        names, is_part = ("background", *wanted), len(names) > len(wanted) + 1
     table = np.full(256, UNKNOWN, dtype=np.uint8)
     table[list(targets)] = list(targets.values())
     table[ignore] = IGNORE
@@ -160,23 +158,19 @@ def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, Path
     for folder in (image_root, mask_root):
         if not folder.is_dir():
             found = ", ".join(name for name in SPLITS if (root / "images" / name).is_dir()) or "none"
-            raise InputError(
-                f"{folder} is missing: a set has images/SPLIT and annotations/SPLIT (splits found: {found})"
-            )
+            raise InputError(f"{folder} is missing: give images/SPLIT and annotations/SPLIT (splits found: {found})")
     listed = list_images(image_root)
     images: dict[str, str] = {}
     for relative in map(listed.relative, range(len(listed))):
         key = str(Path(relative).with_suffix(""))
         if key in images:
-            raise InputError(
-                f"{image_root}: one mask cannot serve two images, {images[key]} and {relative}: rename one"
-            )
+            raise InputError(f"{image_root}: one mask cannot serve two images: rename {images[key]} or {relative}")
         images[key] = relative
     masks = {str(f.relative_to(mask_root).with_suffix("")) for f in mask_root.rglob("*.png")}
     if lacking := [key for key in images if key not in masks]:
         first = mask_root / f"{lacking[0]}.png"
         raise InputError(
-            f"{len(lacking)} of {len(images)} images under {image_root} have no mask: first {first} is missing"
+            f"{len(lacking)} of {len(images)} images under {image_root} have no mask: first {first} is gone"
         )
     if without := len(masks - set(images)):
         notes.append(f"{split}: {without} masks have no image and are not used")
@@ -199,72 +193,63 @@ def open_pair(image_file: Path, mask_file: Path) -> tuple[Image.Image, np.ndarra
     if picture.size != mask.shape[::-1]:
         with Image.open(image_file) as stored:
             if stored.size != mask.shape[::-1]:
-                raise ValueError(_sizes(picture.size, mask))
+                raise ValueError(SIZES.format(*picture.size, *mask.shape[::-1]))
             picture = to_rgb(stored)
     return picture, mask
 
 
-def _sizes(size: tuple[int, int], mask: np.ndarray) -> str:
-    return f"the image is {size[0]} x {size[1]} px, its mask {mask.shape[1]} x {mask.shape[0]}"
-
-
-def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> tuple[np.ndarray | None, str]:
-    """([K + 1] pixels of each class and of none, or None, why it cannot be read); the image's pixels are not decoded.
-    InputError: sizes differ, or a value has no name."""
+def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> np.ndarray | str | InputError:
+    """[K + 1] pixels of each class and of none, or why it cannot be read, or an error where sizes differ or a value has
+    no name; the image's pixels are not decoded."""
     try:
         mask = open_mask(mask_file)
         with Image.open(image_file) as image:
             size = image.size
             sizes = {size, size[::-1]} if is_turned(image) else {size}
     except UNREADABLE as error:
-        return None, why_unreadable(error)
+        return why_unreadable(error)
     if mask.shape[::-1] not in sizes:
-        raise InputError(f"{image_file} and {mask_file} differ: {_sizes(size, mask)}")
+        return InputError(f"{image_file} and {mask_file} differ: {SIZES.format(*size, *mask.shape[::-1])}")
     values = np.bincount(mask.ravel(), minlength=256)
     strange = np.flatnonzero((values > 0) & (space.table == UNKNOWN))
     if len(strange):
-        raise InputError(
-            f"{mask_file} has {values[strange[0]]} pixels of value {strange[0]}, which classes.json does not name: "
-            'name it there, or make it the value of "ignore"'
-        )
+        what = f"{values[strange[0]]} pixels of value {strange[0]}, which classes.json does not name"
+        return InputError(f'{mask_file} has {what}: name it there, or make it the value of "ignore"')
     pixels = np.bincount(space.table, weights=values, minlength=256).astype(np.int64)
-    return pixels[[*range(len(space.names)), IGNORE]], ""
+    return pixels[[*range(len(space.names)), IGNORE]]
 
 
 def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, notes: list[str]) -> PartsSplit:
     """Open every mask of a split; which images have what."""
-    mine = range(get_rank(), len(images), get_world_size())
+    mine, found = range(get_rank(), len(images), get_world_size()), {}
     progress = Progress(f"masks of {split}", len(mine), shown=is_main_process() and len(mine) > 500)
-    found: dict[int, tuple[np.ndarray | None, str] | InputError] = {}
     for done, row in enumerate(mine, 1):
-        try:
-            found[row] = _look(images[row], masks[row], space)
-        except InputError as error:
-            found[row] = error  # all ranks must hear of it
-            break
+        found[row] = _look(images[row], masks[row], space)
+        if isinstance(found[row], InputError):
+            break  # all ranks hear of it
         progress.update(done)
     progress.close()
     if get_world_size() > 1:
         parts = [None] * get_world_size()
         dist.all_gather_object(parts, found)
         found = {row: value for part in parts for row, value in part.items()}
-    if wrong := [row for row in sorted(found) if isinstance(found[row], InputError)]:
-        raise found[wrong[0]]
-    bad = [row for row in range(len(images)) if found[row][0] is None]
-    if len(bad) == len(images):
-        raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {found[0][1]}")
+    looks = [found[row] for row in sorted(found)]
+    for error in looks:
+        if isinstance(error, InputError):
+            raise error
+    bad = np.array([isinstance(look, str) for look in looks])
+    if bad.all():
+        raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {looks[0]}")
     classes = len(space.names)
-    counts = np.array([found[row][0] if row not in bad else [0] * (classes + 1) for row in range(len(images))])
-    if space.is_part:
-        keep = counts[:, 1:classes].any(axis=1)
-        keep[bad] = True
-        if not keep.all():
-            notes.append(f"{split}: {int((~keep).sum())} images show no class of {space.name} and are left out")
-        rows = np.flatnonzero(keep)
-        images, masks, counts = images.take(rows), masks.take(rows), counts[rows]
+    counts = np.array([[0] * (classes + 1) if isinstance(look, str) else look for look in looks])
+    keep = counts[:, 1:classes].any(axis=1) | bad | (not space.is_part)
+    if not keep.all():
+        notes.append(f"{split}: {int((~keep).sum())} images show no class of {space.name} and are left out")
+        images, masks = (part.take(np.flatnonzero(keep)) for part in (images, masks))
+        counts = counts[keep]
     if not counts[:, :classes].any():
         raise InputError(f"{images.root}: not one pixel of {split} has a class of --label_space {space.name}")
-    return PartsSplit(images, masks, counts, len(bad))
+    return PartsSplit(images, masks, counts, int(bad.sum()))
 
 
 def _count_notes(part: PartsSplit, space: LabelSpace, split: str) -> list[str]:

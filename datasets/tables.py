@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -123,9 +124,15 @@ def _rows(file: Path, opened, key: str) -> Iterator[dict[str, str]]:
 
 
 def cell(row: dict, column: str) -> str:
-    """A value of a table as text; '' where there is none (0 is a value)."""
-    value = row.get(column)
-    return "" if value is None else str(value).strip()
+    """A value of a table as text, see `known`."""
+    return known(row.get(column))
+
+
+def known(value) -> str:
+    """A value as text; '' where it says that nothing is known: no value, NaN, or -1, by which sets mark junk. pandas
+    writes 1 as 1.0 where other cells of the column are empty."""
+    text = re.sub(r"^(-?\d+)\.0+$", r"\1", "" if value is None else str(value).strip(), flags=re.ASCII)
+    return "" if text.lower() in ("-1", "nan", "null", "<na>") else text
 
 
 def published_note(counts: dict[str, int], name: str) -> str:

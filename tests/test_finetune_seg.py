@@ -641,7 +641,7 @@ def test_eval_takes_no_flag_that_would_change_the_model(small, parts, trained, t
         ("one class", "must name two classes or more"),
         ("ignored class", '"ignore" is 1, and must be'),
         ("no split", "images/train is missing: .*splits found: none"),
-        ("no mask", r"1 of 2 images under .* have no mask: first .*b.png is missing"),
+        ("no mask", r"1 of 2 images under .* have no mask: first .*b.png is gone"),
         ("no image", "no image under"),
         ("two images", "one mask cannot serve two images"),
         ("sizes", "the image is 9 x 8 px, its mask 8 x 8"),

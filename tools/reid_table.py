@@ -72,11 +72,10 @@ def main(args) -> dict:
     writer.writerows(rows)
     write_atomic(args.output, lambda opened: opened.write(text.getvalue().encode()))
     counts = {split: sum(row["split"] == split for row in rows) for split in ("train", "query", "gallery")}
-    return counts | {
-        "train_identities": len(names) - count, "test_identities": count - too_few,
-        "identities_with_too_few_images": too_few,
-        "images_left_out": sum(map(len, members.values())) - len(rows), "rows_without_label": unnamed,
-    }  # fmt: skip
+    counts |= {"train_identities": len(names) - count, "test_identities": count - too_few}
+    left_out = sum(map(len, members.values())) - len(rows)
+    counts |= {"identities_with_too_few_images": too_few, "images_left_out": left_out}
+    return counts | {"rows_without_label": unnamed}
 
 
 if __name__ == "__main__":
