@@ -32,20 +32,11 @@ def stored_batches(epoch: int, order: EpochBatches, rows: np.ndarray, features: 
 
 @torch.no_grad()
 def crop_batches(
-    epoch: int,
-    order: EpochBatches,
-    rows: np.ndarray,
-    images: PretrainDataset,
-    read_outs: ReadOuts,
-    *,
-    batch_size: int,
-    num_workers: int,
-    amp_dtype: torch.dtype | None,
-) -> Batches:
-    """The updates of an epoch, of random resized crops that pass the frozen encoder, `batch_size` at a time.
-
-    A crop is a function of (seed, epoch, place among `rows` [m] int64); `images` holds these alone.
-    """
+    epoch: int, order: EpochBatches, rows: np.ndarray, images: PretrainDataset, read_outs: ReadOuts,
+    *, batch_size: int, num_workers: int, amp_dtype: torch.dtype | None,
+) -> Batches:  # fmt: skip
+    """The updates of an epoch, of random resized crops that pass the frozen encoder, `batch_size` at a time. A crop is
+    a function of (seed, epoch, place among `rows` [m] int64); `images` holds these alone."""
     device = next(read_outs.parameters()).device
     steps = [order.global_batch(epoch, step) for step in range(order.batches_per_epoch)]
     cuts = [np.split(places, range(batch_size, len(places), batch_size)) for places in steps]
@@ -64,11 +55,8 @@ def crop_batches(
 
 
 def build_head(width: int, num_classes: int, seed: int) -> nn.Sequential:
-    """BatchNorm without scale and shift, and a linear layer: weights normal with deviation 0.01, biases 0.
-
-    The statistics for testing are the plain mean over all updates: the features do not change, and a moving average
-    as in MAE would still hold its initial value where there are few updates.
-    """
+    """BatchNorm without scale and shift, and a linear layer: weights normal with deviation 0.01, biases 0. Statistics
+    for testing are the plain mean over all updates: a moving average as in MAE needs many."""
     linear = nn.Linear(width, num_classes)
     nn.init.normal_(linear.weight, std=0.01, generator=torch.Generator().manual_seed(seed))
     nn.init.zeros_(linear.bias)
@@ -76,13 +64,9 @@ def build_head(width: int, num_classes: int, seed: int) -> nn.Sequential:
 
 
 def train_heads(
-    batches: Callable[[int], Batches],
-    order: EpochBatches,
-    widths: dict[str, int],
-    labels: dict[str, tuple[torch.Tensor, int]],
-    args,
-    device: torch.device,
-) -> dict[tuple[str, str], nn.Sequential]:
+    batches: Callable[[int], Batches], order: EpochBatches, widths: dict[str, int],
+    labels: dict[str, tuple[torch.Tensor, int]], args, device: torch.device,
+) -> dict[tuple[str, str], nn.Sequential]:  # fmt: skip
     """Train one head for every (read-out, label column), in float32; they come back in eval mode.
 
     MAE's recipe, Table 9: lr = blr x batch / 256, linear warm-up, a cosine to 0; no weight decay, momentum 0.9.
@@ -92,11 +76,11 @@ def train_heads(
         widths: {read-out: D}. labels: {column: ([n] int64 on the CPU, -1 for images to leave out, classes)}.
         args: blr, epochs, warmup_epochs, seed.
     """
-    heads = {
-        (name, column): build_head(width, count, args.seed).to(device)
-        for name, width in widths.items()
-        for column, (_, count) in labels.items()
-    }
+    heads = {}
+    for name, width in widths.items():
+        heads |= {
+            (name, column): build_head(width, count, args.seed).to(device) for column, (_, count) in labels.items()
+        }
     optimizer = LARS([weight for head in heads.values() for weight in head.parameters()])
     lr = args.blr * order.batch_size / 256
     progress = Progress("linear probe, epochs", args.epochs)

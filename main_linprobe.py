@@ -61,24 +61,18 @@ def get_args_parser() -> argparse.ArgumentParser:
 
 def check_args(args) -> None:
     """Contradictions among flags, before anything is loaded."""
-    check_numbers(
-        args,
-        at_least_one="k draws epochs probe_batch batch_size",
-        positive="temperature blr crop_min",
-        not_negative="seed num_workers warmup_epochs",
-    )
-    if args.crop_min > 1:
-        raise InputError(f"--crop_min {args.crop_min}: must be in (0, 1]")
-    if min(args.shots) < 1:
-        raise InputError(f"--shots {min(args.shots)}: must be at least 1")
-    if args.warmup_epochs >= args.epochs:
-        raise InputError(f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}")
-    if "reid" in args.protocol and len(args.protocol) > 1:
-        raise InputError("--protocol reid reads a set of another kind than the others: call it alone")
-    if args.views == "crop" and "mae" not in args.protocol:
-        raise InputError("--views crop is for --protocol mae: add it, or drop --views")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise InputError("main_linprobe.py works in one process: start it with python, not with torchrun")
+    ones, positive = "k draws epochs probe_batch batch_size", "temperature blr crop_min"
+    check_numbers(args, at_least_one=ones, positive=positive, not_negative="seed num_workers warmup_epochs")
+    for is_wrong, words in (
+        (args.crop_min > 1, f"--crop_min {args.crop_min}: must be in (0, 1]"),
+        (min(args.shots) < 1, f"--shots {min(args.shots)}: must be at least 1"),
+        (args.warmup_epochs >= args.epochs, f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs"),
+        ("reid" in args.protocol and len(args.protocol) > 1, "--protocol reid reads other sets: call it alone"),
+        (args.views == "crop" and "mae" not in args.protocol, "--views crop is for --protocol mae: add it, or drop it"),
+        (int(os.environ.get("WORLD_SIZE", 1)) > 1, "main_linprobe.py works in one process: do not use torchrun"),
+    ):
+        if is_wrong:
+            raise InputError(words)
 
 
 def metrics_file(args) -> Path:
@@ -108,7 +102,7 @@ from finetune.reid import evaluate_reid, flat_metrics, unreadable_of
 from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from metrics.reid import FeatureSet, evaluate, protocols_of
 from models_probe import ReadOuts, SearchReadOuts, load_read_outs
-from reports.run import Scores, draw_layers, mean_attribute_accuracy, score_name, score_table
+from reports.run import Scores, draw_layers, mean_attribute_accuracy, score_table
 from util.dist import pick_device
 from util.fetch import fetch
 from util.files import write_atomic
@@ -137,7 +131,7 @@ def main(args) -> dict[str, float | str]:
         figure = draw_layers(scores, "/".join(Path(args.checkpoint).parts[-2:]))
         picture = partial(figure.savefig, format="png", dpi=110, facecolor="white")
         write_atomic(file.with_name("layers.png"), picture)
-    return facts | {score_name(key): value for key, value in scores.items()}
+    return facts | {"_".join(filter(None, key)): value for key, value in scores.items()}
 
 
 def judge_search(args, data, read_outs: ReadOuts, loading: dict) -> tuple[dict, Scores]:

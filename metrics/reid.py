@@ -65,7 +65,6 @@ class Protocol:
         return f"{self.name} ({rule}, cosine, {ranking}) #{self.hash()}"
 
     def hash(self) -> str:
-        """Eight digits that are equal only for equal rules."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
 
 
@@ -96,7 +95,6 @@ def evaluate(
 ) -> dict[str, float]:
     """`scores` by a protocol; without a gallery it is drawn from the queries, and the scores are means over the
     draws, with standard deviations as mAP_std, R1_std ..."""
-
     if gallery is not None:
         return scores(rank(protocol, query, gallery, device))
     draws = [draw_gallery(query.pids, protocol.seed, draw) for draw in range(protocol.draws)]

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from datasets.path_list import PathList
-from reports.page import Page, Pictures, facts_table, short, table, tag
+from reports.page import Page, Pictures, facts_table, table, tag
 
 
 def write_description_report(
@@ -12,11 +12,9 @@ def write_description_report(
     """Write the page.
 
     Args:
-        metrics: the numbers of the run.
         lists: "kept" and "removed", rows with `text`, `kind` and, where known, `usage`, `gap`, `images` (indices into
             `paths`, best first); removed ones also `reason` and `detail`.
-        paths: the images, or None when nothing was grounded.
-        shown: texts that get pictures, spread evenly over each list.
+        paths: None when nothing was grounded. shown: texts that get pictures, spread evenly over each list.
     """
     page, pictures = Page(title), Pictures(side=80)
     page.section("Numbers")
@@ -34,6 +32,5 @@ def write_description_report(
 
 
 def text_line(row: dict, paths: PathList | None, pictures: Pictures, is_shown: bool) -> list[object]:
-    values = (short(row.get(name, "")) for name in ("usage", "gap", "detail"))
     images = [pictures.one(paths[i], paths.relative(i), row["text"]) for i in row.get("images", []) if is_shown]
-    return [row["text"], *values, tag("td", *images, kind="t")]
+    return [row["text"], *(row.get(name, "") for name in ("usage", "gap", "detail")), tag("td", *images, kind="t")]

@@ -101,6 +101,7 @@ def table(head: list, rows: list[list], kind: str = "") -> Html:
     """A table that scrolls by itself where it is too wide; numbers to the right; a cell may be a `td` of its own."""
 
     def cell(content: object) -> Html:
+        content = f"{content:.4g}" if isinstance(content, float) else content
         kind = "n" if re.match(r"[-\d.,]+( %| x|$| \[)|absent", str(content)) else ""
         return content if isinstance(content, Html) and content.startswith("<t") else tag("td", content, kind=kind)
 
@@ -116,11 +117,7 @@ def worst_table(head: list, rows: list[list], shown: int = 15) -> Html:
 
 def facts_table(values: dict[str, object]) -> Html:
     """A row a value."""
-    return table([], [[tag("th", name), short(value)] for name, value in values.items()], "facts")
-
-
-def short(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    return table([], [[tag("th", name), value] for name, value in values.items()], "facts")
 
 
 def confusion_table(names: list[str], counts: np.ndarray) -> Html:
@@ -144,12 +141,8 @@ def new_axes(x_title: str, y_title: str) -> Axes:
 
 
 class Page:
-    """A page that grows section by section; content that is not `Html` is escaped.
-
-    Args:
-        protocol: the line that belongs to the numbers.
-        tiles: numbers in large type, text by name. facts: what belongs to them: weights, commit, seed.
-    """
+    """A page that grows section by section; content that is not `Html` is escaped. protocol: the line that belongs to
+    the numbers; tiles: numbers in large type, text by name; facts: what belongs to them: weights, commit, seed."""
 
     def __init__(self, title: str, protocol: str = "", tiles: dict | None = None, facts: dict | None = None):
         self.title, self.tiles, self.facts = title, tiles or {}, facts or {}

@@ -23,13 +23,9 @@ PADDING = ((0, 0), (0, 0), (3, 3), (3, 3), (0, 0))  # px around each picture [N,
 
 @torch.no_grad()
 def draw_reconstructions(model, imgs: torch.Tensor, mask_ratio: float, seed: int, title: str):
-    """Panels of images, [N, 3, H, W] uint8 on the model's device; masks are functions of (seed, row).
-
-    Where the model predicts per-patch-normalised pixels, the true mean and deviation of each patch are put back.
-
-    Returns:
-        The picture, four columns with their titles and a caption; the columns, [N, 4, H, W, 3] uint8 on the CPU.
-    """
+    """Panels of images [N, 3, H, W] uint8 on the model's device -> the picture; its four columns [N, 4, H, W, 3] uint8
+    on the CPU. Masks are functions of (seed, row). Where the model predicts per-patch-normalised pixels, the true mean
+    and deviation of each patch are put back."""
     noise = np.stack([mask_noise(seed, 0, i, model.num_patches) for i in range(len(imgs))])
     imgs = model.eval().normalize(imgs)
     latent, mask, ids_restore = model.forward_encoder(imgs, mask_ratio, torch.from_numpy(noise).to(imgs.device))
@@ -58,11 +54,8 @@ def draw_reconstructions(model, imgs: torch.Tensor, mask_ratio: float, seed: int
 
 
 def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int = 6) -> np.ndarray:
-    """Reconstructions of images spread over the list, a neighbour in place of an unreadable one.
-
-    Returns:
-        [H, W, 3] uint8 array; also written to `panels/epoch_<epoch>.png` of the run.
-    """
+    """Reconstructions of images spread over the list, a neighbour in place of an unreadable one: [H, W, 3] uint8, also
+    written to `panels/epoch_<epoch>.png` of the run."""
     imgs: list[torch.Tensor] = []
     order = np.linspace(0, len(dataset), count, endpoint=False).astype(int).tolist()
     for index in dict.fromkeys([*order, *range(min(len(dataset), 100))]):
@@ -84,12 +77,9 @@ def attention_rollout(
     """How much of each patch has reached the class token (Abnar and Zuidema, ACL 2020, arXiv 2005.00928).
 
     The attention of a block, averaged over its heads, is mixed with the identity, which stands for the residual
-    connection: A' = A / 2 + I / 2 (Sec. 3). The roll-out is the product of A' over the blocks. Only the class token's
-    row of it is needed, so a vector goes backwards through the blocks: T^2 products each instead of T^3.
+    connection: A' = A / 2 + I / 2 (Sec. 3). The roll-out is the product of A' over the blocks, of which the class
+    token's row is needed alone: a vector goes backwards through the blocks. side: [N, 1, D], added to all tokens.
 
-    Args:
-        imgs: [N, 3, H, W] uint8 or normalised float. blocks: those to run, in order (None: the blocks of `base`).
-        side: [N, 1, D] float that is added to all tokens (None: nothing).
     Returns:
         [N, rows, columns] float32 in [0, 1] on the CPU: of each image relative to its largest patch.
     """
@@ -98,8 +88,7 @@ def attention_rollout(
     for block in base.blocks if blocks is None else blocks:
         attentions.append(mean_attention(block, x))
         x = block(x)
-    row = torch.zeros(len(x), 1, x.shape[1], device=x.device)
-    row[:, :, 0] = 1
+    row = torch.eye(1, x.shape[1], device=x.device).expand(len(x), 1, -1)
     for attention in reversed(attentions):
         row = (row + row @ attention) / 2
     patches = row[:, 0, 1:]
@@ -128,8 +117,7 @@ def reid_rollout(model: TransReID, imgs: torch.Tensor, camids: torch.Tensor, vie
 
 def heat_picture(image: Image.Image, heat: torch.Tensor) -> Image.Image:
     """An RGB picture in grey under its heat [rows, columns] float, from the coolest patch (black) to the hottest."""
-    low, high = heat.min(), heat.max()
-    level = Image.fromarray(((heat - low) / (high - low).clamp_min(1e-12)).numpy().astype(np.float32))
+    level = Image.fromarray(((heat - heat.min()) / (heat.max() - heat.min()).clamp_min(1e-12)).numpy().astype("f4"))
     colour = 255 * colormaps["inferno"](np.asarray(level.resize(image.size, Image.Resampling.BILINEAR)))[:, :, :3]
     grey = np.asarray(image.convert("L"), dtype=np.float32)[:, :, None]
     return Image.fromarray((0.45 * grey + 0.55 * colour).round().astype(np.uint8))

@@ -1,7 +1,6 @@
 """Of a pre-training run: the page of its curves, reconstructions and kNN; numbers of a probe of its features as a
 table of text and as curves over the blocks of the encoder."""
 
-import re
 from pathlib import Path
 
 import numpy as np
@@ -21,12 +20,8 @@ Scores = dict[tuple[str, str, str, str], float]  # (protocol, read-out, label co
 
 
 def write_run_report(file: Path, log: list[dict], settings: dict, knn: dict[str, dict[str, float]]) -> None:
-    """Write the page of a finished run.
-
-    Args:
-        log: a row an epoch. settings: of args.json.
-        knn: top-1 accuracy of "chance", "before" and "after", each by label column.
-    """
+    """Write the page of a finished run; log: a row an epoch; settings: of args.json; knn: top-1 accuracy of "chance",
+    "before" and "after", each by label column."""
     page = Page(f"CGD-MAE: {settings['model']} after {len(log)} epochs")
     page.section("Curves", "Dashed: a trivial answer. A model has learned something where it is better than that.")
     epochs = [row["epoch"] + 1 for row in log]
@@ -37,11 +32,10 @@ def write_run_report(file: Path, log: list[dict], settings: dict, knn: dict[str,
             axes.plot(epochs, [row[trivial] for row in log], "--", color="grey", label=trivial_name)
             page.figure(title, axes)
     axes, places = new_axes("", "%"), np.arange(len(knn["after"]))
-    for offset, (name, colour) in enumerate((("chance", "silver"), ("before", "tab:grey"), ("after", "tab:blue")), -1):
-        bars = axes.bar(places + 0.27 * offset, [100 * x for x in knn[name].values()], 0.25, label=name, color=colour)
+    for offset, name in enumerate(("chance", "before", "after"), -1):
+        bars = axes.bar(places + 0.27 * offset, [100 * x for x in knn[name].values()], 0.25, label=name)
         axes.bar_label(bars, fmt="%.0f")
     axes.set_xticks(places, list(knn["after"]))
-    axes.set_ylim(0, 105)
     page.figure("kNN top-1 on unseen identities", axes)
     if panels := sorted((file.parent / "panels").glob("epoch_*.png")):
         page.section("Reconstructions")
@@ -53,15 +47,10 @@ def write_run_report(file: Path, log: list[dict], settings: dict, knn: dict[str,
     page.write(file)
 
 
-def score_name(key: tuple[str, ...]) -> str:
-    """In metrics.json: knn_cls_make_top1, majority_cls_make, reid_cls_800_mAP."""
-    return "_".join(filter(None, key))
-
-
 def block_of(read_out: str) -> tuple[str, int]:
     """ "cls_block3" -> ("cls", 3); others: ("", 0)."""
-    found = re.fullmatch(r"(cls|mean)_block(\d+)", read_out)
-    return (found[1], int(found[2])) if found else ("", 0)
+    token, _, number = read_out.partition("_block")
+    return (token, int(number)) if number else ("", 0)
 
 
 def mean_attribute_accuracy(scores: Scores) -> Scores:
@@ -105,8 +94,8 @@ def score_table(scores: Scores) -> str:
 
 
 def draw_layers(scores: Scores, title: str) -> Figure:
-    """For each label column and protocol, class token and patch mean over the blocks; dotted, what the trivial answer
-    has; dashed, the context, where it was read out. Needs the read-out `layers`."""
+    """For each label column and protocol, class token and patch mean over the blocks; dotted: the trivial answer;
+    dashed: the context, where it was read out. Needs the read-out `layers`."""
     shown, rest = shown_columns({key: value for key, value in scores.items() if block_of(key[1])[0]})
     protocols = list(dict.fromkeys(key[0] for key in scores if key[0] not in TRIVIAL))
     figure = Figure((3.4 * len(protocols), 2.6 * len(shown) + 0.5), layout="constrained")
@@ -118,11 +107,10 @@ def draw_layers(scores: Scores, title: str) -> Figure:
         for token, style in (("cls", "o-"), ("mean", "s-")):
             curve = {block_of(name)[1]: value for name, value in found.items() if block_of(name)[0] == token}
             axis.plot(list(curve), list(curve.values()), style, markersize=4, label=token)
-        if "context" in found:
-            axis.axhline(found["context"], color="tab:green", linestyle="--", label="context")
         trivial = [value for key, value in own.items() if key[0] in TRIVIAL and key[3] in ("", metric)]
-        constant = 50.0 if metric in ("balanced", "mA") else trivial[0]
-        axis.axhline(constant, color="grey", linestyle=":", label="trivial answer")
+        axis.axhline(50.0 if metric in ("balanced", "mA") else trivial[0], linestyle=":", label="trivial answer")
+        if "context" in found:
+            axis.axhline(found["context"], linestyle="--", label="context")
         axis.set(title=f"{column} {protocol} {metric}".strip(), xlabel="block", ylabel="%")
         axis.locator_params(axis="x", integer=True)
     grid[0][0].legend(fontsize="small")

@@ -7,15 +7,14 @@ import pytest
 import torch
 from conftest import write_pictures
 
-import metrics.reid
 import reports.reid as report
 from datasets.path_list import PathList
 from datasets.reid import ReidImages
-from metrics.reid import FeatureSet, Protocol, Ranking, cosine_blocks, evaluate, rank_blocks, scores
+from metrics.reid import FeatureSet, Protocol, Ranking, cosine_blocks, evaluate, rank_blocks
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
 from reports.page import Page, Pictures, cards, confusion_table, new_axes, table, worst_table
-from reports.panels import attention_rollout, heat_picture, reid_rollout
+from reports.panels import attention_rollout, reid_rollout
 from reports.reid import ReidTest, write_reid_report
 
 NAMES = [f"car <{i}>" for i in range(7)]
@@ -141,25 +140,6 @@ def test_ties_stand_in_the_order_of_the_gallery(folder, seed):
         assert [c.rank for c in cards if c.mark == "right"] == hits.hits[slice(*hits.offsets[row : row + 2])].tolist()
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_blocks_change_nothing(folder, seed, monkeypatch):
-    """Who is shown, and all numbers, whether the queries come at once or one after another."""
-    query, x, gallery, y = case = make_case(folder, seed, queries=40)
-    found = []
-    for block_numbers in (1 << 20, 7 * len(gallery), 1):
-        monkeypatch.setattr(metrics.reid, "BLOCK_NUMBERS", block_numbers)
-        ranking = Ranking(WITH, *feature_sets(*case), shown=9, seed=seed)
-        assert len(ranking.similar) <= 27
-        assert set(ranking.similar) == {row for rows in ranking.chosen.values() for row in rows.tolist()}
-        found.append(ranking)
-    for other in found[1:]:
-        assert all(np.array_equal(found[0].chosen[name], rows) for name, rows in other.chosen.items())
-        assert np.array_equal(found[0].ranks.hits, other.ranks.hits)
-    best = found[0].chosen["best"]
-    assert len(set(query.pids[best[:7]])) == 7 == len(set(query.pids))  # one of each vehicle first
-    assert np.nanmean(found[0].ap) == pytest.approx(scores(found[0].ranks)["mAP"], abs=1e-12)
-
-
 def test_junk_is_bounded_and_the_first_right_one_is_shown(tmp_path, folder, monkeypatch):
     """30 same-camera images ahead, then wrong ones, and the only match last."""
     paths = PathList(folder, [f"{i % 20:04d}.png" for i in range(50)])
@@ -277,15 +257,6 @@ def test_the_page_shows_rollouts(tmp_path, folder, monkeypatch):
     page = write(tmp_path, WITH, case, model=model)
     assert page.count('alt="roll-out of the query"') == 15 and "Abnar" in page
     assert 5 <= len(asked) <= 15 and set(asked) <= set(query.camids.tolist())
-
-
-def test_heat_goes_from_black_to_yellow():
-    from PIL import Image
-
-    picture = heat_picture(Image.new("RGB", (40, 20), "black"), torch.tensor([[0.2, 0.7]]))
-    pixels = np.asarray(picture).astype(int)
-    assert pixels.shape == (20, 40, 3) and pixels[:, 0].max() < 5 and pixels[:, -1].min() > 80
-    assert (np.diff(pixels.sum(axis=2)[10]) >= 0).all()
 
 
 def test_whatever_a_page_is_given_is_escaped(tmp_path):

@@ -186,7 +186,7 @@ def test_what_lacks_its_origin_is_listed_and_not_printed(tmp_path):
 @pytest.mark.parametrize(
     "words, message",
     [
-        ("nowhere --output x.md", "nowhere is no folder"),
+        ("nowhere --output x.md", "no args.json and no metrics.json in or below nowhere"),
         ("{runs} --output x.txt", "ends in .md"),
         ("{runs}/empty --output x.md", "no args.json and no metrics.json in or below"),
         ("{runs} --output x.md --name 12=mine", "write HASH=TEXT .* of the hashes: aaaaaaaaaaaaaaaa"),

@@ -27,6 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
+import numpy as np
 import torch
 
 from datasets.fgvc import list_labelled
@@ -45,16 +46,15 @@ def knn_accuracy(model, tables: dict, read_out: str) -> dict[str, float]:
         raise InputError(f"{len(problems)} images could not be read, first {paths[min(problems)]}: remove them")
     scores = {}
     for column, table in tables.items():
-        y, x = torch.from_numpy(table.labels), features[read_out]
-        train, val = (torch.from_numpy(table.splits[name]) for name in ("train", "val"))
+        y, x, (train, val) = torch.from_numpy(table.labels), features[read_out], map(table.splits.get, ("train", "val"))
         scores[column] = topk_accuracy(knn_predict(x[train], y[train], x[val], len(table.classes)), y[val], 1)
     return scores
 
 
 def majority_share(table) -> float:
     """What the commonest class of training gets on the validation images."""
-    train, val = (torch.from_numpy(table.labels[table.splits[name]]) for name in ("train", "val"))
-    return (val == train.bincount().argmax()).float().mean().item()
+    train, val = (table.labels[table.splits[name]] for name in ("train", "val"))
+    return float((val == np.bincount(train).argmax()).mean())
 
 
 def main(args) -> dict:
@@ -76,8 +76,8 @@ def main(args) -> dict:
         "after": knn_accuracy(load_encoder(run_dir / "encoder.safetensors"), tables, args.read_out),
     }
     write_run_report(run_dir / "report.html", log, settings, knn)
-    names = {"majority": "chance", "before": "before", "after": "after"}
-    metrics = {f"knn_{column}_{name}": knn[key][column] for column in tables for name, key in names.items()}
+    names = {"chance": "majority", "before": "before", "after": "after"}
+    metrics = {f"knn_{column}_{names[key]}": value for key, of in knn.items() for column, value in of.items()}
     return metrics | {"report": str(run_dir / "report.html")}
 
 

@@ -33,7 +33,6 @@ import hashlib
 import json
 import math
 import re
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,30 +82,22 @@ class LeftOut(ValueError):
 
 @dataclass(frozen=True)
 class Run:
-    """A finished run: args.json, metrics.json, commit of the code, SHA-256 of the weights that it started from or
-    "random"; config: eight digits, equal for runs that differ in weights, seed and place only; words: its recipe."""
+    """A finished run. weights: SHA-256 of those that it started from, or "random". config: eight digits, equal for runs
+    that differ in weights, seed and place only. words: what the command said of the recipe."""
 
     folder: Path
     args: dict
     metrics: dict
     commit: str
     weights: str
-
-    @property
-    def config(self) -> str:
-        kept = {name: value for name, value in self.args.items() if name not in NOT_CONFIG}
-        return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
-
-    @property
-    def words(self) -> str:
-        given = {name: self.args[name] for name in self.args.get("given", []) if name not in NOT_CONFIG}
-        return ", ".join(name if value is True else f"{name} {value}" for name, value in given.items()) or "defaults"
+    config: str
+    words: str
 
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in their seed only, on one test: number of the group; name of the weights; key: equal for what
-    may stand in one column, `TASK SET` of a published set; the test in words; {metric: percents}."""
+    """Runs that differ in their seed only, on one test. name: of the weights. key: equal for what may stand in one
+    column, `TASK SET` of a published set. title: the test in words. values: {metric: percents}."""
 
     number: int
     name: str
@@ -119,25 +110,22 @@ class Group:
     def cell(self, metric: str) -> str:
         """Mean, sample deviation, number of seeds; one seed alone as such."""
         values, digits = self.values.get(metric, []), DIGITS[self.runs[0].args["task"]]
-        if len(values) < 2:
-            return f"{values[0]:.{digits}f} (1 seed)" if values else ""
-        return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1):.{digits}f} ({len(values)} seeds)"
+        spread = f"± {np.std(values, ddof=1):.{digits}f} ({len(values)} seeds)" if len(values) > 1 else "(1 seed)"
+        return f"{np.mean(values):.{digits}f} {spread}" if values else ""
 
 
 def main(args) -> dict:
     """Returns counts: runs, rows, left_out; and the file."""
-    for path in args.runs:
-        if not Path(path).is_dir():
-            raise InputError(f"{path} is no folder: give output folders of main_finetune.py, or folders of them")
-    output = Path(args.output)
+    output, folders = Path(args.output), set()
     if output.suffix != ".md":
         raise InputError(f"--output {output}: the table is Markdown, so name a file that ends in .md")
-    files = (file for path in args.runs for name in ("args.json", "metrics.json") for file in Path(path).rglob(name))
-    folders = sorted({file.parent for file in files})
-    if not folders:
-        raise InputError(f"no args.json and no metrics.json in or below {', '.join(args.runs)}")
+    for path in args.runs:
+        files = [file for name in ("args.json", "metrics.json") for file in Path(path).rglob(name)]
+        if not files:
+            raise InputError(f"no args.json and no metrics.json in or below {path}: give folders of main_finetune.py")
+        folders |= {file.parent for file in files}
     runs, left_out = {}, []
-    for folder in folders:
+    for folder in sorted(folders):
         try:
             run = read_run(folder)
             first = runs.setdefault((run.config, run.weights, run.args["seed"]), run)
@@ -159,20 +147,23 @@ def read_run(folder: Path) -> Run:
     if args.get("task") not in METRICS:
         raise LeftOut("not a run of main_finetune.py: args.json names no task that is known")
     metrics = read_object(folder / "metrics.json", "the run has not ended")
+    commit = read_object(folder / "env.json", "no commit of the code").get("commit", "unknown")
+    last = read_object(folder / "log.txt", "no log of the training", last_line=True)
+    weights, main = str(args.get("weights_sha256", "")), METRICS[args["task"]][0]
     if not isinstance(args.get("seed"), int) or not isinstance(args.get("epochs"), int):
         raise LeftOut("args.json has no seed or no epochs")
-    weights = str(args.get("weights_sha256", ""))
     if weights != "random" and not re.fullmatch(r"[0-9a-f]{64}", weights):
-        raise LeftOut("args.json has no weights_sha256, the hash of the weights that the run started from")
-    commit = read_object(folder / "env.json", "no commit of the code").get("commit", "unknown")
+        raise LeftOut("args.json has no weights_sha256 of the weights that the run started from")
     if commit == "unknown":
-        raise LeftOut("env.json has no commit: the code was no git checkout, or older than this record")
-    last = read_object(folder / "log.txt", "no log of the training", last_line=True)
-    main = METRICS[args["task"]][0]
+        raise LeftOut("env.json has no commit: the code was no git checkout")
     tested = {name: last[f"test_{name}"] for name in metrics if name.endswith(main) and f"test_{name}" in last}
     if not tested or last.get("epoch") != args["epochs"] - 1 or any(metrics[name] != x for name, x in tested.items()):
         raise LeftOut(f"log.txt does not end with the numbers of metrics.json after {args['epochs']} epochs")
-    return Run(folder, args, metrics, str(commit), weights)
+    kept = {name: value for name, value in args.items() if name not in NOT_CONFIG}
+    config = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+    given = {name: kept[name] for name in args.get("given", []) if name in kept}
+    words = ", ".join(name if value is True else f"{name} {value}" for name, value in given.items())
+    return Run(folder, args, metrics, str(commit), weights, config, words or "defaults")
 
 
 def read_object(file: Path, if_missing: str, last_line: bool = False) -> dict:
@@ -233,8 +224,8 @@ def weight_names(runs: list[Run], given: list[str]) -> dict[str, str]:
             known = ", ".join(weights[:16] for weights in names) or "none"
             raise InputError(f"--name {text}: write HASH=TEXT with the begin of one of the hashes: {known}")
         names[found[0]] = name
-    twice = Counter(names.values())
-    return {w: name if twice[name] == 1 else f"{name} {w[:8]}" for w, name in names.items()}
+    twice = list(names.values())
+    return {w: name if twice.count(name) == 1 else f"{name} {w[:8]}" for w, name in names.items()}
 
 
 def group_runs(runs: list[Run], names: dict[str, str]) -> list[Group]:
@@ -286,10 +277,8 @@ def published_table(columns: dict, groups: list[Group], published: dict) -> str:
     head = ["pre-training", *(f"{title} {NAMES.get(metric, metric)}" for _, metric, title in cells), "from"]
     rows = []
     for row in published["rows"]:
-        found = [row["numbers"].get(key, {}).get(metric) for key, metric, _ in cells]
-        texts = ["" if v is None else f"{v:.{DIGITS[key.split()[0]]}f}" for v, (key, *_) in zip(found, cells)]
-        if any(texts):
-            rows.append([row["name"], *texts, row["source"]])
+        texts = [str(row["numbers"].get(key, {}).get(metric, "")) for key, metric, _ in cells]
+        rows += [[row["name"], *texts, row["source"]]] if any(texts) else []
     ours: dict[tuple, dict[str, Group]] = {}  # the groups of a row
     for group in (group for group in groups if group.is_published and group.key in columns):
         place = 0  # of the recipes of one test the first shares its row with the first of another

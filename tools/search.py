@@ -162,10 +162,8 @@ def embed_queries(embed: Callable, queries: Images, size, device, loading: dict)
 
 
 def embed_gallery(embed, gallery: Images, size, device, folder: Path, header: dict, loading: dict) -> int:
-    """Fill an index, or go on with it; how many images this call added to it.
-
-    Files: embeddings.npy [M, D] float16, NaN where unreadable; index.json, what they depend on.
-    """
+    """Fill an index, or go on with it; how many images this call added to it. Files: embeddings.npy [M, D] float16, NaN
+    where unreadable; index.json, what they depend on."""
     is_whole = (folder / "embeddings.npy").is_file()
     barrier()  # all ranks have looked
     claim(folder / "index.json", header, "search index")
@@ -190,15 +188,9 @@ def open_index(folder: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def search_rows(query: torch.Tensor, rows: np.ndarray, k: int, block_numbers: int = BLOCK_NUMBERS) -> tuple:
-    """The k rows most similar to each query; the rows are read once, block by block. Products are float64, rounded to
-    float32: equal rows then have equal cosines, whatever block they are in.
-
-    Args:
-        query: [Q, D] float, finite; its device computes. rows: [M, D] float array or memory map; those with NaN are
-            never found. block_numbers: held at a time; about 24 bytes each.
-    Returns:
-        Cosines [Q, min(k, M)] float32, descending, ties in the order of the rows, -inf: there are no more;
-        rows [Q, min(k, M)] int64.
+    """The rows [M, D] float most similar to each query [Q, D]: cosines [Q, min(k, M)] float32, descending, ties in the
+    order of the rows, -inf: there are no more; and their numbers. The rows are read once, block by block; those with
+    NaN are never found. Products are float64, rounded to float32: equal rows have equal cosines, whatever their block.
     """
     q = F.normalize(query.double(), dim=1)
     step = max(1, block_numbers // sum(q.shape))
@@ -229,21 +221,21 @@ def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, galler
         for row, cosine in zip(found.tolist(), values.tolist()):
             path = image_name(gallery, row)
             same_file = os.path.realpath(path) == place
-            if cosine > -np.inf and not (same_file and args.exclude_self):
-                hits.append({"row": row, "path": path, "cosine": cosine, "same_file": same_file})
-        lists.append([hit | {"rank": rank} for rank, hit in enumerate(hits[: args.topk], 1)])
+            if cosine > -np.inf and len(hits) < args.topk and not (same_file and args.exclude_self):
+                hit = {"row": row, "path": path, "cosine": cosine, "same_file": same_file, "rank": len(hits) + 1}
+                hits.append(hit)
+        lists.append(hits)
     return lists
 
 
 def write_results(args, queries: Images, problems: dict[int, str], found: dict[int, list[dict]], gallery) -> None:
     """The table on stdout, results.json and results.png."""
     output, names = Path(args.output), [image_name(queries, number) for number in range(len(queries))]
-    width = max(len(printable(names[number])) for number in found)
-    print(f"{'query':{width}}  rank   cosine  path")
     for number, hits in found.items():
+        print(f"{printable(names[number])}:")
         for hit in hits:
-            line = f"{hit['rank']:4d}  {hit['cosine']:7.4f}  {printable(hit['path'])}"
-            print(f"{printable(names[number]):{width}}  {line}{'  (same file)' if hit['same_file'] else ''}")
+            sign = "  (same file)" if hit["same_file"] else ""
+            print(f"  {hit['rank']:3d}  {hit['cosine']:7.4f}  {printable(hit['path'])}{sign}")
     results = [{"query": q, "problem": problems.get(i, ""), "results": found.get(i, [])} for i, q in enumerate(names)]
     write_json(output / "results.json", results)
     if args.picture:
