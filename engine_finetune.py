@@ -76,7 +76,7 @@ def train_one_epoch(run: FinetuneRun, args) -> None:
     def shown(values: dict[str, float]) -> list[str]:
         return [f"{name} {values[name]:.4f}" for name in task.shown]
 
-    with StepWatch(run, args, shown, "", STEADIER) as watch:
+    with StepWatch(run, args, shown, STEADIER) as watch:
         for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):
             lr = task.lr(run.epoch + step / steps)
             set_lr(run.optimizer, lr)

@@ -10,7 +10,6 @@ from torch.profiler import record_function
 from util.loop import Run, StepWatch, apply_update, to_device
 from util.optim import cosine_lr, ramp, set_lr
 
-FASTER_DATA = ", or train from a packed set (python -m tools.pack)"
 STEADIER = "lower --blr or set --clip_grad 1 (name lr or clip_grad after --allow_change), or use --amp none"
 
 
@@ -36,7 +35,7 @@ def train_one_epoch(run: PretrainRun, args) -> None:
     batches.set_epoch(run.epoch, run.batches_done)
     steps = batches.batches_per_epoch
     run.model.train()
-    with StepWatch(run, args, shown_terms, FASTER_DATA, STEADIER) as watch:
+    with StepWatch(run, args, shown_terms, STEADIER) as watch:
         for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):
             first = step - step % args.accum_iter
             size = min(args.accum_iter, steps - first)  # of this update, in batches
@@ -50,12 +49,12 @@ def train_one_epoch(run: PretrainRun, args) -> None:
             problems += [problem for problem in batch.pop("problem") if problem]
             batch = to_device(batch, run.device)
             is_last = step == first + size - 1
-            update_terms.append(forward_backward(run, batch, args, weights, 1 / size, is_last, watch))
+            update_terms.append(forward_backward(run, batch, args, weights, 1 / size, is_last))
             if is_last:
                 apply_update(run, args, update_terms, problems, watch, lr)
 
 
-def forward_backward(run: PretrainRun, batch: dict, args, weights: dict, share: float, is_last: bool, watch) -> dict:
+def forward_backward(run: PretrainRun, batch: dict, args, weights: dict, share: float, is_last: bool) -> dict:
     """One batch through teacher and student and back, in pieces of at most `args.micro_batch` images.
 
     Gradients and terms are those of the whole batch, since every term is a mean over images. They are exchanged between
@@ -82,7 +81,6 @@ def forward_backward(run: PretrainRun, batch: dict, args, weights: dict, share: 
             run.backward(loss * (share * fraction))
         for name, value in ({"loss": loss} | terms).items():
             collected[name] = collected.get(name, 0) + value.detach().float() * fraction
-        watch.alive(done, total)
     return collected
 
 

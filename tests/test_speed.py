@@ -1,7 +1,6 @@
-"""What users see of speed and memory: profile, advice, benchmarks."""
+"""What users see of speed and memory: profile, benchmarks."""
 
 import json
-import time
 
 import pytest
 import torch
@@ -34,19 +33,6 @@ def test_a_batch_that_does_not_fit_names_the_cure(pictures, tmp_path, monkeypatc
     monkeypatch.setattr(models_mae.MaskedAutoencoderViT, "forward", no_memory)
     with pytest.raises(InputError, match="does not fit into the memory of cpu: .*--micro_batch"):
         run_main(small_flags(pictures, tmp_path / "run", "--no_distill"))
-
-
-def test_slow_data_is_pointed_at_once(pictures, tmp_path, monkeypatch, capsys):
-    real = main_pretrain.PretrainDataset.__getitem__
-
-    def slow(self, item):
-        time.sleep(0.05)
-        return real(self, item)
-
-    monkeypatch.setattr(main_pretrain.PretrainDataset, "__getitem__", slow)
-    run_main(small_flags(pictures, tmp_path / "run", "--no_distill", "--epochs", "1"))
-    printed = capsys.readouterr().out
-    assert printed.count("raise --num_workers (now 0 a rank)") == 1
 
 
 BENCHMARKS = {

@@ -117,12 +117,9 @@ def main(args) -> dict:
     write_safetensors(output / "weights.safetensors", model.cpu().state_dict(), {"format": "pt"})
     texts = sorted(set(captions))
     write_atomic(output / "texts.txt", lambda opened: opened.write(("\n".join(texts) + "\n").encode()))
-    parts = {
-        "loss_first_epoch": losses[:steps],
-        "loss_last_epoch": losses[-steps:],
-        "retrieval_in_batch": hits[-steps:],
-    }
-    return {"pairs": len(pictures), "texts": len(texts), **{name: float(np.mean(part)) for name, part in parts.items()}}
+    found = {"loss_first_epoch": losses[:steps], "loss_last_epoch": losses[-steps:]}
+    found["retrieval_in_batch"] = hits[-steps:]
+    return {"pairs": len(pictures), "texts": len(texts)} | {name: float(np.mean(part)) for name, part in found.items()}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,9 +19,6 @@ from util.precision import LEAST_SCALE
 from util.progress import Progress
 from util.run_files import RunFiles
 from util.stop import StopGuard
-
-QUIET_SECONDS = 30
-DATA_WAIT_ADVICE = 0.2
 
 
 class Meter:
@@ -167,12 +163,11 @@ class StepWatch:
     Args:
         args: reads epochs, accum_iter, print_freq, max_bad_steps, max_bad_ratio.
         shown: means of an update's terms -> what a log line says of them beside the loss.
-        faster_data, steadier: what to do about waiting for images, and about non-finite updates.
+        steadier: what to do about non-finite updates.
     """
 
-    def __init__(self, run: Run, args, shown: Callable[[dict[str, float]], list[str]], faster_data="", steadier=""):
-        self.run, self.args, self.shown = run, args, shown
-        self.faster_data, self.steadier = faster_data, steadier
+    def __init__(self, run: Run, args, shown: Callable[[dict[str, float]], list[str]], steadier: str):
+        self.run, self.args, self.shown, self.steadier = run, args, shown, steadier
         self.batches = run.loader.batch_sampler
         total = self.batches.batches_per_epoch
         later = total * (args.epochs - run.epoch - 1)
@@ -183,8 +178,7 @@ class StepWatch:
         self.bad_limit = args.max_bad_ratio * self.batches.num_images
         self.problems: list[str] = []
         self.at_look, self.seen_at_look = dict(run.seconds), run.batches_done + 1
-        self.looks, self.advised = 0, False
-        self.said = time.perf_counter()  # when the last line was printed
+        self.looks = 0
 
     def batches_of(self, loader) -> Iterator[dict]:
         """The loader's batches, the time they take counted."""
@@ -197,12 +191,6 @@ class StepWatch:
             seconds["data"] += taken - clock
             seconds["total"] += now - clock
             clock = now
-
-    def alive(self, images: int, total: int) -> None:
-        """In a long batch: say that it moves."""
-        if time.perf_counter() - self.said > QUIET_SECONDS:
-            self.said = time.perf_counter()
-            self.bar.print(f"  batch {self.seen} in progress: {images} of {total} images on this rank")
 
     def add(self, lr: float, terms: dict, ok: torch.Tensor, problems: list[str]) -> None:
         scalars = {name: value for name, value in terms.items() if value.numel() == 1}
@@ -226,21 +214,14 @@ class StepWatch:
             parts = [f"lr {lr:.3g}", f"loss {values['loss']:.4f}", *self.shown(values), self._speed()]
             self.bar.update(self.seen, "  ".join(parts))
         self.at_look, self.seen_at_look = dict(self.run.seconds), self.seen
-        self.said = time.perf_counter()
         self.looks += 1
         self.run.files.save_if_due(self.run)
 
     def _speed(self) -> str:
         total, data = (self.run.seconds[name] - self.at_look[name] for name in ("total", "data"))
-        if not total:  # the first batch is still being counted
-            return ""
         images = (self.seen - self.seen_at_look) * self.batches.batch_size * get_world_size()
-        share = data / total
-        if share > DATA_WAIT_ADVICE and self.looks and not self.advised:  # the first look: workers start
-            self.advised = True
-            workers = f"raise --num_workers (now {self.run.loader.num_workers} a rank){self.faster_data}"
-            self.bar.print(f"  {share:.0%} of the time is spent waiting for images: {workers}")
-        return f"{images / total:.3g} img/s  data wait {share:.0%}"
+        # of the first batch the time is still being counted
+        return f"{images / total:.3g} img/s  data wait {data / total:.0%}" if total else ""
 
     def _settle(self) -> list[dict[str, float]]:
         """Read what the device has decided -> the terms of the updates that were made.
@@ -252,7 +233,7 @@ class StepWatch:
         run, (pending, self.pending), good = self.run, (self.pending, []), []
         rows = torch.stack([row for *_, row in pending]).tolist() if pending else []
         for (seen, lr, names, _), (ok, bad_images, *values) in zip(pending, rows):
-            first, terms = (seen - 1) // self.args.accum_iter * self.args.accum_iter, dict(zip(names, values))
+            first, terms = seen - 1 - (seen - 1) % self.args.accum_iter, dict(zip(names, values))
             if bad_images > self.bad_limit:
                 run.batches_done = first
                 raise InputError(
@@ -302,10 +283,9 @@ class StepWatch:
 def epoch_record(run: Run, global_batch: int, updates: int) -> dict[str, float]:
     """The numbers of the epoch that has ended, for log.txt: means of the terms, speed, what was skipped."""
     count, sums = run.meter.read()
-    values = {name: (sums[name] / count).item() for name in sums if count and sums[name].numel() == 1}
-    seconds = max(run.seconds["total"], 1e-9)
+    values = {name: (total / count).item() for name, total in sums.items() if count and total.numel() == 1}
     bad_images = round(values.pop("bad_images", 0) * count * get_world_size())
-    group = run.optimizer.param_groups[0]
+    group, seconds = run.optimizer.param_groups[0], max(run.seconds["total"], 1e-9)
     return {
         "train_lr": group["lr"] / group.get("lr_scale", 1.0),
         "train_loss": values.pop("loss", float("nan")),
@@ -328,19 +308,18 @@ def next_epoch(run: Run) -> None:
 
 
 def start_profiler(run: Run, updates: int) -> None:
-    """`--profile N`: torch's profiler over `updates` updates after two of warm-up."""
-    activities = torch.profiler.ProfilerActivity
+    """`--profile N`: torch's profiler over `updates` updates after two of warm-up, a trace on rank 0."""
+    file, kinds = run.output_dir / "profile" / "trace.json", torch.profiler.ProfilerActivity
+
+    def write(profile: torch.profiler.profile) -> None:
+        if is_main_process():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            profile.export_chrome_trace(str(file))
+            print(f"{file}: open it in https://ui.perfetto.dev", flush=True)
+
     run.profiler = torch.profiler.profile(
-        activities=[activities.CPU, *([activities.CUDA] if run.device.type == "cuda" else [])],
+        activities=[kinds.CPU, *([kinds.CUDA] if run.device.type == "cuda" else [])],
         schedule=torch.profiler.schedule(wait=1, warmup=1, active=updates),
-        on_trace_ready=lambda profile: _write_trace(profile, run.output_dir / "profile"),
+        on_trace_ready=write,
     )
     run.profiler.start()
-
-
-def _write_trace(profile: torch.profiler.profile, folder: Path) -> None:
-    if is_main_process():
-        folder.mkdir(parents=True, exist_ok=True)
-        profile.export_chrome_trace(str(folder / "trace.json"))
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15))
-        print(f"{folder / 'trace.json'}: open it in https://ui.perfetto.dev", flush=True)

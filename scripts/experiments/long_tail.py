@@ -2,14 +2,12 @@
 
     python -m scripts.experiments.long_tail --data_path labels.csv --label_column make --output crowd
 
-The classes of the train rows are ordered by size; the class of rank r keeps (largest class) / r ** --exponent images,
-chosen at random, if it has so many. Then photos that "go round" are added: small crops, saved again, of the kept
-images, each drawn with the same chance, until they are --copies of the pool. Writes
+The class of rank r keeps (largest class) / r ** --exponent train images, chosen at random, if it has so many. Then
+photos that "go round" are added: small crops, saved again, of the kept images, until they are --copies of the pool.
 
     photos/          the pool, names shuffled
     pool.csv         path and the columns of the table; `of` is the photo that a crop was made from
-    balanced.csv     path, split and the columns: equally many train and val rows of each class that has
-                     --per_class of both; the train rows are references, whether they are in the pool or not
+    balanced.csv     path, split and the columns: equally many train and val rows of each class with --per_class of both
 """
 
 from collections import Counter, defaultdict
@@ -61,10 +59,9 @@ def balanced(rows: list[dict], column: str, per_class: int, rng: np.random.Gener
         of[row[column], row["split"]].append(row)
     chosen = []
     for name in sorted({row[column] for row in rows}):
-        if min(len(of[name, split]) for split in ("train", "val")) >= per_class:
-            for split in ("train", "val"):
-                members = of[name, split]
-                chosen.extend(members[i] for i in sorted(rng.choice(len(members), per_class, replace=False)))
+        parts = of[name, "train"], of[name, "val"]
+        for members in parts if min(map(len, parts)) >= per_class else ():
+            chosen.extend(members[i] for i in sorted(rng.choice(len(members), per_class, replace=False)))
     return chosen
 
 
@@ -105,7 +102,6 @@ def main(args) -> dict:
     result = {"images": len(pool), "crops": len(drawn), "classes": len(counts)}
     result |= {"largest_class": max(counts.values()), "smallest_class": min(counts.values())}
     result["balanced_classes"] = len({row[column] for row in judged})
-    result["balanced_val"] = sum(row["split"] == "val" for row in judged)
 
     def finish(folder: Path) -> None:
         write_table(folder / "pool.csv", ["path", "of", *columns], pool)
