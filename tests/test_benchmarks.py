@@ -10,7 +10,6 @@ import main_describe
 from datasets import benchmarks
 from util.errors import InputError
 
-
 KNOWN = {
     "/data/VeRi/image_query/0002_c002_00030600_0.jpg": "VeRi-776",
     "pool/veri-776/IMAGE_TEST/a.jpg": "VeRi-776",
