@@ -1,62 +1,29 @@
-"""What every downstream task shares: the `Task` it builds, one epoch of training, and answers for all test images."""
+"""What every downstream task shares: one epoch of training, and answers for all test images."""
 
-import contextlib
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.utils.data import Dataset, Sampler, Subset
+from torch.utils.data import Subset
 
 from datasets.items import WholeImages
 from engine_extract import extract_features
-from util.dist import get_rank, get_world_size, is_main_process, wait_for_main
+from util.dist import get_rank, get_world_size, is_main_process
 from util.errors import InputError
-from util.files import write_atomic
 from util.loop import Run, StepWatch, apply_update, to_device
 from util.optim import set_lr
-from util.precision import scoring
 from util.progress import Progress
 
 STEADIER = "lower --lr or set --clip_grad 1 (name them after --allow_change), or use --amp none"
 
 
 @dataclass
-class Task:
-    """One task, built from flags and data; the loop runs it without knowing which it is.
-
-    model: what is trained and saved, on the device.
-    optimizer: fused, its groups with `lr_scale`.
-    dataset, batches: an item of `batches` is a list of what `dataset` takes; both as in pre-training.
-    loss: (the model or its DDP wrapper, a batch on the device) -> terms, scalars; "loss" is descended.
-    shown: names of terms that a log line shows.
-    lr: fractional epoch, 0 at the start -> learning rate.
-    evaluate: on every rank, with whether training is over; numbers by name on rank 0, empty elsewhere.
-    config: what builds the model again. facts: what a continued run must share.
-    header: lines about data and model to print before the start.
-    """
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    dataset: Dataset
-    batches: Sampler
-    loss: Callable[[nn.Module, dict], dict[str, torch.Tensor]]
-    shown: tuple[str, ...]
-    lr: Callable[[float], float]
-    evaluate: Callable[[bool], dict]
-    config: dict
-    facts: dict
-    header: list[str] = field(default_factory=list)
-
-
-@dataclass
 class FinetuneRun(Run):
-    """task: what is learned."""
+    """task: what is learned, a `finetune.task.Task`."""
 
-    task: Task | None = None
+    task: object = None
 
 
 def train_one_epoch(run: FinetuneRun, args) -> None:
@@ -95,16 +62,6 @@ def seed_of_step(seed: int, epoch: int, step: int) -> int:
     return int(np.random.SeedSequence([seed, epoch, step]).generate_state(1, np.uint64)[0] >> 1)
 
 
-@contextlib.contextmanager
-def evaluation(model: nn.Module):
-    """Score inside: evaluation mode, float32 products not rounded to TF32; afterwards all ranks wait for rank 0."""
-    try:
-        with scoring(model):
-            yield
-    finally:
-        wait_for_main()
-
-
 @dataclass(frozen=True)
 class Predictions:
     """Of the images that could be read: their rows [n] int64 in the list and the answers [n, D] float32 on the CPU.
@@ -130,7 +87,7 @@ def predict(
     Args:
         encode: ([n, 3, H, W] uint8 on the device, [n] int64 numbers in the list) -> [n, D].
         images: all of the list, in its order. title: of the progress line and of messages.
-        loading: batch_size, num_workers, amp_dtype of `extract_batches`.
+        loading: batch_size and num_workers.
     Raises:
         InputError: not one image can be read, or the model answers with numbers that are not finite.
     """
@@ -185,11 +142,3 @@ def _on_main(values: torch.Tensor, owner: np.ndarray) -> torch.Tensor | None:
             dist.recv(part, src=rank)
             whole[owner == rank] = part
     return whole
-
-
-def write_unreadable(names: list[str], folder: Path) -> None:
-    """Count the test images that could not be read and list them in a file; nothing where there are none."""
-    if names:
-        file, lines = folder / "unreadable_test_images.txt", sorted(set(names))
-        write_atomic(file, lambda opened: opened.write("".join(f"{line}\n" for line in lines).encode()))
-        print(f"{len(lines)} test images cannot be read: {file} lists them")

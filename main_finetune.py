@@ -33,9 +33,8 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from engine_finetune import FinetuneRun, train_one_epoch
-from finetune.encoder import load_scored, task_module
+from finetune.encoder import task_to_score, task_to_train
 from util.dist import get_world_size, is_main_process, launch, print_main, wrap_ddp
-from util.fetch import fetch
 from util.files import write_json
 from util.loop import epoch_record, next_epoch, start_profiler
 from util.parallel import default_workers
@@ -53,8 +52,6 @@ FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAM
 def main(args) -> dict:
     """Train and score, or with --eval only score; returns the numbers on rank 0."""
     check_args(args)
-    if args.finetune:
-        args.finetune = str(fetch(args.finetune))
     if args.num_workers is None:
         args.num_workers = default_workers()
     job = evaluate if args.eval else train
@@ -62,9 +59,8 @@ def main(args) -> dict:
 
 
 def evaluate(args, device: torch.device) -> dict:
-    amp_dtype, _ = pick_precision(args.amp, device)
-    found = load_scored(args, device)
-    return finish(args, task_module(args.task).evaluate(found, args, device, amp_dtype))
+    pick_precision("none", device)
+    return finish(args, task_to_score(args, device).evaluate())
 
 
 def train(args, device: torch.device) -> dict:
@@ -109,8 +105,8 @@ def build_run(args, device: torch.device) -> FinetuneRun:
     args.global_batch = args.batch_size * get_world_size()
     if args.lr is None:
         args.lr = about.default_lr(args) * args.global_batch / about.recipe["batch_size"]
-    task = task_module(args.task).build(args, device, amp_dtype)
-    facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | task.facts
+    task = task_to_train(args, device)
+    facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | task.facts()
     facts |= {"world_size": get_world_size()}
     files = RunFiles(args, facts, task.config, [*FIXED_ON_RESUME, *about.fixed], "--finetune")
     loader = DataLoader(

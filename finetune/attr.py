@@ -1,4 +1,4 @@
-"""Attribute recognition: VTB, from flags to a task that can be trained and scored."""
+"""Attribute recognition: VTB, trained and scored."""
 
 import csv
 import io
@@ -14,16 +14,15 @@ from torch import nn
 
 from datasets.attr import Attribute, AttributeData, AttributeTrainImages, read_attribute_set
 from datasets.items import WholeImages
-from datasets.samplers import epoch_batches
 from datasets.transforms import PadCropErase
 from description.canonical import slot_of, with_articles
-from engine_finetune import Predictions, Task, evaluation, predict, write_unreadable
-from finetune.encoder import Trained, build_encoder, build_optimizer, transreid_schedule
+from engine_finetune import Predictions
+from finetune.task import Task
 from metrics.attr import attribute_metrics, attribute_rows, constant_answer, group_top1
 from models_vit import VisionTransformer
 from models_vtb import VTB, attribute_loss
 from reports.attr import AttributeTest, write_attr_report
-from util.dist import gather_rows, print_main
+from util.dist import gather_rows
 from util.errors import InputError
 from util.files import file_sha256, write_atomic
 
@@ -53,16 +52,10 @@ class AttributeStats:
     constant: np.ndarray
 
     @classmethod
-    def of(cls, data: AttributeData, vectors_from: str) -> "AttributeStats":
-        constant = constant_answer(data.train.labels)
-        return cls(data.name, data.attributes, vectors_from, data.train.rates(), constant)
-
-    @classmethod
     def from_config(cls, config: dict) -> "AttributeStats":
-        return cls(
-            config["set"], tuple(Attribute(*pair) for pair in config["attributes"]), config["vectors_from"],
-            np.array(config["rates"]), np.array(config["constant"], dtype=bool),
-        )  # fmt: skip
+        attributes = tuple(Attribute(*pair) for pair in config["attributes"])
+        constant = np.array(config["constant"], dtype=bool)
+        return cls(config["set"], attributes, config["vectors_from"], np.array(config["rates"]), constant)
 
     @property
     def names(self) -> list[str]:
@@ -78,163 +71,106 @@ class AttributeStats:
         return found
 
 
-def build(args, device: torch.device, amp_dtype) -> Task:
-    """Data, model, optimiser and loss of a training run.
+class Attr(Task):
+    """VTB on a set with attributes; its text vectors are among its weights, so that scoring needs no teacher."""
 
-    Raises:
-        InputError: see `read_attribute_set`, `text_vectors`, `build_encoder`; or a batch of one image.
-    """
-    if args.global_batch < 2:
-        raise InputError("--batch_size 1: the batch norm of the logits needs 2 images at least")
-    data = read_attribute_set(
-        args.data_path, args.attr_format,
-        binary=args.attr_columns, categorical=args.attr_categories, test_split=args.attr_split,
-    )  # fmt: skip
-    batches = epoch_batches(len(data.train), args.batch_size, args.seed)
-    torch.manual_seed(args.seed)
-    encoder, report = build_encoder(args)
-    vectors, source = text_vectors(args, data.attributes, encoder.embed_dim)
-    model = VTB(encoder, vectors).to(device)
-    stats = AttributeStats.of(data, source)
-    rates = torch.tensor(stats.rates, dtype=torch.float32, device=device)
-    return Task(
-        model,
-        build_optimizer(model, len(encoder.blocks), args),
-        AttributeTrainImages(data.train, PadCropErase(args.img_size, erase=0.0), args.seed),
-        batches,
-        loss=lambda wrapped, batch: attr_loss(wrapped, batch, rates, args.attr_threshold),
-        shown=("accuracy",),
-        lr=transreid_schedule(args),
-        evaluate=lambda is_over: score(model, stats, data, args, amp_dtype, is_over),
-        config=attr_config(encoder, stats, vectors.shape[1]),
-        facts={
-            "images": len(data.train), "images_sha": data.sha256(), "num_classes": len(data.attributes),
-            "text_vectors": source,
-        },
-        header=header_lines(args, data, model, stats, report),
-    )  # fmt: skip
+    kind = "CGD-MAE VTB"
 
+    def read(self, config: dict | None) -> AttributeData:
+        args = self.args
+        if config is None and args.global_batch < 2:
+            raise InputError("--batch_size 1: the batch norm of the logits needs 2 images at least")
+        more = {"binary": args.attr_columns, "categorical": args.attr_categories}
+        if config is not None:
+            more = {"known": AttributeStats.from_config(config).attributes, "need_train": False}
+        return read_attribute_set(args.data_path, args.attr_format, test_split=args.attr_split, **more)
 
-def attr_config(encoder: VisionTransformer, stats: AttributeStats, text_dim: int) -> dict:
-    """What builds the model again, and what it has learned, as plain values."""
-    return {
-        "kind": "CGD-MAE VTB", "task": "attr", **encoder.settings(), "text_dim": text_dim, "set": stats.set,
-        "attributes": [list(attribute) for attribute in stats.attributes], "vectors_from": stats.vectors_from,
-        "rates": stats.rates.tolist(), "constant": stats.constant.tolist(),
-    }  # fmt: skip
+    def describe(self, encoder: VisionTransformer) -> dict:
+        data = self.data
+        self.vectors, source = text_vectors(self.args, data.attributes, encoder.embed_dim)
+        return {
+            "text_dim": self.vectors.shape[1], "set": data.name, "attributes": [list(a) for a in data.attributes],
+            "vectors_from": source, "rates": data.train.rates().tolist(),
+            "constant": constant_answer(data.train.labels).tolist(),
+        }  # fmt: skip
 
+    @staticmethod
+    def model_from(encoder: VisionTransformer, config: dict) -> VTB:
+        return VTB(encoder, torch.zeros(len(config["attributes"]), config["text_dim"]))
 
-def model_from(encoder: VisionTransformer, config: dict) -> VTB:
-    """The model that `attr_config` describes; its text vectors are among its weights."""
-    return VTB(encoder, torch.zeros(len(config["attributes"]), config["text_dim"]))
+    def prepare(self) -> None:
+        self.model.attr_vectors.copy_(self.vectors)
+        self.rates = torch.tensor(self.config["rates"], dtype=torch.float32, device=self.device)
 
+    def items(self) -> AttributeTrainImages:
+        augment = PadCropErase(self.args.img_size, erase=0.0)
+        return AttributeTrainImages(self.data.train, augment, self.args.seed)
 
-def header_lines(args, data: AttributeData, model: VTB, stats: AttributeStats, report: str) -> list[str]:
-    """What is printed before the start."""
-    encoder = model.base
-    lines = [
-        f"data: {args.data_path} as {data.name}",
-        *(f"  {note}" for note in data.notes),
-        f"encoder: {report}",
-        f"VTB: {model.num_attributes} attributes, {encoder.num_patches} patches ({encoder.grid_size[0]} x "
-        f"{encoder.grid_size[1]}) at {encoder.img_size[0]} x {encoder.img_size[1]} px, text vectors of "
-        f"{model.attr_vectors.shape[1]} numbers: {stats.vectors_from}",
-    ]
-    if not args.attr_vectors and not args.clip_pretrained:
-        lines.append(
-            "  THE TEXT VECTORS ARE RANDOM: no text is used; --clip_pretrained openai takes those of the "
-            "teacher, --attr_vectors FILE your own"
-        )
-    return lines
+    def facts(self) -> dict:
+        more = {"num_classes": len(self.data.attributes), "text_vectors": self.config["vectors_from"]}
+        return super().facts() | more
 
+    def model_line(self) -> str:
+        model, source = self.model, self.config["vectors_from"]
+        line = f"VTB: {model.num_attributes} attributes, {model.base.num_patches} patches, text vectors: {source}"
+        if source.startswith("random"):
+            line += (
+                "\n  THE TEXT VECTORS ARE RANDOM: no text is used; --clip_pretrained openai takes those of the "
+                "teacher, --attr_vectors FILE your own"
+            )
+        return line
 
-def attr_loss(wrapped: nn.Module, batch: dict, rates: torch.Tensor, threshold: float) -> dict[str, torch.Tensor]:
-    """`attribute_loss` of the whole batch of all ranks, and the accuracy as in scoring."""
-    attr_logits = wrapped(batch["imgs"])
-    labels = gather_rows(batch["labels"])
-    true, said = labels == 1, (attr_logits.sigmoid() > threshold) & (labels >= 0)
-    both, either = (true & said).sum(dim=1), (true | said).sum(dim=1)
-    return {"loss": attribute_loss(attr_logits, labels, rates), "accuracy": (both / either.clamp_min(1)).mean()}
+    def loss(self, wrapped: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        """`attribute_loss` of the whole batch of all ranks, and the accuracy as in scoring."""
+        attr_logits, labels = wrapped(batch["imgs"]), gather_rows(batch["labels"])
+        true, said = labels == 1, (attr_logits.sigmoid() > self.args.attr_threshold) & (labels >= 0)
+        both, either = (true & said).sum(dim=1), (true | said).sum(dim=1)
+        accuracy = (both / either.clamp_min(1)).mean()
+        return {"loss": attribute_loss(attr_logits, labels, self.rates), "accuracy": accuracy}
 
+    def answers(self, is_over: bool) -> Predictions | None:
+        test = self.data.test
+        images = WholeImages(test.paths, np.arange(len(test)), self.model.base.img_size)
+        return self.predict(lambda imgs, _: self.model(imgs).sigmoid(), images)
 
-def evaluate(found: Trained, args, device: torch.device, amp_dtype) -> dict:
-    """Score a trained model; no teacher is needed, its vectors are in the file.
+    def score(self, found: Predictions, is_over: bool) -> tuple[dict, list[str], list[str]]:
+        """Numbers beside those of a constant answer; once training `is_over` the table of the attributes."""
+        stats, threshold = AttributeStats.from_config(self.config), self.args.attr_threshold
+        probs, labels = found.values.numpy(), self.data.test.labels[found.rows]
+        metrics = all_metrics(probs, labels, stats, threshold)
+        less = f"/{len(found.unreadable)}-unreadable-left-out" if found.unreadable else ""
+        count = len(stats.attributes)
+        protocol = f"{self.data.name}{less} ({count} attributes, true above {threshold:g}, F1 averaged over images)"
+        names = [name for name in metrics if f"constant_{name}" in metrics]
+        told = [f"{name} {100 * metrics[name]:.2f} [{100 * metrics[f'constant_{name}']:.2f}]" for name in names]
+        lines = [protocol, f"  text vectors: {stats.vectors_from}", f"  {'  '.join(told)}  [constant answer]"]
+        if is_over:
+            self.rows = attribute_rows(probs, labels, stats.names, stats.rates, threshold)
+            write_rows(Path(self.args.output_dir) / "attributes.csv", self.rows)
+        numbers = metrics | {"images": len(probs), "protocol": protocol, "text_vectors": stats.vectors_from}
+        return numbers, lines, found.unreadable
 
-    Raises:
-        InputError: a set whose attributes it does not know.
-    """
-    stats = AttributeStats.from_config(found.config)
-    data = read_attribute_set(
-        args.data_path, args.attr_format, test_split=args.attr_split, known=stats.attributes, need_train=False
-    )
-    print_main(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes))
-    print_main(f"model {args.resume}:\n{found.report}\n  text vectors: {stats.vectors_from}")
-    return score(found.model, stats, data, args, amp_dtype)
-
-
-def score(model: VTB, stats: AttributeStats, data: AttributeData, args, amp_dtype, is_over: bool = True) -> dict:
-    """The test images: numbers printed beside those of a constant answer; the table of the attributes and the
-    report once training `is_over`."""
-    with evaluation(model):
-        found = predict(
-            lambda imgs, _: model(imgs).sigmoid(),
-            WholeImages(data.test.paths, np.arange(len(data.test)), model.base.img_size),
-            model.base.pos_embed.device,
-            "test",
-            batch_size=args.batch_size,
-            num_workers=args.num_workers,
-            amp_dtype=amp_dtype,
-        )
-        return {} if found is None else scored(found, stats, data, args, is_over)
-
-
-def scored(found: Predictions, stats: AttributeStats, data: AttributeData, args, is_over: bool) -> dict:
-    """On rank 0: numbers, files and page of what was predicted."""
-    folder, threshold = Path(args.output_dir), args.attr_threshold
-    probs, labels = found.values.numpy(), data.test.labels[found.rows]
-    write_unreadable(found.unreadable, folder)
-    metrics = all_metrics(probs, labels, stats, threshold)
-    rule = protocol(data.name, len(stats.attributes), threshold, len(found.unreadable))
-    print(f"{rule}\n  text vectors: {stats.vectors_from}\n{result_lines(metrics)}", flush=True)
-    flat = metrics | {"images": len(probs), "protocol": rule, "text_vectors": stats.vectors_from}
-    if is_over:
-        rows = attribute_rows(probs, labels, stats.names, stats.rates, threshold)
-        write_rows(folder / "attributes.csv", rows)
-        if args.report:
-            weights = args.resume if args.eval else folder / "model.pth"
-            facts = {"set": args.data_path, "weights": weights, "seed": args.seed}
-            facts |= {"text vectors": stats.vectors_from}
-            file = folder / "report.html"
-            test = AttributeTest(stats, data.test.paths, found.rows, probs, labels, threshold)
-            write_attr_report(file, facts, flat, rows, test)
-            print(f"report: {file}")
-    return flat
-
-
-def protocol(name: str, attributes: int, threshold: float, unreadable: int) -> str:
-    """One line to print beside the numbers."""
-    less = f"/{unreadable}-unreadable-left-out" if unreadable else ""
-    return f"{name}{less} ({attributes} attributes, true above {threshold:g}, F1 averaged over images)"
+    def report(self, found: Predictions, numbers: dict, folder: Path, facts: dict) -> list[Path]:
+        data, file, stats = self.data, folder / "report.html", AttributeStats.from_config(self.config)
+        facts |= {"text vectors": stats.vectors_from}
+        probs, labels = found.values.numpy(), data.test.labels[found.rows]
+        test = AttributeTest(stats, data.test.paths, found.rows, probs, labels, self.args.attr_threshold)
+        write_attr_report(file, facts, numbers, self.rows, test)
+        return [file]
 
 
 def all_metrics(probs: np.ndarray, labels: np.ndarray, stats: AttributeStats, threshold: float) -> dict[str, float]:
     """`attribute_metrics`, of a constant answer as `constant_...`, and of each column of words top-1; what is
     not defined is left out."""
-    constant = np.broadcast_to(stats.constant, labels.shape)
-    metrics = attribute_metrics(probs > threshold, labels)
-    metrics |= {f"top1_{name}": group_top1(probs, labels, places) for name, places in stats.groups.items()}
-    beside = attribute_metrics(constant, labels)
-    commonest = np.broadcast_to(stats.rates, labels.shape)
-    beside |= {f"top1_{name}": group_top1(commonest, labels, p) for name, p in stats.groups.items()}
+
+    def of(said: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+        tops = {f"top1_{name}": group_top1(scores, labels, places) for name, places in stats.groups.items()}
+        return attribute_metrics(said, labels) | tops
+
+    metrics = of(probs > threshold, probs)
+    beside = of(np.broadcast_to(stats.constant, labels.shape), np.broadcast_to(stats.rates, labels.shape))
     metrics |= {f"constant_{name}": value for name, value in beside.items()}
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
-
-
-def result_lines(metrics: dict[str, float]) -> str:
-    """The numbers in percent, a constant's in brackets."""
-    names = [name for name in metrics if f"constant_{name}" in metrics]
-    told = [f"{name} {100 * metrics[name]:.2f} [{100 * metrics[f'constant_{name}']:.2f}]" for name in names]
-    return f"  {'  '.join(told)}  [constant answer]"
 
 
 def write_rows(file: Path, rows: list[dict]) -> None:
@@ -256,11 +192,8 @@ def sentence(attribute: Attribute) -> str:
 
 
 def text_vectors(args, attributes: tuple[Attribute, ...], dim: int) -> tuple[torch.Tensor, str]:
-    """The vectors that the flags ask for.
+    """The vectors that the flags ask for; dim: width of the encoder, and of the random vectors.
 
-    Args:
-        args: reads attr_vectors, clip_pretrained, clip_model, seed.
-        dim: width of the encoder, and of the random vectors.
     Returns:
         [A, D_t] float32 on the CPU, and where they come from: it belongs beside every number, as other
         vectors give other numbers.
@@ -274,11 +207,7 @@ def text_vectors(args, attributes: tuple[Attribute, ...], dim: int) -> tuple[tor
 
 
 def vectors_of_file(file: Path, count: int) -> tuple[torch.Tensor, str]:
-    """An array [A, D_t] in a .npy, or the only tensor of a .safetensors.
-
-    Raises:
-        InputError: unreadable, of another shape, or with numbers that are not finite.
-    """
+    """An array [A, D_t] in a .npy, or the only tensor of a .safetensors."""
     try:
         if file.suffix == ".safetensors":
             (vectors,) = load_file(file).values()

@@ -5,48 +5,37 @@ has, and `check_args` fills in the rest.
 """
 
 import argparse
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from util.cli import check_numbers, parse_input_size
 from util.errors import InputError
 from util.names import ENCODER_MODELS, REID_FORMATS
 
-BY_RECIPE = object()  # the default of a common flag that each task's recipe sets
-PIXEL_STATS = ("checkpoint", "imagenet", "half", "clip")
-SEG_MODES = ("slide", "whole")
 # what shapes an encoder: a trained model has its own
 ENCODER_FLAGS = ("model", "input_size", "stride", "drop_path", "pixel_stats", "pos_resize", "quick_gelu")
 
 
-@dataclass(frozen=True)
 class Flag:
-    """default: what `check_args` fills in. help: without the default, where its value says it. how: of argparse."""
+    """A flag. default: what `check_args` fills in; type and action follow from it, unless it is None. within: the
+    interval of its numbers. help: without the default, where its value says it. how: of argparse."""
 
-    name: str
-    default: object
-    help: str
-    how: dict
-
-
-def flag(name: str, default: object, help: str, **how) -> Flag:
-    """A flag; its type and action follow from the default, unless that is None."""
-    if default is False:
-        how["action"] = "store_true"
-    elif default is True:
-        how["action"] = argparse.BooleanOptionalAction
-    elif isinstance(default, int | float):
-        how["type"] = type(default)
-    return Flag(name, default, help, how)
+    def __init__(self, name: str, default: object, help: str, within: str = "", **how):
+        self.name, self.default, self.help, self.within, self.how = name, default, help, within, how
+        if isinstance(default, bool):
+            how["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        elif isinstance(default, int | float):
+            how["type"] = type(default)
 
 
 @dataclass(frozen=True)
 class TaskFlags:
     """What the command line knows of a task.
 
-    title: of its group in --help. recipe: of the common flags. default_lr: learning rate at the recipe's batch.
-    flags: its own. check: (args, names that the user has said) -> InputError on a contradiction.
+    title: of its group in --help. recipe: defaults of the common flags where they differ. default_lr: learning rate at
+    the recipe's batch. flags: its own. check: (args, names that the user has said) -> InputError on a contradiction.
     fixed: its own flags that must not change on --resume. of_the_model: those that --eval refuses, since a trained
     model has its own. encoder_alone: how --eval scores an encoder that was not trained for the task ("": it cannot).
     """
@@ -54,99 +43,95 @@ class TaskFlags:
     title: str
     recipe: dict
     default_lr: Callable[[argparse.Namespace], float]
-    flags: list[Flag] = field(default_factory=list)
+    flags: list[Flag]
     check: Callable[[argparse.Namespace, set[str]], None] = lambda args, said: None
     fixed: tuple[str, ...] = ()
     of_the_model: tuple[str, ...] = ()
     encoder_alone: str = ""
 
+    def default_of(self, f: Flag) -> object:
+        return self.recipe.get(f.name, f.default)
+
 
 # fmt: off
 COMMON = {
     "encoder": [
-        flag("finetune", "",
+        Flag("finetune", "",
             "weights of MAE, CGD-MAE, VehicleMAE, timm, Hugging Face, DINO, MoCo v3, CLIP, TransReID: a file, a name "
             "of `python -m tools.checkpoint list`, or an address (default none)"),
-        flag("model", None, f"one of {', '.join(ENCODER_MODELS)}, to start from random weights (default: the file's)",
+        Flag("model", None, f"one of {', '.join(ENCODER_MODELS)}, to start from random weights (default: the file's)",
             choices=list(ENCODER_MODELS), metavar="NAME"),
-        flag("input_size", BY_RECIPE, "pixels: one side, or H,W"),
-        flag("stride", None, "px from patch to patch; 12: they overlap (default: the patch)", type=int),
-        flag("drop_path", BY_RECIPE, "chance to skip the last block, growing linearly from 0", type=float),
-        flag("pixel_stats", "checkpoint",
+        Flag("input_size", "224", "pixels: one side, or H,W"),
+        Flag("stride", None, "px from patch to patch; 12: they overlap (default: the patch)", "[1, inf)", type=int),
+        Flag("drop_path", 0.1, "chance to skip the last block, growing linearly from 0", "[0, 1)"),
+        Flag("pixel_stats", "checkpoint",
             "mean and std of pixels: the file's, ImageNet's, 0.5 as in TransReID, CLIP's (default checkpoint; where it "
-            "says nothing CLIP's for CLIP, ImageNet's for others)", choices=PIXEL_STATS),
-        flag("pos_resize", "bicubic", "how the position table is resized", choices=("bicubic", "bilinear")),
-        flag("quick_gelu", False, "OpenAI's CLIP was trained with it"),
+            "says nothing CLIP's for CLIP, ImageNet's for others)", choices=("checkpoint", "imagenet", "half", "clip")),
+        Flag("pos_resize", "bicubic", "how the position table is resized", choices=("bicubic", "bilinear")),
+        Flag("quick_gelu", False, "OpenAI's CLIP was trained with it"),
     ],
     "optimisation": [
-        flag("batch_size", BY_RECIPE, "images per process", type=int),
-        flag("epochs", BY_RECIPE, "length of the schedule in epochs", type=int),
-        flag("warmup_epochs", BY_RECIPE, "epochs of linear warm-up", type=float),
-        flag("opt", BY_RECIPE, "optimiser; momentum of sgd 0.9", choices=("sgd", "adamw")),
-        flag("lr", None,
-            "learning rate (default: the recipe's times all ranks' batch / the recipe's; docs/FINETUNE.md)",
+        Flag("batch_size", 64, "images per process", "[1, inf)"),
+        Flag("epochs", 20, "length of the schedule in epochs", "[1, inf)"),
+        Flag("warmup_epochs", 1.0, "epochs of linear warm-up", "[0, inf)"),
+        Flag("opt", "sgd", "optimiser; momentum of sgd 0.9", choices=("sgd", "adamw")),
+        Flag("lr", None, "learning rate (default: the recipe's, times all ranks' batch / the recipe's)", "(0, inf)",
             type=float),
-        flag("min_lr_ratio", BY_RECIPE, "last learning rate / --lr", type=float),
-        flag("warmup_lr_ratio", BY_RECIPE, "first learning rate / --lr", type=float),
-        flag("bias_lr_factor", BY_RECIPE, "learning rate of biases / --lr", type=float),
-        flag("head_lr_factor", BY_RECIPE, "learning rate of what is not the encoder's / --lr", type=float),
-        flag("layer_decay", 1.0, "learning rate of a layer / the next one's"),
-        flag("weight_decay", BY_RECIPE, "weight decay", type=float),
-        flag("clip_grad", BY_RECIPE, "largest gradient norm, 0 for none", type=float),
-        flag("smoothing", BY_RECIPE, "label smoothing", type=float),
+        Flag("min_lr_ratio", 0.0, "last learning rate / --lr", "[0, inf)"),
+        Flag("warmup_lr_ratio", 0.0, "first learning rate / --lr", "[0, inf)"),
+        Flag("bias_lr_factor", 1.0, "learning rate of biases / --lr", "[0, inf)"),
+        Flag("head_lr_factor", 1.0, "learning rate of what is not the encoder's / --lr", "[0, inf)"),
+        Flag("layer_decay", 1.0, "learning rate of a layer / the next one's", "(0, 1]"),
+        Flag("weight_decay", 0.0, "weight decay", "[0, inf)"),
+        Flag("clip_grad", 0.0, "largest gradient norm, 0 for none", "[0, inf)"),
+        Flag("smoothing", 0.0, "label smoothing", "[0, 1)"),
     ],
     "data": [
-        flag("data_path", None, "folder of the set, or a table; docs/FINETUNE.md has the layouts", required=True),
-        flag("max_bad_ratio", 0.01, "stop above this fraction of unreadable training images"),
+        Flag("data_path", None, "folder of the set, or a table; docs/FINETUNE.md has the layouts", required=True),
+        Flag("max_bad_ratio", 0.01, "stop above this fraction of unreadable training images", "[0, 1]"),
     ],
     "evaluation": [
-        flag("eval", False, "score --resume FILE, or the encoder --finetune"),
-        flag("eval_every", 0, "epochs between evaluations, 0: after the last only; they choose nothing"),
-        flag("report", False, "write report.html: numbers, curves and pictures"),
+        Flag("eval", False, "score --resume FILE, or the encoder --finetune"),
+        Flag("eval_every", 0, "epochs between evaluations, 0: after the last only; they choose nothing", "[0, inf)"),
+        Flag("report", False, "write report.html: numbers, curves and pictures"),
     ],
 }
 
 
 def check_reid(args, said: set[str]) -> None:
-    check_numbers(args, not_negative="id_weight triplet_weight center_weight sie_weight protocol_seed")
     if args.id_weight == args.triplet_weight == 0:
         raise InputError("--id_weight 0 and --triplet_weight 0 leave nothing to learn: set one of them")
-    if not 0 <= args.erase <= 1 or not 0 <= args.rerank_lambda <= 1:
-        raise InputError("--erase and --rerank_lambda are shares: give numbers from 0 to 1")
-    if args.num_instances < 2 or args.rerank_k1 < 1 or args.rerank_k2 < 1:
-        raise InputError("--num_instances must be at least 2, --rerank_k1 and --rerank_k2 at least 1")
 
 
 REID = TaskFlags(
-    title="re-identification",
-    recipe={  # TransReID's
-        "input_size": "256", "drop_path": 0.1, "batch_size": 64, "epochs": 120, "warmup_epochs": 5.0,
-        "opt": "sgd", "min_lr_ratio": 0.002, "warmup_lr_ratio": 0.01, "bias_lr_factor": 2.0,
-        "head_lr_factor": 1.0, "weight_decay": 1e-4, "clip_grad": 0.0, "smoothing": 0.0,
+    title="re-identification",  # TransReID's recipe
+    recipe={
+        "input_size": "256", "batch_size": 64, "epochs": 120, "warmup_epochs": 5.0, "min_lr_ratio": 0.002,
+        "warmup_lr_ratio": 0.01, "bias_lr_factor": 2.0, "weight_decay": 1e-4,
     },
     default_lr=lambda args: 5e-4 if args.opt == "adamw" else 0.01 if args.jpm else 0.008,
     flags=[
-        flag("format", "auto", "layout of --data_path (default auto: by the files that are there)",
+        Flag("format", "auto", "layout of --data_path (default auto: by the files that are there)",
             choices=REID_FORMATS),
-        flag("num_instances", 4, "K, images of a vehicle in a batch"),
-        flag("jpm", False, "jigsaw patch module: four local branches"),
-        flag("jpm_shift", 8, "patches are rolled by this less one"),
-        flag("sie_camera", False, "side information: camera embedding"),
-        flag("sie_view", False, "side information: view embedding"),
-        flag("sie_weight", 3.0, "lambda of the embedding"),
-        flag("id_weight", 1.0, "weight of the identity loss"),
-        flag("triplet_weight", 1.0, "weight of the triplet loss"),
-        flag("center_weight", 0.0,
-            "weight of the centre loss of the global feature; Luo et al. take 5e-4 (default 0: off)"),
-        flag("erase", 0.5, "chance that a rectangle is erased"),
-        flag("tests", None, "which tests of the set, for example 800 1600 2400 (default: all)",
+        Flag("num_instances", 4, "K, images of a vehicle in a batch", "[2, inf)"),
+        Flag("jpm", False, "jigsaw patch module: four local branches"),
+        Flag("jpm_shift", 8, "patches are rolled by this less one", "[1, inf)"),
+        Flag("sie_camera", False, "side information: camera embedding"),
+        Flag("sie_view", False, "side information: view embedding"),
+        Flag("sie_weight", 3.0, "lambda of the embedding", "[0, inf)"),
+        Flag("id_weight", 1.0, "weight of the identity loss", "[0, inf)"),
+        Flag("triplet_weight", 1.0, "weight of the triplet loss", "[0, inf)"),
+        Flag("center_weight", 0.0,
+            "weight of the centre loss of the global feature; Luo et al. take 5e-4 (default 0: off)", "[0, inf)"),
+        Flag("erase", 0.5, "chance that a rectangle is erased", "[0, 1]"),
+        Flag("tests", None, "which tests of the set, for example 800 1600 2400 (default: all)",
             nargs="+", metavar="NAME"),
-        flag("keep_same_camera", False, "score the variant that keeps same-camera matches; under another name"),
-        flag("protocol_seed", 0, "seed of VehicleID's ten draws"),
-        flag("rerank", False, "also score after k-reciprocal re-ranking"),
-        flag("rerank_k1", 20, "neighbours that may be reciprocal"),
-        flag("rerank_k2", 6, "neighbours averaged over"),
-        flag("rerank_lambda", 0.3, "share of the first distance"),
+        Flag("keep_same_camera", False, "score the variant that keeps same-camera matches; under another name"),
+        Flag("protocol_seed", 0, "seed of VehicleID's ten draws", "[0, inf)"),
+        Flag("rerank", False, "also score after k-reciprocal re-ranking"),
+        Flag("rerank_k1", 20, "neighbours that may be reciprocal", "[1, inf)"),
+        Flag("rerank_k2", 6, "neighbours averaged over", "[1, inf)"),
+        Flag("rerank_lambda", 0.3, "share of the first distance", "[0, 1]"),
     ],
     check=check_reid,
     fixed=("num_instances", "jpm", "jpm_shift", "sie_camera", "sie_view", "sie_weight", "id_weight", "triplet_weight",
@@ -157,8 +142,6 @@ REID = TaskFlags(
 
 
 def check_attr(args, said: set[str]) -> None:
-    if not 0 < args.attr_threshold < 1:
-        raise InputError(f"--attr_threshold {args.attr_threshold}: must be between 0 and 1")
     if args.attr_vectors and args.clip_pretrained:
         raise InputError("--attr_vectors and --clip_pretrained both give the text vectors: drop one of them")
     if args.smoothing:
@@ -168,28 +151,27 @@ def check_attr(args, said: set[str]) -> None:
 
 
 ATTR = TaskFlags(
-    title="attributes",
-    recipe={  # VTB's
-        "input_size": "224", "drop_path": 0.1, "batch_size": 128, "epochs": 20, "warmup_epochs": 5.0,
-        "opt": "sgd", "min_lr_ratio": 0.002, "warmup_lr_ratio": 0.01, "bias_lr_factor": 1.0,
-        "head_lr_factor": 1.0, "weight_decay": 1e-4, "clip_grad": 0.0, "smoothing": 0.0,
+    title="attributes",  # VTB's recipe
+    recipe={
+        "batch_size": 128, "warmup_epochs": 5.0, "min_lr_ratio": 0.002, "warmup_lr_ratio": 0.01, "weight_decay": 1e-4,
     },
     default_lr=lambda args: 5e-4 if args.opt == "adamw" else 8e-3,
     flags=[
-        flag("attr_format", "auto", "layout of --data_path (default auto: a folder is VeRi-776, a file a table)",
+        Flag("attr_format", "auto", "layout of --data_path (default auto: a folder is VeRi-776, a file a table)",
             choices=("auto", "veri776", "table")),
-        flag("attr_columns", None,
+        Flag("attr_columns", None,
             "columns of a table that hold 0 or 1 (default: all but path and split; with --attr_categories none)",
             nargs="+", metavar="NAME"),
-        flag("attr_categories", None, "columns of a table that hold words, an attribute a word (default none)",
+        Flag("attr_categories", None, "columns of a table that hold words, an attribute a word (default none)",
             nargs="+", metavar="NAME"),
-        flag("attr_split", "test", "value of the column split to test on"),
-        flag("attr_threshold", 0.45, "probability above which an attribute is said to be true (default 0.45, VTB's)"),
-        flag("attr_vectors", "", "text vectors [A, D] as .npy or .safetensors, a row an attribute (default none)"),
-        flag("clip_pretrained", "",
+        Flag("attr_split", "test", "value of the column split to test on"),
+        Flag("attr_threshold", 0.45, "probability above which an attribute is said to be true (default 0.45, VTB's)",
+            "(0, 1)"),
+        Flag("attr_vectors", "", "text vectors [A, D] as .npy or .safetensors, a row an attribute (default none)"),
+        Flag("clip_pretrained", "",
             "take the text vectors from CLIP: open_clip tag, or a weight file .pt .bin .safetensors (default none: "
             "random orthogonal vectors)"),
-        flag("clip_model", "ViT-L-14", "open_clip name or path of an open_clip JSON config"),
+        Flag("clip_model", "ViT-L-14", "open_clip name or path of an open_clip JSON config"),
     ],
     check=check_attr,
     fixed=("text_vectors",),
@@ -200,7 +182,6 @@ ATTR = TaskFlags(
 def check_fgvc(args, said: set[str]) -> None:
     if args.contrastive_weight is None:
         args.contrastive_weight = 1.0 if args.parts == "on" else 0.0
-    check_numbers(args, not_negative="contrastive_weight")
     if "contrastive_margin" in said and not args.contrastive_weight:
         raise InputError(
             f"--contrastive_margin {args.contrastive_margin} without the contrastive loss: drop it, or set "
@@ -210,31 +191,21 @@ def check_fgvc(args, said: set[str]) -> None:
         raise InputError(
             f"--label_column {args.label_column}: {args.data_path} is a folder, whose layout names the classes: drop it"
         )
-    if not -1 <= args.contrastive_margin < 1:
-        raise InputError(f"--contrastive_margin {args.contrastive_margin}: a cosine, from -1 to below 1")
-    if args.resize is not None and args.resize < max(args.img_size) and not args.eval:
-        raise InputError(
-            f"--resize {args.resize} px leaves no crop of {args.img_size[0]} x {args.img_size[1]}: give at "
-            f"least {max(args.img_size)}"
-        )
 
 
 FGVC = TaskFlags(
-    title="fine-grained classes",
-    recipe={  # TransFG's of StanfordCars: 500 of its 10,000 steps of 16 images are warm-up
-        "input_size": "448", "drop_path": 0.1, "batch_size": 16, "epochs": 20, "warmup_epochs": 1.0,
-        "opt": "sgd", "min_lr_ratio": 0.0, "warmup_lr_ratio": 0.0, "bias_lr_factor": 1.0,
-        "head_lr_factor": 1.0, "weight_decay": 0.0, "clip_grad": 1.0, "smoothing": 0.0,
-    },
+    title="fine-grained classes",  # TransFG's recipe of StanfordCars: 500 of its 10,000 steps of 16 images are warm-up
+    recipe={"input_size": "448", "batch_size": 16, "clip_grad": 1.0},
     default_lr=lambda args: 2.5e-4 if args.opt == "adamw" else 0.03,
     flags=[
-        flag("label_column", "label", "column of a table that holds the class"),
-        flag("parts", "on", "TransFG's part selection; off: the ViT baseline", choices=("on", "off")),
-        flag("contrastive_weight", None, "weight of the contrastive loss (default 1, with --parts off 0)", type=float),
-        flag("contrastive_margin", 0.4, "cosine up to which other classes cost nothing"),
-        flag("resize", None, "px of both sides of a picture before the crop of --input_size (default its 600/448)",
-            type=int),
-        flag("auto_augment", True, "AutoAugment's policy for ImageNet after crop and flip"),
+        Flag("label_column", "label", "column of a table that holds the class"),
+        Flag("parts", "on", "TransFG's part selection; off: the ViT baseline", choices=("on", "off")),
+        Flag("contrastive_weight", None, "weight of the contrastive loss (default 1, with --parts off 0)", "[0, inf)",
+            type=float),
+        Flag("contrastive_margin", 0.4, "cosine up to which other classes cost nothing", "[-1, 1)"),
+        Flag("resize", None, "px of both sides of a picture before the crop of --input_size (default its 600/448)",
+            "[1, inf)", type=int),
+        Flag("auto_augment", True, "AutoAugment's policy for ImageNet after crop and flip"),
     ],
     check=check_fgvc,
     fixed=("parts", "contrastive_weight", "contrastive_margin", "auto_augment", "resize"),
@@ -243,35 +214,32 @@ FGVC = TaskFlags(
 
 
 def check_seg(args, said: set[str]) -> None:
-    check_numbers(args, not_negative="aux_weight")
     if args.seg_split == "train" and not args.eval:
         raise InputError("--seg_split train would score what is trained on: choose val or test")
-    low, high = args.resize_range
-    if not 0 < low <= high <= 10:
-        raise InputError(f"--resize_range {low:g} {high:g}: give two factors above 0, the smaller one first")
+    if args.resize_range[0] > args.resize_range[1]:
+        raise InputError("--resize_range {:g} {:g}: give two factors, the smaller one first".format(*args.resize_range))
 
 
 SEG = TaskFlags(
-    title="part segmentation",
-    recipe={  # SETR's for ADE20K, without dropout; 20,000 updates of 16 are 320,000 / images epochs
+    title="part segmentation",  # SETR's recipe of ADE20K, without dropout: 20,000 updates of 16
+    recipe={
         "input_size": "512", "drop_path": 0.0, "batch_size": 16, "epochs": 100, "warmup_epochs": 0.0,
-        "opt": "sgd", "min_lr_ratio": 0.1, "warmup_lr_ratio": 0.0, "bias_lr_factor": 1.0,
-        "head_lr_factor": 10.0, "weight_decay": 0.0, "clip_grad": 0.0, "smoothing": 0.0,
+        "min_lr_ratio": 0.1, "head_lr_factor": 10.0,
     },
     default_lr=lambda args: 1e-4 if args.opt == "adamw" else 1e-3,
     flags=[
-        flag("label_space", "own",
+        Flag("label_space", "own",
             "which classes: those of the set's classes.json, or PartImageNet's parts of these vehicles, all else being "
             "background", choices=("own", "car_parts", "car_bicycle", "vehicle_parts")),
-        flag("decoder", "pup", "SETR's decoder", choices=("naive", "pup", "mla")),
-        flag("aux_weight", 0.4, "weight of each auxiliary head's loss, 0: there are none"),
-        flag("resize_range", [0.5, 2.0],
-            "training images are resized by a random factor of this range; 1: short side = crop", nargs=2, type=float,
-            metavar=("MIN", "MAX")),
-        flag("distort", True, "random brightness, contrast, saturation, hue in training"),
-        flag("seg_eval", "slide", "score by sliding windows, or by the whole image resized to --input_size",
-            choices=SEG_MODES),
-        flag("seg_split", "auto", "which split is scored (default auto: test, where there is none val)",
+        Flag("decoder", "pup", "SETR's decoder", choices=("naive", "pup", "mla")),
+        Flag("aux_weight", 0.4, "weight of each auxiliary head's loss, 0: there are none", "[0, inf)"),
+        Flag("resize_range", [0.5, 2.0],
+            "training images are resized by a random factor of this range; 1: short side = crop (default 0.5 2)",
+            "(0, 10]", nargs=2, type=float, metavar=("MIN", "MAX")),
+        Flag("distort", True, "random brightness, contrast, saturation, hue in training"),
+        Flag("seg_eval", "slide", "score by sliding windows, or by the whole image resized to --input_size",
+            choices=("slide", "whole")),
+        Flag("seg_split", "auto", "which split is scored (default auto: test, where there is none val)",
             choices=("auto", "train", "val", "test")),
     ],
     check=check_seg,
@@ -292,7 +260,7 @@ class ChooseTask(argparse.Action):
 
     def __call__(self, parser, namespace, task, option=None):
         namespace.task = task
-        for action in (action for other, actions in self.own.items() if other != task for action in actions):
+        for action in (a for other, actions in self.own.items() if other in TASKS and other != task for a in actions):
             action.help = argparse.SUPPRESS
 
 
@@ -300,47 +268,33 @@ def add_task_flags(parser: argparse.ArgumentParser) -> None:
     """--task, the common flags, and those of each task in a group of its own."""
     own: dict[str, list[argparse.Action]] = {}
     parser.add_argument("--task", required=True, choices=list(TASKS), action=ChooseTask, own=own, help="what to learn")
-    for title, flags in COMMON.items():
-        add_group(parser, title, flags)
-    for task, about in TASKS.items():
-        own[task] = add_group(parser, f"{about.title} (--task {task})", about.flags)
-
-
-def add_group(parser: argparse.ArgumentParser, title: str, flags: list[Flag]) -> list[argparse.Action]:
-    group = parser.add_argument_group(title)
-    return [group.add_argument(f"--{f.name}", default=None, help=help_of(f), **f.how) for f in flags]
+    tasks = {f"{about.title} (--task {task})": about.flags for task, about in TASKS.items()}
+    for (title, flags), task in zip((COMMON | tasks).items(), [*COMMON, *TASKS]):
+        add = parser.add_argument_group(title).add_argument
+        own[task] = [add(f"--{f.name}", default=None, help=help_of(f), **f.how) for f in flags]
 
 
 def help_of(f: Flag) -> str:
     """ "images per process (default reid 64, attr 128, fgvc 16, seg 16)"."""
     if "(default" in f.help or f.how.get("required"):
         return f.help
-    if f.default is BY_RECIPE:
-        shown = ", ".join(f"{task} {about.recipe[f.name]}" for task, about in TASKS.items())
-    elif isinstance(f.default, bool):
-        shown = "on" if f.default else "off"
-    else:
-        values = f.default if isinstance(f.default, list) else [f.default]
-        shown = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    shown = ", ".join(f"{task} {about.default_of(f)}" for task, about in TASKS.items())
+    if not any(f.name in about.recipe for about in TASKS.values()):
+        shown = {True: "on", False: "off"}[f.default] if isinstance(f.default, bool) else f.default
     return f"{f.help} (default {shown})"
 
 
 def fill_defaults(args) -> set[str]:
     """Give each flag that nobody has said its default; flags of other tasks leave `args`, and `args.given` names those
-    that say how the run is done, for tables of results.
-
-    Returns:
-        The names of the flags that the user has said.
-    Raises:
-        InputError: a flag of another task.
-    """
+    that say how the run is done, for tables of results. Returns the names of the flags that the user has said."""
     said = {name for name, value in vars(args).items() if value is not None}
     about = TASKS[args.task]
     flags = [*(f for flags in COMMON.values() for f in flags), *about.flags]
     args.given = [f.name for f in flags if f.name in said] + ["amp"] * (args.amp != "auto")
     for f in flags:
-        if getattr(args, f.name) is None:
-            setattr(args, f.name, about.recipe[f.name] if f.default is BY_RECIPE else f.default)
+        value = getattr(args, f.name)
+        setattr(args, f.name, about.default_of(f) if value is None else value)
+        check_within(f, getattr(args, f.name))
     own = {f.name for f in about.flags}
     for task, other in TASKS.items():
         for name in [f.name for f in other.flags if f.name not in own and hasattr(args, f.name)]:
@@ -350,26 +304,25 @@ def fill_defaults(args) -> set[str]:
     return said
 
 
-def check_args(args) -> None:
-    """Find contradictions among flags before anything is loaded; fill defaults and derived values.
+def check_within(f: Flag, value) -> None:
+    """Refuse a number outside its interval."""
+    values = [] if value is None or not f.within else value if isinstance(value, list) else [value]
+    low, high = map(float, f.within[1:-1].split(",")) if values else (0, 0)
+    for x in values:
+        above, below = low < x or f.within[0] == "[" and x == low, x < high or f.within[-1] == "]" and x == high
+        if not (above and below):
+            words = {"[0, inf)": "must not be negative", "(0, inf)": "must be positive"}
+            words = words.get(f.within, f"must be at least {low:g}" if math.isinf(high) else f"must be in {f.within}")
+            raise InputError(f"--{f.name} {x}: {words}")
 
-    Raises:
-        InputError: one sentence on the first contradiction.
-    """
+
+def check_args(args) -> None:
+    """Find contradictions among flags before anything is loaded; fill defaults and derived values."""
     said = fill_defaults(args)
     args.img_size = parse_input_size(args.input_size)
     check_numbers(
-        args,
-        at_least_one="batch_size epochs print_freq save_freq max_bad_steps",
-        not_negative="warmup_epochs weight_decay clip_grad max_bad_ratio seed eval_every keep_checkpoints "
-        "min_lr_ratio warmup_lr_ratio bias_lr_factor head_lr_factor num_workers",
-        positive="lr",
+        args, at_least_one="print_freq save_freq max_bad_steps", not_negative="seed keep_checkpoints num_workers"
     )
-    for name in ("drop_path", "smoothing"):
-        if not 0 <= getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: must be in [0, 1)")
-    if not 0 < args.layer_decay <= 1:
-        raise InputError(f"--layer_decay {args.layer_decay}: must be in (0, 1]")
     if args.warmup_epochs >= args.epochs:
         raise InputError(
             f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}: use "
@@ -378,9 +331,12 @@ def check_args(args) -> None:
     TASKS[args.task].check(args, said)
     if args.eval:
         check_eval(args, said)
+    elif not args.finetune and not args.model:
+        raise InputError(
+            "give --finetune FILE (the encoder to start from), or --model vit_base_patch16 to start from random weights"
+        )
     if args.output_dir is None:
-        model = Path(args.resume or args.finetune)
-        evaluated = model.parent / f"eval_{Path(args.data_path).stem}"
+        evaluated = Path(args.resume or args.finetune).parent / f"eval_{Path(args.data_path).stem}"
         args.output_dir = str(evaluated) if args.eval else f"runs/{args.task}"
     args.accum_iter = 1
 

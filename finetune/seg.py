@@ -1,4 +1,4 @@
-"""Part segmentation: SETR, from flags to a task that can be trained and scored."""
+"""Part segmentation: SETR, trained and scored."""
 
 import math
 from dataclasses import dataclass
@@ -8,27 +8,19 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.samplers import epoch_batches
-from datasets.seg import (
-    LabelSpace,
-    PartsAugment,
-    PartsData,
-    PartsSplit,
-    PartsTestItems,
-    PartsTrainItems,
-    open_pair,
-    read_parts,
-    shown_to_model,
-)
-from engine_finetune import Task, evaluation, merged, write_unreadable
-from finetune.encoder import Trained, build_encoder, build_optimizer
-from metrics.seg import SegmentationNumbers, confusion_matrix, segmentation_numbers
+from datasets.samplers import EpochBatches, epoch_batches
+from datasets.seg import PartsAugment, PartsData, PartsSplit, PartsTestItems, PartsTrainItems, open_pair, read_parts
+from datasets.seg import shown_to_model as at_size
+from engine_finetune import merged
+from finetune.task import Task
+from metrics.seg import confusion_matrix, segmentation_numbers
 from models_setr import SETR, SETRConfig, setr_loss, synchronized
 from models_vit import VisionTransformer
 from reports.seg import SegTest, write_seg_report
-from util.dist import get_rank, get_world_size, is_main_process, print_main
+from util.dist import get_rank, get_world_size, is_main_process
 from util.errors import InputError
 from util.optim import poly_lr
 from util.progress import Progress
@@ -46,146 +38,117 @@ class PartsResult:
     unreadable: list[str]
 
 
-def build(args, device: torch.device, amp_dtype) -> Task:
-    """Data, model, optimiser and loss of a training run."""
-    test = scored_split(args)
-    data = read_parts(args.data_path, args.label_space, ("train", test))
-    train = data.splits["train"]
-    batches = epoch_batches(len(train), args.batch_size, args.seed)
-    torch.manual_seed(args.seed)
-    encoder, report = build_encoder(args)
-    depth = len(encoder.blocks)
-    model = SETR(encoder, SETRConfig(len(data.space.names), args.decoder, args.aux_weight > 0))
-    model = synchronized(model.to(device), device)
-    first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
-    return Task(
-        model,
-        build_optimizer(model, depth, args),
-        PartsTrainItems(train, data.space, augmentation(args, model), args.seed),
-        batches,
-        loss=lambda wrapped, batch: setr_loss(wrapped(batch["imgs"]), batch["masks"], args.aux_weight, args.smoothing),
-        shown=("main", "accuracy"),
-        lr=lambda epoch: poly_lr(epoch, args.lr, first, last, args.warmup_epochs, args.epochs),
-        evaluate=lambda is_over: score(model, data, test, args, amp_dtype, is_over),
-        config={
-            "kind": "CGD-MAE SETR", "task": "seg", **encoder.settings(), "num_classes": len(data.space.names),
-            "decoder": args.decoder, "aux": model.config.aux, "label_space": data.space.name,
-            "classes": list(data.space.names),
-        },
-        facts={"images": len(train), "images_sha": data.sha256("train"), "num_classes": len(data.space.names)},
-        header=[
-            f"data: {args.data_path}, label space {data.space.name}",
-            *(f"  {note}" for note in data.notes),
-            f"  an epoch: {batches.batches_per_epoch} updates, all {batches.batches_per_epoch * args.epochs}",
-            f"encoder: {report}",
-            model_line(model),
-        ],
-    )  # fmt: skip
+class Seg(Task):
+    """SETR on a set with masks."""
 
+    kind = "CGD-MAE SETR"
+    shown = ("main", "accuracy")
 
-def model_from(encoder: VisionTransformer, config: dict) -> SETR:
-    """The model that a run's config describes."""
-    return SETR(encoder, SETRConfig(config["num_classes"], config["decoder"], config["aux"]))
+    @property
+    def split(self) -> str:
+        """The split that --seg_split means."""
+        if self.args.seg_split != "auto":
+            return self.args.seg_split
+        return "test" if (Path(self.args.data_path) / "images" / "test").is_dir() else "val"
 
+    def read(self, config: dict | None) -> PartsData:
+        path, own = self.args.data_path, config or {"label_space": self.args.label_space}
+        data = read_parts(path, own["label_space"], (self.split,) if config else ("train", self.split))
+        if config and list(data.space.names) != config["classes"]:
+            raise InputError(
+                f"{self.args.resume} knows the classes {', '.join(config['classes'])[:120]}, and {path} has "
+                f"{', '.join(data.space.names)[:120]}: give a set of the same classes"
+            )
+        return data
 
-def augmentation(args, model: SETR) -> PartsAugment:
-    """Padding has the mean colour, which is zero after normalisation."""
-    fill = tuple(round(255 * value) for value in model.base.pixel_mean.flatten().tolist())
-    return PartsAugment(args.img_size, fill, tuple(args.resize_range), distort=args.distort)
+    def data_lines(self) -> list[str]:
+        notes = (f"  {note}" for note in self.data.notes)
+        return [f"data: {self.args.data_path}, label space {self.data.space.name}", *notes]
 
+    def order(self) -> EpochBatches:
+        return epoch_batches(len(self.data.splits["train"]), self.args.batch_size, self.args.seed)
 
-def model_line(model: SETR) -> str:
-    rows, columns = model.base.grid_size
-    return (
-        f"SETR-{model.config.decoder}: {model.config.num_classes} classes, {rows} x {columns} patches, "
-        f"blocks {', '.join(map(str, model.taps))} of 0 to {len(model.base.blocks) - 1}, "
-        f"{'auxiliary heads' if model.config.aux else 'no auxiliary heads'}"
-    )
+    def describe(self, encoder: VisionTransformer) -> dict:
+        space, decoder = self.data.space, {"decoder": self.args.decoder, "aux": self.args.aux_weight > 0}
+        return {"num_classes": len(space.names), **decoder, "label_space": space.name, "classes": list(space.names)}
 
+    @staticmethod
+    def model_from(encoder: VisionTransformer, config: dict) -> SETR:
+        return SETR(encoder, SETRConfig(config["num_classes"], config["decoder"], config["aux"]))
 
-def scored_split(args) -> str:
-    """The split that --seg_split means."""
-    if args.seg_split != "auto":
-        return args.seg_split
-    return "test" if (Path(args.data_path) / "images" / "test").is_dir() else "val"
+    def prepare(self) -> None:
+        self.model = synchronized(self.model, self.device)
 
+    def items(self) -> PartsTrainItems:
+        """Padding has the mean colour, which is zero after normalisation."""
+        args, data = self.args, self.data
+        fill = tuple(round(255 * value) for value in self.model.base.pixel_mean.flatten().tolist())
+        augment = PartsAugment(args.img_size, fill, tuple(args.resize_range), distort=args.distort)
+        return PartsTrainItems(data.splits["train"], data.space, augment, args.seed)
 
-def evaluate(found: Trained, args, device: torch.device, amp_dtype) -> dict:
-    """Score a trained model.
+    def facts(self) -> dict:
+        data = self.data
+        images = {"images": len(data.splits["train"]), "images_sha": data.sha256("train")}
+        return images | {"num_classes": len(data.space.names)}
 
-    Raises:
-        InputError: a set with other classes.
-    """
-    model, config, test = found.model, found.config, scored_split(args)
-    data = read_parts(args.data_path, config["label_space"], (test,))
-    if list(data.space.names) != config["classes"]:
-        raise InputError(
-            f"{args.resume} knows the classes {', '.join(config['classes'])[:120]}, and {args.data_path} has "
-            f"{', '.join(data.space.names)[:120]}: give a set of the same classes"
+    def lr(self, epoch: float) -> float:
+        args = self.args
+        first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
+        return poly_lr(epoch, args.lr, first, last, args.warmup_epochs, args.epochs)
+
+    def model_line(self) -> str:
+        config, (rows, columns) = self.model.config, self.model.base.grid_size
+        heads = "auxiliary heads" if config.aux else "no auxiliary heads"
+        return f"SETR-{config.decoder}: {config.num_classes} classes, {rows} x {columns} patches, {heads}"
+
+    def loss(self, wrapped: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
+        return setr_loss(wrapped(batch["imgs"]), batch["masks"], self.args.aux_weight, self.args.smoothing)
+
+    def answers(self, is_over: bool) -> PartsResult:
+        args = self.args
+        return evaluate_parts(self.model, self.data, self.split, args.seg_eval, args.batch_size, args.num_workers)
+
+    def score(self, found: PartsResult, is_over: bool) -> tuple[dict, list[str], list[str]]:
+        """In percent, by class and over all; None for what cannot be told, since JSON knows no NaN."""
+        space, gone = self.data.space, len(found.unreadable)
+        numbers = segmentation_numbers(found.confusion, space.background)
+        size = "{} x {} px".format(*self.model.base.img_size)
+        how = f"sliding windows of {size}, by 2/3 of a side, logits averaged"
+        protocol = (
+            f"parts/{space.name}/{self.split} ({len(space.names)} classes, {len(found.rows)} images"
+            f"{f', {gone} unreadable left out' if gone else ''}; "
+            f"{f'the whole image at {size}' if self.args.seg_eval == 'whole' else how}; one confusion matrix at the "
+            "images' sizes, no flips, no multiple scales)"
         )
-    print_main(f"data: {args.data_path}, label space {data.space.name}", *(f"  {n}" for n in data.notes))
-    print_main(f"model {args.resume}:\n{found.report}\n{model_line(model)}")
-    return score(model, data, test, args, amp_dtype)
+        each, flat = list(zip(space.names, numbers.iou.tolist(), numbers.acc.tolist())), dict(numbers.flat)
+        lines = [protocol, f"  {'IoU':>7s} {'Acc':>7s}"]
+        lines += [f"  {percent(iou):>7s} {percent(acc):>7s}  {name}" for name, iou, acc in each]
+        lines.append("  " + "  ".join(f"{name} {percent(value)}" for name, value in flat.items()))
+        flat |= {f"IoU_{name}": iou for name, iou, _ in each} | {f"Acc_{name}": acc for name, _, acc in each}
+        flat = {name: None if math.isnan(value) else value for name, value in flat.items()}
+        flat |= {"images": len(found.rows), "unreadable": gone, "protocol": protocol}
+        return flat, lines, found.unreadable
 
+    def report(self, found: PartsResult, numbers: dict, folder: Path, facts: dict) -> list[Path]:
+        part, file = self.data.splits[self.split], folder / "report.html"
+        test = SegTest(self.data.space, part.images, found.rows, found.each, partial(self.look_at, part))
+        write_seg_report(file, numbers["protocol"], facts | {"model": self.model_line()}, test)
+        return [file]
 
-def score(model: SETR, data: PartsData, split: str, args, amp_dtype, is_over: bool = True) -> dict:
-    """The numbers of a split on rank 0, printed beside their protocol, and the report where asked for once
-    training `is_over`."""
-    part, folder = data.splits[split], Path(args.output_dir)
-    with evaluation(model):
-        result = evaluate_parts(
-            model, part, data.space, args.seg_eval,
-            batch_size=args.batch_size, num_workers=args.num_workers, amp_dtype=amp_dtype,
-        )  # fmt: skip
-        if not is_main_process():
-            return {}
-        numbers = segmentation_numbers(result.confusion, data.space.background)
-        protocol = protocol_line(model, data, split, args.seg_eval, result)
-        write_unreadable(result.unreadable, folder)
-        print("\n".join([protocol, *number_lines(numbers, data)]), flush=True)
-        if args.report and is_over:
-            weights = args.resume if args.eval else folder / "model.pth"
-            about = {"set": args.data_path, "weights": weights, "model": model_line(model), "seed": args.seed}
-            look = partial(look_at, model, part, data.space, args.seg_eval, amp_dtype)
-            test = SegTest(data.space, part.images, result.rows, result.each, look)
-            write_seg_report(folder / "report.html", protocol, about, test)
-            print(f"report: {folder / 'report.html'}")
-        return flat_metrics(numbers, data, result) | {"protocol": protocol}
-
-
-def protocol_line(model: SETR, data: PartsData, split: str, mode: str, result: PartsResult) -> str:
-    """What the numbers belong to."""
-    height, width = model.base.img_size
-    how = f"sliding windows of {height} x {width} px, by 2/3 of a side, logits averaged"
-    if mode == "whole":
-        how = f"the whole image at {height} x {width} px"
-    gone = f", {len(result.unreadable)} unreadable left out" if result.unreadable else ""
-    return (
-        f"parts/{data.space.name}/{split} ({len(data.space.names)} classes, {len(result.rows)} images{gone}; "
-        f"{how}; one confusion matrix at the images' sizes, no flips, no multiple scales)"
-    )
-
-
-def number_lines(numbers: SegmentationNumbers, data: PartsData) -> list[str]:
-    """The numbers in percent, by class and over all."""
-    lines = [f"  {'IoU':>7s} {'Acc':>7s}"]
-    for name, iou, acc in zip(data.space.names, numbers.iou.tolist(), numbers.acc.tolist()):
-        lines.append(f"  {percent(iou):>7s} {percent(acc):>7s}  {name}")
-    means = [f"{name} {percent(value)}" for name, value in numbers.flat.items()]
-    return [*lines, "  " + "  ".join(means)]
+    @torch.inference_mode()
+    def look_at(self, part: PartsSplit, row: int) -> tuple:
+        """An image of the split, its truth and the model's answer, [h, w] uint8 classes at its size."""
+        picture, mask = open_pair(part.images[row], part.masks[row])
+        truth, size = (
+            self.data.space.table[mask],
+            model_size(picture.size, self.model.base.img_size, self.args.seg_eval),
+        )
+        answer = predict_mask(self.model, at_size(picture, size).to(self.device), truth.shape, 16)
+        return picture, truth, answer.cpu().numpy().astype(np.uint8)
 
 
 def percent(value: float) -> str:
     return "absent" if math.isnan(value) else f"{100 * value:.2f}"
-
-
-def flat_metrics(numbers: SegmentationNumbers, data: PartsData, result: PartsResult) -> dict:
-    """For metrics.json; None for what cannot be told, since JSON knows no NaN."""
-    flat = dict(numbers.flat)
-    for kind, values in (("IoU", numbers.iou), ("Acc", numbers.acc)):
-        flat |= {f"{kind}_{name}": value for name, value in zip(data.space.names, values.tolist())}
-    flat = {name: None if math.isnan(value) else value for name, value in flat.items()}
-    return flat | {"images": len(result.rows), "unreadable": len(result.unreadable)}
 
 
 def model_size(size: tuple[int, int], crop: tuple[int, int], mode: str) -> tuple[int, int]:
@@ -217,23 +180,16 @@ def sliding_logits(model: SETR, imgs: torch.Tensor, batch_size: int) -> torch.Te
     for first in range(0, len(corners), batch_size):
         part = corners[first : first + batch_size]
         windows = torch.stack([imgs[:, y : y + crop[0], x : x + crop[1]] for y, x in part])
-        for (y, x), logits in zip(part, model.predict(windows).float()):
+        for (y, x), logits in zip(part, model.predict(windows)):
             total[:, y : y + crop[0], x : x + crop[1]] += logits
             seen[y : y + crop[0], x : x + crop[1]] += 1
     return total / seen
 
 
-def predict_mask(
-    model: SETR, imgs: torch.Tensor, size: tuple[int, int], batch_size: int, amp_dtype=None
-) -> torch.Tensor:
-    """[3, h, w] uint8 on the device, of `model_size` -> [H, W] int64 classes at `size`: logits are enlarged
-    or shrunk, and the largest wins.
-
-    Raises:
-        FloatingPointError: logits that are not finite.
-    """
-    with torch.autocast(imgs.device.type, amp_dtype, enabled=amp_dtype is not None):
-        logits = sliding_logits(model, imgs, batch_size)
+def predict_mask(model: SETR, imgs: torch.Tensor, size: tuple[int, int], batch_size: int) -> torch.Tensor:
+    """[3, h, w] uint8 on the device, of `model_size` -> [H, W] int64 classes at `size`: logits are enlarged or shrunk,
+    and the largest wins; FloatingPointError where they are not finite."""
+    logits = sliding_logits(model, imgs, batch_size)
     if not torch.isfinite(logits).all():
         raise FloatingPointError("logits that are not finite")
     return F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
@@ -241,67 +197,39 @@ def predict_mask(
 
 @torch.inference_mode()
 def evaluate_parts(
-    model: SETR,
-    part: PartsSplit,
-    space: LabelSpace,
-    mode: str,
-    *,
-    batch_size: int,
-    num_workers: int,
-    amp_dtype: torch.dtype | None = None,
+    model: SETR, data: PartsData, split: str, mode: str, batch_size: int, num_workers: int
 ) -> PartsResult:
     """One confusion matrix of a split at the images' own sizes, the same on every rank.
 
     The ranks share out the images; each is computed once and alone, so that nothing is padded and the numbers
     are equal on any number of ranks.
-
-    Raises:
-        InputError: not one pair can be read, or the model answers with numbers that are not finite.
     """
+    part, classes, device = data.splits[split], len(data.space.names), model.base.pos_embed.device
     rows = list(range(get_rank(), len(part), get_world_size()))
-    device = model.base.pos_embed.device
-    resized = partial(model_size, crop=model.base.img_size, mode=mode)
-    loader = DataLoader(
-        PartsTestItems(part, space, rows, resized), batch_size=None, num_workers=num_workers, worker_init_fn=init_worker
-    )
+    items = PartsTestItems(part, data.space, rows, partial(model_size, crop=model.base.img_size, mode=mode))
+    loader = DataLoader(items, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker)
     progress = Progress(f"{mode}: test images", len(rows), shown=is_main_process())
-    found: dict[int, torch.Tensor | str] = {}
+    found: dict[int, torch.Tensor | str | None] = {}  # None: the model has diverged, of which all ranks must hear
     for done, (row, imgs, masks, problem) in enumerate(loader, 1):
-        row = int(row)
-        if problem:
-            found[row] = f"{part.images.relative(row)}\t{problem}"
-        else:
+        found[int(row)] = f"{part.images.relative(int(row))}\t{problem}" if problem else None
+        if not problem:
             masks = masks.to(device)
             try:
-                predicted = predict_mask(model, imgs.to(device), masks.shape, batch_size, amp_dtype)
-                found[row] = confusion_matrix(masks, predicted, len(space.names)).cpu()
+                predicted = predict_mask(model, imgs.to(device), masks.shape, batch_size)
+                found[int(row)] = confusion_matrix(masks, predicted, classes).cpu()
             except FloatingPointError:
-                found[row] = "!"  # all ranks must hear of it
+                pass
         progress.update(done)
     progress.close()
-    return _joined(merged(found), part)
-
-
-@torch.inference_mode()
-def look_at(model: SETR, part: PartsSplit, space: LabelSpace, mode: str, amp_dtype, row: int) -> tuple:
-    """An image of the split, its truth and the model's answer, [h, w] uint8 classes at its size."""
-    picture, mask = open_pair(part.images[row], part.masks[row])
-    truth, crop = space.table[mask], model.base.img_size
-    imgs = shown_to_model(picture, model_size(picture.size, crop, mode)).to(model.base.pos_embed.device)
-    answer = predict_mask(model, imgs, truth.shape, 16, amp_dtype)
-    return picture, truth, answer.cpu().numpy().astype(np.uint8)
-
-
-def _joined(found: dict[int, torch.Tensor | str], part: PartsSplit) -> PartsResult:
-    diverged = [row for row, value in found.items() if isinstance(value, str) and value == "!"]
-    if diverged:
+    found = dict(sorted(merged(found).items()))
+    if diverged := [row for row, value in found.items() if value is None]:
         raise InputError(
-            f"the answers for {len(diverged)} test images, e.g. {part.images.relative(min(diverged))}, are "
-            "not finite: the model has diverged, or needs --amp none"
+            f"the answers for {len(diverged)} test images, e.g. {part.images.relative(diverged[0])}, are "
+            "not finite: the model has diverged"
         )
-    unreadable = [value for _, value in sorted(found.items()) if isinstance(value, str)]
-    rows = [row for row, value in sorted(found.items()) if not isinstance(value, str)]
-    if not rows:
+    unreadable = [value for value in found.values() if isinstance(value, str)]
+    if len(unreadable) == len(found):
         raise InputError(f"none of the {len(part)} test pairs can be read, e.g. {unreadable[0]}")
-    each = np.stack([found[row].numpy() for row in rows])
-    return PartsResult(each.sum(axis=0), np.array(rows), each, unreadable)
+    read = {row: value.numpy() for row, value in found.items() if not isinstance(value, str)}
+    each = np.stack(list(read.values()))
+    return PartsResult(each.sum(axis=0), np.array(list(read)), each, unreadable)

@@ -164,7 +164,7 @@ def test_unreadable_test_images_are_listed_and_named_in_the_protocol(veri, train
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--attr_threshold 1", "--attr_threshold 1.0: must be between 0 and 1"),
+        ("--attr_threshold 1", r"--attr_threshold 1.0: must be in \(0, 1\)"),
         ("--attr_vectors v.npy --clip_pretrained openai", "both give the text vectors"),
         ("--attr_vectors nowhere.npy", "--attr_vectors nowhere.npy: give a .npy, .* No such file"),
         ("--clip_model ViT-B-32", "--clip_model ViT-B-32 needs its weights: give --clip_pretrained"),

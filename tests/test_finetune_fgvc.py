@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ import main_finetune
 from datasets.fgvc import read_fgvc
 from finetune import fgvc
 from finetune.encoder import load_model
-from finetune.fgvc import learning_rate
 from metrics.fgvc import class_scores
 from models_vit import VisionTransformer, load_encoder
 from reports.fgvc import COLOURS, Answers, class_table, confused_pairs, framed, sure_and_wrong
@@ -142,7 +142,7 @@ def test_the_baseline_has_no_parts_and_learns(files, tmp_path):
 
 def test_a_run_that_is_stopped_in_an_epoch_goes_on_bit_for_bit(files, trained, tmp_path, monkeypatch):
     """Stopped in the second update of the second epoch; stochastic depth, AutoAugment and all."""
-    true, calls = fgvc.fgvc_loss, []
+    true, calls = fgvc.Fgvc.loss, []
 
     def stops(*what):
         calls.append(1)
@@ -150,7 +150,7 @@ def test_a_run_that_is_stopped_in_an_epoch_goes_on_bit_for_bit(files, trained, t
             raise KeyboardInterrupt
         return true(*what)
 
-    monkeypatch.setattr(fgvc, "fgvc_loss", stops)
+    monkeypatch.setattr(fgvc.Fgvc, "loss", stops)
     with pytest.raises(KeyboardInterrupt):
         finetune(files, tmp_path / "o", "--save_minutes", "0")
     numbers = finetune(files, tmp_path / "o", "--resume", "auto")
@@ -187,15 +187,12 @@ def test_unreadable_images_are_counted(files, trained, tmp_path):
 
 
 def test_schedule_is_linear_then_a_cosine_in_updates():
-    class Args:
-        lr, warmup_epochs, epochs, min_lr_ratio, warmup_lr_ratio = 0.03, 1.0, 20, 0.0, 0.0
-
-    assert learning_rate(0, Args) == 0 and learning_rate(0.5, Args) == pytest.approx(0.015)
-    assert learning_rate(1, Args) == pytest.approx(0.03) and learning_rate(20, Args) == pytest.approx(0, abs=1e-9)
-    middle = 0.03 * 0.5 * (1 + np.cos(np.pi * 9 / 19))
-    assert learning_rate(10, Args) == pytest.approx(middle)
-    Args.warmup_lr_ratio = 0.1
-    assert learning_rate(0, Args) == pytest.approx(0.003)
+    args = SimpleNamespace(lr=0.03, warmup_epochs=1.0, epochs=20, min_lr_ratio=0.0, warmup_lr_ratio=0.0)
+    lr = fgvc.Fgvc(args, "cpu").lr
+    assert [lr(0), lr(0.5), lr(1)] == pytest.approx([0, 0.015, 0.03]) and lr(20) == pytest.approx(0, abs=1e-9)
+    assert lr(10) == pytest.approx(0.03 * 0.5 * (1 + np.cos(np.pi * 9 / 19)))
+    args.warmup_lr_ratio = 0.1
+    assert lr(0) == pytest.approx(0.003)
 
 
 def test_defaults_are_the_recipes():
@@ -219,8 +216,8 @@ def test_the_help_of_a_task_shows_its_flags_alone(capsys):
     "flags, message",
     [
         ("--contrastive_weight -1", "--contrastive_weight -1.0: must not be negative"),
-        ("--contrastive_margin 1", "--contrastive_margin 1.0: a cosine"),
-        ("--resize 24", "--resize 24 px leaves no crop of 32 x 32: give at least 32"),
+        ("--contrastive_margin 1", r"--contrastive_margin 1.0: must be in \[-1, 1\)"),
+        ("--resize 24", "--resize 24 px leaves no crop of 32 x 32 px: give 32"),
         ("--batch_size 64", "20 training images do not fill one batch of 64"),
         ("--label_column model", "--label_column model: .*cars is a folder"),
         ("--contrastive_margin 0.2 --parts off", "--contrastive_margin 0.2 without the contrastive loss"),
@@ -248,7 +245,7 @@ def test_eval_takes_the_model_as_it_is(files, trained, tmp_path):
     for file, flags, message in (
         (model, "--parts off", "--parts would change the model that --eval scores"),
         (model, "--input_size 64", "--input_size would change the model"),
-        (model, "--resize 24", "--resize 24 px leaves no crop of the 32 x 32 px"),
+        (model, "--resize 24", "--resize 24 px leaves no crop of 32 x 32 px"),
         (encoder, "", "is no model of main_finetune.py: give the model.pth of a run with --task fgvc"),
     ):
         with pytest.raises(InputError, match=message):

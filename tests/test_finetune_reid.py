@@ -265,7 +265,7 @@ def test_unreadable_training_images_are_replaced_counted_and_limited(veri, tmp_p
         ("--num_instances 3", "--batch_size 8 x 1 processes is no multiple of --num_instances 3"),
         ("--batch_size 64", "show 8 vehicles, a batch needs 32"),
         ("--jpm_shift 99", "cannot be shifted by 99"),
-        ("--erase 2", "give numbers from 0 to 1"),
+        ("--erase 2", r"--erase 2.0: must be in \[0, 1\]"),
         ("--id_weight 0 --triplet_weight 0", "nothing to learn"),
         ("--layer_decay 0", "must be in"),
         ("--finetune nowhere.pth", "nowhere.pth does not exist"),

@@ -584,14 +584,14 @@ def test_broken_pairs_are_counted_and_named(parts, trained, tmp_path):
 def test_every_image_is_scored_once(parts):
     data = read_parts(parts, "own", ("test",))
     model = SETR(encoder(), SETRConfig(8, "naive")).eval()
-    result = evaluate_parts(model, data.splits["test"], data.space, "slide", batch_size=3, num_workers=0)
+    result = evaluate_parts(model, data, "test", "slide", 3, 0)
     counts = data.splits["test"].counts
     assert np.array_equal(result.each.sum(axis=2), counts[:, :-1])
     assert np.array_equal(result.confusion, result.each.sum(axis=0)) and result.confusion.dtype == np.int64
     with torch.no_grad():
         model.decoder.classify.bias.fill_(float("nan"))
     with pytest.raises(InputError, match="are not finite: the model has diverged"):
-        evaluate_parts(model, data.splits["test"], data.space, "whole", batch_size=3, num_workers=0)
+        evaluate_parts(model, data, "test", "whole", 3, 0)
 
 
 @pytest.mark.parametrize(
@@ -599,7 +599,7 @@ def test_every_image_is_scored_once(parts):
     [
         ("--eval", "--eval --finetune .*encoder.pth: an encoder has no answers"),
         ("--aux_weight -1", "--aux_weight -1.0: must not be negative"),
-        ("--resize_range 2 1", "give two factors above 0, the smaller one first"),
+        ("--resize_range 2 1", "give two factors, the smaller one first"),
         ("--batch_size 64", "21 training images do not fill one batch of 64"),
         ("--input_size 40", "not a multiple of the patch size"),
         ("--label_space vehicle_parts", "has no class 'Boat Body'"),
