@@ -55,12 +55,15 @@ def main(args) -> dict:
     if args.num_workers is None:
         args.num_workers = default_workers()
     job = evaluate if args.eval else train
-    return launch(args.device, args.output_dir, lambda device: job(args, device), args.dist_timeout)
+    scored = launch(args.device, args.output_dir, lambda device: job(args, device), args.dist_timeout)
+    if scored:
+        write_json(Path(args.output_dir) / "metrics.json", scored)
+    return scored
 
 
 def evaluate(args, device: torch.device) -> dict:
     pick_precision("none", device)
-    return finish(args, task_to_score(args, device).evaluate())
+    return task_to_score(args, device).evaluate()
 
 
 def train(args, device: torch.device) -> dict:
@@ -89,12 +92,6 @@ def train(args, device: torch.device) -> dict:
     scored = run.task.evaluate(True)
     log_evaluation(run, scored)
     print_main(f"done in {datetime.timedelta(seconds=int(time.time() - started))}")
-    return finish(args, scored)
-
-
-def finish(args, scored: dict) -> dict:
-    if is_main_process():
-        write_json(Path(args.output_dir) / "metrics.json", scored)
     return scored
 
 
@@ -106,17 +103,13 @@ def build_run(args, device: torch.device) -> FinetuneRun:
     if args.lr is None:
         args.lr = about.default_lr(args) * args.global_batch / about.recipe["batch_size"]
     task = task_to_train(args, device)
-    facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()} | task.facts()
-    facts |= {"world_size": get_world_size()}
+    facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
+    facts |= task.facts() | {"world_size": get_world_size()}
     files = RunFiles(args, facts, task.config, [*FIXED_ON_RESUME, *about.fixed], "--finetune")
     loader = DataLoader(
-        task.dataset,
-        batch_sampler=task.batches,
-        num_workers=args.num_workers,
-        pin_memory=args.pin_mem and device.type == "cuda",
-        persistent_workers=args.num_workers > 0,
-        worker_init_fn=init_worker,
-    )
+        task.dataset, batch_sampler=task.batches, num_workers=args.num_workers, worker_init_fn=init_worker,
+        pin_memory=args.pin_mem and device.type == "cuda", persistent_workers=args.num_workers > 0,
+    )  # fmt: skip
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     run = FinetuneRun(task.model, task.model, task.optimizer, scaler, loader, device, amp_dtype, files, task=task)
     decision = files.resume(run, args.resume, args.allow_change)

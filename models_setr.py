@@ -38,7 +38,7 @@ def scaled_taps(decoder: str, depth: int) -> tuple[int, ...]:
 
 class CpuSyncBatchNorm(nn.BatchNorm2d):
     """Batch normalisation over the images of all ranks, equally many on each, for the CPU, which torch's
-    SyncBatchNorm refuses (on CUDA `synchronized` takes that one)."""
+    SyncBatchNorm refuses (on CUDA `synchronized` takes that)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[N, C, h, w] -> the same shape; in training with statistics over N, h, w of all ranks."""
@@ -67,11 +67,8 @@ def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
     """Convolution that keeps the size, batch normalisation (which replaces its bias), ReLU."""
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False),
-        CpuSyncBatchNorm(outputs),
-        nn.ReLU(inplace=True),
-    )
+    conv = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
+    return nn.Sequential(conv, CpuSyncBatchNorm(outputs), nn.ReLU(inplace=True))
 
 
 def as_map(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -80,12 +77,8 @@ def as_map(x: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 class UpHead(nn.Module):
-    """LayerNorm; for each of `scales` a convolution to 256 channels and an enlargement; 1 x 1 to the classes
-    (Sec. 3.2 of the paper: "naive" and "PUP").
-
-    Args:
-        dim: D. kernel: of the convolutions. scales: bilinear enlargement after each.
-    """
+    """LayerNorm; for each of `scales` a convolution to 256 channels and a bilinear enlargement; 1 x 1 to the classes
+    (Sec. 3.2 of the paper: "naive" and "PUP")."""
 
     def __init__(self, dim: int, num_classes: int, kernel: int, scales: tuple[int, ...]):
         super().__init__()
@@ -120,8 +113,7 @@ class MLAHead(nn.Module):
         self.aux = nn.ModuleList(nn.Conv2d(CHANNELS, num_classes, 1) for _ in range(levels if aux else 0))
 
     def forward(self, levels: list[torch.Tensor], grid: tuple[int, int]) -> list[torch.Tensor]:
-        """[N, h w, D] of each level, shallow first -> [N, K, 4 h, 4 w], then [N, K, h, w] of each auxiliary
-        head."""
+        """[N, h w, D] of each level, shallow first -> [N, K, 4 h, 4 w], then [N, K, h, w] of each auxiliary head."""
         maps, total = [], 0
         for x, norm, lateral, smooth in reversed(list(zip(levels, self.norms, self.lateral, self.smooth))):
             total = lateral(as_map(norm(x), grid)) + total
@@ -132,13 +124,9 @@ class MLAHead(nn.Module):
 
 
 class SETR(nn.Module):
-    """Encoder and decoder. Features are outputs of blocks without the encoder's final norm; the heads have
-    norms of their own. The class token never reaches them: with `mla` it is dropped before the first block,
-    as in SETR, else after each tap.
-
-    Args:
-        encoder: a ViT of any depth and grid; it becomes part of this model and loses its final norm.
-    """
+    """Encoder and decoder. Features are outputs of blocks without the encoder's final norm, which it loses; the heads
+    have norms of their own. The class token never reaches them: with `mla` it is dropped before the first block, as in
+    SETR, else after each tap."""
 
     def __init__(self, encoder: VisionTransformer, config: SETRConfig):
         super().__init__()
@@ -168,8 +156,8 @@ class SETR(nn.Module):
             found.append(x[:, first:])
         return found
 
-    def logits(self, imgs: torch.Tensor, aux: bool) -> list[torch.Tensor]:
-        """[N, 3, H, W] -> [N, K, H, W] of the main head; with `aux` those of the auxiliary heads after it."""
+    def forward(self, imgs: torch.Tensor, aux: bool = True) -> list[torch.Tensor]:
+        """[N, 3, H, W] -> logits [N, K, H, W] of the main head; with `aux` those of the auxiliary heads after it."""
         levels, grid = self.features(imgs), self.base.grid_size
         if self.config.decoder == "mla":
             found = self.decoder(levels, grid)[: None if aux else 1]
@@ -179,13 +167,9 @@ class SETR(nn.Module):
         size = imgs.shape[-2:]
         return [F.interpolate(x, size, mode="bilinear") for x in found]
 
-    def forward(self, imgs: torch.Tensor) -> list[torch.Tensor]:
-        """For training: logits [N, K, H, W] of the main head, then of the auxiliary ones."""
-        return self.logits(imgs, aux=True)
-
     def predict(self, imgs: torch.Tensor) -> torch.Tensor:
         """For answers: logits [N, K, H, W] of the main head."""
-        return self.logits(imgs, aux=False)[0]
+        return self(imgs, aux=False)[0]
 
 
 def setr_loss(
@@ -196,8 +180,8 @@ def setr_loss(
         - 1/P sum_{p: y_p != 255} log softmax(z_p)[y_p]
 
     Args:
-        outputs: z of each head, [N, K, H, W], the main one's first. masks: y, [N, H, W] integers.
-        smoothing: epsilon of Szegedy et al., 2016, Sec. 7.
+        outputs: z of each head, [N, K, H, W], the main one's first. masks: y, [N, H, W] integers. smoothing: epsilon of
+            Szegedy et al., 2016, Sec. 7.
     Returns:
         loss; main and aux, its parts; accuracy: share of labelled pixels that the main head names.
     """

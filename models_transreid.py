@@ -17,7 +17,7 @@ from util.errors import InputError
 
 @dataclass(frozen=True)
 class TransReIDConfig:
-    """What is added to the encoder; with the defaults nothing is: the ViT baseline of the paper.
+    """What is added to the encoder; with the defaults nothing: the paper's ViT baseline.
 
     cameras, views: rows of the table of side information (SIE, Sec. 3.3): the largest id + 1; 0: not used.
     unknown_view: the last of the `views` rows is for images whose view is not known (-1).
@@ -46,13 +46,8 @@ def jigsaw_order(num_patches: int, shift: int, groups: int) -> torch.Tensor:
 
 
 class TransReID(nn.Module):
-    """Encoder, branches, and for each branch a BNNeck (Luo et al., 2019) and a classifier.
-
-    Args:
-        encoder: a ViT; it becomes part of this model (its last block and norm move into the branches of JPM).
-    Raises:
-        InputError: fewer patches than the jigsaw needs.
-    """
+    """Encoder, branches, and for each branch a BNNeck (Luo et al., 2019) and a classifier. The encoder becomes part of
+    this model (its last block and norm move into the branches of JPM)."""
 
     def __init__(self, encoder: VisionTransformer, num_classes: int, config: TransReIDConfig):
         super().__init__()
@@ -90,14 +85,12 @@ class TransReID(nn.Module):
         for ids, count, flag in ((camids, self.config.cameras, "camera"), (viewids, self.config.views, "view")):
             if not count:
                 continue
-            wrong = "none is given" if ids is None else ""
             # on a GPU a look would stop the device; the ONNX export has no numbers to look at
-            if ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling():
-                if ids.min() < 0 or ids.max() >= count:
-                    wrong = f"they reach from {ids.min()} to {ids.max()}"
-            if wrong:
+            looks = ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling()
+            if ids is None or looks and (ids.min() < 0 or ids.max() >= count):
                 raise InputError(
-                    f"the {flag} embedding knows the {flag} ids 0 to {count - 1}, but {wrong}: evaluate on "
+                    f"the {flag} embedding knows the {flag} ids 0 to {count - 1}, but "
+                    f"{'none is given' if ids is None else f'they reach from {ids.min()} to {ids.max()}'}: evaluate on "
                     f"the set it was trained for, or train without --sie_{flag}"
                 )
             rows = rows * count + ids
@@ -105,8 +98,8 @@ class TransReID(nn.Module):
 
     @torch.no_grad()
     def forget_unseen(self, camids: torch.Tensor, viewids: torch.Tensor) -> torch.Tensor:
-        """Set rows of the table of side information that no training image shows (camids, viewids: [n] int64) to
-        zero, as they would stay random. Returns [*] int64, those rows."""
+        """Rows of the table of side information that no training image shows (camids, viewids: [n] int64) would stay
+        random: set them to zero. Returns [*] int64, those rows."""
         if self.sie_embed is None:
             return torch.zeros(0, dtype=torch.int64)
         rows = torch.arange(len(self.sie_embed))
@@ -120,17 +113,12 @@ class TransReID(nn.Module):
         return self.base.embed_dim * len(self.bottleneck)
 
     def side_ids(self, camids: torch.Tensor, viewids: torch.Tensor, device: torch.device) -> tuple:
-        """[N] int64 camids and viewids on the CPU -> those this model uses, checked by `side_rows`, on the
-        device; None for the others."""
+        """[N] int64 camids and viewids on the CPU -> those this model uses, checked, on the device; None for others."""
         self.side_rows(camids, viewids)
-        return tuple(
-            ids.to(device, non_blocking=True) if count else None
-            for ids, count in ((camids, self.config.cameras), (viewids, self.config.views))
-        )
+        used = (camids, self.config.cameras), (viewids, self.config.views)
+        return tuple(ids.to(device, non_blocking=True) if count else None for ids, count in used)
 
-    def branches(
-        self, imgs: torch.Tensor, camids: torch.Tensor | None = None, viewids: torch.Tensor | None = None
-    ) -> list[torch.Tensor]:
+    def branches(self, imgs: torch.Tensor, camids=None, viewids=None) -> list[torch.Tensor]:
         """[N, 3, H, W] -> features before the BNNeck, [N, D] each: global, then the parts of JPM."""
         x = self.base.embed(imgs)
         if self.sie_embed is not None:
@@ -143,21 +131,14 @@ class TransReID(nn.Module):
         local = self.b2(torch.cat([cls_token, parts], dim=2).flatten(0, 1))[:, 0]
         return [self.b1(x)[:, 0], *local.view(x.shape[0], self.config.parts, -1).unbind(dim=1)]
 
-    def forward(
-        self, imgs: torch.Tensor, camids: torch.Tensor | None = None, viewids: torch.Tensor | None = None
-    ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """For training: (logits [N, K] after the BNNeck, features [N, D] before it), one of each a branch.
-
-        Under DDP, N counts the images of all ranks: the BNNecks, and the triplets after them, see the whole
-        batch, so that the number of ranks changes nothing.
-        """
+    def forward(self, imgs: torch.Tensor, camids=None, viewids=None) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """For training: (logits [N, K] after the BNNeck, features [N, D] before it), one of each a branch. Under DDP,
+        N counts the images of all ranks: BNNecks and triplets see the whole batch."""
         features = gather_rows(torch.stack(self.branches(imgs, camids, viewids), dim=1)).unbind(dim=1)
         logits = [classifier(neck(x)) for x, neck, classifier in zip(features, self.bottleneck, self.classifier)]
         return logits, list(features)
 
-    def encode(
-        self, imgs: torch.Tensor, camids: torch.Tensor | None = None, viewids: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def encode(self, imgs: torch.Tensor, camids=None, viewids=None) -> torch.Tensor:
         """For search: [N, D], with JPM [N, (1 + parts) D]: the global feature and a `parts`-th of each local
         one, before the BNNeck."""
         first, *local = self.branches(imgs, camids, viewids)
@@ -169,21 +150,14 @@ def hard_triplet_loss(features: torch.Tensor, pids: torch.Tensor) -> torch.Tenso
 
         mean_a log(1 + exp(max_p d(a, p) - min_n d(a, n)))
 
-    d is the Euclidean distance of features that are not normalised; p are images of a's vehicle (a too), n
-    the others.
-
-    Args:
-        features: [N, D]. pids: [N] int64, of two vehicles at least.
-    Raises:
-        ValueError: the batch holds one vehicle only (looked at on the CPU).
+    d is the Euclidean distance of features [N, D] that are not normalised; p are images of a's vehicle (a too), n the
+    others, of one other vehicle at least. pids: [N] int64.
     """
     features = features.double()  # neither autocast nor TF32 rounds it; squares of fp16 numbers overflow
     squared = features.square().sum(dim=1)
     squared_distance = squared[:, None] + squared[None] - 2 * features @ features.t()
     distance = squared_distance.clamp_min(1e-12).sqrt()
     same = pids[:, None] == pids[None]
-    if features.device.type == "cpu" and bool(same.all()):  # elsewhere a look would stop the device
-        raise ValueError("all images of the batch show one vehicle: a triplet needs another")
     farthest = distance.masked_fill(~same, -torch.inf).amax(dim=1)
     nearest = distance.masked_fill(same, torch.inf).amin(dim=1)
     return F.softplus(farthest - nearest).mean().float()
@@ -202,11 +176,8 @@ def over_branches(loss, outputs: list[torch.Tensor], pids: torch.Tensor) -> torc
 
 
 def center_loss(features: torch.Tensor, pids: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """1/2 mean_i ||x_i - c_{y_i}||^2 (Wen et al., ECCV 2016, eq. 2, per image); no gradient for the centres.
-
-    Args:
-        features: [N, D]. pids: [N] int64. centers: [K, D] float32.
-    """
+    """1/2 mean_i ||x_i - c_{y_i}||^2 (Wen et al., ECCV 2016, eq. 2, per image) of features [N, D], pids [N] int64 and
+    centers [K, D] float32, which get no gradient."""
     return (features.float() - centers[pids]).square().sum(dim=1).mean() / 2
 
 

@@ -67,11 +67,8 @@ class VTB(nn.Module):
         return self.base.norm(run_blocks(blocks[-1:], torch.cat([text.to(x.dtype), x], dim=1), again))
 
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
-        """[N, 3, H, W] -> attr_logits [N, A] float32.
-
-        In training under DDP, N counts the images of all ranks: the norm of the logits sees the whole batch,
-        so that the number of ranks changes nothing.
-        """
+        """[N, 3, H, W] -> attr_logits [N, A] float32. In training under DDP, N counts the images of all ranks: the norm
+        of the logits sees the whole batch."""
         attr_logits = self.classifier(self.fused(imgs)[:, : self.num_attributes])
         return self.bn(gather_rows(attr_logits) if self.training else attr_logits)
 
@@ -92,10 +89,7 @@ def label_weights(labels: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
 def attribute_loss(attr_logits: torch.Tensor, labels: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
     """Weighted binary cross-entropy, summed over attributes, averaged over images:
 
-        1/N sum_i sum_a w_ia (-y_ia log p_ia - (1 - y_ia) log(1 - p_ia)),  p = sigmoid(attr_logits)
-
-    Args:
-        attr_logits: [N, A]. labels, rates, and w: see `label_weights`.
+    1/N sum_i sum_a w_ia (-y_ia log p_ia - (1 - y_ia) log(1 - p_ia)),  p = sigmoid(attr_logits [N, A])
     """
     targets = (labels == 1).float()
     each = F.binary_cross_entropy_with_logits(attr_logits.float(), targets, reduction="none")

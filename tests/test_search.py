@@ -217,7 +217,7 @@ def test_a_stopped_index_goes_on(encoders, gallery, tmp_path, monkeypatch):
 def save_reid(file: Path, **config) -> TransReID:
     encoder, config = tiny(3), TransReIDConfig(**config)
     data = SimpleNamespace(classes=5, name="veri776", camera_names=None, view_names=None)
-    description = {"task": "reid", **encoder.settings(), **reid_config(data, config)}
+    description = {"kind": "test", "task": "reid", **encoder.settings(), **reid_config(data, config)}
     model = TransReID(encoder, 5, config).eval()
     torch.save({"model": model.state_dict(), "config": description}, file)
     return model
