@@ -35,7 +35,7 @@ class TaskFlags:
     """What the command line knows of a task.
 
     title: of its group in --help. recipe: defaults of the common flags where they differ. default_lr: learning rate at
-    the recipe's batch. flags: its own. check: (args, names that the user has said) -> InputError on a contradiction.
+    the recipe's batch. flags: its own. check: (args, names that the user has said) -> what contradicts what, or "".
     fixed: its own flags that must not change on --resume. of_the_model: those that --eval refuses, since a trained
     model has its own. encoder_alone: how --eval scores an encoder that was not trained for the task ("": it cannot).
     """
@@ -44,7 +44,7 @@ class TaskFlags:
     recipe: dict
     default_lr: Callable[[argparse.Namespace], float]
     flags: list[Flag]
-    check: Callable[[argparse.Namespace, set[str]], None] = lambda args, said: None
+    check: Callable[[argparse.Namespace, set[str]], str] = lambda args, said: ""
     fixed: tuple[str, ...] = ()
     of_the_model: tuple[str, ...] = ()
     encoder_alone: str = ""
@@ -59,14 +59,14 @@ COMMON = {
         Flag("finetune", "",
             "weights of MAE, CGD-MAE, VehicleMAE, timm, Hugging Face, DINO, MoCo v3, CLIP, TransReID: a file, a name "
             "of `python -m tools.checkpoint list`, or an address (default none)"),
-        Flag("model", None, f"one of {', '.join(ENCODER_MODELS)}, to start from random weights (default: the file's)",
+        Flag("model", None, f"{', '.join(ENCODER_MODELS)}: start from random weights (default: the file's)",
             choices=list(ENCODER_MODELS), metavar="NAME"),
         Flag("input_size", "224", "pixels: one side, or H,W"),
         Flag("stride", None, "px from patch to patch; 12: they overlap (default: the patch)", "[1, inf)", type=int),
         Flag("drop_path", 0.1, "chance to skip the last block, growing linearly from 0", "[0, 1)"),
         Flag("pixel_stats", "checkpoint",
-            "mean and std of pixels: the file's, ImageNet's, 0.5 as in TransReID, CLIP's (default checkpoint; where it "
-            "says nothing CLIP's for CLIP, ImageNet's for others)", choices=("checkpoint", "imagenet", "half", "clip")),
+            "mean and std of pixels: the file's (else CLIP's for CLIP, ImageNet's for others), ImageNet's, 0.5, CLIP's",
+            choices=("checkpoint", "imagenet", "half", "clip")),
         Flag("pos_resize", "bicubic", "how the position table is resized", choices=("bicubic", "bilinear")),
         Flag("quick_gelu", False, "OpenAI's CLIP was trained with it"),
     ],
@@ -75,8 +75,7 @@ COMMON = {
         Flag("epochs", 20, "length of the schedule in epochs", "[1, inf)"),
         Flag("warmup_epochs", 1.0, "epochs of linear warm-up", "[0, inf)"),
         Flag("opt", "sgd", "optimiser; momentum of sgd 0.9", choices=("sgd", "adamw")),
-        Flag("lr", None, "learning rate (default: the recipe's, times all ranks' batch / the recipe's)", "(0, inf)",
-            type=float),
+        Flag("lr", None, "learning rate (default: the recipe's, in proportion to the batch)", "(0, inf)", type=float),
         Flag("min_lr_ratio", 0.0, "last learning rate / --lr", "[0, inf)"),
         Flag("warmup_lr_ratio", 0.0, "first learning rate / --lr", "[0, inf)"),
         Flag("bias_lr_factor", 1.0, "learning rate of biases / --lr", "[0, inf)"),
@@ -98,9 +97,9 @@ COMMON = {
 }
 
 
-def check_reid(args, said: set[str]) -> None:
-    if args.id_weight == args.triplet_weight == 0:
-        raise InputError("--id_weight 0 and --triplet_weight 0 leave nothing to learn: set one of them")
+def check_reid(args, said: set[str]) -> str:
+    nothing = args.id_weight == args.triplet_weight == 0
+    return "--id_weight 0 and --triplet_weight 0 leave nothing to learn: set one of them" if nothing else ""
 
 
 REID = TaskFlags(
@@ -111,8 +110,7 @@ REID = TaskFlags(
     },
     default_lr=lambda args: 5e-4 if args.opt == "adamw" else 0.01 if args.jpm else 0.008,
     flags=[
-        Flag("format", "auto", "layout of --data_path (default auto: by the files that are there)",
-            choices=REID_FORMATS),
+        Flag("format", "auto", "layout of --data_path, by default by its files", choices=REID_FORMATS),
         Flag("num_instances", 4, "K, images of a vehicle in a batch", "[2, inf)"),
         Flag("jpm", False, "jigsaw patch module: four local branches"),
         Flag("jpm_shift", 8, "patches are rolled by this less one", "[1, inf)"),
@@ -121,11 +119,9 @@ REID = TaskFlags(
         Flag("sie_weight", 3.0, "lambda of the embedding", "[0, inf)"),
         Flag("id_weight", 1.0, "weight of the identity loss", "[0, inf)"),
         Flag("triplet_weight", 1.0, "weight of the triplet loss", "[0, inf)"),
-        Flag("center_weight", 0.0,
-            "weight of the centre loss of the global feature; Luo et al. take 5e-4 (default 0: off)", "[0, inf)"),
+        Flag("center_weight", 0.0, "weight of the centre loss; Luo et al. take 5e-4 (default 0: off)", "[0, inf)"),
         Flag("erase", 0.5, "chance that a rectangle is erased", "[0, 1]"),
-        Flag("tests", None, "which tests of the set, for example 800 1600 2400 (default: all)",
-            nargs="+", metavar="NAME"),
+        Flag("tests", None, "tests of the set, for example 800 1600 2400 (default: all)", nargs="+", metavar="NAME"),
         Flag("keep_same_camera", False, "score the variant that keeps same-camera matches; under another name"),
         Flag("protocol_seed", 0, "seed of VehicleID's ten draws", "[0, inf)"),
         Flag("rerank", False, "also score after k-reciprocal re-ranking"),
@@ -141,13 +137,12 @@ REID = TaskFlags(
 )
 
 
-def check_attr(args, said: set[str]) -> None:
+def check_attr(args, said: set[str]) -> str:
     if args.attr_vectors and args.clip_pretrained:
-        raise InputError("--attr_vectors and --clip_pretrained both give the text vectors: drop one of them")
-    if args.smoothing:
-        raise InputError(f"--smoothing {args.smoothing}: attributes are learned without it, drop it")
+        return "--attr_vectors and --clip_pretrained both give the text vectors: drop one of them"
     if "clip_model" in said and not args.clip_pretrained and not args.eval:
-        raise InputError(f"--clip_model {args.clip_model} needs its weights: give --clip_pretrained too")
+        return f"--clip_model {args.clip_model} needs its weights: give --clip_pretrained too"
+    return f"--smoothing {args.smoothing}: attributes are learned without it, drop it" if args.smoothing else ""
 
 
 ATTR = TaskFlags(
@@ -157,20 +152,13 @@ ATTR = TaskFlags(
     },
     default_lr=lambda args: 5e-4 if args.opt == "adamw" else 8e-3,
     flags=[
-        Flag("attr_format", "auto", "layout of --data_path (default auto: a folder is VeRi-776, a file a table)",
-            choices=("auto", "veri776", "table")),
-        Flag("attr_columns", None,
-            "columns of a table that hold 0 or 1 (default: all but path and split; with --attr_categories none)",
-            nargs="+", metavar="NAME"),
-        Flag("attr_categories", None, "columns of a table that hold words, an attribute a word (default none)",
-            nargs="+", metavar="NAME"),
+        Flag("attr_format", "auto", "a folder is VeRi-776, a file a table", choices=("auto", "veri776", "table")),
+        Flag("attr_columns", None, "columns of 0 and 1 (default: all, with --attr_categories none)", nargs="+"),
+        Flag("attr_categories", None, "columns that hold words, an attribute a word (default none)", nargs="+"),
         Flag("attr_split", "test", "value of the column split to test on"),
-        Flag("attr_threshold", 0.45, "probability above which an attribute is said to be true (default 0.45, VTB's)",
-            "(0, 1)"),
+        Flag("attr_threshold", 0.45, "probability above which an attribute is true; 0.45: VTB's", "(0, 1)"),
         Flag("attr_vectors", "", "text vectors [A, D] as .npy or .safetensors, a row an attribute (default none)"),
-        Flag("clip_pretrained", "",
-            "take the text vectors from CLIP: open_clip tag, or a weight file .pt .bin .safetensors (default none: "
-            "random orthogonal vectors)"),
+        Flag("clip_pretrained", "", "text vectors from CLIP: open_clip tag, or weights (default none: random vectors)"),
         Flag("clip_model", "ViT-L-14", "open_clip name or path of an open_clip JSON config"),
     ],
     check=check_attr,
@@ -179,18 +167,15 @@ ATTR = TaskFlags(
 )
 
 
-def check_fgvc(args, said: set[str]) -> None:
+def check_fgvc(args, said: set[str]) -> str:
     if args.contrastive_weight is None:
         args.contrastive_weight = 1.0 if args.parts == "on" else 0.0
     if "contrastive_margin" in said and not args.contrastive_weight:
-        raise InputError(
-            f"--contrastive_margin {args.contrastive_margin} without the contrastive loss: drop it, or set "
-            "--contrastive_weight"
-        )
-    if "label_column" in said and Path(args.data_path).is_dir():
-        raise InputError(
-            f"--label_column {args.label_column}: {args.data_path} is a folder, whose layout names the classes: drop it"
-        )
+        margin = args.contrastive_margin
+        return f"--contrastive_margin {margin} without the contrastive loss: drop it, or set --contrastive_weight"
+    is_table = "label_column" not in said or not Path(args.data_path).is_dir()
+    folder = f"{args.data_path} is a folder, whose layout names the classes: drop it"
+    return "" if is_table else f"--label_column {args.label_column}: {folder}"
 
 
 FGVC = TaskFlags(
@@ -200,11 +185,9 @@ FGVC = TaskFlags(
     flags=[
         Flag("label_column", "label", "column of a table that holds the class"),
         Flag("parts", "on", "TransFG's part selection; off: the ViT baseline", choices=("on", "off")),
-        Flag("contrastive_weight", None, "weight of the contrastive loss (default 1, with --parts off 0)", "[0, inf)",
-            type=float),
+        Flag("contrastive_weight", None, "of the contrastive loss (default 1, --parts off 0)", "[0, inf)", type=float),
         Flag("contrastive_margin", 0.4, "cosine up to which other classes cost nothing", "[-1, 1)"),
-        Flag("resize", None, "px of both sides of a picture before the crop of --input_size (default its 600/448)",
-            "[1, inf)", type=int),
+        Flag("resize", None, "px of both sides before the crop (default 600/448 of it)", "[1, inf)", type=int),
         Flag("auto_augment", True, "AutoAugment's policy for ImageNet after crop and flip"),
     ],
     check=check_fgvc,
@@ -213,11 +196,11 @@ FGVC = TaskFlags(
 )
 
 
-def check_seg(args, said: set[str]) -> None:
+def check_seg(args, said: set[str]) -> str:
     if args.seg_split == "train" and not args.eval:
-        raise InputError("--seg_split train would score what is trained on: choose val or test")
-    if args.resize_range[0] > args.resize_range[1]:
-        raise InputError("--resize_range {:g} {:g}: give two factors, the smaller one first".format(*args.resize_range))
+        return "--seg_split train would score what is trained on: choose val or test"
+    low, high = args.resize_range
+    return f"--resize_range {low:g} {high:g}: give two factors, the smaller one first" if low > high else ""
 
 
 SEG = TaskFlags(
@@ -228,19 +211,15 @@ SEG = TaskFlags(
     },
     default_lr=lambda args: 1e-4 if args.opt == "adamw" else 1e-3,
     flags=[
-        Flag("label_space", "own",
-            "which classes: those of the set's classes.json, or PartImageNet's parts of these vehicles, all else being "
-            "background", choices=("own", "car_parts", "car_bicycle", "vehicle_parts")),
+        Flag("label_space", "own", "classes: those of classes.json, or PartImageNet's parts of these vehicles",
+            choices=("own", "car_parts", "car_bicycle", "vehicle_parts")),
         Flag("decoder", "pup", "SETR's decoder", choices=("naive", "pup", "mla")),
         Flag("aux_weight", 0.4, "weight of each auxiliary head's loss, 0: there are none", "[0, inf)"),
-        Flag("resize_range", [0.5, 2.0],
-            "training images are resized by a random factor of this range; 1: short side = crop (default 0.5 2)",
+        Flag("resize_range", [0.5, 2.0], "random factor of training images; 1: short side = crop (default 0.5 2)",
             "(0, 10]", nargs=2, type=float, metavar=("MIN", "MAX")),
         Flag("distort", True, "random brightness, contrast, saturation, hue in training"),
-        Flag("seg_eval", "slide", "score by sliding windows, or by the whole image resized to --input_size",
-            choices=("slide", "whole")),
-        Flag("seg_split", "auto", "which split is scored (default auto: test, where there is none val)",
-            choices=("auto", "train", "val", "test")),
+        Flag("seg_eval", "slide", "by sliding windows, or the whole image at --input_size", choices=("slide", "whole")),
+        Flag("seg_split", "auto", "the split to score; auto: test, else val", choices=("auto", "train", "val", "test")),
     ],
     check=check_seg,
     fixed=("label_space", "decoder", "aux_weight", "resize_range", "distort"),
@@ -328,7 +307,8 @@ def check_args(args) -> None:
             f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}: use "
             f"--warmup_epochs {args.epochs // 10}"
         )
-    TASKS[args.task].check(args, said)
+    if wrong := TASKS[args.task].check(args, said):
+        raise InputError(wrong)
     if args.eval:
         check_eval(args, said)
     elif not args.finetune and not args.model:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, command, parse, read_log, run_command, run_finetune
 from layouts import write_demo_reid
+from PIL import Image
 
 import main_finetune
 from datasets.reid import read_reid
@@ -34,8 +35,6 @@ SMALL = (
     "--epochs 2 --warmup_epochs 1 --num_workers 0 --device cpu --amp none --print_freq 1 --opt adamw "
     "--lr 1e-3 --jpm --jpm_shift 3 --sie_camera --sie_view"
 ).split()
-
-
 CPU = "--device cpu --amp none --num_workers 0".split()
 
 
@@ -49,6 +48,11 @@ def veri(tmp_path_factory):
 def finetune(data, output, *more) -> dict:
     flags = [*SMALL, "--data_path", str(data), "--output_dir", str(output), *more]
     return run_finetune(flags)
+
+
+def score(model, data, output, *more) -> dict:
+    words = f"--task reid --eval --resume {model} --data_path {data} --output_dir {output}"
+    return run_finetune([*words.split(), *CPU, *more])
 
 
 @pytest.fixture(scope="module")
@@ -66,26 +70,17 @@ def test_a_run_leaves_a_model_that_scores_the_same(veri, trained, tmp_path, caps
     assert [row["epoch"] for row in log] == [0, 1, 1] and log[-1]["test_mAP"] == numbers["mAP"]
     assert log[1]["train_loss"] < log[0]["train_loss"] and log[0]["train_center"] > 0
     for name in ("model.pth", "model.safetensors"):
-        again = tmp_path / name
-        flags = f"--task reid --eval --resume {output / name} --data_path {veri} --output_dir {again}"
-        words = [*flags.split(), *CPU, "--batch_size", "8"]
-        found = run_finetune(words)
+        found = score(output / name, veri, tmp_path / name, "--batch_size", "8")
         assert found == {k: v for k, v in numbers.items() if not k.startswith("reranked")}
-    page = (output / "report.html").read_text()
-    assert numbers["protocol"].split(" #")[0] in page
+    assert numbers["protocol"].split(" #")[0] in (output / "report.html").read_text()
     assert "SIE on" in capsys.readouterr().out
-
-
-def test_everything_on_disk_loads_without_running_code(trained):
-    output, _ = trained
     for name in ("model.pth", "checkpoint-last.pth", "checkpoint-1.pth", "model.safetensors"):
-        assert read_checkpoint(output / name)["model"]
+        assert read_checkpoint(output / name)["model"]  # weights_only
     found = load_model(output / "model.pth")
-    model, config, report = found.model, found.config, found.report
-    assert config["set"] == "veri776" and config["camera_names"] is None
-    assert model.feature_dim == 5 * 192 and model.config.unknown_view and model.config.views == 9
-    assert "ignored     1 tensors: centers" in report
-    assert not list(output.glob(".*.tmp"))
+    assert found.config["set"] == "veri776" and found.config["camera_names"] is None
+    config = found.model.config
+    assert found.model.feature_dim == 5 * 192 and config.unknown_view and config.views == 9
+    assert "ignored     1 tensors: centers" in found.report and not list(output.glob(".*.tmp"))
 
 
 def test_a_stop_in_the_middle_of_an_update_keeps_the_buffers_of_the_last(veri, tmp_path):
@@ -95,38 +90,39 @@ def test_a_stop_in_the_middle_of_an_update_keeps_the_buffers_of_the_last(veri, t
     args = parse(main_finetune.get_args_parser(), flags)
     main_finetune.check_args(args)
     run = main_finetune.build_run(args, torch.device("cpu"))
-    files = run.files
     run.task.batches.set_epoch(0)
     batch = next(iter(run.loader))
     run.model.train()
     before = {name: value.clone() for name, value in run.bare.named_buffers()}
-    run.task.loss(run.model, batch)["loss"].backward()
-    files.save(run)
-    saved = read_checkpoint(tmp_path / "o" / "checkpoint-last.pth")["model"]
+
+    def saved() -> dict:
+        run.files.save(run)
+        return read_checkpoint(tmp_path / "o" / "checkpoint-last.pth")["model"]
+
+    run.task.loss(run.model, batch)
+    state = saved()
     changed = [name for name, value in run.bare.named_buffers() if not torch.equal(value, before[name])]
     assert {"centers", "bottleneck.0.running_mean", "bottleneck.4.num_batches_tracked"} <= set(changed)
-    assert all(torch.equal(saved[name], before[name]) for name in changed)
+    assert all(torch.equal(state[name], before[name]) for name in changed)
     run.buffers.commit(torch.tensor(False))
     assert all(torch.equal(value, before[name]) for name, value in run.bare.named_buffers())
-    run.task.loss(run.model, batch)["loss"].backward()
+    run.task.loss(run.model, batch)
     run.buffers.commit(torch.tensor(True))
-    files.save(run)
-    saved = read_checkpoint(tmp_path / "o" / "checkpoint-last.pth")["model"]
-    assert all(torch.equal(saved[name], dict(run.bare.named_buffers())[name]) for name in changed)
-    assert not any(torch.equal(saved[name], before[name]) for name in changed)
+    state, now = saved(), dict(run.bare.named_buffers())
+    assert all(torch.equal(state[name], now[name]) and not torch.equal(now[name], before[name]) for name in changed)
 
 
 def test_eval_takes_no_flag_that_would_change_the_model(veri, trained, tmp_path):
     torch.save({"model": VisionTransformer((32, 32), 16, 192, 12, 3).state_dict()}, tmp_path / "encoder.pth")
+    model, encoder = f"--resume {trained[0] / 'model.pth'}", tmp_path / "encoder.pth"
     for flags, message in (
-        (f"--resume {trained[0] / 'model.pth'} --input_size 64", "--input_size would change the model"),
-        (f"--resume {trained[0] / 'model.pth'} --sie_weight 1", "--sie_weight would change the model"),
-        (f"--finetune {tmp_path / 'encoder.pth'} --jpm", "--jpm would change the model"),
-        (f"--resume {tmp_path / 'encoder.pth'}", "is no model of main_finetune.py: use --finetune"),
+        (f"{model} --input_size 64", "--input_size would change the model"),
+        (f"{model} --sie_weight 1", "--sie_weight would change the model"),
+        (f"--finetune {encoder} --jpm", "--jpm would change the model"),
+        (f"--resume {encoder}", "is no model of main_finetune.py: use --finetune"),
         (f"--finetune {trained[0] / 'model.pth'}", "is a model of main_finetune.py: use --resume"),
-        (f"--resume {trained[0] / 'model.pth'} --tests 800", "--tests 800: .* has test"),
-        (f"--resume {trained[0] / 'model.pth'} --device mps", "choose auto, cuda or cpu"),
-        (f"--resume {trained[0] / 'model.pth'} --num_workers -1", "must not be negative"),
+        (f"{model} --tests 800", "--tests 800: .* has test"),
+        (f"{model} --device mps", "choose auto, cuda or cpu"),
     ):
         words = f"--task reid --eval --data_path {veri} --output_dir {tmp_path / 'o'} {flags}".split()
         with pytest.raises(InputError, match=message):
@@ -147,8 +143,8 @@ def test_tables_number_cameras_by_name_and_not_by_row(veri, tmp_path):
     other = [*rows, rows[-1].replace("gate", "door")]
     for name, lines in (("same", rows), ("reversed", rows[::-1]), ("other", other)):
         (tmp_path / f"{name}.csv").write_text("\n".join([head, *lines]) + "\n")
-        score = f"--task reid --eval --resume {tmp_path / 'o' / 'model.pth'} --data_path {tmp_path / name}.csv"
-        words = [*score.split(), *CPU, "--batch_size", "1"]
+        words = f"--task reid --eval --resume {tmp_path / 'o' / 'model.pth'} --data_path {tmp_path / name}.csv"
+        words = [*words.split(), *CPU, "--batch_size", "1"]
         if name == "other":
             with pytest.raises(InputError, match="knows the cameras gate .*, not door"):
                 run_finetune(words)
@@ -156,15 +152,6 @@ def test_tables_number_cameras_by_name_and_not_by_row(veri, tmp_path):
             found[name] = run_finetune(words)
     assert found["same"]["mAP"] == pytest.approx(found["reversed"]["mAP"], abs=1e-6)
     assert sorted(f.name for f in (tmp_path / "o").glob("eval_*")) == ["eval_other", "eval_reversed", "eval_same"]
-
-
-def test_rows_of_side_information_that_nobody_trains_are_zero():
-    torch.manual_seed(0)
-    config = TransReIDConfig(cameras=3, views=2)
-    model = TransReID(VisionTransformer((32, 32), 16, 24, 2, 3), 5, config)
-    unseen = model.forget_unseen(torch.tensor([0, 2, 2]), torch.tensor([1, 0, 0]))
-    assert unseen.tolist() == [0, 2, 3, 5]
-    assert not model.sie_embed[unseen].any() and (model.sie_embed[[1, 4]] != 0).all()
 
 
 def killed(words: list[str], watched, size: int) -> None:
@@ -230,18 +217,17 @@ def test_a_plain_encoder_can_be_scored_as_it_is(veri, tmp_path, name):
 
 def test_unreadable_test_images_make_another_protocol(veri, tmp_path, trained):
     copy = shutil.copytree(veri, tmp_path / "VeRi")
-    data = read_reid(copy)
-    query, gallery = data.tests["test"]
+    query, gallery = read_reid(copy).tests["test"]
     query.paths[1].write_bytes(b"no image")
     gallery.paths[0].write_bytes(b"")
     model = load_model(trained[0] / "model.pth").model
-    found = extract_reid(model, query, "query", batch_size=4, num_workers=0)
-    whole = extract_reid(model, read_reid(veri).tests["test"][0], "query", batch_size=4, num_workers=0)
+    found, whole = (
+        extract_reid(model, images, "query", batch_size=4, num_workers=0)
+        for images in (query, read_reid(veri).tests["test"][0])
+    )
     assert found.unreadable[0].startswith(f"{query.paths.relative(1)}\tUnidentifiedImageError: cannot")
-    assert len(found.images) == len(query) - 1
-    assert torch.equal(found.values, whole.values[[0, *range(2, len(query))]])
-    words = f"--task reid --eval --resume {trained[0] / 'model.pth'} --data_path {copy} --output_dir {tmp_path / 'out'}"
-    numbers = run_finetune([*words.split(), *CPU])
+    assert torch.equal(found.values, whole.values[[0, *range(2, len(query))]]) and len(found.images) == len(query) - 1
+    numbers = score(trained[0] / "model.pth", copy, tmp_path / "out")
     assert numbers["protocol"].startswith("veri776/2-unreadable-left-out (")
     assert len((tmp_path / "out" / "unreadable_test_images.txt").read_text().splitlines()) == 2
 
@@ -267,7 +253,8 @@ def test_unreadable_training_images_are_replaced_counted_and_limited(veri, tmp_p
         ("--jpm_shift 99", "cannot be shifted by 99"),
         ("--erase 2", r"--erase 2.0: must be in \[0, 1\]"),
         ("--id_weight 0 --triplet_weight 0", "nothing to learn"),
-        ("--layer_decay 0", "must be in"),
+        ("--layer_decay 0", r"must be in \(0, 1\]"),
+        ("--num_workers -1", "must not be negative"),
         ("--finetune nowhere.pth", "nowhere.pth does not exist"),
         ("--input_size 32,x", "--input_size 32,x"),
         ("--format vehicleid", "the list .*train_list.txt is missing|has no test_list"),
@@ -300,22 +287,19 @@ def test_a_model_of_one_set_says_so_on_another(veri, trained, tmp_path):
     for name, part in zip(("query", "gallery"), data.tests["test"]):
         rows += [f"{part.paths[i]},{part.pids[i]},{70 + i % 30},{name}" for i in range(len(part))]
     table.write_text("\n".join(["path,pid,camid,split", *rows]) + "\n")
-    words = f"--task reid --eval --resume {trained[0] / 'model.pth'} --data_path {table} --output_dir {tmp_path / 'o'}"
     with pytest.raises(InputError, match="the cameras or views of veri776, and means nothing on table"):
-        run_finetune([*words.split(), *CPU])
+        score(trained[0] / "model.pth", table, tmp_path / "o")
 
 
 # parts
 
 
 def test_augmentation_is_a_function_of_its_numbers():
-    from PIL import Image
-
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 50, 3), dtype=np.uint8))
     augment = PadCropErase((32, 24), erase=1.0)
     one, two, other = (augment(image, np.random.default_rng(seed)) for seed in (1, 1, 2))
-    assert all(torch.equal(one[name], two[name]) for name in one)
-    assert one["imgs"].shape == (3, 32, 24) and not torch.equal(one["imgs"], other["imgs"])
+    assert all(torch.equal(one[name], two[name]) for name in one) and one["imgs"].shape == (3, 32, 24)
+    assert not torch.equal(one["imgs"], other["imgs"])
     plain = PadCropErase((32, 24), flip=0.0, pad=0, erase=0.0)(image, np.random.default_rng(1))
     mirrored = PadCropErase((32, 24), flip=1.0, pad=0, erase=0.0)(image, np.random.default_rng(1))
     assert torch.equal(plain["imgs"].flip(2), mirrored["imgs"]) and plain["erase"][2] == 0
@@ -421,13 +405,11 @@ def test_stochastic_depth_skips_whole_samples_and_keeps_the_mean():
 def test_transreids_loader_takes_our_encoder(tmp_path):
     """Its contract (`base.load_param`): every name but those with 'head' or 'dist' is looked up in its model,
     an unknown one is a KeyError; the path must not say 'distilled'."""
-    torch.manual_seed(0)
     distill = {"context": "attention", "bank": torch.randn(4, 8), "tau": 0.07, "hidden": 0}
     mae = MODELS["mae_vit_tiny_patch16"](img_size=(32, 32), distill=distill)
     args = SimpleNamespace(output_dir=tmp_path, save_minutes=1, keep_checkpoints=1, resume="")
     RunFiles(args, {}, {}, [], "--init").export_encoder(mae)
-    file = tmp_path / "encoder.pth"
-    content = torch.load(file, weights_only=True)
+    content = torch.load(tmp_path / "encoder.pth", weights_only=True)
     assert list(content) == ["model"] and len(content["model"]) == 150
     encoder = VisionTransformer((32, 32), 16, 192, 12, 3)
     theirs = {name: torch.zeros_like(value) for name, value in encoder.state_dict().items()}
