@@ -15,11 +15,12 @@ from finetune.task import Task
 from metrics.fgvc import class_scores
 from models_transfg import TransFG, TransFGConfig, contrastive_loss
 from models_vit import VisionTransformer
-from reports.fgvc import TILES, Answers, write_fgvc_report
+from reports.fgvc import Answers, write_fgvc_report
 from util.dist import gather_rows
 from util.errors import InputError
 from util.optim import cosine_lr
 
+SHOWN = ("top1", "top5", "mean_class_accuracy", "majority")
 RESIZE = 600 / 448  # side of the picture / side of the crop
 
 
@@ -102,7 +103,7 @@ class Fgvc(Task):
             f"{data.name}: {len(data.test)} test images of {len(data.classes)} classes{gone}; whole picture to "
             "{} x {} px, centre crop {} x {}".format(*self.resize, *self.model.base.img_size)
         )
-        line = "  " + "  ".join(f"{title} {100 * numbers[name]:.2f}" for name, title in TILES.items())
+        line = "  " + "  ".join(f"{name} {100 * numbers[name]:.2f}" for name in SHOWN)
         return numbers | {"protocol": protocol, "parts": self.parts_line()}, [protocol, line], found.unreadable
 
     def class_scores(self, found: Predictions):
