@@ -22,8 +22,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add = parser.add_argument_group("pool").add_argument
     named, pair = {"nargs": "+", "action": "extend"}, {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
-    add("--pool", required=True, **named, metavar="NAME=PATH",
-        help="folders, manifests, packed sets to choose from; validation and test rows by a column split stay out")
+    add("--pool", required=True, **named, metavar="NAME=PATH", help="folders, manifests, packed sets to choose from")
     add("--exclude", default=[], **named, metavar="NAME=PATH",
         help="evaluation images of every benchmark: they and near copies leave the pool (default none)")
     add("--identity_column", default="pid", help="manifest column of the vehicle's identity (default pid)")
@@ -47,12 +46,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--vehicle_prompts", default=None, help="JSON file of prompts (default: curation/prompts.json)")
 
     add = parser.add_argument_group("copies").add_argument
-    add("--near_bits", default=6, type=int,
-        help="hashes that differ in so many of 64 bits are near copies from an agreement of 0.8, 0 to 7 (default 6)")
-    add("--near_agreement", default=0.88, type=float,
-        help="correlation that 3 of 4 tiles of near copies reach once a crop or mirror is undone (default 0.88)")
+    add("--near_bits", default=6, type=int, help="of 64 bits of near hashes that may differ, 0 to 7 (default 6)")
+    add("--near_agreement", default=0.88, type=float, help="agreement that makes near copies by itself (default 0.88)")
     add("--near_cosine", default=0.97, type=float,
-        help="with embeddings so alike an agreement of 0.8 is enough (default 0.97)")
+        help="of embeddings, where an agreement of 0.8 is enough, as it is with near hashes (default 0.97)")
     add("--leak_cosine", default=0.95, type=float, help="the same between pool and --exclude (default 0.95)")
     add("--group_cap", default=16, type=int, help="images that may count as copies of one (default 16)")
     add("--track_cap", default=4, type=int, help="images of one (identity, camera), if known (default 4)")
@@ -63,11 +60,11 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--levels", nargs="+", default=None, type=int, metavar="K",
         help="clusters on each level, finest first (default: from the number of images)")
     add("--resampling", default=10, type=int, help="resampling steps on each level (default 10)")
-    add("--resample", default="closest", choices=("closest", "random"),
-        help="which images of a cluster are clustered again (default closest)")
+    both = {"choices": ("closest", "random")}
+    add("--resample", default="closest", **both, help="images of a cluster that are clustered again (default closest)")
     add("--iterations", default=50, type=int, help="of k-means, at most (default 50)")
     add("--spherical", action="store_true", help="cluster unit vectors, with unit centroids (default off)")
-    add("--sample", default="random", choices=("random", "closest"), help="images of a cluster (default random)")
+    add("--sample", default="random", **both, help="images of a cluster (default random)")
 
     add = parser.add_argument_group("run").add_argument
     add("--seed", default=0, type=int, help="of every random choice (default 0)")
@@ -120,6 +117,7 @@ class Curation:
         self.prompts = read_prompts(args.vehicle_prompts) if args.vehicle_filter else None
         columns = {"identity": args.identity_column, "camera": args.camera_column, "box": args.box_column}
         self.images, self.stages = open_sources(args.pool, args.exclude, columns), Stages(self.folder)
+        self.clip = load_clip(args.clip_model, args.clip_pretrained)
 
     def run(self) -> dict:
         counts = {}
@@ -131,15 +129,11 @@ class Curation:
         def drop(name: str, work: Callable[[], Removals], flags: str, **more) -> None:
             stage(name, lambda _: work().save(self.folder, name, self.images.name), flags, **more)
 
-        self.clip = load_clip(self.args.clip_model, self.args.clip_pretrained)
         stage("index", self.make_index, "box_margin", True, sources=self.images.fingerprint(), thumbnails=SIDE)
         self.index = load_index(self.folder / "index.csv")
         self.check_excluded()
-        drop(
-            "quality",
-            lambda: poor_images(self.index, self.args),
-            "min_side aspect brightness min_contrast min_sharpness",
-        )
+        limits = "min_side aspect brightness min_contrast min_sharpness"
+        drop("quality", lambda: poor_images(self.index, self.args), limits)
         stage("embed", self.embed, shared=True, clip=asdict(self.clip[2]))
         self.embedded = Embedded(self.array("embeddings", mmap_mode="r"), self.array("embedded_rows"))
         drop("vehicle", self.others, "vehicle_filter vehicle_threshold", prompts=self.prompts)
@@ -148,21 +142,16 @@ class Curation:
         stage("cluster", self.cluster, "stratify levels resampling resample iterations spherical seed")
         stage("sample", self.sample, "target_size sample seed")
         stage("write", self.write)
-        if is_main_process():
-            counts["evidence"] = self.report(counts)
-        return counts if is_main_process() else {}
-
-    def report(self, counts: dict) -> dict:
-        """Write curation.json and report.html; return how even the selection is."""
+        if not is_main_process():
+            return {}
         selection, settings = self.array("selection"), vars(self.args)
-        evidence, sizes = judge(self.embedded, self.domains(), selection, self.device, self.args.seed)
-        record = {"settings": settings, "stages": self.stages.records} | counts | {"evidence": evidence}
-        write_json(self.folder / "curation.json", record)
+        counts["evidence"], sizes = judge(self.embedded, self.domains(), selection, self.device, self.args.seed)
+        write_json(self.folder / "curation.json", {"settings": settings, "stages": self.stages.records} | counts)
         removals = {name: load_removal(self.folder, name) for name in DROPS if name != "vehicle" or self.prompts}
         clusters = {name: (rows, tree.path()[:, :2][:, -1]) for name, (tree, rows) in self.trees().items()}
-        found = self.images, self.index, removals, selection, clusters, evidence, sizes, settings
+        found = self.images, self.index, removals, selection, clusters, counts["evidence"], sizes, settings
         write_curation_report(self.folder / "report.html", Curated(*found))
-        return evidence
+        return counts
 
     def array(self, name: str, **how) -> np.ndarray:
         return np.load(self.folder / f"{name}.npy", **how)

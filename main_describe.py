@@ -11,7 +11,6 @@ know it. Embeddings are stored, so that other thresholds cost seconds.
 import argparse
 import time
 from collections import Counter
-from dataclasses import asdict
 from pathlib import Path
 
 from util.cli import Parser, check_numbers, run_tool
@@ -34,14 +33,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("texts").add_argument
     add("--templates", default=str(TEMPLATES),
         help="templates .json, or .txt with one text with {slots} a line (default description/templates.json)")
-    add("--rows_only", action="store_true",
-        help="no words of the template file, only what the rows hold (default off)")
-    add("--keep_invisible", action="store_true",
-        help="keep texts about length, price, engine power ..., which CLIP cannot see (default off)")
-    add("--ensemble", action="store_true",
-        help="average each embedding over all wordings of the template file (default: the first wording)")
-    add("--dedup_cos", default=0.98, type=float,
-        help="cosine between texts above which the longer one goes; 1 keeps all (default 0.98)")
+    add("--rows_only", action="store_true", help="no words of the template file, only those of the rows (default off)")
+    add("--keep_invisible", action="store_true", help="keep texts about length, price, engine power ... (default off)")
+    add("--ensemble", action="store_true", help="average each embedding over the file's wordings (default: the first)")
+    add("--dedup_cos", default=0.98, type=float, help="cosine above which the longer of two texts goes (default 0.98)")
     add("--max_texts", default=20000, type=int, help="most texts; 0 for no limit (default 20000)")
     add("--max_per_make", default=500, type=int, help="most texts of one make; 0 for no limit (default 500)")
 
@@ -56,10 +51,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--max_images", default=0, type=int, help="images, evenly spread; 0 for all (default 0)")
     add("--topk", default=5, type=int, help="nearest texts of a kind that an image takes (default 5)")
     add("--n_min", default=3, type=int, help="images that must take a text (default 3)")
-    add("--hub_share", default=0.02, type=float,
-        help="share of images above which a text is a hub, never below 5 fair shares (default 0.02)")
-    add("--margin", default=0.01, type=float,
-        help="cosine by which a text must beat the generic prompt on its images (default 0.01)")
+    add("--hub_share", default=0.02, type=float, help="share of the images that take a hub (default 0.02)")
+    add("--margin", default=0.01, type=float, help="cosine by which a text must beat the generic prompt (default 0.01)")
     add("--correction", default="inverted_softmax", choices=("inverted_softmax", "mean", "none"),
         help="of hubs, before ranking (default inverted_softmax)")
     add("--rank_in", default="kind", choices=("kind", "all"),
@@ -68,12 +61,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("run").add_argument
     add("--output", required=True, help="folder for the bank and the report")
-    add("--report_texts", default=200, type=int, help="kept and removed texts shown with images (default 200)")
     add("--batch_size", default=128, type=int, help="texts or images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"),
-        help="precision of the image tower on CUDA (default auto)")
     # fmt: on
     return parser
 
@@ -86,16 +76,12 @@ from description.bank import Candidates, encode, ground_candidates, write_bank
 from description.texts import fill, invisible_reason, read_rows, read_templates
 from models_teacher import load_clip
 from util.dist import pick_device
-from util.parallel import claim
 
 
 def check_args(args) -> dict[str, str]:
     """Refuse contradictions among flags; returns {slot: column} of --column."""
-    check_numbers(
-        args,
-        at_least_one="topk n_min batch_size",
-        not_negative="max_texts max_per_make max_images report_texts num_workers",
-    )
+    limits = "max_texts max_per_make max_images num_workers"
+    check_numbers(args, at_least_one="topk n_min batch_size", not_negative=limits)
     for name in ("hub_share", "dedup_cos"):
         if not 0 < getattr(args, name) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be above 0 and at most 1")
@@ -109,18 +95,12 @@ def check_args(args) -> dict[str, str]:
 
 
 def main(args) -> dict:
-    started = time.perf_counter()
-    columns = check_args(args)
-    templates = read_templates(Path(args.templates))
-    facts: dict = {}
-    rows = read_rows(args, columns, templates, facts)
-    texts = fill(templates, rows, use_words=not args.rows_only)
+    started, facts = time.perf_counter(), {}
+    columns, templates = check_args(args), read_templates(Path(args.templates))
+    texts = fill(templates, read_rows(args, columns, templates, facts), use_words=not args.rows_only)
     facts["candidates"] = len(texts)
     if len(texts) < 2:
-        raise InputError(
-            f"the attributes give {len(texts)} texts and a bank needs 2: add rows or columns, or templates "
-            "for the columns there are"
-        )
+        raise InputError(f"the attributes give {len(texts)} texts and a bank needs 2: add rows, columns or templates")
     candidates = Candidates(texts)
     if not args.keep_invisible:
         reasons = {i: reason for i, text in enumerate(texts) if (reason := invisible_reason(text))}
@@ -128,12 +108,10 @@ def main(args) -> dict:
     device = pick_device(args.device)
     paths = list_images(args.images, args.split) if args.images else None
     clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained)
-    header = {"kind": "cgd-mae text description", "teacher": asdict(identity)}
-    claim(Path(args.output) / "teacher.json", header, "teacher's description")
-    clip.to(device)
-    encode(args, candidates, templates, clip, tokenizer, facts)
+    teacher = clip.to(device), tokenizer, identity
+    encode(args, candidates, templates, teacher, facts)
     if paths is not None:
-        ground_candidates(args, candidates, paths, (clip, tokenizer, identity), device, facts)
+        ground_candidates(args, candidates, paths, teacher, facts)
     facts["kept"] = len(candidates.texts)
     facts |= {f"removed_{r}": n for r, n in Counter(row["reason"] for row in candidates.removed).items()}
     facts["seconds"] = time.perf_counter() - started

@@ -78,18 +78,6 @@ def cells_of(rows: Rows, centres: torch.Tensor) -> tuple[np.ndarray, np.ndarray]
     return places, offsets[1:-1]
 
 
-def _resampling() -> torch.Tensor:
-    """[windows, COARSE, SIDE] float32: each window of a line of SIDE px, averaged to COARSE px."""
-    edges = np.arange(SIDE)
-    matrices = []
-    for side, start in WINDOWS:
-        low = (start + side * np.arange(COARSE) / COARSE)[:, None] * SIDE
-        high = low + side * SIDE / COARSE
-        covered = (np.minimum(high, edges + 1) - np.maximum(low, edges)).clip(0)
-        matrices.append(covered / covered.sum(axis=1, keepdims=True))
-    return torch.from_numpy(np.stack(matrices)).float()
-
-
 def _unit(x: torch.Tensor) -> torch.Tensor:
     """Mean 0 and length 1 along the last axis: products are correlations. A plain picture becomes zeros."""
     x = x - x.mean(dim=-1, keepdim=True)
@@ -112,21 +100,23 @@ class Aligner:
     def __init__(self, thumbnails: np.ndarray, device: torch.device):
         self.thumbnails, self.device = thumbnails, device
         self.windows = torch.tensor(WINDOWS, device=device)
-        self.resampling = _resampling().to(device)
-        moves = list(itertools.product((-1.0, 0.0, 1.0), repeat=2))
-        self.moves = torch.tensor(moves, device=device)  # [9, 2] of side and centre
+        self.moves = torch.tensor(list(itertools.product((-1.0, 0.0, 1.0), repeat=2)), device=device)  # side and centre
+        edges, (side, start) = np.arange(SIDE), np.array(WINDOWS).T[:, :, None]
+        low = (start + side * np.arange(COARSE) / COARSE)[:, :, None] * SIDE
+        covered = (np.minimum(low + side[:, :, None] * SIDE / COARSE, edges + 1) - np.maximum(low, edges)).clip(0)
+        # [windows, COARSE, SIDE]: each window of a line of SIDE px, averaged to COARSE px
+        self.resampling = torch.from_numpy(covered / covered.sum(axis=2, keepdims=True)).float().to(device)
         self.line = (torch.arange(SIDE, device=device) + 0.5) / SIDE - 0.5
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """How well the pictures of each pair [P] agree once one of them is cut and mirrored to fit the other: the
         correlation that three quarters of the tiles with texture reach; [P] float32, 0 where they do not roughly fit.
         """
-        result = np.empty(len(first), dtype=np.float32)
+        found = [np.zeros(0, dtype=np.float32)]
         for start in range(0, len(first), BLOCK):
-            part = slice(start, start + BLOCK)
-            a, b = (torch.from_numpy(self.thumbnails[rows[part]]).to(self.device).float() for rows in (first, second))
-            result[part] = self._block(a, b).cpu().numpy()
-        return result
+            pair = (self.thumbnails[rows[start : start + BLOCK]] for rows in (first, second))
+            found.append(self._block(*(torch.from_numpy(x).to(self.device).float() for x in pair)).cpu().numpy())
+        return np.concatenate(found)
 
     def _block(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         ways = [(a, b), (b, a), (a.flip(-1), b), (b, a.flip(-1))]  # which is cut, and which is whole
@@ -169,8 +159,7 @@ class Aligner:
     def _cut(self, imgs: torch.Tensor, place: torch.Tensor) -> torch.Tensor:
         """Cut [p, m, 1024] windows of [p, 32, 32]; place: [p, m, 4] side and centre in x, then in y."""
         p, m = place.shape[:2]
-        x = (place[..., 0:1] * self.line + place[..., 1:2]) * 2 - 1
-        y = (place[..., 2:3] * self.line + place[..., 3:4]) * 2 - 1
+        x, y = ((place[..., i : i + 1] * self.line + place[..., i + 1 : i + 2]) * 2 - 1 for i in (0, 2))
         grid = torch.stack([x[:, :, None].expand(-1, -1, SIDE, -1), y[:, :, :, None].expand(-1, -1, -1, SIDE)], dim=-1)
         grid = grid.reshape(p, m * SIDE, SIDE, 2)
         views = F.grid_sample(imgs[:, None], grid, padding_mode="border", align_corners=False)

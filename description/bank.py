@@ -23,6 +23,8 @@ from util.errors import InputError
 from util.files import write_atomic, write_json
 from util.precision import pick_precision
 
+REPORT_TEXTS = 200  # kept and removed texts shown with images
+
 
 class Candidates:
     """The texts still in play, their embeddings and why the others went."""
@@ -50,15 +52,16 @@ class Candidates:
             )
 
 
-def encode(args, candidates: Candidates, templates: Templates, clip, tokenizer, facts: dict) -> None:
-    """Embed all candidates; near-duplicates and what is above the limits go."""
+def encode(args, candidates: Candidates, templates: Templates, teacher: tuple, facts: dict) -> None:
+    """Embed all candidates by `teacher`, what `load_clip` returns; near-duplicates and what is above the limits go."""
+    clip, tokenizer, identity = teacher
     wordings = [wordings_of(text, templates, args.ensemble) for text in candidates.texts]
     flat = [wording for each in wordings for wording in each]
     context_length = getattr(tokenizer, "context_length", None) or clip.context_length
     facts["longest_tokens"] = check_tokens(tokenizer, [*flat, args.generic], context_length)
     print(f"{len(flat)} texts to encode, the longest has {facts['longest_tokens']} of {context_length} tokens")
-    file = Path(args.output) / "embeddings" / f"texts-{hash_texts(flat)[:12]}.npy"  # kept for other thresholds
-    if not file.is_file():
+    file = Path(args.output) / "embeddings" / f"texts-{hash_texts([identity.weights_sha256, *flat])[:12]}.npy"
+    if not file.is_file():  # kept for other thresholds
         encoded = encode_texts(clip, tokenizer, flat, args.batch_size).cpu().numpy()
         write_atomic(file, lambda opened: np.save(opened, encoded))
     # CLIP's prompt ensembling: the mean of each description's normalised wordings, renormalised
@@ -66,44 +69,41 @@ def encode(args, candidates: Candidates, templates: Templates, clip, tokenizer, 
     candidates.embeddings = torch.stack([F.normalize(part.mean(dim=0), dim=0) for part in rows])
     near = near_duplicates(candidates.embeddings, [len(t.text) for t in candidates.texts], args.dedup_cos)
     candidates.drop({i: ("near-duplicate", f"of '{candidates.texts[j].text}'") for i, j in near.items()})
-    over = cap(candidates.texts, args.max_texts, args.max_per_make)
-    candidates.drop({i: ("cap", why) for i, why in over.items()})
+    candidates.drop({i: ("cap", why) for i, why in cap(candidates.texts, args.max_texts, args.max_per_make).items()})
 
 
-def embed_images(teacher: FrozenTeacher, paths, indices: np.ndarray, args) -> tuple[torch.Tensor, dict[str, str]]:
+def embed_images(args, paths, indices: np.ndarray, teacher: tuple) -> tuple[torch.Tensor, dict[str, str]]:
     """Embed whole images, as `--teacher_view full` shows them to the teacher, and keep them in --output.
 
     Returns:
         ([n, D] float32 on the CPU, unreadable rows NaN; {image: what was wrong}).
     """
-    chosen = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
-    job = {"images": paths.sha256(), "root": str(Path(paths.root).resolve()), "chosen": chosen}
+    clip, _, identity = teacher
+    job = {"images": paths.sha256(), "root": str(Path(paths.root).resolve()), "teacher": identity.weights_sha256}
+    job["chosen"] = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
     key = hashlib.sha256(json.dumps(job).encode()).hexdigest()[:12]
     file = Path(args.output) / "embeddings" / f"images-{key}.npy"
     unreadable = file.with_suffix(".json")  # written last: it says that both are whole
     if not unreadable.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
+        device = clip.logit_scale.device
+        dtype = pick_precision("auto" if device.type == "cuda" else "none", device)[0] or torch.float32
+        frozen = FrozenTeacher(clip, identity, dtype).to(device)
         _, problems = extract_to_file(
-            teacher, WholeImages(paths, indices, teacher.size), teacher.mean.device, file.with_suffix(""), job,
+            frozen, WholeImages(paths, indices, frozen.size), device, file.with_suffix(""), job,
             batch_size=args.batch_size, num_workers=args.num_workers,
         )  # fmt: skip
         write_json(unreadable, problems)
     return torch.from_numpy(np.load(file)), json.loads(unreadable.read_text())
 
 
-def ground_candidates(args, candidates: Candidates, paths, teacher_parts: tuple, device, facts: dict) -> None:
-    """Keep the texts that the images know.
-
-    Args:
-        teacher_parts: clip, tokenizer and identity of `load_clip`.
-    """
-    clip, tokenizer, identity = teacher_parts
+def ground_candidates(args, candidates: Candidates, paths, teacher: tuple, facts: dict) -> None:
+    """Keep the texts that the images know."""
+    clip, tokenizer, identity = teacher
+    generic = encode_texts(clip, tokenizer, [args.generic])[0].float().cpu()
     count = min(args.max_images or len(paths), len(paths))
     indices = np.linspace(0, len(paths), count, endpoint=False).astype(np.int64)
-    dtype = pick_precision(args.amp if device.type == "cuda" else "none", device)[0]
-    rows, problems = embed_images(
-        FrozenTeacher(clip, identity, dtype or torch.float32).to(device), paths, indices, args
-    )
+    rows, problems = embed_images(args, paths, indices, teacher)
     for index, problem in problems.items():
         print(f"unreadable, left out: {printable(paths.relative(int(index)))}: {problem}")
     readable = torch.isfinite(rows[:, 0])
@@ -114,10 +114,9 @@ def ground_candidates(args, candidates: Candidates, paths, teacher_parts: tuple,
             f"--images {args.images}: {len(images)} of {len(rows)} images could be read, fewer than --n_min "
             f"{args.n_min}; if they have come back since, remove {args.output}/embeddings"
         )
-    generic = encode_texts(clip, tokenizer, [args.generic])[0].float().cpu()
     names = [text.kind if args.rank_in == "kind" else "" for text in candidates.texts]
-    numbers, texts = {name: number for number, name in enumerate(dict.fromkeys(names))}, candidates.embeddings
-    found = ground(images, texts, generic, torch.tensor([numbers[name] for name in names]), identity.tau, args)
+    kinds, texts = {name: number for number, name in enumerate(dict.fromkeys(names))}, candidates.embeddings
+    found = ground(images, texts, generic, torch.tensor([kinds[name] for name in names]), identity.tau, args)
     gone, numbers = {}, (found.usage, found.corrected, found.gap, found.limit, found.best_images)
     for j, (usage, corrected, gap, limit, best) in enumerate(zip(*(values.tolist() for values in numbers))):
         candidates.notes[j] = {"usage": usage, "corrected": corrected, "images": indices[best].tolist()}
@@ -154,15 +153,14 @@ def write_bank(args, candidates: Candidates, templates: Templates, identity: Tea
                 row = row | {"images": [printable(paths.relative(index)) for index in row["images"]]}
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
         write_atomic(output / file, lambda opened, lines=lines: opened.write("".join(lines).encode()))
-    bank = candidates.embeddings.numpy().astype(np.float32)
+    bank, lists = candidates.embeddings.numpy().astype(np.float32), {"kept": kept, "removed": candidates.removed}
     write_atomic(output / "bank.npy", lambda opened: np.save(opened, bank))
     title = f"Texts for {identity.model}: {len(kept)} kept, {len(candidates.removed)} removed"
-    lists = {"kept": kept, "removed": candidates.removed}
-    write_description_report(output / "report.html", title, facts, lists, paths, args.report_texts)
+    write_description_report(output / "report.html", title, facts, lists, paths, REPORT_TEXTS)
     about = {"kind": "cgd-mae text bank folder", "teacher": asdict(identity), "pretrained": str(args.clip_pretrained)}
     about |= {"texts": len(kept), "dim": bank.shape[1], "dtype": "float32", "logit_scale": math.log(1 / identity.tau)}
-    about |= {"texts_sha256": hash_texts([row["text"] for row in kept])}
-    about |= {"bank_sha256": hashlib.sha256(bank.tobytes()).hexdigest()}
-    about |= {"templates_sha256": hashlib.sha256(Path(args.templates).read_bytes()).hexdigest()}
     about |= {"ensemble": args.ensemble, "grounded": paths is not None, "open_clip": open_clip.__version__}
+    about["texts_sha256"] = hash_texts([row["text"] for row in kept])
+    for name, data in (("bank", bank.tobytes()), ("templates", Path(args.templates).read_bytes())):
+        about[f"{name}_sha256"] = hashlib.sha256(data).hexdigest()
     write_json(output / "bank.json", about)

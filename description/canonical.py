@@ -99,8 +99,7 @@ def _canonical(slot: str, value: str, unknown: Counter) -> str | None:
         return WORDS[slot][key]
     if _is_missing(value):
         return None
-    year = re.fullmatch(r"((?:19|20)\d\d)(?:\.0)?", value) if slot == "year" else None
-    if year:
+    if slot == "year" and (year := re.fullmatch(r"((?:19|20)\d\d)(?:\.0)?", value)):
         return year[1]
     is_code = slot == "year" or not any(c.isalpha() for c in value)
     if slot in CLOSED or (slot in WORDED and is_code):
@@ -119,8 +118,8 @@ def _short_model(row: dict[str, str]) -> str:
     """The model without its make in front and its body at the end: both have slots of their own."""
     model = row["model"]
     for make in (row.get("make", ""), _starts_with("make", model) or ""):
-        same = WORDS["make"].get(make.lower(), make) == row.get("make")
-        if make and same and model.lower().startswith(make.lower() + " "):
+        same = make and WORDS["make"].get(make.lower(), make) == row.get("make")
+        if same and model.lower().startswith(make.lower() + " "):
             model = model[len(make) :].strip()
     while ending := _ends_with("body", model):
         if WORDS["body"][ending.lower()] != row.get("body") or len(ending) == len(model):
@@ -130,10 +129,8 @@ def _short_model(row: dict[str, str]) -> str:
 
 
 def _starts_with(slot: str, text: str) -> str | None:
-    lower = text.lower() + " "
-    return next((text[: len(s)] for s in _BY_LENGTH[slot] if lower.startswith(s + " ")), None)
+    return next((text[: len(s)] for s in _BY_LENGTH[slot] if f"{text} ".lower().startswith(s + " ")), None)
 
 
 def _ends_with(slot: str, text: str) -> str | None:
-    lower = " " + text.lower()
-    return next((text[-len(s) :] for s in _BY_LENGTH[slot] if lower.endswith(" " + s)), None)
+    return next((text[-len(s) :] for s in _BY_LENGTH[slot] if f" {text}".lower().endswith(" " + s)), None)

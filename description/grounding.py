@@ -1,15 +1,14 @@
 """Visual grounding: which texts do the images know? Only unpaired embeddings are compared."""
 
 import math
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
 HUB_FAIR = 5  # a hub is used at least this many times as often as an average text of its rank list
 
 
-@dataclass
-class Grounding:
+class Grounding(SimpleNamespace):
     """What grounding found for T texts.
 
     usage: [T] int64, images that have the text among their nearest; corrected: the same after the correction of hubs;
@@ -17,13 +16,6 @@ class Grounding:
     float32, share of images above which the text is a hub; best_images: [T, m] int64, nearest first; reasons: ""
     (kept), "ungrounded", "hub" or "generic".
     """
-
-    usage: torch.Tensor
-    corrected: torch.Tensor
-    gap: torch.Tensor
-    limit: torch.Tensor
-    best_images: torch.Tensor
-    reasons: list[str]
 
 
 @torch.no_grad()
@@ -49,15 +41,14 @@ def ground(
     """
     N, T = len(images), len(texts)
     shift = _hub_correction(images, texts, rule.correction, tau, block)
-    members = [torch.nonzero(kinds == kind).flatten() for kind in kinds.unique()]
     usage, corrected = torch.zeros(2, T, dtype=torch.int64)
-    gap, limit = torch.zeros(T, dtype=torch.float64), torch.zeros(T)
-    best = torch.full((T, min(show, N)), -math.inf)
+    gap, limit, best = torch.zeros(T, dtype=torch.float64), torch.zeros(T), torch.full((T, min(show, N)), -math.inf)
     best_images = torch.zeros(T, min(show, N), dtype=torch.int64)
     for start in range(0, N, block):
         cosine = images[start : start + block] @ texts.T  # [b, T]
         advantage = cosine - (images[start : start + block] @ generic)[:, None]
-        for ids in members:
+        for kind in kinds.unique():
+            ids = torch.nonzero(kinds == kind).flatten()
             k = min(rule.topk, -(-len(ids) // 10))
             limit[ids] = max(rule.hub_share, HUB_FAIR * k / len(ids))
             chosen = ids[cosine[:, ids].topk(k, dim=1).indices]  # [b, k]
@@ -71,7 +62,8 @@ def ground(
     gap = (gap / usage).float()
     wrong = [("ungrounded", usage < rule.n_min), ("hub", corrected > limit * N), ("generic", ~(gap >= rule.margin))]
     reasons = [next((name for name, of in wrong if of[j]), "") for j in range(T)]
-    return Grounding(usage, corrected, gap, limit, best_images, reasons)
+    found = {"usage": usage, "corrected": corrected, "gap": gap, "limit": limit, "best_images": best_images}
+    return Grounding(**found, reasons=reasons)
 
 
 def _hub_correction(images, texts, correction: str, tau: float, block: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ import itertools
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from description.canonical import INVISIBLE, MEASURE, SLOTS, canonical_row, column_key, names_body, with_articles
@@ -31,9 +31,9 @@ class Templates:
     `unless` (slots whose presence in a row rules the phrase out)."""
 
     phrases: list[dict]
-    wordings: list[str] = field(default_factory=lambda: ["{phrase}"])
-    words: dict[str, list[str]] = field(default_factory=dict)
-    contradictions: list[dict[str, str]] = field(default_factory=list)
+    wordings: list[str]
+    words: dict[str, list[str]]
+    contradictions: list[dict[str, str]]
 
     def slots(self) -> set[str]:
         return {slot for p in self.phrases for slot in (*slots_of(p["phrase"]), *p.get("unless", ()))}
@@ -137,17 +137,14 @@ def fill(templates: Templates, rows: Counter, *, use_words: bool = True) -> list
 
 def invisible_reason(text: Text) -> str | None:
     """Why CLIP cannot see what a text says, or None."""
-    hidden = [slot for slot in text.attrs if slot in INVISIBLE]
-    if hidden:
-        return f"{', '.join(hidden)} cannot be seen in a picture"
-    measure = MEASURE.search(text.text)
-    return f"'{measure[0].strip()}' cannot be seen in a picture" if measure else None
+    hidden, measure = [slot for slot in text.attrs if slot in INVISIBLE], MEASURE.search(text.text)
+    what = ", ".join(hidden) or (measure and f"'{measure[0].strip()}'")
+    return f"{what} cannot be seen in a picture" if what else None
 
 
 def wordings_of(text: Text, templates: Templates, ensemble: bool) -> list[str]:
     """The texts to encode for one description: its own, or all wordings of it."""
-    chosen = templates.wordings if ensemble else templates.wordings[:1]
-    return list(dict.fromkeys(word(text.phrase, wording) for wording in chosen))
+    return list(dict.fromkeys(word(text.phrase, wording) for wording in templates.wordings[: None if ensemble else 1]))
 
 
 def word(phrase: str, wording: str) -> str:

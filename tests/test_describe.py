@@ -5,14 +5,17 @@ import io
 import json
 import math
 import os
+import shutil
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, parse, read_log, small_flags, write_pictures
+from conftest import CLIP_CONFIG, ROOT, parse, read_log, small_flags, write_pictures
 
 import main_describe
 import main_pretrain
@@ -475,10 +478,15 @@ def test_folder_banks_are_checked(made, teacher_files, tmp_path):
         read_encoded(tmp_path / "bank_npy", identity)
 
 
-def test_another_teacher_may_not_share_the_folder(made, tmp_path):
-    write(tmp_path / "teacher.json", json.dumps({"kind": "cgd-mae text description", "teacher": {"model": "other"}}))
-    with pytest.raises(InputError, match="its teacher differ"):
-        run_describe(made[0], tmp_path)
+def test_another_teacher_encodes_again(made, tmp_path):
+    config = write(tmp_path / "OtherClip-test.json", json.dumps(CLIP_CONFIG))
+    open_clip.add_model_config(config)
+    torch.save(open_clip.create_model("OtherClip-test").state_dict(), tmp_path / "other.pt")
+    other = without_images(made[0]).split("--clip")[0] + f"--clip_model {config} --clip_pretrained {tmp_path}/other.pt"
+    folder = Path(shutil.copytree(made[1], tmp_path / "out"))
+    run_describe(other + " --device cpu", folder)
+    assert len(list((folder / "embeddings").glob("texts-*.npy"))) == 2
+    assert json.loads((folder / "bank.json").read_text())["teacher"]["model"] == "OtherClip-test"
 
 
 def test_pretraining_takes_the_folder(made, pictures, teacher_files, tmp_path):
