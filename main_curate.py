@@ -141,7 +141,6 @@ class Curation:
         drop("duplicates", self.duplicates, "near_bits near_agreement near_cosine group_cap track_cap")
         stage("cluster", self.cluster, "stratify levels resampling resample iterations spherical seed")
         stage("sample", self.sample, "target_size sample seed")
-        stage("write", self.write)
         if not is_main_process():
             return {}
         selection, settings = self.array("selection"), vars(self.args)
@@ -161,8 +160,9 @@ class Curation:
         counts = {"images": len(self.images)}
         for source in self.images.sources:
             counts[f"{source.role} {source.name}"] = len(source.paths)
-            if source.left_out:
-                counts[f"{source.role} {source.name}, rows of the other split"] = source.left_out
+            counts |= (
+                {f"{source.role} {source.name}, rows of the other split": source.left_out} if source.left_out else {}
+            )
         return counts
 
     def check_excluded(self) -> None:
@@ -172,7 +172,7 @@ class Curation:
             if source.role == "exclude" and not self.index.readable[mine].any():
                 raise InputError(
                     f"--exclude {source.name}: none of its {len(source.paths)} images can be read, so no copy of them "
-                    f"could be found; {self.folder / 'index.csv'} says why"
+                    f"could be found; {self.folder}/index.csv says why"
                 )
 
     def alive(self, before: str = "cluster") -> np.ndarray:
@@ -185,9 +185,7 @@ class Curation:
     def embed(self, job: str) -> dict:
         pool = self.alive(before="vehicle")
         if not len(pool):
-            raise InputError(
-                f"no image is left to choose from: {self.folder / 'quality.csv'} says why each was removed"
-            )
+            raise InputError(f"no image is left to choose from: {self.folder}/quality.csv says why each was removed")
         rows = np.union1d(pool, np.flatnonzero(self.index.excluded & self.index.readable))
         dtype = pick_precision("auto" if self.device.type == "cuda" else "none", self.device)[0] or torch.float32
         teacher = FrozenTeacher(self.clip[0].to(self.device), self.clip[2], dtype).to(self.device)
@@ -215,9 +213,9 @@ class Curation:
             texts = [encode_texts(clip, tokenizer, texts).to(self.device) for texts in self.prompts]
             for part in np.split(rows, range(CHUNK, len(rows), CHUNK)):
                 x = torch.from_numpy(self.embedded.data[self.embedded.place(part)]).to(self.device).float()
-                probability = vehicle_probability(x, *texts, identity.tau).cpu().numpy()
-                low = probability < self.args.vehicle_threshold
-                removal.add("not a vehicle (probability)", part[low], value=probability[low])
+                value = vehicle_probability(x, *texts, identity.tau).cpu().numpy()
+                low = value < self.args.vehicle_threshold
+                removal.add("not a vehicle (probability)", part[low], value=value[low])
         return removal
 
     def finder(self, cosine: float) -> CopyFinder:
@@ -258,23 +256,21 @@ class Curation:
         return {name: load_tree(folder / name) for name in self.domains()}
 
     def sample(self, job: str) -> dict:
-        selection, shares = draw_sample(self.trees(), self.args)
+        """Choose, and write the manifest with the cluster of each image on every level (-1 beyond a smaller tree)."""
+        trees = self.trees()
+        selection, shares = draw_sample(trees, self.args)
         write_atomic(self.folder / "selection.npy", lambda f: np.save(f, selection))
-        return {"images": len(selection)} | {f"from {name}": share for name, share in shares.items()}
-
-    def write(self, job: str) -> dict:
-        """Write the manifest, with the cluster of each image on every level (-1 beyond a smaller tree)."""
-        selection, trees = self.array("selection"), self.trees().values()
-        clusters = np.full((len(selection), max(len(tree.sizes) for tree, _ in trees)), -1, dtype=np.int32)
+        clusters = np.full((len(selection), max(len(tree.sizes) for tree, _ in trees.values())), -1, dtype=np.int32)
         distance = np.zeros(len(selection), dtype=np.float32)
-        for tree, rows in trees:
+        for tree, rows in trees.values():
             mine = np.isin(selection, rows)
             place = np.searchsorted(rows, selection[mine])
             clusters[mine, : len(tree.sizes)], distance[mine] = tree.path()[place], tree.distance[place]
         extra = {f"cluster{level}": values.tolist() for level, values in enumerate(clusters.T, start=1)}
         extra["distance"] = [f"{value:.6g}" for value in distance]
         cut_folder = self.stages.records["index"]["fingerprint"][:12]
-        return write_manifest(self.folder, cut_folder, self.images, selection, extra)
+        written = write_manifest(self.folder, cut_folder, self.images, selection, extra)
+        return {"images": len(selection), **{f"from {name}": n for name, n in shares.items()}, "written files": written}
 
 
 def main(args) -> dict:

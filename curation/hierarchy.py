@@ -95,10 +95,8 @@ def plan_levels(count: int, ks: list[int] | None, clip: bool = False) -> list[in
         ks = [k for k in ks if k < count] or [1]
     for level, (outer, k) in enumerate(zip([count, *ks], ks), start=1):
         if not 1 <= k < outer and count > 1:
-            raise InputError(
-                f"--levels {' '.join(map(str, ks))}: level {level} makes {k} clusters of {outer}; every level must be "
-                "smaller than what it clusters"
-            )
+            words = f"--levels {' '.join(map(str, ks))}: level {level} makes {k} clusters of {outer}"
+            raise InputError(f"{words}; every level must be smaller than what it clusters")
     return ks
 
 
@@ -120,8 +118,8 @@ def build_tree(rows: Rows, ks: list[int], folder: Path, args, tree_number: int =
             file = folder / f"level{level}_step{number:02d}.npz"
             if file.is_file():
                 with np.load(file) as stored:
-                    clusters = Clusters(**{name: stored[name] for name in ("assignment", "distance", "inertia")},
-                                        centroids=torch.from_numpy(stored["centroids"]).to(rows.device))  # fmt: skip
+                    clusters = Clusters(torch.from_numpy(stored["centroids"]).to(rows.device), *(
+                        stored[name] for name in ("assignment", "distance", "inertia")))  # fmt: skip
                 continue
             rng, part = step_rng(args.seed, tree_number, level, number), rows
             if clusters is not None:

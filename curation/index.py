@@ -194,40 +194,33 @@ def _columns(rows: list[dict[str, str]], known: dict[str, dict[str, int]]) -> di
     }
 
 
-def write_manifest(folder: Path, cut_folder: str, images: JoinedImages, selection: np.ndarray, extra: dict) -> dict:
-    """Write folder/manifest.csv, one row a selected image in the order of the index; return how many.
+def write_manifest(folder: Path, cut_folder: str, images: JoinedImages, selection: np.ndarray, extra: dict) -> int:
+    """Write folder/manifest.csv, one row a selected image in the order of the index.
 
     Images that have no file of their own, or of which a box is wanted, are written to folder/images as they will be
     trained on (packed images byte for byte, boxes as JPEG of quality 95); all others stay where they are.
 
     Args:
         cut_folder: name of the folder in folder/images, another one for another index.
-        selection: [n] int64 index rows, ascending. extra: further columns, n texts each.
+        selection: [n] int64 index rows, ascending. extra: further columns, n values each.
+    Returns:
+        How many images were written.
     """
     table, written, rows = [[*MANIFEST, *extra]], 0, enumerate(read_rows(folder / "index.csv"))
     for wanted, *values in zip(selection.tolist(), *extra.values()):
         row = next(row for number, row in rows if number == wanted)
-        file = own_file(folder / "images" / cut_folder, images, wanted, row["box"])
-        if file is not None:
+        (source, index), box = images.locate(wanted), row["box"]
+        if box or isinstance(source.paths, PackedImages):
+            file, encoded = folder / "images" / cut_folder / source.name / f"{wanted:09d}.jpg", io.BytesIO()
+            if box and not file.is_file():
+                cut = open_rgb(source.paths[index]).crop(tuple(map(int, box.split())))
+                cut.save(encoded, "JPEG", quality=95, subsampling=0)
+            elif not file.is_file():
+                encoded.write(source.paths.read(index))
+            if not file.is_file():
+                write_atomic(file, lambda opened, encoded=encoded: opened.write(encoded.getvalue()))
             row |= {"path": str(file.relative_to(folder)), "box": ""}  # it is cut already
             written += 1
         table.append([*(row[name] for name in MANIFEST), *values])
     write_atomic(folder / "manifest.csv", lambda opened: opened.write(csv_bytes(table)))
-    return {"images": len(selection), "written_images": written}
-
-
-def own_file(folder: Path, images: JoinedImages, number: int, box: str) -> Path | None:
-    """Write a file for an image that has none that can be trained on as it is; None where it has."""
-    source, index = images.locate(number)
-    if not box and not isinstance(source.paths, PackedImages):
-        return None
-    file = folder / source.name / f"{number:09d}.jpg"
-    if not file.is_file():
-        encoded = io.BytesIO()
-        if box:
-            cut = open_rgb(source.paths[index]).crop(tuple(map(int, box.split())))
-            cut.save(encoded, "JPEG", quality=95, subsampling=0)
-        else:
-            encoded.write(source.paths.read(index))
-        write_atomic(file, lambda opened: opened.write(encoded.getvalue()))
-    return file
+    return written

@@ -38,7 +38,11 @@ def kmeans(
     """
     if not 1 <= k <= len(rows):
         raise InputError(f"{k} clusters of {len(rows)} images: ask for fewer clusters")
-    centroids = start if start is not None else seed_centroids(rows, k, init, rng)
+    centroids = start
+    if start is None:  # k-means++ among some rows
+        count = k if init == "random" else min(len(rows), max(INIT_ROWS * k, 1024))
+        centroids = rows.take(np.sort(rng.choice(len(rows), count, replace=False, shuffle=False)))
+        centroids = centroids if init == "random" else centroids[plus_plus(centroids, k, rng)]
     labels = torch.full((len(rows),), -1, dtype=torch.int32, device=rows.device)
     distance = torch.empty(len(rows), device=rows.device)
     for _ in range(iterations):
@@ -103,13 +107,6 @@ def assign_block(x: torch.Tensor, centroids: torch.Tensor, unit: bool = False):
         torch.max(block, dim=1, out=(best[here], nearest[here]))
     constant = 1.0 if unit else 0.0  # ||c||^2 is in the score, except for unit centroids
     return nearest.int(), (x.square().sum(dim=1) - 2 * best + constant).clamp(min=0)
-
-
-def seed_centroids(rows: Rows, k: int, init: str, rng: np.random.Generator) -> torch.Tensor:
-    """Choose k rows of the data as first centroids, [k, D]."""
-    count = k if init == "random" else min(len(rows), max(INIT_ROWS * k, 1024))
-    pool = rows.take(np.sort(rng.choice(len(rows), count, replace=False, shuffle=False)))
-    return pool if init == "random" else pool[plus_plus(pool, k, rng)]
 
 
 def plus_plus(x: torch.Tensor, k: int, rng: np.random.Generator) -> torch.Tensor:

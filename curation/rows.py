@@ -9,6 +9,7 @@ import torch
 from util.errors import InputError
 
 CHUNK = 8192  # rows read at a time
+RESIDENT_BYTES = 4e9  # rows that fit into so much are kept on the device
 
 
 @dataclass(frozen=True)
@@ -33,24 +34,23 @@ class Rows:
         data: [M, D] float16 or float32, an array or a memory map.
         index: [N] int64 rows of `data` to use, ascending for speed (default: all).
         centre: [D] float32 shift; None: the mean of the rows, found in one float64 pass that refuses NaN.
-        resident_bytes: rows are kept on the device where they fit into so many bytes.
     """
 
     def __init__(
         self, data: np.ndarray, device: torch.device, index: np.ndarray | None = None, unit: bool = False,
-        centre: torch.Tensor | None = None, resident_bytes: float = 4e9,
+        centre: torch.Tensor | None = None,
     ):  # fmt: skip
         self.data, self.device, self.unit, self.dim = data, device, unit, data.shape[1]
         self.index = np.arange(len(data)) if index is None else index
         if not len(self):
             raise InputError("no vectors to cluster: the stages before have dropped every image")
-        self.resident_bytes, self.kept, self.centre = resident_bytes, None, centre
+        self.kept, self.centre = None, centre
         if centre is None:
             total = sum(self._raw(start).double().sum(dim=0) for start in range(0, len(self), CHUNK))
             if not total.isfinite().all():
                 raise InputError("some embeddings are not finite: embed with another model, or clear --output")
             self.centre = (total / len(self)).float().to(device) * (not unit)
-        if len(self) * self.dim * 4 <= resident_bytes:
+        if len(self) * self.dim * 4 <= RESIDENT_BYTES:
             kept = torch.empty(len(self), self.dim, device=device)
             for start, x in self.chunks():
                 kept[start : start + len(x)] = x
@@ -61,7 +61,7 @@ class Rows:
 
     def subset(self, positions: np.ndarray) -> "Rows":
         """Return some of these rows, shifted alike; positions: int64 among these rows."""
-        return Rows(self.data, self.device, self.index[positions], self.unit, self.centre, self.resident_bytes)
+        return Rows(self.data, self.device, self.index[positions], self.unit, self.centre)
 
     def chunks(self) -> Iterator[tuple[int, torch.Tensor]]:
         """Yield (position of the first row, [n, D] float32)."""

@@ -95,8 +95,7 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
         if role == "exclude" and (path / "train").is_dir():
             raise InputError(f"--exclude {name}={path} holds a folder train/: give the folder of its test images")
         return Source(name, role, list_images(path))
-    rows = []
-    left_out = 0
+    rows, left_out = [], 0
     for row in iterate_table(path):
         split = cell(row, "split").lower()
         if split.startswith(TEST_SPLITS) if role == "pool" else split == "train":

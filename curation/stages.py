@@ -41,16 +41,10 @@ class Stages:
                 record = {"fingerprint": self.fingerprint, "run": uuid.uuid4().hex, "settings": settings}
                 record |= {"counts": counts, "seconds": round(time.perf_counter() - started, 2)}
                 write_json(file, record)
-                print_main(f"{name}: {said(counts)} ({record['seconds']:.1f} s)")
+                said = ", ".join(f"{key} {value}" for key, value in counts.items())
+                print_main(f"{name}: {said} ({record['seconds']:.1f} s)")
             wait_for_main()
             record = broadcast(record)
         self.records[name] = record
         self.fingerprint += record["run"]  # what comes after belongs to this very run of the stage
         return record["counts"]
-
-
-def said(counts: dict) -> str:
-    """{"removed": 81, "same file": 20} -> "removed 81, same file 20"."""
-    return ", ".join(
-        f"{name} {count:,}" if isinstance(count, int) else f"{name} {count}" for name, count in counts.items()
-    )
