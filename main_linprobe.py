@@ -148,7 +148,7 @@ def judge_search(args, data, read_outs: ReadOuts, loading: dict) -> tuple[dict, 
         rng, noise = np.random.default_rng(args.seed), []
         for images in (part.images for part in (result.query, result.gallery) if part):
             values = torch.from_numpy(rng.standard_normal((len(images), 16), np.float32))
-            noise.append(FeatureSet(values, images.pids, images.camids))
+            noise.append(FeatureSet.of(values, images))
         read_out, test = key.split(" ", 1)
         for protocol, numbers in (("reid", result.metrics), ("random", evaluate(result.protocol, *noise))):
             for metric in ("mAP", "R1", "R5"):

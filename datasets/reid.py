@@ -4,7 +4,10 @@ Layouts: VeRi-776, VehicleID V1.0, VERI-Wild (old and new lists), and a table wi
 split (train, query, gallery) and, where known, camid and viewid.
 """
 
+import contextlib
+import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -16,6 +19,7 @@ from datasets.manifest import check_first_exist
 from datasets.path_list import PathList
 from datasets.tables import PUBLISHED, Labelled, LabelledItems, cell, iterate_table, known, published_note
 from util.errors import InputError
+from util.files import file_sha256
 
 UNKNOWN = -1
 SIGNS = {  # files and folders by which a layout is recognised
@@ -26,11 +30,13 @@ SIGNS = {  # files and folders by which a layout is recognised
 
 @dataclass(frozen=True)
 class ReidImages(Labelled):
-    """pids, camids, viewids: [n] int64. pids are numbers of the set's `pid_names`; -1: unknown."""
+    """pids, camids, viewids: [n] int64. pids are numbers of the set's `pid_names`; -1: unknown. files: of a test, [n]
+    int64, equal for images of one file, by place or by content: a query never meets its own."""
 
     pids: np.ndarray
     camids: np.ndarray
     viewids: np.ndarray
+    files: np.ndarray | None = None
 
     def has_cameras(self) -> bool:
         return bool((self.camids >= 0).all())
@@ -105,6 +111,7 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
     notes = [*data.notes, ", ".join(f"{name} {count:,}" for name, count in counts.items())]
     if data.name in PUBLISHED:
         notes.append(published_note(counts, data.name))
+    data = replace(data, tests={name: _number_files(*pair) for name, pair in data.tests.items()})
     for name, (query, gallery) in data.tests.items():
         notes += [f"test {name}: {note}" for note in _check_test(name, data, query, gallery)]
     return replace(data, notes=notes)
@@ -292,6 +299,32 @@ def read_table(file: Path, need_train: bool = True) -> ReidData:
 READERS = {"veri776": read_veri, "vehicleid": read_vehicleid, "veriwild": read_veriwild, "table": read_table}
 
 
+def _number_files(query: ReidImages, gallery: ReidImages | None) -> tuple[ReidImages, ReidImages | None]:
+    """A test with the numbers of its files: links lead to one file, and so do copies under one identity."""
+    places: list[tuple] = []
+    alike: dict[tuple[int, int], dict[tuple, Path]] = {}  # identity and size -> files
+    for part in filter(None, (query, gallery)):
+        for row, pid in enumerate(part.pids.tolist()):
+            path = part.paths[row]
+            try:
+                found = os.stat(path)
+            except (OSError, ValueError):
+                found = None
+            places.append((found.st_dev, found.st_ino) if found else (os.path.normpath(path),))
+            if found and found.st_size and stat.S_ISREG(found.st_mode):
+                alike.setdefault((pid, found.st_size), {})[places[-1]] = path
+    contents = {}
+    for group in alike.values():
+        for place, path in group.items() if len(group) > 1 else ():
+            with contextlib.suppress(OSError):  # what cannot be read is no picture either
+                contents[place] = (file_sha256(path),)
+    number: dict[tuple, int] = {}
+    keys = (contents.get(place, place) for place in places)
+    files = np.array([number.setdefault(key, len(number)) for key in keys], dtype=np.int64)
+    parts = np.split(files, [len(query)])
+    return replace(query, files=parts[0]), None if gallery is None else replace(gallery, files=parts[1])
+
+
 def _check_test(name: str, data: ReidData, query: ReidImages, gallery: ReidImages | None) -> Iterator[str]:
     """Say what a test's numbers cannot tell: identities that are trained on, queries that nothing can answer.
 
@@ -303,14 +336,24 @@ def _check_test(name: str, data: ReidData, query: ReidImages, gallery: ReidImage
         yield f"{len(shared)} of its identities are trained on, e.g. {data.pid_names[shared[0]]}"
     if gallery is None:
         alone = int((np.unique(query.pids, return_counts=True)[1] < 2).sum())
+        twice = len(query) - len(np.unique(query.files))
         if alone:
             yield f"{alone} identities have one image and can only be distractors"
+        if twice:
+            yield f"{twice} images are there a second time: where one is a query, the other does not count"
         return
-    seen = Counter(gallery.pids.tolist())
-    by_camera = Counter(zip(gallery.pids.tolist(), gallery.camids.tolist()))
-    asked = list(zip(query.pids.tolist(), query.camids.tolist()))
-    missing = sum(not seen[pid] for pid, _ in asked)
-    only_same = sum(camid >= 0 and 0 < seen[pid] == by_camera[pid, camid] for pid, camid in asked)
+    if both := int(np.isin(query.files, gallery.files).sum()):
+        yield f"{both} queries lie in the gallery too, by path or content: none meets its own file"
+
+    def count(*names: str) -> np.ndarray:
+        """[Q] gallery images that are equal to a query in these."""
+        images = Counter(zip(*(getattr(gallery, name).tolist() for name in names)))
+        return np.array([images[key] for key in zip(*(getattr(query, name).tolist() for name in names))], np.int64)
+
+    matches = count("pids") - count("pids", "files")
+    elsewhere = matches - count("pids", "camids") + count("pids", "camids", "files")
+    missing = int((matches == 0).sum())
+    only_same = int(((matches > 0) & (elsewhere == 0) & (query.camids >= 0)).sum())
     if missing + only_same == len(query):
         raise InputError(
             f"test {name}: of {len(query)} queries {missing} are of vehicles missing from the gallery and {only_same} "

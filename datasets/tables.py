@@ -5,7 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,24 +32,25 @@ PUBLISHED = {  # images, identities and classes as published; another count is s
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images, and what is known of each: the other fields, arrays [n, ...]; -1: unknown."""
+    """Images, and what is known of each: the other fields, arrays [n, ...], where there are any; -1: unknown."""
 
     paths: PathList
 
     def __len__(self) -> int:
         return len(self.paths)
 
-    def arrays(self) -> list[np.ndarray]:
-        return [getattr(self, field.name) for field in fields(self)[1:]]
+    def arrays(self) -> dict[str, np.ndarray]:
+        found = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        return {name: values for name, values in found.items() if values is not None}
 
     def take(self, rows: np.ndarray):
         """Some of the images, in the order of `rows`."""
-        return type(self)(self.paths.take(rows), *(values[rows] for values in self.arrays()))
+        return replace(self, paths=self.paths.take(rows), **{name: v[rows] for name, v in self.arrays().items()})
 
     def sha256(self, *names: str) -> str:
         """Identity of paths, order and labels, and of the names of the labels."""
         digest = hashlib.sha256((self.paths.sha256() + "\0".join(names)).encode())
-        for values in self.arrays():
+        for values in self.arrays().values():
             digest.update(np.ascontiguousarray(values).tobytes())
         return digest.hexdigest()
 
@@ -63,8 +64,7 @@ class LabelledItems(TrainItems):
 
     def sample(self, content, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         shown = self.augment(content, rng)
-        labels = {field.name: getattr(self.images, field.name)[index] for field in fields(self.images)[1:]}
-        labels = {name: torch.as_tensor(values, dtype=torch.int64) for name, values in labels.items()}
+        labels = {k: torch.as_tensor(v[index], dtype=torch.int64) for k, v in self.images.arrays().items()}
         return (shown if isinstance(shown, dict) else {"imgs": shown}) | labels
 
 

@@ -280,7 +280,7 @@ def evaluate_reid(
             for part, cut in (columns or {"": slice(None)}).items():
                 q = replace(query, values=query.values[:, cut])
                 g = gallery and replace(gallery, values=gallery.values[:, cut])
-                rows = [FeatureSet(side.values, side.images.pids, side.images.camids) for side in (q, g) if side]
+                rows = [FeatureSet.of(side.values, side.images) for side in (q, g) if side]
                 for ending, used in ("", protocol), (" reranked", replace(protocol, rerank=rerank)):
                     if used.rerank or not ending:
                         metrics = evaluate_features(used, *rows, device=model.base.pos_embed.device)

@@ -1,8 +1,8 @@
 """Scores of re-identification: exact, in blocks, without a full distance matrix or an argsort.
 
-A gallery image is *junk* for a query if it must not be counted (same vehicle, same camera, where the protocol
-says so). With the rest in the order of decreasing similarity, ties in the order of the gallery, and
-r_1 < r_2 < ... < r_P the ranks of the images of the query's vehicle:
+A gallery image is *junk* for a query if it must not be counted: the query's own file, and images of the same vehicle
+and camera where the protocol says so. With the rest in the order of decreasing similarity, ties in the order of the
+gallery, and r_1 < r_2 < ... < r_P the ranks of the images of the query's vehicle:
 
     AP = 1/P sum_i i / r_i      (non-interpolated, Zheng et al., 2015)
     CMC@k = 1 if r_1 <= k else 0
@@ -30,14 +30,21 @@ MARKS = ("wrong", "right", "junk")
 
 
 class FeatureSet(NamedTuple):
-    """features: [n, D] float, of any length. pids, camids: [n] int64."""
+    """features: [n, D] float, of any length. pids, camids: [n] int64. files: [n] int64, equal for one file; None: all
+    are different."""
 
     features: torch.Tensor
     pids: np.ndarray
     camids: np.ndarray
+    files: np.ndarray | None = None
+
+    @classmethod
+    def of(cls, features: torch.Tensor, images) -> "FeatureSet":
+        """Of images that have these pids, camids and files."""
+        return cls(features, images.pids, images.camids, images.files)
 
     def take(self, rows: np.ndarray) -> "FeatureSet":
-        return FeatureSet(*(part[rows] for part in self))
+        return FeatureSet(*(None if part is None else part[rows] for part in self))
 
 
 @dataclass(frozen=True)
@@ -58,7 +65,7 @@ class Protocol:
 
     def line(self) -> str:
         """One line to print beside the numbers."""
-        rule = f"same-camera matches {'removed' if self.remove_same_camera else 'kept'}"
+        rule = f"same-camera matches {'removed' if self.remove_same_camera else 'kept, but not the query itself'}"
         if self.draws:
             rule = f"1 gallery image a vehicle, {self.draws} draws, seed {self.seed}"
         ranking = "re-ranked with k1 {}, k2 {}, lambda {:g}".format(*self.rerank) if self.rerank else "no re-ranking"
@@ -106,10 +113,10 @@ def evaluate(
 
 def rank(protocol: Protocol, query: FeatureSet, gallery: FeatureSet, device: torch.device | str = "cpu") -> "Ranks":
     """Ranks of all true matches by the rules of a protocol."""
-    cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else ()
+    cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else (None, None)
     make_blocks, options = (reranked_blocks, protocol.rerank) if protocol.rerank else (cosine_blocks, ())
     blocks = make_blocks(query.features, gallery.features, *options, device=device)
-    return rank_blocks(blocks, query.pids, gallery.pids, *cameras)
+    return rank_blocks(blocks, query.pids, gallery.pids, *cameras, query.files, gallery.files)
 
 
 @dataclass(frozen=True)
@@ -167,35 +174,55 @@ def cosine_blocks(
 
 
 def rank_blocks(
-    blocks: Iterable[torch.Tensor], query_pids, gallery_pids, query_camids=None, gallery_camids=None
-) -> Ranks:
+    blocks: Iterable[torch.Tensor], query_pids, gallery_pids, query_camids=None, gallery_camids=None,
+    query_files=None, gallery_files=None,
+) -> Ranks:  # fmt: skip
     """Ranks of all true matches; ValueError where the pids are not as many as the similarities. Only similarities are
     sorted, not images with them, which is several times faster; looking up those of the matches gives their ranks.
 
     Args:
         blocks: [q, G] similarities of some queries at a time, in order; junk in them is overwritten.
         query_camids, gallery_camids: [Q], [G] int64, images of one vehicle and camera are junk; None: no junk.
+        query_files, gallery_files: [Q], [G] int64, the query's own file is junk, whatever its pid; None: no junk.
     """
-    order = np.argsort(gallery_pids, kind="stable")
-    low, high = (np.searchsorted(gallery_pids[order], query_pids, side) for side in ("left", "right"))
+    pairs_of = _pairs(query_pids, gallery_pids)
+    own_pairs = None if query_files is None or gallery_files is None else _pairs(query_files, gallery_files)
     hits, counts, start = [np.zeros(0, np.int64)], np.zeros(len(query_pids), np.int64), 0
     for similar in blocks:
         part = slice(start, start + len(similar))
         if similar.shape[1] != len(gallery_pids):
-            raise ValueError(f"{len(similar)} x {similar.shape[1]} similarities, but {order.size} pids of the gallery")
-        place, owner = _ranges(low[part], high[part])
-        same, good = order[place], np.ones(len(place), dtype=bool)
+            raise ValueError(
+                f"{len(similar)} x {similar.shape[1]} similarities, but {len(gallery_pids)} pids of the gallery"
+            )
+        owner, same = pairs_of(part)
+        good, junk = np.ones(len(same), dtype=bool), []
         if query_camids is not None:
             good = gallery_camids[same] != query_camids[part][owner]
+        if own_pairs:
+            good &= gallery_files[same] != query_files[part][owner]
+            junk = [np.stack(own_pairs(part))]
         counts[part] = np.bincount(owner[good], minlength=len(similar))
         if good.any():
-            junk = torch.from_numpy(np.stack([owner, same])[:, ~good]).to(similar.device)
+            junk = np.concatenate([np.stack([owner, same])[:, ~good], *junk], axis=1)
+            junk = torch.from_numpy(junk).to(similar.device)
             similar[junk[0], junk[1]] = -torch.inf
             hits.append(_block_ranks(similar, owner[good], same[good], counts[part]))
         start = part.stop
     if start != len(query_pids):
         raise ValueError(f"similarities of {start} queries, but {len(query_pids)} pids")
     return Ranks(np.concatenate(hits), np.concatenate([[0], np.cumsum(counts)]))
+
+
+def _pairs(query: np.ndarray, gallery: np.ndarray):
+    """Function of some queries, a slice, -> ([n] int64 their places in it, [n] the gallery rows of equal number)."""
+    order = np.argsort(gallery, kind="stable")
+    low, high = (np.searchsorted(gallery[order], query, side) for side in ("left", "right"))
+
+    def pairs(part: slice) -> tuple[np.ndarray, np.ndarray]:
+        place, owner = _ranges(low[part], high[part])
+        return owner, order[place]
+
+    return pairs
 
 
 def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -278,7 +305,9 @@ class Ranking:
         order = np.argsort(-self.similar[row], kind="stable")
         same = self.gallery.pids == self.query.pids[row]
         junk = same & self.protocol.remove_same_camera & (self.gallery.camids == self.query.camids[row])
-        marks, cosines = (same + junk.astype(np.int8))[order], self.similar[row][order]
+        if self.query.files is not None and self.gallery.files is not None:
+            junk |= self.gallery.files == self.query.files[row]
+        marks, cosines = np.where(junk, 2, same)[order], self.similar[row][order]
         counted = marks < 2
         ranks = np.cumsum(counted)
         within = (ranks - counted < topk) & (counted | (np.cumsum(~counted) <= topk))

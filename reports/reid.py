@@ -60,8 +60,8 @@ def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, mode
         model: draws roll-outs of the queries shown, and cosines are computed on its device (None: neither).
     """
     device = torch.device("cpu") if model is None else model.base.pos_embed.device
-    query = FeatureSet(test.query_features, test.query.pids, test.query.camids)
-    gallery = FeatureSet(test.gallery_features, test.gallery.pids, test.gallery.camids)
+    query = FeatureSet.of(test.query_features, test.query)
+    gallery = FeatureSet.of(test.gallery_features, test.gallery)
     ranking = Ranking(test.protocol, query, gallery, SHOWN, 0, device)
     articles = {row: article(ranking, test, row, model) for row in ranking.similar}
     page = Page(f"Re-identification: {test.protocol.name}", test.protocol.line(), tiles(test.metrics), facts)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from datasets.reid import read_reid
-from metrics.reid import FeatureSet, cosine_blocks, draw_gallery, evaluate, protocols_of, rank_blocks, scores
+from metrics.reid import FeatureSet, Ranking, cosine_blocks, draw_gallery, evaluate, protocols_of, rank_blocks, scores
 from util.errors import InputError
 
 
@@ -177,3 +177,70 @@ def test_broken_sets_have_one_sentence(veri, vehicleid, tmp_path):
     lines(folder / "test_3000_query.txt", "00001/000001")
     with pytest.raises(InputError, match="train_list.txt: vehicle_info.txt has no camera for 00002"):
         read_reid(tmp_path / "wild")
+
+
+def write_table(folder, *rows):
+    """Rows `path,pid,split[,camid]`; every file has content of its own, but for what is there already."""
+    lines(folder / "own.csv", "path,pid,split" + ",camid" * (rows[0].count(",") > 2), *rows)
+    for name in (row.split(",")[0] for row in rows):
+        if not (folder / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(f"{name:>40}")
+    return folder / "own.csv"
+
+
+def test_what_names_no_vehicle_is_neither_class_nor_distractor(tmp_path):
+    rows = ["a.jpg,1.0,train", "b.jpg,2.0,train", "c.jpg,-1,train", "d.jpg,,train", "e.jpg,-1.0,train"]
+    rows.append("f.jpg,nan,query")
+    rows += ["g.jpg,3.0,query", "h.jpg,3,gallery", "i.jpg,-1,gallery", "0000_c1s1_1_1.jpg,0000,gallery"]
+    data = read_reid(write_table(tmp_path, *rows, "0000_c2s1_1_1.jpg,0000,train", "0000_c2s1_1_2.jpg,0,query"))
+    assert data.pid_names == ["1", "2", "0000", "3"] and data.classes == len(data.train) == 2
+    query, gallery = data.tests["test"]
+    assert len(query) == 1 and [gallery.paths.relative(i) for i in range(2)] == ["h.jpg", "0000_c1s1_1_1.jpg"]
+    assert data.notes[1:4] == ["5 images of vehicle -1 are left out", "2 images of vehicle 0000 are left out",
+                              "1 images of vehicle 0000 in the gallery are distractors"]  # fmt: skip
+
+
+def test_numbers_of_identities_do_not_hang_on_chance(tmp_path):
+    names = ["1", "01", "001", "\u0661", "\u00b2", "9" * 5000, "x"]
+    rows = [f"{i}.jpg,{name},train" for i, name in enumerate(names)] + ["q.jpg,y,query", "g.jpg,y,gallery"]
+    expected = ["001", "01", "1", "9" * 5000, "x", "\u00b2", "\u0661"]
+    assert read_reid(write_table(tmp_path, *rows)).pid_names[:7] == expected
+
+
+@pytest.mark.parametrize("cameras", ["", ",1"])
+@pytest.mark.parametrize("how", ["path", "spelling", "link", "copy", "label"])
+def test_a_query_never_meets_its_own_file(tmp_path, how, cameras):
+    other = {"path": "q.jpg", "spelling": "./q.jpg", "label": "q.jpg"}.get(how, "more/q.jpg")
+    rows = [f"{name}.jpg,{name[0]},train{cameras}" for name in ("a", "b")]
+    rows += [f"q.jpg,x,query{cameras}", f"{other},{'y' if how == 'label' else 'x'},gallery{cameras}"]
+    file = write_table(tmp_path, *rows, f"n.jpg,y,gallery{cameras}", f"r.jpg,x,gallery{cameras and ',2'}")
+    if how in ("copy", "link"):
+        (tmp_path / other).unlink()
+        if how == "copy":
+            (tmp_path / other).write_bytes((tmp_path / "q.jpg").read_bytes())
+        else:
+            (tmp_path / other).symlink_to(tmp_path / "q.jpg")
+    data = read_reid(file)
+    assert "test test: 1 queries lie in the gallery too, by path or content: none meets its own file" in data.notes
+    features = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
+    sets = [FeatureSet.of(x, images) for x, images in zip(features, data.tests["test"])]
+    for keep in (False, True):
+        protocol = protocols_of(data.name, data.cameras(), keep)["test"]
+        found = evaluate(protocol, *sets)
+        assert (found["R1"], found["mAP"]) == (0, 0.5)  # first n.jpg, of another vehicle, then r.jpg
+        assert [card.mark for card in Ranking(protocol, *sets, 1, 0).cards(0, 3)] == ["junk", "wrong", "right"]
+    with pytest.raises(InputError, match="of 1 queries 1 are of vehicles missing from the gallery"):
+        read_reid(write_table(tmp_path, *rows, f"n.jpg,y,gallery{cameras}"))
+
+
+def test_drawn_galleries_do_not_hold_the_query_again(vehicleid):
+    file = vehicleid / "train_test_split" / "test_list_800.txt"
+    rows = file.read_text().splitlines()
+    lines(file, *rows, *rows[:30:10])  # three are listed twice
+    data = read_reid(vehicleid)
+    assert "test 800: 3 images are there a second time: where one is a query, the other does not count" in data.notes
+    images = data.tests["800"][0]
+    x = torch.nn.functional.one_hot(torch.from_numpy(images.files)).float()  # equal for one file alone
+    found = evaluate(protocols_of(data.name, data.cameras())["800"], FeatureSet.of(x, images))
+    assert found["mAP"] < 0.5 and 20 <= found["queries"] < 23
