@@ -46,11 +46,12 @@ class PretrainDataset(Dataset):
         epoch, index = item
         view = self.teacher_cache.view_of(epoch) if self.teacher_cache else epoch
         others = (i % len(self.paths) for i in range(index + 1, index + REPLACEMENT_TRIES))
-        found, used, problem = read_or_next(self.paths, lambda i: self._open(view, i), index, others)
+        found, _, problem = read_or_next(self.paths, lambda i: self._open(epoch, view, i), index, others)
         if found is None:
             blank = Image.new("RGB", self.input_size[::-1], "grey")
-            found = blank, blank.size, (0, 0, *blank.size), False
-        image, full_size, box, flip = found
+            embed = torch.zeros(self.teacher_cache.identity.embed_dim).half() if self.teacher_cache else None
+            found = blank, blank.size, (0, 0, *blank.size), False, embed
+        image, full_size, box, flip, embed = found
         sample = {
             "imgs": crop_resize(image, box, self.input_size, flip, full_size),
             "noise": torch.from_numpy(mask_noise(self.seed, epoch, index, self.num_patches)),
@@ -59,11 +60,14 @@ class PretrainDataset(Dataset):
         if self.teacher_size is not None:
             sample["teacher_imgs"] = whole_image(image, self.teacher_size)
         if self.teacher_cache is not None:
-            sample["teacher_embed"] = self.teacher_cache.read(epoch, used)
+            sample["teacher_embed"] = embed
         return sample
 
-    def _open(self, view: int, index: int) -> tuple[Image.Image, tuple[int, int], tuple, bool]:
-        """(image, perhaps decoded smaller; its full (width, height); the view's crop box of that; whether to flip)."""
+    def _open(
+        self, epoch: int, view: int, index: int
+    ) -> tuple[Image.Image, tuple[int, int], tuple, bool, torch.Tensor]:
+        """(image, perhaps decoded smaller; its full (width, height); the view's crop box of that; whether to flip; its
+        stored embedding)."""
         box, flip = None, False
 
         def reduction(*full_size: int) -> int:
@@ -75,7 +79,7 @@ class PretrainDataset(Dataset):
             return factor
 
         image, full_size = open_reduced(self.paths[index], reduction)
-        return image, full_size, box, flip
+        return image, full_size, box, flip, self.teacher_cache.read(epoch, index) if self.teacher_cache else None
 
 
 def build_loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool, init) -> DataLoader:

@@ -1,51 +1,61 @@
 """Stored teacher embeddings of exactly the views that training draws (a reinforced data set)."""
 
-import json
+import os
+import zlib
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from datasets.images import Unreadable
 from datasets.text_bank import TeacherIdentity, is_encoded, read_encoded
 from util.errors import InputError
+from util.files import read_json, write_atomic, write_json
 
 HEADER = "cache.json"
 SHARD_IMAGES = 10_000
+NPY_HEADER = 128  # bytes before the rows
+AGAIN = "run the same python -m tools.reinforce command again to complete it"
 
 
 class TeacherCache:
-    """Reads `view<k>_shard<s>.npy` files ([up to SHARD_IMAGES, D_t] float16, unit rows) as memory maps.
+    """Reads `view<k>_shard<s>.npy` files ([up to SHARD_IMAGES, D_t] float16, unit rows).
 
     Epoch e trains on view e mod K: crop and flip are a function of (seed, view, index), so nothing but the embedding
-    needs storing. With the teacher view "full" there is one vector an image.
+    needs storing. With the teacher view "full" there is one vector an image. A row of zeros: the picture could not be
+    read when the cache was built.
     """
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         if not (self.folder / HEADER).is_file():
             raise InputError(f"--teacher_cache {folder} holds no {HEADER}: build it with python -m tools.reinforce")
-        self.header = json.loads((self.folder / HEADER).read_text())
+        self.header = read_json(self.folder / HEADER, "build the cache again with python -m tools.reinforce")
         self.identity = TeacherIdentity(**self.header["teacher"])
         self.is_full = self.header["teacher_view"] == "full"
         self.num_views = self.header["views"]
-        files = [shard_file(self.folder, view, first) for view, first in shards(self.header)]
-        if missing := sum(not file.is_file() for file in files):
+        missing = [f for f in (shard_file(self.folder, *shard) for shard in shards(self.header)) if not f.is_file()]
+        if missing:
+            files = len(shards(self.header))
             raise InputError(
-                f"--teacher_cache {folder} is unfinished: {missing} of {len(files)} files are missing; run the same "
-                "python -m tools.reinforce command again to complete it"
+                f"--teacher_cache {folder} is unfinished: {len(missing)} of {files} files are missing; {AGAIN}"
             )
-        self._maps: dict[Path, np.ndarray] = {}
+        for shard in shards(self.header):
+            read_shard(self.folder, self.header, *shard)
 
     def view_of(self, epoch: int) -> int:
         """The crop that epoch e trains on; a whole-image cache leaves crops free."""
         return epoch if self.is_full else epoch % self.num_views
 
     def read(self, epoch: int, index: int) -> torch.Tensor:
-        """[D_t] float16: the teacher's embedding of this image in this epoch's view."""
+        """[D_t] float16: the teacher's embedding of this image in this epoch's view; raises `Unreadable`."""
+        size = 2 * self.identity.embed_dim
         file = shard_file(self.folder, epoch % self.num_views, index)
-        if file not in self._maps:
-            self._maps[file] = np.load(file, mmap_mode="r")
-        return torch.from_numpy(self._maps[file][index % SHARD_IMAGES].copy())
+        with open(file, "rb") as opened:  # not as a memory map, which ends the process where a file is cut short
+            data = os.pread(opened.fileno(), size, NPY_HEADER + index % SHARD_IMAGES * size)
+        if not any(data):
+            raise Unreadable(f"no embedding in the teacher cache: {AGAIN}")
+        return torch.frombuffer(bytearray(data), dtype=torch.float16)
 
     def check(self, expected: dict) -> None:
         """Refuse a cache made for something else: `expected` holds entries of its header as this run has them."""
@@ -82,3 +92,28 @@ def shard_file(folder: Path, view: int, index: int) -> Path:
 def shards(header: dict) -> list[tuple[int, int]]:
     """(view, first image) of every file."""
     return [(view, first) for view in range(header["views"]) for first in range(0, header["images"], SHARD_IMAGES)]
+
+
+def write_shard(folder: Path, view: int, first: int, rows: np.ndarray) -> None:
+    """rows: [n, D_t] float16, and beside them their checksum."""
+    file = shard_file(folder, view, first)
+    write_json(file.with_suffix(".json"), {"crc32": zlib.crc32(np.ascontiguousarray(rows))})
+    write_atomic(file, lambda opened: np.save(opened, rows))
+
+
+def read_shard(folder: Path, header: dict, view: int, first: int) -> np.ndarray:
+    """[n, D_t] float16; InputError where size, checksum or the length of a row are wrong."""
+    file = shard_file(folder, view, first)
+    cure = "remove it and run the same python -m tools.reinforce command again"
+    wanted = min(SHARD_IMAGES, header["images"] - first), header["teacher"]["embed_dim"]
+    crc = read_json(file.with_suffix(".json"), cure).get("crc32")
+    try:
+        rows = np.load(file)
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file} is damaged ({error}): {cure}") from error
+    if rows.shape != wanted or rows.dtype != np.float16 or zlib.crc32(rows) != crc:
+        raise InputError(f"{file} is damaged (its checksum differs): {cure}")
+    lengths = np.linalg.norm(rows.astype(np.float32), axis=1)
+    if not (np.abs(lengths - 1)[lengths != 0] < 0.01).all():
+        raise InputError(f"{file} is damaged (an embedding is no unit vector): {cure}")
+    return rows

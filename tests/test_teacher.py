@@ -1,8 +1,10 @@
 """The frozen teacher, its text bank and its stored embeddings."""
 
 import json
+import shutil
 import socket
 
+import numpy as np
 import open_clip
 import pytest
 import torch
@@ -10,9 +12,12 @@ import torch.nn.functional as F
 from conftest import command, parse, read_log, run_command, small_flags
 
 import main_pretrain
+from datasets.manifest import list_images
+from datasets.pretrain import PretrainDataset
 from datasets.teacher_cache import TeacherCache
 from datasets.text_bank import built_in_texts, read_encoded, save_bank
 from models_teacher import FrozenTeacher, build_bank, encode_texts, load_clip
+from tools import reinforce
 from util.errors import InputError
 
 
@@ -198,3 +203,62 @@ def test_cache_is_checked_resumed_and_verified(cache, pictures, tmp_path):
                 small_flags(pictures, tmp_path / "run", "--teacher_cache", str(folder), "--clip_model", "ViT-B-32"),
             )
         )
+
+
+def rebuild(words: str, *elsewhere) -> dict:
+    """tools.reinforce in this process, with the same words but for some paths."""
+    for old, new in elsewhere:
+        words = words.replace(f" {old}", f" {new}")
+    words = [word for word in words.split()[2:] if not word.startswith("--num_workers")]
+    return reinforce.main(parse(reinforce.get_args_parser(), [*words, "--num_workers", "0"]))
+
+
+@pytest.mark.parametrize(
+    "name, spoil, message",
+    [
+        (
+            "view000_shard00000.npy",
+            lambda data: data[:140] + bytes([data[140] ^ 64]) + data[141:],
+            "its checksum differs",
+        ),
+        ("view000_shard00000.npy", lambda data: data[:-2] + b"\x00\x7e", "its checksum differs"),
+        ("view001_shard00000.npy", lambda data: data[:-100], "is damaged"),
+        ("view001_shard00000.npy", lambda data: b"", "is damaged"),
+        ("view002_shard00000.json", lambda data: b"{", "is damaged"),
+        ("cache.json", lambda data: data[:30], "cache.json is damaged"),
+        ("cache.json", lambda data: b"[" * 100_000, "cache.json is damaged"),
+    ],
+)
+def test_damage_of_a_cache_is_named_and_cured(cache, tmp_path, name, spoil, message):
+    folder = tmp_path / "cache"
+    shutil.copytree(cache[0], folder)
+    whole = (folder / name).read_bytes()
+    (folder / name).write_bytes(spoil(whole))
+    with pytest.raises(InputError, match=message):
+        TeacherCache(folder)
+    if name != "cache.json":
+        rebuild(cache[1], (cache[0], folder))
+        TeacherCache(folder)
+        assert (folder / name).read_bytes() == whole
+
+
+def test_a_picture_that_was_away_gets_its_own_embedding_later(cache, pictures, tmp_path, capsys):
+    """Until then training passes it over, by name, and shows its neighbour with the neighbour's embedding."""
+    photos, folder = tmp_path / "photos", tmp_path / "cache"
+    shutil.copytree(pictures, photos)
+    kept = (photos / "0004.png").read_bytes()
+    (photos / "0004.png").write_bytes(b"")
+    elsewhere = (cache[0], folder), (pictures, photos)
+    rebuild(cache[1], *elsewhere)
+    said = "unreadable, without an embedding until this command runs again: 0004.png"
+    assert said in capsys.readouterr().out
+    (photos / "0004.png").write_bytes(kept)
+    settings = {"seed": 0, "min_area": 0.2, "teacher_cache": TeacherCache(folder)}
+    dataset = PretrainDataset(list_images(photos), (32, 32), 4, **settings)
+    item, neighbour = dataset[0, 4], dataset[0, 5]
+    assert "no embedding in the teacher cache" in item["problem"] and torch.equal(item["imgs"], neighbour["imgs"])
+    assert torch.equal(item["teacher_embed"], neighbour["teacher_embed"])
+    assert rebuild(cache[1], *elsewhere)["written"] == 3
+    for view in range(3):
+        name = f"view{view:03d}_shard00000.npy"
+        assert np.abs(np.load(folder / name) - np.load(cache[0] / name)).max() < 1e-3

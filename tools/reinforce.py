@@ -50,13 +50,13 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets.manifest import list_images
+from datasets.path_list import printable
 from datasets.pretrain import PretrainDataset
-from datasets.teacher_cache import HEADER, SHARD_IMAGES, TeacherCache, shard_file, shards
+from datasets.teacher_cache import HEADER, SHARD_IMAGES, TeacherCache, read_shard, shard_file, shards, write_shard
 from datasets.text_bank import is_encoded, read_encoded, read_texts, save_bank
 from models_teacher import FrozenTeacher, build_bank, load_clip
 from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
 from util.errors import InputError
-from util.files import write_atomic
 from util.parallel import claim
 from util.precision import pick_precision
 from util.progress import Progress
@@ -121,28 +121,48 @@ def keep_bank(kept: Path, given: str | None, clip, tokenizer, identity) -> None:
 
 
 def build(folder: Path, header: dict, embed) -> dict:
-    """Write the shards that are missing; the ranks take turns."""
+    """Compute what is missing, shard by shard; the ranks take turns. Rows of unreadable images stay zero, and are tried
+    again when the same command runs again."""
     images, views, width = header["images"], header["views"], header["teacher"]["embed_dim"]
-    size = images * views * width * 2
+    size, started, bad = images * views * width * 2, time.perf_counter(), set()
     print_main(f"{images} images x {views} views x {width} float16 = {size / 1e9:.3f} GB in {folder}")
     # shared out before looking what is there: ranks that look at different moments must not disagree
-    mine = shards(header)[get_rank() :: get_world_size()]
-    mine = [(view, first) for view, first in mine if not shard_file(folder, view, first).is_file()]
+    mine, written = shards(header)[get_rank() :: get_world_size()], 0
     total = sum(min(SHARD_IMAGES, images - first) for _, first in mine)
-    progress, started, bad = Progress("teacher", total, shown=get_rank() == 0), time.perf_counter(), set()
+    progress = Progress("teacher", total, shown=get_rank() == 0)
     for view, first in mine:
-        rows = []
-        for embeddings, problems in embed(view, np.arange(first, min(first + SHARD_IMAGES, images))):
-            rows.append(embeddings.half().numpy())
+        rows = rows_so_far(folder, header, view, first)
+        indices, done = np.flatnonzero(~rows.any(axis=1)), 0
+        progress.update(progress.done + len(rows) - len(indices))
+        written += len(indices)
+        for embeddings, problems in embed(view, first + indices):
+            if not embeddings.isfinite().all():
+                raise InputError(
+                    "the teacher gives numbers that are not finite: look at its weights, or use --amp none"
+                )
+            good = [i for i, problem in enumerate(problems) if not problem]
+            rows[indices[done:][good]] = embeddings[good].half().numpy()
             bad.update(filter(None, problems))
+            done += len(embeddings)
             progress.update(progress.done + len(embeddings))
-        write_atomic(shard_file(folder, view, first), lambda opened, rows=rows: np.save(opened, np.concatenate(rows)))
+        if len(indices):
+            write_shard(folder, view, first, rows)
     progress.close()
     for problem in sorted(bad):
-        print(f"unreadable, the next image stands in: {problem}")
+        print(f"unreadable, without an embedding until this command runs again: {printable(problem)}")
     seconds = time.perf_counter() - started
-    result = {"images": images, "views": views, "written": total, "unreadable": len(bad), "bytes": size}
-    return result | {"seconds": seconds, "images_per_s": total / max(seconds, 1e-9)}
+    result = {"images": images, "views": views, "written": written, "unreadable": len(bad), "bytes": size}
+    return result | {"seconds": seconds, "images_per_s": written / max(seconds, 1e-9)}
+
+
+def rows_so_far(folder: Path, header: dict, view: int, first: int) -> np.ndarray:
+    """What is stored of a shard, zeros where nothing is; a damaged one is made again."""
+    if shard_file(folder, view, first).is_file():
+        try:
+            return read_shard(folder, header, view, first)
+        except InputError as error:
+            print(f"made again: {error}")
+    return np.zeros((min(SHARD_IMAGES, header["images"] - first), header["teacher"]["embed_dim"]), np.float16)
 
 
 def verify(args, cache: TeacherCache, embed) -> dict:

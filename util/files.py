@@ -41,6 +41,17 @@ def write_json(file: str | Path, value) -> None:
     write_atomic(file, lambda opened: opened.write(f"{json.dumps(value, indent=1)}\n".encode()))
 
 
+def read_json(file: str | Path, cure: str) -> dict:
+    """An object of a file that this project wrote; InputError with what to do where it is damaged."""
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{file} is damaged ({error}): {cure}") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{file} is damaged (it holds no JSON object): {cure}")
+    return value
+
+
 def file_sha256(file: str | Path) -> str:
     """Identity of a file's bytes, 64 digits."""
     return file_digests(file, ("sha256",))["sha256"]
