@@ -17,7 +17,7 @@ from datasets.images import UNREADABLE, open_rgb, why_unreadable
 from util.files import write_atomic
 
 THUMB = 144  # px, longer side of the embedded pictures
-MARKS = {"right": "right", "wrong": "wrong", "junk": "same camera"}  # page.html has their drawings: fonts lack some
+MARKS = {"right": "right", "wrong": "wrong", "junk": "left out"}  # page.html has their drawings: fonts lack some
 SHELL = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
 INK = "#010203"  # in figures; the page puts its own colour of text there, so that it suits light and dark
 matplotlib.rcParams.update(

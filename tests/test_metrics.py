@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import metrics.reid
-from metrics.reid import FeatureSet, Protocol, cosine_blocks, evaluate, rank_blocks, reranked_blocks, scores
+from metrics.reid import FeatureSet, Protocol, Ranking, cosine_blocks, evaluate, rank_blocks, reranked_blocks, scores
 
 
 def by_hand(query, gallery, q_pids, g_pids, q_cams=None, g_cams=None, topk=(1, 5, 10)):
@@ -89,6 +89,28 @@ def test_the_filter_matters_as_it_should():
     with_filter, without = (evaluate(Protocol("table", rule), *sets) for rule in (True, False))
     assert without["R1"] == 1 and with_filter["R1"] < 0.6 and without["mAP"] > with_filter["mAP"]
     assert with_filter == pytest.approx(by_hand(x, y, q, g, qc, gc), abs=1e-6)
+
+
+@pytest.mark.parametrize("rerank", [None, (5, 3, 0.3)])
+@pytest.mark.parametrize("same_camera", [True, False])
+def test_a_query_never_meets_its_own_file(same_camera, rerank):
+    """Queries that lie in the gallery too, some of them under another identity: as if they lay there not."""
+    x, y, q, g, qc, gc = random_case(3)
+    protocol, files = Protocol("table", same_camera, rerank=rerank), (np.arange(23), np.arange(100, 190))
+    both = np.concatenate([y, x]), np.concatenate([g, np.where(q == 2, 7, q)]), np.concatenate([gc, qc])
+    query = FeatureSet(torch.from_numpy(x), q, qc, files[0])
+    doubled = FeatureSet(torch.from_numpy(both[0]), *both[1:], np.concatenate(files[::-1]))
+    found = evaluate(protocol, query, doubled)
+    assert found.pop("own_files") == 23 and found["R1"] < 0.8
+    if rerank is None:  # each query in a gallery of its own, without its file
+        alone = []
+        for i in range(23):
+            kept = doubled.take(np.flatnonzero(doubled.files != i))
+            alone.append(evaluate(protocol, query.take(np.array([i])), kept))
+        expected = [row["mAP"] for row in alone if row["queries"]]
+        assert found["mAP"] == pytest.approx(np.mean(expected)) and found["queries"] == len(expected)
+        cards = Ranking(protocol, query, doubled, 23, 0).cards(0, 99)
+        assert [(card.row, card.rank) for card in cards if card.mark == "junk" and card.row == 90] == [(90, 0)]
 
 
 def test_bad_features_are_named():
