@@ -105,4 +105,4 @@ def write_unreadable(names: list[str], folder: Path) -> None:
 
 def task_class(name: str) -> type[Task]:
     """`Reid` of finetune/reid.py, and so on."""
-    return getattr(importlib.import_module(f"finetune.{name}"), name.capitalize())
+    return getattr(importlib.import_module(f"{__package__}.{name}"), name.capitalize())

@@ -9,11 +9,11 @@ from conftest import ROOT
 
 CODE = """
 import datasets, util, sys
-from cgd_mae.finetune.encoder import task_module
+from cgd_mae.finetune.task import task_class
 from cgd_mae.models_vit import VisionTransformer
 from cgd_mae import hubconf
 assert datasets.WHOSE == util.WHOSE == "another's"
-assert task_module("fgvc").__name__ == "cgd_mae.finetune.fgvc"
+assert task_class("fgvc").__module__ == "cgd_mae.finetune.fgvc"
 assert sys.modules["cgd_mae.datasets.images"].__file__ == sys.argv[1]
 own = {"engine_finetune", "finetune", "metrics", "models_vit", "reports", "tools"}
 assert not own & {name.split(".")[0] for name in sys.modules}
