@@ -36,10 +36,10 @@ from engine_finetune import FinetuneRun, train_one_epoch
 from finetune.encoder import task_to_score, task_to_train
 from util.dist import get_world_size, is_main_process, launch, print_main, wrap_ddp
 from util.files import write_json
-from util.loop import epoch_record, next_epoch, start_profiler
+from util.loop import epoch_line, epoch_record, next_epoch, start_profiler
 from util.parallel import default_workers
-from util.precision import pick_precision
-from util.run_files import RunFiles, refuse_used_folder
+from util.precision import machine_facts, pick_precision
+from util.run_files import RunFiles, previous_settings, refuse_used_folder
 from util.stop import StopGuard, init_worker
 
 FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAME lets one through
@@ -97,14 +97,14 @@ def train(args, device: torch.device) -> dict:
 
 def build_run(args, device: torch.device) -> FinetuneRun:
     """A run that is ready to start or to go on; prints the header."""
-    amp_dtype, precision = pick_precision(args.amp, device)
+    amp_dtype, precision = pick_precision(args.amp, device, previous_settings(args).get("precision", ""))
     about = TASKS[args.task]
     args.global_batch = args.batch_size * get_world_size()
     if args.lr is None:
         args.lr = about.default_lr(args) * args.global_batch / about.recipe["batch_size"]
     task = task_to_train(args, device)
     facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
-    facts |= task.facts() | {"world_size": get_world_size()}
+    facts |= task.facts() | machine_facts(amp_dtype) | {"world_size": get_world_size()}
     files = RunFiles(args, facts, task.config, [*FIXED_ON_RESUME, *about.fixed], "--finetune")
     loader = DataLoader(
         task.dataset, batch_sampler=task.batches, num_workers=args.num_workers, worker_init_fn=init_worker,
@@ -122,7 +122,7 @@ def build_run(args, device: torch.device) -> FinetuneRun:
         *task.header,
         f"batch {args.global_batch} ({args.batch_size} x {get_world_size()} processes), {args.opt}, lr "
         f"{args.lr:.4g}, {args.epochs} epochs, {args.warmup_epochs:g} of warm-up, seed {args.seed}",
-        f"precision: {precision}; device: {device}; {args.num_workers} data workers a rank",
+        f"precision: {precision}; device: {device}; {facts['threads']} threads, {args.num_workers} data workers a rank",
         f"start: {decision}",
     )
     return run
@@ -140,7 +140,7 @@ def finish_epoch(run: FinetuneRun, args, writer) -> None:
         if (finished + 1) % args.save_freq == 0 or is_last:
             run.files.save_epoch(run)
         run.files.save(run)
-        print(f"epoch {finished}: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"), flush=True)
+        print(epoch_line(record, ["loss", *run.task.shown]), flush=True)
 
 
 def log_evaluation(run: FinetuneRun, scored: dict) -> None:

@@ -33,7 +33,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--accum_iter", default=1, type=int, help="micro-batches per update (default 1)")
     add("--epochs", default=400, type=int, help="length of the schedule in epochs (default 400)")
     add("--start_epoch", default=0, type=int, help="first epoch of a fresh run (default 0)")
-    add("--warmup_epochs", default=40, type=float, help="warm-up of lr and distillation, in epochs (default 40)")
+    add("--warmup_epochs", default=None, type=float,
+        help="warm-up of learning rate and distillation, in epochs (default: a tenth of --epochs, at most 40)")
     add("--lr", default=None, type=float, help="learning rate (default: from --blr)")
     add("--blr", default=1e-3, type=float, help="lr = blr * effective batch / 256 (default 1e-3)")
     add("--min_lr", default=0.0, type=float, help="learning rate at the end (default 0)")
@@ -76,16 +77,18 @@ if __name__ == "__main__":
 
 import datetime
 import hashlib
+import math
 import time
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from datasets.manifest import list_images
+from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset, build_loader
 from datasets.samplers import EpochBatches
 from datasets.teacher_cache import TeacherCache
-from datasets.text_bank import hash_texts, is_encoded, save_bank
+from datasets.text_bank import hash_texts, is_encoded, read_texts, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch, trivial_distillation
 from models_mae import MODELS, count_kept
 from models_teacher import FrozenTeacher, build_bank, load_clip
@@ -95,11 +98,11 @@ from util.dist import get_rank, get_world_size, is_main_process, launch, print_m
 from util.errors import InputError
 from util.fetch import fetch
 from util.files import write_json
-from util.loop import epoch_record, next_epoch, start_profiler
+from util.loop import epoch_line, epoch_record, next_epoch, start_profiler
 from util.optim import build_adamw
 from util.parallel import default_workers
-from util.precision import pick_precision
-from util.run_files import RunFiles, initialise_from, refuse_used_folder
+from util.precision import machine_facts, pick_precision
+from util.run_files import RunFiles, initialise_from, previous_settings, refuse_used_folder
 from util.stop import StopGuard, init_worker
 
 FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAME lets one through
@@ -116,11 +119,13 @@ def check_args(args) -> None:
     count_kept(rows * columns, args.mask_ratio)
     check_numbers(
         args,
-        at_least_one="batch_size accum_iter epochs print_freq save_freq max_bad_steps micro_batch",
-        not_negative="blr min_lr warmup_epochs weight_decay clip_grad sim_weight kl_weight max_bad_ratio seed "
-        "vis_epochs start_epoch keep_checkpoints distill_hidden profile num_workers",
+        at_least_one="batch_size accum_iter epochs micro_batch",
+        not_negative="lr blr min_lr warmup_epochs weight_decay clip_grad sim_weight kl_weight max_bad_ratio vis_epochs "
+        "start_epoch distill_hidden",
         positive="kl_tau",
     )
+    if args.warmup_epochs is None:
+        args.warmup_epochs = previous_settings(args).get("warmup_epochs", min(40, args.epochs / 10))
     weights = {} if args.no_distill else {"sim": args.sim_weight, "kl": args.kl_weight}
     args.weights = {name: weight for name, weight in weights.items() if weight}
     if not 0 < args.crop_min <= 1:
@@ -160,6 +165,8 @@ def resolve(args, paths) -> dict:
     args.effective_batch = global_batch * args.accum_iter
     if args.lr is None:
         args.lr = args.blr * args.effective_batch / 256
+    if not math.isfinite(args.lr):
+        raise InputError(f"--blr {args.blr:g} times the batch is no number any more: lower it")
     if args.micro_batch is None:
         args.micro_batch = args.batch_size if args.device == "cuda" else min(args.batch_size, 32)
     if args.num_workers is None:
@@ -229,15 +236,14 @@ def train(args, device: torch.device) -> dict[str, float]:
 
 def build_run(args, device: torch.device) -> PretrainRun:
     """Everything of a run that is ready to start or to go on; prints the header."""
-    amp_dtype, precision = pick_precision(args.amp, device)
+    amp_dtype, precision = pick_precision(args.amp, device, previous_settings(args).get("precision", ""))
+    facts, paths = check_files(args)
     cache = TeacherCache(args.teacher_cache) if args.teacher_cache else None
-    teacher, distill, facts, text_bank = build_teacher(args, device, amp_dtype, cache)
-    paths = list_images(args.data_path, args.split)
-    facts |= resolve(args, paths)
     if cache:
         wanted = {name: facts[name] for name in ("teacher_view", "seed", "crop_min", "images_sha")}
         cache.check(wanted | {"input_size": facts["img_size"]})
-    facts["precision"] = str(amp_dtype or torch.float32).removeprefix("torch.")
+    teacher, distill, known, text_bank = build_teacher(args, device, amp_dtype, cache)
+    facts |= known | machine_facts(amp_dtype)
     facts["crop_views"] = 0 if cache is None or cache.is_full else cache.num_views  # 0: new crops each epoch
     print_main(*header(args, facts))
 
@@ -245,7 +251,6 @@ def build_run(args, device: torch.device) -> PretrainRun:
     bare = MODELS[args.model](img_size=args.img_size, norm_pix_loss=args.norm_pix_loss, distill=distill)
     bare.grad_checkpoint = args.grad_checkpoint
     if args.init:
-        args.init = str(fetch(args.init))
         print_main(f"weights from {args.init}:\n{initialise_from(bare, args.init)}")
     bare.to(device)
     settings = {name: facts[name] for name in ("model", "norm_pix_loss", "mask_ratio")}
@@ -272,10 +277,22 @@ def build_run(args, device: torch.device) -> PretrainRun:
             teacher.compile()
     if get_world_size() > 1:
         run.model = wrap_ddp(bare, device, one_backward=args.accum_iter == 1 and args.micro_batch >= args.batch_size)
-    print_main(
-        f"precision: {precision}; device: {device}; {args.num_workers} data workers a rank", f"start: {decision}"
-    )
+    workers = f"{facts['threads']} threads and {args.num_workers} data workers a rank"
+    print_main(f"precision: {precision}; device: {device}; {workers}", f"start: {decision}")
     return run
+
+
+def check_files(args) -> tuple[dict, PathList]:
+    """(facts, images) after all that flags name was found, before a teacher is fetched."""
+    paths = list_images(args.data_path, args.split)
+    facts = resolve(args, paths)
+    if args.init:
+        args.init = str(fetch(args.init))
+    if args.resume not in ("", "auto") and not Path(args.resume).is_file():
+        raise InputError(f"--resume {args.resume} does not exist: give a checkpoint of the run, or auto")
+    if args.text_bank and not is_encoded(Path(args.text_bank)):
+        read_texts(Path(args.text_bank))
+    return facts, paths
 
 
 def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | None):
@@ -330,7 +347,7 @@ def finish_epoch(run: PretrainRun, args, writer) -> dict[str, float]:
         if finished % args.save_freq == 0 or is_last:
             run.files.save_epoch(run)
         run.files.save(run)
-        print(f"epoch {finished}: " + "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k != "epoch"), flush=True)
+        print(epoch_line(record, ["loss", "pixel", "cos", "kl"]), flush=True)
     return record
 
 

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, features
 
-from util.errors import InputError
+from util.errors import AWAY, InputError
 
 # what is decoded, whatever a file is called; Pillow's other decoders are old, rarely tested, or start programs
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else [])]
@@ -51,7 +51,7 @@ class Outage:
             return False
         self.since = self.since or time.monotonic()
         if time.monotonic() - self.since > PATIENCE:
-            return False
+            raise Unreadable(f"{AWAY}: {error.strerror}") from error
         time.sleep(0.2)
         return True
 

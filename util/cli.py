@@ -22,6 +22,9 @@ from pathlib import Path
 from util.errors import InputError, run_or_explain
 from util.files import write_json
 
+# what would fill the memory or the process table before anything else could say no
+AT_MOST = {"num_workers": 256, "batch_size": 100_000, "micro_batch": 100_000, "distill_hidden": 100_000}
+
 
 class Parser(argparse.ArgumentParser):
     """A parser without abbreviations whose errors are one line with the nearest name."""
@@ -31,6 +34,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(
             prog, description=description, parents=list(parents), allow_abbrev=False, formatter_class=shape
         )
+        self.register("type", int, whole_number)
+        self.register("type", float, finite_number)
 
     def error(self, message: str):
         """Exit with status 2 and one sentence on stderr."""
@@ -46,6 +51,20 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {message}\n")
 
 
+def whole_number(text: str) -> int:
+    """Plain digits, as no program here needs more than nine of them; int() also takes 1_0 and digits of any script."""
+    if not re.fullmatch("[+-]?[0-9]{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]} is no whole number of at most nine digits")
+    return int(text)
+
+
+def finite_number(text: str) -> float:
+    """No nan, no inf, no digits of other scripts."""
+    if not re.fullmatch(r"[-+.0-9eE]+", text) or not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
+
+
 def _nearest(word: str, known: list[str]) -> str:
     found = difflib.get_close_matches(word, known, 1)
     return f"; did you mean {found[0]}?" if found else ""
@@ -54,8 +73,8 @@ def _nearest(word: str, known: list[str]) -> str:
 def parse_input_size(text: str) -> tuple[int, int]:
     """ "224" -> (224, 224); "256,128" -> (256, 128) = (H, W) in pixels; InputError for anything else."""
     sides = text.split(",")
-    if len(sides) > 2 or not all(re.fullmatch(r"\s*[0-9]+\s*", side) for side in sides):
-        raise InputError(f"--input_size {text}: give one side or H,W in pixels, for example 224")
+    if len(sides) > 2 or not all(re.fullmatch(r"\s*[0-9]{1,4}\s*", side) for side in sides):
+        raise InputError(f"--input_size {text[:40]}: give one side or H,W in pixels, for example 224, at most 9999")
     return int(sides[0]), int(sides[-1])
 
 
@@ -74,15 +93,16 @@ def run_tool(main: Callable[[argparse.Namespace], dict], args: argparse.Namespac
 
 def check_numbers(args: argparse.Namespace, *, at_least_one="", positive="", not_negative="") -> None:
     """Refuse numbers that make no sense; each argument names flags, apart by blanks; None (not given) passes."""
-    for names, fits, words in (
-        (at_least_one, lambda value: value >= 1, "must be at least 1"),
-        (positive, lambda value: value > 0, "must be positive"),
-        (not_negative, lambda value: value >= 0, "must not be negative"),
-    ):
+    if hasattr(args, "save_minutes"):
+        at_least_one += " print_freq save_freq max_bad_steps"
+        not_negative += " seed num_workers keep_checkpoints profile save_minutes dist_timeout"
+    rules = [(at_least_one, 1, "must be at least 1"), (positive, math.ulp(0), "must be positive")]
+    rules += [(not_negative, 0, "must not be negative")]
+    for names, least, words in rules:
         for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not (fits(value) and math.isfinite(value)):
-                raise InputError(f"--{name} {value}: {words}")
+            value, most = getattr(args, name), AT_MOST.get(name, math.inf)
+            if value is not None and not least <= value <= most:
+                raise InputError(f"--{name} {value}: {words}" + (f" and at most {most:,}" if name in AT_MOST else ""))
 
 
 def add_run_flags(parser: argparse.ArgumentParser, output_dir: str | None, output_help: str = "") -> None:

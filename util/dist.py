@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import os
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError
+from util.precision import pick_threads
 from util.stop import end_with_parent, run_lock
 
 _patient = None  # the group of `wait_for_main`
@@ -36,10 +38,11 @@ def print_main(*lines: object) -> None:
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto`, `cuda` or `cpu` -> the device of this process, CUDA bound to LOCAL_RANK."""
+    """`auto`, `cuda` or `cpu` -> the device of this process, CUDA bound to LOCAL_RANK, threads chosen for the CPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cpu":
+        torch.set_num_threads(pick_threads())
         return torch.device("cpu")
     if name != "cuda":
         raise InputError(f"--device {name}: choose auto, cuda or cpu; CUDA_VISIBLE_DEVICES picks the GPU")
@@ -62,15 +65,16 @@ def init_distributed(device: torch.device, timeout_s: float) -> None:
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return
-    on_cuda, timeout = device.type == "cuda", timedelta(seconds=timeout_s)
+    on_cuda, timeout, started = device.type == "cuda", timedelta(seconds=timeout_s), time.monotonic()
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     try:
         dist.init_process_group(backend, timeout=timeout, device_id=device if on_cuda else None)
         dist.monitored_barrier(group=dist.new_group(backend="gloo") if on_cuda else None, timeout=timeout)
     except (RuntimeError, ValueError) as error:
+        waited = time.monotonic() - started
         rank, world, host, port = (os.environ.get(n, "?") for n in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
         raise InputError(
-            f"rank {rank} of {world} on {os.uname().nodename} ({device}, {backend}) waited {timeout_s:.0f} s at "
+            f"rank {rank} of {world} on {os.uname().nodename} ({device}, {backend}) waited {waited:.0f} s at "
             f"{host}:{port} and not every rank came: {str(error).strip().splitlines()[0][:300]}. Check that the "
             "command runs on every node with the same --nnodes and --rdzv settings, or raise --dist_timeout"
         ) from error

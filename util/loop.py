@@ -14,7 +14,7 @@ from torch import nn
 from torch.profiler import record_function
 
 from util.dist import all_reduce_mean, get_world_size, is_main_process
-from util.errors import InputError
+from util.errors import AWAY, InputError
 from util.precision import LEAST_SCALE
 from util.progress import Progress
 from util.run_files import RunFiles
@@ -131,7 +131,8 @@ def apply_update(run: Run, args, update_terms: list[dict], problems: list[str], 
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     terms["grad_norm"] = grad_norm.float()
-    terms["bad_images"] = torch.full((), float(len(problems)), device=run.device)  # without a copy
+    bad_images = math.inf if any(AWAY in problem for problem in problems) else float(len(problems))
+    terms["bad_images"] = torch.full((), bad_images, device=run.device)  # without a copy
     flat = all_reduce_mean(torch.cat([v.reshape(-1) for v in terms.values()]))
     terms = dict(zip(terms, flat.split([v.numel() for v in terms.values()])))
     watch.bad_images += terms["bad_images"] * get_world_size()
@@ -197,7 +198,7 @@ class StepWatch:
         row = torch.cat([ok.reshape(1), self.bad_images, *scalars.values()])
         self.pending.append((self.seen, lr, list(scalars), row))
         if problems:  # at once: a stop would lose what waits
-            with open(self.run.output_dir / "bad_images.txt", "a") as opened:
+            with open(self.run.output_dir / "bad_images.txt", "a", errors="backslashreplace") as opened:
                 opened.write("".join(f"{self.run.epoch}\t{p}\n" for p in problems))
         self.problems += problems
 
@@ -236,10 +237,14 @@ class StepWatch:
             first, terms = seen - 1 - (seen - 1) % self.args.accum_iter, dict(zip(names, values))
             if bad_images > self.bad_limit:
                 run.batches_done = first
+                listed = f"they are listed in {run.output_dir / 'bad_images.txt'}"
                 raise InputError(
-                    f"{bad_images:.0f} of {self.batches.num_images} images could not be read in this epoch (limit "
-                    f"{self.args.max_bad_ratio:.2%}); they are listed in {run.output_dir / 'bad_images.txt'}: repair "
-                    "or remove them, or raise --max_bad_ratio; then --resume auto"
+                    f"images could not be read because {AWAY}, and none of that is in the weights ({listed}): make "
+                    "it answer, then --resume auto"
+                    if math.isinf(bad_images)
+                    else f"{bad_images:.0f} of {self.batches.num_images} images could not be read in this epoch (limit "
+                    f"{self.args.max_bad_ratio:.2%}); {listed}: repair or remove them, or raise --max_bad_ratio; then "
+                    "--resume auto"
                 )
             run.bad_steps_in_row = 0 if ok else run.bad_steps_in_row + 1
             if ok:
@@ -297,6 +302,22 @@ def epoch_record(run: Run, global_batch: int, updates: int) -> dict[str, float]:
         "peak_gigabytes": peak_gigabytes(run.device),
         "epoch": run.epoch,
     }
+
+
+def epoch_line(record: dict[str, float], names: list[str]) -> str:
+    """An epoch in a line: the named means, each beside what a constant answer reaches, and what went wrong."""
+    parts = []
+    for name in dict.fromkeys(names):
+        value, trivial = (
+            record.get(f"train_loss_{name}", record.get(f"train_{name}")),
+            record.get(f"train_{name}_baseline"),
+        )
+        if value is not None:
+            parts.append(f"{name} {value:.4f}" + (f" (constant {trivial:.4f})" if trivial is not None else ""))
+    parts.append(f"{record['images_per_s']:.3g} img/s")
+    for name, words in (("bad_images", "images unreadable"), ("skipped_updates", "updates skipped")):
+        parts += [f"{record[name]} {words}"] if record[name] else []
+    return f"epoch {record['epoch']} done: {', '.join(parts)}"
 
 
 def next_epoch(run: Run) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from util.dist import barrier, get_rank, get_world_size, is_main_process, wait_for_main
 from util.errors import InputError
 from util.files import write_json
-from util.stop import end_with_parent, init_worker
+from util.stop import init_worker
 
 CHUNK = 64  # items a worker takes at a time
 _shared: object = None
@@ -34,7 +34,6 @@ def _init_pool_worker(for_all: object) -> None:
     global _shared
     _shared = for_all
     init_worker()
-    end_with_parent()
 
 
 def map_in_order(pool: ProcessPoolExecutor, function: Callable[[list], list], items: Iterable, workers) -> Iterator:

@@ -1,6 +1,9 @@
-"""Precision and attention, decided by what the device is."""
+"""Precision, attention and threads, decided by what the device is and what is free of it."""
 
 import contextlib
+import functools
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,14 +16,18 @@ LEAST_SCALE = 1e-3  # of fp16's losses; healthy runs stay far above 1
 CPU_BF16 = ("amx_bf16", "avx512_bf16")  # instructions; without them bf16 is emulated, hundreds of times slower
 
 
-def pick_precision(amp: str, device: torch.device) -> tuple[torch.dtype | None, str]:
+def pick_precision(amp: str, device: torch.device, before: str = "") -> tuple[torch.dtype | None, str]:
     """`--amp` -> (autocast dtype or None for float32, the decision in words); call it before models are built.
+
+    before: the precision of the run that goes on, which auto takes again.
 
     auto: bf16 on GPUs that have it, else fp16; on a CPU bf16 where it has the instructions. Models built afterwards use
     fused attention, but for half precision on the CPU, where explicit products are faster (docs/PERFORMANCE.md).
     """
     torch.set_float32_matmul_precision("high")
-    dtype, words = _pick_dtype(amp, device)
+    kept = {"float32": "none", "bfloat16": "bf16", "float16": "fp16"}.get(before, "") if amp == "auto" else ""
+    dtype, words = _pick_dtype(kept or amp, device)
+    words = words.replace("asked for", "the run's") if kept else words
     fused = device.type == "cuda" or dtype is None
     set_fused_attn(fused)
     return dtype, f"{words}; attention: {'fused' if fused else 'explicit'}"
@@ -41,6 +48,42 @@ def _pick_dtype(amp: str, device: torch.device) -> tuple[torch.dtype | None, str
     if cpu.is_file() and set(CPU_BF16) & set(cpu.read_text().split()):
         return torch.bfloat16, "bf16 (this CPU has it)"
     return None, "fp32 (this CPU has no bf16 instructions)"
+
+
+def machine_facts(dtype: torch.dtype | None) -> dict:
+    """What of a run follows from the machine, and is taken again where it goes on: another would change last bits."""
+    return {"precision": str(dtype or torch.float32).removeprefix("torch."), "threads": torch.get_num_threads()}
+
+
+def free_cores() -> float:
+    """Cores that this process may use and that nobody uses now."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.suppress(OSError, ValueError):  # a container's share: "150000 100000" is one and a half
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, int(quota) / int(period))
+    busy = [0]
+    with contextlib.suppress(OSError, ValueError, IndexError):  # running now: the averages remember what has ended
+        busy = sorted(_running() for _ in range(7))
+    return cores - busy[len(busy) // 2]
+
+
+def _running() -> int:
+    """Threads of others that run or wait for a core at this moment."""
+    time.sleep(0.03)
+    return max(int(Path("/proc/loadavg").read_text().split()[3].partition("/")[0]) - 1, 0)
+
+
+@functools.cache
+def pick_threads() -> int:
+    """Threads of a rank that computes on the CPU; OMP_NUM_THREADS wins.
+
+    More than there are free cores wait for each other and take many times longer than one; of more than two a core is
+    left to what feeds them.
+    """
+    if "OMP_NUM_THREADS" in os.environ:
+        return torch.get_num_threads()
+    share = int(free_cores() / int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, share - (share > 2))
 
 
 @contextlib.contextmanager

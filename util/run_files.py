@@ -1,5 +1,6 @@
 """The files of a training run: saving, finding and continuing it, exporting its weights."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -11,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_safetensors, write_torch
+from util.checkpoint import encoder_state, load_weights, not_finite, read_checkpoint, write_safetensors, write_torch
 from util.dist import all_ranks_equal, barrier, get_rank, is_main_process
 from util.errors import InputError
 from util.files import write_atomic, write_json
 from util.precision import LEAST_SCALE
 
 LAST = "checkpoint-last.pth"
+MACHINE = ("precision", "threads")  # other bits where they change
 
 
 class RunFiles:
@@ -48,7 +50,7 @@ class RunFiles:
         write_json(file, now)
         log = self.output_dir / "log.txt"
         if log.is_file():
-            lines = log.read_text().splitlines(keepends=True)
+            lines = log.read_text(errors="replace").splitlines(keepends=True)
             kept = [line for line in lines if _epoch_of(line) < epoch]
             if len(kept) < len(lines):
                 write_atomic(log, lambda opened: opened.write("".join(kept).encode()))
@@ -59,8 +61,8 @@ class RunFiles:
             with open(self.output_dir / "log.txt", "a") as opened:
                 opened.write(json.dumps(record) + "\n")
 
-    def save(self, run, name: str = LAST) -> None:
-        """Write the state of the last update; whole or not at all.
+    def save(self, run, name: str = LAST) -> str:
+        """Write the state of the last update, whole or not at all; returns what it is, in words.
 
         `epoch` is the last finished epoch, as in MAE; `batches_done` counts global micro-batches of the next one.
         Nothing random is kept: order, crops and masks follow from (seed, epoch, index).
@@ -76,8 +78,10 @@ class RunFiles:
             "meter": vars(run.meter),
             "seconds": dict(run.seconds),
         }
+        _refuse_not_finite(content["model"], self.output_dir / name)
         write_torch(self.output_dir / name, content)
         self.saved_at = time.monotonic()
+        return f"{self.output_dir / name} (epoch {run.epoch}, batch {run.batches_done}: the last update)"
 
     def save_if_due(self, run) -> None:
         if is_main_process() and time.monotonic() - self.saved_at >= self.save_seconds:
@@ -150,9 +154,8 @@ class RunFiles:
         run.batches_done = content["batches_done"] if same_batches else 0
         if same_batches and content["meter"]["total"] is not None:
             run.meter.sizes, run.meter.total = content["meter"]["sizes"], content["meter"]["total"].to(run.device)
-        was, now = (args.get("precision") for args in (old, new))
-        note = f"; precision was {was} and is {now}" if was and was != now else ""
-        return f"resuming {file} at epoch {run.epoch}, batch {run.batches_done}{note}"
+        notes = [f"; {k} was {old[k]} and is {new.get(k)}" for k in MACHINE if old.get(k) not in (None, new.get(k))]
+        return f"resuming {file} at epoch {run.epoch}, batch {run.batches_done}{''.join(notes)}"
 
     def _restore_optimizer(self, optimizer: torch.optim.Optimizer, content: dict, file: Path) -> None:
         """Its state; the settings of its groups are this run's, not the file's."""
@@ -172,7 +175,7 @@ class RunFiles:
     def last_record(self) -> dict:
         """The last line of log.txt, {} without one."""
         log = self.output_dir / "log.txt"
-        lines = log.read_text().splitlines() if log.is_file() else []
+        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
         return json.loads(lines[-1]) if lines and _epoch_of(lines[-1]) < float("inf") else {}
 
     def export_encoder(self, bare: torch.nn.Module) -> None:
@@ -186,9 +189,31 @@ class RunFiles:
         self._export("model", {"model": state, "config": self.config}, state)
 
     def _export(self, name: str, content: dict, state: dict) -> None:
+        _refuse_not_finite(state, self.output_dir / f"{name}.pth")
         write_torch(self.output_dir / f"{name}.pth", content)
         header = {"format": "pt", "config": json.dumps(self.config)}
         write_safetensors(self.output_dir / f"{name}.safetensors", state, header)
+
+
+def _refuse_not_finite(state: dict, file: Path) -> None:
+    if names := not_finite(state):
+        raise InputError(
+            f"{file} is not written: {len(names)} tensors of the model are not finite, first {names[0]}; go on from an "
+            "earlier checkpoint with a lower learning rate, --clip_grad 1 or --amp none"
+        )
+
+
+def previous_settings(args) -> dict:
+    """args.json of the run that `--resume` goes on with ({} without), whose number of threads is taken again: another
+    would change last bits."""
+    output_dir, resume = args.output_dir, args.resume
+    folder = Path(output_dir if resume in ("", "auto") else Path(resume).parent)
+    with contextlib.suppress(OSError, ValueError, AttributeError, RecursionError):
+        found = json.loads((folder / "args.json").read_text()) if resume else {}
+        if found.get("threads") in range(1, 1024) and "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(found["threads"])
+        return found
+    return {}
 
 
 def initialise_from(bare: torch.nn.Module, file: str) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import fcntl
 import os
+import shlex
 import signal
 import sys
 import time
@@ -26,10 +27,10 @@ class StopGuard:
     slow machine it can take longer than the launcher's patience (30 s under torchrun). Only `committing` is never cut.
 
     Args:
-        save: writes the checkpoint. is_main: whether this rank saves.
+        save: writes the checkpoint and says what it holds. is_main: whether this rank saves.
     """
 
-    def __init__(self, save: Callable[[], None], is_main: bool):
+    def __init__(self, save: Callable[[], str], is_main: bool):
         self._save, self._is_main = save, is_main
         self._received = 0
         self._busy = self._torn = False  # inside `committing`; an exception left an update half done
@@ -50,19 +51,18 @@ class StopGuard:
             raise Stopped
 
     def __enter__(self):
-        self._old = {number: signal.signal(number, self._hear) for number in SIGNALS}
+        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup stays so
+        self._old = {number: signal.signal(number, self._hear) for number in wanted}
         return self
 
     def __exit__(self, kind, error, trace) -> bool:
         ignore_worker_deaths()  # a signal to the whole group ends the workers while the state is saved
         self._busy = True  # from here on a signal is noted only
         if error is not None and self._is_main and not self._torn:
-            self._save()
+            said = self._save()
+            more = "" if "--resume" in sys.argv else " --resume auto"
+            print(f"\nsaved {said}; go on with: {shlex.join(sys.argv)}{more}", flush=True)
         if self._received:
-            with contextlib.suppress(OSError, ValueError):  # a terminal that is gone
-                if self._is_main:
-                    print(f"\n{signal.Signals(self._received).name}: saved the state of the last update", flush=True)
-                sys.stdout.flush()
             if not self._is_main:
                 time.sleep(2)  # rank 0 should see its own signal before it sees a peer vanish
             os._exit(128 + self._received)  # errors of dying peers do not matter now
@@ -84,6 +84,7 @@ def init_worker(worker_id: int = 0) -> None:
     for number in (signal.SIGINT, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent()
     torch.set_num_threads(1)
 
 
