@@ -17,6 +17,7 @@ from util.errors import InputError
 
 VERSION = 2  # raise when the pictures change, so that an older folder is not taken for a new one
 HELP = {
+    "processes": "number of workers (default: one per core)",
     "num_images": "number of pictures", "size": "side of a picture, about the short one where they differ, in px",
     "seed": "seed of every random choice", "val_ratio": "share of the identities held out",
     "train_ids": "vehicles to train on", "test_ids": "other vehicles to test on",
@@ -38,7 +39,7 @@ class DrawnSet(NamedTuple):
         parser = Parser(name, manual)
         add = parser.add_argument
         add("--output", type=Path, required=True, help="folder to write; one that holds this very set is left as it is")
-        add("--processes", type=int, default=None, help="number of workers (default: one per core)")
+        add("--processes", type=int, default=None, help=HELP["processes"])
         for flag, default in self.settings.items():
             kind = {"action": "store_true"} if default is False else {"type": type(default), "default": default}
             add(f"--{flag}", help=f"{HELP[flag]} (default {default})", **kind)
