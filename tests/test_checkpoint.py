@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from models_mae import MODELS
-from models_vit import load_encoder
-from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_safetensors, write_torch
+from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_torch
 from util.errors import InputError
 from util.files import write_atomic
 from util.run_files import initialise_from
@@ -119,15 +118,6 @@ def test_a_changed_byte_anywhere_is_damage_and_nothing_else(tmp_path, suffix):
     assert damaged > 50
 
 
-def test_files_written_without_checksums_are_read(tmp_path, state):
-    torch.serialization.set_crc32_options(False)
-    try:
-        torch.save({"model": state}, tmp_path / "e.pth")
-    finally:
-        torch.serialization.set_crc32_options(True)
-    assert len(read_checkpoint(tmp_path / "e.pth")["model"]) == len(state)
-
-
 def test_maes_own_training_checkpoints_load(tmp_path, state):
     """facebook's scripts keep their `args` in an argparse.Namespace, which holds values and runs no code."""
     torch.save({"model": state, "args": argparse.Namespace(lr=1)}, tmp_path / "namespace.pth")
@@ -154,20 +144,3 @@ def test_other_architectures_are_refused_by_name(tmp_path, state):
     renamed = {k.replace("blocks.5.", "block_five."): v for k, v in state.items()}
     with pytest.raises(InputError, match="first blocks.5.norm1.weight"):
         load_weights(TINY(img_size=(32, 32)), renamed, "renamed.pth", needed="encoder")
-
-
-def test_load_encoder_kinds(tmp_path, state):
-    torch.save({"model": encoder_state(state)}, tmp_path / "encoder.pth")
-    write_safetensors(tmp_path / "e.safetensors", encoder_state(state),
-                      {"config": '{"img_size": [32, 32], "mean": [0.5, 0.5, 0.5]}'})  # fmt: skip
-    plain = load_encoder(tmp_path / "encoder.pth")
-    ours = load_encoder(tmp_path / "e.safetensors")
-    assert plain.img_size == ours.img_size == (32, 32)
-    assert ours.pixel_mean.flatten().tolist() == [0.5, 0.5, 0.5]
-    imgs = torch.randn(1, 3, 32, 32)
-    assert torch.equal(plain.forward_features(imgs), ours.forward_features(imgs))
-    resized = load_encoder(tmp_path / "encoder.pth", (64, 48))
-    assert resized.pos_embed.shape == (1, 13, 192)
-    torch.save({"model": {"fc.weight": torch.zeros(3)}}, tmp_path / "other.pth")
-    with pytest.raises(InputError, match="no ViT encoder"):
-        load_encoder(tmp_path / "other.pth")

@@ -15,7 +15,7 @@ import main_pretrain
 from datasets.manifest import list_images
 from datasets.pretrain import PretrainDataset
 from datasets.teacher_cache import TeacherCache
-from datasets.text_bank import built_in_texts, read_encoded, save_bank
+from datasets.text_bank import read_encoded, save_bank
 from models_teacher import FrozenTeacher, build_bank, encode_texts, load_clip
 from tools import reinforce
 from util.errors import InputError
@@ -108,15 +108,6 @@ def test_weights_of_another_teacher_do_not_load(teacher_files, tmp_path):
     torch.save({"visual.proj": torch.zeros(2, 2)}, tmp_path / "w.pt")
     with pytest.raises(InputError, match="do not load into"):
         load_clip(str(teacher_files[0]), str(tmp_path / "w.pt"))
-
-
-def test_built_in_vocabulary():
-    texts = built_in_texts()
-    assert 1000 < len(texts) < 5000 and len(set(texts)) == len(texts)
-    assert "a photo of a red sedan." in texts and "a photo of an orange SUV." in texts
-    assert not any("{" in t or " a a" in t for t in texts)
-    tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    assert (tokenizer(texts) != 0).sum(dim=1).max() < 77  # none is cut off
 
 
 def test_bank_files(clip, texts_file, tmp_path):
