@@ -1,6 +1,10 @@
-"""Files of weights and runs: written atomically, read without running code from them."""
+"""Files of weights and runs: written atomically, read without running code from them, sizes looked at first."""
 
 import argparse
+import hashlib
+import json
+import pathlib
+import pickle
 import zipfile
 from pathlib import Path
 
@@ -13,7 +17,8 @@ from safetensors.torch import save as safetensors_bytes
 from util.errors import InputError
 from util.files import BLOCK_BYTES, write_atomic
 
-CONTAINERS = ("state_dict", "teacher")  # where others keep their weights; DINO's teacher is what it evaluates
+# where others keep their weights, the first that is there; DINO's teacher is what it evaluates, DeepSpeed has "module"
+CONTAINERS = ("model", "state_dict", "teacher", "module", "state_dicts", "model_state_dict", "model_ema")
 # what torch and numpy say of a file with other objects than tensors and plain values
 FORBIDDEN = (
     "unsupported global", "unsupported class", "unrecognized function", "can only build", "object arrays cannot"
@@ -21,6 +26,11 @@ FORBIDDEN = (
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 DECODER_KEYS = ("mask_token", "decoder_")
 HEAD_KEYS = ("distill_head.",)
+_NUMPY = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
+PLAIN = [  # that only hold values: MAE's `args`, paths in it, numpy's numbers under the names of its versions 1 and 2
+    argparse.Namespace, pathlib.PosixPath, np.dtype, np.ndarray, *{type(np.dtype(c)) for c in np.typecodes["All"]},
+    *((value, f"numpy.{core}.multiarray.{name}") for name, value in _NUMPY.items() for core in ("core", "_core")),
+]  # fmt: skip
 
 
 def write_torch(file: str | Path, value) -> None:
@@ -29,18 +39,32 @@ def write_torch(file: str | Path, value) -> None:
 
 
 def write_safetensors(file: str | Path, tensors: dict, metadata: dict[str, str]) -> None:
-    """safetensors with a string header, atomically."""
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    write_atomic(file, lambda opened: opened.write(safetensors_bytes(tensors, metadata)))
+    """safetensors with a string header, atomically; the same tensors and header give the same bytes."""
+    data = memoryview(safetensors_bytes({k: v.contiguous() for k, v in tensors.items()}, metadata))
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(bytes(data[8:end]))  # the library's order of the metadata changes from run to run
+    text = json.dumps(header, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    write_atomic(file, lambda opened: [opened.write(x) for x in (len(text).to_bytes(8, "little"), text, data[end:])])
+
+
+def weights_sha256(state: dict[str, torch.Tensor], settings: dict | None = None) -> str:
+    """Identity of weights in any file format: sha256 over `settings`, names and float32 values."""
+    digest = hashlib.sha256(json.dumps(settings).encode() if settings else b"")
+    for name, value in sorted(state.items()):
+        digest.update(name.encode())
+        digest.update(value.detach().cpu().contiguous().float().numpy().data)
+    return digest.hexdigest()
 
 
 def read_checkpoint(file: str | Path) -> dict:
-    """Load a .pth, .safetensors or .npz to the CPU, tensors and plain values only.
+    """Load a .pth, .safetensors, .npz or TorchScript archive to the CPU, tensors and plain values only.
 
     Returns:
-        The file's dict; a bare state dict comes as {"model": state dict}, and so do those of `CONTAINERS`.
+        The file's dict; a bare state dict comes as {"model": state dict}, and so do those of `CONTAINERS` and of the
+        only entry that holds tensors. Of a TorchScript archive also "quick_gelu", whether it has OpenAI's GELU.
     Raises:
-        InputError: missing, truncated, holding Python objects, or no dict of tensors.
+        InputError: missing, truncated, holding Python objects, unpacking to far more than it is, or no dict of tensors.
     """
     file = Path(file)
     if not file.is_file():
@@ -49,35 +73,107 @@ def read_checkpoint(file: str | Path) -> dict:
         raise InputError(f"{file} is ONNX, whose weights are not read back: give the file that it was made from")
     try:
         content = _read(file)
+    except InputError:
+        raise
     except Exception as error:  # of a damaged file readers raise nearly anything
         raise InputError(_why_unreadable(file, error)) from error
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {file} holds a {type(content).__name__}, not a dict of weights")
-    if "model" not in content and all(isinstance(v, torch.Tensor) for v in content.values()):
+    if content and all(isinstance(v, torch.Tensor) for v in content.values()):
         content = {"model": content}
-    for name in CONTAINERS:
-        if "model" not in content and isinstance(content.get(name), dict):
-            content = content | {"model": content[name]}
-    if not isinstance(content.get("model"), dict):
+    inside = [k for k, v in content.items() if isinstance(v, dict) and any(torch.is_tensor(x) for x in v.values())]
+    name = next((name for name in CONTAINERS if name in inside), inside[0] if len(inside) == 1 else None)
+    if name is None:
         keys = ", ".join(map(str, list(content)[:8]))
         raise InputError(f"checkpoint {file} has no entry 'model': it has {keys or 'nothing'}")
-    return content
+    _check_tensors(file, content[name])
+    return content | {"model": content[name]}
 
 
 def _read(file: Path):
     if file.suffix == ".safetensors":
         return load_file(file)
     if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:  # torch.load does not look at the checksums; 0: written without
-            for record in (record for record in archive.infolist() if record.CRC):
+        with zipfile.ZipFile(file) as archive:
+            records, size = archive.infolist(), file.stat().st_size
+            unpacked = sum(record.file_size for record in records)
+            if unpacked > 4 * size + (64 << 20):
+                raise InputError(f"{file} of {size:,} bytes unpacks to {unpacked:,}: weights do not, it is refused")
+            for record in (record for record in records if record.CRC):  # torch can write files without
                 with archive.open(record) as opened:
-                    while opened.read(BLOCK_BYTES):  # before loading: a changed byte can look like a forbidden name
+                    while opened.read(BLOCK_BYTES):  # torch.load does not look; a changed byte can look forbidden
                         pass
+            if programs := [r.filename for r in records if r.filename.endswith("/constants.pkl")]:
+                return _TorchScript(archive, programs[0].removesuffix("constants.pkl")).content()
     if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
-    with torch.serialization.safe_globals([argparse.Namespace]):  # MAE's `args`: only holds values
+    with torch.serialization.safe_globals(PLAIN):
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+class _TorchScript(pickle.Unpickler):
+    """The tensors of a TorchScript archive (as OpenAI's own CLIP files are) by name; its program is not looked at."""
+
+    class Module:
+        pass
+
+    def __init__(self, archive: zipfile.ZipFile, root: str):
+        super().__init__(archive.open(f"{root}data.pkl"))
+        self.archive, self.root, self.classes = archive, root, set()
+
+    def find_class(self, module: str, name: str):
+        if module.startswith("__torch__"):
+            self.classes.add(name)
+            return self.Module
+        if module == "torch" and name.endswith("Storage") and isinstance(getattr(torch, name, None), type):
+            return getattr(torch, name)
+        known = {
+            "_rebuild_tensor_v2": self._tensor,
+            "OrderedDict": dict,
+            "build_intlist": list,
+            "build_doublelist": list,
+        }
+        if module in ("torch._utils", "collections", "torch.jit._pickle") and name in known:
+            return known[name]
+        raise pickle.UnpicklingError(f"unsupported global {module}.{name}")
+
+    def persistent_load(self, saved):
+        _, kind, key, *_ = saved
+        return torch.frombuffer(
+            bytearray(self.archive.read(f"{self.root}data/{key}")) or bytearray(8), dtype=kind.dtype
+        )
+
+    @staticmethod
+    def _tensor(storage, offset, size, stride, *_):
+        return torch.as_strided(storage, size, stride, offset)
+
+    def content(self) -> dict:
+        def walk(module, prefix=""):
+            for name, value in vars(module).items():
+                if isinstance(value, self.Module):
+                    yield from walk(value, f"{prefix}{name}.")
+                elif isinstance(value, torch.Tensor):
+                    yield f"{prefix}{name}", value
+
+        return {
+            "model": dict(walk(self.load())),
+            "quick_gelu": any(name.endswith("QuickGELU") for name in self.classes),
+        }
+
+
+def _check_tensors(file: Path, state: dict) -> None:
+    """Refuse tensors that are not plain arrays of their own size."""
+    for name, value in ((name, value) for name, value in state.items() if torch.is_tensor(value)):
+        kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
+        if value.is_meta or kind != "strided":
+            kind = "an empty one (device meta)" if value.is_meta else kind
+            raise InputError(f"{file} holds {name} as a tensor that is {kind}: save it as a dense one")
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise InputError(
+                f"{file} holds {name} as {tuple(value.shape)}, {value.numel():,} numbers of which only "
+                f"{value.untyped_storage().nbytes() // value.element_size():,} are in the file: it is refused"
+            )
 
 
 def _why_unreadable(file: Path, error: Exception) -> str:
@@ -86,11 +182,6 @@ def _why_unreadable(file: Path, error: Exception) -> str:
         return (
             f"checkpoint {file} holds Python objects, which could run code, and is refused: load it once where you "
             "trust it and save its weights alone, torch.save({'model': checkpoint['model']}, FILE)"
-        )
-    if "TorchScript" in reason:
-        return (
-            f"checkpoint {file} is a program (a TorchScript archive, as OpenAI's own CLIP files are) and is refused: "
-            "save its weights once where you trust it, torch.save(torch.jit.load(FILE).state_dict(), OTHER)"
         )
     reason = reason.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip()
     return (
@@ -153,6 +244,11 @@ def load_weights(model: torch.nn.Module, state: dict, file, *, needed: str, **mo
             "architecture?"
         )
     loaded = {k: v for k, v in state.items() if k in own and k not in wrong_shape}
+    if bad := not_finite(loaded):
+        raise InputError(
+            f"{file} holds numbers that are not finite in {len(bad)} tensors, first {bad[0]}: the training diverged or "
+            "the file is damaged; give an earlier checkpoint"
+        )
     model.load_state_dict(loaded, strict=False)
     rows = {"loaded": loaded, "new": [k for k in own if k not in loaded], **more}
     rows.setdefault("ignored", [k for k in state if k not in own])
