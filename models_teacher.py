@@ -1,19 +1,27 @@
 """The frozen CLIP teacher: any open_clip model, in its own normalisation and resolution."""
 
+import contextlib
 import copy
-import hashlib
 import json
 import logging
+import re
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.convert import convert_state_dict
+from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from torch import nn
 
 from datasets.text_bank import TeacherIdentity, built_in_texts, is_encoded, read_encoded, read_texts
+from util.checkpoint import not_finite, read_checkpoint, weights_sha256
 from util.dist import print_main
 from util.errors import InputError
+
+CONFIG = "open_clip_config.json"
+PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
+OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")  # numbers beside the weights in its archives
 
 
 class FrozenTeacher(nn.Module):
@@ -54,51 +62,53 @@ class FrozenTeacher(nn.Module):
         return F.normalize(self.clip.encode_image(x).float(), dim=1)
 
 
-def load_clip(clip_model: str, clip_pretrained: str) -> tuple[nn.Module, object, TeacherIdentity]:
+def load_clip(
+    clip_model: str, clip_pretrained: str, mean: list[float] | None = None, std: list[float] | None = None
+) -> tuple[nn.Module, object, TeacherIdentity]:
     """Load an open_clip model with both towers, on the CPU in float32.
 
     Args:
-        clip_model: an open_clip model name, or the path of an open_clip JSON config.
-        clip_pretrained: a pretrained tag (may be downloaded by open_clip), or a weight file
-            (.pt, .bin, .safetensors; then no network call is made).
+        clip_model: an open_clip model name; a folder with open_clip_config.json (also as local-dir:FOLDER), or that
+            file; hf-hub:ORG/NAME or ORG/NAME; the path of another JSON config.
+        clip_pretrained: a tag (may be downloaded by open_clip) or a weight file, of any kind that `read_checkpoint`
+            reads or big_vision's .npz (then no network call is made); a folder's and a hub's own weights for a tag.
+        mean, std: of the pixels, where neither the file's config nor the tags of its architecture say them.
     Returns:
         (model, tokenizer, identity).
     Raises:
-        InputError: unknown name or tag, missing file, weights that do not fit or cannot be had.
+        InputError: unknown name or tag, missing file, weights that do not fit, pixels of unknown statistics.
     """
-    name = _register_config(clip_model)
-    weights = _find_weights(name, clip_pretrained)
-    tag = open_clip.get_pretrained_cfg(name, clip_pretrained) or {}
-    twin = f"{name}-quickgelu"
-    if Path(clip_pretrained).is_file() and open_clip.get_model_config(twin):
-        print_main(
-            f"note: {clip_pretrained} does not say how it was trained; --clip_model {name} runs it with GELU "
-            f"and OpenAI's normalisation. OpenAI's, MetaCLIP's and DFN's weights want --clip_model {twin}"
-        )
-    level = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # open_clip logs each step on the root logger
-    try:
-        model = open_clip.create_model(
-            name,
-            pretrained=str(weights),
-            # OpenAI's weights were trained with QuickGELU although the plain names build GELU
-            force_quick_gelu=bool(tag.get("quick_gelu")),
-            force_preprocess_cfg={k: tag[k] for k in ("mean", "std") if k in tag},
-        )
-        tokenizer = open_clip.get_tokenizer(name)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:300]
+    name, own, words = _find_config(clip_model)
+    weights, tag = _find_weights(name, words, clip_pretrained)
+    content = {} if weights.suffix == ".npz" else read_checkpoint(weights)
+    preprocess, source = _preprocessing(name, own, tag, weights, content)
+    preprocess |= {k: v * (3 // len(v)) for k, v in (("mean", mean), ("std", std)) if v}
+    if "mean" not in preprocess or "std" not in preprocess:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise InputError(
-            f"the teacher weights {weights} do not load into --clip_model {clip_model}: {reason}"
-        ) from error
-    finally:
-        logging.disable(level)
+            f"{weights} does not say mean and standard deviation of its pixels, and {source}: give --clip_mean and "
+            f"--clip_std, or one of the tags as --clip_pretrained ({tags})"
+        )
+    is_quick = bool(tag.get("quick_gelu") or content.get("quick_gelu"))  # plain names build GELU
+    if not tag:
+        stats = "mean {:.3g} {:.3g} {:.3g}, std {:.3g} {:.3g} {:.3g}".format(*preprocess["mean"], *preprocess["std"])
+        print_main(f"teacher {weights}: pixels of {stats} ({'--clip_mean, --clip_std' if mean or std else source})")
+        twin = f"{name}-quickgelu"
+        if not is_quick and not own and open_clip.get_model_config(twin):
+            print_main(f"note: it runs with GELU; OpenAI's, MetaCLIP's and DFN's weights want --clip_model {twin}")
+    with _explained(f"the teacher weights {weights} do not load into --clip_model {clip_model}"):
+        model = open_clip.create_model(
+            name, load_weights=False, pretrained_text=False, force_quick_gelu=is_quick, force_preprocess_cfg=preprocess
+        )
+        _load_weights(model, weights, content)
+    with _explained(f"the tokenizer of --clip_model {clip_model} cannot be had"):
+        tokenizer = open_clip.get_tokenizer(words)
     model.eval().requires_grad_(False)
+    size = _as_pair(open_clip.get_model_preprocess_cfg(model)["size"])
     with torch.no_grad():
-        width = model.encode_image(
-            torch.zeros(1, 3, *_as_pair(open_clip.get_model_preprocess_cfg(model)["size"]))
-        ).shape[1]
-    return model, tokenizer, TeacherIdentity(name, _hash_weights(model), width, 1 / model.logit_scale.exp().item())
+        width = model.encode_image(torch.zeros(1, 3, *size)).shape[1]
+    tau = 1 / model.logit_scale.exp().item()
+    return model, tokenizer, TeacherIdentity(teacher_name(clip_model), _hash_weights(model), width, tau)
 
 
 def check_tokens(tokenizer, texts: list[str], context_length: int) -> int:
@@ -159,31 +169,67 @@ def build_bank(text_bank: str | None, clip, tokenizer, identity: TeacherIdentity
     return embeddings, texts, f"{len(texts)} texts of {source}"
 
 
-def _register_config(clip_model: str) -> str:
-    path = Path(clip_model)
-    if path.suffix == ".json":
-        if not path.is_file():
-            raise InputError(f"--clip_model {path} does not exist: give an open_clip JSON config")
-        open_clip.add_model_config(path)
-        if open_clip.get_model_config(path.stem) is None:
-            raise InputError(f"--clip_model {path} is no open_clip config: it needs embed_dim, vision_cfg and text_cfg")
-        return path.stem
-    name = clip_model.replace("/", "-")
-    if open_clip.get_model_config(name) is None:
-        near = [known for known in open_clip.list_models() if known[:5] == name[:5]][:8]
+def teacher_name(clip_model: str) -> str:
+    """What caches and banks call a teacher: the name of its folder or config where it is no name of open_clip's."""
+    path = Path(clip_model.removeprefix("local-dir:"))
+    path = path.parent if path.name == CONFIG else path
+    if path.is_dir():
+        return path.absolute().name
+    return path.stem if path.suffix == ".json" else clip_model.removeprefix("hf-hub:").replace("/", "-")
+
+
+def _find_config(clip_model: str) -> tuple[str, dict, str]:
+    """(open_clip's name of the model, the preprocess_cfg that lies with its config, the name for its tokenizer)."""
+    path, hub = Path(clip_model.removeprefix("local-dir:")), clip_model.removeprefix("hf-hub:")
+    built_in, words = clip_model.replace("/", "-"), ""
+    is_folder = path.is_dir() or clip_model.startswith("local-dir:")
+    is_hub = re.fullmatch(r"[\w.-]+/[\w.-]+", hub) and not path.exists() and path.suffix != ".json" and not is_folder
+    if is_hub and (hub != clip_model or open_clip.get_model_config(built_in) is None):  # ViT-B/32 is built in
+        with _explained(f"{CONFIG} of --clip_model {clip_model} cannot be had"):
+            path = Path(open_clip.pretrained.download_pretrained_from_hf(hub, filename=CONFIG))
+        words = f"hf-hub:{hub}"
+    elif is_folder:
+        path = path / CONFIG
+    if path.suffix != ".json":
+        if open_clip.get_model_config(built_in) is None:
+            near = [known for known in open_clip.list_models() if known[:5] == built_in[:5]][:8]
+            raise InputError(
+                f"--clip_model {clip_model} is unknown to open_clip {open_clip.__version__}; "
+                f"similar: {', '.join(near) or 'none'} (all: open_clip.list_models())"
+            )
+        return built_in, {}, built_in
+    config = _read_config(path)
+    if path.name == CONFIG and "model_cfg" in config:
+        return f"local-dir:{path.parent}", config.get("preprocess_cfg", {}), words or f"local-dir:{path.parent}"
+    open_clip.add_model_config(path)
+    if open_clip.get_model_config(path.stem) is None:
+        raise InputError(f"--clip_model {path} is no open_clip config: it needs embed_dim, vision_cfg and text_cfg")
+    return path.stem, config.get("preprocess_cfg", {}), path.stem
+
+
+def _read_config(file: Path) -> dict:
+    if not file.is_file():
         raise InputError(
-            f"--clip_model {clip_model} is unknown to open_clip {open_clip.__version__}; "
-            f"similar: {', '.join(near) or 'none'} (all: open_clip.list_models())"
+            f"--clip_model {file} does not exist: give an open_clip JSON config, or a folder with {CONFIG}"
         )
-    return name
+    try:
+        return dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"{file} is no JSON config ({error}): fetch it again") from error
 
 
-def _find_weights(name: str, clip_pretrained: str) -> Path:
+def _find_weights(name: str, words: str, clip_pretrained: str) -> tuple[Path, dict]:
+    """(file, what open_clip's table says of a tag); a folder's and a hub's own file where no other is given."""
     path = Path(clip_pretrained)
     if path.is_file():
-        return path
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors") or len(path.parts) > 1:
+        return path, {}
+    if path.suffix in (".pt", ".pth", ".bin", ".npz", ".safetensors") or len(path.parts) > 1:
         raise InputError(f"teacher weights not found: no file {path.absolute()}. " + _three_ways(name, "openai"))
+    if name.startswith("local-dir:"):
+        with _explained(f"the weights of --clip_model {words} cannot be had"):
+            if words != name:
+                return Path(open_clip.pretrained.download_pretrained_from_hf(words.removeprefix("hf-hub:"))), {}
+            return Path(open_clip.factory._find_checkpoint_in_dir(Path(name.removeprefix("local-dir:")))), {}
     config = open_clip.get_pretrained_cfg(name, clip_pretrained)
     if not config:
         tags = open_clip.list_pretrained_tags_by_model(name)
@@ -193,12 +239,70 @@ def _find_weights(name: str, clip_pretrained: str) -> Path:
         )
     wanted = config.get("hf_hub") or config.get("url")
     try:
-        return Path(open_clip.download_pretrained(config))
+        return Path(open_clip.download_pretrained(config)), config
     except Exception as error:
         raise InputError(
             f"teacher weights not available: looked for {wanted} (tag {clip_pretrained} of {name}) in "
             f"the local caches and on the network ({type(error).__name__}). " + _three_ways(name, clip_pretrained)
         ) from error
+
+
+def _preprocessing(name: str, own: dict, tag: dict, weights: Path, content: dict) -> tuple[dict, str]:
+    """(what is known of the weights' mean, std, interpolation and resize_mode, where it stands)."""
+    known = ({k: v for k, v in (cfg or {}).items() if k in PREPROCESS and v is not None} for cfg in (own, tag))
+    for config, source in zip(known, (f"its {CONFIG}", "its tag")):
+        if "mean" in config:
+            return config, source
+    if (beside := weights.with_name(CONFIG)).is_file():
+        config = _read_config(beside).get("preprocess_cfg", {})
+        return {k: v for k, v in config.items() if k in PREPROCESS}, str(beside)
+    default = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    if content.get("quick_gelu"):
+        return default, "an archive with OpenAI's GELU"
+    tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
+    if not tags:
+        return default, "open_clip's default; others by --clip_mean, --clip_std"
+    shared = {k: tags[0][k] for k in PREPROCESS if k in tags[0] and all(t.get(k) == tags[0][k] for t in tags)}
+    return shared, f"the {len(tags)} tags of {name} {'agree' if 'mean' in shared else 'differ'}"
+
+
+def _load_weights(model: nn.Module, weights: Path, content: dict) -> None:
+    """What `open_clip.load_checkpoint` does, of tensors that are read already; big_vision's .npz is left to it."""
+    if weights.suffix == ".npz":
+        return open_clip.load_checkpoint(model, weights)
+    state = {k.removeprefix("module."): v for k, v in content["model"].items() if k not in OPENAI_FACTS}
+    state = convert_state_dict(model, state)
+    if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
+        state = convert_to_custom_text_state_dict(state)
+    for name in ("logit_scale", "logit_bias"):  # a number in some, a vector in others
+        if state.get(name) is not None and getattr(model, name, None) is not None:
+            state[name] = state[name].reshape(getattr(model, name).shape)
+    if "logit_bias" not in state and getattr(model, "logit_bias", None) is not None:
+        state["logit_bias"] = torch.zeros_like(state["logit_scale"])
+    state.pop("text.transformer.embeddings.position_ids", None)  # of older transformers
+    resize_pos_embed(state, model)
+    resize_text_pos_embed(state, model)
+    if bad := [name for name in not_finite(state) if not name.startswith("text_decoder.")]:  # CoCa's is not used
+        raise ValueError(f"numbers are not finite in {len(bad)} tensors, first {bad[0]}")
+    model.load_state_dict(state)
+
+
+@contextlib.contextmanager
+def _explained(what: str):
+    """Library errors as one sentence; open_clip, which logs each step on the root logger, is quiet."""
+    level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        if isinstance(error, ImportError) or "transformers" in reason:
+            reason += "; it needs a package that is not here: pip install transformers"
+        raise InputError(f"{what}: {reason}") from error
+    finally:
+        logging.disable(level)
 
 
 def _three_ways(name: str, tag: str) -> str:
@@ -223,11 +327,7 @@ def _hash_weights(model: nn.Module) -> str:
         "std": [float(value) for value in preprocess["std"]],
         "quick_gelu": any(type(module).__name__ == "QuickGELU" for module in model.modules()),
     }
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for name, value in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().float().numpy().data)
-    return digest.hexdigest()
+    return weights_sha256(model.state_dict(), settings)
 
 
 def _as_pair(size) -> tuple[int, int]:
