@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from util.cli import Parser, check_numbers, run_tool
+from util.cli import Parser, add_teacher_flags, check_numbers, run_tool
 from util.errors import InputError
 
 DROPS = ("quality", "vehicle", "leaks", "duplicates")
@@ -39,8 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--min_sharpness", default=3.0, type=float, help="deviation of the Laplacian at 256 px (default 3)")
 
     add = parser.add_argument_group("embedding").add_argument
-    add("--clip_model", default="ViT-L-14", help="open_clip name or JSON config (default ViT-L-14)")
-    add("--clip_pretrained", default="openai", help="open_clip tag or weight file (default openai)")
+    add_teacher_flags(add)
     add("--vehicle_filter", action="store_true", help="remove what CLIP takes for no vehicle (default off)")
     add("--vehicle_threshold", default=0.5, type=float, help="least probability of the vehicle prompts (default 0.5)")
     add("--vehicle_prompts", default=None, help="JSON file of prompts (default: curation/prompts.json)")
@@ -117,7 +116,7 @@ class Curation:
         self.prompts = read_prompts(args.vehicle_prompts) if args.vehicle_filter else None
         columns = {"identity": args.identity_column, "camera": args.camera_column, "box": args.box_column}
         self.images, self.stages = open_sources(args.pool, args.exclude, columns), Stages(self.folder)
-        self.clip = load_clip(args.clip_model, args.clip_pretrained)
+        self.clip = load_clip(args.clip_model, args.clip_pretrained, args.clip_mean, args.clip_std)
 
     def run(self) -> dict:
         counts = {}

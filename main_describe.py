@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from util.cli import Parser, check_numbers, run_tool
+from util.cli import Parser, add_teacher_flags, check_numbers, run_tool
 from util.errors import InputError
 
 SLOTS = ("make", "model", "year", "body", "colour", "view", "doors", "scene", "part")
@@ -41,8 +41,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--max_per_make", default=500, type=int, help="most texts of one make; 0 for no limit (default 500)")
 
     add = parser.add_argument_group("teacher").add_argument
-    add("--clip_model", default="ViT-L-14", help="open_clip name or JSON config (default ViT-L-14)")
-    add("--clip_pretrained", default="openai", help="open_clip tag or weight file (default openai)")
+    add_teacher_flags(add)
 
     add = parser.add_argument_group("grounding").add_argument
     add("--images", default=None, help="folder, manifest or packed set of images (default: no grounding)")
@@ -107,7 +106,7 @@ def main(args) -> dict:
         candidates.drop({i: ("invisible", reason) for i, reason in reasons.items()})
     device = pick_device(args.device)
     paths = list_images(args.images, args.split) if args.images else None
-    clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained)
+    clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained, args.clip_mean, args.clip_std)
     teacher = clip.to(device), tokenizer, identity
     encode(args, candidates, templates, teacher, facts)
     if paths is not None:

@@ -10,7 +10,7 @@ One process runs with plain `python main_pretrain.py ...`.
 import argparse
 from pathlib import Path
 
-from util.cli import Parser, add_run_flags, check_numbers, parse_input_size, run_tool
+from util.cli import Parser, add_run_flags, add_teacher_flags, check_numbers, parse_input_size, run_tool
 from util.names import CONTEXTS, ENCODER_SIZES, MAE_MODELS
 
 CLIP_MODEL = "ViT-L-14"
@@ -48,9 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--kl_weight", default=0.0, type=float, help="weight of the KL over the text bank (default 0: only logged)")
     add("--kl_tau", default=None, type=float, help="temperature of both softmaxes (default: the teacher's own)")
     add("--distill_hidden", default=0, type=int, help="width of a hidden layer in the projection (default 0: none)")
-    add("--clip_model", default=CLIP_MODEL, help="open_clip name or path of its JSON config (default ViT-L-14)")
-    add("--clip_pretrained", default="openai",
-        help="open_clip tag, or a weight file .pt .bin .safetensors (default openai)")
+    add_teacher_flags(add)
     add("--text_bank", default=None, help="texts .txt or .jsonl, or encoded: .safetensors or a folder of "
         "main_describe.py (default: built-in vocabulary)")
     add("--teacher_cache", default=None, help="folder of tools.reinforce, in place of a teacher (default none)")
@@ -91,7 +89,7 @@ from datasets.teacher_cache import TeacherCache
 from datasets.text_bank import hash_texts, is_encoded, read_texts, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch, trivial_distillation
 from models_mae import MODELS, count_kept
-from models_teacher import FrozenTeacher, build_bank, load_clip
+from models_teacher import FrozenTeacher, build_bank, load_clip, teacher_name
 from models_vit import patch_grid
 from reports.panels import save_panels
 from util.dist import get_rank, get_world_size, is_main_process, launch, print_main, wrap_ddp
@@ -303,15 +301,14 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
     teacher = None
     if cache:
         identity = cache.identity
-        named = Path(args.clip_model).stem if args.clip_model.endswith(".json") else args.clip_model
-        if named != CLIP_MODEL and named.replace("/", "-") != identity.model:
+        if args.clip_model != CLIP_MODEL and teacher_name(args.clip_model) != identity.model:
             raise InputError(
                 f"--clip_model {args.clip_model}: the --teacher_cache {args.teacher_cache} was made by "
                 f"{identity.model}: drop the flag, or build another cache with python -m tools.reinforce"
             )
         bank, texts, source = cache.bank(args.text_bank)
     else:
-        clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained)
+        clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained, args.clip_mean, args.clip_std)
         clip.to(device)
         bank, texts, source = build_bank(args.text_bank, clip, tokenizer, identity)
         dtype = amp_dtype if device.type == "cuda" and amp_dtype else torch.float32

@@ -82,7 +82,14 @@ def load_clip(
     weights, tag = _find_weights(name, words, clip_pretrained)
     content = {} if weights.suffix == ".npz" else read_checkpoint(weights)
     preprocess, source = _preprocessing(name, own, tag, weights, content)
-    preprocess |= {k: v * (3 // len(v)) for k, v in (("mean", mean), ("std", std)) if v}
+    for key, values in (("mean", mean), ("std", std)):
+        if values and (
+            len(values) not in (1, 3) or not all(-10 < v < 10 for v in values) or (key == "std" and min(values) <= 0)
+        ):
+            raise InputError(
+                f"--clip_{key} {' '.join(map(str, values))}: give one or three numbers of pixels in [0, 1]"
+            )
+        preprocess |= {key: list(values) * (3 // len(values))} if values else {}
     if "mean" not in preprocess or "std" not in preprocess:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise InputError(

@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from conftest import command, parse, read_log, run_command, small_flags
 
 import main_pretrain
+import models_teacher
 from datasets.manifest import list_images
 from datasets.pretrain import PretrainDataset
 from datasets.teacher_cache import TeacherCache
 from datasets.text_bank import read_encoded, save_bank
 from models_teacher import FrozenTeacher, build_bank, encode_texts, load_clip
 from tools import reinforce
+from util.checkpoint import read_checkpoint
 from util.errors import InputError
 
 
@@ -69,26 +71,62 @@ def test_missing_weights_say_what_was_looked_for(monkeypatch):
     assert "--clip_model ViT-L-14-quickgelu --clip_pretrained /path/to" in message and "\n" not in message
 
 
-def test_openai_weights_get_quickgelu(monkeypatch, tmp_path, capsys):
-    seen = {}
+class Archive(torch.nn.Module):
+    """Names at the top and three numbers beside the weights, as in OpenAI's archives."""
 
-    def create_model(name, **kwargs):
-        seen.update(kwargs)
-        raise RuntimeError("seen enough")
+    def __init__(self, clip):
+        super().__init__()
+        for name, module in clip.named_children():
+            setattr(self, name, module)
+        for name, value in clip.named_parameters(recurse=False):
+            setattr(self, name, value)
+        for name in ("input_resolution", "context_length", "vocab_size"):
+            self.register_buffer(name, torch.tensor(32))
 
-    weights = tmp_path / "w.pt"
-    weights.write_bytes(b"x")
-    monkeypatch.setattr(open_clip, "download_pretrained", lambda config: weights)
-    monkeypatch.setattr(open_clip, "create_model", create_model)
-    with pytest.raises(InputError):
-        load_clip("ViT-L-14", "openai")
-    assert seen["force_quick_gelu"] is True
-    capsys.readouterr()
-    for name, is_said in (("ViT-L-14", True), ("ViT-L-14-quickgelu", False)):  # a file names no activation
-        with pytest.raises(InputError):
-            load_clip(name, str(weights))
-        assert seen["force_quick_gelu"] is False
-        assert ("want --clip_model ViT-L-14-quickgelu" in capsys.readouterr().out) == is_said
+    def forward(self, x):
+        return self.visual(x)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_a_torchscript_archive_is_read_with_its_activation(teacher_files, tmp_path, quick):
+    theirs = open_clip.create_model("MiniClip-test", force_quick_gelu=quick).eval()
+    torch.jit.trace(Archive(theirs), torch.zeros(1, 3, 32, 32), check_trace=False).save(tmp_path / "ViT.pt")
+    torch.save(torch.jit.load(tmp_path / "ViT.pt").state_dict(), tmp_path / "state.pt")
+    imgs = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    for name in ("ViT.pt", "state.pt"):
+        clip, _, identity = load_clip(str(teacher_files[0]), str(tmp_path / name))
+        assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in clip.state_dict().items())
+    teacher = FrozenTeacher(load_clip(str(teacher_files[0]), str(tmp_path / "ViT.pt"))[0], identity, torch.float32)
+    wanted = F.normalize(theirs.encode_image((imgs / 255 - teacher.mean) / teacher.std), dim=1)
+    assert torch.allclose(teacher(imgs), wanted, atol=1e-6)
+    assert read_checkpoint(tmp_path / "ViT.pt")["quick_gelu"] == quick
+
+
+def test_mean_and_std_are_read_or_asked_for(teacher_files, tmp_path):
+    """Of the folder, beside the file, of the tags that agree; else never OpenAI's without a word."""
+    model_cfg, folder = json.loads(teacher_files[0].read_text()), tmp_path / "hub"
+    folder.mkdir()
+    config = {"model_cfg": model_cfg, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.25] * 3, "resize_mode": "squash"}}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    (folder / "open_clip_pytorch_model.bin").write_bytes(teacher_files[1].read_bytes())
+    file, bare = str(folder / "open_clip_pytorch_model.bin"), str(teacher_files[0])
+    for model, weights, mean, std in (
+        (str(folder), "openai", 0.5, 0.25), (f"local-dir:{folder}", file, 0.5, 0.25),
+        (str(folder / "open_clip_config.json"), file, 0.5, 0.25), (bare, file, 0.5, 0.25),
+        (bare, str(teacher_files[1]), 0.48145466, 0.26862954),
+    ):  # fmt: skip
+        teacher = FrozenTeacher(*load_clip(model, weights)[::2], torch.float32)
+        assert teacher.mean.flatten()[0] == pytest.approx(mean) and teacher.std.flatten()[0] == pytest.approx(std)
+        assert teacher.resize_mode == ("squash" if mean == 0.5 else "shortest")
+    said = load_clip(bare, str(teacher_files[1]), [0.1, 0.2, 0.3], [0.9])
+    assert FrozenTeacher(said[0], said[2], torch.float32).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
+    for name, mean in (("ViT-B-16-SigLIP", [0.5] * 3), ("ViT-L-14", None)):  # tags that agree, tags that differ
+        known, words = models_teacher._preprocessing(name, {}, {}, teacher_files[1], {})
+        assert list(known.get("mean") or []) == (mean or []), words
+    with pytest.raises(InputError, match="the .* tags of ViT-L-14 differ: give --clip_mean and --clip_std"):
+        load_clip("ViT-L-14", str(teacher_files[1]))
+    with pytest.raises(InputError, match="--clip_std 0.0: give one or three numbers"):
+        load_clip(bare, str(teacher_files[1]), [0.5], [0.0])
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ Under torchrun the ranks share the work. A build that was stopped goes on where 
 import argparse
 from pathlib import Path
 
-from util.cli import Parser, check_numbers, parse_input_size, run_tool
+from util.cli import Parser, add_teacher_flags, check_numbers, parse_input_size, run_tool
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -26,8 +26,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--input_size", default="224", help="pixels of the student: one side, or H,W (default 224)")
     add("--crop_min", default=0.2, type=float, help="smallest crop, fraction of area (default 0.2)")
     add("--seed", default=0, type=int, help="seed of the training run (default 0)")
-    add("--clip_model", default="ViT-L-14", help="open_clip name or JSON config (default ViT-L-14)")
-    add("--clip_pretrained", default="openai", help="open_clip tag or weight file (default openai)")
+    add_teacher_flags(add)
     add("--text_bank", default=None, help="texts to encode beside (default: built-in vocabulary)")
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes per rank (default 2)")
@@ -77,7 +76,7 @@ def main(args) -> dict:
 def build_or_verify(args, device: torch.device) -> dict:
     size, is_full = parse_input_size(args.input_size), args.teacher_view == "full"
     amp_dtype = pick_precision(args.amp if device.type == "cuda" else "none", device)[0]
-    clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained)
+    clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained, args.clip_mean, args.clip_std)
     clip.to(device)
     paths, folder = list_images(args.data_path, args.split), Path(args.output)
     header = {"kind": "cgd-mae teacher cache", "teacher": asdict(identity), "views": 1 if is_full else args.views}

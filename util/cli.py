@@ -105,6 +105,19 @@ def check_numbers(args: argparse.Namespace, *, at_least_one="", positive="", not
                 raise InputError(f"--{name} {value}: {words}" + (f" and at most {most:,}" if name in AT_MOST else ""))
 
 
+def add_teacher_flags(add: Callable) -> None:
+    """Which CLIP, and its weights; `add`: add_argument of a parser or group."""
+    # fmt: off
+    add("--clip_model", default="ViT-L-14", help="open_clip name, ORG/NAME or hf-hub:ORG/NAME, folder with "
+        "open_clip_config.json, or path of a JSON config (default ViT-L-14)")
+    add("--clip_pretrained", default="openai", help="open_clip tag, or a weight file .pt .bin .safetensors (default "
+        "openai; a folder's and a hub's own weights)")
+    add("--clip_mean", default=None, type=float, nargs="+", metavar="M",
+        help="mean of the teacher's pixels in [0, 1], one or three numbers (default: what its config or tag says)")
+    add("--clip_std", default=None, type=float, nargs="+", metavar="S", help="their standard deviation, likewise")
+    # fmt: on
+
+
 def add_run_flags(parser: argparse.ArgumentParser, output_dir: str | None, output_help: str = "") -> None:
     """The flags that pre-training and fine-tuning share: where, how fast, how often saved, how to go on."""
     # fmt: off
