@@ -45,7 +45,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--vehicle_prompts", default=None, help="JSON file of prompts (default: curation/prompts.json)")
 
     add = parser.add_argument_group("copies").add_argument
-    add("--near_bits", default=6, type=int, help="of 64 bits of near hashes that may differ, 0 to 7 (default 6)")
+    add("--near_bits", default=6, type=int, help="of 64 bits of near hashes that may differ (default 6)")
     add("--near_agreement", default=0.88, type=float, help="agreement that makes near copies by itself (default 0.88)")
     add("--near_cosine", default=0.97, type=float,
         help="of embeddings, where an agreement of 0.8 is enough, as it is with near hashes (default 0.97)")
@@ -59,11 +59,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--levels", nargs="+", default=None, type=int, metavar="K",
         help="clusters on each level, finest first (default: from the number of images)")
     add("--resampling", default=10, type=int, help="resampling steps on each level (default 10)")
-    both = {"choices": ("closest", "random")}
-    add("--resample", default="closest", **both, help="images of a cluster that are clustered again (default closest)")
-    add("--iterations", default=50, type=int, help="of k-means, at most (default 50)")
     add("--spherical", action="store_true", help="cluster unit vectors, with unit centroids (default off)")
-    add("--sample", default="random", **both, help="images of a cluster (default random)")
+    add("--sample", default="random", choices=("random", "closest"), help="images of a cluster (default random)")
 
     add = parser.add_argument_group("run").add_argument
     add("--seed", default=0, type=int, help="of every random choice (default 0)")
@@ -101,11 +98,9 @@ from util.precision import pick_precision
 def check_args(args) -> None:
     check_numbers(
         args,
-        at_least_one="target_size group_cap track_cap iterations batch_size",
+        at_least_one="target_size group_cap track_cap batch_size",
         not_negative="near_bits resampling box_margin near_cosine near_agreement leak_cosine vehicle_threshold",
     )
-    if args.near_bits > 7:
-        raise InputError(f"--near_bits {args.near_bits}: must be from 0 to 7")
 
 
 class Curation:
@@ -138,7 +133,7 @@ class Curation:
         drop("vehicle", self.others, "vehicle_filter vehicle_threshold", prompts=self.prompts)
         drop("leaks", self.leaks, "near_bits near_agreement leak_cosine")
         drop("duplicates", self.duplicates, "near_bits near_agreement near_cosine group_cap track_cap")
-        stage("cluster", self.cluster, "stratify levels resampling resample iterations spherical seed")
+        stage("cluster", self.cluster, "stratify levels resampling spherical seed")
         stage("sample", self.sample, "target_size sample seed")
         if not is_main_process():
             return {}

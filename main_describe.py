@@ -52,10 +52,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--n_min", default=3, type=int, help="images that must take a text (default 3)")
     add("--hub_share", default=0.02, type=float, help="share of the images that take a hub (default 0.02)")
     add("--margin", default=0.01, type=float, help="cosine by which a text must beat the generic prompt (default 0.01)")
-    add("--correction", default="inverted_softmax", choices=("inverted_softmax", "mean", "none"),
-        help="of hubs, before ranking (default inverted_softmax)")
-    add("--rank_in", default="kind", choices=("kind", "all"),
-        help="rank texts among those that name the same attributes, or all together (default kind)")
     add("--generic", default="a photo of a vehicle.", help="generic prompt (default 'a photo of a vehicle.')")
 
     add = parser.add_argument_group("run").add_argument

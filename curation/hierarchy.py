@@ -19,6 +19,8 @@ from util.files import write_atomic
 
 PLUS_PLUS = {"cpu": 5_000, "cuda": 50_000}  # clusters seeded by k-means++; more start at random rows
 
+ITERATIONS = 50  # of k-means, at most
+
 
 @dataclass(frozen=True)
 class Tree:
@@ -105,8 +107,8 @@ def build_tree(rows: Rows, ks: list[int], folder: Path, args, tree_number: int =
 
     Args:
         ks: clusters on each level, finest first.
-        args: reads `resampling` (further runs on each level, on the half of a cluster's mean size that is kept of every
-            cluster), `resample` (which members are kept, `closest`, as published, or `random`), `iterations`, `seed`.
+        args: reads seed and resampling (further runs on each level, on the members of every cluster that are closest to
+            its centroid, half a cluster's mean size).
         tree_number: which of several trees; only changes the random numbers.
     """
     parents, distance = [], np.empty(0)
@@ -123,12 +125,11 @@ def build_tree(rows: Rows, ks: list[int], folder: Path, args, tree_number: int =
                 continue
             rng, part = step_rng(args.seed, tree_number, level, number), rows
             if clusters is not None:
-                key = clusters.distance if args.resample == "closest" else rng.random(len(rows))
-                picked = lowest_of_each(clusters.assignment, key, np.full(k, members))
+                picked = lowest_of_each(clusters.assignment, clusters.distance, np.full(k, members))
                 if len(picked) < k:
                     break  # too few members to say anything new
                 part = rows.subset(picked)
-            fresh = kmeans(part, k, iterations=args.iterations, init=init, rng=rng)
+            fresh = kmeans(part, k, iterations=ITERATIONS, init=init, rng=rng)
             clusters = fresh if clusters is None else assign(rows, fresh.centroids)
             arrays = vars(clusters) | {"centroids": clusters.centroids.cpu().numpy()}
             write_atomic(file, lambda opened, arrays=arrays: np.savez(opened, **arrays))

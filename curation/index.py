@@ -75,16 +75,14 @@ def csv_bytes(rows: Iterable) -> bytes:
     return text.getvalue().encode("utf-8", "replace")
 
 
-def _measure_chunk(numbers: list[int]) -> list[tuple[list[str], np.ndarray]]:
+def _measure_chunk(numbers: list[int]) -> list[tuple[list, np.ndarray]]:
     images, margin = shared()
     return [measure_image(images, number, margin) for number in numbers]
 
 
-def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[list[str], np.ndarray]:
-    """Return one row of index.csv, the values of `FIELDS` as texts, and the thumbnail, [32, 32] uint8 grey.
-
-    `problem` says why an image is unreadable; its thumbnail is black.
-    """
+def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[list, np.ndarray]:
+    """Return one row of index.csv, the values of `FIELDS`, and the thumbnail, [32, 32] uint8 grey (black where `problem`
+    says why an image is unreadable); light, contrast and sharpness are those of the grey picture at up to 256 px."""
     thumbnail, source = np.zeros((SIDE, SIDE), dtype=np.uint8), images.locate(number)[0]
     row = dict.fromkeys(FIELDS, "") | {"source": source.name, "role": source.role, "path": images.name(number)}
     row |= {name: images.text(number, name) for name in ("identity", "camera")}
@@ -92,7 +90,7 @@ def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[lis
         row["path"].encode("utf-8")  # names that are not UTF-8 fit into no table
         opened = images[number]
         data = opened.read_bytes() if isinstance(opened, Path) else opened.read()
-        row |= {"bytes": str(len(data)), "sha256": hashlib.sha256(data).hexdigest()}
+        row |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         image = open_rgb(io.BytesIO(data))
         if box := images.text(number, "box"):
             cut = parse_box(box, *image.size, margin)
@@ -100,7 +98,12 @@ def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[lis
             row["box"] = " ".join(map(str, cut))
         grey = image.convert("L")
         thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX))
-        row |= measure_pixels(image, grey, thumbnail)
+        grey.thumbnail((256, 256), Image.Resampling.BOX)
+        values = np.asarray(grey, dtype=np.float32)
+        size = np.array(image.size, dtype=np.int64).tobytes()  # one row of pixels is not one column of them
+        row |= {"pixels": hashlib.sha256(size + image.tobytes()).hexdigest(), "phash": perceptual_hash(thumbnail)}
+        row |= {"width": image.width, "height": image.height, "sharpness": f"{sharpness(values):.2f}"}
+        row |= {"brightness": f"{values.mean():.1f}", "contrast": f"{values.std():.1f}"}
     except UNREADABLE as error:
         row["problem"] = why_unreadable(error)
     return list(row.values()), thumbnail
@@ -125,24 +128,6 @@ def parse_box(text: str, width: int, height: int, margin: float) -> tuple[int, i
     return left, upper, right, lower
 
 
-def measure_pixels(image: Image.Image, grey: Image.Image, thumbnail: np.ndarray) -> dict[str, str]:
-    """Measure an RGB picture: size (px), hash of its pixels, perceptual hash, and of its grey version at no more than
-    256 px the mean and standard deviation (0 to 255) and the deviation of the Laplacian."""
-    small = grey.copy()
-    small.thumbnail((256, 256), Image.Resampling.BOX)
-    values = np.asarray(small, dtype=np.float32)
-    size = np.array(image.size, dtype=np.int64).tobytes()  # one row of pixels is not one column of them
-    return {
-        "width": str(image.width),
-        "height": str(image.height),
-        "pixels": hashlib.sha256(size + image.tobytes()).hexdigest(),
-        "phash": f"{perceptual_hash(thumbnail):016x}",
-        "brightness": f"{values.mean():.1f}",
-        "contrast": f"{values.std():.1f}",
-        "sharpness": f"{sharpness(values):.2f}",
-    }
-
-
 def sharpness(grey: np.ndarray) -> float:
     """Standard deviation of the Laplacian of [H, W] float32; 0 for pictures under 3 px."""
     if min(grey.shape) < 3:
@@ -151,10 +136,10 @@ def sharpness(grey: np.ndarray) -> float:
     return float((around - 4 * grey[1:-1, 1:-1]).std())
 
 
-def perceptual_hash(thumbnail: np.ndarray) -> int:
-    """64 bits: which of 8 x 8 low frequencies of the [32, 32] uint8 grey picture lie above their median."""
+def perceptual_hash(thumbnail: np.ndarray) -> str:
+    """64 bits in hex: which of 8 x 8 low frequencies of the [32, 32] uint8 grey picture lie above their median."""
     low = COSINES @ thumbnail.astype(np.float64) @ COSINES.T
-    return int.from_bytes(np.packbits((low > np.median(low)).ravel()).tobytes(), "big")
+    return np.packbits((low > np.median(low)).ravel()).tobytes().hex()
 
 
 def read_rows(file: Path):

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +12,8 @@ from util.files import write_json
 
 class Stages:
     """Runs stages in order. Each leaves `stages/NAME.json` with its settings, counts and seconds. Its fingerprint
-    covers the settings and runs of all stages before it, so a change, or a record that was removed, redoes that stage
-    and those after it, no others."""
+    covers the settings of all stages before it, and doing a stage removes the records of those after it: a change, or a
+    record that was removed, redoes that stage and those after it, no others."""
 
     def __init__(self, folder: Path):
         self.folder, self.fingerprint, self.records = folder / "stages", "", {}
@@ -34,17 +33,17 @@ class Stages:
             print_main(f"{name}: done before")
         else:
             if is_main_process():
-                file.unlink(missing_ok=True)  # it must not vouch for files that are now rewritten
+                for later in set(self.folder.glob("*.json")) - {self.folder / f"{done}.json" for done in self.records}:
+                    later.unlink()  # they must not vouch for files that are now rewritten
             started = time.perf_counter()
             counts = work(self.fingerprint) if shared or is_main_process() else {}
             if is_main_process():
-                record = {"fingerprint": self.fingerprint, "run": uuid.uuid4().hex, "settings": settings}
-                record |= {"counts": counts, "seconds": round(time.perf_counter() - started, 2)}
+                record = {"fingerprint": self.fingerprint, "settings": settings, "counts": counts}
+                record["seconds"] = round(time.perf_counter() - started, 2)
                 write_json(file, record)
                 said = ", ".join(f"{key} {value}" for key, value in counts.items())
                 print_main(f"{name}: {said} ({record['seconds']:.1f} s)")
             wait_for_main()
             record = broadcast(record)
         self.records[name] = record
-        self.fingerprint += record["run"]  # what comes after belongs to this very run of the stage
         return record["counts"]

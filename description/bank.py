@@ -114,7 +114,7 @@ def ground_candidates(args, candidates: Candidates, paths, teacher: tuple, facts
             f"--images {args.images}: {len(images)} of {len(rows)} images could be read, fewer than --n_min "
             f"{args.n_min}; if they have come back since, remove {args.output}/embeddings"
         )
-    names = [text.kind if args.rank_in == "kind" else "" for text in candidates.texts]
+    names = [text.kind for text in candidates.texts]
     kinds, texts = {name: number for number, name in enumerate(dict.fromkeys(names))}, candidates.embeddings
     found = ground(images, texts, generic, torch.tensor([kinds[name] for name in names]), identity.tau, args)
     gone, numbers = {}, (found.usage, found.corrected, found.gap, found.limit, found.best_images)

@@ -36,11 +36,14 @@ def ground(
     Args:
         images: V [N, D] float32 unit rows; texts: U [T, D]; generic: [D], unit.
         kinds: [T] int64, number of the kind within which a text is ranked. tau: the teacher's temperature.
-        rule: has topk, n_min, hub_share, margin and correction, as the flags.
+        rule: has topk, n_min, hub_share and margin, as the flags.
         show: m of `best_images`. block: images at a time; memory is a few times block x T x 4 bytes.
     """
     N, T = len(images), len(texts)
-    shift = _hub_correction(images, texts, rule.correction, tau, block)
+    # the correction of hubs (Smith et al., 2017): cosines minus tau log of the sum of exp(cosine / tau) over the images
+    shift = torch.full((T,), -math.inf)
+    for part in images.split(block):
+        shift = torch.logaddexp(shift, (part @ texts.T / tau).logsumexp(dim=0))
     usage, corrected = torch.zeros(2, T, dtype=torch.int64)
     gap, limit, best = torch.zeros(T, dtype=torch.float64), torch.zeros(T), torch.full((T, min(show, N)), -math.inf)
     best_images = torch.zeros(T, min(show, N), dtype=torch.int64)
@@ -54,7 +57,7 @@ def ground(
             chosen = ids[cosine[:, ids].topk(k, dim=1).indices]  # [b, k]
             usage += torch.bincount(chosen.flatten(), minlength=T)
             gap.index_add_(0, chosen.flatten(), advantage.gather(1, chosen).flatten().double())
-            chosen = ids[(cosine[:, ids] - shift[ids]).topk(k, dim=1).indices]
+            chosen = ids[(cosine[:, ids] - tau * shift[ids]).topk(k, dim=1).indices]
             corrected += torch.bincount(chosen.flatten(), minlength=T)
         numbers = torch.arange(start, start + len(cosine)).expand(T, -1)
         best, order = torch.cat([best, cosine.T], dim=1).topk(best.shape[1], dim=1)
@@ -64,19 +67,6 @@ def ground(
     reasons = [next((name for name, of in wrong if of[j]), "") for j in range(T)]
     found = {"usage": usage, "corrected": corrected, "gap": gap, "limit": limit, "best_images": best_images}
     return Grounding(**found, reasons=reasons)
-
-
-def _hub_correction(images, texts, correction: str, tau: float, block: int) -> torch.Tensor:
-    """[T]: what to subtract from the cosines of each text: "mean" its mean over the images (Dinu et al., 2015),
-    "inverted_softmax" tau log of the sum of exp(cosine / tau) over the images (Smith et al., 2017)."""
-    if correction == "none":
-        return torch.zeros(len(texts))
-    if correction == "mean":
-        return texts @ images.mean(dim=0)
-    total = torch.full((len(texts),), -math.inf)
-    for part in images.split(block):
-        total = torch.logaddexp(total, (part @ texts.T / tau).logsumexp(dim=0))
-    return tau * total
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def settings(**changes) -> SimpleNamespace:
-    return SimpleNamespace(**{"seed": 0, "resampling": 2, "resample": "closest", "iterations": 5} | changes)
+    return SimpleNamespace(**{"seed": 0, "resampling": 2} | changes)
 
 
 def blobs(n: int, centres: int, dim: int = 8, seed: int = 0, dtype=np.float32) -> np.ndarray:
@@ -166,7 +166,7 @@ def test_the_sample_covers_rings_by_area(tmp_path):
 
     def off(levels: list[int], resampling: int) -> float:
         folder = tmp_path / "_".join(map(str, levels))
-        tree = build_tree(rows, levels, folder, settings(resampling=resampling, iterations=8))
+        tree = build_tree(rows, levels, folder, settings(resampling=resampling))
         chosen = sample_tree(tree, 600, seed=0)
         assert len(chosen) == 600 == len(np.unique(chosen))
         share = np.bincount(ring[chosen], minlength=4) / 600
@@ -180,7 +180,7 @@ def test_the_sample_covers_rings_by_area(tmp_path):
 
 def test_closest_members_are_taken(tmp_path):
     rows = Rows(blobs(500, 5), CPU)
-    tree = build_tree(rows, [5], tmp_path, settings(resampling=0, iterations=10))
+    tree = build_tree(rows, [5], tmp_path, settings(resampling=0))
     chosen = sample_tree(tree, 50, seed=0, how="closest")
     indices, offsets = members_by_cluster(tree.parents[0], 5)
     for j in range(5):
