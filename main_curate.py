@@ -6,7 +6,6 @@ possible. Under torchrun the ranks share index and embed. docs/CURATE.md explain
 """
 
 import argparse
-import itertools
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -96,11 +95,8 @@ from util.precision import pick_precision
 
 
 def check_args(args) -> None:
-    check_numbers(
-        args,
-        at_least_one="target_size group_cap track_cap batch_size",
-        not_negative="near_bits resampling box_margin near_cosine near_agreement leak_cosine vehicle_threshold",
-    )
+    shares = "box_margin near_cosine near_agreement leak_cosine vehicle_threshold near_bits resampling"
+    check_numbers(args, at_least_one="target_size group_cap track_cap batch_size", not_negative=shares)
 
 
 class Curation:
@@ -172,7 +168,7 @@ class Curation:
     def alive(self, before: str = "cluster") -> np.ndarray:
         """Pool rows that no stage before this one has removed, int64 ascending."""
         still = ~self.index.excluded & self.index.readable
-        for name in itertools.takewhile(lambda name: name != before, DROPS):
+        for name in [*DROPS, before][: [*DROPS, before].index(before)]:
             still[load_removal(self.folder, name).rows] = False
         return np.flatnonzero(still)
 

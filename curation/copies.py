@@ -66,16 +66,16 @@ def neighbourhoods(data: np.ndarray, queries: np.ndarray, base: np.ndarray, devi
     some = np.sort(rng.choice(len(base), min(len(base), 100 * k), replace=False))
     centres = kmeans(rows.subset(some), k, iterations=5, rng=rng).centroids
     around = (centres @ centres.t()).topk(min(NEAR_CELLS, k), dim=1).indices.tolist()
-    theirs, ours = (np.split(*cells_of(rows, centres)) for rows in (rows, Rows(data, device, queries, True)))
+    theirs, ours = (cells_of(x, centres) for x in (rows, Rows(data, device, queries, True)))
     for cell, places in enumerate(ours):
         yield places, np.concatenate([theirs[near] for near in around[cell]])
 
 
-def cells_of(rows: Rows, centres: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    """Order rows by their nearest centre -> (places [N], where to split them [k - 1])."""
+def cells_of(rows: Rows, centres: torch.Tensor) -> list[np.ndarray]:
+    """Places of the rows that are nearest to each centre."""
     nearest = np.concatenate([assign_block(x, centres, unit=True)[0].cpu().numpy() for _, x in rows.chunks()])
     places, offsets = members_by_cluster(nearest, len(centres))
-    return places, offsets[1:-1]
+    return np.split(places, offsets[1:-1])
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
@@ -271,8 +271,7 @@ class CopyFinder:
         out.add("copy of a leaked picture (agreement)", rest[gone], rest[hits["first"]], hits["value"])
         inside = ~is_leaked
         inside[gone] = False
-        area = index.width[rest].astype(np.int64) * index.height[rest]
-        largest_first = np.lexsort((rest, -area))
+        largest_first = np.lexsort((rest, -index.width[rest].astype(np.int64) * index.height[rest]))
         of, likeness = stars(largest_first, pairs[inside[pairs["first"]] & inside[pairs["second"]]], group_cap)
         gone = of != np.arange(len(rest))
         out.add("near copy (agreement)", rest[gone], rest[of[gone]], likeness[gone])

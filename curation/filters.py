@@ -68,11 +68,7 @@ def load_removal(folder: Path, name: str) -> SimpleNamespace:
 
 
 def poor_images(index: Index, args) -> Removals:
-    """Remove pool images beyond a limit, each under the first that applies, and unreadable ones of all sources.
-
-    Args:
-        args: reads min_side, aspect, brightness, min_contrast, min_sharpness.
-    """
+    """Remove pool images beyond a limit of the flags, each under the first, and unreadable ones of all sources."""
     out = Removals(len(index))
     out.add("unreadable", np.flatnonzero(~index.readable))
     for reason, value, low, high in (
@@ -94,9 +90,8 @@ def read_prompts(file: str | Path | None) -> tuple[list[str], list[str]]:
         prompts = json.loads(path.read_text(encoding="utf-8"))
         return prompts["vehicle"], prompts["other"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f'--vehicle_prompts {path}: write {{"vehicle": [texts], "other": [texts]}} ({error})'
-        ) from error
+        words = f'--vehicle_prompts {path}: write {{"vehicle": [texts], "other": [texts]}} ({error})'
+        raise InputError(words) from error
 
 
 def vehicle_probability(x: torch.Tensor, wanted: torch.Tensor, other: torch.Tensor, tau: float) -> torch.Tensor:

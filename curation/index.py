@@ -81,8 +81,8 @@ def _measure_chunk(numbers: list[int]) -> list[tuple[list, np.ndarray]]:
 
 
 def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[list, np.ndarray]:
-    """Return one row of index.csv, the values of `FIELDS`, and the thumbnail, [32, 32] uint8 grey (black where `problem`
-    says why an image is unreadable); light, contrast and sharpness are those of the grey picture at up to 256 px."""
+    """Return one row of index.csv, the values of `FIELDS`, and the thumbnail, [32, 32] uint8 grey: black where
+    `problem` says why an image is unreadable; light and sharpness are those at up to 256 px."""
     thumbnail, source = np.zeros((SIDE, SIDE), dtype=np.uint8), images.locate(number)[0]
     row = dict.fromkeys(FIELDS, "") | {"source": source.name, "role": source.role, "path": images.name(number)}
     row |= {name: images.text(number, name) for name in ("identity", "camera")}

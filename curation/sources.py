@@ -101,14 +101,13 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
         if split.startswith(TEST_SPLITS) if role == "pool" else split == "train":
             left_out += 1
         else:
-            box = row.get(column_names["box"])
-            row[column_names["box"]] = " ".join(map(str, box)) if isinstance(box, list) else box
+            if isinstance(box := row.get(column_names["box"]), list):
+                row[column_names["box"]] = " ".join(map(str, box))
             rows.append([row["path"], *(cell(row, column) for column in column_names.values())])
     if not rows:
         side = "validation or test" if role == "pool" else "training"
         raise InputError(f"--{role} {name}={path}: all {left_out} rows are {side} rows by their column 'split'")
     files, *texts = zip(*rows)
-    paths = PathList(path.parent, files)
-    check_first_exist(paths, path)
+    check_first_exist(paths := PathList(path.parent, files), path)
     columns = {column: PathList(Path(), values) for column, values in zip(column_names, texts) if any(values)}
     return Source(name, role, paths, columns, left_out)

@@ -26,8 +26,8 @@ class Stages:
             work: takes the fingerprint, returns the counts to record.
             shared: all ranks work; otherwise rank 0 does, and the others wait.
         """
-        text = json.dumps([self.fingerprint, name, settings], sort_keys=True)
-        self.fingerprint, file = hashlib.sha256(text.encode()).hexdigest(), self.folder / f"{name}.json"
+        text, file = json.dumps([self.fingerprint, name, settings], sort_keys=True), self.folder / f"{name}.json"
+        self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         record = broadcast(json.loads(file.read_text()) if file.is_file() else None)
         if record is not None and record["fingerprint"] == self.fingerprint:
             print_main(f"{name}: done before")

@@ -108,14 +108,13 @@ def fill(templates: Templates, rows: Counter, *, use_words: bool = True) -> list
     Returns:
         Texts that are unique after lower case and white space.
     """
-    present = {slot for row in rows for slot, _ in row}
-    texts: dict[str, Text] = {}
+    present, texts = {slot for row in rows for slot, _ in row}, {}
     for template in templates.phrases:
         phrase = template["phrase"]
         slots = list(dict.fromkeys(slots_of(phrase)))
         free = [s for s in slots if use_words and s in template.get("words", ()) and s not in present]
         needed, unless = set(slots) - set(free), set(template.get("unless", ()))
-        combinations: Counter[tuple] = Counter()
+        combinations = Counter()
         for row, count in rows.items():
             values = dict(row)
             if needed <= values.keys() and not unless & values.keys():
@@ -153,8 +152,7 @@ def word(phrase: str, wording: str) -> str:
 
 def cap(texts: list[Text], max_texts: int, max_per_make: int) -> dict[int, str]:
     """{index: why it goes}. Frequent combinations stay; kinds are cut evenly, the smallest last."""
-    removed, order = {}, []
-    per_make, turn = Counter(), Counter()
+    removed, order, per_make, turn = {}, [], Counter(), Counter()
     for i in sorted(range(len(texts)), key=lambda i: (-texts[i].count, i)):
         make = texts[i].attrs.get("make")
         per_make[make] += 1
