@@ -1,6 +1,5 @@
 """Images with a class: StanfordCars from its devkit, a tree of folders, or a table."""
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -73,7 +72,7 @@ def _read_cars(folder: Path, need_train: bool) -> FgvcData:
     """StanfordCars as TransFG (`car/`) and torchvision (`stanford_cars/`) want it, or as one `cars_annos.mat`."""
     is_devkit = (folder / TRAIN).is_file() or (folder / TEST).is_file()
     meta = folder / ("devkit/cars_meta.mat" if is_devkit else ANNOS)
-    classes = read_cell_strings(meta, "class_names") if meta.is_file() else []
+    classes = [name or f"class {i}" for i, name in enumerate(read_cell_strings(meta, "class_names"), 1)]
     rows: dict[str, list[tuple[str, int]]] = {"train": [], "test": []}
     if is_devkit:
         test = next((file for file in (folder / TEST, folder / "devkit" / TEST) if file.is_file()), None)
@@ -82,29 +81,24 @@ def _read_cars(folder: Path, need_train: bool) -> FgvcData:
                 f"{folder} lacks {TEST}; devkit/cars_test_annos.mat holds no classes: get the file with labels"
             )
         for split, file in {"train": folder / TRAIN, "test": test}.items() if need_train else [("test", test)]:
-            found = _annotations(file, {"fname": str, "class": int}, folder / f"cars_{split}", meta, len(classes))
+            found = _annotations(file, {"fname": str, "class": int}, folder / f"cars_{split}", len(classes))
             rows[split] = [(f"cars_{split}/{name}", label) for name, label in found]
     else:
-        found = _annotations(meta, {"relative_im_path": str, "class": int, "test": int}, folder, meta, len(classes))
+        found = _annotations(meta, {"relative_im_path": str, "class": int, "test": int}, folder, len(classes))
         if {is_test for *_, is_test in found} != {0, 1}:
             raise InputError(f"{meta}: field 'test' must be 0 (train) or 1 (test), both of them present")
         for name, label, is_test in found:
             rows["test" if is_test else "train"].append((name, label))
-    notes = [] if classes else [f"{meta} is not there: classes are called by their numbers"]
-    count = len(classes) or max(label for part in rows.values() for _, label in part)
-    names = [name or f"class {i}" for i, name in enumerate(classes or [None] * count, 1)]
-    times = Counter(names)
-    names = [f"{name} ({i})" if times[name] > 1 else name for i, name in enumerate(names, 1)]
     parts = (
         FgvcImages(PathList(folder, (name for name, _ in part)), np.array([label - 1 for _, label in part], np.int64))
         for part in rows.values()
     )
-    return FgvcData("StanfordCars", *parts, names, notes)
+    return FgvcData("StanfordCars", *parts, classes, [])
 
 
-def _annotations(file: Path, fields: dict[str, type], folder: Path, meta: Path, count: int) -> list[tuple]:
+def _annotations(file: Path, fields: dict[str, type], folder: Path, count: int) -> list[tuple]:
     """The struct array `annotations`, read by the names of its fields, as str or int (a Python int: 0 - 1 would be 255
-    in the file's own uint8). Images, the first field, must lie in `folder`, classes be 1..count (0: any)."""
+    in the file's own uint8). Images, the first field, must lie in `folder`, classes be 1..count."""
     found, values = read_struct_array(file, "annotations")
     if missing := [name for name in fields if name not in found]:
         has = f"its fields are {', '.join(found)}, expected {', '.join(fields)}"
@@ -119,9 +113,8 @@ def _annotations(file: Path, fields: dict[str, type], folder: Path, meta: Path, 
             if not isinstance(value, str if kind is str else int | float) or kind(value) != value:
                 what = "a file name" if kind is str else "one whole number"
                 raise InputError(f"{file}, annotation {number}: '{field}' is {value!r}, expected {what}")
-        if not 1 <= row["class"] <= (count or row["class"]):
-            names = f"1..{count or 'n'}, the classes that {meta.name} names"
-            raise InputError(f"{file}, annotation {number}: class {row['class']} is outside {names}")
+        if not 1 <= row["class"] <= count:
+            raise InputError(f"{file}, annotation {number}: class {row['class']} is outside 1..{count}")
         rows.append(tuple(kind(row[field]) for field, kind in fields.items()))
     if missing := [row[0] for row in rows if not (folder / row[0]).is_file()]:
         raise InputError(

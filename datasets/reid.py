@@ -4,10 +4,8 @@ Layouts: VeRi-776, VehicleID V1.0, VERI-Wild (old and new lists), and a table wi
 split (train, query, gallery) and, where known, camid and viewid.
 """
 
-import contextlib
 import os
 import re
-import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -52,13 +50,9 @@ class ReidTrainImages(LabelledItems):
 
 @dataclass(frozen=True)
 class ReidData:
-    """One set: what is trained on, and what is tested on.
-
-    train: pids counted from 0 in sorted order of the names, so that they are class numbers.
-    tests: name -> (query, gallery); VehicleID's tests are (images, None): the protocol draws the gallery.
-    pid_names: of all identities; the first `classes` are those of train. notes: what was found, one sentence
-    each; they belong into the run's header.
-    """
+    """train: pids counted from 0 in sorted order of the names, so that they are class numbers. tests: name -> (query,
+    gallery); VehicleID's tests are (images, None): the protocol draws the gallery. pid_names: of all identities; the
+    first `classes` are those of train. notes: what was found, one sentence each, for the run's header."""
 
     name: str
     train: ReidImages
@@ -279,12 +273,8 @@ def read_table(file: Path, need_train: bool = True) -> ReidData:
     cameras, views = (
         {name: i for i, name in enumerate(sorted({row[k] for row in rows} - {""}, key=_by_number))} for k in (2, 3)
     )
-    blank = sum(not row[2] for row in rows)
-    if cameras and blank:
-        raise InputError(
-            f"{file}: {blank} of {len(rows)} rows have no camid; fill it in, or remove the column: "
-            "then the same-camera filter is off"
-        )
+    if cameras and (blank := sum(not row[2] for row in rows)):
+        raise InputError(f"{file}: {blank} of {len(rows)} rows have no camid; fill it in, or drop the column")
     for split in ("query", "gallery"):
         if not listed[split]:
             raise InputError(f"{file} has no row with split '{split}': a test needs query and gallery")
@@ -301,36 +291,19 @@ READERS = {"veri776": read_veri, "vehicleid": read_vehicleid, "veriwild": read_v
 
 def _number_files(query: ReidImages, gallery: ReidImages | None) -> tuple[ReidImages, ReidImages | None]:
     """A test with the numbers of its files: links lead to one file, and so do copies under one identity."""
-    places: list[tuple] = []
-    alike: dict[tuple[int, int], dict[tuple, Path]] = {}  # identity and size -> files
-    for part in filter(None, (query, gallery)):
-        for row, pid in enumerate(part.pids.tolist()):
-            path = part.paths[row]
-            try:
-                found = os.stat(path)
-            except (OSError, ValueError):
-                found = None
-            places.append((found.st_dev, found.st_ino) if found else (os.path.normpath(path),))
-            if found and found.st_size and stat.S_ISREG(found.st_mode):
-                alike.setdefault((pid, found.st_size), {})[places[-1]] = path
-    contents = {}
-    for group in alike.values():
-        for place, path in group.items() if len(group) > 1 else ():
-            with contextlib.suppress(OSError):  # what cannot be read is no picture either
-                contents[place] = (file_sha256(path),)
-    number: dict[tuple, int] = {}
-    keys = (contents.get(place, place) for place in places)
-    files = np.array([number.setdefault(key, len(number)) for key in keys], dtype=np.int64)
-    parts = np.split(files, [len(query)])
-    return replace(query, files=parts[0]), None if gallery is None else replace(gallery, files=parts[1])
+    parts = [part for part in (query, gallery) if part is not None]
+    every = [(os.path.realpath(part.paths[row]), pid) for part in parts for row, pid in enumerate(part.pids.tolist())]
+    sizes = {pair: os.path.getsize(pair[0]) if os.path.isfile(pair[0]) else 0 for pair in every}
+    times = Counter((pid, size) for (_, pid), size in sizes.items())
+    copied = {path for (path, pid), size in sizes.items() if size and times[pid, size] > 1 and os.access(path, os.R_OK)}
+    contents = {path: file_sha256(path) for path in copied}
+    files = np.unique([contents.get(path, path) for path, _ in every], return_inverse=True)[1]
+    return (*(replace(p, files=rows) for p, rows in zip(parts, np.split(files, [len(query)]))), None)[:2]
 
 
 def _check_test(name: str, data: ReidData, query: ReidImages, gallery: ReidImages | None) -> Iterator[str]:
-    """Say what a test's numbers cannot tell: identities that are trained on, queries that nothing can answer.
-
-    Raises:
-        InputError: no query has a match, with the reason.
-    """
+    """Say what a test's numbers cannot tell: identities that are trained on, queries that nothing can answer;
+    InputError where that is all of them."""
     shared = np.intersect1d(query.pids, np.arange(data.classes))
     if len(shared):
         yield f"{len(shared)} of its identities are trained on, e.g. {data.pid_names[shared[0]]}"
@@ -360,7 +333,4 @@ def _check_test(name: str, data: ReidData, query: ReidImages, gallery: ReidImage
             "have matches of their own camera only, which do not count; fix the column camid, or drop it to count them"
         )
     if missing or only_same:
-        yield (
-            f"{missing} queries have no match in the gallery and {only_same} only from their own camera: they are "
-            "not scored"
-        )
+        yield f"{missing} queries have no match in the gallery and {only_same} only from their own camera: not scored"

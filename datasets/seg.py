@@ -14,16 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datasets.images import UNREADABLE, is_turned, open_rgb, to_rgb, why_unreadable
+from datasets.images import Unreadable, is_turned, open_image, open_rgb, to_rgb, why_unreadable
 from datasets.items import TrainItems
 from datasets.manifest import list_images
 from datasets.path_list import PathList
 from datasets.transforms import IGNORE, PartsAugment
-from util.dist import get_rank, get_world_size, is_main_process
+from util.dist import is_main_process
 from util.errors import InputError
 from util.progress import Progress
 
@@ -95,7 +94,7 @@ class PartsData:
 
 
 def read_parts(data_path: str | Path, label_space: str, splits: tuple[str, ...]) -> PartsData:
-    """Read and check the `splits` of a set; the ranks share the work. Every mask is opened once: sizes must be those of
+    """Read and check the `splits` of a set. Every mask is opened once: sizes must be those of
     the images, values those of classes.json.
 
     label_space: "own": the classes of classes.json; a name of `KINDS`: PartImageNet's parts by name, the other classes
@@ -178,77 +177,70 @@ def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, Path
 
 
 def open_mask(file: str | Path) -> np.ndarray:
-    """[H, W] uint8: the values of a mask; palettes are not looked at. Raises one of `UNREADABLE`: no picture, or one
+    """[H, W] uint8: the values of a mask; palettes are not looked at. Raises `Unreadable`: no picture, or one
     with more than a byte a pixel."""
-    with Image.open(file) as image:
-        if image.mode not in MASK_MODES:
-            raise ValueError(f"its mode is {image.mode}: a mask holds one class a pixel, mode L or P")
-        return np.array(image, dtype=np.uint8)
+    image = open_image(file)
+    if image.mode not in MASK_MODES:
+        raise Unreadable(f"its mode is {image.mode}: a mask holds one class a pixel, mode L or P")
+    return np.array(image, dtype=np.uint8)
 
 
 def open_pair(image_file: Path, mask_file: Path) -> tuple[Image.Image, np.ndarray]:
     """RGB picture and [H, W] uint8 values of its mask, of one size. A photo that EXIF turns is taken as the mask was
-    drawn: upright, or as it is stored. Raises one of `UNREADABLE`: either cannot be read, or their sizes differ."""
+    drawn: upright, or as it is stored. Raises `Unreadable`: either cannot be read, or their sizes differ."""
     mask, picture = open_mask(mask_file), open_rgb(image_file)
     if picture.size != mask.shape[::-1]:
-        with Image.open(image_file) as stored:
-            if stored.size != mask.shape[::-1]:
-                raise ValueError(SIZES.format(*picture.size, *mask.shape[::-1]))
-            picture = to_rgb(stored)
+        stored = open_image(image_file)
+        if stored.size != mask.shape[::-1]:
+            raise Unreadable(SIZES.format(*picture.size, *mask.shape[::-1]))
+        picture = to_rgb(stored)
     return picture, mask
 
 
-def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> np.ndarray | str | InputError:
-    """[K + 1] pixels of each class and of none, or why it cannot be read, or an error where sizes differ or a value has
-    no name; the image's pixels are not decoded."""
+def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> np.ndarray | str:
+    """[K + 1] pixels of each class and of none, or why it cannot be read; the image's pixels are not decoded.
+    InputError where sizes differ or a value has no name."""
     try:
         mask = open_mask(mask_file)
-        with Image.open(image_file) as image:
-            size = image.size
-            sizes = {size, size[::-1]} if is_turned(image) else {size}
-    except UNREADABLE as error:
+        image = open_image(image_file, decode=False)
+        sizes = {image.size, image.size[::-1]} if is_turned(image) else {image.size}
+    except Unreadable as error:
         return why_unreadable(error)
     if mask.shape[::-1] not in sizes:
-        return InputError(f"{image_file} and {mask_file} differ: {SIZES.format(*size, *mask.shape[::-1])}")
+        raise InputError(f"{image_file} and {mask_file} differ: {SIZES.format(*image.size, *mask.shape[::-1])}")
     values = np.bincount(mask.ravel(), minlength=256)
     strange = np.flatnonzero((values > 0) & (space.table == UNKNOWN))
     if len(strange):
         what = f"{values[strange[0]]} pixels of value {strange[0]}, which classes.json does not name"
-        return InputError(f'{mask_file} has {what}: name it there, or make it the value of "ignore"')
+        raise InputError(f'{mask_file} has {what}: name it there, or make it the value of "ignore"')
     pixels = np.bincount(space.table, weights=values, minlength=256).astype(np.int64)
     return pixels[[*range(len(space.names)), IGNORE]]
 
 
 def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, notes: list[str]) -> PartsSplit:
     """Open every mask of a split; which images have what."""
-    mine, found = range(get_rank(), len(images), get_world_size()), {}
-    progress = Progress(f"masks of {split}", len(mine), shown=is_main_process() and len(mine) > 500)
-    for done, row in enumerate(mine, 1):
-        found[row] = _look(images[row], masks[row], space)
-        if isinstance(found[row], InputError):
-            break  # all ranks hear of it
-        progress.update(done)
+    classes, looks = len(space.names), []
+    progress = Progress(f"masks of {split}", len(images), shown=is_main_process() and len(images) > 500)
+    for row in range(len(images)):
+        looks.append(_look(images[row], masks[row], space))
+        progress.update(row + 1)
     progress.close()
-    if get_world_size() > 1:
-        parts = [None] * get_world_size()
-        dist.all_gather_object(parts, found)
-        found = {row: value for part in parts for row, value in part.items()}
-    looks = [found[row] for row in sorted(found)]
-    for error in looks:
-        if isinstance(error, InputError):
-            raise error
     bad = np.array([isinstance(look, str) for look in looks])
     if bad.all():
         raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {looks[0]}")
-    classes = len(space.names)
     counts = np.array([[0] * (classes + 1) if isinstance(look, str) else look for look in looks])
     keep = counts[:, 1:classes].any(axis=1) | bad | (not space.is_part)
     if not keep.all():
         notes.append(f"{split}: {int((~keep).sum())} images show no class of {space.name} and are left out")
         images, masks = (part.take(np.flatnonzero(keep)) for part in (images, masks))
         counts = counts[keep]
-    if not counts[:, :classes].any():
-        raise InputError(f"{images.root}: not one pixel of {split} has a class of --label_space {space.name}")
+    pixels = counts.sum(axis=0)
+    absent = [name for name, count in zip(space.names, pixels.tolist()) if not count]
+    if absent and (split == "train" or len(absent) >= classes - space.background):
+        ignored = int(np.flatnonzero(space.table == IGNORE)[0])
+        seen = f", while {pixels[-1]:,} pixels hold {ignored}, which is ignored" if pixels[-1] else ""
+        cure = "write the number of the class (of one class: 1), or drop it from classes.json"
+        raise InputError(f"{masks.root}: class '{absent[0]}' has no pixel in {split}{seen}: {cure}")
     return PartsSplit(images, masks, counts, int(bad.sum()))
 
 
@@ -304,7 +296,7 @@ class PartsTestItems(Dataset):
         row = self.rows[item]
         try:
             image, mask = open_pair(self.part.images[row], self.part.masks[row])
-        except UNREADABLE as error:
+        except Unreadable as error:
             return row, torch.zeros(0), torch.zeros(0), why_unreadable(error)
         imgs = shown_to_model(image, self.resized(image.size))
         return row, imgs, torch.from_numpy(self.space.table[mask]), ""

@@ -439,6 +439,20 @@ def damaged_release(source, what: str) -> None:
         shutil.rmtree(source)
 
 
+def test_a_class_without_a_pixel_is_refused_before_training(tmp_path):
+    write_classes(tmp_path, ["background", "car"])
+    for split in ("train", "val"):
+        write_pair(tmp_path, split, "a", np.repeat([[0, 255]], 4, axis=0))
+        with pytest.raises(InputError, match=f"class 'car' has no pixel in {split}, while 4 pixels hold 255, which is"):
+            read_parts(tmp_path, "own", (split,))
+    write_classes(tmp_path, {"0": "background", "1": "car", "2": "van"})
+    for split in ("train", "val"):
+        write_pair(tmp_path, split, "a", [[0, 1]])
+    with pytest.raises(InputError, match="class 'van' has no pixel in train: write the number"):
+        read_parts(tmp_path, "own", ("train",))
+    assert read_parts(tmp_path, "own", ("val",)).splits["val"].counts.tolist() == [[1, 1, 0, 0]]  # a test may lack one
+
+
 @pytest.mark.parametrize(
     "what, message",
     [
@@ -592,7 +606,7 @@ def test_eval_takes_no_flag_that_would_change_the_model(small, parts, trained, t
         ("value", "has 64 pixels of value 9, which classes.json does not name"),
         ("colours", "none of the 1 pairs .* its mode is RGB"),
         ("deep", "none of the 1 pairs .* its mode is I;16"),
-        ("unlabelled", "not one pixel of train has a class"),
+        ("unlabelled", "class 'background' has no pixel in train, while 64 pixels hold 255, which is ignored"),
     ],
 )
 def test_sets_that_cannot_be_read(tmp_path, what, message):
