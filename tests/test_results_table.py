@@ -50,12 +50,15 @@ def table(tmp_path, *more) -> tuple[str, dict]:
     return (tmp_path / "results.md").read_text(), counts
 
 
-def column(text: str, start: str, title: str) -> str:
-    """A cell of the first row that begins with `start`."""
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
-    at = next(i for i, line in enumerate(lines) if line[0].startswith(start))
-    head = next(i for i in range(at, -1, -1) if lines[i][0] == "---") - 1
-    return lines[at][lines[head].index(title)]
+def section(text: str, heading: str) -> str:
+    """The table under the heading that begins so."""
+    return next(part for part in text.split("\n## ")[1:] if part.startswith(heading))
+
+
+def column(part: str, start: str, title: str, row: int = 0) -> str:
+    """A cell of a row that begins with `start`."""
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"]
+    return [line for line in lines if line[0].startswith(start)][row][lines[0].index(title)]
 
 
 def test_seeds_become_a_mean_beside_published_rows(tmp_path):
@@ -66,21 +69,21 @@ def test_seeds_become_a_mean_beside_published_rows(tmp_path):
     write_run(tmp_path / "runs" / "none", veri(0.3), weights_sha256="random", finetune="", model="vit_b")
     text, counts = table(tmp_path, "--name", "aaaaa=CGD-MAE, ours")
     assert counts["runs"] == 5 and counts["rows"] == 3 and counts["left_out"] == 0
-    assert column(text, "**CGD-MAE, ours**", "VeRi-776 mAP") == "**83.0 ± 3.6 (3 seeds)**"
-    assert column(text, "**CGD-MAE, ours**", "VeRi-776 R1") == "**93.0 ± 3.6 (3 seeds)**"
-    assert column(text, "**mae/encoder.pth**", "VeRi-776 mAP") == "**70.0 (1 seed)**"
-    assert column(text, "**random weights**", "VeRi-776 mAP") == "**30.0 (1 seed)**"
-    assert column(text, "**CGD-MAE, ours**", "VehicleID 800 R1") == ""
-    first = text.split("## Attributes")[0]
-    assert column(first, "VehicleMAE, Autobot1M", "VeRi-776 mAP") == "85.6"
-    assert text.index("VehicleMAE, Autobot1M") < text.index("**CGD-MAE, ours**") and "Other sets" not in text
-    expected = {"pre-training": "CGD-MAE, ours", "recipe": "jpm, lr 0.01", "seed": "0", "weights, SHA-256": A[:16]}
-    assert {title: column(text, "[1]", title) for title in expected} == expected
-    assert text.count("\n| [1] |") == 3 and column(text, "[1]", "commit") == "c" * 12
-    assert column(text, "[1]", "config") == column(text, "[2]", "config")  # one recipe, other weights
+    part = section(text, "reid veri776\n")
+    assert column(part, "**CGD-MAE, ours**", "mAP") == "**83.0 ± 3.6 (3 seeds)**"
+    assert column(part, "**CGD-MAE, ours**", "R1") == "**93.0 ± 3.6 (3 seeds)**"
+    assert column(part, "**mae/encoder.pth**", "mAP") == "**70.0 (1 seed)**"
+    assert column(part, "**random weights**", "mAP") == "**30.0 (1 seed)**"
+    assert column(part, "VehicleMAE, Autobot1M", "mAP") == "85.6"
+    assert part.index("VehicleMAE, Autobot1M") < part.index("**CGD-MAE, ours**")
+    assert "CGD-MAE" not in section(text, "reid vehicleid/800")
+    behind, recipe = (column(part, "**CGD-MAE, ours**", title) for title in ("from", "recipe"))
+    assert behind.count(f"commit {'c' * 12}") == 3 and "seed 2" in behind
+    assert recipe.startswith("jpm, lr 0.01 (") and f"weights {A[:16]}" in recipe
+    assert recipe.split(";")[0] == column(part, "**mae/", "recipe").split(";")[0]  # one recipe, other weights
 
 
-def test_other_sets_never_stand_in_a_published_column(tmp_path):
+def test_other_sets_never_stand_beside_published_numbers(tmp_path):
     """Nor other rules on the published one."""
     cases = {
         "drawn": (veri(0.11, 200, 640), {"images": 960, "num_classes": 60, "data_path": "/data/demo_veri"}),
@@ -95,16 +98,15 @@ def test_other_sets_never_stand_in_a_published_column(tmp_path):
     write_run(tmp_path / "runs" / "true", veri(0.8) | {f"reranked_{k}": v for k, v in veri(0.88).items()})
     text, counts = table(tmp_path)
     assert counts["runs"] == 7 and counts["left_out"] == 0
-    published, _, others = text.partition("## Other sets")
-    assert published.count("**cgd/encoder.pth**") == 1 and "80.0 (1 seed)" in published
-    assert all(f"| {10 + i}.0 (1 seed) |" in others for i in range(1, 7))
+    assert section(text, "reid veri776\n").count("**cgd/encoder.pth**") == 1 and "80.0 (1 seed)" in text
+    others = [part for part in text.split("\n## ") if ", as veri776" in part.splitlines()[0]]
+    assert len(others) == 6 and all(any(f"**{10 + i}.0 (1 seed)**" in part for part in others) for i in range(1, 7))
     assert "88.0 (" not in text  # re-ranked: another protocol
-    assert "### demo_veri, as veri776: train 960, classes 60, test 200, gallery 640" in others
-    assert "as veri776: train 37,778, classes 575, test 1,677, gallery 11,579" in others
-    assert "as veri776/same-camera-kept:" in others and others.count("\n### ") == 6
+    assert f"reid demo_veri, as {VERI}; train 960, classes 60, test 200, gallery 640;" in text
+    assert "train 37,778, classes 575, test 1,677, gallery 11,579" in text
 
 
-def test_every_task_has_its_columns(tmp_path):
+def test_every_task_has_its_table(tmp_path):
     sizes = {"800": 5693.0, "1600": 11_777.0, "2400": 17_377.0}
     vehicleid = {
         f"{size}_{name}": value
@@ -126,18 +128,15 @@ def test_every_task_has_its_columns(tmp_path):
     write_run(runs / "seg", seg, task="seg", images=500, num_classes=4)
     text, counts = table(tmp_path)
     assert counts["left_out"] == 0 and counts["rows"] == 7
-    first, second = text.split("## Attributes, classes, parts")
-    for size in sizes:
-        assert column(first, "**cgd/encoder.pth**", f"VehicleID {size} R1") == "**85.0 (1 seed)**"
-    second, _, others = second.partition("## Other sets")
-    for title, value in (("VeRi-776 attributes mA", "90.00"), ("VeRi-776 attributes F1", "85.00"),
-                         ("StanfordCars top-1", "92.0")):  # fmt: skip
-        assert column(second, "**cgd/encoder.pth**", title) == f"**{value} (1 seed)**"
-    assert column(second, "**cgd/encoder.pth**", "PartImageNet vehicles mIoU") == ""
-    assert column(second, "VehicleMAE, Autobot1M", "PartImageNet vehicles mIoU") == "73.29"
-    assert "as parts/car_parts/test: train 500, classes 4, test 99" in others
-    assert "| 70.00 (1 seed) | 80.00 (1 seed) | 90.00 (1 seed) | 60.00 (1 seed) |" in others
-    assert "91.00 (1 seed)" in others and "mA of a constant" in others
+    wanted = {f"reid vehicleid/{size}\n": ("R1", "85.0") for size in sizes}
+    wanted |= {"attr veri776\n": ("mA", "90.00"), "fgvc StanfordCars\n": ("top-1", "92.0")}
+    for heading, (title, value) in wanted.items():
+        assert column(section(text, heading), "**cgd/encoder.pth**", title) == f"**{value} (1 seed)**"
+    part = section(text, "seg PartImageNet vehicles\n")
+    assert "**" not in part and column(part, "VehicleMAE, Autobot1M", "mIoU") == "73.29"
+    assert "| **70.00 (1 seed)** | **80.00 (1 seed)** | **90.00 (1 seed)** | **60.00 (1 seed)** |" in text
+    other = next(part for part in text.split("\n## ") if "91.00 (1 seed)" in part)
+    assert column(other, "**cgd", "mA of a constant") == "**50.00 (1 seed)**" and "VehicleMAE" not in other
 
 
 def test_recipes_are_kept_apart(tmp_path):
@@ -145,8 +144,8 @@ def test_recipes_are_kept_apart(tmp_path):
     write_run(tmp_path / "runs" / "b", veri(0.81), lr=0.02)
     write_run(tmp_path / "runs" / "c", veri(0.90), seed=1, lr=0.02, finetune="elsewhere/encoder.pth")
     text, counts = table(tmp_path)
-    found = [line for line in text.splitlines() if line.startswith("| **cgd/encoder.pth**")]
-    assert counts["rows"] == 2 and "80.0 (1 seed)" in found[0] and "85.5 ± 6.4 (2 seeds)" in found[1]
+    found = {column(section(text, "reid veri776\n"), "**cgd/encoder.pth**", "mAP", row) for row in (0, 1)}
+    assert counts["rows"] == 2 and found == {"**80.0 (1 seed)**", "**85.5 ± 6.4 (2 seeds)**"}
 
 
 def test_what_lacks_its_origin_is_listed_and_not_printed(tmp_path):
@@ -179,8 +178,8 @@ def test_what_lacks_its_origin_is_listed_and_not_printed(tmp_path):
         "scored": "no args.json",
     } | dict.fromkeys(odd, "log.txt cannot be read")  # fmt: skip
     for name, reason in reasons.items():
-        assert reason in column(text, f"`{runs / name}`", "reason"), name
-    assert not re.search(r"(4\d|5[1-4])\.0 \(1 seed\)", text.partition("In percent")[2])
+        assert reason in column(section(text, "Left out"), f"`{runs / name}`", "reason"), name
+    assert not re.search(r"(4\d|5[1-4])\.0 \(1 seed\)", text)
 
 
 @pytest.mark.parametrize(
@@ -263,8 +262,10 @@ def test_runs_of_main_finetune_say_what_the_table_needs(tmp_path):
         pytest.skip("no git checkout: such runs are left out")
     text, counts = table(tmp_path)
     assert counts["runs"] == 2 and counts["rows"] == 1
-    assert "### set, as veri776: train 30, classes 5," in text
-    assert column(text, "[1]", "weights, SHA-256") == file_sha256(weights)[:16]
-    assert column(text, "[1]", "recipe") == "input_size 32, epochs 1, warmup_epochs 0.0, opt adamw, lr 0.001, amp none"
+    part = section(text, "reid set, as veri776 (")
+    assert "train 30, classes 5," in part.splitlines()[0]
+    recipe = column(part, "**", "recipe")
+    assert file_sha256(weights)[:16] in recipe
+    assert recipe.startswith("input_size 32, epochs 1, warmup_epochs 0.0, opt adamw, lr 0.001, amp none (")
     mean = 50 * (found[0]["mAP"] + found[1]["mAP"])
-    assert f"| {mean:.1f} ± " in text and "(2 seeds)" in text
+    assert f"| **{mean:.1f} ± " in part and "(2 seeds)" in text

@@ -1,10 +1,10 @@
-"""Runs of main_finetune.py beside published numbers: re-identification; attributes, classes and parts.
+"""Runs of main_finetune.py beside published numbers, a table for each test set.
 
     python -m tools.results_table runs/ --output results.md --name 3fa4b2c1="CGD-MAE, 400 epochs"
 
-Writes OUTPUT (Markdown). Runs that differ in their seed only become one row,
-mean +- sample deviation. A run without its config, seed, commit or the hash of its starting weights gives no
-row, and is listed with the reason. Numbers of sets with other counts than published have tables of their own.
+Writes OUTPUT (Markdown). Runs that differ in their seed only are one row, mean ± sample deviation. A run without its
+config, seed, commit or the hash of its starting weights gives no row, and is listed with the reason. Published numbers
+stand beside runs on sets of the published counts alone.
 """
 
 import argparse
@@ -17,8 +17,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.results_table", __doc__)
     add = parser.add_argument
     # fmt: off
-    add("runs", nargs="+", metavar="RUN_OR_FOLDER",
-        help="output folders of main_finetune.py, or folders of them")
+    add("runs", nargs="+", metavar="RUN_OR_FOLDER", help="output folders of main_finetune.py, or folders of them")
     add("--output", required=True, help="Markdown file to write")
     add("--name", nargs="+", default=[], metavar="HASH=TEXT",
         help="what to call the weights whose SHA-256 begins so; random=TEXT for none (default: their file)")
@@ -33,6 +32,7 @@ import hashlib
 import json
 import math
 import re
+from collections import defaultdict
 from dataclasses import dataclass
 
 import numpy as np
@@ -61,19 +61,9 @@ NAMES = {
     "majority": "largest class", "parts_mIoU": "mIoU of parts", "parts_mAcc": "mAcc of parts",
 }  # fmt: skip
 DIGITS = {"reid": 1, "attr": 2, "fgvc": 1, "seg": 2}
-TABLES = {  # heading: {test: (title, metrics)}
-    "Re-identification": {"reid veri776": ("VeRi-776", ("mAP", "R1"))}
-    | {f"reid vehicleid/{size}": (f"VehicleID {size}", ("R1", "R5")) for size in (800, 1600, 2400)}
-    | {f"reid veriwild/{size}": (f"VERI-Wild {size}", ("mAP", "R1")) for size in (3000, 5000, 10000)},
-    "Attributes, classes, parts": {
-        "attr veri776": ("VeRi-776 attributes", ("mA", "accuracy", "F1")),
-        "fgvc StanfordCars": ("StanfordCars", ("top1",)),
-        "seg PartImageNet vehicles": ("PartImageNet vehicles", ("mIoU", "mAcc")),
-    },
-}
-WORDS = """In percent. Bold: ours, mean ± sample deviation over seeds; [n]: the runs below. The others are published
-numbers, and their recipes differ. It is not published which vehicles and parts of PartImageNet theirs are of, nor with
-which decoder: no run of ours stands there."""
+WORDS = """In percent. Bold: ours, mean ± sample deviation over seeds. The others are published numbers, and their
+recipes differ. It is not published which vehicles and parts of PartImageNet theirs are of, nor with which decoder:
+no run of ours stands there."""
 
 
 class LeftOut(ValueError):
@@ -93,25 +83,30 @@ class Run:
     config: str
     words: str
 
+    def tests(self):
+        """(heading, {metric: value}) of each test set, without what was re-ranked."""
+        metrics = METRICS[self.args["task"]]
+        for prefix in (name.removesuffix("protocol") for name in self.metrics if name.endswith("protocol")):
+            values = {m: self.metrics.get(prefix + m) for m in metrics}
+            values = {m: x for m, x in values.items() if isinstance(x, int | float) and math.isfinite(x)}
+            if "reranked" not in prefix and metrics[0] in values:
+                yield self.heading(prefix), values
 
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in their seed only, on one test. name: of the weights. key: equal for what may stand in one
-    column, `TASK SET` of a published set. title: the test in words. values: {metric: percents}."""
-
-    number: int
-    name: str
-    key: str
-    is_published: bool
-    title: str
-    runs: list[Run]
-    values: dict[str, list[float]]
-
-    def cell(self, metric: str) -> str:
-        """Mean, sample deviation, number of seeds; one seed alone as such."""
-        values, digits = self.values.get(metric, []), DIGITS[self.runs[0].args["task"]]
-        spread = f"± {np.std(values, ddof=1):.{digits}f} ({len(values)} seeds)" if len(values) > 1 else "(1 seed)"
-        return f"{np.mean(values):.{digits}f} {spread}" if values else ""
+    def heading(self, prefix: str) -> str:
+        """`TASK SET` of a published test with the published counts; else what the set is, and its counts."""
+        task, protocol = self.args["task"], str(self.metrics[prefix + "protocol"])
+        name = re.split(r" \(|: ", protocol)[0]
+        test = "queries" if task == "reid" else "images"
+        counts = {
+            "train": self.args.get("images"), "classes": self.args.get("num_classes"),
+            "test": self.metrics.get(prefix + test), "gallery": self.metrics.get(prefix + "gallery"),
+        }  # fmt: skip
+        usual = task != "attr" or self.args.get("attr_threshold") == THRESHOLD
+        if usual and counts == published_counts(task, name):
+            return f"{task} {name}"
+        words = ", ".join(f"{what} {count:,.0f}" for what, count in counts.items() if isinstance(count, int | float))
+        folder, images = Path(str(self.args.get("data_path"))).name, str(self.args.get("images_sha"))[:8]
+        return f"{task} {folder}, as {protocol}; {words}; images {images}"
 
 
 def main(args) -> dict:
@@ -134,11 +129,25 @@ def main(args) -> dict:
         except LeftOut as reason:
             left_out.append([f"`{folder}`", str(reason)])
             print(f"left out: {folder}: {reason}")
-    groups = group_runs(list(runs.values()), weight_names(list(runs.values()), args.name))
-    text = markdown(groups, left_out, json.loads(PUBLISHED.read_text(encoding="utf-8")))
+    names = weight_names(list(runs.values()), args.name)
+    tests: dict[str, dict[tuple, list]] = defaultdict(lambda: defaultdict(list))  # heading -> row -> (run, values)
+    for run in sorted(runs.values(), key=lambda run: (names[run.weights], run.args["seed"])):
+        for heading, values in run.tests():
+            tests[heading][names[run.weights], run.config].append((run, values))
+    published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    headings = dict.fromkeys(key for row in published["rows"] for key in row["numbers"]) | dict.fromkeys(tests)
+    parts = [
+        "# Results",
+        WORDS,
+        *(one_test(heading, tests.get(heading, {}), published["rows"]) for heading in headings),
+    ]
+    parts += ["## Sources\n", "\n".join(f"- {key}: {words}" for key, words in published["sources"].items())]
+    parts += ["## Left out", table(["folder", "reason"], left_out)] if left_out else []
+    text = "\n\n".join(parts) + "\n"
     write_atomic(output, lambda opened: opened.write(text.encode("utf-8", "backslashreplace")))
     print(output)
-    return {"runs": len(runs), "rows": len(groups), "left_out": len(left_out), "output": str(output)}
+    rows = sum(len(rows) for rows in tests.values())
+    return {"runs": len(runs), "rows": rows, "left_out": len(left_out), "output": str(output)}
 
 
 def read_run(folder: Path) -> Run:
@@ -180,22 +189,6 @@ def read_object(file: Path, if_missing: str, last_line: bool = False) -> dict:
     return found
 
 
-def test_of(run: Run, prefix: str, protocol: str) -> tuple[str, bool, str]:
-    """(key, whether it is a published test, title)."""
-    task, name = run.args["task"], re.split(r" \(|: ", protocol)[0]
-    counts = {
-        "train": run.args.get("images"), "classes": run.args.get("num_classes"),
-        "test": run.metrics.get(prefix + ("queries" if task == "reid" else "images")),
-        "gallery": run.metrics.get(prefix + "gallery"),
-    }  # fmt: skip
-    usual = task != "attr" or run.args.get("attr_threshold") == THRESHOLD
-    if usual and counts == published_counts(task, name):
-        return f"{task} {name}", True, name
-    words = ", ".join(f"{what} {count:,.0f}" for what, count in counts.items() if isinstance(count, int | float))
-    title = f"{Path(str(run.args.get('data_path'))).name}, as {name}: {words}"
-    return f"{task} {title} {protocol} {run.args.get('images_sha')}", False, title
-
-
 def published_counts(task: str, name: str) -> dict | None:
     """What a run on a published set must count to stand beside published numbers; None for others."""
     counts, (set_name, _, size) = None, name.partition("/")
@@ -228,68 +221,29 @@ def weight_names(runs: list[Run], given: list[str]) -> dict[str, str]:
     return {w: name if twice.count(name) == 1 else f"{name} {w[:8]}" for w, name in names.items()}
 
 
-def group_runs(runs: list[Run], names: dict[str, str]) -> list[Group]:
-    """Runs of one config on one test, ordered by the name of their weights; without what was re-ranked."""
-    numbers: dict[tuple, int] = {}
-    groups: dict[tuple, Group] = {}
-    for run in sorted(runs, key=lambda run: (names[run.weights], run.args["task"], run.args["seed"])):
-        number = numbers.setdefault((run.config, run.weights), len(numbers) + 1)
-        for prefix in (name.removesuffix("protocol") for name in run.metrics if name.endswith("protocol")):
-            values = {m: run.metrics.get(prefix + m) for m in METRICS[run.args["task"]]}
-            values = {m: x for m, x in values.items() if isinstance(x, int | float) and math.isfinite(x)}
-            if "reranked" not in prefix and METRICS[run.args["task"]][0] in values:
-                test = test_of(run, prefix, str(run.metrics[prefix + "protocol"]))
-                new = Group(number, names[run.weights], *test, [], {})
-                group = groups.setdefault((number, test[0]), new)
-                group.runs.append(run)
-                for metric, value in values.items():
-                    group.values.setdefault(metric, []).append(100 * value)
-    return list(groups.values())
-
-
-def markdown(groups: list[Group], left_out: list[list[str]], published: dict) -> str:
-    """The page: both tables, a table for each other set, the runs behind our rows, and what was left out."""
-    parts = ["# Results"]
-    for heading, columns in TABLES.items():
-        parts += [f"## {heading}", published_table(columns, groups, published)]
-    parts += [WORDS, "\n".join(f"- {key}: {words}" for key, words in published["sources"].items())]
-    others = {group.key: group.title for group in groups if not group.is_published}
-    parts += ["## Other sets", "Not the published ones: compare within a table only."] if others else []
-    for key, title in others.items():
-        own = [group for group in groups if group.key == key]
-        metrics = [m for m in METRICS[own[0].runs[0].args["task"]] if any(m in group.values for group in own)]
-        rows = [[g.name, g.runs[0].words, *(g.cell(m) for m in metrics), f"[{g.number}]"] for g in own]
-        parts += [f"### {title}", table(["pre-training", "recipe", *(NAMES.get(m, m) for m in metrics), "runs"], rows)]
+def one_test(heading: str, ours: dict[tuple, list], published: list[dict]) -> str:
+    """Published rows of a test, then ours in bold: of the same weights a row for each recipe."""
+    theirs = {row["name"]: row for row in published if heading in row["numbers"]}
+    shown = [*(row["numbers"][heading] for row in theirs.values()), *(v for own in ours.values() for _, v in own)]
+    task = heading.split()[0]
+    metrics = [metric for metric in METRICS[task] if any(metric in values for values in shown)]
     rows = [
-        [f"[{group.number}]", run.args["task"], group.name, run.words, run.config, run.args["seed"],
-         run.commit[:12] + run.commit[40:], run.weights[:16], f"`{run.folder}`"]
-        for group in {group.number: group for group in groups}.values() for run in group.runs
-    ]  # fmt: skip
-    head = ["runs", "task", "pre-training", "recipe", "config", "seed", "commit", "weights, SHA-256", "folder"]
-    parts += ["## Runs behind our rows", table(head, rows)] if rows else []
-    parts += ["## Left out", table(["folder", "reason"], left_out)] if left_out else []
-    return "\n\n".join(parts) + "\n"
+        [name, "", *(row["numbers"][heading].get(metric, "") for metric in metrics), row["source"]]
+        for name, row in theirs.items()
+    ]
+    for (name, config), own in ours.items():
+        cells = [cell([100 * values[m] for _, values in own if m in values], DIGITS[task]) for m in metrics]
+        behind = (f"`{run.folder}` seed {run.args['seed']} commit {run.commit[:12]}{run.commit[40:]}" for run, _ in own)
+        recipe = f"{own[0][0].words} ({config}; weights {own[0][0].weights[:16]})"
+        rows.append([f"**{name}**", recipe, *(text and f"**{text}**" for text in cells), "<br>".join(behind)])
+    head = ["pre-training", "recipe", *(NAMES.get(metric, metric) for metric in metrics), "from"]
+    return f"## {heading}\n\n{table(head, rows)}"
 
 
-def published_table(columns: dict, groups: list[Group], published: dict) -> str:
-    """Published rows, then ours in bold: of the same weights a row for each recipe."""
-    cells = [(key, metric, title) for key, (title, metrics) in columns.items() for metric in metrics]
-    head = ["pre-training", *(f"{title} {NAMES.get(metric, metric)}" for _, metric, title in cells), "from"]
-    rows = []
-    for row in published["rows"]:
-        texts = [str(row["numbers"].get(key, {}).get(metric, "")) for key, metric, _ in cells]
-        rows += [[row["name"], *texts, row["source"]]] if any(texts) else []
-    ours: dict[tuple, dict[str, Group]] = {}  # the groups of a row
-    for group in (group for group in groups if group.is_published and group.key in columns):
-        place = 0  # of the recipes of one test the first shares its row with the first of another
-        while group.key in ours.get((group.name, place), {}):
-            place += 1
-        ours.setdefault((group.name, place), {})[group.key] = group
-    for (name, _), row in sorted(ours.items()):
-        texts = [row[key].cell(metric) if key in row else "" for key, metric, _ in cells]
-        numbers = dict.fromkeys(f"[{group.number}]" for group in row.values())
-        rows.append([f"**{name}**", *(f"**{text}**" if text else "" for text in texts), " ".join(numbers)])
-    return table(head, rows)
+def cell(values: list[float], digits: int) -> str:
+    """Mean, sample deviation, number of seeds; one seed alone as such."""
+    spread = f"± {np.std(values, ddof=1):.{digits}f} ({len(values)} seeds)" if len(values) > 1 else "(1 seed)"
+    return f"{np.mean(values):.{digits}f} {spread}" if values else ""
 
 
 def table(head: list[str], rows: list[list]) -> str:
