@@ -144,7 +144,7 @@ class Reid(Task):
             rows = (query.images, query.values, gallery.images, gallery.values)
             files.append(folder / ("report.html" if test == "test" else f"report_{test}.html"))
             told = ReidTest(result.protocol, result.metrics, *rows, self.data.pid_names)
-            write_reid_report(files[-1], facts, told, model)
+            write_reid_report(files[-1], facts, told, model.base.pos_embed.device)
         return files
 
 

@@ -24,16 +24,11 @@ def ratio(above: np.ndarray, below: np.ndarray, empty: float = 0.0) -> np.ndarra
     return np.divide(above, below, out=np.full(np.shape(below), empty), where=np.asarray(below) > 0)
 
 
-def confusion(said: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
-    """TP, FN, TN, FP of each attribute, [A] int64."""
+def rates_of(said: np.ndarray, labels: np.ndarray, empty: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    """TPR, TNR of each attribute, [A] float64; `empty` where it has no true (or no false) image."""
     true, false = labels == 1, labels == 0
-    return tuple(part.sum(axis=0) for part in (said & true, ~said & true, ~said & false, said & false))
-
-
-def balanced(said: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """[A] float64, the terms of mA."""
-    tp, fn, tn, fp = confusion(said, labels)
-    return (ratio(tp, tp + fn) + ratio(tn, tn + fp)) / 2
+    tpr = ratio((said & true).sum(axis=0), true.sum(axis=0), empty)
+    return tpr, ratio((~said & false).sum(axis=0), false.sum(axis=0), empty)
 
 
 def attribute_metrics(said: np.ndarray, labels: np.ndarray) -> dict[str, float]:
@@ -46,7 +41,7 @@ def attribute_metrics(said: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     both = (true & answer).sum(axis=1)
     precision, recall = ratio(both, answer.sum(axis=1)), ratio(both, true.sum(axis=1))
     means = float(precision.mean()), float(recall.mean())
-    terms = balanced(said, labels)
+    terms = sum(rates_of(said, labels)) / 2
     supported = terms[(labels == 1).any(axis=0) & (labels == 0).any(axis=0)]
     return {
         "mA": float(terms.mean()),
@@ -74,7 +69,7 @@ def constant_answer(labels: np.ndarray) -> np.ndarray:
 
 def average_precision(scores: np.ndarray, labels: np.ndarray) -> float:
     """Area under precision over recall of one attribute, in steps: sum_k (R_k - R_{k-1}) P_k over the different
-    scores, from the highest on; NaN where no label is true. scores: [n] float; labels: [n] int."""
+    scores [n], from the highest on; NaN where no label is true."""
     scores, true = scores[labels >= 0], (labels[labels >= 0] == 1)
     if not true.any():
         return float("nan")
@@ -108,22 +103,16 @@ def attribute_rows(
     float; rates: [A] float, share of true images in training.
     """
     said, constant = probs > threshold, np.broadcast_to(rates > 0.5, labels.shape)
-    tp, fn, tn, fp = confusion(said, labels)
-    images, support = (labels >= 0).sum(axis=0), tp + fn
-    right = ((labels == 1) == constant) & (labels >= 0)
+    known, true = labels >= 0, labels == 1
+    images, support = known.sum(axis=0), true.sum(axis=0)
+    tpr, tnr = rates_of(said, labels, np.nan)
     columns = {
-        "attribute": np.array(names, dtype=object),
-        "train_rate": rates,
-        "images": images,
-        "support": support,
-        "positive_rate": ratio(support, images),
-        "TPR": ratio(tp, support, np.nan),
-        "TNR": ratio(tn, tn + fp, np.nan),
-        "mA": balanced(said, labels),
-        "constant_mA": balanced(constant, labels),
+        "attribute": np.array(names, dtype=object), "train_rate": rates, "images": images, "support": support,
+        "positive_rate": ratio(support, images), "TPR": tpr, "TNR": tnr,
+        "mA": sum(rates_of(said, labels)) / 2, "constant_mA": sum(rates_of(constant, labels)) / 2,
         "AP": np.array([average_precision(*pair) for pair in zip(probs.T, labels.T)]),
         "constant_AP": ratio(support, images),
-        "accuracy": ratio(tp + tn, images),
-        "constant_accuracy": ratio(right.sum(axis=0), images),
-    }
+        "accuracy": ratio(((said == true) & known).sum(axis=0), images),
+        "constant_accuracy": ratio(((constant == true) & known).sum(axis=0), images),
+    }  # fmt: skip
     return [dict(zip(columns, row)) for row in zip(*(column.tolist() for column in columns.values()))]

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 
 from datasets.path_list import PathList
-from metrics.attr import attribute_metrics, group_confusion, ratio
-from reports.page import Html, Page, Pictures, cards, confusion_table, mark, new_axes, percent, tag, worst_table
+from metrics.attr import group_confusion, ratio
+from reports.page import Html, Page, Pictures, cards, confusion_table, mark, percent, tag, worst_table
 
 NUMBERS = ("mA", "accuracy", "precision", "recall", "F1", "mA_supported")
 COLUMNS = {"train_rate": "train rate", "positive_rate": "positive rate", "TPR": "TPR", "TNR": "TNR", "mA": "mA",
@@ -75,11 +75,6 @@ def write_attr_report(file: Path, facts: dict[str, object], metrics: dict, rows:
             constant = f" [{percent(row[f'constant_{name}'])}]" if f"constant_{name}" in row else ""
             line.append(percent(row[name]) + constant)
     page.add(worst_table(["attribute", "true in test", *COLUMNS.values()], table, 40))
-    at, axes = np.linspace(0.05, 0.95, 19), new_axes("threshold", "%")
-    found = [attribute_metrics(test.probs > threshold, test.labels) for threshold in at]
-    for name in ("mA", "F1"):
-        axes.plot(at, [100 * numbers[name] for numbers in found], label=name)
-    page.figure("Threshold", axes, f"Scored at {test.threshold:g}: the test chooses nothing.")
     page.section("Confusions", "Of the images with one true value, the most probable one; on the diagonal: right.")
     for name, columns in test.known.groups.items():
         if len(columns) <= MOST_CELLS:

@@ -29,10 +29,9 @@ REMOVED = (
 class Curated:
     """A finished curation; rows number the N images of all sources.
 
-    images: row -> file, with `name(row)`. index: its `sources`, `source` [N], `excluded` [N], `box` [N, 4].
-    removals: by stage, in their order: `rows`, `reason` (into `reasons`), `of` and `value`, all [n]. selection: rows
-    that were chosen. clusters: {domain: (rows, the cluster of each)}.
-    evidence: {set: {number}}; sizes: {set: [cells] images}. settings: all flags.
+    images: row -> file, with `name(row)`. removals: by stage: `rows`, `reason` (into `reasons`), `of` and `value`, all
+    [n]. selection: rows that were chosen. clusters: {domain: (rows, the cluster of each)}. evidence: {set: {number}};
+    sizes: {set: [cells] images}. settings: all flags.
     """
 
     images: Callable[[int], Path]

@@ -6,8 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib import colormaps
-from matplotlib.colors import to_hex
 from PIL import Image, ImageDraw
 
 from datasets.fgvc import FgvcImages
@@ -16,7 +14,6 @@ from reports.page import BREAK, Html, Page, Pictures, cards, confusion_table, im
 
 PAIRS, SIDE, SHOWN, PARTS_SIDE = 8, 4, 12, 240  # confused pairs, pictures of each class, of a section, px with parts
 MOST_CELLS = 25  # classes whose confusion is a table
-COLOURS = tuple(map(to_hex, colormaps["tab20"].colors))  # of the heads
 
 
 @dataclass(frozen=True)
@@ -66,7 +63,7 @@ def write_fgvc_report(file: Path, protocol: str, facts: dict[str, object], found
     page.section("Sure and wrong", "Wrong answers with the highest probability: some are mistakes of the labels.")
     page.add(sure_and_wrong(found))
     if found.parts is not None:
-        page.section("Selected parts", "The patches that the heads lead to, a colour a head, of random images.")
+        page.section("Selected parts", "The patches that the heads lead to, of random images.")
         rows = np.random.default_rng(0).permutation(len(found.images))[:SHOWN].tolist()
         imgs = torch.stack([found.crop(row) for row in rows])
         shown = (framed(pixels, ids, found.patches) for pixels, ids in zip(imgs, found.parts(imgs).tolist()))
@@ -112,16 +109,13 @@ def sure_and_wrong(found: Answers) -> Html:
 
 
 def framed(pixels: torch.Tensor, ids: list[int], patches: tuple[int, int, int]) -> Image.Image:
-    """[3, H, W] uint8 -> the picture, enlarged to PARTS_SIDE, with a frame around each patch of `ids`; those of several
-    heads lie one inside another."""
+    """[3, H, W] uint8 -> the picture, enlarged to PARTS_SIDE, with a frame around each patch of `ids`."""
     columns, stride, patch = patches
     picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
     scale = PARTS_SIDE / max(picture.size)
     picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
-    draw = ImageDraw.Draw(picture)
-    for head, number in enumerate(ids):
-        inset, (row, column) = 3 * ids[:head].count(number), divmod(number, columns)
-        left, top, side = column * stride * scale + inset, row * stride * scale + inset, patch * scale - 2 * inset
-        if side > 4:
-            draw.rectangle((left, top, left + side - 1, top + side - 1), outline=COLOURS[head % len(COLOURS)], width=2)
+    draw, side = ImageDraw.Draw(picture), patch * scale - 1
+    for number in set(ids):
+        top, left = (place * stride * scale for place in divmod(number, columns))
+        draw.rectangle((left, top, left + side, top + side), outline="yellow", width=2)
     return picture

@@ -1,4 +1,4 @@
-"""The page of a re-identification test: what was found first, how far off it was, what was looked at."""
+"""The page of a re-identification test: what was found first, and how far off it was."""
 
 import re
 from dataclasses import dataclass, field
@@ -6,15 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import ImageOps
 
-from datasets.images import open_rgb
 from datasets.reid import ReidImages
-from datasets.transforms import whole_image
 from metrics.reid import Card, FeatureSet, Protocol, Ranking, scores
-from models_transreid import TransReID
-from reports.page import BREAK, MARKS, THUMB, Html, Page, Pictures, cards, image, join, mark, percent, tag
-from reports.panels import heat_picture, reid_rollout
+from reports.page import BREAK, MARKS, Html, Page, Pictures, cards, join, mark, percent, tag
 
 CMC_RANKS, SHOWN, TOPK = 50, 12, 10  # queries a section, counted gallery images a list
 SECTIONS = {
@@ -26,8 +21,7 @@ LEGEND = (
     "Beside each query its gallery images, from the highest cosine on, with their counted ranks. ",
     mark("right"), ", solid green frame: the same vehicle. ", mark("wrong"), ", dashed red: another. ",
     mark("junk"), ", dotted grey: left out by the protocol, as this vehicle under the query's own camera or the "
-    "query's own file. Behind the dots stands the first right one, where it comes later. Roll-out of attention "
-    "(Abnar and Zuidema, 2020): from the patch that reaches the class token least (black) to the one that does most.",
+    "query's own file. Behind the dots stands the first right one, where it comes later.",
 )  # fmt: skip
 
 
@@ -53,17 +47,12 @@ class ReidTest:
         return self.pictures.card(images.paths[row], images.paths.relative(row), *words, kind=kind, alt=alt)
 
 
-def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, model: TransReID | None = None) -> None:
-    """Write the page; it takes the time of two more `evaluate`.
-
-    Args:
-        model: draws roll-outs of the queries shown, and cosines are computed on its device (None: neither).
-    """
-    device = torch.device("cpu") if model is None else model.base.pos_embed.device
+def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, device="cpu") -> None:
+    """Write the page; it takes the time of two more `evaluate`. device: computes the cosines."""
     query = FeatureSet.of(test.query_features, test.query)
     gallery = FeatureSet.of(test.gallery_features, test.gallery)
     ranking = Ranking(test.protocol, query, gallery, SHOWN, 0, device)
-    articles = {row: article(ranking, test, row, model) for row in ranking.similar}
+    articles = {row: article(ranking, test, row) for row in ranking.similar}
     page = Page(f"Re-identification: {test.protocol.name}", test.protocol.line(), tiles(test.metrics), facts)
     ap = ranking.ap[~np.isnan(ranking.ap)]
     page.section(
@@ -85,18 +74,12 @@ def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, mode
     page.write(file)
 
 
-def article(ranking: Ranking, test: ReidTest, row: int, model: TransReID | None) -> Html:
-    """Who the query is, its numbers, the query with its roll-out, and beside them what was found."""
+def article(ranking: Ranking, test: ReidTest, row: int) -> Html:
+    """Who the query is, its numbers, its picture, and beside it what was found."""
     who = ", ".join(test.who(test.query, row))
     hits = ranking.ranks.hits[slice(*ranking.ranks.offsets[row : row + 2])]
     words = f"AP {100 * ranking.ap[row]:.1f} %, {len(hits):,} matches, at ranks {hits[0]:,} to {hits[-1]:,}"
     own = [test.card(test.query, row, f"query, {who}", tag("b", "query"))]
-    if model is not None and test.query.paths[row] not in test.pictures.lost:
-        picture = open_rgb(test.query.paths[row])
-        ids = (torch.from_numpy(x[[row]]) for x in (test.query.camids, test.query.viewids))
-        heat = reid_rollout(model, whole_image(picture, model.base.img_size)[None], *ids)[0]
-        drawn = heat_picture(ImageOps.contain(picture, (THUMB, THUMB)), heat)
-        own.append(tag("li", image(drawn, "roll-out of the query"), tag("b", "roll-out")))
     found = [found_card(test, hit) for hit in ranking.cards(row, TOPK)]
     return tag("article", tag("h3", who, tag("span", words)), tag("div", cards(own, "own"), cards(found), kind="list"))
 

@@ -24,10 +24,9 @@ def write_run_report(file: Path, log: list[dict], settings: dict, knn: dict[str,
     "before" and "after", each by label column."""
     page = Page(f"CGD-MAE: {settings['model']} after {len(log)} epochs")
     page.section("Curves", "Dashed: a trivial answer. A model has learned something where it is better than that.")
-    epochs = [row["epoch"] + 1 for row in log]
     for title, (learned, name, trivial, trivial_name) in CURVES.items():
         if all(learned in row and trivial in row for row in log):
-            axes = new_axes("epoch", "")
+            axes, epochs = new_axes("epoch", ""), range(1, len(log) + 1)
             axes.plot(epochs, [row[learned] for row in log], marker="o", label=name)
             axes.plot(epochs, [row[trivial] for row in log], "--", color="grey", label=trivial_name)
             page.figure(title, axes)
@@ -112,7 +111,6 @@ def draw_layers(scores: Scores, title: str) -> Figure:
         if "context" in found:
             axis.axhline(found["context"], linestyle="--", label="context")
         axis.set(title=f"{column} {protocol} {metric}".strip(), xlabel="block", ylabel="%")
-        axis.locator_params(axis="x", integer=True)
     grid[0][0].legend(fontsize="small")
     figure.suptitle(f"{title} ({rest})" if rest else title)
     return figure

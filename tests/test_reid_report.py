@@ -1,4 +1,4 @@
-"""The page of a re-identification test against slow lists, and the roll-out against whole matrix products."""
+"""The page of a re-identification test against slow lists; what a page is given is escaped."""
 
 import re
 
@@ -11,10 +11,7 @@ import reports.reid as report
 from datasets.path_list import PathList
 from datasets.reid import ReidImages
 from metrics.reid import FeatureSet, Protocol, Ranking, cosine_blocks, evaluate, rank_blocks
-from models_transreid import TransReID, TransReIDConfig
-from models_vit import VisionTransformer
 from reports.page import Page, Pictures, cards, confusion_table, new_axes, table, worst_table
-from reports.panels import attention_rollout, reid_rollout
 from reports.reid import ReidTest, write_reid_report
 
 NAMES = [f"car <{i}>" for i in range(7)]
@@ -160,7 +157,7 @@ def test_a_lost_file_is_named_not_fatal(tmp_path, folder):
     names = ["gone<1>.png", "bad.png"] * 30
     gallery = ReidImages(PathList(tmp_path, names), gallery.pids, gallery.camids, gallery.viewids)
     query = ReidImages(PathList(tmp_path, names[:15]), query.pids, query.camids, query.viewids)
-    page = write(tmp_path, WITH, (query, x, gallery, y), model=TransReID(tiny(), 5, TransReIDConfig()))
+    page = write(tmp_path, WITH, (query, x, gallery, y))
     assert "gone&lt;1&gt;.png cannot be opened" in page and "bad.png cannot be opened" in page
     assert "2 of the pictures cannot be opened" in page and "<img src" not in page
     assert "FileNotFoundError" in page and "UnidentifiedImageError" in page
@@ -186,77 +183,6 @@ def test_queries_without_a_match(tmp_path, folder):
     other = ReidImages(gallery.paths, np.ones_like(gallery.pids), gallery.camids, gallery.viewids)
     page = write(tmp_path, WITH, (none, x, other, y))
     assert "15 of the queries without a match" in page and "<article>" not in page and ">nan %<" in page
-
-
-def tiny(**more):
-    torch.manual_seed(0)
-    model = VisionTransformer((48, 32), 16, 24, 3, 3, **more)
-    for block in model.blocks:  # attention far from uniform
-        torch.nn.init.normal_(block.attn.qkv.weight, std=0.6)
-        block.attn.fused_attn = False  # `slow_rollout` reads the weights
-    return model
-
-
-def slow_rollout(blocks, run, grid):
-    """Product of whole matrices, from the weights that timm itself multiplies the values with."""
-    weights = []
-    hooks = [b.attn.attn_drop.register_forward_hook(lambda m, i, out: weights.append(out)) for b in blocks]
-    with torch.no_grad():
-        run()
-    for hook in hooks:
-        hook.remove()
-    assert len(weights) == len(blocks)
-    product = torch.eye(weights[0].shape[-1])
-    for w in weights:
-        mixed = 0.5 * w.mean(dim=1) + 0.5 * torch.eye(w.shape[-1])
-        product = (mixed / mixed.sum(dim=-1, keepdim=True)) @ product
-    patches = product[:, 0, 1:]
-    return (patches / patches.amax(dim=1, keepdim=True)).view(-1, *grid)
-
-
-def test_rollout_is_the_product_of_the_layers():
-    model, imgs = tiny().eval(), torch.randint(0, 256, (3, 3, 48, 32), dtype=torch.uint8)
-    found = attention_rollout(model, imgs)
-    assert found.shape == (3, 3, 2) and found.min() >= 0 and (found.amax(dim=(1, 2)) == 1).all()
-    assert found.std() > 0.05  # not the trivial answer
-    expected = slow_rollout(model.blocks, lambda: model.encode(imgs), (3, 2))
-    assert torch.allclose(found, expected, atol=1e-6)
-    for block in model.blocks:
-        block.attn.fused_attn = True
-    assert torch.allclose(attention_rollout(model, imgs), expected, atol=1e-5)
-
-
-@pytest.mark.parametrize("jpm", [False, True])
-def test_rollout_of_the_global_branch(jpm):
-    config = TransReIDConfig(cameras=3, views=2, jpm=jpm, shift=2, parts=2)
-    model = TransReID(tiny(drop_path=0.5), 5, config)
-    torch.nn.init.normal_(model.sie_embed)
-    imgs = torch.randint(0, 256, (4, 3, 48, 32), dtype=torch.uint8)
-    ids = torch.tensor([0, 1, 2, 0]), torch.tensor([1, 0, 1, 0])
-    model.eval()
-    found = reid_rollout(model, imgs, *ids)
-    assert not found.requires_grad
-    blocks = [*model.base.blocks, *([model.b1[0]] if jpm else [])]
-    assert len(blocks) == 3
-    assert torch.allclose(found, slow_rollout(blocks, lambda: model.encode(imgs, *ids), (3, 2)), atol=1e-6)
-    assert not torch.allclose(found, reid_rollout(model, imgs, ids[0].flip(0), ids[1]), atol=1e-3)
-
-
-def test_the_page_shows_rollouts(tmp_path, folder, monkeypatch):
-    query, x, gallery, y = case = make_case(folder)
-    model = TransReID(tiny(), 5, TransReIDConfig(cameras=3)).eval()
-    asked = []
-
-    def rollout(model, imgs, camids, viewids):
-        asked.extend(camids.tolist())
-        assert imgs.shape == (1, 3, 48, 32) and imgs.dtype == torch.uint8
-        return reid_rollout(model, imgs, camids, viewids)
-
-    monkeypatch.setattr(report, "reid_rollout", rollout)
-    monkeypatch.setattr(report, "SHOWN", 5)
-    page = write(tmp_path, WITH, case, model=model)
-    assert page.count('alt="roll-out of the query"') == 15 and "Abnar" in page
-    assert 5 <= len(asked) <= 15 and set(asked) <= set(query.camids.tolist())
 
 
 def test_whatever_a_page_is_given_is_escaped(tmp_path):
