@@ -1,7 +1,5 @@
 """Small pictures of parametric vehicles, so that everything runs without gated data.
 
-    python -m demo.draw --output demo --num_images 3000
-
 A vehicle is two to four solid slabs, each a side outline in metres extruded over the width, seen through a pinhole
 camera. Body type, paint, make and small marks belong to the identity (`pid`); backdrop, light, lens height, noise and
 JPEG quality belong to the camera (`camid`). Every random number comes from a Philox stream keyed by the seed and the
@@ -11,16 +9,12 @@ version of Pillow and numpy.
 
 import itertools
 import math
-from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from demo.folder import DrawnSet, write_table
 from demo.scene import Scene, box, circle, clip, open_scene
-from demo.vehicle import BODIES, CAMERAS, CHROME, COLUMNS, DARK, GLASS, MAKES, SHEEN, Body, label_row, vehicle
-from util.cli import Parser, run_tool
-from util.errors import InputError
+from demo.vehicle import BODIES, CHROME, DARK, GLASS, MAKES, SHEEN, Body, vehicle
 
 CAR_BODY, CAR_TYRE, CAR_MIRROR, BACKGROUND = 24, 25, 26, 40  # PartImageNet's ids
 RED, RED_GLOW, WHITE, WHITE_GLOW = (176, 18, 22), (255, 40, 30), (226, 234, 240), (255, 250, 222)
@@ -311,43 +305,3 @@ def render_parts(seed: int, pid: int, camid: int, viewid: int, shot: int, size=9
     """As `render`, with side mirrors, and the mask of its parts: [H, W] uint8 in PartImageNet's ids."""
     p = draw_vehicle(seed, pid, camid, viewid, shot, size, with_mask=True)
     return p.record(), p.part_ids()
-
-
-def plan(num_images: int, seed: int, val_ratio: float) -> list[dict]:
-    """The rows of labels.csv, each with the number of its shot.
-
-    Picture k shows identity k modulo P, where P is about a twelfth of the pictures, at least 20 and at most a third of
-    them: every identity is seen by three cameras or more. About `val_ratio` of the identities of each body are val.
-    """
-    if not 0 <= val_ratio < 1:
-        raise InputError(f"--val_ratio {val_ratio}: must be at least 0 and below 1")
-    people, rows = max(1, min(num_images // 3, max(20, num_images // 12))), []
-    for k in range(num_images):
-        shot, pid = divmod(k, people)
-        labels = label_row(seed, pid, shot)
-        place, total = pid // len(BODIES), len(range(pid % len(BODIES), people, len(BODIES)))
-        held = min(total - 1, max(1, round(total * val_ratio))) if val_ratio else 0
-        split = "val" if place >= total - held else "train"
-        rows.append({"path": f"images/{split}/{labels['body']}/{k:05d}.jpg", "split": split, **labels})
-    return rows
-
-
-def write_picture(row: dict, folder: Path, seed: int, size: int) -> None:
-    picture = render(seed, row["pid"], row["camid"], row["viewid"], row["shot"], size)
-    picture.save(folder / row["path"], quality=CAMERAS[row["camid"]].quality)
-
-
-def _write_labels(folder: Path, rows: list[dict]) -> None:
-    write_table(folder / "labels.csv", COLUMNS, rows)
-
-
-SETTINGS = {"num_images": 3000, "size": 96, "seed": 0, "val_ratio": 0.25}
-DEMO = DrawnSet("demo.json", SETTINGS, {"num_images": 1, "size": 16}, plan, write_picture, _write_labels)
-
-
-def get_args_parser() -> Parser:
-    return DEMO.parser("demo.draw", __doc__)
-
-
-if __name__ == "__main__":
-    run_tool(lambda args: DEMO.write(**vars(args)), get_args_parser().parse_args(), None)

@@ -22,7 +22,7 @@ from PIL import Image, ImageDraw, ImageFilter
 
 from demo.draw import render
 from demo.folder import DrawnSet, write_table
-from demo.scene import render_place
+from demo.scene import open_scene
 from demo.vehicle import BODIES, CAMERAS, COLOURS, COLUMNS, demo_rng, label_row, looks
 from util.cli import Parser, run_tool
 
@@ -33,8 +33,7 @@ SHARES = {  # of the files in photos/, in per cent
 GOOD, OTHER = ("clean", "exact_copy", "pixel_copy", "near_copy", "track"), ("non_vehicle",)
 SUBJECTS = {  # of pictures without any vehicle, and their short captions
     "place": "an empty place without any vehicle", "gradient": "a smooth colour gradient",
-    "texture": "a rough texture", "chart": "a chart on white paper", "page": "a page of printed text",
-    "shapes": "overlapping coloured shapes", "flower": "a flower seen from close by",
+    "texture": "a rough texture", "page": "a page of printed text", "shapes": "overlapping coloured shapes",
 }  # fmt: skip
 NEAR = ("jpeg", "resize", "crop", "light", "logo")
 HOWS = {  # the ways of each kind that has several; rows take turns
@@ -210,82 +209,30 @@ def _copy(data: bytes, kind: str, how: str, rng: np.random.Generator) -> bytes:
 
 def draw_other(subject: str, seed: int, number: int, size: int) -> Image.Image:
     """One RGB picture, `size` px square, of a subject of `SUBJECTS`: what a careless crawl brings along."""
+    rng, page = demo_rng(seed, "other", subject, number), Image.new("RGB", (size, size))
     if subject == "place":
-        return render_place(seed, number % len(CAMERAS), number, size)
-    rng = demo_rng(seed, "other", subject, number)
-    if subject == "gradient":
-        return _cubic(rng.integers(0, 256, (2, 2, 3), dtype=np.uint8), size)
-    return {"texture": _texture, "chart": _chart, "page": _page, "shapes": _shapes, "flower": _flower}[subject](
-        rng, size
-    )
+        return open_scene(seed, -1, number % len(CAMERAS), 4, number, size, (4.5, 1.5, 1.8)).record()
+    if subject == "page":
+        page.paste(_colour(rng, 225), (0, 0, size, size))
+        for y in range(4, size, max(8, size // 10) + 2):
+            line = " ".join(WORDS[k] for k in rng.integers(0, len(WORDS), 6))
+            ImageDraw.Draw(page).text((4, y), line, fill=(40, 40, 48), font_size=max(8, size // 10))
+    if subject == "shapes":
+        page.paste(_colour(rng), (0, 0, size, size))
+        for x, y, share in rng.uniform(0, size, (8, 3)):
+            sides, turn = int(rng.integers(3, 9)), int(rng.integers(0, 360))
+            ImageDraw.Draw(page).regular_polygon((x, y, 0.08 * size + 0.27 * share), sides, turn, _colour(rng))
+    for cells in {"gradient": (2,), "texture": (6, 16, size)}.get(subject, ()):  # coarse to fine, as in bark or cloth
+        grid = rng.integers(0, 256, (cells, cells, 3 if subject == "gradient" else 1), dtype=np.uint8)
+        grid = Image.fromarray(np.broadcast_to(grid, (cells, cells, 3)).copy()).resize(
+            (size, size), Image.Resampling.BICUBIC
+        )
+        page = Image.blend(page, grid, 1 if cells < 7 else 0.4)
+    return page
 
 
 def _colour(rng: np.random.Generator, low: int = 0) -> tuple:
     return tuple(rng.integers(low, 256, 3).tolist())
-
-
-def _cubic(pixels: np.ndarray, size: int) -> Image.Image:
-    return Image.fromarray(pixels.astype(np.uint8)).resize((size, size), Image.Resampling.BICUBIC)
-
-
-def _texture(rng, size):
-    page = np.zeros((size, size, 3))
-    for cells, weight in ((6, 0.5), (16, 0.3), (size, 0.2)):  # coarse to fine, as in bark or cloth
-        shape = (cells, max(2, cells // int(rng.integers(1, 5))), 3)
-        page += weight * np.asarray(_cubic(rng.integers(0, 256, shape, dtype=np.uint8), size))
-    page = page.mean(axis=2, keepdims=True) * (0.4 + 0.6 * np.array(_colour(rng)) / 255)
-    return Image.fromarray(page.clip(0, 255).astype(np.uint8))
-
-
-def _chart(rng, size):
-    page, unit = Image.new("RGB", (size, size), "white"), size / 20
-    draw, heights, fill = ImageDraw.Draw(page), rng.uniform(2, 14, 8), _colour(rng)
-    for row in range(4, 18, 3):
-        draw.line([(2 * unit, row * unit), (19 * unit, row * unit)], fill=(214, 216, 220))
-    tops = [((3 + 2 * k) * unit, (18 - heights[k]) * unit) for k in range(8)]
-    if rng.random() < 0.5:
-        for x, y in tops:
-            draw.rectangle([x, y, x + 1.4 * unit, 18 * unit], fill=fill)
-    else:
-        draw.line(tops, fill=fill, width=max(1, round(unit / 2)))
-    draw.line([(2 * unit, 2 * unit), (2 * unit, 18 * unit), (19 * unit, 18 * unit)], fill=(40, 40, 44))
-    return page
-
-
-def _page(rng, size):
-    page, high = Image.new("RGB", (size, size), _colour(rng, 225)), max(8, size // 10)
-    for y in range(high // 2, size, high + 2):
-        line = " ".join(WORDS[k] for k in rng.integers(0, len(WORDS), 6))
-        ImageDraw.Draw(page).text((high // 2, y), line, fill=(40, 40, 48), font_size=high)
-    return page
-
-
-def _shapes(rng, size):
-    page = Image.new("RGB", (size, size), _colour(rng))
-    for _ in range(int(rng.integers(5, 10))):
-        x, y, r = rng.uniform(0, size), rng.uniform(0, size), rng.uniform(0.08, 0.35) * size
-        if rng.random() < 0.5:
-            ImageDraw.Draw(page).circle((x, y), r, fill=_colour(rng))
-        else:
-            sides, turn = int(rng.integers(3, 7)), int(rng.integers(0, 360))
-            ImageDraw.Draw(page).regular_polygon((x, y, r), sides, turn, _colour(rng))
-    return page
-
-
-def _flower(rng, size):
-    """Petals around a disc before a blurred lawn."""
-    over = 3 * size
-    page = _cubic(rng.integers((20, 70, 10), (70, 150, 50), (9, 9, 3)), over).filter(
-        ImageFilter.GaussianBlur(over / 60)
-    )
-    x, y, r = over * rng.uniform(0.4, 0.6), over * rng.uniform(0.4, 0.6), over * rng.uniform(0.26, 0.4)
-    petals, turn = int(rng.integers(5, 13)), rng.uniform(0, 6)
-    fill = COLOURS[("white", "red", "yellow", "orange", "blue")[rng.integers(5)]]
-    for k, angle in enumerate(turn + 2 * np.pi * np.arange(petals) / petals):
-        shade, at = 0.82 + 0.18 * (k % 2), (x + 0.62 * r * np.cos(angle), y + 0.62 * r * np.sin(angle))
-        ImageDraw.Draw(page).circle(at, r * min(0.42, 2.2 / petals), fill=tuple(int(c * shade) for c in fill))
-    ImageDraw.Draw(page).circle((x, y), 0.36 * r, fill=(120, 84, 20))
-    return page.reduce(3)
 
 
 def _write_file(row: dict, folder: Path, seed: int, size: int) -> None:

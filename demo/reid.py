@@ -2,9 +2,8 @@
 
     python -m demo.reid --output VeRi
 
-Vehicles come in groups of four that share body and colour and differ in make, marks and the shade of the paint: colour
-alone finds the group, not the vehicle. --mixed takes all bodies and colours in turns instead. The test set does not
-change with the number of training identities.
+Vehicles take all bodies in turns, and ten of a body wear ten colours. The test set does not change with the number of
+training identities.
 """
 
 import itertools
@@ -13,14 +12,13 @@ from collections.abc import Iterable
 from operator import itemgetter
 from pathlib import Path
 
-from demo.draw import write_picture
+from demo.draw import render
 from demo.folder import DrawnSet
-from demo.vehicle import BODIES, COLOURS, VIEWS, demo_rng, label_row, looks
+from demo.vehicle import CAMERAS, VIEWS, demo_rng, label_row
 from util.cli import Parser, run_tool
 from util.errors import InputError
 
-BLOCK = 4 * len(BODIES) * len(COLOURS)  # four vehicles of each body and colour
-MOST = 1200  # identities: whole blocks of the 1500 that differ in their marks
+MOST = 1500  # identities: so many differ in their marks
 CAMERA_NUMBERS = (1, 3, 4, 8, 11, 14, 17, 20)  # VeRi's, with gaps, of the eight demo cameras
 VERI_VIEWS = {  # VeRi's view seen from the left and from the right; 0 front, 1 rear, 2 left, 5 right
     "left side": (2, 2), "right side": (5, 5), "front": (0, 0), "rear": (1, 1),
@@ -28,7 +26,7 @@ VERI_VIEWS = {  # VeRi's view seen from the left and from the right; 0 front, 1 
 }  # fmt: skip
 
 
-def plan(train_ids: int, test_ids: int, images_per_id: int, seed: int, mixed: bool = False) -> list[dict]:
+def plan(train_ids: int, test_ids: int, images_per_id: int, seed: int) -> list[dict]:
     """One row a picture, in the order of the paths.
 
     Columns: those of `label_row`; path; split (train, query or gallery: of every camera that sees a test vehicle twice,
@@ -37,23 +35,25 @@ def plan(train_ids: int, test_ids: int, images_per_id: int, seed: int, mixed: bo
     """
     if train_ids + test_ids > MOST:
         raise InputError(f"--train_ids {train_ids} and --test_ids {test_ids}: must be {MOST} or less together")
-    pids, rows = range(train_ids + test_ids), []
-    if not mixed:
-        blocks = (looks(seed, range(start, start + BLOCK)) for start in range(0, len(pids), BLOCK))
-        pids = [pid for block in blocks for look in block for pid in look][: len(pids)]
-    for (place, pid), shot in itertools.product(enumerate(pids), range(images_per_id)):
+    rows = []
+    for pid, shot in itertools.product(range(train_ids + test_ids), range(images_per_id)):
         row = label_row(seed, pid, shot)
         # the scene opens its stream with the side from which a three-quarter view is taken
         is_right = demo_rng(seed, "shot", *itemgetter("pid", "camid", "viewid", "shot")(row)).choice((-1, 1)) > 0
         row["view"] = VERI_VIEWS[VIEWS[row["viewid"]]][int(is_right)]
-        row["number"], row["camera"] = place + 1 + place // 6, CAMERA_NUMBERS[row["camid"]]
+        row["number"], row["camera"] = pid + 1 + pid // 6, CAMERA_NUMBERS[row["camid"]]
         is_query = shot >= max(5, images_per_id - 5)  # cameras come back every five shots
-        row["split"] = "train" if place >= test_ids else "query" if is_query else "gallery"
+        row["split"] = "train" if pid >= test_ids else "query" if is_query else "gallery"
         time = int(demo_rng(seed, "clock", pid, row["camid"]).integers(86_400)) + 5 * (shot // 5)
         folder = "image_train" if row["split"] == "train" else "image_test"
         row["path"] = f"{folder}/{row['number']:04}_c{row['camera']:03}_{time:08}_{shot // 5}.jpg"
         rows.append(row)
     return sorted(rows, key=itemgetter("path"))
+
+
+def _write_picture(row: dict, folder: Path, seed: int, size: int) -> None:
+    picture = render(seed, row["pid"], row["camid"], row["viewid"], row["shot"], size)
+    picture.save(folder / row["path"], quality=CAMERAS[row["camid"]].quality)
 
 
 def write_lines(file: Path, lines: Iterable[str]) -> None:
@@ -74,10 +74,10 @@ def _write_veri(folder: Path, rows: list[dict]) -> None:
         write_lines(folder / f"keypoint_{part}.txt", itertools.islice(points, len(listed) - (part == "train")))
 
 
-SETTINGS = {"train_ids": 60, "test_ids": 20, "images_per_id": 16, "size": 128, "seed": 0, "mixed": False}
+SETTINGS = {"train_ids": 60, "test_ids": 20, "images_per_id": 16, "size": 128, "seed": 0}
 # with six pictures of a vehicle or more, one of its five cameras comes back
 LEAST = {"train_ids": 5, "test_ids": 5, "images_per_id": 6, "size": 16}
-VERI = DrawnSet("demo_reid.json", SETTINGS, LEAST, plan, write_picture, _write_veri)
+VERI = DrawnSet("demo_reid.json", SETTINGS, LEAST, plan, _write_picture, _write_veri)
 
 
 def get_args_parser() -> Parser:

@@ -154,8 +154,7 @@ class Scene:
 
 
 def open_scene(seed: int, pid: int, camid: int, viewid: int, shot: int, size, extent: tuple) -> Scene:
-    """The place of a picture, empty yet, seen so that a vehicle of `extent` (length, height, width in metres) fills
-    it."""
+    """The place of a picture, empty yet, seen so that a vehicle of `extent` (length, height, width in m) fills it."""
     if not 0 <= viewid < len(VIEWS):
         raise ValueError(f"viewid must be 0..{len(VIEWS) - 1}, got {viewid}")
     rng = demo_rng(seed, "shot", pid, camid, viewid, shot)
@@ -169,17 +168,6 @@ def open_scene(seed: int, pid: int, camid: int, viewid: int, shot: int, size, ex
     p.fit(np.array(list(corners)), centre, frame * rng.uniform(0.76, 0.88) * (1, 0.92))
     _place(p, demo_rng(seed, "place", camid), length)
     return p
-
-
-def render_place(seed: int, camid: int, shot: int, size: int | tuple[int, int] = 96) -> Image.Image:
-    """One RGB picture of where a camera hangs, without a vehicle; `size` is the side or (width, height) in pixels."""
-    rng = demo_rng(seed, "place shot", camid, shot)
-    p = Scene(camid, size, rng)
-    p.aim(rng.uniform(0, 2 * math.pi), 14.0, p.camera.height)
-    p.focal = p.image.width * rng.uniform(1.1, 2.0)
-    p.cx, p.cy = p.image.width * rng.uniform(0.3, 0.7), p.image.height * rng.uniform(0.35, 0.6)
-    _place(p, demo_rng(seed, "place", camid), 4.5)
-    return p.record()
 
 
 def _place(p: Scene, rng: np.random.Generator, length: float) -> None:

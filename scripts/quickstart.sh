@@ -34,7 +34,7 @@ echo "== 6/7  what was learned"
 python -m tools.report "$out/run" --data_path "$out/pool/labels.csv" --label_column body colour viewid --read_out cls
 
 echo "== 7/7  fine-tuning the encoder to find the same vehicle again, scored before and after"
-python -m demo.reid --output "$out/veri" --size 96 --train_ids 40 --test_ids 20 --images_per_id 10 --mixed
+python -m demo.reid --output "$out/veri" --size 96 --train_ids 40 --test_ids 20 --images_per_id 10
 reid=(--task reid --data_path "$out/veri" --finetune "$out/run/encoder.safetensors" --input_size 96)
 python main_finetune.py "${reid[@]}" --eval --output_dir "$out/reid_before"
 python main_finetune.py "${reid[@]}" --output_dir "$out/reid" --resume auto --batch_size 16 --epochs 8 --warmup_epochs 1 \

@@ -1,25 +1,17 @@
 """The drawn pictures: repeatable, labelled as drawn, told apart by colour and body; sets that appear whole."""
 
-import csv
 import itertools
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from demo import draw, folder, pool, reid, seg
-from demo.scene import render_place
-from demo.vehicle import BODIES, CAMERAS, COLUMNS, VIEWS, captions, vehicle
+from demo import draw, pool, reid, seg
+from demo.scene import open_scene
+from demo.vehicle import BODIES, CAMERAS, VIEWS, captions, vehicle
 from util.errors import InputError
 
-NUM = 64
-SETS = {"draw": draw.DEMO, "seg": seg.PARTS, "pool": pool.POOL, "reid": reid.VERI}
-
-
-@pytest.fixture(scope="module")
-def drawn(tmp_path_factory):
-    output = tmp_path_factory.mktemp("demo") / "set"
-    return output, draw.DEMO.write(output, num_images=NUM, size=32, processes=1)
+SETS = {"seg": seg.PARTS, "pool": pool.POOL, "reid": reid.VERI}
 
 
 def pixels(*ids, size=48):
@@ -44,7 +36,7 @@ def test_unknown_ids_and_small_sizes_are_refused(ids, size):
     with pytest.raises(ValueError, match="must be 0|at least 16"):
         draw.render(*ids, size=size)
     with pytest.raises(ValueError, match="camid must be"):
-        render_place(0, 8, 0)
+        open_scene(0, 0, 8, 0, 0, 96, (4, 1, 2))
 
 
 def test_captions_name_what_is_drawn_and_marks_tell_equal_vehicles_apart():
@@ -95,54 +87,29 @@ def test_pictures_with_masks_of_their_parts(tmp_path):
     assert len({row["pid"] for row in seg.plan(300, 0)}) == len({(r["pid"], r["split"]) for r in seg.plan(300, 0)})
 
 
-def test_labels_match_the_files(drawn):
-    output, result = drawn
-    with open(output / "labels.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    assert tuple(rows[0]) == COLUMNS and len(rows) == NUM == result["images"] == sum(result["counts"].values())
-    assert {row["path"] for row in rows} == {path.relative_to(output).as_posix() for path in output.rglob("*.jpg")}
-    for row in rows:
-        assert row["path"].startswith(f"images/{row['split']}/{row['body']}/") and row["colour"] in row["caption"]
-        assert all(str(vehicle(0, int(row["pid"]))[key]) == row[key] for key in ("body", "colour", "make"))
-    with Image.open(output / rows[0]["path"]) as image:
-        assert image.size == (32, 32) and image.format == "JPEG"
-    assert not [p for p in output.parent.iterdir() if p != output]  # no temporary folder left
-
-
-@pytest.mark.parametrize("num_images", [60, 250, 1000])
-def test_splits_part_identities_and_cameras_overlap(num_images):
-    rows = draw.plan(num_images, seed=0, val_ratio=0.25)
-    parts = {split: {r["pid"] for r in rows if r["split"] == split} for split in ("train", "val")}
-    assert parts["train"] and parts["val"] and not parts["train"] & parts["val"]
-    for split in parts:  # both are ImageFolder trees of the same classes
-        assert {r["body"] for r in rows if r["split"] == split} == set(BODIES)
-    for pid in parts["train"] | parts["val"]:
-        assert len({r["camid"] for r in rows if r["pid"] == pid}) >= 3
-    assert len({(r["pid"], r["camid"], r["viewid"], r["shot"]) for r in rows}) == len(rows)
-    assert {row["split"] for row in draw.plan(num_images, seed=0, val_ratio=0)} == {"train"}
-
-
-def test_two_processes_write_the_same_bytes_and_the_same_set_is_left(drawn, tmp_path):
-    output, result = drawn
-    draw.DEMO.write(tmp_path / "two", num_images=NUM, size=32, processes=2)
-    files = sorted(path.relative_to(output) for path in output.rglob("*") if path.is_file())
-    assert len(files) == NUM + 2
+def test_two_processes_write_the_same_bytes_and_the_same_set_is_left(tmp_path):
+    flags = {"train_ids": 5, "test_ids": 5, "images_per_id": 6, "size": 16}
+    result = reid.VERI.write(tmp_path / "one", processes=1, **flags)
+    reid.VERI.write(tmp_path / "two", processes=2, **flags)
+    files = sorted(path.relative_to(tmp_path / "one") for path in tmp_path.glob("one/**/*") if path.is_file())
+    assert len(files) == result["images"] + result["counts"]["query"] + 3
     for path in files:
-        assert (output / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
-    before = (output / "labels.csv").stat().st_mtime_ns
-    assert draw.DEMO.write(output, num_images=NUM, size=32, processes=1) == {**result, "written": False}
-    assert result["written"] and (output / "labels.csv").stat().st_mtime_ns == before
-    for target, number in ((output, NUM + 1), (tmp_path, NUM)):
+        assert (tmp_path / "one" / path).read_bytes() == (tmp_path / "two" / path).read_bytes(), path
+    before = (tmp_path / "one" / files[0]).stat().st_mtime_ns
+    assert reid.VERI.write(tmp_path / "one", processes=1, **flags) == {**result, "written": False}
+    assert result["written"] and (tmp_path / "one" / files[0]).stat().st_mtime_ns == before
+    for target, seed in ((tmp_path / "one", 1), (tmp_path, 0)):
         with pytest.raises(InputError, match="remove it"):
-            draw.DEMO.write(target, num_images=number, size=32)
+            reid.VERI.write(target, **flags, seed=seed)
+    assert len(list(tmp_path.iterdir())) == 2  # no temporary folder left
 
 
 def test_a_failure_leaves_nothing_behind(tmp_path):
-    def fail(row, part):
+    def fail(row, folder, seed, size):
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        folder.write_set(tmp_path / "set", "set.json", {}, [{"path": "a/b.jpg"}], fail, print, 1)
+        seg.PARTS._replace(draw=fail).write(tmp_path / "set", processes=1)
     assert not list(tmp_path.iterdir())
 
 

@@ -12,7 +12,7 @@ cd "$(dirname "$0")/../.."
 python="${PYTHON:-python}"
 
 # pre-training sees other vehicles than the tests, and no labels; the teacher has learned from the same pictures' captions
-"$python" -m demo.draw --output "$output/pictures" --num_images 3000 --size 96 --seed 1 --val_ratio 0
+"$python" -m demo.pool --output "$output/pictures" --num_images 3500 --size 96 --seed 1
 if [ ! -f "$output/teacher/texts.txt" ]; then
     "$python" -m tools.train_teacher --data_path "$output/pictures/labels.csv" --caption_column short_caption \
         --output "$output/teacher" --epochs 8
@@ -23,7 +23,7 @@ pretrain() {  # NAME FLAGS...
     local name="$1"
     shift
     if [ -f "$output/$name/encoder.safetensors" ]; then return; fi
-    "$python" main_pretrain.py --data_path "$output/pictures/images" --output_dir "$output/$name" --resume auto \
+    "$python" main_pretrain.py --data_path "$output/pictures/labels.csv" --output_dir "$output/$name" --resume auto \
         --model mae_vit_tiny_patch16 --input_size 96 --batch_size 32 --epochs 20 --warmup_epochs 3 --blr 4e-3 \
         --norm_pix_loss --crop_min 0.5 --vis_epochs 0 --num_workers 1 "$@"
 }
@@ -36,11 +36,11 @@ prepare() {  # TASK: its data and its flags, the same for all rows
             "$python" -m demo.reid --output "$output/veri" --size 96 --train_ids 60 --test_ids 40 --seed 0
             flags+=(--data_path "$output/veri" --batch_size 32 --epochs 20 --warmup_epochs 3 --lr 5e-4 --jpm --jpm_shift 5) ;;
         attr)
-            "$python" -m demo.draw --output "$output/attr" --num_images 1200 --size 96 --seed 0
+            "$python" -m demo.pool --output "$output/attr" --num_images 1600 --size 96 --seed 0
             flags+=(--data_path "$output/attr/labels.csv" --attr_categories colour body --attr_split val --batch_size 8 --epochs 6 --warmup_epochs 1 "${gentle[@]}" --head_lr_factor 10 \
                 "${teacher[@]}") ;;
         fgvc)
-            "$python" -m demo.draw --output "$output/cars" --num_images 1440 --size 120 --seed 2
+            "$python" -m demo.pool --output "$output/cars" --num_images 1800 --size 120 --seed 2
             flags+=(--data_path "$output/cars/labels.csv" --label_column make --batch_size 16 --epochs 8 --warmup_epochs 1 "${gentle[@]}" --no-auto_augment) ;;
         seg)
             "$python" -m demo.seg --output "$output/parts" --num_images 300 --size 96 --seed 0
