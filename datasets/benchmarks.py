@@ -1,25 +1,21 @@
 """Test splits of known vehicle benchmarks, recognised by name: none of them may enter a pool.
 
-    python -m datasets.benchmarks --count FOLDER_OR_MANIFEST
     python -m datasets.benchmarks --name VehicleID --root VehicleID_V1.0 --split train --output train.txt
 
-The first counts test images by their paths; the second turns the lists of a benchmark whose splits share one folder
-into a manifest of paths (--split test for --exclude, --split train for --pool). Copies under other names need a
-comparison of contents. The facts and their doubts stand in benchmarks.json.
+turns the lists of a benchmark whose splits share one folder into a manifest of paths (--split test for --exclude,
+--split train for --pool). Copies under other names need a comparison of contents. The facts and their doubts stand in
+benchmarks.json.
 """
 
 import argparse
 import json
 import os
 import re
-from collections import Counter
 from functools import cache
 from pathlib import Path
 
-from datasets.manifest import list_images
-from datasets.path_list import PathList
-from util.cli import Parser
-from util.errors import InputError, run_or_explain
+from util.cli import Parser, run_tool
+from util.errors import InputError
 from util.files import write_atomic
 
 
@@ -74,31 +70,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("datasets.benchmarks", __doc__)
     add = parser.add_argument
     # fmt: off
-    add("--count", type=Path, help="folder or manifest to look through (default none)")
-    add("--name", choices=load_benchmarks(), help="benchmark whose lists become a manifest (default none)")
-    add("--root", type=Path, help="folder of that benchmark (default none)")
+    add("--name", required=True, choices=load_benchmarks(), help="benchmark whose lists become a manifest")
+    add("--root", required=True, type=Path, help="folder of that benchmark")
     add("--split", choices=("test", "train"), default="test", help="which lists (default test)")
-    add("--output", type=Path, help="manifest .txt to write, absolute paths (default none)")
+    add("--output", required=True, type=Path, help="manifest .txt to write, absolute paths")
     # fmt: on
     return parser
 
 
-def main(args: argparse.Namespace) -> None:
-    if args.count is None and None in (args.name, args.root, args.output):
-        raise InputError("nothing to do: give --count PATH, or --name, --root and --output")
-    if args.count is not None:
-        paths = list_images(args.count)
-        if not isinstance(paths, PathList):
-            raise InputError(f"{args.count} is a packed set, which has no names: count what it was packed from")
-        found = Counter(recognise(os.path.abspath(paths[index])) for index in range(len(paths)))
-        del found[None]
-        print(json.dumps({"images": len(paths), **found}))
-    if args.name is not None:
-        root = args.root.absolute()
-        lines = [f"{root / path}\n" for path in read_split(args.name, root, args.split)]
-        write_atomic(args.output, lambda opened: opened.write("".join(lines).encode()))
-        print(json.dumps({"name": args.name, "split": args.split, "images": len(lines)}))
+def main(args: argparse.Namespace) -> dict:
+    lines = [f"{args.root.absolute() / path}\n" for path in read_split(args.name, args.root.absolute(), args.split)]
+    write_atomic(args.output, lambda opened: opened.write("".join(lines).encode()))
+    return {"name": args.name, "split": args.split, "images": len(lines)}
 
 
 if __name__ == "__main__":
-    run_or_explain(lambda: main(get_args_parser().parse_args()))
+    run_tool(main, get_args_parser().parse_args(), None)

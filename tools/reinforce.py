@@ -33,7 +33,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"), help="precision on CUDA (default auto)")
     add("--compile", action="store_true", help="torch.compile the teacher (default off)")
-    add("--verify", default=0, type=int, metavar="N", help="compare N entries of a finished cache (default 0: build)")
     # fmt: on
     return parser
 
@@ -42,6 +41,7 @@ if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import numpy as np
@@ -51,11 +51,12 @@ from torch.utils.data import DataLoader
 from datasets.manifest import list_images
 from datasets.path_list import printable
 from datasets.pretrain import PretrainDataset
-from datasets.teacher_cache import HEADER, SHARD_IMAGES, TeacherCache, read_shard, shard_file, shards, write_shard
-from datasets.text_bank import is_encoded, read_encoded, read_texts, save_bank
+from datasets.teacher_cache import HEADER, SHARD_IMAGES, read_shard, shard_file, shards, write_shard
+from datasets.text_bank import VOCABULARY, save_bank
 from models_teacher import FrozenTeacher, build_bank, load_clip
 from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
 from util.errors import InputError
+from util.files import file_sha256
 from util.parallel import claim
 from util.precision import pick_precision
 from util.progress import Progress
@@ -67,24 +68,30 @@ def main(args) -> dict:
     device = pick_device(args.device)
     init_distributed(device, timeout_s=600)
     try:
-        result = build_or_verify(args, device)
+        result = build(*open_cache(args, device))
         return result if get_rank() == 0 else {}
     finally:
         end_distributed()
 
 
-def build_or_verify(args, device: torch.device) -> dict:
+def open_cache(args, device: torch.device) -> tuple[Path, dict, Callable]:
+    """(folder, header, `embed(view, indices)`, which yields ([n, D_t] float32, problems) batch by batch)."""
     size, is_full = parse_input_size(args.input_size), args.teacher_view == "full"
     amp_dtype = pick_precision(args.amp if device.type == "cuda" else "none", device)[0]
+    paths, folder = list_images(args.data_path, args.split), Path(args.output)
+    texts = Path(args.text_bank) if args.text_bank else VOCABULARY
+    if not texts.exists():
+        raise InputError(f"--text_bank {texts} does not exist")
     clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained, args.clip_mean, args.clip_std)
     clip.to(device)
-    paths, folder = list_images(args.data_path, args.split), Path(args.output)
     header = {"kind": "cgd-mae teacher cache", "teacher": asdict(identity), "views": 1 if is_full else args.views}
     header |= {"teacher_view": args.teacher_view, "seed": args.seed, "crop_min": args.crop_min}
     header |= {"input_size": list(size), "images_sha": paths.sha256(), "images": len(paths)}
+    header |= {"text_bank": file_sha256(texts / "bank.npy" if texts.is_dir() else texts)}
     claim(folder / HEADER, header, "cache")
-    if get_rank() == 0:
-        keep_bank(folder / "text_bank.safetensors", args.text_bank, clip, tokenizer, identity)
+    bank = folder / "text_bank.safetensors"
+    if get_rank() == 0 and not bank.is_file():  # encoded once: another machine would give other last bits
+        save_bank(bank, *build_bank(args.text_bank, clip, tokenizer, identity)[:2], identity)
     teacher = FrozenTeacher(clip, identity, amp_dtype or torch.float32).to(device)
     if args.compile:
         teacher.compile()
@@ -92,34 +99,15 @@ def build_or_verify(args, device: torch.device) -> dict:
     source = PretrainDataset(paths, size, 1, seed=args.seed, min_area=args.crop_min, teacher_size=teacher_size)
 
     def embed(view: int, indices: np.ndarray):
-        """Yield ([n, D_t] float32, problems) batch by batch."""
         items, loading = [(view, index) for index in indices.tolist()], {"num_workers": args.num_workers}
-        loader = DataLoader(source, args.batch_size, sampler=items, worker_init_fn=init_worker, **loading)
-        for batch in loader:
+        for batch in DataLoader(source, args.batch_size, sampler=items, worker_init_fn=init_worker, **loading):
             imgs = batch.get("teacher_imgs", batch["imgs"])
             yield teacher(imgs.to(device, non_blocking=True)).cpu(), batch["problem"]
 
-    return verify(args, TeacherCache(folder), embed) if args.verify else build(folder, header, embed)
+    return folder, header, embed
 
 
-def keep_bank(kept: Path, given: str | None, clip, tokenizer, identity) -> None:
-    """Store the encoded texts; where there are some already, make sure that they came from `given`: by the texts, and
-    by the numbers where they are given, too. Nothing is encoded again: another machine would give other last bits."""
-    if not kept.is_file():
-        bank, texts, _ = build_bank(given, clip, tokenizer, identity)
-        save_bank(kept, bank, texts, identity)
-    elif given:
-        bank, texts, _ = read_encoded(kept, identity)
-        file = Path(given)
-        other, other_texts = read_encoded(file, identity)[:2] if is_encoded(file) else (bank, read_texts(file))
-        if texts != other_texts or not torch.equal(bank, other):
-            raise InputError(
-                f"{kept} holds another bank than --text_bank {given}: delete it to have this one taken, or choose "
-                "another --output"
-            )
-
-
-def build(folder: Path, header: dict, embed) -> dict:
+def build(folder: Path, header: dict, embed: Callable) -> dict:
     """Compute what is missing, shard by shard; the ranks take turns. Rows of unreadable images stay zero, and are tried
     again when the same command runs again."""
     images, views, width = header["images"], header["views"], header["teacher"]["embed_dim"]
@@ -162,23 +150,6 @@ def rows_so_far(folder: Path, header: dict, view: int, first: int) -> np.ndarray
         except InputError as error:
             print(f"made again: {error}")
     return np.zeros((min(SHARD_IMAGES, header["images"] - first), header["teacher"]["embed_dim"]), np.float16)
-
-
-def verify(args, cache: TeacherCache, embed) -> dict:
-    """Recompute some entries of every view; their cosine to the stored ones must be 0.999 or more."""
-    rng = np.random.Generator(np.random.Philox(key=[args.seed, args.verify]))
-    smallest = 1.0
-    for view in range(cache.num_views):
-        indices = rng.integers(0, cache.header["images"], -(-args.verify // cache.num_views))
-        rows = torch.cat([embeddings for embeddings, _ in embed(view, indices)])
-        stored = torch.stack([cache.read(view, int(i)) for i in indices]).float()
-        smallest = min(smallest, (rows * stored).sum(dim=1).min().item())
-    if smallest < 0.999:
-        raise InputError(
-            f"{cache.folder} fails: an entry has cosine {smallest:.4f} to its recomputation (0.999 is needed); remove "
-            "it and build it again"
-        )
-    return {"verified": args.verify, "smallest_cosine": smallest}
 
 
 if __name__ == "__main__":
