@@ -13,7 +13,6 @@ from engine_extract import extract_features
 from util.dist import get_rank, get_world_size, is_main_process
 from util.errors import InputError
 from util.loop import Run, StepWatch, apply_update, to_device
-from util.optim import set_lr
 from util.progress import Progress
 
 STEADIER = "lower --lr or set --clip_grad 1 (name them after --allow_change), or use --amp none"
@@ -46,7 +45,8 @@ def train_one_epoch(run: FinetuneRun, args) -> None:
     with StepWatch(run, args, shown, STEADIER) as watch:
         for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):
             lr = task.lr(run.epoch + step / steps)
-            set_lr(run.optimizer, lr)
+            for group in run.optimizer.param_groups:
+                group["lr"] = group["lr_scale"] * task.lr(run.epoch + step / steps, group["peak_scale"])
             torch.manual_seed(seed_of_step(args.seed, run.epoch, step))
             problems = [problem for problem in batch["problem"] if problem]
             batch = to_device(batch, run.device, host=("problem", "erase"))  # read there: no wait for the device

@@ -35,6 +35,8 @@ from torch.utils.tensorboard import SummaryWriter
 from engine_finetune import FinetuneRun, train_one_epoch
 from finetune.encoder import task_to_score, task_to_train
 from util.dist import get_world_size, is_main_process, launch, print_main, wrap_ddp
+from util.errors import InputError
+from util.fetch import fetch, known
 from util.files import write_json
 from util.loop import epoch_line, epoch_record, next_epoch, start_profiler
 from util.parallel import default_workers
@@ -52,6 +54,7 @@ FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAM
 def main(args) -> dict:
     """Train and score, or with --eval only score; returns the numbers on rank 0."""
     check_args(args)
+    check_files(args)
     if args.num_workers is None:
         args.num_workers = default_workers()
     job = evaluate if args.eval else train
@@ -59,6 +62,21 @@ def main(args) -> dict:
     if scored:
         write_json(Path(args.output_dir) / "metrics.json", scored)
     return scored
+
+
+def check_files(args) -> None:
+    """Files and names that flags give, before anything is read or downloaded."""
+    if args.finetune and "://" not in args.finetune and args.finetune not in known():
+        fetch(args.finetune)
+    weights = getattr(args, "clip_pretrained", "")
+    files = {"resume": args.resume if args.resume != "auto" else "", "attr_vectors": getattr(args, "attr_vectors", "")}
+    files["clip_pretrained"] = weights if Path(weights).suffix in (".pt", ".pth", ".bin", ".safetensors") else ""
+    for flag, file in files.items():
+        if file and not Path(file).is_file():
+            raise InputError(f"--{flag} {file} does not exist: give a file")
+    fixed = [*FIXED_ON_RESUME, *TASKS[args.task].fixed]
+    if unknown := sorted(set(args.allow_change) - set(fixed)):
+        raise InputError(f"--allow_change {' '.join(unknown)}: choose among {', '.join(fixed)}")
 
 
 def evaluate(args, device: torch.device) -> dict:

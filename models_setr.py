@@ -110,7 +110,7 @@ class MLAHead(nn.Module):
             for _ in range(levels)
         )
         self.classify = nn.Conv2d(levels * MLA_CHANNELS, num_classes, 3, padding=1)
-        self.aux = nn.ModuleList(nn.Conv2d(CHANNELS, num_classes, 1) for _ in range(levels if aux else 0))
+        self.aux = nn.ModuleList(nn.Conv2d(CHANNELS, num_classes, 1, bias=False) for _ in range(levels if aux else 0))
 
     def forward(self, levels: list[torch.Tensor], grid: tuple[int, int]) -> list[torch.Tensor]:
         """[N, h w, D] of each level, shallow first -> [N, K, 4 h, 4 w], then [N, K, h, w] of each auxiliary head."""
@@ -137,6 +137,7 @@ class SETR(nn.Module):
         dim, classes = encoder.embed_dim, config.num_classes
         if config.decoder == "mla":
             self.decoder = MLAHead(dim, classes, len(self.taps), config.aux)
+            self.backbone = ("base.", "decoder.norms.", "decoder.lateral.", "decoder.smooth.")  # SETR's own word for it
             return
         is_pup = config.decoder == "pup"
         self.decoder = UpHead(dim, classes, 3, (2, 2, 2, 1)) if is_pup else UpHead(dim, classes, 1, (1,))

@@ -98,9 +98,9 @@ class PKBatches(Batches):
 def pk_batches(pids: np.ndarray, P: int, K: int, seed: int, epoch: int) -> np.ndarray:
     """The batches of an epoch, by the rule of TransReID's code.
 
-    The images of each vehicle are shuffled and cut into groups of K; a vehicle with fewer is drawn from with
-    replacement until it has K, what is left over at the end of a longer one waits for another epoch. Then batch after
-    batch takes one group of each of P vehicles, drawn among those that still have one, until fewer than P do. No
+    The images of each vehicle are shuffled and cut into groups of K; of a vehicle with fewer, K are drawn with
+    replacement, so that some may be missing; what is left over of a longer one waits for another epoch. Then batch
+    after batch takes one group of each of P vehicles, drawn among those that still have one, until fewer than P do. No
     vehicle is twice in a batch.
 
     pids: [n] integers, the vehicle of each image. Returns [batches, P * K] int64 image numbers; the K of a vehicle
@@ -119,7 +119,7 @@ def pk_batches(pids: np.ndarray, P: int, K: int, seed: int, epoch: int) -> np.nd
     groups = []
     for images in members:
         if len(images) < K:
-            images = np.concatenate([images, rng.choice(images, K - len(images))])
+            images = rng.choice(images, K)
         shuffled = rng.permutation(images)
         groups.append([shuffled[i : i + K] for i in range(0, len(images) - K + 1, K)])
     left = list(range(len(groups)))  # vehicles with a group

@@ -138,5 +138,7 @@ def known(value) -> str:
 def published_note(counts: dict[str, int], name: str) -> str:
     """How counts differ from those of PUBLISHED[name]; what is not there does not count as different."""
     published = PUBLISHED[name].items()
+    if all(counts.get(what, 0) < n / 2 for what, n in published if what in counts):
+        return "smaller than the published set"
     other = [f"{what} {counts[what]:,} instead of {n:,}" for what, n in published if counts.get(what, n) != n]
     return f"other counts than published: {', '.join(other)}" if other else "all counts as published"

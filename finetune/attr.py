@@ -83,7 +83,10 @@ class Attr(Task):
         more = {"binary": args.attr_columns, "categorical": args.attr_categories}
         if config is not None:
             more = {"known": AttributeStats.from_config(config).attributes, "need_train": False}
-        return read_attribute_set(args.data_path, args.attr_format, test_split=args.attr_split, **more)
+        data = read_attribute_set(args.data_path, args.attr_format, test_split=args.attr_split, **more)
+        if config is None and args.attr_vectors:  # what is wrong with them shows before weights are fetched
+            vectors_of_file(Path(args.attr_vectors), len(data.attributes))
+        return data
 
     def describe(self, encoder: VisionTransformer) -> dict:
         data = self.data

@@ -78,21 +78,22 @@ def task_to_score(args, device: torch.device) -> Task:
             f"--eval --finetune {file}: an encoder has no answers for --task {args.task} before it is "
             "trained; give --resume the model.pth of a run"
         )
-    content = read_checkpoint(fetch(file))
-    config = read_config(file, content)
+    content = read_checkpoint(file) if args.resume else {}
+    config = read_config(file, content) if args.resume else {}
     found = config.get("task", "")
-    if args.finetune and found:
-        raise InputError(f"{file} is a model of main_finetune.py: use --resume {file}")
     if args.resume and found != args.task:
         is_what = f"a {config['kind']}" if found else "no model of main_finetune.py"
         encoder = f"use --finetune {file} ({how})" if how and not found else ""
         raise InputError(f"{file} is {is_what}: {encoder or f'give the model.pth of a run with --task {args.task}'}")
-    task.config = config if args.resume else task.alone
+    task.config = config or task.alone
     task.data = task.read(task.config)
     if args.resume:
         trained = _trained(file, content, config, device)
         task.model, report = trained.model, trained.report
     else:
+        file = fetch(file)
+        if read_config(file, read_checkpoint(file)).get("task"):
+            raise InputError(f"{file} is a model of main_finetune.py: use --resume {file}")
         encoder, report = build_encoder(args)
         task.model = task.model_from(encoder, task.config).to(device)
     print_main(*task.data_lines(), f"model {file}:\n{report}", task.model_line())

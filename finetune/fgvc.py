@@ -62,12 +62,13 @@ class Fgvc(Task):
     def facts(self) -> dict:
         return super().facts() | {"num_classes": len(self.data.classes)}
 
-    def lr(self, epoch: float) -> float:
+    def lr(self, epoch: float, peak: float = 1.0) -> float:
         """Linear from --warmup_lr_ratio, then half a cosine to --min_lr_ratio; changes with every update."""
-        args, first = self.args, self.args.lr * self.args.warmup_lr_ratio
+        args, top = self.args, peak * self.args.lr
+        first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
         if epoch < args.warmup_epochs:
-            return first + (args.lr - first) * epoch / args.warmup_epochs
-        return cosine_lr(epoch, args.lr, args.lr * args.min_lr_ratio, args.warmup_epochs, args.epochs)
+            return first + (top - first) * epoch / args.warmup_epochs
+        return cosine_lr(epoch, top, last, args.warmup_epochs, args.epochs)
 
     def model_line(self) -> str:
         base = self.model.base

@@ -207,7 +207,7 @@ SEG = TaskFlags(
     title="part segmentation",  # SETR's recipe of ADE20K, without dropout: 20,000 updates of 16
     recipe={
         "input_size": "512", "drop_path": 0.0, "batch_size": 16, "epochs": 100, "warmup_epochs": 0.0,
-        "min_lr_ratio": 0.1, "head_lr_factor": 10.0,
+        "min_lr_ratio": 0.1, "head_lr_factor": 10.0, "pos_resize": "bilinear",
     },
     default_lr=lambda args: 1e-4 if args.opt == "adamw" else 1e-3,
     flags=[
@@ -289,6 +289,8 @@ def check_within(f: Flag, value) -> None:
     low, high = map(float, f.within[1:-1].split(",")) if values else (0, 0)
     for x in values:
         above, below = low < x or f.within[0] == "[" and x == low, x < high or f.within[-1] == "]" and x == high
+        if not math.isfinite(x):
+            raise InputError(f"--{f.name} {x}: give a finite number")
         if not (above and below):
             words = {"[0, inf)": "must not be negative", "(0, inf)": "must be positive"}
             words = words.get(f.within, f"must be at least {low:g}" if math.isinf(high) else f"must be in {f.within}")
@@ -297,11 +299,13 @@ def check_within(f: Flag, value) -> None:
 
 def check_args(args) -> None:
     """Find contradictions among flags before anything is loaded; fill defaults and derived values."""
-    said = fill_defaults(args)
+    said, default = fill_defaults(args), {f.name: TASKS[args.task].default_of(f) for f in COMMON["optimisation"]}
     args.img_size = parse_input_size(args.input_size)
     check_numbers(
         args, at_least_one="print_freq save_freq max_bad_steps", not_negative="seed keep_checkpoints num_workers"
     )
+    if "warmup_epochs" not in said and args.epochs < default["epochs"]:  # as much of a shorter run
+        args.warmup_epochs *= args.epochs / default["epochs"]
     if args.warmup_epochs >= args.epochs:
         raise InputError(
             f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}: use "

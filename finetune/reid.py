@@ -48,6 +48,7 @@ class Reid(Task):
             if name not in data.tests:
                 raise InputError(f"--tests {name}: {args.data_path} has {', '.join(data.tests)}")
         data = replace(data, tests={name: data.tests[name] for name in args.tests or data.tests})
+        self.sizes = {} if config else side_information(args, data)
         return renumber_cameras(data, config, args.resume) if config else data
 
     def order(self) -> PKBatches:
@@ -56,8 +57,7 @@ class Reid(Task):
 
     def describe(self, encoder: VisionTransformer) -> dict:
         args, data = self.args, self.data
-        sizes = side_information(args, data)
-        config = TransReIDConfig(**sizes, jpm=args.jpm, shift=args.jpm_shift, sie_weight=args.sie_weight)
+        config = TransReIDConfig(**self.sizes, jpm=args.jpm, shift=args.jpm_shift, sie_weight=args.sie_weight)
         return reid_config(data, config)
 
     @staticmethod
@@ -128,7 +128,8 @@ class Reid(Task):
 
     def score(self, found: dict[str, "TestResult"], is_over: bool) -> tuple[dict, list[str], list[str]]:
         side = side_line(self.model.config)
-        return flat_metrics(found) | {"sie": side}, [side, *result_lines(found)], unreadable_of(found)
+        lines = [*([side] if side != "SIE off" else []), *result_lines(found)]
+        return flat_metrics(found) | {"sie": side}, lines, unreadable_of(found)
 
     def report(self, found: dict[str, "TestResult"], numbers: dict, folder: Path, facts: dict) -> list[Path]:
         """One page a test; VehicleID's shows its first draw."""

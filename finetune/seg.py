@@ -91,10 +91,10 @@ class Seg(Task):
         images = {"images": len(data.splits["train"]), "images_sha": data.sha256("train")}
         return images | {"num_classes": len(data.space.names)}
 
-    def lr(self, epoch: float) -> float:
+    def lr(self, epoch: float, peak: float = 1.0) -> float:
         args = self.args
         first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
-        return poly_lr(epoch, args.lr, first, last, args.warmup_epochs, args.epochs)
+        return poly_lr(epoch, peak * args.lr, first, last, args.warmup_epochs, args.epochs)
 
     def model_line(self) -> str:
         config, (rows, columns) = self.model.config, self.model.base.grid_size

@@ -26,7 +26,7 @@ class Task:
         items()                      training images: a Dataset; `order()` says which make up a batch
 
     The loop calls `loss(model or its DDP wrapper, batch on the device)` -> terms, scalars; "loss" is descended;
-    and `lr(fractional epoch)`. `evaluate` calls:
+    and `lr(fractional epoch, factor of the peak)`. `evaluate` calls:
 
         answers(is_over)             what the model says of all test images, on rank 0
         score(found, is_over)        numbers by name, lines to print, and `path<tab>reason` of what is unreadable
@@ -53,11 +53,11 @@ class Task:
         """What a continued run must share."""
         return {"images": len(self.data.train), "images_sha": self.data.sha256()}
 
-    def lr(self, epoch: float) -> float:
-        """TransReID's learning rate, constant within an epoch."""
+    def lr(self, epoch: float, peak: float = 1.0) -> float:
+        """TransReID's learning rate, constant within an epoch; peak: factor of the highest, not of first and last."""
         args = self.args
         first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
-        return transreid_lr(math.floor(epoch) + 1, args.lr, first, last, args.warmup_epochs, args.epochs)
+        return transreid_lr(math.floor(epoch) + 1, peak * args.lr, first, last, args.warmup_epochs, args.epochs)
 
     def data_lines(self) -> list[str]:
         return [f"data: {self.args.data_path} as {self.data.name}", *(f"  {note}" for note in self.data.notes)]

@@ -13,28 +13,15 @@
 # 512, learning rate 0.001 (heads 0.01), 20,000 updates of 16. --decoder mla or naive, --seg_eval whole are the variants.
 # Not run here (the set is not at hand). By arithmetic, not measured: 1 TFLOP an image in training, 3 hours at 30 TFLOP/s.
 # Environment: GPUS (1), PYTHON (python), UPDATES (20000), OUTPUT (runs/partimagenet_ROW). The batch of 16 is shared.
-set -euo pipefail
-checkpoint="$(realpath "${1:?checkpoint}")"
-data="$(realpath "${2:?folder of PartImageNet}")"
-row="${3:-car_parts}"
-shift $(( $# < 3 ? $# : 3 ))
-gpus="${GPUS:-1}"
-output="$(realpath -m "${OUTPUT:-runs/partimagenet_$row}")"
-cd "$(dirname "$0")/.."
-case "$row" in
-    car_parts | car_bicycle | vehicle_parts) ;;
-    *) echo "row '$row': choose car_parts, car_bicycle or vehicle_parts" >&2; exit 2 ;;
-esac
-if (( 16 % gpus )); then echo "GPUS=$gpus does not divide the batch of 16" >&2; exit 2; fi
+SET=PartImageNet sign="classes.json train.json annotations" rows="car_parts car_bicycle vehicle_parts" batch=16 gpus="${GPUS:-1}"
+source "$(dirname "$0")/recipe.sh"
 if [ ! -f "$data/classes.json" ]; then
     "${PYTHON:-python}" -m tools.convert_partimagenet --input "$data" --output "${output}_parts" --label_space "$row"
     data="${output}_parts"
 fi
+[ -d "$data/images/train" ] || stop "$data has no images/train"
 images="$(find -L "$data/images/train" -type f | wc -l)"
-if (( images < 16 )); then echo "$data/images/train holds $images files, a batch needs 16" >&2; exit 2; fi
-updates="$(( images / 16 ))"  # of an epoch
-set -x
-exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node="$gpus" main_finetune.py --task seg \
-    --label_space "$row" --data_path "$data" --finetune "$checkpoint" --output_dir "$output" --resume auto \
-    --input_size 512 --batch_size "$((16 / gpus))" --epochs "$(( (${UPDATES:-20000} + updates - 1) / updates ))" \
-    --decoder pup --opt sgd --lr 0.001 --head_lr_factor 10 --weight_decay 0 --min_lr_ratio 0.1 --seed 0 --report "$@"
+(( images >= batch )) || stop "$data/images/train holds $images files, a batch needs $batch"
+updates="$(( images / batch ))"  # of an epoch
+launch --task seg --label_space "$row" --input_size 512 --epochs "$(( (${UPDATES:-20000} + updates - 1) / updates ))" \
+    --decoder pup --opt sgd --lr 0.001 --head_lr_factor 10 --weight_decay 0 --min_lr_ratio 0.1 --seed 0

@@ -15,23 +15,11 @@
 # Environment: GPUS (1), PYTHON (python), OUTPUT (runs/stanfordcars_ROW). The batch of 16 is shared among the GPUS;
 # TransFG's own command has 16 on each of four GPUs, 10,000 steps, the same learning rate:
 #   GPUS=4 bash scripts/finetune_stanfordcars.sh CHECKPOINT CARS transfg --batch_size 16 --lr 0.03 --epochs 79 --warmup_epochs 4
-set -euo pipefail
-checkpoint="$(realpath "${1:?checkpoint}")"
-data="$(realpath "${2:?folder of StanfordCars}")"
-row="${3:-transfg}"
-shift $(( $# < 3 ? $# : 3 ))
-gpus="${GPUS:-1}"
-output="$(realpath -m "${OUTPUT:-runs/stanfordcars_$row}")"
-cd "$(dirname "$0")/.."
+SET=StanfordCars sign="devkit cars_annos.mat car stanford_cars" rows="transfg baseline cheap" batch=16 gpus="${GPUS:-1}"
+source "$(dirname "$0")/recipe.sh"
 case "$row" in
     transfg) flags=(--input_size 448 --stride 12) ;;
     baseline) flags=(--input_size 448 --parts off) ;;
     cheap) flags=(--input_size 224) ;;
-    *) echo "row '$row': choose transfg, baseline or cheap" >&2; exit 2 ;;
 esac
-if (( 16 % gpus )); then echo "GPUS=$gpus does not divide the batch of 16" >&2; exit 2; fi
-set -x
-exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node="$gpus" main_finetune.py --task fgvc \
-    --data_path "$data" --finetune "$checkpoint" --output_dir "$output" --resume auto \
-    --batch_size "$((16 / gpus))" --epochs 20 --warmup_epochs 1 --opt sgd --weight_decay 0 --clip_grad 1 \
-    --seed 42 --report "${flags[@]}" "$@"
+launch --task fgvc --epochs 20 --warmup_epochs 1 --opt sgd --weight_decay 0 --clip_grad 1 --seed 42 "${flags[@]}"

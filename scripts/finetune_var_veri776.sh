@@ -15,26 +15,13 @@
 # --clip_pretrained "" takes random vectors.
 # Not run here (the set is gated); expected on one 24 GB GPU: under an hour, 12 GB, bf16 or fp16.
 # Environment: GPUS (1), PYTHON (python), OUTPUT (runs/var_veri776_ROW). The batch of 128 is shared among the GPUS.
-set -euo pipefail
-checkpoint="$(realpath "${1:?checkpoint}")"
-data="$(realpath "${2:?folder of VeRi-776}")"
-row="${3:-square}"
-shift $(( $# < 3 ? $# : 3 ))
-gpus="${GPUS:-1}"
-output="$(realpath -m "${OUTPUT:-runs/var_veri776_$row}")"
-case "$row" in
-    square) flags=(--input_size 224) ;;
-    peer) flags=(--input_size 256,128 --pixel_stats half --pos_resize bilinear) ;;
-    *) echo "row '$row': choose square or peer" >&2; exit 2 ;;
-esac
-if (( 128 % gpus )); then echo "GPUS=$gpus does not divide the batch of 128" >&2; exit 2; fi
+SET=VeRi-776 sign=train_label.xml rows="square peer" batch=128 gpus="${GPUS:-1}"
+source "$(dirname "$0")/recipe.sh"
+flags=(--input_size 224)
+if [ "$row" = peer ]; then flags=(--input_size 256,128 --pixel_stats half --pos_resize bilinear); fi
 vectors=(--clip_model ViT-L-14 --clip_pretrained openai)
-for flag in "$@"; do
+for flag in ${more[@]+"${more[@]}"}; do
     case "$flag" in --attr_vectors* | --clip_pretrained*) vectors=() ;; esac
 done
-cd "$(dirname "$0")/.."
-set -x
-exec "${PYTHON:-python}" -m torch.distributed.run --standalone --nproc_per_node="$gpus" main_finetune.py --task attr \
-    --attr_format veri776 --data_path "$data" --finetune "$checkpoint" --output_dir "$output" --resume auto \
-    --batch_size "$((128 / gpus))" --epochs 20 --warmup_epochs 5 --opt sgd --lr 8e-3 --weight_decay 1e-4 --drop_path 0.1 \
-    --seed 605 --report "${flags[@]}" ${vectors[@]+"${vectors[@]}"} "$@"
+launch --task attr --attr_format veri776 --epochs 20 --warmup_epochs 5 --opt sgd --lr 8e-3 --weight_decay 1e-4 --drop_path 0.1 \
+    --seed 605 "${flags[@]}" ${vectors[@]+"${vectors[@]}"}

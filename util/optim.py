@@ -53,19 +53,22 @@ def build_finetune_optimizer(
 
     Args:
         depth: blocks of the encoder. opt: sgd or adamw.
-        layer_decay: learning rates shrink by this factor from each layer to the one below it.
-        bias_lr_factor, head_lr_factor: of the rates of biases, and of what is not the encoder's (not under `base.`).
+        layer_decay: learning rates shrink by this factor from each layer to the one below it: a group's `lr_scale`.
+        bias_lr_factor, head_lr_factor: of the peak rates of biases, and of what is not the encoder's (`model.backbone`,
+            default `base.`): a group's `peak_scale`. As in TransReID and SETR, first and last rate are those of all.
     """
-    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    backbone = getattr(model, "backbone", "base.")
+    groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             scale = layer_decay ** (depth + 1 - layer_number(name, depth))
-            scale *= bias_lr_factor if name.endswith(".bias") else 1.0
-            scale *= 1.0 if name.startswith("base.") else head_lr_factor
+            peak = bias_lr_factor if name.endswith(".bias") else 1.0
+            peak *= 1.0 if name.startswith(backbone) else head_lr_factor
             plain = parameter.ndim <= 1 or name.endswith(("cls_token", "pos_embed"))
             decay = 0.0 if opt == "adamw" and plain else weight_decay
-            groups.setdefault((scale, decay), []).append(parameter)
-    listed = [{"params": p, "lr_scale": scale, "weight_decay": d} for (scale, d), p in groups.items()]
+            groups.setdefault((scale, peak, decay), []).append(parameter)
+    names = ("lr_scale", "peak_scale", "weight_decay")
+    listed = [{"params": params, **dict(zip(names, key))} for key, params in groups.items()]
     if opt == "adamw":
         return torch.optim.AdamW(listed, lr=lr, betas=(0.9, 0.999), fused=True)
     optimizer = torch.optim.SGD(listed, lr=lr, momentum=0.9, fused=True)

@@ -5,7 +5,12 @@
 # About 20 minutes of pre-training, then 8 (reid) or 2 minutes a run on one core. A stopped run goes on, a finished one is only
 # scored again; with other FLAGS it refuses, so take another OUTPUT.
 set -euo pipefail
-output="$(realpath -m "${1:?output folder}")"
+if (( ! $# )); then
+    sed -n 's/^# \(Usage.*\)/\1/p' "$0" >&2
+    echo "error: give OUTPUT, a folder" >&2
+    exit 2
+fi
+output="$(realpath -m "$1")"
 shift
 mkdir -p "$output"
 cd "$(dirname "$0")/../.."
