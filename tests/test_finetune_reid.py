@@ -1,6 +1,7 @@
 """Fine-tuning for re-identification, from a set on disk to numbers: saved, continued, shared, refused."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -17,11 +18,11 @@ from PIL import Image
 
 import main_finetune
 from datasets.reid import read_reid
-from datasets.samplers import PKBatches
+from datasets.samplers import PKBatches, pk_batches
 from datasets.transforms import PadCropErase, erase_box, erase_boxes
 from engine_finetune import seed_of_step
 from finetune.encoder import load_model
-from finetune.reid import extract_reid
+from finetune.reid import Reid, extract_reid
 from models_mae import MODELS
 from models_transreid import TransReID, TransReIDConfig, center_loss, hard_triplet_loss, move_centers
 from models_vit import SameOnAnyRanksDropPath, VisionTransformer
@@ -69,8 +70,8 @@ def test_a_run_leaves_a_model_that_scores_the_same(veri, trained, tmp_path, caps
     log = read_log(output)
     assert [row["epoch"] for row in log] == [0, 1, 1] and log[-1]["test_mAP"] == numbers["mAP"]
     assert log[1]["train_loss"] < log[0]["train_loss"] and log[0]["train_center"] > 0
-    for name in ("model.pth", "model.safetensors"):
-        found = score(output / name, veri, tmp_path / name, "--batch_size", "8")
+    for name, amp in (("model.pth", "none"), ("model.safetensors", "bf16")):  # which is for training only
+        found = score(output / name, veri, tmp_path / name, "--batch_size", "8", "--amp", amp)
         assert found == {k: v for k, v in numbers.items() if not k.startswith("reranked")}
     assert numbers["protocol"].split(" #")[0] in (output / "report.html").read_text()
     assert "SIE on" in capsys.readouterr().out
@@ -334,6 +335,33 @@ def test_batches_of_ranks_are_parts_of_one(veri):
     assert len(set(slots)) == len(slots)
 
 
+def test_a_vehicle_with_few_images_is_drawn_with_replacement():
+    """TransReID: np.random.choice(idxs, K, replace=True), so 16 vehicles of 3 show 38.5 of 48 images at K 4."""
+    pids = np.repeat(np.arange(17), [3] * 16 + [5])
+    batches = [pk_batches(pids, 17, 4, 0, epoch)[0] for epoch in range(60)]
+    assert all((np.bincount(pids[batch]) == 4).all() for batch in batches)
+    few, more = (np.mean([len(np.unique(b[rule(pids[b])])) for b in batches]) for rule in (
+        lambda x: x < 16, lambda x: x == 16))  # fmt: skip
+    assert few == pytest.approx(48 * (1 - (2 / 3) ** 4), abs=1) and more == 4
+
+
+def timm_cosine(base: float, first: float, last: float, epoch: int) -> float:
+    """The scheduler of TransReID's code for a group of learning rate `base`, 5 of 120 epochs of warm-up."""
+    if epoch < 5:
+        return first + epoch * (base - first) / 5
+    return last + 0.5 * (base - last) * (1 + math.cos(math.pi * epoch / 120))
+
+
+def test_biases_have_twice_the_peak_and_the_same_ends():
+    args = SimpleNamespace(lr=0.008, warmup_epochs=5.0, epochs=120, min_lr_ratio=0.002, warmup_lr_ratio=0.01)
+    lr = Reid(args, "cpu").lr
+    for epoch in range(1, 121):
+        for factor in (1, 2):
+            expected = timm_cosine(factor * 0.008, 0.01 * 0.008, 0.002 * 0.008, epoch)
+            assert lr(epoch - 1 + 0.5, factor) == pytest.approx(expected)
+    assert lr(119, 2) == lr(119)
+
+
 def test_the_schedule_is_transreids():
     lrs = [transreid_lr(epoch, 0.008, 8e-5, 1.6e-5, 5, 120) for epoch in range(1, 121)]
     assert lrs[0] == pytest.approx(8e-5 + (0.008 - 8e-5) / 5)
@@ -349,9 +377,9 @@ def test_layers_and_groups_of_the_optimiser():
     assert names["base.blocks.1.norm1.bias"] == 2 and names["b1.0.mlp.fc1.weight"] == 3
     assert names["classifier.0.weight"] == names["bottleneck.1.weight"] == 4
     optimizer = build_finetune_optimizer(model, 3, "sgd", 0.1, 1e-4, layer_decay=0.5, bias_lr_factor=2)
-    scale = {id(p): g["lr_scale"] for g in optimizer.param_groups for p in g["params"]}
-    assert scale[id(model.base.pos_embed)] == 0.5**4 and scale[id(model.classifier[0].weight)] == 1
-    assert scale[id(model.b1[0].mlp.fc1.bias)] == 2 * 0.5
+    scale = {id(p): (g["lr_scale"], g["peak_scale"]) for g in optimizer.param_groups for p in g["params"]}
+    assert scale[id(model.base.pos_embed)] == (0.5**4, 1) and scale[id(model.classifier[0].weight)] == (1, 1)
+    assert scale[id(model.b1[0].mlp.fc1.bias)] == (0.5, 2)
     assert all(g["weight_decay"] == 1e-4 for g in optimizer.param_groups)
     adamw = build_finetune_optimizer(model, 3, "adamw", 0.1, 0.05)
     decay = {id(p): g["weight_decay"] for g in adamw.param_groups for p in g["params"]}

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from PIL import Image
 
 from datasets.seg import PartsAugment, open_mask, open_pair, part_names, read_parts
 from datasets.transforms import distort_colours
-from finetune.seg import evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
+from finetune.seg import Seg, evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
 from metrics.seg import confusion_matrix, segmentation_numbers
 from models_setr import SETR, TAPS, CpuSyncBatchNorm, SETRConfig, scaled_taps, setr_loss, synchronized
 from models_vit import VisionTransformer
@@ -23,7 +24,7 @@ from tools import convert_partimagenet
 from tools.convert_partimagenet import fill_polygon
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
-from util.optim import poly_lr
+from util.optim import build_finetune_optimizer, poly_lr
 
 CPU = "--device cpu --amp none --num_workers 0".split()
 
@@ -126,6 +127,22 @@ def test_multi_level_aggregation_by_hand():
     found = head(levels, (2, 3))
     assert torch.allclose(found[0], head.classify(torch.cat(large, dim=1)), atol=1e-5)
     assert torch.allclose(found[2], head.aux[1](maps[1]), atol=1e-5)
+
+
+def test_the_backbone_of_mla_learns_as_setrs():
+    """Norms, lateral and 3 x 3 convolutions belong to SETR's backbone, at x 1; auxiliary classifiers have no bias."""
+    model = SETR(encoder(depth=4), SETRConfig(3, "mla"))
+    optimizer = build_finetune_optimizer(model, 4, "sgd", 0.1, 0.0, head_lr_factor=10)
+    peak = {id(p): group["peak_scale"] for group in optimizer.param_groups for p in group["params"]}
+    tens = {".".join(name.split(".")[:2]) for name, p in model.named_parameters() if peak[id(p)] == 10}
+    assert tens == {"decoder.branches", "decoder.classify", "decoder.aux"} and set(peak.values()) == {1, 10}
+    assert all(head.bias is None for head in model.decoder.aux)
+    pup = SETR(encoder(depth=4), SETRConfig(3, "pup"))
+    optimizer = build_finetune_optimizer(pup, 4, "sgd", 0.1, 0.0, head_lr_factor=10)
+    ones = [p for group in optimizer.param_groups for p in group["params"] if group["peak_scale"] == 1]
+    assert len(ones) == len(list(pup.base.parameters()))
+    task = Seg(SimpleNamespace(lr=1e-3, warmup_epochs=0, epochs=10, min_lr_ratio=0.1, warmup_lr_ratio=0), "cpu")
+    assert [task.lr(0, 10), task.lr(10, 10), task.lr(10)] == pytest.approx([1e-2, 1e-4, 1e-4])  # mmcv's PolyLrUpdater
 
 
 def test_progressive_upsampling_by_hand():
@@ -499,8 +516,8 @@ def test_a_run_leaves_a_model_that_scores_the_same(trained, parts, tmp_path):
     log = read_log(output)
     assert [row["epoch"] for row in log] == [0, 1, 1] and log[1]["train_loss"] < log[0]["train_loss"]
     assert log[0]["train_aux"] > 0 and log[-1]["test_mIoU"] == numbers["mIoU"]
-    for name in ("model.pth", "model.safetensors"):
-        assert score(output / name, parts, tmp_path) == numbers
+    for name, amp in (("model.pth", "none"), ("model.safetensors", "bf16")):  # which is for training only
+        assert score(output / name, parts, tmp_path, "--amp", amp) == numbers
     whole = score(output / name, parts, tmp_path, "--seg_eval", "whole", "--seg_split", "val")
     assert "whole image at 32 x 32 px" in whole["protocol"] and whole["mIoU"] != numbers["mIoU"]
     for name in ("model.pth", "checkpoint-last.pth", "checkpoint-1.pth", "model.safetensors"):
