@@ -1,5 +1,6 @@
 """Images with attributes: VeRi-776's colours and types from its XML, or any table whose header names them."""
 
+import codecs
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ import numpy as np
 
 from datasets.manifest import check_first_exist
 from datasets.path_list import PathList, printable
-from datasets.tables import Labelled, LabelledItems, cell, iterate_table, known, published_note
+from datasets.tables import Labelled, LabelledItems, cell, iterate_table, known, published_note, split_name
 from util.errors import InputError
 
 UNKNOWN = -1
@@ -119,6 +120,9 @@ def _read_veri(root: Path, need_train: bool) -> AttributeData:
         items = list(veri_items(file)) if file.is_file() else []
         rows = {name: codes for name, codes, _ in items}
         vehicles.append({vehicle for *_, vehicle in items} - {None})
+        for key, place in (("colorID", 0), ("typeID", 1)):
+            if unknown := sum(codes[place] is None for codes in rows.values()):
+                notes.append(f"{unknown:,} items of {file.name} have no {key} that is known (0, -1 or none)")
         labels = [
             [UNKNOWN if code is None else code == k for code, n in zip(codes, (10, 9)) for k in range(1, n + 1)]
             for codes in rows.values()
@@ -139,10 +143,20 @@ def _read_veri(root: Path, need_train: bool) -> AttributeData:
 
 def veri_items(file: Path) -> Iterator[tuple[str, list[int | None], str | None]]:
     """(image, [colour, type], vehicle) of the items of one of VeRi-776's label files; colours count from 1 to 10, types
-    to 9, None where the item has none. The files declare gb2312, which ElementTree refuses."""
+    to 9, None: unknown. Decoded by mark, declaration, or as GB18030, whose subset gb2312 ElementTree refuses."""
     try:
-        root = ET.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", file.read_text(encoding="gb18030")))
-    except (UnicodeDecodeError, ET.ParseError, OSError) as error:
+        data = file.read_bytes()
+        declared = re.match(rb"""\s*<\?xml[^>]*encoding\s*=\s*["']([\w.-]+)""", data)
+        encoding = declared and declared[1].decode()
+        for mark, name in (
+            (codecs.BOM_UTF8, "utf-8-sig"),
+            (codecs.BOM_UTF16_LE, "utf-16"),
+            (codecs.BOM_UTF16_BE, "utf-16"),
+        ):
+            encoding = name if data.startswith(mark) else encoding
+        encoding = {None: "gb18030", "gb2312": "gb18030", "gbk": "gb18030"}.get(encoding and encoding.lower(), encoding)
+        root = ET.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", data.decode(encoding)))
+    except (ValueError, LookupError, ET.ParseError, OSError) as error:
         raise InputError(f"{file} cannot be read as XML ({error}): copy it again") from error
     names: set[str] = set()
     for number, item in enumerate(root.iter("Item"), 1):
@@ -165,7 +179,7 @@ def _read_table(
     file: Path, binary: list[str] | None, categorical: list[str], test_split: str,
     known: tuple[Attribute, ...] | None, need_train: bool,
 ) -> AttributeData:  # fmt: skip
-    if test_split == "train":
+    if (test_split := split_name(test_split)) == "train":
         raise InputError("--attr_split train would test on what is trained on: name another split")
     rows: dict[str, list[tuple[str, ...]]] = {}  # split -> path, cells of the columns
     for number, row in enumerate(iterate_table(file, ("split", *(binary or ()), *categorical)), 1):

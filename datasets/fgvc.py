@@ -8,7 +8,7 @@ import numpy as np
 from datasets.manifest import list_images
 from datasets.matfile import read_cell_strings, read_struct_array
 from datasets.path_list import PathList
-from datasets.tables import PUBLISHED, Labelled, LabelledItems, cell, iterate_table, published_note
+from datasets.tables import PUBLISHED, Labelled, LabelledItems, cell, iterate_table, published_note, split_folder
 from util.errors import InputError
 
 TRAIN, TEST, ANNOS = "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat", "cars_annos.mat"
@@ -210,15 +210,16 @@ def _folder_rows(folder: Path, held_out: tuple[str, ...], need_train: bool) -> l
     """(path, split, class) of the images of a tree."""
 
     rows = []
-    test = next((name for name in held_out if (folder / name).is_dir()), held_out[0])
+    test = next((name for name in held_out if split_folder(folder, name).is_dir()), held_out[0])
     for split in ("train", test):
-        if not (folder / split).is_dir():
+        place = split_folder(folder, split)
+        if not place.is_dir():
             if split == "train" and not need_train:
                 continue
             raise InputError(f"{folder} has no folder {split}/: an ImageFolder needs train/ and {test}/")
-        paths = list_images(folder / split)
+        paths = list_images(place)
         for relative in (Path(paths.relative(index)) for index in range(len(paths))):
             if len(relative.parts) < 2:
-                raise InputError(f"{folder / split / relative} lies in no class folder")
-            rows.append((f"{split}/{relative}", split, relative.parts[0]))
+                raise InputError(f"{place / relative} lies in no class folder")
+            rows.append((f"{place.name}/{relative}", split, relative.parts[0]))
     return rows

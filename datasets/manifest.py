@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from datasets.path_list import PACK_HEADER, PackedImages, PathList
-from datasets.tables import TABLE_ENDINGS, iterate_table
+from datasets.tables import TABLE_ENDINGS, iterate_table, split_name
 from util.errors import InputError
 
 IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
@@ -40,7 +40,7 @@ def list_images(data_path: str | Path, split: str | None = None) -> PathList | P
     def chosen() -> Iterator[str]:
         for row in iterate_table(data_path):
             found.add(row.get("split"))
-            if split is None or row.get("split") == split:
+            if split is None or row.get("split") == split_name(split):
                 yield row["path"]
 
     paths = PathList(data_path.parent, chosen())
@@ -80,7 +80,7 @@ def _list_folder(folder: Path) -> PathList:
 def check_first_exist(paths: PathList, manifest: Path) -> None:
     """A manifest moved away from its images is found now, not image by image."""
     first = range(min(len(paths), 50))
-    if not any(paths[index].exists() for index in first):
+    if not any(os.path.exists(paths[index]) for index in first):
         raise InputError(
             f"none of the first {len(first)} images of {manifest} exists, for example {paths[0]}: paths in a manifest "
             "are relative to the manifest's own folder"

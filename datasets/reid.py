@@ -20,6 +20,7 @@ from util.errors import InputError
 from util.files import file_sha256
 
 UNKNOWN = -1
+VERI_NAME = "0001_c001_...jpg, vehicle and camera (where names hold no identity, give a table: path, pid, split, camid)"
 SIGNS = {  # files and folders by which a layout is recognised
     "image_train": "veri776", "train_test_split/test_list_800.txt": "vehicleid", "attribute/img2vid.txt": "vehicleid",
     "train_test_split/train_list.txt": "veriwild", "train_test_split/train_list_start0.txt": "veriwild",
@@ -194,7 +195,7 @@ def read_veri(root: Path, need_train: bool) -> ReidData:
             listed = []
         else:
             raise InputError(f"{root} has neither name_{part}.txt nor image_{part}/: unpack VeRi-776 again")
-        found = _matches(folder, listed, r"((-?\d+)_c(\d+).*)", "a VeRi-776 name, which begins like 0001_c001_")
+        found = _matches(folder, listed, r"((-?\d+)_c(\d+).*)", VERI_NAME)
         parts[part] = [
             (f"{folder.name}/{name}", known(pid), int(c) - 1, views.get(name, UNKNOWN)) for name, pid, c in found
         ]

@@ -21,6 +21,7 @@ from datasets.images import Unreadable, is_turned, open_image, open_rgb, to_rgb,
 from datasets.items import TrainItems
 from datasets.manifest import list_images
 from datasets.path_list import PathList
+from datasets.tables import split_folder
 from datasets.transforms import IGNORE, PartsAugment
 from util.dist import is_main_process
 from util.errors import InputError
@@ -153,7 +154,7 @@ def read_label_space(file: Path, name: str) -> LabelSpace:
 
 def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, PathList]:
     """Images of a split and their masks; each image must have one, and for itself alone."""
-    image_root, mask_root = root / "images" / split, root / "annotations" / split
+    image_root, mask_root = (split_folder(root / kind, split) for kind in ("images", "annotations"))
     for folder in (image_root, mask_root):
         if not folder.is_dir():
             found = ", ".join(name for name in SPLITS if (root / "images" / name).is_dir()) or "none"

@@ -3,8 +3,9 @@
 import csv
 import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from datasets.path_list import PathList
 from util.errors import InputError
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".txt")
+COLUMNS = ("path", "pid", "split", "camid", "viewid", "label")
 PUBLISHED = {  # images, identities and classes as published; another count is said, not refused
     "veri776": {"train": 37_778, "train identities": 575, "query": 1678, "gallery": 11_579, "test": 11_579},
     "vehicleid": {
@@ -69,58 +71,106 @@ class LabelledItems(TrainItems):
 
 
 def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = "", key: str = "path") -> Iterator:
-    """The rows of a table as dicts, one at a time: a million rows are never in memory together. All have a `key`.
+    """The rows of a table as dicts, one at a time: a million rows are never in memory together. All have a `key`. Names
+    of columns and of splits are taken as they are meant, see `_names` and `split_name`.
 
     Args:
         needed: columns that must be there, besides `key`. advice: what to say where one is not. key: "" for none.
     Raises:
         InputError: unknown ending, no such column, a broken or empty row, no rows.
     """
-    file, count = Path(file), 0
+    file, count, seen, names = Path(file), 0, None, []
     if file.suffix.lower() not in TABLE_ENDINGS:
         raise InputError(f"{file} is neither a folder nor a manifest: manifests end in {', '.join(TABLE_ENDINGS)}")
     try:
         with open(file, encoding="utf-8-sig", newline="") as opened:
-            for count, row in enumerate(_rows(file, opened, key), 1):
-                missing = [column for column in needed if column not in row] if count == 1 else ()
-                if missing:
-                    raise InputError(f"{file} has no column '{missing[0]}': it has {', '.join(row)}{advice}")
+            for count, (line, row) in enumerate(_rows(file, opened), 1):
+                if tuple(row) != seen:  # keys of a .jsonl change from row to row
+                    seen, names = tuple(row), _names(file, row, (key, *needed))
+                    missing = [name for name in (key, *needed) if name and name not in names and count == 1]
+                    if missing:
+                        raise InputError(f"{file} has no column '{missing[0]}': it has {', '.join(names)}{advice}")
+                row = dict(zip(names, row.values()))
+                _check_texts(file, line, row, key)
+                if isinstance(row.get("split"), str):
+                    row["split"] = split_name(row["split"])
                 yield row
     except UnicodeDecodeError as error:
         raise InputError(f"{file} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
+    except OSError as error:
+        raise InputError(f"{file} cannot be read: {error.strerror}") from error
     if not count:
         raise InputError(f"{file} lists no image: it has no row")
 
 
-def _rows(file: Path, opened, key: str) -> Iterator[dict[str, str]]:
-    ending = file.suffix.lower()
-    if ending == ".txt":
-        yield from ({"path": line.strip()} for line in opened if line.strip())
+def _rows(file: Path, opened) -> Iterator[tuple[int, dict]]:
+    """(line, row by the names of its columns) of what is no empty line."""
+    if file.suffix.lower() == ".txt":
+        yield from ((number, {"path": line.strip()}) for number, line in enumerate(opened, 1) if line.strip())
         return
-    if ending == ".jsonl":
+    if file.suffix.lower() == ".jsonl":
         for number, line in enumerate(opened, 1):
-            if not line.strip():
-                continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise InputError(f"{file}, line {number} is not JSON: {error.msg}") from error
-            if not isinstance(row, dict):
+                row = json.loads(line) if line.strip() else None
+            except (ValueError, RecursionError) as error:  # of more than 4,300 digits, nested too deep
+                raise InputError(f"{file}, line {number} is not JSON: {getattr(error, 'msg', error)}") from error
+            if line.strip() and not isinstance(row, dict):
                 raise InputError(f"{file}, line {number} is not a JSON object: write one a line")
-            if key and not (isinstance(row.get(key), str) and row[key]):
-                raise InputError(f"{file}, line {number} has no text under the key '{key}'")
-            yield row
+            if line.strip():
+                yield number, row
         return
-    reader = csv.DictReader(opened, delimiter="\t" if ending == ".tsv" else ",")
-    if key and key not in (reader.fieldnames or []):
-        header = ", ".join(reader.fieldnames or ["nothing"])
-        raise InputError(f"{file} has no column '{key}': its first line holds {header}")
-    for row in reader:
-        if key and not row[key]:
-            raise InputError(f"{file}, line {reader.line_num}: the column '{key}' is empty")
-        if None in row or None in row.values():
-            raise InputError(f"{file}, line {reader.line_num} has another number of fields than the first line")
-        yield row
+    between = "\t" if file.suffix.lower() == ".tsv" else ","
+    layout = {"delimiter": between, "skipinitialspace": True}
+    reader = csv.reader(opened, strict=True, **layout)
+    try:
+        header = next(csv.reader([opened.readline()], **layout), [])
+        for cells in filter(None, reader):
+            what = "" if len(cells) == len(header) else "another number of fields than the first line"
+            if any("\n" in text and between in text for text in cells):
+                what = f"a field over several lines with '{between}' in it"
+            if what:
+                raise InputError(f"{file}, line {1 + reader.line_num} has {what}: look for a lost quote or separator")
+            yield 1 + reader.line_num, dict(zip(header, cells))
+    except csv.Error as error:
+        raise InputError(f"{file}, line {1 + reader.line_num}: {error}: look for a lost quote") from error
+
+
+def _names(file: Path, header: Iterable[str], needed: tuple[str, ...]) -> list[str]:
+    """The names of a table's columns without spaces and quotes around them; those that are asked for whatever their
+    capitals."""
+    meant = {name.lower(): name for name in (*COLUMNS, *needed)}
+    names = [name.strip(" \t\r\n\ufeff\"'") for name in header]
+    names = [name if name in needed else meant.get(name.lower(), name) for name in names]
+    if twice := [name for name in names if name and names.count(name) > 1]:
+        raise InputError(f"{file} has the column '{twice[0]}' twice: rename one")
+    return names
+
+
+def _check_texts(file: Path, line: int, row: dict, key: str) -> None:
+    """InputError where the key is no text, or a text cannot be the name of a file, or be written as UTF-8."""
+    where = f"{file}, line {line}"
+    if key and not (isinstance(row.get(key), str) and row[key].strip()):
+        raise InputError(f"{where} has no text in the column '{key}'")
+    for name, value in row.items():
+        try:
+            if isinstance(value, str) and not (value.isascii() and value.isprintable()):
+                os.fsencode(value) if name == "path" else value.encode()
+                if "\0" in value or (name == "path" and "\n" in value and not os.path.lexists(file.parent / value)):
+                    raise ValueError("a lost quote, or a character that no name has")
+        except ValueError as error:
+            raise InputError(f"{where}: the column '{name}' is damaged ({error})") from error
+
+
+def split_name(text: str) -> str:
+    """train, val and test under other spellings: Train, validation, valid ..."""
+    name = text.strip().lower()
+    return {"training": "train", "valid": "val", "validation": "val", "testing": "test"}.get(name, name)
+
+
+def split_folder(root: Path, split: str) -> Path:
+    """The folder of a split, however it is spelled."""
+    found = [folder.name for folder in root.iterdir() if split_name(folder.name) == split] if root.is_dir() else []
+    return root / (split if split in found or not found else found[0])
 
 
 def cell(row: dict, column: str) -> str:

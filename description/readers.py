@@ -9,7 +9,7 @@ from pathlib import Path
 
 from datasets.attr import VERI_COLOURS, VERI_TYPES, veri_items
 from datasets.matfile import read_cell_strings
-from datasets.tables import cell, iterate_table
+from datasets.tables import cell, iterate_table, split_name
 from description.canonical import TABLE, column_key, slot_of
 from util.errors import InputError
 
@@ -61,7 +61,7 @@ def read_table(file: Path, columns: dict[str, str] | None = None, split: str | N
         header = tuple(row)
         if header not in named:
             named[header] = _name_columns(file, header, columns, extra)
-        if split is None or row.get("split", split) == split:
+        if split is None or row.get("split", split_name(split)) == split_name(split):
             yield {slot: row[name] for name, slot in named[header].items() if row[name]}
     seen = {name for header in named for name in header}
     words = ", ".join(sorted(seen))

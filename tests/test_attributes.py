@@ -182,6 +182,23 @@ def test_a_damaged_veri_is_refused_or_told(copy):
     assert len(read_attribute_set(copy, need_train=False, known=VERI).train) == 0
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "gb18030"])
+def test_veri_in_any_encoding_and_with_types_that_are_unknown(copy, encoding):
+    """VeRi-776 1.0 has typeID 0; an editor saves as UTF-8, and leaves the declaration or not."""
+    declared = f'<?xml version="1.0" encoding="{encoding.removesuffix("-sig")}"?>'
+    for name, declaration in (("train", declared), ("test", "")):
+        file = copy / f"{name}_label.xml"
+        text = file.read_text(encoding="gb2312").split("?>", 1)[1].replace("<Items", '<Items maker="\u8f66"')
+        for value in ("0", "", "-1", "00", "NaN"):
+            text = re.sub('typeID="[1-9]"', f'typeID="{value}"', text, count=1)
+        write = encoding if declaration or encoding != "utf-8" else "gb18030"  # without mark and declaration
+        file.write_bytes((declaration + text).encode(write))
+    data = read_attribute_set(copy)
+    assert len(data.train) == 48 and (data.train.labels[:5, 10:] == -1).all() and (data.train.labels[5:] >= 0).all()
+    assert (data.train.labels[:, :10] >= 0).all()
+    assert "5 items of train_label.xml have no typeID that is known (0, -1 or none)" in data.notes
+
+
 def write_table(folder, text: str, name="own.csv"):
     for number in range(4):
         (folder / f"{number}.jpg").write_bytes(b"")
@@ -192,7 +209,7 @@ def write_table(folder, text: str, name="own.csv"):
 
 def test_tables_of_binary_columns(tmp_path):
     file = write_table(
-        tmp_path, "path,split,taxi,rack\n0.jpg,train,1,0\n1.jpg,train,0,\n2.jpg,test,False,TRUE\n3.jpg,val,1,1\n"
+        tmp_path, "path,split,taxi,rack\n0.jpg,train,1.0,0\n1.jpg,train,0,-1\n2.jpg,test,False,TRUE\n3.jpg,val,1,1\n"
     )
     data = read_attribute_set(file)
     assert data.attributes == (Attribute("taxi"), Attribute("rack"))
@@ -201,7 +218,7 @@ def test_tables_of_binary_columns(tmp_path):
     notes = "\n".join(data.notes)
     assert "1 of split 'val'" in notes and "1 labels of train are unknown" in notes
     assert "1 attributes are never true in train: rack" in notes
-    assert read_attribute_set(file, binary=["taxi"], test_split="val").test.labels.tolist() == [[1]]
+    assert read_attribute_set(file, binary=["taxi"], test_split="validation").test.labels.tolist() == [[1]]
 
 
 def test_tables_of_words(tmp_path):

@@ -65,10 +65,10 @@ def test_manifests(tmp_path, ending):
     [
         ("empty", None, "it is empty"),
         ("nocolumn.csv", "file,split\na.png,train\n", "no column 'path'"),
-        ("hole.csv", "path,split\n,train\n", "line 2: the column 'path' is empty"),
+        ("hole.csv", "path,split\n,train\n", "line 2 has no text in the column 'path'"),
         ("broken.jsonl", '{"path": "a.png"}\nnot json\n', "line 2 is not JSON"),
-        ("nokey.jsonl", '{"file": "a.png"}\n', "line 1 has no text under the key 'path'"),
-        ("number.jsonl", '{"path": "a.png"}\n{"path": 5}\n', "line 2 has no text under the key 'path'"),
+        ("nokey.jsonl", '{"file": "a.png"}\n', "no column 'path': it has file"),
+        ("number.jsonl", '{"path": "a.png"}\n{"path": 5}\n', "line 2 has no text in the column 'path'"),
         ("nothing.csv", "path\n", "no row"),
         ("elsewhere.csv", "path\n/no/such/1.png\n/no/such/2.png\n", "none of the first 2 images"),
         ("odd.xlsx", "", "neither a folder nor a manifest"),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.tables import cell, iterate_table
+from datasets.tables import cell, iterate_table, split_name
 from util.cli import Parser, run_tool
 from util.errors import InputError
 from util.files import write_atomic
@@ -54,7 +54,7 @@ def main(args) -> dict:
     for name in names:
         chosen, splits = members[name], []
         if args.test_split is not None:
-            chosen = [r for r in chosen if (r.get("split") == args.test_split) == (name in tested)]
+            chosen = [r for r in chosen if (r.get("split") == split_name(args.test_split)) == (name in tested)]
         if name not in tested:
             splits = ["train"] * len(chosen)
         elif len(chosen) > args.queries:
