@@ -456,6 +456,41 @@ def damaged_release(source, what: str) -> None:
         shutil.rmtree(source)
 
 
+def test_polygons_that_are_none_are_dropped_and_counted(releases, tmp_path):
+    source = shutil.copytree(releases / "ood", tmp_path / "ood")
+    content = json.loads((source / "train.json").read_text())
+    far, odd = [1.0, 1.0, 1e300, 5.0, 9.0, 9.0], [1.0, float("nan"), 5.0, 5.0, 9.0, 9.0]
+    rings = [far, odd, [1, "2", 5, 5, 9, 9], [True] * 6, [[1, 2]] * 6, [float("inf"), 1, 5, 5, 9, 9]]
+    content["annotations"][1]["segmentation"] += [*rings, [1.0, 1.0, 9.0, 9.0], 7, [-3.0, -3.0, 4.0, -3.0, 4.0, 4.0]]
+    content["annotations"][2]["segmentation"] = {"counts": "run-length", "size": [3, 3]}
+    (source / "train.json").write_text(json.dumps(content))
+    dropped = convert(source, tmp_path / "o", "--label_space", "car_parts")["dropped"]
+    assert dropped["polygons with NaN, texts or points far away"] == len(rings)
+    assert dropped["polygons of fewer than 3 points"] == 4 and dropped["annotations without a usable polygon"] == 1
+
+
+@pytest.mark.parametrize(
+    "entry, name, value, message",
+    [
+        ("annotations", "image_id", [3], "one of its annotations has image_id"),
+        ("annotations", "category_id", "24", "one of its annotations has category_id '24'"),
+        ("annotations", "category_id", 24.5, "has category_id '24.5'"),
+        ("annotations", "category_id", -1, "category_id -1, but ids go from 0"),
+        ("images", "width", None, "one of its images has width 'None'"),
+        ("images", "height", float("nan"), "one of its images has height 'nan'"),
+        ("images", "file_name", 7, "one of its images has file_name '7'"),
+        ("categories", "id", "x", "is no COCO json"),
+    ],
+)
+def test_wrong_types_in_a_coco_json_get_a_sentence(releases, tmp_path, entry, name, value, message):
+    source = shutil.copytree(releases / "ood", tmp_path / "ood")
+    content = json.loads((source / "train.json").read_text())
+    content[entry][0][name] = value
+    (source / "train.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match=message):
+        convert(source, tmp_path / "o")
+
+
 def test_a_class_without_a_pixel_is_refused_before_training(tmp_path):
     write_classes(tmp_path, ["background", "car"])
     for split in ("train", "val"):

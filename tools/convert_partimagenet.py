@@ -43,11 +43,16 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from datasets.images import UNREADABLE, is_turned, why_unreadable
+from datasets.images import Unreadable, is_turned, open_image, why_unreadable
 from datasets.manifest import IMAGE_ENDINGS
 from datasets.seg import BACKGROUND_ID, IGNORE, KINDS, PARTS, SPLITS, open_mask, part_names
 from util.errors import InputError
 
+FIELDS = {
+    "annotations": {"image_id": int, "category_id": int},
+    "images": {"id": int, "file_name": str, "width": int, "height": int},
+}
+FAR = 100_000  # px: a point that is farther away is no point of a picture
 NUM_IDS = 40  # 0 to 23 are parts of animals, 38 and 39 of bottles
 TEST_SHARE, VAL_SHARE = 0.10, 0.05  # about those of the release "_Seg"
 SYNSETS = {
@@ -151,14 +156,16 @@ def read_coco(file: Path) -> dict:
     """A json of COCO's form whose ids of parts are those of the release; InputError where it is not."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        names = {c["id"]: f"{c.get('supercategory', '')} {c['name']}" for c in content.get("categories", ())}
-        largest = max((annotation["category_id"] for annotation in content["annotations"]), default=0)
-        for entry, names_of in (("annotations", {"image_id"}), ("images", {"id", "file_name", "width", "height"})):
-            if not all(names_of <= row.keys() for row in content[entry]):
-                raise ValueError(f"one of its {entry} lacks {', '.join(sorted(names_of))}")
-        if largest >= NUM_IDS:
-            raise ValueError(f"category_id {largest}, but ids go to {NUM_IDS - 1}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        names = {int(c["id"]): f"{c.get('supercategory', '')} {c['name']}" for c in content.get("categories", ())}
+        for entry, kinds in FIELDS.items():
+            for row in content[entry]:
+                wrong = [name for name, kind in kinds.items() if type(row.get(name)) is not kind]
+                if wrong:
+                    raise ValueError(f"one of its {entry} has {wrong[0]} {str(row.get(wrong[0]))[:40]!r}")
+        ids = {annotation["category_id"] for annotation in content["annotations"]}
+        if strange := ids - set(range(NUM_IDS)):
+            raise ValueError(f"category_id {min(strange)}, but ids go from 0 to {NUM_IDS - 1}")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{file} is no COCO json of PartImageNet: {type(error).__name__} {error}") from error
     for number, part in (pair for parts in PARTS.values() for pair in parts.items()):
         places = [i for i, name in names.items() if re.sub("[^a-z]+", " ", name.lower()).endswith(part.lower())]
@@ -174,15 +181,15 @@ def problem(row: dict, dropped: Counter) -> str:
     """'' or why a picture cannot be used; its annotations become `polygons`, a list of (id, polygons)."""
     file, what, values = row["source"], "image", []
     try:
-        with Image.open(file) as image:
-            sizes = {image.size, image.size[::-1]} if is_turned(image) else {image.size}
+        image = open_image(file, decode=False)
+        sizes = {image.size, image.size[::-1]} if is_turned(image) else {image.size}
         if "mask" in row:
             file, what = row["mask"], "mask"
             mask = open_mask(file)
             row["size"], values = mask.shape[::-1], np.unique(mask).tolist()
-    except FileNotFoundError:
-        return "no mask" if what == "mask" else "no such file"
-    except UNREADABLE as error:
+    except Unreadable as error:
+        if not file.is_file():
+            return "no mask" if what == "mask" else "no such file"
         return f"the {what} cannot be read ({why_unreadable(error)[:60]})"
     if strange := [value for value in values if NUM_IDS < value != IGNORE]:
         raise InputError(
@@ -197,10 +204,13 @@ def problem(row: dict, dropped: Counter) -> str:
     for annotation in row.pop("annotations"):
         polygons = annotation.get("segmentation")
         polygons = polygons if isinstance(polygons, list) else []  # run-length codes are of crowds
-        whole = [polygon for polygon in polygons if len(polygon) >= 6 and len(polygon) % 2 == 0]
+        whole = [ring for ring in polygons if isinstance(ring, list) and len(ring) >= 6 and len(ring) % 2 == 0]
+        near = [ring for ring in whole if all(type(x) in (int, float) and abs(x) <= FAR for x in ring)]
         dropped["polygons of fewer than 3 points"] += len(polygons) - len(whole)
+        dropped["polygons with NaN, texts or points far away"] += len(whole) - len(near)
+        whole = near
         dropped["annotations without a usable polygon"] += not whole
-        row["polygons"] += [(int(annotation["category_id"]), whole)] if whole else []
+        row["polygons"] += [(annotation["category_id"], whole)] if whole else []
     # all background would teach that there is no vehicle
     return "" if row["polygons"] else "no annotation that can be drawn"
 
