@@ -170,7 +170,7 @@ def _lines(file: Path) -> list[str]:
 def _matches(file: Path, lines: Iterable[str], pattern: str, example: str) -> Iterator[tuple[str, ...]]:
     """The groups of `pattern` in every line of a list, which must look like `example`."""
     for number, line in enumerate(lines, 1):
-        found = re.fullmatch(pattern, line)
+        found = re.fullmatch(pattern, line, re.ASCII) if "\0" not in line else None
         if found is None:
             raise InputError(f"{file}, line {number} is '{line[:60]}', not like {example}")
         yield found.groups()
@@ -195,7 +195,7 @@ def read_veri(root: Path, need_train: bool) -> ReidData:
             listed = []
         else:
             raise InputError(f"{root} has neither name_{part}.txt nor image_{part}/: unpack VeRi-776 again")
-        found = _matches(folder, listed, r"((-?\d+)_c(\d+).*)", VERI_NAME)
+        found = _matches(folder, listed, r"((-?\d+)_c(\d{1,9})\D.*)", VERI_NAME)
         parts[part] = [
             (f"{folder.name}/{name}", known(pid), int(c) - 1, views.get(name, UNKNOWN)) for name, pid, c in found
         ]
@@ -212,7 +212,7 @@ def read_vehicleid(root: Path, need_train: bool) -> ReidData:
         return [(f"image/{image}.jpg", known(pid), UNKNOWN, UNKNOWN) for image, pid in found]
 
     endings = (file.stem.rsplit("_", 1)[1] for file in folder.glob("test_list_*.txt"))
-    sizes = sorted(int(ending) for ending in endings if ending.isdecimal())
+    sizes = sorted(int(ending) for ending in endings if re.fullmatch("[0-9]{1,9}", ending))
     if not sizes:
         raise InputError(f"{folder} has no test_list_800.txt or the like: unpack VehicleID again")
     tests = {str(size): (rows(f"test_list_{size}.txt"),) for size in sizes}
@@ -228,13 +228,13 @@ def read_veriwild(root: Path, need_train: bool) -> ReidData:
     if info.is_file():
         lines = _lines(info)
         is_header = not re.search(r";\s*\d+\b", lines[0])
-        pattern = r"(?:.*/)?([^/;]+);\s*(\d+)\b.*"
+        pattern = r"(?:.*/)?([^/;]+);\s*(\d{1,9})\b.*"
         cameras = dict(_matches(info, lines[is_header:], pattern, "'id/image;camera;...'"))
 
     def rows(*names: str) -> list[Row]:
         """Of the first of these lists that is there."""
         file = next((folder / name for name in names if (folder / name).is_file()), folder / names[-1])
-        pattern, found = r"((\S+?)/\S+?)(?:\.jpg)?(?:\s+\S+\s+(\d+))?", []
+        pattern, found = r"((\S+?)/\S+?)(?:\.jpg)?(?:\s+\S+\s+(\d{1,9}))?", []
         example = "'00001/000001' or '00001/000001.jpg label camera'"
         for image, vehicle, camera in _matches(file, _lines(file), pattern, example):
             camera = camera or cameras.get(image.rsplit("/", 1)[-1])

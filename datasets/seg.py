@@ -125,7 +125,7 @@ def read_label_space(file: Path, name: str) -> LabelSpace:
         classes, ignore = content["classes"], content.get("ignore", IGNORE)
         pairs = enumerate(classes) if isinstance(classes, list) else classes.items()
         values = {int(value): str(text) for value, text in pairs}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise InputError(f"{file} cannot be understood ({error}): write for example {example}") from error
     if not isinstance(ignore, int) or not 0 <= ignore <= 255 or ignore in values:
         raise InputError(f'{file}: "ignore" is {ignore!r}, and must be a value from 0 to 255 that no class has')

@@ -80,7 +80,7 @@ def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = 
         InputError: unknown ending, no such column, a broken or empty row, no rows.
     """
     file, count, seen, names = Path(file), 0, None, []
-    if file.suffix.lower() not in TABLE_ENDINGS:
+    if file.suffix.lower() not in TABLE_ENDINGS or not file.is_file():
         raise InputError(f"{file} is neither a folder nor a manifest: manifests end in {', '.join(TABLE_ENDINGS)}")
     try:
         with open(file, encoding="utf-8-sig", newline="") as opened:

@@ -81,7 +81,7 @@ def read_encoded(text_bank: Path, identity: TeacherIdentity) -> tuple[torch.Tens
             header["teacher"], texts = json.loads(header["teacher"]), header["texts"].split("\n")
         made_by, texts_sha256, bank_sha256 = (header[key] for key in ("teacher", "texts_sha256", "bank_sha256"))
         rows = (len(texts), made_by["embed_dim"])
-    except (SafetensorError, ValueError, KeyError, TypeError, EOFError, OSError) as error:
+    except (SafetensorError, ValueError, KeyError, TypeError, EOFError, OSError, RecursionError) as error:
         raise InputError(
             f"--text_bank {text_bank} is no text bank, incomplete or damaged ({error}): {again}"
         ) from error

@@ -139,7 +139,7 @@ def test_veri_is_read_from_its_gb2312_files(veri):
             assert images.labels[i, VERI_COLOURS.index(colour)] == 1
             assert images.labels[i, 10 + VERI_TYPES.index(body)] == 1
     notes = "\n".join(data.notes)
-    assert "train 48 instead of 37,778, test 30 instead of 11,579" in notes
+    assert "smaller than the published set" in notes
     assert "never true in train: " in notes and "colour: gold" in notes
     data.train.labels[7, 0] ^= 1
     assert data.sha256() != read_attribute_set(veri).sha256()
@@ -305,7 +305,7 @@ def test_random_vectors_are_orthogonal_and_a_function_of_the_seed():
 def test_vectors_of_the_teachers_text_tower(teacher_files):
     sentences = ["a photo of a red vehicle.", "a photo of an SUV."]
     vectors, source = vectors_of_clip(*map(str, teacher_files), sentences)
-    clip, tokenizer, identity = load_clip(*map(str, teacher_files))
+    clip, tokenizer, identity = load_clip(*map(str, teacher_files), [0.5], [0.5])
     assert torch.equal(vectors, encode_texts(clip, tokenizer, sentences)) and vectors.shape == (2, 24)
     assert torch.allclose(vectors.norm(dim=1), torch.ones(2))
     assert source == f"text tower of MiniClip-test, weights {identity.weights_sha256[:16]}"

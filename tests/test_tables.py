@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import time
 
 import pytest
@@ -99,6 +100,31 @@ def test_names_that_only_look_odd_are_read(tmp_path):
     (tmp_path / "t.csv").write_text("path,pid,split\n" + "x" * 300 + ".jpg,1,train\n")
     with pytest.raises(InputError, match="none of the first 1 images"):
         list_images(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    "line", ["0001_c" + "9" * 5000 + "_1.jpg", "0001_c001_\0.jpg", "0001_c\u0661_1.jpg", "000001.jpg"]
+)
+def test_lists_of_published_sets_with_odd_lines_get_a_sentence(tmp_path, line):
+    for part in ("train", "query", "test"):
+        (tmp_path / f"image_{part}").mkdir()
+        (tmp_path / f"name_{part}.txt").write_text(f"0001_c001_1.jpg\n{line}\n")
+    with pytest.raises(InputError, match="line 2 is '.*', not like 0001_c001_.*give a table: path, pid, split, camid"):
+        read_reid(tmp_path)
+
+
+def test_labels_that_are_none_are_counted(tmp_path):
+    rows = ["a.jpg,train,1.0", "b.jpg,train,2", "c.jpg,train,-1", "d.jpg,val,1", "e.jpg,val,nan", "f.jpg,val,2.0"]
+    (tmp_path / "t.csv").write_text("\n".join(["path,split,label", *rows]))
+    found = list_labelled(tmp_path / "t.csv")
+    assert (found.classes, found.unlabelled, found.labels.tolist()) == (["1", "2"], 2, [0, 1, -1, 0, -1, 1])
+
+
+def test_a_pipe_is_no_table(tmp_path):
+    os.mkfifo(tmp_path / "t.csv")
+    for read in (read_reid, read_attribute_set, list_labelled, list_images):
+        with pytest.raises(InputError):
+            read(tmp_path / "t.csv")
 
 
 CELLS = st.sampled_from(
