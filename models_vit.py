@@ -7,6 +7,7 @@ Letters: N batch, C channels, H and W pixels, p patch size, L patches without cl
 """
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -108,6 +109,7 @@ class VisionTransformer(nn.Module):
         img_size: (H, W) in pixels, multiples of `patch_size` unless patches overlap.
         mean, std: per-channel statistics of pixels scaled to [0, 1].
         drop_path, quick_gelu: see `build_blocks`. pre_norm: a norm before the first block, as in CLIP's image tower.
+        fc_norm: the final norm comes after the mean over patches, as in MAE's fine-tuning with --global_pool.
         stride: px from patch to patch; less than `patch_size`: they overlap (None: `patch_size`).
         initialize: draw MAE's initial weights; a subclass with more modules calls `initialize_weights` itself.
     """
@@ -126,6 +128,7 @@ class VisionTransformer(nn.Module):
         stride: int | None = None,
         pre_norm: bool = False,
         quick_gelu: bool = False,
+        fc_norm: bool = False,
         initialize: bool = True,
     ):
         super().__init__()
@@ -134,7 +137,7 @@ class VisionTransformer(nn.Module):
         self._settings = {
             "img_size": img_size, "patch_size": patch_size, "embed_dim": embed_dim, "depth": depth,
             "num_heads": num_heads, "mean": mean, "std": std, "stride": self.stride, "pre_norm": pre_norm,
-            "quick_gelu": quick_gelu,
+            "quick_gelu": quick_gelu, **({"fc_norm": True} if fc_norm else {}),
         }  # fmt: skip
         self.grid_size = patch_grid(self.img_size, patch_size, stride)
         self.num_patches = self.grid_size[0] * self.grid_size[1]
@@ -147,7 +150,8 @@ class VisionTransformer(nn.Module):
         self.pos_embed = nn.Parameter(table, requires_grad=False)
         self.blocks = build_blocks(embed_dim, depth, num_heads, drop_path, quick_gelu)
         self.norm_pre = LayerNorm(embed_dim) if pre_norm else nn.Identity()
-        self.norm = LayerNorm(embed_dim)
+        self.norm = nn.Identity() if fc_norm else LayerNorm(embed_dim)
+        self.fc_norm = LayerNorm(embed_dim) if fc_norm else nn.Identity()
         if pre_norm:  # CLIP's norms add another epsilon
             for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
                 norm.eps = 1e-5
@@ -194,7 +198,7 @@ class VisionTransformer(nn.Module):
     def encode(self, imgs: torch.Tensor) -> dict[str, torch.Tensor]:
         """Unmasked, deterministic features: {"cls": [N, D], "mean": [N, D], "tokens": [N, L, D]}."""
         x = self.forward_features(imgs)
-        return {"cls": x[:, 0], "mean": x[:, 1:].mean(dim=1), "tokens": x[:, 1:]}
+        return {"cls": self.fc_norm(x[:, 0]), "mean": self.fc_norm(x[:, 1:].mean(dim=1)), "tokens": x[:, 1:]}
 
     @torch.inference_mode()
     def embed_images(
@@ -263,7 +267,8 @@ def load_encoder(
         source: a file, a name of util/registry.json, https://..., or hf://ORG/REPO/FILE.
         img_size: (H, W) in px, default the file's.
         device: a torch device, or "auto": CUDA where there is one.
-        more: stride, drop_path, quick_gelu (see `VisionTransformer`), pos_resize (see `resize_pos_embed`).
+        more: stride, drop_path, quick_gelu (see `VisionTransformer`), pos_resize (see `resize_pos_embed`);
+            fc_norm=False makes a final norm after the mean one of each token.
     """
     file = fetch(source)
     device = pick_device("auto") if device == "auto" else torch.device(device)
@@ -271,7 +276,13 @@ def load_encoder(
 
 
 def encoder_from(
-    found: Pretrained, file: str | Path, img_size: tuple[int, int] | None = None, *, pos_resize: str = "bicubic", **more
+    found: Pretrained,
+    file: str | Path,
+    img_size: tuple[int, int] | None = None,
+    *,
+    pos_resize: str = "bicubic",
+    fc_norm: bool | None = None,
+    **more,
 ) -> VisionTransformer:
     """`load_encoder` of a file that has been read, on the CPU."""
     state, config = found.state, found.config
@@ -282,33 +293,52 @@ def encoder_from(
         heads = 12  # its ViT-S has twice the heads of the others'
     if heads is None:
         raise InputError(f"{file} has width {width}: the known encoders are {', '.join(map(str, known))} wide")
+    if fc_norm is False:  # for who reads tokens: each gets the norm of the mean
+        state = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in state.items()}
     mean, std = CLIP_STATS if found.origin == "CLIP" else (IMAGENET_MEAN, IMAGENET_STD)
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    own_size, own_grid = _source_grid(config, state["pos_embed"].shape[1] - 1, patch_size, file)
+    patches = state["pos_embed"].shape[1] - 1
+    own_size, own_grid = _source_grid(config, patches, patch_size, img_size, more.get("stride"), file)
     more["quick_gelu"] = more.get("quick_gelu") or config.get("quick_gelu", False)
     model = VisionTransformer(
         tuple(img_size or own_size), patch_size, width, depth, heads, mean=tuple(config.get("mean", mean)),
-        std=tuple(config.get("std", std)), pre_norm="norm_pre.weight" in state, **more,
+        std=tuple(config.get("std", std)), pre_norm="norm_pre.weight" in state,
+        fc_norm="fc_norm.weight" in state and "norm.weight" not in state, **more,
     )  # fmt: skip
     resized = [] if own_grid == model.grid_size else ["pos_embed"]
     table = resize_pos_embed(state["pos_embed"], own_grid, model.grid_size, pos_resize)
     model.report = load_pretrained(model, replace(found, state=state | {"pos_embed": table}), file, resized)
     if resized:
-        rows, columns = own_grid
-        model.report += (
-            f"\n  pos_embed from {rows} x {columns} to {model.grid_size[0]} x {model.grid_size[1]}, {pos_resize}"
-        )
+        model.report += "\n  pos_embed from {} x {} to {} x {}, {}".format(*own_grid, *model.grid_size, pos_resize)
     return model.eval()
 
 
-def _source_grid(config: dict, patches: int, patch_size: int, file) -> tuple[tuple, tuple]:
-    """((H, W) in px, (rows, columns)) that a position table was made for."""
+def _source_grid(config: dict, patches: int, patch: int, asked: tuple | None, stride: int | None, file) -> tuple:
+    """((H, W) in px, (rows, columns)) that a position table was made for: what the file's config says, the grid that
+    was asked for if it has as many patches, or a square; never one of several that fit.
+
+    Raises:
+        InputError: none fits, or both a square and the grid without overlap of the pixels that were asked for.
+    """
     if size := config.get("img_size"):
-        return tuple(size), patch_grid(tuple(size), patch_size, config.get("stride"))
+        return tuple(size), patch_grid(tuple(size), patch, config.get("stride"))
     side = round(patches**0.5)
-    if side * side != patches:
-        raise InputError(
-            f"{file} has a position table for {patches} patches, which is no square, and does not say for "
-            "which grid: export it with its config, or resize it to a square"
+    square = [((side * patch, side * patch), (side, side))] if side * side == patches else []
+    if asked:
+        grid = patch_grid(tuple(asked), patch, stride)
+        if grid[0] * grid[1] == patches:
+            return tuple(asked), grid
+        beside = (asked[0] // patch, asked[1] // patch)  # the same pixels, before patches overlapped
+        if beside[0] * beside[1] == patches and beside not in [found[1] for found in square]:
+            square.append(((beside[0] * patch, beside[1] * patch), beside))
+    if len(square) == 1:
+        return square[0]
+    fits = "which fits {} x {} and {} x {}".format(*square[0][1], *square[1][1]) if square else "which is no square"
+    if round((patches + 1) ** 0.5) ** 2 == patches + 1:
+        fits += (
+            f" ({patches + 1} without a row for the class token would be one, as flexivit's, which has no place here)"
         )
-    return (side * patch_size, side * patch_size), (side, side)
+    raise InputError(
+        f"{file} has a position table for {patches} patches, {fits}, and does not say for which grid: give the "
+        "--input_size (and --stride) of its training, or convert it with that (tools.checkpoint convert --to safetensors)"
+    )

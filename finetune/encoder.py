@@ -29,7 +29,7 @@ def build_encoder(args) -> tuple[VisionTransformer, str]:
     shape = {name: getattr(args, name) for name in ("stride", "drop_path", "quick_gelu")}
     if args.finetune:
         args.finetune = str(fetch(args.finetune))
-        encoder = load_encoder(args.finetune, args.img_size, pos_resize=args.pos_resize, **shape)
+        encoder = load_encoder(args.finetune, args.img_size, pos_resize=args.pos_resize, fc_norm=False, **shape)
         found = (encoder.embed_dim, len(encoder.blocks), encoder.patch_size)
         if args.model and found != (width, depth, patch):
             raise InputError(

@@ -139,14 +139,9 @@ def verify_file(file: str | Path) -> dict:
     """
     file = Path(file)
     content = read_checkpoint(file)
-    if broken := not_finite(content["model"]):
-        raise InputError(
-            f"{file} holds numbers that are not finite in {len(broken)} tensors, first {broken[0]}: the "
-            "training diverged or the file is damaged"
-        )
     found = load_model(file)
     parameters = sum(p.numel() for p in found.model.parameters())
-    result = {"file": str(file), "kind": found.config.get("kind", "encoder of others"), "parameters": parameters}
+    result = {"file": str(file), "kind": found.config.get("kind") or kind_of(file, content), "parameters": parameters}
     for record in (file.with_name("SHA256SUMS"), Path(f"{file}.sha256")):
         lines = record.read_text().splitlines() if record.is_file() else []
         for wanted in (line.split()[0] for line in lines if line.split()[1:] == [file.name]):

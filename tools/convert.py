@@ -86,6 +86,8 @@ def _read_source(file: Path, target: str, size: tuple[int, int] | None) -> Sourc
             "is CLIP's kind of ViT (a norm before its blocks, or OpenAI's GELU)",
             "use --to timm or safetensors",
         )
+    elif target not in ("timm", "safetensors") and "fc_norm.weight" in state:
+        what, cure = "has its final norm after the mean over patches (fc_norm)", "use --to timm or safetensors"
     elif rows != columns and (target not in ("timm", "safetensors", "hf") or decoder):
         what = f"has a position table of {rows} x {columns} patches, no square"
         cure = "resize it first, --to safetensors --input_size 224, and convert that file"
@@ -145,6 +147,8 @@ def to_timm(source: Source, output: Path) -> tuple[dict, str, str]:
     if not timm.is_model(name):  # its ViT-B with other sizes
         name = f"vit_base_patch16{kind}_224"
         more |= {k: settings[k] for k in ("patch_size", "embed_dim", "depth", "num_heads")}
+    if settings.get("fc_norm"):
+        more |= {"global_pool": "avg", "fc_norm": True}
     if settings["img_size"] != [224, 224]:
         more["img_size"] = tuple(settings["img_size"])
     default, stats = timm.get_pretrained_cfg(name), {k: tuple(settings[k]) for k in ("mean", "std")}

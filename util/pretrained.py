@@ -21,9 +21,22 @@ PREFERRED = ("", "base_encoder", "teacher", "visual", "backbone", "base")
 DECODER = re.compile(r"mask_token$|decoder_pos_embed$|decoder_(embed|blocks|norm|pred)\.")  # of MAE
 # what heads, decoders and losses of others are called; all else would change the features and is refused
 OTHERS = re.compile(
-    r"(head|fc|fc_norm|pre_logits|dist_token|head_dist|proj|predictor|decode|mask_token|logit_scale|bottleneck|"
+    r"(head|fc(?!_norm)|pre_logits|dist_token|head_dist|proj|predictor|decode|mask_token|logit_scale|bottleneck|"
     r"classifier|pooler|b2|sie_embed|center|pos_embed_probs|get_token_probs|proj_encode_feature|distill_head)"
 )
+# what this encoder has no place for, by a name that only such a file has
+LACKING = {
+    r"dist_token$": "a second class token for distillation (a distilled DeiT), which takes part in every block",
+    r"(reg_token|register_tokens|storage_tokens)$": "register tokens, which take part in every block",
+    r"(rope_embed|rope)\.|.*\.rope\.": "rotary positions",
+    r".*(relative_position|rel_pos)": "relative positions",
+    r"blocks\.\d+\.(ls\d\.|gamma_\d)": "scales of its layers (LayerScale)",
+    r"blocks\.\d+\.attn\.[qk]_norm": "norms of queries and keys",
+    r"blocks\.\d+\.mlp\.(w\d+|gate|fc1_)": "gated layers (SwiGLU)",
+}
+# no model that anybody has is larger; it would only eat memory
+LARGEST = {"depth": 1000, "embed_dim": 1 << 14, "num_heads": 1 << 10, "patch_size": 1 << 10, "stride": 1 << 10,
+           "decoder_num_heads": 1 << 10, "num_classes": 1 << 24, "positions": 1 << 16}  # fmt: skip
 # a part of the encoder: MAE's name, CLIP's, Hugging Face's, Google's
 NAMES = (
     ("cls_token", "class_embedding", "embeddings.cls_token", "cls"),
@@ -113,15 +126,15 @@ def recognise(content: dict, file: str | Path) -> Pretrained:
         origin = "CGD-MAE"
     elif peer == "mae" and "decoder_embed.weight" in state:
         origin = "MAE"
-    if "dist_token" in state:  # DeiT: a second token before the patches
-        origin = "DeiT"
-        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1], state["pos_embed"][:, 2:]], dim=1)
-    elif "norm_pre.weight" in state:
+    if "norm_pre.weight" in state:
         origin = "CLIP"
+    if content.get("quick_gelu"):  # a TorchScript archive
+        config = {"quick_gelu": True} | config
+    _check_config(config, file)
+    _check_parts(state, config, file)
     if "patch_embed.proj.bias" not in state:  # CLIP has none
         state["patch_embed.proj.bias"] = torch.zeros(len(state[PATCHES]))
     encoder = {k: v for k, v in encoder_state(state).items() if not OTHERS.match(k)}
-    _check_tables(encoder, config, file)
     decoder = {k: v for k, v in state.items() if DECODER.match(k)}
     if list(decoder) == ["mask_token"]:  # iBOT's, which has no decoder
         decoder = {}
@@ -272,34 +285,69 @@ def _last_block(whole: dict) -> dict:
     return block | {f"norm.{k[5:]}": v for k, v in whole.items() if k.startswith("b1.1.")}
 
 
-def _check_tables(state: dict, config: dict, file) -> None:
+def _check_parts(state: dict, config: dict, file) -> None:
+    """Refuse other kinds of ViT in true words, and sizes that contradict each other or that nobody has."""
+    lacking = [words for name, words in LACKING.items() if any(re.match(name, key) for key in state)]
     pos_embed, weight = state.get("pos_embed"), state[PATCHES]
-    if pos_embed is None or "cls_token" not in state:
-        raise InputError(f"{file} is no ViT with a class token and a position table: it lacks pos_embed or cls_token")
-    if size := config.get("img_size"):
-        patch = weight.shape[2]
-        rows, columns = ((side - patch) // config.get("stride", patch) + 1 for side in size)
-        if 1 + rows * columns != pos_embed.shape[1]:
-            raise InputError(
-                f"{file} holds pos_embed with {pos_embed.shape[1]} rows, and its config says {size[0]} x "
-                f"{size[1]} px, which makes {1 + rows * columns}: one of them is of another model"
-            )
-    blocks = {int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)}
-    absent = set(range(config.get("depth", max(blocks, default=0) + 1))) - blocks
-    if absent:
+    lacking += ["no class token"] * ("cls_token" not in state) + ["no position table (rotary positions, or none)"] * (
+        pos_embed is None
+    )
+    if not lacking and (pos_embed.ndim != 3 or weight.ndim != 4 or pos_embed.shape[2] != len(weight)):
+        lacking = [f"a position table of {tuple(pos_embed.shape)} and patches of {tuple(weight.shape)}"]
+    if lacking:
         raise InputError(
-            f"{file} lacks blocks.{min(absent)} as a whole: it has {len(blocks)} blocks of "
-            f"{len(blocks) + len(absent)}, so it was cut or is of another architecture"
+            f"{file} is a ViT with {', '.join(lacking)}: there is no place for that here, give a plain ViT"
+        )
+    rows, patch = pos_embed.shape[1], weight.shape[2]
+    blocks = {int(k.split(".")[1]) for k in state if re.match(r"blocks\.\d+\.", k)}
+    depth = int(config.get("depth", max(blocks, default=-1) + 1))
+    if rows > LARGEST["positions"] or depth > LARGEST["depth"]:
+        raise InputError(f"{file} has {rows:,} positions and {depth:,} blocks, more than any ViT: it is refused")
+    if size := config.get("img_size"):
+        high, wide = ((side - patch) // config.get("stride", patch) + 1 for side in size)
+        if 1 + high * wide != rows:
+            raise InputError(
+                f"{file} holds pos_embed with {rows} rows, and its config says {size[0]} x {size[1]} px, which makes "
+                f"{1 + high * wide}: one of them is of another model"
+            )
+    if absent := set(range(depth)) - blocks:
+        raise InputError(
+            f"{file} lacks blocks.{min(absent)} as a whole: it has {len(blocks)} blocks of {depth}, so it was cut or is "
+            "of another architecture"
         )
 
 
 def read_config(file: str | Path, content: dict) -> dict:
     """What a file of ours says of its model: `config` in a .pth, or in a safetensors header; empty for the
     files of others, whose entries of that name mean something else."""
-    if Path(file).suffix == ".safetensors":
-        return json.loads(read_safetensors_header(file).get("config", "{}"))
     config = content.get("config")
-    return config if isinstance(config, dict) and "kind" in config else {}
+    if Path(file).suffix == ".safetensors":
+        try:
+            config = {"kind": ""} | json.loads(read_safetensors_header(file).get("config", "{}"))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise InputError(f"{file} has a config in its header that is no JSON object: fetch it again") from error
+        config = {name: value for name, value in config.items() if value != ""}
+    elif not isinstance(config, dict) or "kind" not in config:
+        return {}
+    _check_config(config, file)
+    return config
+
+
+def _check_config(config: dict, file) -> None:
+    """Refuse sizes that are none, before anything of that size is built."""
+    numbers = {name: config.get(name, 1) for name in LARGEST}
+    size = config.get("img_size", (1, 1))
+    numbers |= dict(zip(("height", "width"), size)) if isinstance(size, (list, tuple)) else {"img_size": size}
+    for name, value in numbers.items():
+        if type(value) is not int or not 0 < value <= LARGEST.get(name, LARGEST["positions"]):
+            raise InputError(f"{file} says {name} {str(value)[:40]} in its config, which no model has: it is refused")
+    positions = numbers["height"] * numbers["width"] // min(numbers["patch_size"], numbers["stride"]) ** 2
+    if "patch_size" in config and positions > LARGEST["positions"]:
+        raise InputError(f"{file} says {positions:,} positions in its config, more than any ViT has: it is refused")
+    for name in ("mean", "std"):
+        values = config.get(name, (1, 1, 1))
+        if not isinstance(values, (list, tuple)) or len(values) != 3 or not all(abs(v) < 1e3 for v in values):
+            raise InputError(f"{file} says {name} {str(values)[:40]} in its config: it must be three numbers")
 
 
 def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: list[str]) -> str:
