@@ -87,7 +87,7 @@ from curation.stages import Stages
 from datasets.benchmarks import recognise
 from datasets.items import WholeImages
 from engine_extract import extract_to_file
-from models_teacher import FrozenTeacher, encode_texts, load_clip
+from models_teacher import FrozenTeacher, encode_texts, load_teacher
 from reports.curation import Curated, write_curation_report
 from util.dist import is_main_process, launch
 from util.files import write_atomic, write_json
@@ -107,7 +107,7 @@ class Curation:
         self.prompts = read_prompts(args.vehicle_prompts) if args.vehicle_filter else None
         columns = {"identity": args.identity_column, "camera": args.camera_column, "box": args.box_column}
         self.images, self.stages = open_sources(args.pool, args.exclude, columns), Stages(self.folder)
-        self.clip = load_clip(args.clip_model, args.clip_pretrained, args.clip_mean, args.clip_std)
+        self.clip = load_teacher(args)
 
     def run(self) -> dict:
         counts = {}

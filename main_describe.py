@@ -69,7 +69,7 @@ if __name__ == "__main__":
 from datasets.manifest import list_images
 from description.bank import Candidates, encode, ground_candidates, write_bank
 from description.texts import fill, invisible_reason, read_rows, read_templates
-from models_teacher import load_clip
+from models_teacher import load_teacher
 from util.dist import pick_device
 
 
@@ -102,7 +102,7 @@ def main(args) -> dict:
         candidates.drop({i: ("invisible", reason) for i, reason in reasons.items()})
     device = pick_device(args.device)
     paths = list_images(args.images, args.split) if args.images else None
-    clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained, args.clip_mean, args.clip_std)
+    clip, tokenizer, identity = load_teacher(args)
     teacher = clip.to(device), tokenizer, identity
     encode(args, candidates, templates, teacher, facts)
     if paths is not None:

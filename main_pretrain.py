@@ -89,7 +89,7 @@ from datasets.teacher_cache import TeacherCache
 from datasets.text_bank import hash_texts, is_encoded, read_texts, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch, trivial_distillation
 from models_mae import MODELS, count_kept
-from models_teacher import FrozenTeacher, build_bank, load_clip, teacher_name
+from models_teacher import FrozenTeacher, build_bank, load_teacher, teacher_name
 from models_vit import patch_grid
 from reports.panels import save_panels
 from util.dist import get_rank, get_world_size, is_main_process, launch, print_main, wrap_ddp
@@ -308,7 +308,7 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
             )
         bank, texts, source = cache.bank(args.text_bank)
     else:
-        clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained, args.clip_mean, args.clip_std)
+        clip, tokenizer, identity = load_teacher(args)
         clip.to(device)
         bank, texts, source = build_bank(args.text_bank, clip, tokenizer, identity)
         dtype = amp_dtype if device.type == "cuda" and amp_dtype else torch.float32

@@ -278,14 +278,14 @@ def load_autoencoder(file: str | Path, model_name: str | None = None, norm_pix_l
     """
     content = read_checkpoint(file)
     state, config = content["model"], read_config(file, content)
-    name = model_name or config.get("model")
-    if name is None:
-        raise InputError(f"{file} does not say its architecture: pass --model, one of {', '.join(MODELS)}")
     if len(encoder_state(state)) == len(state):
         raise InputError(
             f"{file} holds an encoder only; a reconstruction needs the decoder: use checkpoint-last.pth of the run, or "
             "a *_full.pth"
         )
+    name = model_name or config.get("model")
+    if name not in MODELS:
+        raise InputError(f"{file} does not say its architecture: pass --model, one of {', '.join(MODELS)}")
     if norm_pix_loss is None and (norm_pix_loss := config.get("norm_pix_loss")) is None:
         raise InputError(f"{file} does not say its target: pass --norm_pix_loss or --no-norm_pix_loss")
     said = {key: tuple(config[key]) for key in ("img_size", "mean", "std") if key in config}

@@ -15,6 +15,7 @@ from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed,
 from torch import nn
 
 from datasets.text_bank import TeacherIdentity, built_in_texts, is_encoded, read_encoded, read_texts
+from datasets.transforms import WholeView
 from util.checkpoint import not_finite, read_checkpoint, weights_sha256
 from util.dist import print_main
 from util.errors import InputError
@@ -37,8 +38,8 @@ class FrozenTeacher(nn.Module):
         super().__init__()
         preprocess = open_clip.get_model_preprocess_cfg(clip)
         self.identity, self.dtype = identity, dtype
-        self.size: tuple[int, int] = _as_pair(preprocess["size"])
-        self.interpolation, self.resize_mode = preprocess["interpolation"], preprocess["resize_mode"]
+        more = (preprocess["resize_mode"], preprocess["interpolation"], preprocess["fill_color"])
+        self.size = WholeView(_as_pair(preprocess["size"]), *more)  # for `datasets.transforms.whole_image`
         self.clip = copy.copy(clip)  # its own `encode_image`, without the text tower
         self.clip._modules, self.clip._parameters = {"visual": clip.visual}, {}
         self.clip.to(dtype).eval().requires_grad_(False)
@@ -55,16 +56,22 @@ class FrozenTeacher(nn.Module):
         """uint8 [N, 3, H, W] of any size -> [N, D_t] float32, unit rows."""
         x = imgs.float() / 255
         if x.shape[-2:] != self.size:
-            x = F.interpolate(x, self.size, mode="bicubic", antialias=True).clamp(0, 1)
+            x = F.interpolate(x, tuple(self.size), mode=self.size.interpolation, antialias=True).clamp(0, 1)
         x = ((x - self.mean) / self.std).to(self.dtype)
         if x.device.type == "cpu":  # faster convolutions there
             x = x.contiguous(memory_format=torch.channels_last)
         return F.normalize(self.clip.encode_image(x).float(), dim=1)
 
 
+def load_teacher(args) -> tuple[nn.Module, object, TeacherIdentity]:
+    """`load_clip` by the flags of `util.cli.add_teacher_flags`."""
+    return load_clip(args.clip_model, args.clip_pretrained, args.clip_mean, args.clip_std, args.clip_resize)
+
+
 def load_clip(
-    clip_model: str, clip_pretrained: str, mean: list[float] | None = None, std: list[float] | None = None
-) -> tuple[nn.Module, object, TeacherIdentity]:
+    clip_model: str, clip_pretrained: str, mean: list[float] | None = None, std: list[float] | None = None,
+    resize: str | None = None,
+) -> tuple[nn.Module, object, TeacherIdentity]:  # fmt: skip
     """Load an open_clip model with both towers, on the CPU in float32.
 
     Args:
@@ -73,6 +80,7 @@ def load_clip(
         clip_pretrained: a tag (may be downloaded by open_clip) or a weight file, of any kind that `read_checkpoint`
             reads or big_vision's .npz (then no network call is made); a folder's and a hub's own weights for a tag.
         mean, std: of the pixels, where neither the file's config nor the tags of its architecture say them.
+        resize: how whole pictures are brought to its size (`WholeView`), default as its own preprocessing does.
     Returns:
         (model, tokenizer, identity).
     Raises:
@@ -90,6 +98,7 @@ def load_clip(
                 f"--clip_{key} {' '.join(map(str, values))}: give one or three numbers of pixels in [0, 1]"
             )
         preprocess |= {key: list(values) * (3 // len(values))} if values else {}
+    preprocess |= {"resize_mode": resize} if resize else {}
     if "mean" not in preprocess or "std" not in preprocess:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise InputError(
@@ -332,6 +341,7 @@ def _hash_weights(model: nn.Module) -> str:
         "size": _as_pair(preprocess["size"]),
         "mean": [float(value) for value in preprocess["mean"]],
         "std": [float(value) for value in preprocess["std"]],
+        "resize": [preprocess["resize_mode"], preprocess["interpolation"], preprocess["fill_color"]],
         "quick_gelu": any(type(module).__name__ == "QuickGELU" for module in model.modules()),
     }
     return weights_sha256(model.state_dict(), settings)

@@ -340,5 +340,5 @@ def _source_grid(config: dict, patches: int, patch: int, asked: tuple | None, st
         )
     raise InputError(
         f"{file} has a position table for {patches} patches, {fits}, and does not say for which grid: give the "
-        "--input_size (and --stride) of its training, or convert it with that (tools.checkpoint convert --to safetensors)"
+        "--input_size (and --stride) of its training, or convert it with them (tools.checkpoint convert)"
     )

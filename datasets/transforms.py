@@ -66,9 +66,34 @@ def crop_resize(
     return pixels.flip(2) if flip else pixels.contiguous()
 
 
+class WholeView(tuple):
+    """(H, W) in px, and how a CLIP's own preprocessing makes them of a whole picture: `resize_mode` (squash; shortest:
+    the middle is cut out; longest: padded with `fill`) and `interpolation` (bicubic or bilinear), as in open_clip."""
+
+    def __new__(cls, size, resize_mode: str = "squash", interpolation: str = "bicubic", fill: int = 0):
+        view = super().__new__(cls, size)
+        view.resize_mode, view.interpolation, view.fill = resize_mode, interpolation, fill
+        return view
+
+
 def whole_image(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
-    """The evaluation view: the whole picture, bicubic to (H, W), no crop -> [3, H, W] uint8."""
-    return crop_resize(image, (0, 0, *image.size), size, flip=False)
+    """The evaluation view, [3, H, W] uint8: the whole picture, bicubic to (H, W), no crop; or as a `WholeView` says."""
+    if not isinstance(size, WholeView):
+        return crop_resize(image, (0, 0, *image.size), size, flip=False)
+    (height, width), (w, h) = size, image.size
+    if size.resize_mode == "squash":
+        w, h = width, height
+    elif size.resize_mode == "shortest" and height == width:
+        w, h = (height, int(height * h / w)) if w <= h else (int(height * w / h), height)
+    else:
+        ratio = (min if size.resize_mode == "shortest" else max)(h / height, w / width)
+        w, h = round(w / ratio), round(h / ratio)
+    canvas = Image.new("RGB", (width, height), (size.fill,) * 3)
+    corner = (
+        (side - full) // 2 if side > full else -round((full - side) / 2) for side, full in ((width, w), (height, h))
+    )
+    canvas.paste(image.resize((w, h), getattr(Image.Resampling, size.interpolation.upper())), tuple(corner))
+    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
 
 
 @dataclass(frozen=True)

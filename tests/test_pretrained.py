@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import open_clip
 import pytest
 import timm
@@ -10,8 +11,10 @@ import torch
 from models_mae import MODELS
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer, load_encoder
+from tools.convert import convert
 from util.checkpoint import encoder_state, write_safetensors
 from util.errors import InputError
+from util.pos_embed import resize_pos_embed
 from util.pretrained import read_pretrained
 
 SIZE = (32, 32)
@@ -67,16 +70,6 @@ def test_timm_gives_the_same_features(tmp_path, imgs):
     assert torch.allclose(ours.forward_features(imgs), theirs.forward_features(imgs), atol=1e-5), report
 
 
-def test_deit_has_one_more_token(tmp_path, mae):
-    state = encoder_state(mae.state_dict())
-    table = torch.randn(1, 6, 192)
-    more = {"dist_token": torch.zeros(1, 1, 192), "head_dist.weight": torch.zeros(5, 192), "pos_embed": table}
-    torch.save({"model": state | more}, tmp_path / "deit.pth")
-    model = load_encoder(tmp_path / "deit.pth")
-    report = model.report
-    assert "DeiT" in report and torch.equal(model.pos_embed, table[:, [0, 2, 3, 4, 5]])
-
-
 @pytest.mark.parametrize("quick", [False, True])
 def test_clip_gives_the_same_features(tmp_path, imgs, quick):
     torch.manual_seed(0)
@@ -122,10 +115,83 @@ def test_the_position_table_moves_to_any_grid(tmp_path, mae):
     torch.save({"model": state}, tmp_path / "odd.pth")
     with pytest.raises(InputError, match="10 patches, which is no square"):
         load_encoder(tmp_path / "odd.pth")
+    assert torch.equal(load_encoder(tmp_path / "odd.pth", (32, 64), stride=12).pos_embed, model.pos_embed)
     write_safetensors(tmp_path / "odd.safetensors", state, {"config": '{"img_size": [32, 64], "stride": 12}'})
     again = load_encoder(tmp_path / "odd.safetensors", (32, 64), stride=12)
-    report = again.report
-    assert torch.equal(again.pos_embed, model.pos_embed) and "resized     0" in report
+    assert torch.equal(again.pos_embed, model.pos_embed) and "resized     0" in again.report
+
+
+@pytest.mark.parametrize("rows, size, stride, grid", [
+    (128, (256, 128), 16, (16, 8)), (210, (256, 128), 12, (21, 10)), (64, (256, 64), 16, (16, 4)),
+    (64, None, 16, (8, 8)), (196, (256, 128), 16, (14, 14)), (128, (256, 128), 12, (16, 8)),
+    (64, (256, 64), 12, "fits 8 x 8 and 16 x 4"), (128, None, 16, "is no square"), (224, None, 16, "flexivit"),
+])  # fmt: skip
+def test_the_flag_or_the_file_says_which_grid_a_table_has(tmp_path, mae, rows, size, stride, grid):
+    table = torch.randn(1, 1 + rows, 192)
+    torch.save({"model": encoder_state(mae.state_dict()) | {"pos_embed": table}}, tmp_path / "x.pth")
+    if isinstance(grid, str):
+        with pytest.raises(InputError, match=grid):
+            load_encoder(tmp_path / "x.pth", size, stride=stride)
+        return
+    found = load_encoder(tmp_path / "x.pth", size, stride=stride)
+    assert torch.equal(found.pos_embed, resize_pos_embed(table, grid, found.grid_size))
+
+
+def test_fc_norm_of_a_fine_tuned_mae_is_honoured(tmp_path, imgs):
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224", img_size=32, num_classes=0, global_pool="avg", fc_norm=True
+    ).eval()
+    torch.nn.init.normal_(theirs.fc_norm.weight)
+    torch.save({"model": theirs.state_dict()}, tmp_path / "finetuned.pth")
+    ours = load_encoder(tmp_path / "finetuned.pth")
+    assert torch.allclose(ours.encode(imgs)["mean"], theirs(imgs), atol=1e-5)
+    convert(tmp_path / "finetuned.pth", "safetensors", tmp_path / "own.safetensors")
+    assert torch.equal(load_encoder(tmp_path / "own.safetensors").encode(imgs)["mean"], ours.encode(imgs)["mean"])
+    with pytest.raises(InputError, match="final norm after the mean"):
+        convert(tmp_path / "finetuned.pth", "hf", tmp_path / "hf")
+    of_tokens = load_encoder(tmp_path / "finetuned.pth", fc_norm=False)
+    assert torch.allclose(of_tokens.encode(imgs)["cls"], ours.encode(imgs)["cls"], atol=1e-6)
+
+
+@pytest.mark.parametrize("container", ["module", "state_dicts", "model_ema", "network"])
+def test_containers_of_others_and_numpy_beside_the_tensors(tmp_path, mae, container):
+    state = encoder_state(mae.state_dict())
+    beside = {"best": np.float64(0.5), "epoch": np.int64(3), "metric": {np.float32(1)}, "curve": np.zeros(3)}
+    torch.save({container: state, "optimizer": {}} | beside, tmp_path / "x.pth")
+    assert torch.equal(load_encoder(tmp_path / "x.pth").cls_token, state["cls_token"])
+
+
+LACKING = {
+    "dist_token": "distilled DeiT", "reg_token": "register tokens", "register_tokens": "register tokens",
+    "blocks.0.ls1.gamma": "LayerScale", "blocks.0.attn.q_norm.weight": "norms of queries",
+    "blocks.0.attn.relative_position_bias_table": "relative positions", "rope_embed.periods": "rotary positions",
+    "blocks.0.attn.q_bias": "parts that this encoder lacks .1 tensors, first blocks.0.attn.q_bias",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_other_kinds_of_vit_are_refused_in_true_words(tmp_path, mae, name):
+    torch.save({"model": encoder_state(mae.state_dict()) | {name: torch.ones(192)}}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=LACKING[name]):
+        load_encoder(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("what, message", [
+    ({"blocks.999999999.norm1.bias": torch.zeros(192)}, "1,000,000,000 blocks, more than any ViT"),
+    ({"pos_embed": torch.zeros(1, 1, 192).expand(1, 4_000_001, 192)}, "of which only 192 are in the file"),
+    ({"pos_embed": torch.zeros(1, 70_001, 192)}, "70,001 positions"),
+    ({"norm.bias": torch.full((192,), torch.inf)}, "not finite in 1 tensors, first norm.bias"),
+    ({"norm.bias": torch.zeros(192, device="meta")}, "device meta"),
+    ({"norm.bias": torch.zeros(192).to_sparse()}, "norm.bias as a tensor that is sparse_coo"),
+    ({"config": {"depth": 10**9}}, "depth 1000000000 in its config"),
+    ({"config": {"img_size": [10**9, 10**9]}}, "height 1000000000 in its config"),
+    ({"config": {"img_size": "large"}}, "img_size large"), ({"config": {"mean": [0.5]}}, "mean .0.5. in its config"),
+])  # fmt: skip
+def test_sizes_and_tensors_that_nobody_has_are_refused_before_they_cost_memory(tmp_path, mae, what, message):
+    config = {"kind": "CGD-MAE encoder"} | what.pop("config", {})
+    torch.save({"model": encoder_state(mae.state_dict()) | what, "config": config}, tmp_path / "x.pth")
+    with pytest.raises(InputError, match=message):
+        load_encoder(tmp_path / "x.pth")
 
 
 def test_what_is_refused(tmp_path, mae):
@@ -136,9 +202,9 @@ def test_what_is_refused(tmp_path, mae):
     most = {k: v for k, v in state.items() if not k.startswith("norm.")}
     torch.save({"model": most}, tmp_path / "most.pth")
     assert "new         2 tensors: norm" in load_encoder(tmp_path / "most.pth").report
-    torch.save({"model": state | {"blocks.0.ls1.gamma": torch.ones(192)}}, tmp_path / "dinov2.pth")
-    with pytest.raises(InputError, match="this encoder lacks .1 tensors, first blocks.0.ls1.gamma"):
-        load_encoder(tmp_path / "dinov2.pth")
     torch.save({k: v for k, v in state.items() if k != "pos_embed"}, tmp_path / "nopos.pth")
-    with pytest.raises(InputError, match="lacks pos_embed or cls_token"):
+    with pytest.raises(InputError, match="no position table"):
         read_pretrained(tmp_path / "nopos.pth")
+    torch.save({k: v for k, v in state.items() if k != "cls_token"}, tmp_path / "nocls.pth")
+    with pytest.raises(InputError, match="no class token"):
+        read_pretrained(tmp_path / "nocls.pth")

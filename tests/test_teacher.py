@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import sys
 
 import numpy as np
 import open_clip
@@ -10,6 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import command, parse, read_log, run_command, small_flags
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
 
 import main_pretrain
 import models_teacher
@@ -17,6 +20,7 @@ from datasets.manifest import list_images
 from datasets.pretrain import PretrainDataset
 from datasets.teacher_cache import TeacherCache
 from datasets.text_bank import read_encoded, save_bank
+from datasets.transforms import whole_image
 from models_teacher import FrozenTeacher, build_bank, encode_texts, load_clip
 from tools import reinforce
 from util.checkpoint import read_checkpoint
@@ -39,6 +43,56 @@ def test_embeddings_are_open_clips_own(clip):
     assert torch.allclose(teacher(imgs), expected, atol=1e-6)
     assert teacher(torch.zeros(2, 3, 50, 70, dtype=torch.uint8)).shape == (2, identity.embed_dim)
     assert identity.tau == pytest.approx(1 / model.logit_scale.exp().item())
+
+
+SMALL_TEXT = {"context_length": 8, "vocab_size": 100, "width": 16, "heads": 2, "layers": 1}
+SMALL = {  # one of each family of open_clip's, shrunk: (its config, what is smaller)
+    "ViT-B-32": {"layers": 1, "width": 32, "head_width": 16, "image_size": 64},
+    "RN50": {"layers": [1, 1, 1, 1], "width": 16, "image_size": 64},
+    "convnext_base": {"timm_model_name": "convnext_atto", "image_size": 64},
+    "EVA02-B-16": {"timm_model_name": "eva02_tiny_patch14_224"},
+    "ViT-B-16-SigLIP": {},
+    "ViT-B-32-SigLIP2-256": {},
+    "coca_ViT-B-32": {"layers": 1, "width": 32, "head_width": 16, "image_size": 64, "attn_pooler_heads": 2},
+    "MobileCLIP-S1": {"timm_model_name": "fastvit_mci0"},
+    "PE-Core-T-16-384": {},
+}
+
+
+VIEWS = [*((name, "shortest") for name in SMALL), ("ViT-B-32", "longest"), ("ViT-B-32", "squash")]
+
+
+@pytest.mark.parametrize("name, resize", VIEWS)
+def test_every_family_sees_what_open_clip_shows_it(tmp_path, name, resize):
+    config = open_clip.get_model_config(name)
+    config["vision_cfg"] |= SMALL[name]
+    config["text_cfg"] = SMALL_TEXT
+    if "multimodal_cfg" in config:
+        config |= {"multimodal_cfg": SMALL_TEXT | {"attn_pooler_heads": 2}, "embed_dim": 32}
+    (tmp_path / "Small.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "Small.json")
+    tag = open_clip.get_pretrained_cfg(name, open_clip.list_pretrained_tags_by_model(name)[0])
+    shown = {k: tag[k] for k in ("mean", "std", "interpolation")} | {"resize_mode": resize}
+    model = open_clip.create_model("Small", pretrained_text=False, force_preprocess_cfg=shown).eval()
+    identity = models_teacher.TeacherIdentity("Small", "", 0, 1.0)
+    preprocess = image_transform_v2(PreprocessCfg(**open_clip.get_model_preprocess_cfg(model)), False)
+    pictures = [Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).resize(
+        (size[1] * 3, size[0] * 3)) for i, size in enumerate(((40, 95), (77, 51)))]  # fmt: skip
+    with torch.no_grad():
+        wanted = F.normalize(model.encode_image(torch.stack([preprocess(picture) for picture in pictures])), dim=1)
+    teacher = FrozenTeacher(model, identity, torch.float32)
+    found = teacher(torch.stack([whole_image(picture, teacher.size) for picture in pictures]))
+    assert torch.allclose(found, wanted, atol=1e-5), (found - wanted).abs().max()
+
+
+def test_a_tokenizer_without_transformers_says_what_to_install(teacher_files, tmp_path, monkeypatch):
+    config = json.loads(teacher_files[0].read_text())
+    config["text_cfg"]["hf_tokenizer_name"] = "timm/ViT-B-16-SigLIP2"
+    (tmp_path / "Gemma.json").write_text(json.dumps(config))
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(InputError, match="the tokenizer of .*Gemma.json .*pip install transformers") as caught:
+        load_clip(str(tmp_path / "Gemma.json"), str(teacher_files[1]))
+    assert "weights" not in str(caught.value)
 
 
 def test_teacher_is_frozen(clip):
@@ -117,7 +171,7 @@ def test_mean_and_std_are_read_or_asked_for(teacher_files, tmp_path):
     ):  # fmt: skip
         teacher = FrozenTeacher(*load_clip(model, weights)[::2], torch.float32)
         assert teacher.mean.flatten()[0] == pytest.approx(mean) and teacher.std.flatten()[0] == pytest.approx(std)
-        assert teacher.resize_mode == ("squash" if mean == 0.5 else "shortest")
+        assert teacher.size.resize_mode == ("squash" if mean == 0.5 else "shortest")
     said = load_clip(bare, str(teacher_files[1]), [0.1, 0.2, 0.3], [0.9])
     assert FrozenTeacher(said[0], said[2], torch.float32).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     for name, mean in (("ViT-B-16-SigLIP", [0.5] * 3), ("ViT-L-14", None)):  # tags that agree, tags that differ

@@ -53,7 +53,7 @@ from datasets.path_list import printable
 from datasets.pretrain import PretrainDataset
 from datasets.teacher_cache import HEADER, SHARD_IMAGES, read_shard, shard_file, shards, write_shard
 from datasets.text_bank import VOCABULARY, save_bank
-from models_teacher import FrozenTeacher, build_bank, load_clip
+from models_teacher import FrozenTeacher, build_bank, load_teacher
 from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
 from util.errors import InputError
 from util.files import file_sha256
@@ -82,7 +82,7 @@ def open_cache(args, device: torch.device) -> tuple[Path, dict, Callable]:
     texts = Path(args.text_bank) if args.text_bank else VOCABULARY
     if not texts.exists():
         raise InputError(f"--text_bank {texts} does not exist")
-    clip, tokenizer, identity = load_clip(args.clip_model, args.clip_pretrained, args.clip_mean, args.clip_std)
+    clip, tokenizer, identity = load_teacher(args)
     clip.to(device)
     header = {"kind": "cgd-mae teacher cache", "teacher": asdict(identity), "views": 1 if is_full else args.views}
     header |= {"teacher_view": args.teacher_view, "seed": args.seed, "crop_min": args.crop_min}

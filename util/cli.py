@@ -115,6 +115,8 @@ def add_teacher_flags(add: Callable) -> None:
     add("--clip_mean", default=None, type=float, nargs="+", metavar="M",
         help="mean of the teacher's pixels in [0, 1], one or three numbers (default: what its config or tag says)")
     add("--clip_std", default=None, type=float, nargs="+", metavar="S", help="their standard deviation, likewise")
+    add("--clip_resize", default=None, choices=("shortest", "longest", "squash"),
+        help="a whole picture for it: the middle, padded, or squeezed (default: as its own preprocessing does)")
     # fmt: on
 
 

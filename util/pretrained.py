@@ -312,8 +312,8 @@ def _check_parts(state: dict, config: dict, file) -> None:
             )
     if absent := set(range(depth)) - blocks:
         raise InputError(
-            f"{file} lacks blocks.{min(absent)} as a whole: it has {len(blocks)} blocks of {depth}, so it was cut or is "
-            "of another architecture"
+            f"{file} lacks blocks.{min(absent)} as a whole: it has {len(blocks)} blocks of {depth}, so it was cut or "
+            "is of another architecture"
         )
 
 
