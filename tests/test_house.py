@@ -28,7 +28,7 @@ HEAVY = ["torch", "torchvision", "timm", "open_clip", "matplotlib"]
 TASKS = ["reid", "attr", "fgvc", "seg"]
 MAE_DEFAULTS = {
     "batch_size": 64, "epochs": 400, "accum_iter": 1, "mask_ratio": 0.75, "norm_pix_loss": False,
-    "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0.0, "warmup_epochs": 40, "seed": 0,
+    "weight_decay": 0.05, "lr": None, "blr": 1e-3, "min_lr": 0.0, "warmup_epochs": None, "seed": 0,
     "output_dir": "./output_dir", "resume": "", "start_epoch": 0, "pin_mem": True,
 }  # fmt: skip
 
