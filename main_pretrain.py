@@ -286,8 +286,9 @@ def check_files(args) -> tuple[dict, PathList]:
     facts = resolve(args, paths)
     if args.init:
         args.init = str(fetch(args.init))
-    if args.resume not in ("", "auto") and not Path(args.resume).is_file():
-        raise InputError(f"--resume {args.resume} does not exist: give a checkpoint of the run, or auto")
+    for name, given in (("resume", args.resume), ("text_bank", args.text_bank)):
+        if given and given != "auto" and not Path(given).exists():
+            raise InputError(f"--{name} {given} does not exist: give a file that is there")
     if args.text_bank and not is_encoded(Path(args.text_bank)):
         read_texts(Path(args.text_bank))
     return facts, paths

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from conftest import ROOT, command, parse, read_log, run_command, small_flags
+from conftest import ROOT, command, parse, read_log, run_command, small_flags, write_pictures
 
 import main_pretrain
 from engine_pretrain import trivial_distillation
@@ -189,7 +189,7 @@ def test_stopping_leaves_a_resumable_checkpoint(pictures, tmp_path, processes, n
     os.killpg(process.pid, number)
     rest = process.stdout.read()
     assert process.wait(timeout=60) != 0
-    assert "saved the state of the last update" in rest
+    assert "checkpoint-last.pth (epoch 1, batch " in rest and "go on with: main_pretrain.py --data_path" in rest
     content = read_checkpoint(out / "checkpoint-last.pth")
     steps = {int(s["step"]) for s in content["optimizer"]["state"].values()}
     assert steps == {(content["epoch"] + 1) * 5 + content["batches_done"]} and min(steps) >= 8
@@ -263,8 +263,6 @@ def test_fp16_without_a_loss_scale_stops(pictures, tmp_path, monkeypatch):
 
 
 def test_unreadable_images_are_replaced_counted_and_limited(tmp_path):
-    from conftest import write_pictures
-
     data = write_pictures(tmp_path / "data", 40)
     (data / "0007.png").write_bytes(b"not a picture")
     out = tmp_path / "run"
@@ -276,6 +274,66 @@ def test_unreadable_images_are_replaced_counted_and_limited(tmp_path):
     done = run_command(command("main_pretrain.py", *small_flags(data, tmp_path / "run2", "--no_distill")))
     assert done.returncode == 2
     assert "could not be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_nothing_of_an_outage_is_in_the_weights(tmp_path, monkeypatch):
+    """The folder goes away in the middle of an epoch and comes back: the run is as if nothing had happened."""
+    data, away = write_pictures(tmp_path / "data", 40), tmp_path / "away"
+    flags = ["--no_distill", "--print_freq", "20"]
+    run_main(small_flags(data, tmp_path / "straight", *flags))
+    update, updates = main_pretrain.StopGuard.committing, []
+
+    def counted(guard):
+        updates.append(1)
+        if len(updates) == 7:
+            data.rename(away)
+        return update(guard)
+
+    monkeypatch.setattr(main_pretrain.StopGuard, "committing", counted)
+    monkeypatch.setattr("datasets.images.PATIENCE", 0.0)
+    with pytest.raises(InputError, match="the file system is away .*bad_images.txt, the update is not in the weights"):
+        run_main(small_flags(data, tmp_path / "cut", *flags, "--max_bad_ratio", "1"))
+    away.rename(data)
+    run_main(small_flags(data, tmp_path / "cut", *flags, "--resume", "auto", "--max_bad_ratio", "0.01"))
+    a, b = (torch.load(tmp_path / name / "encoder.pth", weights_only=True)["model"] for name in ("straight", "cut"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    assert curve(tmp_path / "straight") == curve(tmp_path / "cut")
+
+
+def test_weights_that_are_not_finite_replace_nothing(pictures, tmp_path, monkeypatch):
+    out, ended = tmp_path / "run", main_pretrain.next_epoch
+
+    def poisoned(run):
+        ended(run)
+        if run.epoch == 2:
+            run.bare.norm.weight.data[3] = math.nan
+
+    monkeypatch.setattr(main_pretrain, "next_epoch", poisoned)
+    with pytest.raises(InputError, match="is not written: 1 tensors of the model are not finite, first norm.weight"):
+        run_main(small_flags(pictures, out, "--no_distill"))
+    assert not (out / "encoder.pth").exists()
+    assert all(torch.isfinite(v).all() for v in read_checkpoint(out / "checkpoint-last.pth")["model"].values())
+
+
+def test_a_continued_run_takes_its_precision_threads_and_warm_up_again(pictures, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    out, before = tmp_path / "run", torch.get_num_threads()
+    flags = [flag for flag in small_flags(pictures, out, "--no_distill") if flag not in ("--amp", "none")]
+    at = flags.index("--warmup_epochs")
+    del flags[at : at + 2]
+    try:
+        torch.set_num_threads(3)
+        monkeypatch.setattr("util.dist.pick_threads", lambda: 3)
+        run_main([*flags, "--amp", "bf16", "--epochs", "1"])
+        monkeypatch.setattr("util.dist.pick_threads", lambda: 1)  # a neighbour is busy now
+        capsys.readouterr()
+        run_main([*flags, "--epochs", "2", "--resume", "auto", "--allow_change", "epochs"])
+    finally:
+        torch.set_num_threads(before)
+    said = capsys.readouterr().out
+    assert (
+        "bf16 (the run's)" in said and "3 threads" in said and "0.1 of warm-up" in said and "precision was" not in said
+    )
 
 
 def test_init_from_an_encoder_starts_anew(pictures, tmp_path, capsys):
@@ -378,6 +436,7 @@ BAD = {
     "missing init": ("--no_distill --init /no/such.pth", "does not exist"),
     "missing resume": ("--no_distill --resume /no/such.pth", "does not exist"),
     "output is a file": ("--no_distill --output_dir README.md", "README.md cannot be written to (File exists)"),
+    "no such bank": ("--text_bank /no/such.txt --clip_pretrained /no/w.pt --clip_model ViT-B-32", "/no/such.txt"),
     "bad crop": ("--no_distill --crop_min 0", "must be in (0, 1]"),
 }
 

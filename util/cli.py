@@ -37,9 +37,14 @@ class Parser(argparse.ArgumentParser):
         self.register("type", int, whole_number)
         self.register("type", float, finite_number)
 
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]):
+        if action.option_strings and arg_strings == ["--"]:  # argparse would make an empty list of it
+            raise argparse.ArgumentError(action, "-- is no value")
+        return super()._get_values(action, arg_strings)
+
     def error(self, message: str):
         """Exit with status 2 and one sentence on stderr."""
-        flags = [flag for action in self._actions for flag in action.option_strings]
+        flags, message = [flag for action in self._actions for flag in action.option_strings], " ".join(message.split())
         if unknown := re.match(r"unrecognized arguments: (\S+)", message):
             message = f"{unknown[1]} is unknown{_nearest(unknown[1].split('=')[0], flags)} (--help lists all)"
         elif wrong := re.match(r"argument (\S+): invalid choice: '(.*?)' \(choose from (.*)\)", message):

@@ -46,13 +46,10 @@ def pick_device(name: str) -> torch.device:
         return torch.device("cpu")
     if name != "cuda":
         raise InputError(f"--device {name}: choose auto, cuda or cpu; CUDA_VISIBLE_DEVICES picks the GPU")
-    if not torch.cuda.is_available():
-        raise InputError("--device cuda: torch sees no CUDA device: use --device cpu, or check the driver (nvidia-smi)")
     local_rank, there = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if local_rank >= there:
-        raise InputError(
-            f"process {local_rank} of this machine has no GPU: torch sees {there}; lower torchrun's --nproc_per_node"
-        )
+        cure = "lower torchrun's --nproc_per_node" if there else "use --device cpu, or check the driver (nvidia-smi)"
+        raise InputError(f"process {local_rank} of this machine has no GPU, torch sees {there}: {cure}")
     torch.cuda.set_device(local_rank)
     return torch.device("cuda", local_rank)
 
@@ -163,11 +160,7 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
 
 
 def launch(device: str, folder: str | Path, job: Callable[[torch.device], dict], timeout_s: float = 600.0) -> dict:
-    """Run `job(device)` with torchrun's group joined, if there is one, and `folder` locked on rank 0.
-
-    Raises:
-        InputError: no such device, a rank that did not come within `timeout_s`, or another run in the folder.
-    """
+    """Run `job(device)` with torchrun's group joined, if there is one, and `folder` locked on rank 0."""
     bound = pick_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # no orphan trains on beside the run that replaces it
         end_with_parent()
@@ -177,8 +170,8 @@ def launch(device: str, folder: str | Path, job: Callable[[torch.device], dict],
             return job(bound)
     except torch.OutOfMemoryError as error:
         raise InputError(
-            f"a batch does not fit into the memory of {bound}: use --micro_batch of main_pretrain.py or "
-            "--grad_checkpoint (the result stays the same), a smaller --batch_size, or a smaller --input_size"
+            f"a batch does not fit into the memory of {bound}: use --micro_batch (pre-training) or --grad_checkpoint, "
+            "which change no result, or a smaller --batch_size or --input_size"
         ) from error
     finally:
         end_distributed()

@@ -22,26 +22,20 @@ from util.stop import StopGuard
 
 
 class Meter:
-    """Sums over updates of named terms (scalars and vectors) on the device, float64, without skipped updates; reading
-    it is the only synchronisation."""
+    """Sums over updates of named terms (scalars and vectors) on the device, float64, without skipped updates."""
 
     def __init__(self):
-        self.sizes: dict[str, int] = {}
-        self.total: torch.Tensor | None = None  # [sum of sizes + 1], last entry counts updates
+        self.sums: dict[str, torch.Tensor] = {}  # "count": of updates
 
     def update(self, terms: dict[str, torch.Tensor], ok: torch.Tensor) -> None:
         """Add one update's terms; `ok` is a bool scalar on the device, False adds nothing."""
-        values = torch.cat([v.reshape(-1) for v in terms.values()] + [ok.reshape(1)]).double()
-        if self.total is None:
-            self.sizes, self.total = {k: v.numel() for k, v in terms.items()}, torch.zeros_like(values)
-        self.total += torch.where(ok, values, 0.0)
+        for name, value in {**terms, "count": ok}.items():
+            self.sums[name] = self.sums.get(name, 0.0) + torch.where(ok, value.double(), 0.0)
 
     def read(self) -> tuple[int, dict[str, torch.Tensor]]:
-        """(updates counted, sums by name on the CPU, float64)."""
-        if self.total is None:
-            return 0, {}
-        *sums, count = self.total.to("cpu", copy=True).split([*self.sizes.values(), 1])
-        return int(count), dict(zip(self.sizes, sums))
+        """(updates counted, sums by name on the CPU)."""
+        sums = {name: total.cpu() for name, total in self.sums.items()}
+        return int(sums.pop("count", 0)), sums
 
 
 def peak_gigabytes(device: torch.device) -> float:
@@ -54,7 +48,7 @@ def peak_gigabytes(device: torch.device) -> float:
 
 class CommittedBuffers:
     """Buffers that change in the forward pass (BatchNorm's statistics, centres) as of the last update: what a
-    checkpoint must hold beside weights of that update, and where a skipped update returns to."""
+    checkpoint holds beside weights of that update, and where a skipped update returns to."""
 
     def __init__(self, model: nn.Module):
         names = model.state_dict().keys() - {name for name, _ in model.named_parameters()}
@@ -237,15 +231,7 @@ class StepWatch:
             first, terms = seen - 1 - (seen - 1) % self.args.accum_iter, dict(zip(names, values))
             if bad_images > self.bad_limit:
                 run.batches_done = first
-                listed = f"they are listed in {run.output_dir / 'bad_images.txt'}"
-                raise InputError(
-                    f"images could not be read because {AWAY}, and none of that is in the weights ({listed}): make "
-                    "it answer, then --resume auto"
-                    if math.isinf(bad_images)
-                    else f"{bad_images:.0f} of {self.batches.num_images} images could not be read in this epoch (limit "
-                    f"{self.args.max_bad_ratio:.2%}); {listed}: repair or remove them, or raise --max_bad_ratio; then "
-                    "--resume auto"
-                )
+                raise InputError(self._why_images(bad_images))
             run.bad_steps_in_row = 0 if ok else run.bad_steps_in_row + 1
             if ok:
                 good.append(terms)
@@ -253,17 +239,21 @@ class StepWatch:
                 self._report_bad_step(first, seen, lr, terms)
             if run.bad_steps_in_row >= self.args.max_bad_steps:
                 raise InputError(
-                    f"{run.bad_steps_in_row} updates in a row had a non-finite loss or gradient and were skipped "
-                    f"(epoch {run.epoch}); none of them is in the weights, files and loss terms are in "
-                    f"{run.output_dir / 'bad_steps.jsonl'}: {self.steadier}, then --resume auto"
+                    f"{run.bad_steps_in_row} updates in a row had a non-finite loss or gradient and were skipped; they "
+                    f"are in {run.output_dir / 'bad_steps.jsonl'}, not in the weights: {self.steadier}; --resume auto"
                 )
-        scale = run.scaler.get_scale() if run.scaler else 1.0
-        if scale < LEAST_SCALE:
-            raise InputError(
-                f"fp16 finds no loss scale at which the gradients are finite (epoch {run.epoch}, now {scale:.1g}), so "
-                f"nothing is learned any more: {self.steadier}, then --resume auto"
-            )
+        if run.scaler and run.scaler.get_scale() < LEAST_SCALE:
+            raise InputError(f"fp16 finds no loss scale with finite gradients: {self.steadier}, then --resume auto")
         return good
+
+    def _why_images(self, bad: float) -> str:
+        listed = f"they are listed in {self.run.output_dir / 'bad_images.txt'}, the update is not in the weights"
+        if math.isinf(bad):
+            return f"images could not be read because {AWAY} ({listed}): make it answer, then --resume auto"
+        return (
+            f"{bad:.0f} of {self.batches.num_images} images could not be read in this epoch (limit "
+            f"{self.args.max_bad_ratio:.2%}; {listed}): repair or remove them, or raise --max_bad_ratio; --resume auto"
+        )
 
     def _report_bad_step(self, first: int, seen: int, lr: float, terms: dict[str, float]) -> None:
         name, epoch = self.run.loader.dataset.paths.relative, self.run.epoch
@@ -329,12 +319,12 @@ def next_epoch(run: Run) -> None:
 
 
 def start_profiler(run: Run, updates: int) -> None:
-    """`--profile N`: torch's profiler over `updates` updates after two of warm-up, a trace on rank 0."""
+    """`--profile N`: torch's profiler over `updates` updates after two of warm-up, a trace of rank 0."""
     file, kinds = run.output_dir / "profile" / "trace.json", torch.profiler.ProfilerActivity
+    file.parent.mkdir(parents=True, exist_ok=True)
 
     def write(profile: torch.profiler.profile) -> None:
         if is_main_process():
-            file.parent.mkdir(parents=True, exist_ok=True)
             profile.export_chrome_trace(str(file))
             print(f"{file}: open it in https://ui.perfetto.dev", flush=True)
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from util.checkpoint import encoder_state, load_weights, not_finite, read_checkpoint, write_safetensors, write_torch
-from util.dist import all_ranks_equal, barrier, get_rank, is_main_process
+from util.dist import all_ranks_equal, barrier, is_main_process
 from util.errors import InputError
 from util.files import write_atomic, write_json
 from util.precision import LEAST_SCALE
@@ -26,7 +26,7 @@ class RunFiles:
     """The files of one run in `args.output_dir`.
 
     Args:
-        args: reads output_dir, save_minutes, keep_checkpoints, resume.
+        args: reads output_dir, save_minutes, keep_checkpoints.
         facts: resolved settings as plain values, kept in every checkpoint.
         config: what is needed to build the model again, plain values.
         fixed: names in `facts` that a continuation must share.
@@ -37,23 +37,16 @@ class RunFiles:
         self.output_dir = Path(args.output_dir)
         self.args, self.config, self.fixed, self.init_flag = facts, config, fixed, init_flag
         self.save_seconds, self.keep = 60 * args.save_minutes, args.keep_checkpoints
-        self.is_resumed, self.saved_at = bool(args.resume), time.monotonic()
+        self.saved_at = time.monotonic()
 
     def start(self, epoch: int) -> None:
         """Rank 0, before training: args.json, env.json, and log.txt without the epochs that come again."""
         write_json(self.output_dir / "args.json", self.args)
-        now, file = environment(), self.output_dir / "env.json"
-        if self.is_resumed and file.is_file():  # the code of the first part is named as well
-            before = json.loads(file.read_text()).get("commit", "unknown")
-            known = now["commit"] in before.split(", then ")
-            now["commit"] = before if known else f"{before}, then {now['commit']}"
-        write_json(file, now)
-        log = self.output_dir / "log.txt"
-        if log.is_file():
-            lines = log.read_text(errors="replace").splitlines(keepends=True)
-            kept = [line for line in lines if _epoch_of(line) < epoch]
-            if len(kept) < len(lines):
-                write_atomic(log, lambda opened: opened.write("".join(kept).encode()))
+        write_json(self.output_dir / "env.json", environment())
+        lines = self._log_lines()
+        if lines and max(map(_epoch_of, lines)) >= epoch:
+            kept = "".join(f"{line}\n" for line in lines if _epoch_of(line) < epoch)
+            write_atomic(self.output_dir / "log.txt", lambda opened: opened.write(kept.encode()))
 
     def log(self, record: dict) -> None:
         """Append a line to log.txt on rank 0."""
@@ -75,7 +68,7 @@ class RunFiles:
             "args": self.args,
             "config": self.config,
             "batches_done": run.batches_done,
-            "meter": vars(run.meter),
+            "meter": run.meter.sums,
             "seconds": dict(run.seconds),
         }
         _refuse_not_finite(content["model"], self.output_dir / name)
@@ -103,10 +96,7 @@ class RunFiles:
         barrier()  # rank 0 holds the folder now: nobody else writes to what is read here
         decision = self._decide(run, wanted, allow_change)
         if not all_ranks_equal((run.epoch, run.batches_done)):
-            raise InputError(
-                f"the ranks did not find the same checkpoint in {self.output_dir} (rank {get_rank()}: {decision}): put "
-                "--output_dir on a file system that all nodes share"
-            )
+            raise InputError(f"the ranks do not see the same files in --output_dir {self.output_dir}: {decision}")
         return decision
 
     def _decide(self, run, wanted: str, allow_change: list[str]) -> str:
@@ -152,8 +142,8 @@ class RunFiles:
         # a changed batch or list of images moves the batch borders: then the epoch starts again
         same_batches = all(old.get(k) == new.get(k) for k in ("global_batch", "images_sha"))
         run.batches_done = content["batches_done"] if same_batches else 0
-        if same_batches and content["meter"]["total"] is not None:
-            run.meter.sizes, run.meter.total = content["meter"]["sizes"], content["meter"]["total"].to(run.device)
+        if same_batches:
+            run.meter.sums = {name: total.to(run.device) for name, total in content["meter"].items()}
         notes = [f"; {k} was {old[k]} and is {new.get(k)}" for k in MACHINE if old.get(k) not in (None, new.get(k))]
         return f"resuming {file} at epoch {run.epoch}, batch {run.batches_done}{''.join(notes)}"
 
@@ -164,9 +154,8 @@ class RunFiles:
         own, theirs = ([len(group["params"]) for group in some] for some in (groups, saved))
         if own != theirs or content["args"].get("opt") != self.args.get("opt"):
             raise InputError(
-                f"the optimiser in {file} is another one or has its tensors in other groups, so it cannot go on: set "
-                "the flags that choose or group its tensors back (see args.json), or start anew in another "
-                f"--output_dir with {self.init_flag} {file}"
+                f"the optimiser in {file} is another one or has its tensors in other groups: set the flags back that "
+                f"choose and group them (see args.json), or start anew with {self.init_flag} {file}"
             )
         optimizer.load_state_dict(content["optimizer"])
         for group, kept in zip(optimizer.param_groups, settings):
@@ -174,9 +163,12 @@ class RunFiles:
 
     def last_record(self) -> dict:
         """The last line of log.txt, {} without one."""
-        log = self.output_dir / "log.txt"
-        lines = log.read_text(errors="replace").splitlines() if log.is_file() else []
+        lines = self._log_lines()
         return json.loads(lines[-1]) if lines and _epoch_of(lines[-1]) < float("inf") else {}
+
+    def _log_lines(self) -> list[str]:
+        log = self.output_dir / "log.txt"
+        return log.read_text(errors="replace").splitlines() if log.is_file() else []
 
     def export_encoder(self, bare: torch.nn.Module) -> None:
         """`encoder.pth` ({"model": encoder tensors}, what peers load) and `encoder.safetensors` with its config."""

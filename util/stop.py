@@ -2,7 +2,6 @@
 
 import contextlib
 import ctypes
-import fcntl
 import os
 import shlex
 import signal
@@ -10,6 +9,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 from util.errors import InputError
 
@@ -96,31 +97,15 @@ def end_with_parent() -> None:
 
 @contextlib.contextmanager
 def run_lock(folder: Path, wait_s: float = 45.0) -> Iterator[None]:
-    """One run at a time in a folder; the lock ends with the process, however it ends.
-
-    Raises:
-        InputError: another process held it for all of `wait_s`, or the folder cannot be written to.
-    """
+    """One run at a time in a folder; the lock ends with the process, however it ends."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "a+")
+        lock = FileLock(folder / ".lock").acquire(timeout=wait_s)
+    except Timeout as error:
+        raise InputError(f"another run is writing to {folder}: stop it, or choose another folder") from error
     except OSError as error:
         raise InputError(f"the folder {folder} cannot be written to ({error.strerror}): choose another") from error
-    deadline = time.monotonic() + wait_s
     with lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    lock.seek(0)
-                    holder = f"(process {lock.read().strip() or 'unknown'}) is writing to {folder}"
-                    raise InputError(f"another run {holder}: stop it, or choose another folder") from None
-                time.sleep(0.5)
-        lock.truncate(0)
-        lock.write(f"{os.getpid()} on {os.uname().nodename}")
-        lock.flush()
         for left in folder.glob(".checkpoint-*.pth.*.tmp"):  # of a run that was killed while it wrote
             left.unlink(missing_ok=True)
         yield
