@@ -14,7 +14,7 @@ from datasets.attr import read_attribute_set
 from datasets.fgvc import list_labelled
 from datasets.manifest import list_images
 from datasets.reid import read_reid
-from datasets.tables import iterate_table, known
+from datasets.tables import iterate_table, known, published_note
 from util.errors import InputError
 
 
@@ -111,6 +111,14 @@ def test_lists_of_published_sets_with_odd_lines_get_a_sentence(tmp_path, line):
         (tmp_path / f"name_{part}.txt").write_text(f"0001_c001_1.jpg\n{line}\n")
     with pytest.raises(InputError, match="line 2 is '.*', not like 0001_c001_.*give a table: path, pid, split, camid"):
         read_reid(tmp_path)
+
+
+def test_counts_beside_the_published_ones():
+    whole = {"train": 37_778, "query": 1678}
+    assert published_note(whole, "veri776") == "all counts as published"
+    other = published_note(whole | {"train": 37_777}, "veri776")
+    assert other == "other counts than published: train 37,777 instead of 37,778"
+    assert published_note({"train": 12, "query": 3}, "veri776") == "smaller than the published set"
 
 
 def test_labels_that_are_none_are_counted(tmp_path):
