@@ -54,14 +54,13 @@ def part_names(space: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """name: own, or of `KINDS`. names: of the classes; target t is names[t]. background: whether class 0 is that.
-    table: [256] uint8, value of a mask's pixel -> target. is_part: the set has other classes too."""
+    """name: own, or of `KINDS`, whose parts they are. names: of the classes; target t is names[t]. background: whether
+    class 0 is that. table: [256] uint8, value of a mask's pixel -> target."""
 
     name: str
     names: tuple[str, ...]
     background: bool
     table: np.ndarray
-    is_part: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,32 +93,26 @@ class PartsData:
         return digest.hexdigest()
 
 
-def read_parts(data_path: str | Path, label_space: str, splits: tuple[str, ...]) -> PartsData:
-    """Read and check the `splits` of a set. Every mask is opened once: sizes must be those of
-    the images, values those of classes.json.
-
-    label_space: "own": the classes of classes.json; a name of `KINDS`: PartImageNet's parts by name, the other classes
-    become background, and images that show none of the parts are left out and counted.
-    """
+def read_parts(data_path: str | Path, splits: tuple[str, ...]) -> PartsData:
+    """Read and check the `splits` of a set. Every mask is opened once: sizes must be those of the images, values those
+    of classes.json."""
     root = Path(data_path)
     if not root.is_dir():
         raise InputError(f"--data_path {root} is no folder: give one with images/, annotations/, classes.json")
-    data = PartsData(read_label_space(root / "classes.json", label_space), {})
+    data = PartsData(read_label_space(root / "classes.json"), {})
     for split in splits:
         images, masks = list_pairs(root, split, data.notes)
-        data.splits[split] = _scan(images, masks, data.space, split, data.notes)
+        data.splits[split] = _scan(images, masks, data.space, split)
         data.notes.extend(_count_notes(data.splits[split], data.space, split))
     return data
 
 
-def read_label_space(file: Path, name: str) -> LabelSpace:
-    """The targets of a label space on a set with the classes of classes.json; target 0 is the background, if any."""
+def read_label_space(file: Path) -> LabelSpace:
+    """The targets of the classes of classes.json; target 0 is the background, if any."""
     example = '{"classes": ["background", "door"], "ignore": 255}'
     if not file.is_file():
-        raise InputError(
-            f"{file} is missing: write which class each pixel value is, e.g. {example} (PartImageNet: "
-            "python -m tools.convert_partimagenet)"
-        )
+        releases = "python -m tools.convert_partimagenet writes it for PartImageNet"
+        raise InputError(f"{file} is missing: write which class each pixel value is, e.g. {example}; {releases}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         classes, ignore = content["classes"], content.get("ignore", IGNORE)
@@ -130,26 +123,15 @@ def read_label_space(file: Path, name: str) -> LabelSpace:
     if not isinstance(ignore, int) or not 0 <= ignore <= 255 or ignore in values:
         raise InputError(f'{file}: "ignore" is {ignore!r}, and must be a value from 0 to 255 that no class has')
     if not 2 <= len(values) <= 250 or len(set(values.values())) < len(values) or not set(values) <= set(range(256)):
-        raise InputError(
-            f'{file}: "classes" must name two classes or more, at most 250, each once, with values 0 to 255, not '
-            f"{', '.join(values.values())[:160] or 'none'}"
-        )
+        what = f"values 0 to 255, not {', '.join(values.values())[:160] or 'none'}"
+        raise InputError(f'{file}: "classes" must name two classes or more, at most 250, each once, with {what}')
     order = sorted(values, key=lambda value: (values[value].lower() != "background", value))
     names = tuple(values[value] for value in order)
-    has_background, is_part = names[0].lower() == "background", False
-    targets = {value: place for place, value in enumerate(order)}
-    if name != "own":
-        wanted = part_names(name)
-        missing = [part for part in wanted if part not in names] + ["background"] * (not has_background)
-        if missing:
-            has = f"it names {', '.join(names)[:160]}"
-            raise InputError(f"--label_space {name}: {file} has no class '{missing[0]}', {has}: use --label_space own")
-        targets = {v: wanted.index(text) + 1 if text in wanted else 0 for v, text in values.items()}
-        names, is_part = ("background", *wanted), len(names) > len(wanted) + 1
+    is_known = {part_names(kind): kind for kind in KINDS}
     table = np.full(256, UNKNOWN, dtype=np.uint8)
-    table[list(targets)] = list(targets.values())
+    table[order] = range(len(order))
     table[ignore] = IGNORE
-    return LabelSpace(name, names, has_background, table, is_part)
+    return LabelSpace(is_known.get(names[1:], "own"), names, names[0].lower() == "background", table)
 
 
 def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, PathList]:
@@ -169,9 +151,8 @@ def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, Path
     masks = {str(f.relative_to(mask_root).with_suffix("")) for f in mask_root.rglob("*.png")}
     if lacking := [key for key in images if key not in masks]:
         first = mask_root / f"{lacking[0]}.png"
-        raise InputError(
-            f"{len(lacking)} of {len(images)} images under {image_root} have no mask: first {first} is gone"
-        )
+        what = f"{len(lacking)} of {len(images)} images under {image_root} have no mask"
+        raise InputError(f"{what}: first {first} is gone")
     if without := len(masks - set(images)):
         notes.append(f"{split}: {without} masks have no image and are not used")
     return listed, PathList(mask_root, (f"{key}.png" for key in images))
@@ -218,7 +199,7 @@ def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> np.ndarray | 
     return pixels[[*range(len(space.names)), IGNORE]]
 
 
-def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, notes: list[str]) -> PartsSplit:
+def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str) -> PartsSplit:
     """Open every mask of a split; which images have what."""
     classes, looks = len(space.names), []
     progress = Progress(f"masks of {split}", len(images), shown=is_main_process() and len(images) > 500)
@@ -230,11 +211,6 @@ def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str, note
     if bad.all():
         raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {looks[0]}")
     counts = np.array([[0] * (classes + 1) if isinstance(look, str) else look for look in looks])
-    keep = counts[:, 1:classes].any(axis=1) | bad | (not space.is_part)
-    if not keep.all():
-        notes.append(f"{split}: {int((~keep).sum())} images show no class of {space.name} and are left out")
-        images, masks = (part.take(np.flatnonzero(keep)) for part in (images, masks))
-        counts = counts[keep]
     pixels = counts.sum(axis=0)
     absent = [name for name, count in zip(space.names, pixels.tolist()) if not count]
     if absent and (split == "train" or len(absent) >= classes - space.background):

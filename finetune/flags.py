@@ -211,8 +211,6 @@ SEG = TaskFlags(
     },
     default_lr=lambda args: 1e-4 if args.opt == "adamw" else 1e-3,
     flags=[
-        Flag("label_space", "own", "classes: those of classes.json, or PartImageNet's parts of these vehicles",
-            choices=("own", "car_parts", "car_bicycle", "vehicle_parts")),
         Flag("decoder", "pup", "SETR's decoder", choices=("naive", "pup", "mla")),
         Flag("aux_weight", 0.4, "weight of each auxiliary head's loss, 0: there are none", "[0, inf)"),
         Flag("resize_range", [0.5, 2.0], "random factor of training images; 1: short side = crop (default 0.5 2)",
@@ -222,8 +220,8 @@ SEG = TaskFlags(
         Flag("seg_split", "auto", "the split to score; auto: test, else val", choices=("auto", "train", "val", "test")),
     ],
     check=check_seg,
-    fixed=("label_space", "decoder", "aux_weight", "resize_range", "distort"),
-    of_the_model=("label_space", "decoder", "aux_weight"),
+    fixed=("decoder", "aux_weight", "resize_range", "distort"),
+    of_the_model=("decoder", "aux_weight"),
 )
 # fmt: on
 

@@ -52,8 +52,8 @@ class Seg(Task):
         return "test" if (Path(self.args.data_path) / "images" / "test").is_dir() else "val"
 
     def read(self, config: dict | None) -> PartsData:
-        path, own = self.args.data_path, config or {"label_space": self.args.label_space}
-        data = read_parts(path, own["label_space"], (self.split,) if config else ("train", self.split))
+        path = self.args.data_path
+        data = read_parts(path, (self.split,) if config else ("train", self.split))
         if config and list(data.space.names) != config["classes"]:
             raise InputError(
                 f"{self.args.resume} knows the classes {', '.join(config['classes'])[:120]}, and {path} has "

@@ -3,7 +3,6 @@
 #   bash scripts/finetune_partimagenet.sh CHECKPOINT PARTS [car_parts|car_bicycle|vehicle_parts] [FLAGS of main_finetune.py]
 #   CHECKPOINT: encoder.pth of CGD-MAE, or any encoder of docs/FINETUNE.md
 #   PARTS: folder of either release of PartImageNet (it is converted to OUTPUT_parts first), or one converted with this ROW
-#   (images of a larger conversion that hold no part of ROW are left out, and the updates are fewer than said here)
 # Published mIoU | mAcc, ViT-B/16 (VehicleMAE's table; which classes, decoder, crop and length it used is not public, so no
 # row below is said to be it, and with background or without is not known either: both are printed):
 #   VehicleMAE 73.29 | 80.22, MoCo v3 73.17 | 78.60, MAE on ImageNet-1k 69.54 | 75.36, MAE on its vehicles 69.00 | 75.36,

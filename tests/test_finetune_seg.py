@@ -329,7 +329,7 @@ def test_masks_are_read_as_they_are(tmp_path):
     palette.save(tmp_path / "annotations" / "val" / "b.png")
     write_pair(tmp_path, "val", "c", [[40]])
     (tmp_path / "images" / "val" / "c.png").unlink()
-    data = read_parts(tmp_path, "own", ("val",))
+    data = read_parts(tmp_path, ("val",))
     assert data.space.names == ("background", "door", "wheel") and data.space.background
     assert data.splits["val"].counts.tolist() == [[3, 0, 2, 1], [1, 0, 2, 1]]
     assert "absent" in "".join(note for note in data.notes if note.endswith("door"))
@@ -338,20 +338,13 @@ def test_masks_are_read_as_they_are(tmp_path):
     assert data.space.table[mask].tolist() == [[2, 2], [0, 255]] and picture.mode == "RGB"
 
 
-def test_label_spaces_pick_parts_by_name(parts):
-    own, car = (read_parts(parts, space, ("train", "test")) for space in ("own", "car_parts"))
-    assert own.space.names == ("background", *part_names("car_bicycle"))
-    assert car.space.names == ("background", "Car Body", "Car Tier", "Car Side Mirror")
-    for split in ("train", "test"):
-        shown = own.splits[split].counts[:, 1:4].any(axis=1)
-        assert 0 < shown.sum() < len(shown)
-        counts = own.splits[split].counts[shown]
-        assert np.array_equal(car.splits[split].counts[:, 1:4], counts[:, 1:4])
-        assert np.array_equal(car.splits[split].counts[:, 0], counts[:, [0, 4, 5, 6, 7]].sum(axis=1))
-        assert any(note.startswith(f"{split}: {(~shown).sum()} images show no class") for note in car.notes)
-    assert own.sha256("train") != car.sha256("train") and own.sha256("train") != own.sha256("test")
-    with pytest.raises(InputError, match="has no class 'Boat Body'"):
-        read_parts(parts, "vehicle_parts", ("train",))
+def test_sets_of_published_parts_are_known_by_their_classes(parts, tmp_path):
+    data = read_parts(parts, ("train", "test"))
+    assert data.space.name == "car_bicycle" and data.space.names == ("background", *part_names("car_bicycle"))
+    assert data.sha256("train") != data.sha256("test")
+    write_classes(tmp_path, ["background", "Car Body"])
+    write_pair(tmp_path, "train", "a", [[0, 1]])
+    assert read_parts(tmp_path, ("train",)).space.name == "own"
 
 
 def test_a_turned_photo_is_taken_as_its_mask_was_drawn(tmp_path):
@@ -360,7 +353,7 @@ def test_a_turned_photo_is_taken_as_its_mask_was_drawn(tmp_path):
     write_classes(tmp_path)
     write_pair(tmp_path, "val", "stored", np.zeros((8, 12)), exif=exif.tobytes())
     write_pair(tmp_path, "val", "upright", np.ones((12, 8)), image_size=(12, 8), exif=exif.tobytes())
-    part = read_parts(tmp_path, "own", ("val",)).splits["val"]
+    part = read_parts(tmp_path, ("val",)).splits["val"]
     sizes = [open_pair(part.images[i], part.masks[i])[0].size for i in (0, 1)]
     assert sizes == [(12, 8), (8, 12)]
 
@@ -430,11 +423,10 @@ def test_classes_are_split_anew(releases, tmp_path):
     rows = [{"synset": "n1", "name": str(i), "split": "train"} for i in range(100)]
     convert_partimagenet.split_anew(rows, seed=0)
     assert [sum(r["split"] == s for r in rows) for s in ("train", "val", "test")] == [85, 5, 10]
-    data = read_parts(tmp_path / "cars", "own", ("train", "val", "test"))
+    data = read_parts(tmp_path / "cars", ("train", "val", "test"))
     assert data.space.names == ("background", *part_names("car_parts"))
     write_pair(tmp_path / "cars", "val", "no_part", np.zeros((40, 40)))  # a set of cars alone: it stays
-    counts = [len(read_parts(tmp_path / "cars", s, ("val",)).splits["val"]) for s in ("own", "car_parts")]
-    assert counts[0] == counts[1] == len(data.splits["val"]) + 1
+    assert len(read_parts(tmp_path / "cars", ("val",)).splits["val"]) == len(data.splits["val"]) + 1
 
 
 def damaged_release(source, what: str) -> None:
@@ -496,13 +488,13 @@ def test_a_class_without_a_pixel_is_refused_before_training(tmp_path):
     for split in ("train", "val"):
         write_pair(tmp_path, split, "a", np.repeat([[0, 255]], 4, axis=0))
         with pytest.raises(InputError, match=f"class 'car' has no pixel in {split}, while 4 pixels hold 255, which is"):
-            read_parts(tmp_path, "own", (split,))
+            read_parts(tmp_path, (split,))
     write_classes(tmp_path, {"0": "background", "1": "car", "2": "van"})
     for split in ("train", "val"):
         write_pair(tmp_path, split, "a", [[0, 1]])
     with pytest.raises(InputError, match="class 'van' has no pixel in train: write the number"):
-        read_parts(tmp_path, "own", ("train",))
-    assert read_parts(tmp_path, "own", ("val",)).splits["val"].counts.tolist() == [[1, 1, 0, 0]]  # a test may lack one
+        read_parts(tmp_path, ("train",))
+    assert read_parts(tmp_path, ("val",)).splits["val"].counts.tolist() == [[1, 1, 0, 0]]  # a test may lack one
 
 
 @pytest.mark.parametrize(
@@ -547,7 +539,7 @@ def test_a_run_leaves_a_model_that_scores_the_same(trained, parts, tmp_path):
     output, numbers = trained
     assert json.loads((output / "metrics.json").read_text()) == numbers
     assert {"mIoU", "mAcc", "aAcc", "parts_mIoU", "IoU_Car Side Mirror"} <= set(numbers)
-    assert numbers["protocol"].startswith("parts/own/test (8 classes, ") and numbers["unreadable"] == 0
+    assert numbers["protocol"].startswith("parts/car_bicycle/test (8 classes, ") and numbers["unreadable"] == 0
     log = read_log(output)
     assert [row["epoch"] for row in log] == [0, 1, 1] and log[1]["train_loss"] < log[0]["train_loss"]
     assert log[0]["train_aux"] > 0 and log[-1]["test_mIoU"] == numbers["mIoU"]
@@ -598,7 +590,7 @@ def test_broken_pairs_are_counted_and_named(parts, trained, tmp_path):
 
 
 def test_every_image_is_scored_once(parts):
-    data = read_parts(parts, "own", ("test",))
+    data = read_parts(parts, ("test",))
     model = SETR(encoder(), SETRConfig(8, "naive")).eval()
     result = evaluate_parts(model, data, "test", "slide", 3, 0)
     counts = data.splits["test"].counts
@@ -617,7 +609,6 @@ def test_every_image_is_scored_once(parts):
         ("--aux_weight -1", "--aux_weight -1.0: must not be negative"),
         ("--resize_range 2 1", "give two factors, the smaller one first"),
         ("--batch_size 64", "21 training images do not fill one batch of 64"),
-        ("--label_space vehicle_parts", "has no class 'Boat Body'"),
         ("--data_path nowhere", "--data_path nowhere is no folder"),
         ("--seg_split train", "would score what is trained on"),
     ],
@@ -630,7 +621,7 @@ def test_contradictions_stop_at_once(small, parts, tmp_path, flags, message):
 
 def test_eval_takes_no_flag_that_would_change_the_model(small, parts, trained, tmp_path):
     write_classes(tmp_path / "other")
-    write_pair(tmp_path / "other", "val", "a", np.zeros((40, 40)))
+    write_pair(tmp_path / "other", "val", "a", [[0, 1]])
     model = trained[0] / "model.pth"
     for file, data, flags, message in (
         (model, parts, "--decoder naive", "--decoder would change the model"),
@@ -682,5 +673,5 @@ def test_sets_that_cannot_be_read(tmp_path, what, message):
     elif what == "deep":
         Image.fromarray(mask.astype(np.uint16)).save(file)
     with pytest.raises(InputError, match=message) as caught:
-        read_parts(tmp_path, "own", ("train",))
+        read_parts(tmp_path, ("train",))
     assert "\n" not in str(caught.value)

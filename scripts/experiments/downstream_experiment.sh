@@ -49,7 +49,7 @@ prepare() {  # TASK: its data and its flags, the same for all rows
             flags+=(--data_path "$output/cars/labels.csv" --label_column make --batch_size 16 --epochs 8 --warmup_epochs 1 "${gentle[@]}" --no-auto_augment) ;;
         seg)
             "$python" -m demo.seg --output "$output/parts" --num_images 300 --size 96 --seed 0
-            flags+=(--data_path "$output/parts" --label_space car_parts --stride 8 --decoder naive --batch_size 4 --epochs 7 \
+            flags+=(--data_path "$output/parts" --stride 8 --decoder naive --batch_size 4 --epochs 7 \
                 --warmup_epochs 0.5 --lr 1e-3 --head_lr_factor 5 --min_lr_ratio 0.01 --clip_grad 1 --resize_range 0.9 1.3 --no-distort) ;;
         *) echo "task '$1': choose reid, attr, fgvc or seg" >&2; exit 2 ;;
     esac
