@@ -105,8 +105,8 @@ from models_probe import ReadOuts, SearchReadOuts, load_read_outs
 from reports.run import Scores, draw_layers, mean_attribute_accuracy, score_table
 from util.dist import pick_device
 from util.fetch import fetch
-from util.files import write_atomic
-from util.precision import pick_precision
+from util.files import make_folder, write_atomic
+from util.precision import pick_precision, scoring
 from util.progress import Progress
 
 
@@ -122,10 +122,12 @@ def main(args) -> dict[str, float | str]:
         print(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes), sep="\n")
     else:
         data, judge = {column: list_labelled(args.data_path, column) for column in args.label_column}, judge_labels
+    make_folder(file.parent)
     args.checkpoint = str(fetch(args.checkpoint))
     read_outs, report = load_read_outs(args.checkpoint, tuple(args.read_out), size, device)
     print(f"encoder {args.checkpoint}:\n{report}", flush=True)
-    facts, scores = judge(args, data, read_outs, loading)
+    with scoring(read_outs):
+        facts, scores = judge(args, data, read_outs, loading)
     print(score_table(scores))
     if "layers" in args.read_out:
         figure = draw_layers(scores, "/".join(Path(args.checkpoint).parts[-2:]))

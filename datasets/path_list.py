@@ -19,8 +19,10 @@ OFFSET, LENGTH, CRC = range(3)  # columns of a shard's index
 
 
 def printable(name: str) -> str:
-    """A file name for tables and messages: bytes that are not UTF-8 become \\xNN."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A name for tables, messages and pictures, on one line: bytes that are not UTF-8 become \\xNN, control characters
+    \\n, \\x1b ..."""
+    given = ((c, chr(ord(c) - 0xDC00) if "\udc80" <= c <= "\udcff" else c) for c in name)  # as `os.fsdecode` has them
+    return "".join(c if c.isprintable() else byte.encode("unicode_escape").decode() for c, byte in given)
 
 
 class PathList:

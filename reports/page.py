@@ -11,11 +11,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image
 
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
+from datasets.path_list import printable
 from util.files import write_atomic
 
+FONT = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")  # has letters that Pillow's own lacks
 THUMB = 144  # px, longer side of the embedded pictures
 MARKS = {"right": "right", "wrong": "wrong", "junk": "left out"}  # page.html has their drawings: fonts lack some
 SHELL = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
@@ -33,7 +36,16 @@ class Html(str):
 
 
 def html_of(content: object) -> Html:
-    return content if isinstance(content, Html) else Html(html.escape(str(content)))
+    shown = content if isinstance(content, Html) else html.escape("\n".join(map(printable, str(content).split("\n"))))
+    return Html(shown)
+
+
+def show_names(figure: Figure) -> Figure:
+    """Names in a figure's texts as matplotlib can draw them."""
+    for text in figure.findobj(Text):
+        if text.get_text() != printable(text.get_text()):
+            text.set_text(printable(text.get_text()))
+    return figure
 
 
 def join(between: object, parts) -> Html:
@@ -163,7 +175,7 @@ class Page:
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend()
         data, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        axes.figure.savefig(data, format="svg", transparent=True, metadata=nothing)
+        show_names(axes.figure).savefig(data, format="svg", transparent=True, metadata=nothing)
         box, inside = re.search(r'<svg.*?(viewBox="[^"]*").*?>(.*)</svg>', data.getvalue(), re.S).groups()
         inside = re.sub(r' id="\w+_\d+"', "", inside).replace(INK, "currentColor")
         words = html_of(f"{title}: {caption}")  # for those who do not see it

@@ -4,10 +4,12 @@ import contextlib
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 from datasets.images import UNREADABLE, open_rgb
+from datasets.path_list import printable
 from datasets.transforms import mask_noise, whole_image
+from reports.page import FONT
 
 TITLES = ("input", "masked", "reconstruction", "reconstruction + visible")
 PADDING = ((0, 0), (0, 0), (3, 3), (3, 3), (0, 0))  # px around each picture [N, 4, H, W, 3]
@@ -36,12 +38,12 @@ def draw_reconstructions(model, imgs: torch.Tensor, mask_ratio: float, seed: int
     N, _, height, width, _ = tiles.shape
     grid = tiles.transpose(0, 2, 1, 3, 4).reshape(N * height, 4 * width, 3)
     sheet = Image.fromarray(np.pad(grid, ((20, 20), (0, 0), (0, 0)), constant_values=255))
-    draw = ImageDraw.Draw(sheet)
+    draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, 11)
     for column, name in enumerate(TITLES):
-        draw.text((4 + column * width, 3), name, fill="black")
+        draw.text((4 + column * width, 3), name, fill="black", font=font)
     caption = f"{title}; {mask_ratio:.0%} masked"
     caption += "; colours use the true mean and deviation of each patch (norm_pix_loss)" * model.norm_pix_loss
-    draw.text((4, sheet.height - 17), caption, fill="black")
+    draw.text((4, sheet.height - 17), printable(caption), fill="black", font=font)
     return sheet, columns
 
 

@@ -7,7 +7,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from reports.page import Page, facts_table, image, new_axes
+from datasets.path_list import printable
+from reports.page import Page, facts_table, image, new_axes, show_names
 
 SHOWN = ("balanced", "mA", "mAP", "top1", "R1")  # of the metrics, in the table; of these the first is drawn
 TRIVIAL = ("majority", "random")
@@ -34,7 +35,7 @@ def write_run_report(file: Path, log: list[dict], settings: dict, knn: dict[str,
     for offset, name in enumerate(("chance", "before", "after"), -1):
         bars = axes.bar(places + 0.27 * offset, [100 * x for x in knn[name].values()], 0.25, label=name)
         axes.bar_label(bars, fmt="%.0f")
-    axes.set_xticks(places, list(knn["after"]))
+    axes.set_xticks(places, list(map(printable, knn["after"])))
     page.figure("kNN top-1 on unseen identities", axes)
     if panels := sorted((file.parent / "panels").glob("epoch_*.png")):
         page.section("Reconstructions")
@@ -113,4 +114,4 @@ def draw_layers(scores: Scores, title: str) -> Figure:
         axis.set(title=f"{column} {protocol} {metric}".strip(), xlabel="block", ylabel="%")
     grid[0][0].legend(fontsize="small")
     figure.suptitle(f"{title} ({rest})" if rest else title)
-    return figure
+    return show_names(figure)

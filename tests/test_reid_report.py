@@ -13,6 +13,7 @@ from datasets.reid import ReidImages
 from metrics.reid import FeatureSet, Protocol, Ranking, cosine_blocks, evaluate, rank_blocks
 from reports.page import Page, Pictures, cards, confusion_table, new_axes, table, worst_table
 from reports.reid import ReidTest, write_reid_report
+from reports.run import draw_layers
 
 NAMES = [f"car <{i}>" for i in range(7)]
 WITH, WITHOUT = Protocol("table", True), Protocol("table", False)
@@ -186,7 +187,7 @@ def test_queries_without_a_match(tmp_path, folder):
 
 
 def test_whatever_a_page_is_given_is_escaped(tmp_path):
-    evil = "<b>$x$&\"'"
+    evil = "<b>$x$&\"'\udcff\ud800\n\x1b[31m\0"
     page = Page(evil, evil, {evil: evil}, {evil: evil, "lr": 1 / 3})
     page.section(evil, evil)
     axes = new_axes(evil, evil)
@@ -194,8 +195,11 @@ def test_whatever_a_page_is_given_is_escaped(tmp_path):
         axes.plot([0, 1], label=evil)
     page.figure(evil, axes, evil)
     page.add(table([evil], [[evil]]), confusion_table([evil, "b"], np.eye(2, dtype=int)))
-    page.add(cards([Pictures().card(tmp_path / evil, evil, evil, alt=evil)]), worst_table([evil], [[evil]] * 20))
+    page.add(cards([Pictures().card(tmp_path / "gone", evil, evil, alt=evil)]), worst_table([evil], [[evil]] * 20))
     page.write(tmp_path / "page.html")
-    text = (tmp_path / "page.html").read_text()
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "\\xff" in text and "\\x1b[31m" in text and "\x1b" not in text and "\0" not in text
+    scores = {("knn", "cls_block1", evil, "top1"): 0.3, ("majority", "cls_block1", evil, ""): 0.1}
+    draw_layers(scores, evil).savefig(tmp_path / "layers.png")
     assert "<b>$x$" not in text and '"\'"' not in text and "0.3333" in text
     assert text.count("&lt;b&gt;$x$&amp;") > 20 and "cannot be opened" in text

@@ -1,6 +1,8 @@
 """tools.search: what is found, what is kept on disk, what is refused."""
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -156,6 +158,22 @@ def test_embed_once_search_after(encoders, gallery, tmp_path, monkeypatch, capsy
     )
 
 
+def test_names_of_any_kind(encoders, tmp_path, capsys, monkeypatch):
+    folder = os.fsencode(write_pictures(tmp_path / "odd", 1))
+    names = b"\xc3\xa4 \xff line\nbreak <script> -dash \x1b[31m '\""
+    for name in [*names.split(b" "), 251 * b"a"]:
+        shutil.copy(os.path.join(folder, b"0000.png"), os.path.join(folder, name + b".png"))
+    drawn, real = [], search.ImageDraw.ImageDraw.text
+    monkeypatch.setattr(search.ImageDraw.ImageDraw, "text", lambda *a, **k: drawn.append(a[2]) or real(*a, **k))
+    output = tmp_path / "out"
+    found = run(tmp_path / "odd", "--gallery", tmp_path / "odd", "--checkpoint", encoders[0], "--output", output)
+    assert found["queries"] == found["same_file"] == 9 and len(results(output)) == 9
+    said = capsys.readouterr().out
+    for shown in ("ä.png", "\\xff.png", "line\\nbreak.png", "<script>.png", "\\x1b[31m.png"):
+        assert f"{shown}:\n" in said and any(text.endswith(f"\n{shown}") for text in drawn)
+    assert "\x1b" not in said and search.FONT.name == "DejaVuSans.ttf"
+
+
 def test_another_job_is_refused(encoders, gallery, tmp_path, monkeypatch):
     query, index = gallery / "a" / "0001.png", tmp_path / "index"
     words = [query, "--output", tmp_path / "out", "--no-picture", "--gallery", gallery, "--index", index]
@@ -170,7 +188,10 @@ def test_another_job_is_refused(encoders, gallery, tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=f"its {differs} differ"):
             run(*more)
-    for name, content in (("embeddings.npy", kept[:-9]), ("index.json", b"{")):
+    odd = [
+        ("embeddings.npy", content) for content in (kept[:-9], b"", b"\x93NUMPY\x01\0\x02\0((", kept[:-2] + b"\x7c\x00")
+    ]
+    for name, content in [*odd, *(("index.json", content) for content in (b"{", b"[1]", b"\xff", b"[" * 99_999))]:
         whole = (index / name).read_bytes()
         (index / name).write_bytes(content)
         with pytest.raises(InputError, match="damaged"):
@@ -267,7 +288,8 @@ def test_mistakes_end_in_a_sentence(encoders, gallery, tmp_path, monkeypatch, ca
         ([query, *common, "--topk", "0"], "--topk 0: must be at least 1"),
         ([query, *common, "--gallery", tmp_path / "no"], "--gallery .*no does not exist"),
         ([gallery / "a" / "0007.png", *common], "none of the 1 queries could be read"),
-        ([tmp_path / "no.png", *common], "none of the 1 queries could be read"),
+        ([query, tmp_path / "no.png", *common, "--checkpoint", "no.pth"], "no.png does not exist"),
+        ([query, *common, "--output", query, "--checkpoint", "no.pth"], "cannot write .*0001.png"),
     ):
         with pytest.raises(InputError, match=sentence):
             run(*words)
@@ -276,4 +298,4 @@ def test_mistakes_end_in_a_sentence(encoders, gallery, tmp_path, monkeypatch, ca
     with pytest.raises(SystemExit) as stopped:
         args = search.get_args_parser().parse_args()
         run_tool(search.main, args, Path(args.output) / "metrics.json")
-    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: none of")
+    assert stopped.value.code == 2 and capsys.readouterr().err.startswith("error: ")

@@ -59,6 +59,7 @@ def majority_share(table) -> float:
 
 def main(args) -> dict:
     run_dir = Path(args.run_dir)
+    tables = {column: list_labelled(args.data_path, column) for column in args.label_column}
     for name in ("encoder.safetensors", "log.txt", "args.json"):
         if not (run_dir / name).is_file():
             raise InputError(f"{run_dir / name} does not exist: give the output folder of a finished main_pretrain.py")
@@ -69,7 +70,6 @@ def main(args) -> dict:
         initial = MODELS[settings["model"]](img_size=tuple(settings["img_size"])).eval()  # before the first update
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(f"log.txt or args.json in {run_dir} is damaged: {error!r}") from error
-    tables = {column: list_labelled(args.data_path, column) for column in args.label_column}
     knn = {
         "chance": {column: majority_share(table) for column, table in tables.items()},
         "before": knn_accuracy(initial, tables, args.read_out),

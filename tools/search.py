@@ -48,7 +48,6 @@ import os
 import time
 from collections.abc import Callable
 
-import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -61,16 +60,16 @@ from datasets.path_list import PackedImages, PathList, printable
 from datasets.tables import TABLE_ENDINGS
 from engine_extract import extract_features, extract_to_file
 from finetune.encoder import load_model
+from reports.page import FONT
 from util.dist import barrier, end_distributed, init_distributed, is_main_process, pick_device, print_main
 from util.errors import InputError
 from util.fetch import fetch
-from util.files import file_sha256, write_atomic, write_json
+from util.files import file_sha256, make_folder, write_atomic, write_json
 from util.parallel import claim
 from util.precision import pick_precision
 from util.progress import Progress
 
 Images = PathList | PackedImages
-FONT = Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")  # has letters that Pillow's own lacks
 
 
 def main(args) -> dict:
@@ -88,6 +87,7 @@ def search(args, device: torch.device) -> dict:
     if not Path(args.gallery).exists():
         raise InputError(f"--gallery {args.gallery} does not exist: give a folder of images, a manifest or packed set")
     queries, gallery = open_queries(args.queries), list_images(args.gallery)
+    make_folder(args.output)
     args.checkpoint = str(fetch(args.checkpoint))
     embed, size = load_embedder(args, device)
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
@@ -117,9 +117,13 @@ def search(args, device: torch.device) -> dict:
 
 
 def open_queries(words: list[str]) -> Images:
+    """Images that a command names: files, or one folder, manifest or packed set."""
     first = Path(words[0])
-    is_list = len(words) == 1 and (first.is_dir() or first.suffix.lower() in TABLE_ENDINGS)
-    return list_images(first) if is_list else PathList(Path(), words)
+    if len(words) == 1 and (first.is_dir() or first.suffix.lower() in TABLE_ENDINGS):
+        return list_images(first)
+    if missing := [word for word in words if not os.path.lexists(word)]:
+        raise InputError(f"{printable(missing[0])} does not exist: give image files, or one folder or manifest")
+    return PathList(Path(), words)
 
 
 def image_name(paths: Images, number: int) -> str:
@@ -177,13 +181,17 @@ def embed_gallery(embed, gallery: Images, size, device, folder: Path, header: di
 
 
 def open_index(folder: Path, shape: tuple[int, int]) -> np.ndarray:
-    """[M, D] float16, a memory map, NaN where unreadable."""
+    """[M, D] float16, a memory map; rows are unit vectors, or NaN where unreadable."""
     try:
-        rows = np.load(folder / "embeddings.npy", mmap_mode="r")
-    except (ValueError, OSError, EOFError) as error:
+        rows = np.lib.format.open_memmap(folder / "embeddings.npy", mode="r")
+    except Exception as error:  # numpy has many kinds for damaged headers
         raise InputError(f"{folder} is damaged ({error}): remove it, embed again") from error
     if rows.shape != shape or rows.dtype != np.float16:
         raise InputError(f"{folder} is damaged ({rows.dtype} {rows.shape}, not {shape}): remove it, embed again")
+    for start in range(0, len(rows), 1 << 16):
+        lengths = np.linalg.norm(rows[start : start + (1 << 16)].astype(np.float32), axis=1)
+        if (bad := np.flatnonzero(np.abs(lengths - 1) > 0.02)).size:
+            raise InputError(f"{folder} is damaged (row {start + bad[0]} is no unit vector): remove it, embed again")
     return rows
 
 

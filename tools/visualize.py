@@ -6,7 +6,7 @@ python -m tools.visualize a.jpg b.jpg --checkpoint output_dir/checkpoint-last.pt
 import argparse
 from pathlib import Path
 
-from util.cli import Parser, run_tool
+from util.cli import Parser, check_numbers, run_tool
 from util.names import MAE_MODELS
 
 
@@ -35,30 +35,29 @@ if __name__ == "__main__":
 import torch
 
 from datasets.images import UNREADABLE, open_rgb, why_unreadable
-from datasets.manifest import list_images
+from datasets.path_list import printable
 from datasets.transforms import whole_image
 from models_mae import count_kept, load_autoencoder
 from reports.panels import draw_reconstructions
+from tools.search import open_queries
 from util.errors import InputError
 from util.fetch import fetch
-from util.files import write_atomic
+from util.files import make_folder, write_atomic
 
 
 def main(args) -> dict:
+    check_numbers(args, at_least_one="count", positive="mask_ratio", not_negative="seed")
+    paths, imgs = open_queries(args.images), []
+    files = [paths[i] for i in range(min(args.count, len(paths)) if len(args.images) == 1 else len(paths))]
+    make_folder(Path(args.output).parent)
     args.checkpoint = str(fetch(args.checkpoint))
     model = load_autoencoder(args.checkpoint, args.model, args.norm_pix_loss)
     count_kept(model.num_patches, args.mask_ratio)
-    first = Path(args.images[0])
-    files = [Path(name) for name in args.images]
-    if len(files) == 1 and (first.is_dir() or first.suffix in (".csv", ".tsv", ".jsonl", ".txt")):
-        paths = list_images(first)
-        files = [paths[i] for i in range(min(args.count, len(paths)))]
-    imgs = []
     for file in files:
         try:
             imgs.append(whole_image(open_rgb(file), model.img_size))
         except UNREADABLE as error:
-            print(f"unreadable, left out: {file}: {why_unreadable(error)}")
+            print(f"unreadable, left out: {printable(str(file))}: {why_unreadable(error)}")
     if not imgs:
         raise InputError(f"none of the {len(files)} given images could be read")
     title = Path(args.checkpoint).name

@@ -36,6 +36,12 @@ def write_atomic(file: str | Path, write) -> None:
             temporary.unlink()
 
 
+def make_folder(folder: str | Path) -> None:
+    """Make an output folder, before hours of work show that it cannot be written; InputError then."""
+    write_atomic(Path(folder) / ".writable", lambda opened: None)
+    (Path(folder) / ".writable").unlink(missing_ok=True)
+
+
 def write_json(file: str | Path, value) -> None:
     """JSON with a final newline, atomically."""
     write_atomic(file, lambda opened: opened.write(f"{json.dumps(value, indent=1)}\n".encode()))
