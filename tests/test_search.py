@@ -188,9 +188,8 @@ def test_another_job_is_refused(encoders, gallery, tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=f"its {differs} differ"):
             run(*more)
-    odd = [
-        ("embeddings.npy", content) for content in (kept[:-9], b"", b"\x93NUMPY\x01\0\x02\0((", kept[:-2] + b"\x7c\x00")
-    ]
+    arrays = kept[:-9], b"", b"\x93NUMPY\x01\0\x02\0((", kept[:-2] + b"\x00\x7c"  # the last number: infinite
+    odd = [("embeddings.npy", content) for content in arrays]
     for name, content in [*odd, *(("index.json", content) for content in (b"{", b"[1]", b"\xff", b"[" * 99_999))]:
         whole = (index / name).read_bytes()
         (index / name).write_bytes(content)

@@ -58,8 +58,8 @@ def claim(file: Path, header: dict, what: str) -> bool:
             write_json(file, header)
         return True
     try:
-        old = json.loads(file.read_text())
-    except json.JSONDecodeError as error:
+        old = dict(json.loads(file.read_text()))
+    except (ValueError, TypeError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({error}): remove {file.parent} and start again") from error
     different = [key for key in header if old.get(key) != header[key]]
     if different:
