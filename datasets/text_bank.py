@@ -10,10 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
+from util.checkpoint import write_safetensors
 from util.errors import InputError
-from util.files import write_atomic
 
 VOCABULARY = Path(__file__).with_name("vocabulary.json")
 
@@ -112,5 +111,4 @@ def save_bank(file: Path, embeddings: torch.Tensor, texts: list[str], identity: 
     """Write an encoded bank with the identity of its teacher (atomic)."""
     header = {"kind": "cgd-mae text bank", "texts": "\n".join(texts), "texts_sha256": hash_texts(texts)}
     header |= {"bank_sha256": hash_bank(embeddings), "teacher": json.dumps(asdict(identity))}
-    data = save({"bank": embeddings.contiguous()}, header)
-    write_atomic(file, lambda opened: opened.write(data))
+    write_safetensors(file, {"bank": embeddings}, header)

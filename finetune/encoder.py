@@ -9,11 +9,10 @@ from torch import nn
 from finetune.flags import TASKS
 from finetune.task import Task, task_class
 from models_vit import CLIP_STATS, IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, encoder_from, load_encoder
-from util.checkpoint import load_weights, read_checkpoint
+from util.checkpoint import load_weights, read_checkpoint, weights_sha256
 from util.dist import print_main
 from util.errors import InputError
 from util.fetch import fetch
-from util.files import file_sha256
 from util.names import ENCODER_MODELS, ENCODER_SIZES
 from util.optim import build_finetune_optimizer
 from util.pretrained import read_config, recognise
@@ -24,7 +23,7 @@ ENCODER_SETTINGS = "img_size patch_size embed_dim depth num_heads mean std strid
 
 def build_encoder(args) -> tuple[VisionTransformer, str]:
     """The encoder that --finetune, --model and the flags of its group ask for, and what was loaded;
-    `args.weights_sha256` is set to the hash of the file, or to "random"."""
+    `args.weights_sha256` is set to the identity of its tensors, or to "random"."""
     width, depth, heads, patch = ENCODER_SIZES[ENCODER_MODELS[args.model]] if args.model else (0, 0, 0, 0)
     shape = {name: getattr(args, name) for name in ("stride", "drop_path", "quick_gelu")}
     if args.finetune:
@@ -37,7 +36,7 @@ def build_encoder(args) -> tuple[VisionTransformer, str]:
                 f"patches, --model {args.model} is not: drop --model"
             )
         report = f"{args.finetune}\n{encoder.report}"
-        args.weights_sha256 = file_sha256(args.finetune)
+        args.weights_sha256 = weights_sha256(args.finetune)
     else:
         encoder = VisionTransformer(args.img_size, patch, width, depth, heads, **shape)
         report = f"{args.model} with random weights, seed {args.seed}"

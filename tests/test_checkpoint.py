@@ -2,13 +2,17 @@
 
 import argparse
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
+from safetensors import safe_open
 
 from models_mae import MODELS
-from util.checkpoint import encoder_state, load_weights, read_checkpoint, write_torch
+from util.checkpoint import encoder_state, load_weights, read_checkpoint, weights_sha256, write_safetensors, write_torch
 from util.errors import InputError
 from util.files import write_atomic
 from util.run_files import initialise_from
@@ -142,3 +146,29 @@ def test_other_architectures_are_refused_by_name(tmp_path, state):
     renamed = {k.replace("blocks.5.", "block_five."): v for k, v in state.items()}
     with pytest.raises(InputError, match="first blocks.5.norm1.weight"):
         load_weights(TINY(img_size=(32, 32)), renamed, "renamed.pth", needed="encoder")
+
+
+def test_the_same_tensors_and_header_give_the_same_bytes_and_identity(tmp_path, state):
+    """In another order and process, too: the library's own order of the header changes from run to run."""
+    header = {name: name * 3 for name in "abcdefgh"}
+    write_safetensors(tmp_path / "a.safetensors", state, header)
+    script = (
+        "import sys; from util.checkpoint import write_safetensors; from safetensors.torch import load_file;"
+        f"write_safetensors({str(tmp_path / 'b.safetensors')!r}, dict(reversed(load_file(sys.argv[1]).items())),"
+        " {name: name * 3 for name in reversed('abcdefgh')})"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", script, str(tmp_path / "a.safetensors")], check=True, cwd=ROOT)
+        assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    with safe_open(tmp_path / "b.safetensors", "pt") as opened:
+        assert opened.metadata() == header and set(opened.keys()) == set(state)
+    write_torch(tmp_path / "c.pth", {"model": state})
+    assert len({weights_sha256(x) for x in (state, tmp_path / "a.safetensors", tmp_path / "c.pth")}) == 1
+    changed = state | {"norm.bias": state["norm.bias"] + 1e-6}
+    assert weights_sha256(changed) != weights_sha256(state)
+
+
+def test_an_archive_that_unpacks_to_far_more_is_refused_first(tmp_path):
+    np.savez_compressed(tmp_path / "bomb.npz", **{"embedding/kernel": np.zeros(300 << 18, np.float32)})
+    with pytest.raises(InputError, match="unpacks to 314,5"):
+        read_checkpoint(tmp_path / "bomb.npz")

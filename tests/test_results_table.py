@@ -13,8 +13,8 @@ from layouts import write_demo_reid
 import main_finetune
 from models_vit import VisionTransformer
 from tools import results_table
+from util.checkpoint import weights_sha256
 from util.errors import InputError
-from util.files import file_sha256
 from util.run_files import code_commit
 
 A, B = "a" * 64, "b" * 64
@@ -265,7 +265,7 @@ def test_runs_of_main_finetune_say_what_the_table_needs(tmp_path):
     part = section(text, "reid set, as veri776 (")
     assert "train 30, classes 5," in part.splitlines()[0]
     recipe = column(part, "**", "recipe")
-    assert file_sha256(weights)[:16] in recipe
+    assert weights_sha256(weights)[:16] in recipe
     assert recipe.startswith("input_size 32, epochs 1, warmup_epochs 0.0, opt adamw, lr 0.001, amp none (")
     mean = 50 * (found[0]["mAP"] + found[1]["mAP"])
     assert f"| **{mean:.1f} ± " in part and "(2 seeds)" in text

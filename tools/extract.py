@@ -44,9 +44,10 @@ from datasets.manifest import list_images
 from datasets.path_list import printable
 from engine_extract import extract_to_file
 from models_vit import load_encoder
+from util.checkpoint import weights_sha256
 from util.dist import end_distributed, init_distributed, pick_device, print_main
 from util.fetch import fetch
-from util.files import file_sha256, write_atomic
+from util.files import write_atomic
 from util.precision import pick_precision
 
 
@@ -66,7 +67,7 @@ def extract(args, device) -> dict:
     model = load_encoder(args.checkpoint, parse_input_size(args.input_size) if args.input_size else None, device)
     print_main(f"encoder {args.checkpoint}:\n{model.report}")
     paths = list_images(args.data_path, args.split)
-    job = {"checkpoint_sha256": file_sha256(args.checkpoint), "images_sha256": paths.sha256(), "images": len(paths)}
+    job = {"checkpoint_sha256": weights_sha256(args.checkpoint), "images_sha256": paths.sha256(), "images": len(paths)}
     job |= {"read_out": args.read_out, "img_size": list(model.img_size), "amp": str(amp_dtype)}
     images = WholeImages(paths, np.arange(len(paths)), model.img_size)
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "amp_dtype": amp_dtype}

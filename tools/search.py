@@ -61,10 +61,11 @@ from datasets.tables import TABLE_ENDINGS
 from engine_extract import extract_features, extract_to_file
 from finetune.encoder import load_model
 from reports.page import FONT
+from util.checkpoint import weights_sha256
 from util.dist import barrier, end_distributed, init_distributed, is_main_process, pick_device, print_main
 from util.errors import InputError
 from util.fetch import fetch
-from util.files import file_sha256, make_folder, write_atomic, write_json
+from util.files import make_folder, write_atomic, write_json
 from util.parallel import claim
 from util.precision import pick_precision
 from util.progress import Progress
@@ -94,7 +95,7 @@ def search(args, device: torch.device) -> dict:
     loading["amp_dtype"], _ = pick_precision(args.amp, device)
     features, problems = embed_queries(embed, queries, size, device, loading)
     header = {
-        "checkpoint_sha256": file_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size),
+        "checkpoint_sha256": weights_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size),
         "amp": str(loading["amp_dtype"]), "images_sha256": gallery.sha256(), "images": len(gallery),
     }  # fmt: skip
     folder, started = Path(args.index or f"{os.path.abspath(args.output)}.index"), time.perf_counter()

@@ -48,12 +48,14 @@ def write_safetensors(file: str | Path, tensors: dict, metadata: dict[str, str])
     write_atomic(file, lambda opened: [opened.write(x) for x in (len(text).to_bytes(8, "little"), text, data[end:])])
 
 
-def weights_sha256(state: dict[str, torch.Tensor], settings: dict | None = None) -> str:
-    """Identity of weights in any file format: sha256 over `settings`, names and float32 values."""
+def weights_sha256(state: dict[str, torch.Tensor] | str | Path, settings: dict | None = None) -> str:
+    """Identity of weights, or of those in a file, whatever its format: sha256 of `settings`, names, float32 values."""
+    state = state if isinstance(state, dict) else read_checkpoint(state)["model"]
     digest = hashlib.sha256(json.dumps(settings).encode() if settings else b"")
-    for name, value in sorted(state.items()):
-        digest.update(name.encode())
-        digest.update(value.detach().cpu().contiguous().float().numpy().data)
+    for name, value in sorted(state.items(), key=lambda item: item[0]):
+        if torch.is_tensor(value):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().float().numpy().data)
     return digest.hexdigest()
 
 
