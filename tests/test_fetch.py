@@ -1,5 +1,6 @@
 """Downloads: checked, cached, one at a time; names and addresses; torch.hub; the script."""
 
+import functools
 import hashlib
 import http.server
 import json
@@ -20,8 +21,9 @@ from models_vit import load_encoder
 from util import fetch as fetching
 from util.checkpoint import encoder_state
 from util.errors import InputError
-from util.fetch import fetch, known
+from util.fetch import known
 
+fetch = functools.partial(fetching.fetch, allow_http=True)  # the server of these tests has no certificate
 CONTENT = bytes(range(256)) * 4096  # 1 MiB
 SHA256, MD5 = hashlib.sha256(CONTENT).hexdigest(), hashlib.md5(CONTENT).hexdigest()
 
@@ -31,8 +33,12 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.gets += 1
-        self.send_response(404 if self.path == "/absent.pth" else 200)
-        self.send_header("Content-Length", str(len(CONTENT)))
+        to = self.server.location
+        self.send_response(302 if to else 404 if self.path == "/absent.pth" else 200)
+        if self.server.length:
+            self.send_header("Content-Length", self.server.length)
+        if to:
+            self.send_header("Location", to)
         self.send_header("Content-Type", self.server.content_type)
         self.end_headers()
         self.wfile.write(CONTENT[: self.server.sent])
@@ -46,6 +52,7 @@ def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     started = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     started.gets, started.sent, started.content_type = 0, len(CONTENT), "application/octet-stream"
+    started.location, started.length = "", str(len(CONTENT))
     started.url = f"http://127.0.0.1:{started.server_port}/weights.pth"
     threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True).start()
     yield started
@@ -58,7 +65,7 @@ def no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("a network call")
 
-    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(urllib.request, "build_opener", refuse)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
 
 
@@ -231,3 +238,18 @@ def test_torch_hub(tiny, no_network):
         torch.hub.load(str(ROOT), "mae", "mae_vit_tiny_patch16", str(encoder), source="local")
     with pytest.raises(InputError, match="did you mean mae_vit_tiny_patch16"):
         torch.hub.load(str(ROOT), "mae", "mae_vit_tiny", source="local")
+
+
+def test_only_https_within_limits_and_to_an_end(server, tmp_path, monkeypatch):
+    with pytest.raises(InputError, match="is not https; --allow_http"):
+        fetching.fetch(server.url, tmp_path)
+    for to in ("ftp://127.0.0.1/x.pth", "file:///etc/passwd"):
+        server.location = to
+        assert "is not https" in refused(server.url, tmp_path) or server.gets
+    server.location, server.length = "", None  # a body that nobody knows the end of
+    assert "no #sha256= to know it by" in refused(server.url, tmp_path)
+    assert fetch(f"{server.url}#sha256={SHA256[:12]}", tmp_path).read_bytes() == CONTENT
+    monkeypatch.setattr(fetching, "LARGEST_BYTES", 1000)
+    assert "more than 1,000 bytes arrived" in refused(f"{server.url}#md5={MD5[:12]}", tmp_path)
+    server.length = str(len(CONTENT))
+    assert "too many for this disk" in refused(server.url.replace("weights", "other"), tmp_path)

@@ -38,7 +38,8 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     verb("inspect", "what a file is: kind, sizes, parts, settings, licence, hash; runs nothing in it")
     verb("verify", "whether it can be read, is finite, fits its model, and has the sha256 beside it")
-    verb("download", "get a released checkpoint once; later calls need no network")
+    add = verb("download", "get a released checkpoint once; later calls need no network")
+    add("--allow_http", action="store_true", help="also unencrypted addresses (default off)")
     verb("list", "the names that download knows", what="")
     add = verb("convert", "write it in the format of another code base")
     add("--to", required=True, choices=FORMATS, help="format")
@@ -159,7 +160,7 @@ def main(args) -> dict:
     if args.verb == "release":
         name = args.name or Path(args.run_dir).resolve().name
         return release(args.run_dir, args.output, name=name, licence=args.licence)
-    file = fetch(args.file, args.cache)
+    file = fetch(args.file, args.cache, getattr(args, "allow_http", False))
     if args.verb == "download":
         return {"file": str(file), "bytes": file.stat().st_size}
     if args.verb == "inspect":

@@ -26,14 +26,26 @@ from util.files import BLOCK_BYTES, file_digests, write_atomic
 
 REGISTRY = Path(__file__).with_name("registry.json")
 CACHE = Path("~/.cache/cgd_mae")
+LARGEST_BYTES = 32 << 30
 
 
-def fetch(source: str | Path, cache: str | Path | None = None) -> Path:
+class _Safe(urllib.request.HTTPRedirectHandler):
+    """Follows redirects from https to https alone; with `allow_http` also to http."""
+
+    def redirect_request(self, request, answer, code, message, headers, url):
+        _check_scheme(url, request.allow_http)
+        followed = super().redirect_request(request, answer, code, message, headers, url)
+        followed.allow_http = request.allow_http
+        return followed
+
+
+def fetch(source: str | Path, cache: str | Path | None = None, allow_http: bool = False) -> Path:
     """The file behind a path, a registry name or an address; no network call where it is here already.
 
     Args:
         source: see the top of this file. A local file wins over a registry name of the same spelling.
         cache: folder of the downloads, default ~/.cache/cgd_mae; hf:// has huggingface_hub's own.
+        allow_http: also take what comes unencrypted.
     Raises:
         InputError: no such file, name or address; a failed download; a wrong hash.
     """
@@ -44,7 +56,7 @@ def fetch(source: str | Path, cache: str | Path | None = None) -> Path:
     if row := rows.get(text):
         if not row["url"]:
             raise InputError(f"{text} ({row['what']}) has no address: fill in its url in {REGISTRY}, or give a path")
-        return _from_web(row["url"], {kind: row[kind] for kind in ("sha256", "md5") if kind in row}, cache)
+        return _from_web(row["url"], {kind: row[kind] for kind in ("sha256", "md5") if kind in row}, cache, allow_http)
     if text.startswith("hf://"):
         return _from_hugging_face(text)
     if text.startswith(("http://", "https://")):
@@ -52,7 +64,7 @@ def fetch(source: str | Path, cache: str | Path | None = None) -> Path:
         wanted = re.fullmatch("(sha256|md5)=([0-9a-f]{6,64})", fragment.lower())
         if fragment and not wanted:
             raise InputError(f"{text} with the hash {fragment}: give sha256= or md5= and 6 or more of its digits")
-        return _from_web(url, {wanted[1]: wanted[2]} if wanted else {}, cache)
+        return _from_web(url, {wanted[1]: wanted[2]} if wanted else {}, cache, allow_http)
     nearest = difflib.get_close_matches(text, rows, n=1)
     raise InputError(
         f"checkpoint {text or repr(text)} does not exist as a file, and no released one has this name"
@@ -78,7 +90,7 @@ def weights_file(source: str | Path) -> Path:
     return source
 
 
-def _from_web(url: str, wanted: dict[str, str], cache) -> Path:
+def _from_web(url: str, wanted: dict[str, str], cache, allow_http: bool) -> Path:
     """A download in CACHE/HASH OF THE ADDRESS AND ITS HASH/, beside its `FILE.sha256` that `sha256sum -c` reads."""
     name = re.sub(r"[^\w.+=@-]", "_", urlsplit(url).path.rpartition("/")[2])[-100:].lstrip(".")
     if not name:
@@ -91,7 +103,7 @@ def _from_web(url: str, wanted: dict[str, str], cache) -> Path:
             with open(folder / ".lock", "w") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait for it
                 if not file.is_file():
-                    _download(url, file, wanted)
+                    _download(url, file, wanted, allow_http)
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise InputError(
                 f"cannot download {url} to {folder} ({error}): check the address, the network and the disk, or "
@@ -100,18 +112,34 @@ def _from_web(url: str, wanted: dict[str, str], cache) -> Path:
     return file
 
 
-def _download(url: str, file: Path, wanted: dict[str, str]) -> None:
-    part = file.with_name(f"{file.name}.partial")
+def _check_scheme(url: str, allow_http: bool) -> None:
+    if urlsplit(url).scheme not in ("https", *["http"] * allow_http):
+        raise ValueError(
+            f"{url.partition('?')[0]} is not https; --allow_http of tools.checkpoint download takes http, too"
+        )
+
+
+def _download(url: str, file: Path, wanted: dict[str, str], allow_http: bool) -> None:
+    part, written = file.with_name(f"{file.name}.partial"), 0
+    _check_scheme(url, allow_http)
     print(f"downloading {url.partition('?')[0]}", flush=True)  # what follows a ? may be a key
     request = urllib.request.Request(url, headers={"User-Agent": "cgd-mae"})
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    request.allow_http = allow_http
+    with urllib.request.build_opener(_Safe).open(request, timeout=60) as answer:
         if answer.headers.get_content_type() == "text/html":
             raise ValueError("it is a web page")
         length = int(answer.headers["Content-Length"] or 0)
-        with open(part, "wb") as opened, tqdm.wrapattr(opened, "write", total=length or None) as counted:
-            shutil.copyfileobj(answer, counted, BLOCK_BYTES)
-    if length and part.stat().st_size != length:
-        raise OSError(f"cut at {part.stat().st_size:,} of {length:,} bytes")
+        limit = length or LARGEST_BYTES * bool(wanted)  # of what has neither an end nor a hash nothing is known
+        if not 0 < limit <= min(LARGEST_BYTES, shutil.disk_usage(file.parent).free):
+            raise ValueError(f"it says {length:,} bytes: too many for this disk, or none and no #sha256= to know it by")
+        with open(part, "wb") as opened, tqdm(total=length or None, unit="B", unit_scale=True) as progress:
+            while block := answer.read(BLOCK_BYTES):
+                written += opened.write(block)
+                progress.update(len(block))
+                if written > limit:
+                    raise ValueError(f"more than {limit:,} bytes arrived")
+    if length and written != length:
+        raise OSError(f"cut at {written:,} of {length:,} bytes")
     digests = file_digests(part, ("sha256", "md5"))
     for kind, prefix in wanted.items():
         if not digests[kind].startswith(prefix):
