@@ -112,35 +112,28 @@ def test_a_run_is_released_as_its_card_says(pictures, tmp_path):
     assert facts["parts"]["decoder_blocks"][0] == 96
 
     released = release(out, folder, name="small", licence="Apache-2.0")
-    wanted = {"README.md", "DATA_CARD.md", "LICENSE", "SHA256SUMS", "encoder.pth"}
-    wanted |= {"encoder.safetensors", "full.pth", "full.safetensors"}
+    wanted = {"README.md", "SHA256SUMS", "encoder.pth", "encoder.safetensors", "full.pth"}
     assert {file.name for file in folder.iterdir()} == wanted == set(released["files"])
     photos = sorted(pictures.iterdir())[:3]
     files = [folder / name for name in ("encoder.safetensors", "encoder.pth", "full.pth")]
     features = [load_encoder(file).embed_images(photos)["cls"] for file in (*files, out / "encoder.pth")]
     assert all(torch.equal(features[0], other) for other in features)
     assert set(torch.load(folder / "encoder.pth", weights_only=True)) == {"model"}
-    full = load_autoencoder(folder / "full.safetensors")
+    full = load_autoencoder(folder / "full.pth")
     assert torch.equal(full.decoder_pred.weight, load_autoencoder(out / "checkpoint-last.pth").decoder_pred.weight)
     assert inspect_file(files[0])["licence"] == "Apache-2.0" and verify_file(files[0])["verdict"].startswith("whole")
     sums = dict(line.split()[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
-    assert len(sums) == 4 and all(file_sha256(folder / name) == digest for name, digest in sums.items())
-    card, data_card = ((folder / name).read_text() for name in ("README.md", "DATA_CARD.md"))
+    assert len(sums) == 3 and all(file_sha256(folder / name) == digest for name, digest in sums.items())
+    card = (folder / "README.md").read_text()
     assert card.startswith("---\nlicense: apache-2.0") and "| epochs | 2 |" in card and str(tmp_path) not in card
-    assert "none (plain MAE)" in card and "Images: 40" in data_card and str(tmp_path) not in data_card
+    assert "none (plain MAE)" in card and "Data: 40 images" in card
 
-    (folder / "DATA_CARD.md").write_text("ours")
-    (folder / "LICENSE").unlink()
-    assert "LICENSE" in release(out, folder, name="small", licence="MIT")["to_do"]
-    assert (folder / "DATA_CARD.md").read_text() == "ours" and not (folder / "LICENSE").exists()
+    (folder / "README.md").write_text("ours")
+    release(out, folder, name="small", licence="MIT")
+    assert (folder / "README.md").read_text() == "ours" and verify_file(files[1])["verdict"].startswith("whole")
     write_torch(folder / "encoder.pth", {"model": full.state_dict()})
     with pytest.raises(InputError, match="another sha256 than .*SHA256SUMS"):
         verify_file(folder / "encoder.pth")
-    (folder / "thesis.tex").write_text("years of work")
-    before = {file: file.read_bytes() for file in folder.iterdir()}
-    with pytest.raises(InputError, match="thesis.tex, which is no file of a release"):
-        release(out, folder, name="small", licence="MIT")
-    assert before == {file: file.read_bytes() for file in folder.iterdir()}
     unfinished = tmp_path / "unfinished"
     shutil.copytree(out, unfinished)
     content = read_checkpoint(out / "checkpoint-last.pth")
@@ -170,10 +163,22 @@ def test_damage_is_named(encoder, encoder_file, tmp_path):
     for use in (load_encoder, verify_file, inspect_file):
         with pytest.raises(InputError, match="truncated or damaged"):
             use(copy)
-    state = encoder.state_dict()
-    write_torch(tmp_path / "nan.pth", {"model": state | {"norm.bias": torch.full((192,), torch.nan)}})
-    with pytest.raises(InputError, match="not finite in 1 tensors, first norm.bias"):
-        verify_file(tmp_path / "nan.pth")
+    state, square = encoder.state_dict(), VisionTransformer((32, 32), 16, 192, 2, 3)
+    write_torch(
+        tmp_path / "nan.pth",
+        {
+            "config": {"kind": "x", "img_size": list(SIZE)},
+            "model": state | {"norm.bias": torch.full((192,), torch.nan)},
+        },
+    )
+    for use in (verify_file, load_encoder, lambda f: export_onnx(f, tmp_path / "x.onnx")):
+        with pytest.raises(InputError, match="not finite in 1 tensors, first norm.bias"):
+            use(tmp_path / "nan.pth")
+    write_torch(tmp_path / "encoder.pth", {"model": square.state_dict()})
+    kind = verify_file(tmp_path / "encoder.pth")["kind"]
+    assert kind.startswith("ViT: ViT 192 wide, 2 blocks") and "others" not in kind
+    with pytest.raises(InputError, match="holds an encoder only"):  # before it asks for what it could not use
+        load_autoencoder(tmp_path / "encoder.pth")
     assert inspect_file(tmp_path / "nan.pth")["not_finite"] == ["norm.bias"]
     config = {"kind": "CGD-MAE encoder", **encoder.settings()}
     write_torch(tmp_path / "shape.pth", {"model": state | {"norm.bias": torch.zeros(9)}, "config": config})

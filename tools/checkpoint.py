@@ -48,7 +48,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help="pixels that the position table is made for: one side, or H,W (default: the file's; setr: 512)")
     add = verb("release", "make a folder for others of a finished pre-training run", "run_dir",
                "--output_dir of main_pretrain.py")
-    add("--output", required=True, help="folder: new, or an earlier release (its DATA_CARD.md and LICENSE stay)")
+    add("--output", required=True, help="folder: new, or an earlier release (its README.md stays)")
     add("--licence", required=True, help="SPDX name of the weights' licence, e.g. Apache-2.0 or CC-BY-NC-4.0")
     add("--name", default=None, help="name in the cards (default: that of the run's folder)")
     # fmt: on
