@@ -134,11 +134,11 @@ class Curation:
         if not is_main_process():
             return {}
         selection, settings = self.array("selection"), vars(self.args)
-        counts["evidence"], sizes = judge(self.embedded, self.domains(), selection, self.device, self.args.seed)
+        counts["evidence"], _ = judge(self.embedded, self.domains(), selection, self.device, self.args.seed)
         write_json(self.folder / "curation.json", {"settings": settings, "stages": self.stages.records} | counts)
         removals = {name: load_removal(self.folder, name) for name in DROPS if name != "vehicle" or self.prompts}
         clusters = {name: (rows, tree.path()[:, :2][:, -1]) for name, (tree, rows) in self.trees().items()}
-        found = self.images, self.index, removals, selection, clusters, counts["evidence"], sizes, settings
+        found = self.images, self.index, removals, selection, clusters, counts["evidence"], settings
         write_curation_report(self.folder / "report.html", Curated(*found))
         return counts
 

@@ -262,21 +262,9 @@ def _sorted_rows(similar: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(ordered)
 
 
-class Card(NamedTuple):
-    """A gallery image in a list: row, rank from 1 (junk, which is not counted: 0), right, wrong or junk."""
-
-    row: int
-    rank: int
-    mark: str
-    cosine: float
-
-
 class Ranking:
-    """What the page shows.
-
-    ranks: of all true matches. ap: [Q] float64 in [0, 1], NaN: no match. chosen: {section: query rows, in order}, at
-    most `shown` each; similar: {query row: [G] float32 cosines} of those. seed: of the random section.
-    """
+    """What the page shows. ranks: of all true matches. ap: [Q] float64 in [0, 1], NaN: no match. chosen: {section:
+    query rows, in order}, at most `shown` each; similar: {query row: [G] float32 cosines} of those."""
 
     def __init__(self, protocol: Protocol, query: FeatureSet, gallery: FeatureSet, shown: int, seed: int, device="cpu"):
         self.protocol, self.query, self.gallery = protocol, query, gallery
@@ -289,19 +277,13 @@ class Ranking:
 
     def _choose(self, shown: int, seed: int) -> dict[str, np.ndarray]:
         scored = np.flatnonzero(~np.isnan(self.ap))
-        ap, pids = self.ap[scored], self.query.pids[scored]
-        best = np.lexsort((-self.ranks.counts()[scored], -ap))
-        first = np.sort(np.unique(pids[best], return_index=True)[1])  # of each vehicle
-        order = {
-            "worst": np.argsort(ap, kind="stable"),
-            "best": np.concatenate([best[first], np.delete(best, first)]),
-            "random": np.argsort(np.random.default_rng(seed).random(len(self.ap))[scored], kind="stable"),
-        }
-        return {name: scored[rows[:shown]] for name, rows in order.items()}
+        drawn = np.random.default_rng(seed).random(len(self.ap))[scored]
+        return {"worst": scored[np.argsort(self.ap[scored], kind="stable")][:shown],
+                "random": scored[np.argsort(drawn, kind="stable")][:shown]}  # fmt: skip
 
-    def cards(self, row: int, topk: int) -> list[Card]:
-        """The list of a chosen query: its first `topk` counted images, up to as many junk ones among them,
-        and the first right one where it comes later. Ties in the order of the gallery."""
+    def cards(self, row: int, topk: int) -> list[tuple[int, int, str, float]]:
+        """(gallery row, rank from 1 or 0 for junk, right, wrong or junk, cosine) of a chosen query's first `topk` counted
+        images, of up to as many junk ones among them, and of the first right one where it comes later."""
         order = np.argsort(-self.similar[row], kind="stable")
         same = self.gallery.pids == self.query.pids[row]
         junk = same & self.protocol.remove_same_camera & (self.gallery.camids == self.query.camids[row])
@@ -313,7 +295,7 @@ class Ranking:
         within = (ranks - counted < topk) & (counted | (np.cumsum(~counted) <= topk))
         within[np.flatnonzero(marks == 1)[:1]] = True
         ranks = ranks * counted
-        return [Card(int(order[i]), int(ranks[i]), MARKS[marks[i]], float(cosines[i])) for i in np.flatnonzero(within)]
+        return [(int(order[i]), int(ranks[i]), MARKS[marks[i]], float(cosines[i])) for i in np.flatnonzero(within)]
 
 
 def reranked_blocks(

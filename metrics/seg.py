@@ -1,6 +1,6 @@
 """Numbers of segmentation from one confusion matrix of the whole split. K classes."""
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,8 +23,7 @@ def confusion_matrix(truth: torch.Tensor, predicted: torch.Tensor, num_classes: 
     return torch.bincount(truth * num_classes + predicted, minlength=num_classes**2).view(num_classes, num_classes)
 
 
-@dataclass(frozen=True)
-class SegmentationNumbers:
+class SegmentationNumbers(NamedTuple):
     """iou, acc: [K] float64, NaN where a class is absent (see `segmentation_numbers`). flat: by name."""
 
     iou: np.ndarray
@@ -40,28 +39,18 @@ def segmentation_numbers(confusion: np.ndarray, background: bool) -> Segmentatio
 
     A class that is neither in the truth nor predicted has NaN for both; one that is predicted only has IoU 0
     and Acc NaN. Where class 0 is the background, the same come once more without it (`parts_`): means over
-    the parts; parts_aAcc is the share of the parts' pixels that are named right.
-
-    Args:
-        confusion: [K, K] int64, of `confusion_matrix`.
+    the parts; parts_aAcc is the share of the parts' pixels that are named right. confusion: [K, K] int64.
     """
     confusion = np.asarray(confusion, dtype=np.float64)
     right, true, said = np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
     union = true + said - right
     iou = np.divide(right, union, out=np.full(len(right), np.nan), where=union > 0)
     acc = np.divide(right, true, out=np.full(len(right), np.nan), where=true > 0)
-    flat = {"mIoU": _mean(iou), "mAcc": _mean(acc), "aAcc": _share(right, true)}
-    if background:
-        flat |= {"parts_mIoU": _mean(iou[1:]), "parts_mAcc": _mean(acc[1:])}
-        flat |= {"parts_aAcc": _share(right[1:], true[1:])}
+    flat = {}
+    for prefix, first in (("", 0), ("parts_", 1)) if background else (("", 0),):
+        for name, values in (("mIoU", iou[first:]), ("mAcc", acc[first:])):
+            known = values[~np.isnan(values)]
+            flat[prefix + name] = float(known.mean()) if len(known) else float("nan")
+        pixels = true[first:].sum()
+        flat[f"{prefix}aAcc"] = float(right[first:].sum() / pixels) if pixels else float("nan")
     return SegmentationNumbers(iou, acc, flat)
-
-
-def _share(right: np.ndarray, true: np.ndarray) -> float:
-    return float(right.sum() / true.sum()) if true.any() else float("nan")
-
-
-def _mean(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN of nothing."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from reports.page import Html, Page, Pictures, cards, mark, new_axes, table, tag
+from reports.page import Html, Page, Pictures, cards, mark, table, tag
 
 SHOWN, CLUSTERS, MEMBERS = 12, 24, 6  # pictures of a reason, clusters, pictures chosen and left out of each
 EVIDENCE = {
@@ -30,8 +30,7 @@ class Curated:
     """A finished curation; rows number the N images of all sources.
 
     images: row -> file, with `name(row)`. removals: by stage: `rows`, `reason` (into `reasons`), `of` and `value`, all
-    [n]. selection: rows that were chosen. clusters: {domain: (rows, the cluster of each)}. evidence: {set: {number}};
-    sizes: {set: [cells] images}. settings: all flags.
+    [n]. selection: rows that were chosen. clusters: {domain: (rows, the cluster of each)}. evidence: {set: {number}}.
     """
 
     images: Callable[[int], Path]
@@ -40,7 +39,6 @@ class Curated:
     selection: np.ndarray
     clusters: dict[str, tuple[np.ndarray, np.ndarray]]
     evidence: dict[str, dict[str, float]]
-    sizes: dict[str, np.ndarray]
     settings: dict
     pictures: Pictures = field(default_factory=Pictures)
 
@@ -60,12 +58,6 @@ def write_curation_report(file: Path, found: Curated) -> None:
     page.section("How even is it?", EVEN)
     rows = [[title, *(f"{row[name]:.4g}" for row in found.evidence.values())] for name, title in EVIDENCE.items()]
     page.add(table(["", *found.evidence], rows))
-    axes = new_axes("cells, from the largest to the smallest, %", "images, of the set's mean")
-    for name, values in found.sizes.items():
-        ordered = np.sort(values)[::-1] / max(values.mean(), 1e-9)
-        axes.plot(np.linspace(0, 100, len(ordered)), ordered.clip(0.03, 30), label=name)
-    axes.set_yscale("log")
-    page.figure("Sizes of the cells", axes, "A flat line is an even set.")
     page.section("Clusters", "From the largest to the smallest. Green frame: chosen. Click a picture to enlarge it.")
     page.add(mosaic(found))
     page.section("Removed pictures", REMOVED)

@@ -50,10 +50,6 @@ def write_fgvc_report(file: Path, protocol: str, facts: dict[str, object], found
     tiles = {name.replace("_", " "): percent(x, " %") if x <= 1 else x for name, x in numbers.items()}
     page = Page("Fine-grained classes", protocol, tiles, facts)
     page.section("Classes")
-    share, images = found.scores.per_class()
-    share = share[images > 0].numpy()
-    caption = f"{(share == 0).sum():,} of {len(share):,} classes are never right."
-    page.histogram("Accuracy of the classes", share, "classes", caption)
     page.first_k("Right class", [(ranks < k).float().mean().item() for k in range(1, min(20, len(found.classes)) + 1)])
     page.add(class_table(found))
     page.section("Most confused classes", "Images of either that are taken for the other come first.")

@@ -182,12 +182,6 @@ class Page:
         drawing = Html(f'<svg {box} role="img" aria-label="{words}">{inside}</svg>')
         self.add(tag("figure", tag("h3", title), drawing, tag("figcaption", caption), kind="chart"))
 
-    def histogram(self, title: str, shares: np.ndarray, y_title: str, caption: str) -> None:
-        """How often shares of [0, 1] occur, in %."""
-        axes = new_axes("%", y_title)
-        axes.hist(100 * shares, 20, range=(0, 100))
-        self.figure(title, axes, caption)
-
     def first_k(self, title: str, right: list[float]) -> None:
         """What share of [0, 1] has its right answer among the first 1, 2, ... k."""
         axes = new_axes("k", "%")

@@ -8,13 +8,12 @@ import numpy as np
 import torch
 
 from datasets.reid import ReidImages
-from metrics.reid import Card, FeatureSet, Protocol, Ranking, scores
+from metrics.reid import FeatureSet, Protocol, Ranking, scores
 from reports.page import BREAK, MARKS, Html, Page, Pictures, cards, join, mark, percent, tag
 
 CMC_RANKS, SHOWN, TOPK = 50, 12, 10  # queries a section, counted gallery images a list
 SECTIONS = {
     "worst": ("Worst queries", "Those of the lowest average precision (AP)."),
-    "best": ("Best queries", "Those of the highest AP, among equals those with most matches; of different vehicles."),
     "random": ("Random queries", "Drawn from all scored queries."),
 }
 LEGEND = (
@@ -65,7 +64,7 @@ def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, devi
         last = min(CMC_RANKS, len(gallery.pids))
         page.first_k("CMC", list(scores(ranking.ranks, tuple(range(1, last + 1))).values())[1 : last + 1])
         low = f"Median {percent(np.median(ap))} %; {(ap < 0.1).sum():,} of {len(ap):,} queries are below 10 %."
-        page.histogram("Average precision", ap, "queries", low)
+        page.add(tag("p", low))
     lost = len(test.pictures.lost)
     page.add(tag("p", *LEGEND, tag("b", f" {lost} of the pictures cannot be opened.", kind="wrong") if lost else ""))
     for name, (title, words) in SECTIONS.items():
@@ -80,15 +79,14 @@ def article(ranking: Ranking, test: ReidTest, row: int) -> Html:
     hits = ranking.ranks.hits[slice(*ranking.ranks.offsets[row : row + 2])]
     words = f"AP {100 * ranking.ap[row]:.1f} %, {len(hits):,} matches, at ranks {hits[0]:,} to {hits[-1]:,}"
     own = [test.card(test.query, row, f"query, {who}", tag("b", "query"))]
-    found = [found_card(test, hit) for hit in ranking.cards(row, TOPK)]
+    found = [found_card(test, *hit) for hit in ranking.cards(row, TOPK)]
     return tag("article", tag("h3", who, tag("span", words)), tag("div", cards(own, "own"), cards(found), kind="list"))
 
 
-def found_card(test: ReidTest, hit: Card) -> Html:
-    rank, who = f"rank {hit.rank:,}" if hit.rank else "not counted", test.who(test.gallery, hit.row)
-    words = join(BREAK, [mark(hit.mark), rank, f"cos {hit.cosine:.3f}", *who])
-    alt = ", ".join([MARKS[hit.mark], rank, *who])
-    return test.card(test.gallery, hit.row, alt, words, kind=hit.mark + " later" * (hit.rank > TOPK))
+def found_card(test: ReidTest, row: int, rank: int, kind: str, cosine: float) -> Html:
+    words, who = f"rank {rank:,}" if rank else "not counted", test.who(test.gallery, row)
+    alt, below = ", ".join([MARKS[kind], words, *who]), join(BREAK, [mark(kind), words, f"cos {cosine:.3f}", *who])
+    return test.card(test.gallery, row, alt, below, kind=kind + " later" * (rank > TOPK))
 
 
 def tiles(metrics: dict[str, float]) -> dict[str, str]:

@@ -119,7 +119,7 @@ def test_the_manifest_is_what_was_chosen(pool, curated):
     assert len(top) == 6 and sum(top.values()) == 60
     page = (output / "report.html").read_text()
     assert page.count("data:image/jpeg") > 60
-    for text in ("unreadable", "same file", "near copy", "60 of 240 images", "Sizes of the cells"):
+    for text in ("unreadable", "same file", "near copy", "60 of 240 images", "How even is it?"):
         assert text in page, text
     written = json.loads((output / "curation.json").read_text())
     assert written["stages"]["sample"]["counts"]["images"] == 60 and written["evidence"] == counts["evidence"]

@@ -120,7 +120,7 @@ def test_embed_once_search_after(encoders, gallery, tmp_path, monkeypatch, capsy
     assert numbers["queries"] == 3 and numbers["unreadable_queries"] == 1 and numbers["same_file"] == 2
     assert numbers["gallery"] == numbers["embedded"] == 13 and numbers["unreadable"] == 1
     said = capsys.readouterr().out
-    assert said.count("unreadable query, left out: ") == 1 and "(same file)" in said and "a/0007.png: Unid" in said
+    assert said.count("lost.png is left out: Unid") == 1 and "(same file)" in said and "a/0007.png: Unid" in said
     assert "13 images under" in said and "1 of them unreadable" in said
 
     first, lost, second = results(output)

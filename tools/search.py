@@ -159,8 +159,6 @@ def embed_queries(embed: Callable, queries: Images, size, device, loading: dict)
     """-> ([Q, D] float32, {number: why it could not be read}); InputError if that is all of them."""
     images, progress = WholeImages(queries, np.arange(len(queries)), size), Progress("queries", 0, shown=False)
     features, problems = extract_features(lambda imgs, _: {"": embed(imgs)}, images, device, progress, **loading)
-    for number, why in problems.items():
-        print_main(f"unreadable query, left out: {printable(image_name(queries, number))}: {why}")
     if len(problems) == len(queries):
         raise InputError(f"none of the {len(queries)} queries could be read")
     return torch.from_numpy(features[""]), problems
@@ -231,25 +229,26 @@ def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, galler
             path = image_name(gallery, row)
             same_file = os.path.realpath(path) == place
             if cosine > -np.inf and len(hits) < args.topk and not (same_file and args.exclude_self):
-                hit = {"row": row, "path": path, "cosine": cosine, "same_file": same_file, "rank": len(hits) + 1}
-                hits.append(hit)
+                rank = len(hits) + 1
+                hits.append({"row": row, "path": path, "cosine": cosine, "same_file": same_file, "rank": rank})
         lists.append(hits)
     return lists
 
 
 def write_results(args, queries: Images, problems: dict[int, str], found: dict[int, list[dict]], gallery) -> None:
     """The table on stdout, results.json and results.png."""
-    output, names = Path(args.output), [image_name(queries, number) for number in range(len(queries))]
-    for number, hits in found.items():
-        print(f"{printable(names[number])}:")
+    results = []
+    for number in range(len(queries)):
+        query, hits = image_name(queries, number), found.get(number, [])
+        results.append({"query": query, "problem": problems.get(number, ""), "results": hits})
+        print(f"{printable(query)}:" if hits else f"{printable(query)} is left out: {problems.get(number)}")
         for hit in hits:
             sign = "  (same file)" if hit["same_file"] else ""
             print(f"  {hit['rank']:3d}  {hit['cosine']:7.4f}  {printable(hit['path'])}{sign}")
-    results = [{"query": q, "problem": problems.get(i, ""), "results": found.get(i, [])} for i, q in enumerate(names)]
-    write_json(output / "results.json", results)
+    write_json(Path(args.output) / "results.json", results)
     if args.picture:
-        sheet = draw_results(queries, gallery, {number: found[number] for number in list(found)[:QUERIES_DRAWN]})
-        write_atomic(output / "results.png", lambda opened: sheet.save(opened, format="PNG"))
+        sheet = draw_results(queries, gallery, dict(list(found.items())[:QUERIES_DRAWN]))
+        write_atomic(Path(args.output) / "results.png", lambda opened: sheet.save(opened, format="PNG"))
 
 
 def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]]) -> Image.Image:
