@@ -282,7 +282,7 @@ class Ranking:
                 "random": scored[np.argsort(drawn, kind="stable")][:shown]}  # fmt: skip
 
     def cards(self, row: int, topk: int) -> list[tuple[int, int, str, float]]:
-        """(gallery row, rank from 1 or 0 for junk, right, wrong or junk, cosine) of a chosen query's first `topk` counted
+        """(gallery row, rank from 1 or 0 for junk, a word of MARKS, cosine) of a chosen query's first `topk` counted
         images, of up to as many junk ones among them, and of the first right one where it comes later."""
         order = np.argsort(-self.similar[row], kind="stable")
         same = self.gallery.pids == self.query.pids[row]
