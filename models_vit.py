@@ -20,7 +20,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from datasets.images import UNREADABLE, is_turned, open_rgb, to_rgb, why_unreadable
+from datasets.images import Unreadable, is_turned, open_rgb, to_rgb
 from datasets.transforms import whole_image
 from util.dist import get_rank, get_world_size, pick_device
 from util.errors import InputError
@@ -241,8 +241,8 @@ class VisionTransformer(nn.Module):
             elif is_turned(image):
                 image = ImageOps.exif_transpose(image)
             return whole_image(to_rgb(image), self.img_size)
-        except UNREADABLE as error:
-            raise InputError(f"picture {image} cannot be read: {why_unreadable(error)}") from error
+        except Unreadable as error:
+            raise InputError(f"picture {image} cannot be read: {error}") from error
 
 
 def init_module(module: nn.Module):

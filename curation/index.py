@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from curation.sources import JoinedImages
-from datasets.images import UNREADABLE, open_rgb, why_unreadable
+from datasets.images import open_rgb, read_bytes
 from datasets.path_list import PackedImages
 from util.dist import is_main_process
 from util.files import write_atomic
@@ -89,7 +89,7 @@ def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[lis
     try:
         row["path"].encode("utf-8")  # names that are not UTF-8 fit into no table
         opened = images[number]
-        data = opened.read_bytes() if isinstance(opened, Path) else opened.read()
+        data = read_bytes(opened) if isinstance(opened, Path) else opened.read()
         row |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         image = open_rgb(io.BytesIO(data))
         if box := images.text(number, "box"):
@@ -104,8 +104,8 @@ def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[lis
         row |= {"pixels": hashlib.sha256(size + image.tobytes()).hexdigest(), "phash": perceptual_hash(thumbnail)}
         row |= {"width": image.width, "height": image.height, "sharpness": f"{sharpness(values):.2f}"}
         row |= {"brightness": f"{values.mean():.1f}", "contrast": f"{values.std():.1f}"}
-    except UNREADABLE as error:
-        row["problem"] = why_unreadable(error)
+    except ValueError as error:  # `Unreadable`, such a name, or a box that is none
+        row["problem"] = str(error)
     return list(row.values()), thumbnail
 
 

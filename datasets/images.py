@@ -20,6 +20,8 @@ from util.errors import AWAY, InputError
 
 # what is decoded, whatever a file is called; Pillow's other decoders are old, rarely tested, or start programs
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else [])]
+ENDINGS = ".jpg .jpeg .jpe .jfif .mpo .png .webp .bmp .gif .tif .tiff .avif"
+IMAGE_ENDINGS = tuple(ending for ending in ENDINGS.split() if ending != ".avif" or "AVIF" in FORMATS)
 MAX_PIXELS, MAX_BYTES = 2**27, 2**29  # of one picture, before it is decoded or read; a 108-megapixel photo fits
 EXIF_ORIENTATION = 0x0112
 PATIENCE = 20.0  # seconds that an outage of the file system is waited for
@@ -28,13 +30,6 @@ LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, 
 
 class Unreadable(ValueError):
     """A file that is missing, damaged or no picture; the text says why, the same for the same file."""
-
-
-UNREADABLE = (Unreadable, OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-def why_unreadable(error: Exception) -> str:
-    return str(error) if isinstance(error, Unreadable) else f"{type(error).__name__}: {error}"
 
 
 class Outage:
@@ -51,6 +46,8 @@ class Outage:
             return False
         self.since = self.since or time.monotonic()
         if time.monotonic() - self.since > PATIENCE:
+            if os.path.isdir(folder):  # only this file cannot be read: a bad sector
+                return False
             raise Unreadable(f"{AWAY}: {error.strerror}") from error
         time.sleep(0.2)
         return True
@@ -144,6 +141,7 @@ def open_reduced(
         return to_rgb(image), full_size
 
 
+@decoding()
 def is_turned(image: Image.Image) -> bool:
     """Whether EXIF asks for a rotation or mirroring before display."""
     return ("exif" in image.info or image.format != "JPEG") and image.getexif().get(EXIF_ORIENTATION, 1) != 1
@@ -157,6 +155,7 @@ def open_given(file: str | Path, flag: str) -> Image.Image:
         raise InputError(f"{flag} {file} cannot be read: {error}") from error
 
 
+@decoding()
 def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB, 8 bits a channel."""
     if image.mode == "RGB":

@@ -1,15 +1,17 @@
 """What to train on: a folder or a manifest -> a list of image paths."""
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets.path_list import PACK_HEADER, PackedImages, PathList
+from datasets.images import IMAGE_ENDINGS
+from datasets.path_list import PACK_HEADER, PackedImages, PathList, printable
 from datasets.tables import TABLE_ENDINGS, iterate_table, split_name
+from util.dist import print_main
 from util.errors import InputError
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+HEIC, HIDDEN = (".heic", ".heif"), ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # the latter: folders of systems
 
 
 def list_images(data_path: str | Path, split: str | None = None) -> PathList | PackedImages:
@@ -58,23 +60,54 @@ def is_curated(folder: Path) -> bool:
 
 def _list_folder(folder: Path) -> PathList:
     root = folder / "train" if (folder / "train").is_dir() else folder
-    found: list[str] = []
-    others: Counter[str] = Counter()
-    for parent, folders, files in os.walk(root, followlinks=True):
-        folders.sort()
-        for name in sorted(files):
-            ending = os.path.splitext(name)[1].lower()
-            if ending in IMAGE_ENDINGS:
-                found.append(os.path.relpath(os.path.join(parent, name), root))
-            else:
-                others[ending or "no ending"] += 1
+    found, passed = walk_images(root)
+    seen = ", ".join(f"{what} ({count:,})" for what, count in passed.most_common(12))
     if not found:
-        seen = ", ".join(f"{ending} ({count})" for ending, count in others.most_common(5))
-        raise InputError(
-            f"no image under {root} (looked for {' '.join(IMAGE_ENDINGS)} in all sub-folders); "
-            + (f"{others.total()} files had other endings: {seen}" if others else "it is empty")
-        )
+        endings = " ".join(IMAGE_ENDINGS)
+        raise InputError(f"no image under {printable(root)} ({endings}); passed over: {seen or 'nothing, it is empty'}")
+    if passed:
+        print_main(f"{printable(root)}: {len(found):,} images; passed over: {seen}")
     return PathList(root, found)
+
+
+def walk_images(root: Path) -> tuple[list[str], Counter[str]]:
+    """(pictures below a folder, relative to it; how much of what was passed over: files by ending, hidden files and
+    folders, what is no regular file, folders that cannot be read). A folder is read once, by its real path: links to
+    folders come last."""
+    found: list[str] = []
+    passed: Counter[str] = Counter()
+    todo, links = [("", os.path.realpath(root))], deque()
+    seen = set(map(str, Path(todo[0][1]).parents))  # a link to what holds the root would list its neighbours
+    while todo or links:
+        folder, real = todo.pop() if todo else links.popleft()
+        if real in seen:
+            passed["links to folders that are read already"] += 1
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(os.path.join(root, folder)) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            passed[f"folders that cannot be read: {error.strerror}"] += 1
+            continue
+        below = []
+        for entry in entries:
+            relative, ending = os.path.join(folder, entry.name), os.path.splitext(entry.name)[1].lower()
+            is_folder = entry.is_dir()
+            if entry.name.startswith(".") or entry.name in HIDDEN:
+                passed["hidden folders" if is_folder else "hidden files"] += 1
+            elif is_folder and entry.is_symlink():
+                links.append((relative, os.path.realpath(entry.path)))
+            elif is_folder:
+                below.append((relative, os.path.join(real, entry.name)))
+            elif ending not in IMAGE_ENDINGS:
+                passed[f"{ending or 'no ending'}{', which needs a plug-in' * (ending in HEIC)}"] += 1
+            elif entry.is_file():
+                found.append(relative)
+            else:
+                passed["no regular files"] += 1
+        todo += reversed(below)
+    return found, passed
 
 
 def check_first_exist(paths: PathList, manifest: Path) -> None:

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datasets.images import Unreadable, is_turned, open_image, open_rgb, to_rgb, why_unreadable
+from datasets.images import Unreadable, is_turned, open_image, open_rgb, to_rgb
 from datasets.items import TrainItems
 from datasets.manifest import list_images
 from datasets.path_list import PathList
@@ -187,7 +187,7 @@ def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> np.ndarray | 
         image = open_image(image_file, decode=False)
         sizes = {image.size, image.size[::-1]} if is_turned(image) else {image.size}
     except Unreadable as error:
-        return why_unreadable(error)
+        return str(error)
     if mask.shape[::-1] not in sizes:
         raise InputError(f"{image_file} and {mask_file} differ: {SIZES.format(*image.size, *mask.shape[::-1])}")
     values = np.bincount(mask.ravel(), minlength=256)
@@ -274,6 +274,6 @@ class PartsTestItems(Dataset):
         try:
             image, mask = open_pair(self.part.images[row], self.part.masks[row])
         except Unreadable as error:
-            return row, torch.zeros(0), torch.zeros(0), why_unreadable(error)
+            return row, torch.zeros(0), torch.zeros(0), str(error)
         imgs = shown_to_model(image, self.resized(image.size))
         return row, imgs, torch.from_numpy(self.space.table[mask]), ""

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
-from datasets.images import UNREADABLE, open_rgb, why_unreadable
+from datasets.images import Unreadable, open_rgb
 from datasets.path_list import printable
 from util.files import write_atomic
 
@@ -94,8 +94,8 @@ class Pictures:
             if file not in self.lost and (file, alt, box) not in self.found:
                 picture = open_rgb(file)
                 self.found[file, alt, box] = image(picture.crop(box) if box else picture, alt, self.side, name)
-        except UNREADABLE as error:
-            self.lost[file] = why_unreadable(error)
+        except Unreadable as error:
+            self.lost[file] = str(error)
         gone = tag("div", name, " cannot be opened", kind="gone", title=self.lost.get(file, ""))
         return gone if file in self.lost else self.found[file, alt, box]
 

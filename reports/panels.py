@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from datasets.images import UNREADABLE, open_rgb
+from datasets.images import Unreadable, open_rgb
 from datasets.path_list import printable
 from datasets.transforms import mask_noise, whole_image
 from reports.page import FONT
@@ -53,7 +53,7 @@ def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int =
     imgs: list[torch.Tensor] = []
     order = np.linspace(0, len(dataset), count, endpoint=False).astype(int).tolist()
     for index in dict.fromkeys([*order, *range(min(len(dataset), 100))]):
-        with contextlib.suppress(*UNREADABLE):  # the loop has already counted and listed it
+        with contextlib.suppress(Unreadable):  # the loop has already counted and listed it
             imgs.append(whole_image(open_rgb(dataset.paths[index]), dataset.input_size))
         if len(imgs) == count:
             break

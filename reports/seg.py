@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib import colormaps
 from PIL import Image, ImageDraw
 
-from datasets.images import UNREADABLE, why_unreadable
+from datasets.images import Unreadable
 from datasets.path_list import PathList
 from metrics.seg import IGNORE, segmentation_numbers
 from reports.page import Html, Page, confusion_table, image, percent, tag, worst_table
@@ -25,7 +25,7 @@ class SegTest:
 
     space: the classes: `name`, `names`, whether the first is `background`. rows: [n] int64 of the images that could
     be read; each: [n, K, K] int64, their confusion matrices, row: truth, column: answer. look: row -> the picture, its
-    truth and the model's answer, [h, w] uint8 classes at its size; raises an exception of UNREADABLE.
+    truth and the model's answer, [h, w] uint8 classes at its size; raises Unreadable.
     """
 
     space: object
@@ -91,8 +91,8 @@ def article(test: SegTest, place: int, score: float) -> Html:
     name = test.images.relative(row)
     try:
         picture, *masks = test.look(row)
-    except UNREADABLE as error:
-        return tag("article", tag("h3", name), tag("p", why_unreadable(error)))
+    except Unreadable as error:
+        return tag("article", tag("h3", name), tag("p", str(error)))
     size = tuple(max(1, round(side * SIDE / max(picture.size))) for side in picture.size)
     shown = {"image": (small := picture.resize(size, Image.Resampling.BICUBIC))}
     for title, values in zip(("truth", "answer"), masks):

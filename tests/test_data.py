@@ -1,6 +1,8 @@
 """Lists of images, decoding, augmentation, the training stream."""
 
 import json
+import os
+import socket
 import warnings
 from pathlib import Path
 
@@ -12,7 +14,7 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from datasets.fgvc import list_labelled
-from datasets.images import UNREADABLE, open_reduced, open_rgb
+from datasets.images import IMAGE_ENDINGS, Unreadable, open_reduced, open_rgb
 from datasets.manifest import list_images
 from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset, build_loader
@@ -34,11 +36,45 @@ def test_path_list_gives_back_what_it_was_given(tmp_path):
 def test_folder_is_searched_and_train_preferred(tmp_path):
     write_pictures(tmp_path / "x" / "deep" / "er", 2)
     write_pictures(tmp_path / "x", 1)
-    (tmp_path / "x" / "notes.txt").write_text("no picture")
-    (tmp_path / "x" / "UPPER.JPG").write_bytes(b"")
-    assert len(list_images(tmp_path / "x")) == 4
-    write_pictures(tmp_path / "x" / "train" / "classA", 3)
     assert len(list_images(tmp_path / "x")) == 3
+    write_pictures(tmp_path / "x" / "train" / "classA", 2)
+    assert len(list_images(tmp_path / "x")) == 2
+
+
+def test_what_counts_as_a_picture_and_what_is_passed_over_is_said(tmp_path, capsys):
+    """All endings of JPEG and of its cousins; hidden files, links in circles, what is no file: counted."""
+    taken = [f"a{i}{ending}" for i, ending in enumerate(IMAGE_ENDINGS)] + ["UPPER.JPG", "two.dots.jpg", "-rf.jpg"]
+    odd = ["new\nline.jpg", "<script>'\".jpg", "x" * 251 + ".jpg", os.fsdecode(b"\xff\xfe.jpg"), "\u00e4 b.png"]
+    hidden = ["._a.jpg", ".hidden.png", "__MACOSX/a.jpg", ".ipynb_checkpoints/a.jpg", "@eaDir/a.jpg"]
+    others = ["a.heic", "b.HEIC", "Thumbs.db", "noending", "sub/labels.csv"]
+    for name in [*taken, *odd, *hidden, *others, "sub/b.jpg"]:
+        (tmp_path / "x" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "x" / name).write_bytes(b"")
+    os.mkfifo(tmp_path / "x" / "fifo.jpg")
+    with socket.socket(socket.AF_UNIX) as opened:
+        opened.bind(str(tmp_path / "x" / "s.jpg"))
+    for name, target in (("zero.jpg", "/dev/zero"), ("gone.jpg", "nowhere"), ("up", ".."), ("self", "."), ("a", "sub")):
+        (tmp_path / "x" / name).symlink_to(target)
+    (tmp_path / "x" / "folder.jpg").mkdir()
+    write_pictures(tmp_path / "elsewhere", 1)
+    for name in ("link1", "link2"):
+        (tmp_path / "x" / name).symlink_to(tmp_path / "elsewhere")
+    listed = list_images(tmp_path / "x")
+    names = [listed.relative(i) for i in range(len(listed))]
+    assert sorted(names) == sorted([*taken, *odd, "sub/b.jpg", "link1/0000.png"])
+    said = capsys.readouterr().out
+    for words in (f"{len(names)} images; passed over: ", ".heic, which needs a plug-in (2)", ".db (1)", ".csv (1)",
+                  "hidden files (2)", "hidden folders (3)", "no regular files (4)", "no ending (1)",
+                  "links to folders that are read already (4)"):  # fmt: skip
+        assert words in said, words
+
+
+@pytest.mark.parametrize("ending", IMAGE_ENDINGS)
+def test_every_ending_that_is_listed_can_be_opened(tmp_path, ending):
+    file = tmp_path / f"a{ending}"
+    formats = Image.registered_extensions()
+    Image.new("RGB", (8, 8), "red").save(file, formats.get(ending, "JPEG"), quality=100)
+    assert np.abs(np.asarray(open_rgb(file)).astype(int)[4, 4] - (255, 0, 0)).max() < 9
 
 
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "txt"])
@@ -63,7 +99,7 @@ def test_manifests(tmp_path, ending):
 @pytest.mark.parametrize(
     "name, text, message",
     [
-        ("empty", None, "it is empty"),
+        ("empty", None, "nothing, it is empty"),
         ("nocolumn.csv", "file,split\na.png,train\n", "no column 'path'"),
         ("hole.csv", "path,split\n,train\n", "line 2 has no text in the column 'path'"),
         ("broken.jsonl", '{"path": "a.png"}\nnot json\n', "line 2 is not JSON"),
@@ -86,7 +122,7 @@ def test_bad_lists_have_one_clear_sentence(tmp_path, name, text, message):
 
 def test_lists_that_are_not_there(tmp_path):
     (tmp_path / "a.md").write_text("x")
-    for path, message in ((tmp_path, r"other endings: \.md \(1\)"), (tmp_path / "absent", "does not exist")):
+    for path, message in ((tmp_path, r"passed over: \.md \(1\)"), (tmp_path / "absent", "does not exist")):
         with pytest.raises(InputError, match=message):
             list_images(path)
 
@@ -128,7 +164,7 @@ def test_damaged_files_raise_what_the_loader_catches(tmp_path):
     (tmp_path / "empty.jpg").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("hello")
     for name in ("cut.png", "empty.jpg", "text.jpg", "absent.jpg"):
-        with pytest.raises(UNREADABLE), warnings.catch_warnings():
+        with pytest.raises(Unreadable), warnings.catch_warnings():
             warnings.simplefilter("error")
             open_rgb(tmp_path / name)
 

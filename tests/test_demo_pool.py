@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from datasets.images import UNREADABLE, open_rgb
+from datasets.images import Unreadable, open_rgb
 from demo import pool as demo_pool
 
 NUM, SIZE = 112, 32
@@ -96,7 +96,7 @@ def test_corrupt_files_alone_cannot_be_read(pool):
     rows = [row for row in demo_pool.plan(400, seed=0) if row["kind"] == "corrupt"]
     assert {row["how"] for row in rows} == set(demo_pool.HOWS["corrupt"])
     for row in rows:
-        with pytest.raises(UNREADABLE):
+        with pytest.raises(Unreadable):
             open_rgb(io.BytesIO(demo_pool.file_bytes(row, 0, SIZE)))
 
 

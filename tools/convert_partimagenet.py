@@ -43,8 +43,7 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-from datasets.images import Unreadable, is_turned, open_image, why_unreadable
-from datasets.manifest import IMAGE_ENDINGS
+from datasets.images import IMAGE_ENDINGS, Unreadable, is_turned, open_image
 from datasets.seg import BACKGROUND_ID, IGNORE, KINDS, PARTS, SPLITS, open_mask, part_names
 from util.errors import InputError
 
@@ -190,7 +189,7 @@ def problem(row: dict, dropped: Counter) -> str:
     except Unreadable as error:
         if not file.is_file():
             return "no mask" if what == "mask" else "no such file"
-        return f"the {what} cannot be read ({why_unreadable(error)[:60]})"
+        return f"the {what} cannot be read ({str(error)[:60]})"
     if strange := [value for value in values if NUM_IDS < value != IGNORE]:
         raise InputError(
             f"{file} has the value {strange[0]}: masks of parts hold 0 to {NUM_IDS - 1}, {BACKGROUND_ID} for "

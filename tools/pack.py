@@ -49,8 +49,17 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from datasets.images import MAX_BYTES, Unreadable, decoding, is_turned, open_image, open_reduced, read_bytes
-from datasets.manifest import IMAGE_ENDINGS, list_images
+from datasets.images import (
+    IMAGE_ENDINGS,
+    MAX_BYTES,
+    Unreadable,
+    decoding,
+    is_turned,
+    open_image,
+    open_reduced,
+    read_bytes,
+)
+from datasets.manifest import list_images
 from datasets.path_list import PACK_HEADER, PathList, printable, shard_file
 from datasets.transforms import jpeg_reduction
 from util.errors import InputError

@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from datasets.images import UNREADABLE, open_rgb
+from datasets.images import Unreadable, open_rgb
 from datasets.items import WholeImages
 from datasets.manifest import list_images
 from datasets.path_list import PackedImages, PathList, printable
@@ -265,7 +265,7 @@ def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]])
             left, top = column * width + 4, line * height + 4
             try:
                 tile = ImageOps.pad(open_rgb(images[number]), (TILE, TILE), color="#eee")
-            except UNREADABLE:  # removed since it was embedded
+            except Unreadable:  # removed since it was embedded
                 tile = Image.new("RGB", (TILE, TILE), "#b33")
             sheet.paste(tile, (left, top))
             name = printable(Path(images.relative(number)).name)[-18:]

@@ -38,7 +38,7 @@ import numpy as np
 import open_clip
 import torch
 
-from datasets.images import UNREADABLE, open_rgb
+from datasets.images import Unreadable, open_rgb
 from datasets.tables import iterate_table
 from datasets.transforms import CROP_STREAM, crop_resize, random_crop_box, sample_rng
 from util.checkpoint import write_safetensors
@@ -66,7 +66,7 @@ def read_pairs(file: Path, column: str) -> tuple[list, list[str]]:
             try:
                 pictures.append(open_rgb(file.parent / row["path"]))
                 captions.append(row[column])
-            except UNREADABLE as error:
+            except Unreadable as error:
                 print(f"unreadable, left out: {row['path']}: {error}")
     return pictures, captions
 

@@ -34,7 +34,7 @@ if __name__ == "__main__":
 
 import torch
 
-from datasets.images import UNREADABLE, open_rgb, why_unreadable
+from datasets.images import Unreadable, open_rgb
 from datasets.path_list import printable
 from datasets.transforms import whole_image
 from models_mae import count_kept, load_autoencoder
@@ -56,8 +56,8 @@ def main(args) -> dict:
     for file in files:
         try:
             imgs.append(whole_image(open_rgb(file), model.img_size))
-        except UNREADABLE as error:
-            print(f"unreadable, left out: {printable(str(file))}: {why_unreadable(error)}")
+        except Unreadable as error:
+            print(f"unreadable, left out: {printable(str(file))}: {error}")
     if not imgs:
         raise InputError(f"none of the {len(files)} given images could be read")
     title = Path(args.checkpoint).name
