@@ -93,6 +93,7 @@ COMMON = {
         Flag("eval", False, "score --resume FILE, or the encoder --finetune"),
         Flag("eval_every", 0, "epochs between evaluations, 0: after the last only; they choose nothing", "[0, inf)"),
         Flag("report", False, "write report.html: numbers, curves and pictures"),
+        Flag("before", "", "metrics.json of an earlier scoring, to show beside this one (default none)"),
     ],
 }
 

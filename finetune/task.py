@@ -1,6 +1,7 @@
 """What a downstream task is: read a set, build a model, train it, score it, show it."""
 
 import importlib
+import json
 import math
 from pathlib import Path
 
@@ -85,14 +86,24 @@ class Task:
                 numbers, lines, unreadable = self.score(found, is_over)
                 write_unreadable(unreadable, folder)
                 print("\n".join(lines), flush=True)
+                weights = (args.resume or args.finetune) if args.eval else folder / "model.pth"
+                facts = {"set": args.data_path, "weights": weights, "seed": args.seed}
+                if args.before and is_over:
+                    facts["before and after"] = before_and_after(args.before, numbers)
+                    print(facts["before and after"])
                 if args.report and is_over:
-                    weights = (args.resume or args.finetune) if args.eval else folder / "model.pth"
-                    facts = {"set": args.data_path, "weights": weights, "seed": args.seed}
                     for file in self.report(found, numbers, folder, facts):
                         print(f"report: {file}")
                 return numbers
         finally:
             wait_for_main()
+
+
+def before_and_after(file: str, numbers: dict) -> str:
+    """The first three numbers that an earlier metrics.json has too, in percent."""
+    earlier = json.loads(Path(file).read_text())
+    shared = [name for name, value in numbers.items() if isinstance(value, float) and name in earlier][:3]
+    return ", ".join(f"{name} {100 * earlier[name]:.1f} before, {100 * numbers[name]:.1f} after" for name in shared)
 
 
 def write_unreadable(names: list[str], folder: Path) -> None:
