@@ -140,7 +140,7 @@ def judge_search(args, data, read_outs: ReadOuts, loading: dict) -> tuple[dict, 
     """Each read-out as the feature of a search, by the protocol that `main_finetune.py --eval` uses; beside it
     features that know nothing: normal noise."""
     model = SearchReadOuts(read_outs)
-    protocols = protocols_of(data.name, data.cameras(), seed=args.seed)
+    protocols = protocols_of(data.name, data.tests, seed=args.seed)
     results = evaluate_reid(model, data, protocols, **loading, columns=model.columns)
     print("\n".join(dict.fromkeys(result.protocol.line() for result in results.values())), flush=True)
     facts: dict[str, float | str] = {"unreadable": len(unreadable_of(results))}

@@ -89,12 +89,10 @@ def read_attribute_set(
         raise InputError(f"--data_path {path} does not exist: give the folder of VeRi-776, or a table")
     if format == "veri776" or (format == "auto" and path.is_dir()):
         if binary or categorical:
-            raise InputError(
-                f"--attr_columns and --attr_categories name columns of a table, {path} is VeRi-776: drop them"
-            )
+            raise InputError(f"{path} is read as VeRi-776: drop --attr_columns and --attr_categories")
         if known not in (None, VERI):
-            some = ", ".join(a.name for a in known[:4]) + (" ..." if len(known) > 4 else "")
-            raise InputError(f"the model knows {some}, not VeRi-776's colours and types, as in {path}")
+            some = ", ".join(a.name for a in known[:4])
+            raise InputError(f"the model knows {some} ..., not VeRi-776's colours and types, as in {path}")
         data = _read_veri(path, need_train)
     else:
         if known is not None:
@@ -104,10 +102,8 @@ def read_attribute_set(
     for images in filter(len, (data.train, data.test)):
         check_first_exist(images.paths, path)
         if (images.labels < 0).all():
-            raise InputError(
-                f"{path}: not one label of {len(images)} listed images is known, e.g. of "
-                f"{images.paths.relative(0)}: colorID and typeID, or columns of the table, are missing or empty"
-            )
+            what = f"not one label of {len(images)} listed images is known"
+            raise InputError(f"{path}: {what}, e.g. of {images.paths.relative(0)}: fill in its attributes")
     return replace(data, notes=[*data.notes, *_describe(data)])
 
 
@@ -206,10 +202,8 @@ def _read_table(
     for column in () if known else categorical:  # a word that training never shows counts as missed
         words = sorted({row[1 + columns.index(column)] for row in (*train, *test)} - {""})
         if not 2 <= len(words) <= MOST_VALUES:
-            raise InputError(
-                f"column '{column}' of {file} holds {len(words):,} different words, where 2 to {MOST_VALUES:,} can be "
-                "told apart: leave it out of --attr_categories"
-            )
+            what = f"{len(words):,} different words, not 2 to {MOST_VALUES:,}"
+            raise InputError(f"column '{column}' of {file} holds {what}: leave it out of --attr_categories")
         attributes += [Attribute(column, word) for word in words]
     if not attributes:
         raise InputError(f"{file} names no attribute: give --attr_columns or --attr_categories")

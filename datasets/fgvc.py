@@ -77,9 +77,7 @@ def _read_cars(folder: Path, need_train: bool) -> FgvcData:
     if is_devkit:
         test = next((file for file in (folder / TEST, folder / "devkit" / TEST) if file.is_file()), None)
         if test is None:
-            raise InputError(
-                f"{folder} lacks {TEST}; devkit/cars_test_annos.mat holds no classes: get the file with labels"
-            )
+            raise InputError(f"{folder} lacks {TEST}: cars_test_annos.mat holds no classes, get the one with labels")
         for split, file in {"train": folder / TRAIN, "test": test}.items() if need_train else [("test", test)]:
             found = _annotations(file, {"fname": str, "class": int}, folder / f"cars_{split}", len(classes))
             rows[split] = [(f"cars_{split}/{name}", label) for name, label in found]
@@ -117,10 +115,8 @@ def _annotations(file: Path, fields: dict[str, type], folder: Path, count: int) 
             raise InputError(f"{file}, annotation {number}: class {row['class']} is outside 1..{count}")
         rows.append(tuple(kind(row[field]) for field, kind in fields.items()))
     if missing := [row[0] for row in rows if not (folder / row[0]).is_file()]:
-        raise InputError(
-            f"{len(missing)} of the {len(rows)} images of {file} do not exist, first {folder / missing[0]}: "
-            "copies with other file names do not go with these annotations"
-        )
+        what = f"{len(missing)} of the {len(rows)} images of {file} do not exist, first {folder / missing[0]}"
+        raise InputError(f"{what}: copies with other file names do not go with these annotations")
     return rows
 
 
@@ -150,10 +146,8 @@ def renumber_classes(data: FgvcData, classes: list[str], file: str | Path) -> Fg
     new = np.array([number.get(name, -1) for name in data.classes])
     unknown = data.test.labels[new[data.test.labels] < 0]
     if len(unknown):
-        raise InputError(
-            f"{file} knows {len(classes)} classes ({', '.join(classes)[:60]} ...), not '{data.classes[unknown[0]]}' of "
-            f"{len(unknown)} test images: score it on a set with its own classes"
-        )
+        what = f"{len(classes)} classes ({', '.join(classes)[:60]} ...), not '{data.classes[unknown[0]]}'"
+        raise InputError(f"{file} knows {what} of {len(unknown)} test images: score it on a set with its own classes")
     train, test = (replace(part, labels=new[part.labels]) for part in (data.train, data.test))
     return replace(data, train=train, test=test, classes=classes)
 

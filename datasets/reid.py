@@ -64,10 +64,6 @@ class ReidData:
     camera_names: list[str] | None = None  # where camids are numbers of these, and not the published ones
     view_names: list[str] | None = None
 
-    def cameras(self) -> dict[str, tuple[np.ndarray, np.ndarray | None]]:
-        """{test: (camids of the query, of the gallery; None: the protocol draws it)}."""
-        return {t: (query.camids, None if g is None else g.camids) for t, (query, g) in self.tests.items()}
-
     def sha256(self) -> str:
         """Identity of what is trained on: paths, order and labels."""
         return self.train.sha256()
@@ -87,10 +83,8 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
     if format == "auto":
         format = "table" if path.is_file() else next((SIGNS[sign] for sign in SIGNS if (path / sign).exists()), "none")
     if format == "none":
-        raise InputError(
-            f"{path} has no layout that is known: VeRi-776 has image_train/, the others train_test_split/ with "
-            "test_list_800.txt or train_list.txt; or give a table with the columns path, pid, split"
-        )
+        known_signs = ", ".join(f"{name} {sign}" for sign, name in SIGNS.items())
+        raise InputError(f"{path} has no layout that is known ({known_signs}): give a table with path, pid, split")
     data = READERS[format](path, need_train)
     if need_train and not len(data.train):
         raise InputError(f"{path}: no training image is listed")
@@ -329,9 +323,7 @@ def _check_test(name: str, data: ReidData, query: ReidImages, gallery: ReidImage
     missing = int((matches == 0).sum())
     only_same = int(((matches > 0) & (elsewhere == 0) & (query.camids >= 0)).sum())
     if missing + only_same == len(query):
-        raise InputError(
-            f"test {name}: of {len(query)} queries {missing} are of vehicles missing from the gallery and {only_same} "
-            "have matches of their own camera only, which do not count; fix the column camid, or drop it to count them"
-        )
+        counts = f"{missing} are of vehicles missing from the gallery and {only_same} have their own camera only"
+        raise InputError(f"test {name}: of {len(query)} queries {counts}: correct pid, split and camid, or drop camid")
     if missing or only_same:
         yield f"{missing} queries have no match in the gallery and {only_same} only from their own camera: not scored"

@@ -81,19 +81,14 @@ def read_encoded(text_bank: Path, identity: TeacherIdentity) -> tuple[torch.Tens
         made_by, texts_sha256, bank_sha256 = (header[key] for key in ("teacher", "texts_sha256", "bank_sha256"))
         rows = (len(texts), made_by["embed_dim"])
     except (SafetensorError, ValueError, KeyError, TypeError, EOFError, OSError, RecursionError) as error:
-        raise InputError(
-            f"--text_bank {text_bank} is no text bank, incomplete or damaged ({error}): {again}"
-        ) from error
+        raise InputError(f"--text_bank {text_bank} is no text bank, or incomplete ({error}): {again}") from error
     if hash_texts(texts) != texts_sha256:
         raise InputError(f"the texts of --text_bank {text_bank} have changed since they were encoded: {again}")
     if bank.shape != rows or hash_bank(bank) != bank_sha256:
         raise InputError(f"--text_bank {text_bank}: its embeddings are not those that its header describes: {again}")
     if made_by != asdict(identity):
-        raise InputError(
-            f"--text_bank {text_bank} was made by teacher {made_by.get('model')} with weights "
-            f"{str(made_by.get('weights_sha256'))[:12]}, but this run uses {identity.model} with "
-            f"{identity.weights_sha256[:12]}: encode the texts again with this teacher"
-        )
+        other = f"{made_by.get('model')} with weights {str(made_by.get('weights_sha256'))[:12]}"
+        raise InputError(f"--text_bank {text_bank} was made by teacher {other}, not this run's: encode it again")
     return bank.float(), texts, f"{len(texts)} encoded texts of {text_bank}"
 
 

@@ -122,7 +122,7 @@ class Reid(Task):
     def answers(self, is_over: bool) -> dict[str, "TestResult"]:
         args, data = self.args, self.data
         rerank = (args.rerank_k1, args.rerank_k2, args.rerank_lambda) if args.rerank and is_over else None
-        protocols = protocols_of(data.name, data.cameras(), args.keep_same_camera, args.protocol_seed)
+        protocols = protocols_of(data.name, data.tests, args.keep_same_camera, args.protocol_seed)
         loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
         return evaluate_reid(self.model, data, protocols, rerank=rerank, **loading)
 

@@ -76,14 +76,14 @@ class Protocol:
 
 
 def protocols_of(
-    name: str, cameras: dict[str, tuple[np.ndarray, np.ndarray | None]], keep_same_camera: bool = False, seed: int = 0
+    name: str, tests: dict[str, tuple], keep_same_camera: bool = False, seed: int = 0
 ) -> dict[str, Protocol]:
-    """The protocol of each test of a set; cameras: {test: (camids of the query, of the gallery)}, -1: not known, None:
+    """The protocol of each test of a set; tests: {test: (query, gallery)} with camids, -1: not known; gallery None:
     drawn; keep_same_camera: the other variant, under another name; seed: of the draws."""
     found = {}
-    for test, (query, gallery) in cameras.items():
+    for test, (query, gallery) in tests.items():
         title, draws = name if test == "test" else f"{name}/{test}", (10, seed) if gallery is None else ()
-        known = gallery is not None and bool((query >= 0).all() and (gallery >= 0).all())
+        known = gallery is not None and bool((query.camids >= 0).all() and (gallery.camids >= 0).all())
         title += "/same-camera-kept" * (keep_same_camera and known)
         found[test] = Protocol(title, known and not keep_same_camera, *draws)
     return found

@@ -44,7 +44,7 @@ def test_veri(veri):
     assert str(query.paths[0]).endswith("image_query/0005_c002_00020000_0.jpg")
     assert any("21 images have no viewpoint" in note for note in data.notes)
     assert "smaller than the published set" in data.notes
-    (protocol,) = protocols_of(data.name, data.cameras()).values()
+    (protocol,) = protocols_of(data.name, data.tests).values()
     assert protocol.remove_same_camera and protocol.line().startswith("veri776 (same-camera matches removed")
 
 
@@ -79,7 +79,7 @@ def test_veriwild(tmp_path, style):
     query, gallery = data.tests["3000"]
     assert len(query) == 1 and gallery.camids.tolist() == [174, 60]
     assert any("1 images of the test list are queries" in note for note in data.notes)
-    kept, removed = (protocols_of(data.name, data.cameras(), keep)["3000"] for keep in (True, False))
+    kept, removed = (protocols_of(data.name, data.tests, keep)["3000"] for keep in (True, False))
     assert (removed.name, kept.name) == ("veriwild/3000", "veriwild/3000/same-camera-kept")
     assert kept.hash() != removed.hash()
 
@@ -97,7 +97,7 @@ def vehicleid(tmp_path):
 def test_vehicleid_draws_one_gallery_image_a_vehicle(vehicleid):
     data = read_reid(vehicleid)
     images, gallery = data.tests["800"]
-    protocol = protocols_of(data.name, data.cameras())["800"]
+    protocol = protocols_of(data.name, data.tests)["800"]
     assert gallery is None and protocol.draws == 10 and "10 draws, seed 0" in protocol.line()
     draws = [draw_gallery(images.pids, 0, i) for i in range(10)]
     for kept, asked in draws:
@@ -128,13 +128,13 @@ def test_own_table(tmp_path):
     data = read_reid(table(tmp_path, rows))
     assert data.pid_names == ["x", "y", "z"] and data.classes == 2
     query, gallery = data.tests["test"]
-    assert query.camids[0] != gallery.camids[0] and protocols_of(data.name, data.cameras())["test"].remove_same_camera
+    assert query.camids[0] != gallery.camids[0] and protocols_of(data.name, data.tests)["test"].remove_same_camera
     without = "path,pid,split a.jpg,x,train b.jpg,y,train c.jpg,z,query d.jpg,z,gallery"
     data = read_reid(table(tmp_path, without))
-    assert not protocols_of(data.name, data.cameras())["test"].remove_same_camera
+    assert not protocols_of(data.name, data.tests)["test"].remove_same_camera
     assert any("same-camera filter and the camera embedding are off" in note for note in data.notes)
     sets = [FeatureSet(torch.ones(1, 2), images.pids, images.camids) for images in data.tests["test"]]
-    assert evaluate(protocols_of(data.name, data.cameras())["test"], *sets)["R1"] == 1
+    assert evaluate(protocols_of(data.name, data.tests)["test"], *sets)["R1"] == 1
 
 
 @pytest.mark.parametrize(
@@ -145,7 +145,7 @@ def test_own_table(tmp_path):
         ("path,pid,split a.jpg,x,train b.jpg,y,query", "no row with split 'gallery'"),
         ("path,pid,split b.jpg,y,query c.jpg,y,gallery", "no training image is listed"),
         ("path,pid,split a.jpg,x,train b.jpg,y,query c.jpg,z,gallery", "1 are of vehicles missing from the gallery"),
-        ("path,pid,camid,split a.jpg,x,1,train b.jpg,y,2,query c.jpg,y,2,gallery", "their own camera only"),
+        ("path,pid,camid,split a.jpg,x,1,train b.jpg,y,2,query c.jpg,y,2,gallery", "1 have their own camera only"),
         ("path,pid,camid,split a.jpg,x,1,train b.jpg,y,,query c.jpg,y,2,gallery", "1 of 3 rows have no camid"),
         ("path,pid,split q.jpg,x,train r.jpg,y,query s.jpg,y,gallery", "none of the first"),
     ],
@@ -226,7 +226,7 @@ def test_a_query_never_meets_its_own_file(tmp_path, how, cameras):
     features = torch.tensor([[1.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]])
     sets = [FeatureSet.of(x, images) for x, images in zip(features, data.tests["test"])]
     for keep in (False, True):
-        protocol = protocols_of(data.name, data.cameras(), keep)["test"]
+        protocol = protocols_of(data.name, data.tests, keep)["test"]
         found = evaluate(protocol, *sets)
         assert (found["R1"], found["mAP"]) == (0, 0.5)  # first n.jpg, of another vehicle, then r.jpg
         assert [card.mark for card in Ranking(protocol, *sets, 1, 0).cards(0, 3)] == ["junk", "wrong", "right"]
@@ -242,5 +242,5 @@ def test_drawn_galleries_do_not_hold_the_query_again(vehicleid):
     assert "test 800: 3 images are there a second time: where one is a query, the other does not count" in data.notes
     images = data.tests["800"][0]
     x = torch.nn.functional.one_hot(torch.from_numpy(images.files)).float()  # equal for one file alone
-    found = evaluate(protocols_of(data.name, data.cameras())["800"], FeatureSet.of(x, images))
+    found = evaluate(protocols_of(data.name, data.tests)["800"], FeatureSet.of(x, images))
     assert found["mAP"] < 0.5 and 20 <= found["queries"] < 23
