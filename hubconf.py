@@ -22,23 +22,14 @@ dependencies = ["torch", "torchvision", "timm", "numpy", "PIL", "safetensors", "
 
 
 def encoder(checkpoint, **kwargs):
-    """An encoder in eval mode with preprocessing, `embed_images` (see `models_vit.load_encoder`).
-
-    Args:
-        checkpoint: a file, a name of util/registry.json, https://..., or hf://ORG/REPO/FILE.
-        kwargs: of `load_encoder`, as `img_size=(H, W)` in px and `device`.
-    """
+    """An encoder in eval mode with preprocessing and `embed_images`: of a file, a name of util/registry.json, https://...,
+    or hf://ORG/REPO/FILE; kwargs: of `models_vit.load_encoder`, as `img_size=(H, W)` in px and `device`."""
     return models_vit.load_encoder(checkpoint, **kwargs)
 
 
 def mae(name="mae_vit_base_patch16", checkpoint="", **kwargs):
-    """A masked autoencoder in eval mode, decoder included, with released or initial weights.
-
-    Args:
-        name: of `models_mae.MODELS`.
-        checkpoint: a file with a decoder, given as for `encoder`; "" keeps the initial weights.
-        kwargs: of `models_mae.load_autoencoder`; facebook's files do not say norm_pix_loss=True.
-    """
+    """A masked autoencoder in eval mode: `name` of `models_mae.MODELS`, weights of a file with a decoder (given as for
+    `encoder`) or initial ones; kwargs: of `load_autoencoder`; facebook's files do not say norm_pix_loss=True."""
     if name not in models_mae.MODELS:
         nearest = difflib.get_close_matches(name, models_mae.MODELS, n=1, cutoff=0)
         raise errors.InputError(f"no model {name!r}: did you mean {nearest[0]}? {', '.join(models_mae.MODELS)}")

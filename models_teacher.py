@@ -90,15 +90,9 @@ def load_clip(
     weights, tag = _find_weights(name, words, clip_pretrained)
     content = {} if weights.suffix == ".npz" else read_checkpoint(weights)
     preprocess, source = _preprocessing(name, own, tag, weights, content)
-    for key, values in (("mean", mean), ("std", std)):
-        if values and (
-            len(values) not in (1, 3) or not all(-10 < v < 10 for v in values) or (key == "std" and min(values) <= 0)
-        ):
-            raise InputError(
-                f"--clip_{key} {' '.join(map(str, values))}: give one or three numbers of pixels in [0, 1]"
-            )
-        preprocess |= {key: list(values) * (3 // len(values))} if values else {}
-    preprocess |= {"resize_mode": resize} if resize else {}
+    preprocess |= {k: v for k, v in {"mean": mean, "std": std, "resize_mode": resize}.items() if v}
+    if std and not min(std) > 0:
+        raise InputError(f"--clip_std {' '.join(map(str, std))}: give three positive numbers")
     if "mean" not in preprocess or "std" not in preprocess:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
         raise InputError(
@@ -108,10 +102,9 @@ def load_clip(
     is_quick = bool(tag.get("quick_gelu") or content.get("quick_gelu"))  # plain names build GELU
     if not tag:
         stats = "mean {:.3g} {:.3g} {:.3g}, std {:.3g} {:.3g} {:.3g}".format(*preprocess["mean"], *preprocess["std"])
-        print_main(f"teacher {weights}: pixels of {stats} ({'--clip_mean, --clip_std' if mean or std else source})")
-        twin = f"{name}-quickgelu"
-        if not is_quick and not own and open_clip.get_model_config(twin):
-            print_main(f"note: it runs with GELU; OpenAI's, MetaCLIP's and DFN's weights want --clip_model {twin}")
+        print_main(f"teacher {weights}: pixels of {stats} ({'the flags' if mean or std else source})")
+        if f"{name}-quickgelu" in open_clip.list_models() and not is_quick:
+            print_main(f"note: it runs with GELU; OpenAI's, MetaCLIP's and DFN's weights want {name}-quickgelu")
     with _explained(f"the teacher weights {weights} do not load into --clip_model {clip_model}"):
         model = open_clip.create_model(
             name, load_weights=False, pretrained_text=False, force_quick_gelu=is_quick, force_preprocess_cfg=preprocess
@@ -322,14 +315,12 @@ def _explained(what: str):
 
 
 def _three_ways(name: str, tag: str) -> str:
-    # the model that runs a tag's weights as they were trained when they come as a file, which names no activation
-    twin = f"{name}-quickgelu"
-    is_quick = (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu") and open_clip.get_model_config(twin)
+    # of weights in a file nobody knows with which activation they were trained: the name says it
+    is_quick = (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu") and not name.endswith("-quickgelu")
     return (
-        'Three ways to supply them: (1) with a network, run once: python -c "import open_clip; '
-        f"open_clip.create_model('{name}', pretrained='{tag}')\"; (2) copy that machine's "
-        "~/.cache/huggingface and ~/.cache/clip to this one; (3) pass the weight file itself: "
-        f"--clip_model {twin if is_quick else name} --clip_pretrained /path/to/weights.safetensors"
+        'Three ways to supply them: (1) with a network, run once: python -c "import open_clip; open_clip.create_model('
+        f"'{name}', pretrained='{tag}')\"; (2) copy that machine's ~/.cache/huggingface and ~/.cache/clip to this one; "
+        f"(3) --clip_model {name}{'-quickgelu' * bool(is_quick)} --clip_pretrained /path/to/weights.safetensors"
     )
 
 
@@ -337,13 +328,9 @@ def _hash_weights(model: nn.Module) -> str:
     """sha256 over names and float32 values, QuickGELU or not, and the preprocessing: the same for every file
     format of the same weights, another where the same weights would answer otherwise."""
     preprocess = open_clip.get_model_preprocess_cfg(model)
-    settings = {
-        "size": _as_pair(preprocess["size"]),
-        "mean": [float(value) for value in preprocess["mean"]],
-        "std": [float(value) for value in preprocess["std"]],
-        "resize": [preprocess["resize_mode"], preprocess["interpolation"], preprocess["fill_color"]],
-        "quick_gelu": any(type(module).__name__ == "QuickGELU" for module in model.modules()),
-    }
+    settings = {name: [float(value) for value in preprocess[name]] for name in ("mean", "std")}
+    settings |= {"size": _as_pair(preprocess["size"]), "resize": [preprocess[name] for name in PREPROCESS[2:]]}
+    settings["quick_gelu"] = any(type(module).__name__ == "QuickGELU" for module in model.modules())
     return weights_sha256(model.state_dict(), settings)
 
 

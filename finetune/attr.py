@@ -232,7 +232,7 @@ def vectors_of_clip(clip_model: str, clip_pretrained: str, sentences: list[str])
     """The text tower's answers, unit rows; InputError as `load_clip`, or where a sentence is too long."""
     from models_teacher import check_tokens, encode_texts, load_clip  # open_clip takes seconds to import
 
-    clip, tokenizer, identity = load_clip(clip_model, clip_pretrained, [0.5], [0.5])  # no pixel is looked at
+    clip, tokenizer, identity = load_clip(clip_model, clip_pretrained, [0.5] * 3, [0.5] * 3)  # no pixel is looked at
     check_tokens(tokenizer, sentences, clip.context_length)
     source = f"text tower of {identity.model}, weights {identity.weights_sha256[:16]}"
     return encode_texts(clip, tokenizer, sentences), source

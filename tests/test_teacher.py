@@ -172,15 +172,15 @@ def test_mean_and_std_are_read_or_asked_for(teacher_files, tmp_path):
         teacher = FrozenTeacher(*load_clip(model, weights)[::2], torch.float32)
         assert teacher.mean.flatten()[0] == pytest.approx(mean) and teacher.std.flatten()[0] == pytest.approx(std)
         assert teacher.size.resize_mode == ("squash" if mean == 0.5 else "shortest")
-    said = load_clip(bare, str(teacher_files[1]), [0.1, 0.2, 0.3], [0.9])
+    said = load_clip(bare, str(teacher_files[1]), [0.1, 0.2, 0.3], [0.9] * 3)
     assert FrozenTeacher(said[0], said[2], torch.float32).mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     for name, mean in (("ViT-B-16-SigLIP", [0.5] * 3), ("ViT-L-14", None)):  # tags that agree, tags that differ
         known, words = models_teacher._preprocessing(name, {}, {}, teacher_files[1], {})
         assert list(known.get("mean") or []) == (mean or []), words
     with pytest.raises(InputError, match="the .* tags of ViT-L-14 differ: give --clip_mean and --clip_std"):
         load_clip("ViT-L-14", str(teacher_files[1]))
-    with pytest.raises(InputError, match="--clip_std 0.0: give one or three numbers"):
-        load_clip(bare, str(teacher_files[1]), [0.5], [0.0])
+    with pytest.raises(InputError, match="--clip_std 0.0 0.0 0.0: give three positive numbers"):
+        load_clip(bare, str(teacher_files[1]), [0.5] * 3, [0.0] * 3)
 
 
 @pytest.mark.parametrize(

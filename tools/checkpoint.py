@@ -71,13 +71,7 @@ from util.pretrained import read_config, recognise
 
 
 def inspect_file(file: str | Path) -> dict:
-    """Everything that can be said of a file of weights.
-
-    Returns:
-        Plain values, empty ones left out: bytes, sha256, registry (the row with this hash), python_objects (names that
-        would be imported), kind, tensors, parameters, parts {part: [tensors, parameters]}, dtypes, not_finite,
-        finished_epochs, args, config, licence, data, trained.
-    """
+    """Everything that can be said of a file of weights, in plain values, empty ones left out."""
     file = fetch(file)
     digests = file_digests(file, ("sha256", "md5"))
     facts: dict = {"file": str(file), "bytes": file.stat().st_size, "sha256": digests["sha256"]}
@@ -95,7 +89,7 @@ def inspect_file(file: str | Path) -> dict:
         return facts | {"kind": "refused: it holds Python objects, which could run code", "python_objects": names}
     state = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
     header = read_safetensors_header(file) if file.suffix == ".safetensors" else {}
-    config, args = read_config(file, content), content.get("args") or {}
+    args = content.get("args") or {}
     parts: dict[str, list[int]] = {}  # tensors and parameters
     for key, value in state.items():
         count = parts.setdefault(key.split(".")[0], [0, 0])
@@ -109,8 +103,8 @@ def inspect_file(file: str | Path) -> dict:
         "not_finite": not_finite(state)[:5],
         "finished_epochs": content["epoch"] + 1 if isinstance(content.get("epoch"), int) else None,
         "args": args if isinstance(args, dict) else vars(args),  # MAE keeps a Namespace
-        "config": config,
-        **{name: header[name] for name in ("licence", "data", "trained") if name in header},
+        "config": read_config(file, content),
+        **{name: header[name] for name in ("licence", "trained") if name in header},
     }
     return {name: value for name, value in facts.items() if value not in ("", None, {}, [])}
 
@@ -133,19 +127,14 @@ def kind_of(file: Path, content: dict) -> str:
 
 def verify_file(file: str | Path) -> dict:
     """Load a file into its model: readable, finite, every tensor there and of the right shape; and compare its sha256
-    where one was published: in SHA256SUMS or FILE.sha256 beside it.
-
-    Returns:
-        file, kind, parameters, sha256 (what it was compared with), verdict.
-    """
+    where one was published: in SHA256SUMS or FILE.sha256 beside it."""
     file = Path(file)
-    content = read_checkpoint(file)
     found = load_model(file)
-    parameters = sum(p.numel() for p in found.model.parameters())
-    result = {"file": str(file), "kind": found.config.get("kind") or kind_of(file, content), "parameters": parameters}
+    kind = found.config.get("kind") or kind_of(file, read_checkpoint(file))
+    result = {"file": str(file), "kind": kind, "parameters": sum(p.numel() for p in found.model.parameters())}
     for record in (file.with_name("SHA256SUMS"), Path(f"{file}.sha256")):
-        lines = record.read_text().splitlines() if record.is_file() else []
-        for wanted in (line.split()[0] for line in lines if line.split()[1:] == [file.name]):
+        lines = [line.split() for line in record.read_text().splitlines()] if record.is_file() else []
+        for wanted in (line[0] for line in lines if line[1:] == [file.name]):
             if wanted != file_digests(file, ("sha256",))["sha256"]:
                 raise InputError(f"{file} has another sha256 than {record} says: fetch or copy it again")
             return result | {"sha256": str(record), "verdict": "whole: the bytes that were published"}

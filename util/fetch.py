@@ -82,12 +82,10 @@ def known() -> dict[str, dict]:
 def weights_file(source: str | Path) -> Path:
     """The file of weights in a folder as Hugging Face's libraries write it; a file is returned as it is."""
     source = Path(source)
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        if (source / name).is_file():
-            return source / name
-    if source.is_dir():
-        raise InputError(f"{source} is a folder without model.safetensors or pytorch_model.bin: give a file in it")
-    return source
+    for file in (source / "model.safetensors", source / "pytorch_model.bin") if source.is_dir() else [source]:
+        if file.is_file():
+            return file
+    raise InputError(f"{source} is a folder without model.safetensors or pytorch_model.bin: give a file in it")
 
 
 def _from_web(url: str, wanted: dict[str, str], cache, allow_http: bool) -> Path:
@@ -151,11 +149,11 @@ def _download(url: str, file: Path, wanted: dict[str, str], allow_http: bool) ->
 
 def _from_hugging_face(url: str) -> Path:
     """hf://ORG/REPO/FILE or hf://ORG/REPO@REVISION/FILE; cache, login and offline rule are huggingface_hub's."""
+    import huggingface_hub  # takes a second, and only hf:// needs it
+
     named = re.fullmatch(r"hf://([^/@]+/[^/@]+)(?:@([^/]+))?/(.+[^/])", url)
     if not named:
         raise InputError(f"{url} names no file: give hf://ORG/REPO/FILE or hf://ORG/REPO@REVISION/FILE")
-    import huggingface_hub  # takes a second, and only hf:// needs it
-
     try:
         return Path(huggingface_hub.hf_hub_download(named[1], named[3], revision=named[2]))
     except Exception as error:  # its own, those of the HTTP client under it, the disk's
