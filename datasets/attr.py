@@ -142,16 +142,11 @@ def veri_items(file: Path) -> Iterator[tuple[str, list[int | None], str | None]]
     to 9, None: unknown. Decoded by mark, declaration, or as GB18030, whose subset gb2312 ElementTree refuses."""
     try:
         data = file.read_bytes()
-        declared = re.match(rb"""\s*<\?xml[^>]*encoding\s*=\s*["']([\w.-]+)""", data)
-        encoding = declared and declared[1].decode()
-        for mark, name in (
-            (codecs.BOM_UTF8, "utf-8-sig"),
-            (codecs.BOM_UTF16_LE, "utf-16"),
-            (codecs.BOM_UTF16_BE, "utf-16"),
-        ):
-            encoding = name if data.startswith(mark) else encoding
-        encoding = {None: "gb18030", "gb2312": "gb18030", "gbk": "gb18030"}.get(encoding and encoding.lower(), encoding)
-        root = ET.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", data.decode(encoding)))
+        try:
+            root = ET.fromstring(data)  # by mark or declaration
+        except (ET.ParseError, ValueError, LookupError):
+            text = data.decode("utf-8-sig" if data.startswith(codecs.BOM_UTF8) else "gb18030")
+            root = ET.fromstring(re.sub(r"^\s*<\?xml[^>]*\?>", "", text))
     except (ValueError, LookupError, ET.ParseError, OSError) as error:
         raise InputError(f"{file} cannot be read as XML ({error}): copy it again") from error
     names: set[str] = set()

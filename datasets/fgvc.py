@@ -132,9 +132,6 @@ def _with_notes(data: FgvcData) -> FgvcData:
         if len(absent) and len(part):
             first = ", ".join(data.classes[i] for i in absent[:3]) + (" ..." if len(absent) > 3 else "")
             notes.append(f"{len(absent)} classes have no {what} image: {first}")
-    if len(data.train):
-        found = np.bincount(data.train.labels, minlength=len(data.classes))
-        notes.append(f"training images of a class: {found.min()} to {found.max()}")
     return replace(data, notes=notes)
 
 

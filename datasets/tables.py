@@ -148,17 +148,17 @@ def _names(file: Path, header: Iterable[str], needed: tuple[str, ...]) -> list[s
 
 def _check_texts(file: Path, line: int, row: dict, key: str) -> None:
     """InputError where the key is no text, or a text cannot be the name of a file, or be written as UTF-8."""
-    where = f"{file}, line {line}"
-    if key and not (isinstance(row.get(key), str) and row[key].strip()):
-        raise InputError(f"{where} has no text in the column '{key}'")
-    for name, value in row.items():
-        try:
-            if isinstance(value, str) and not (value.isascii() and value.isprintable()):
-                os.fsencode(value) if name == "path" else value.encode()
-                if "\0" in value or (name == "path" and "\n" in value and not os.path.lexists(file.parent / value)):
-                    raise ValueError("a lost quote, or a character that no name has")
-        except ValueError as error:
-            raise InputError(f"{where}: the column '{name}' is damaged ({error})") from error
+    texts = {name: value for name, value in row.items() if isinstance(value, str)}
+    if key and not texts.get(key, "").strip():
+        raise InputError(f"{file}, line {line} has no text in the column '{key}'")
+    path = texts.pop("path", "")
+    try:
+        os.fsencode(path), "".join(texts.values()).encode()
+        is_damaged = "\0" in path or ("\n" in path and not os.path.lexists(file.parent / path))
+    except UnicodeEncodeError:
+        is_damaged = True
+    if is_damaged:
+        raise InputError(f"{file}, line {line} is damaged: it holds characters that are none, or a quote is lost")
 
 
 def split_name(text: str) -> str:
