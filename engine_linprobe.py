@@ -33,7 +33,7 @@ def stored_batches(epoch: int, order: EpochBatches, rows: np.ndarray, features: 
 @torch.no_grad()
 def crop_batches(
     epoch: int, order: EpochBatches, rows: np.ndarray, images: PretrainDataset, read_outs: ReadOuts,
-    *, batch_size: int, num_workers: int, amp_dtype: torch.dtype | None,
+    *, batch_size: int, num_workers: int,
 ) -> Batches:  # fmt: skip
     """The updates of an epoch, of random resized crops that pass the frozen encoder, `batch_size` at a time. A crop is
     a function of (seed, epoch, place among `rows` [m] int64); `images` holds these alone."""
@@ -47,8 +47,7 @@ def crop_batches(
         for batch in islice(loader, len(parts)):
             if problem := next(filter(None, batch["problem"]), ""):
                 raise InputError(f"an image was readable and is no longer: {problem}")
-            with torch.autocast(device.type, amp_dtype, enabled=amp_dtype is not None):
-                features = read_outs.encode(batch["imgs"].to(device, non_blocking=True))
+            features = read_outs.encode(batch["imgs"].to(device, non_blocking=True))
             # contiguous: a class token is a view that would keep the tokens of all patches in memory
             found.append({name: values.float().contiguous() for name, values in features.items()})
         yield rows[places], {name: torch.cat([part[name] for part in found]) for name in found[0]}

@@ -37,7 +37,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--protocol", nargs="+", default=["knn"], choices=PROTOCOLS, help="nearest neighbours; regularised logistic "
         "fit; MAE's recipe; a few images a class; search for the same vehicle (default knn)")
     add("--k", default=20, type=int, help="neighbours (default 20)")
-    add("--temperature", default=0.07, type=float, help="of the kNN vote (default 0.07)")
     add("--shots", nargs="+", default=[1, 5, 10], type=int, help="fewshot: images a class (default 1 5 10)")
     add("--draws", default=10, type=int, help="fewshot: how often they are drawn (default 10)")
     add = parser.add_argument_group("MAE's recipe (--protocol mae)").add_argument
@@ -47,24 +46,21 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--warmup_epochs", default=10.0, type=float, help="epochs of linear warm-up (default 10)")
     add("--blr", default=0.1, type=float, help="learning rate for a batch of 256 (default 0.1)")
     add("--probe_batch", default=16384, type=int, help="images an update, at most all there are (default 16384)")
-    add("--crop_min", default=0.08, type=float, help="crop: smallest share of the image's area (default 0.08)")
     add = parser.add_argument_group("run").add_argument
     add("--output_dir", default=None, help="folder of metrics.json, layers.png (default: linprobe beside --checkpoint)")
     add("--seed", default=0, type=int, help="seed of heads, order, crops, draws (default 0)")
     add("--batch_size", default=128, type=int, help="images through the encoder at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"), help="precision (default none: float32)")
     # fmt: on
     return parser
 
 
 def check_args(args) -> None:
     """Contradictions among flags, before anything is loaded."""
-    ones, positive = "k draws epochs probe_batch batch_size", "temperature blr crop_min"
-    check_numbers(args, at_least_one=ones, positive=positive, not_negative="seed num_workers warmup_epochs")
+    ones = "k draws epochs probe_batch batch_size"
+    check_numbers(args, at_least_one=ones, positive="blr", not_negative="seed num_workers warmup_epochs")
     for is_wrong, words in (
-        (args.crop_min > 1, f"--crop_min {args.crop_min}: must be in (0, 1]"),
         (min(args.shots) < 1, f"--shots {min(args.shots)}: must be at least 1"),
         (args.warmup_epochs >= args.epochs, f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs"),
         ("reid" in args.protocol and len(args.protocol) > 1, "--protocol reid reads other sets: call it alone"),
@@ -76,8 +72,7 @@ def check_args(args) -> None:
 
 
 def metrics_file(args) -> Path:
-    folder = Path(args.output_dir) if args.output_dir else Path(args.checkpoint).parent / "linprobe"
-    return folder / "metrics.json"
+    return Path(args.output_dir or Path(args.checkpoint).parent / "linprobe") / "metrics.json"
 
 
 if __name__ == "__main__":
@@ -106,7 +101,7 @@ from reports.run import Scores, draw_layers, mean_attribute_accuracy, score_tabl
 from util.dist import pick_device
 from util.fetch import fetch
 from util.files import make_folder, write_atomic
-from util.precision import pick_precision, scoring
+from util.precision import scoring
 from util.progress import Progress
 
 
@@ -116,7 +111,6 @@ def main(args) -> dict[str, float | str]:
     file, device = metrics_file(args), pick_device(args.device)
     size = parse_input_size(args.input_size) if args.input_size else None
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
-    loading["amp_dtype"], _ = pick_precision(args.amp, device)
     if "reid" in args.protocol:  # the data are read before the weights are fetched
         data, judge = read_reid(args.data_path, args.format, need_train=False), judge_search
         print(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes), sep="\n")
@@ -190,7 +184,7 @@ def probe_features(model, paths, loading: dict) -> tuple[dict[str, torch.Tensor]
         print(f"unreadable, left out: {printable(paths.relative(index))}: {problem}")
     for name, values in features.items():
         if not np.isfinite(np.delete(values, list(problems), axis=0)).all():
-            raise InputError(f"the feature {name} is not finite: the model has diverged, or needs --amp none")
+            raise InputError(f"the feature {name} is not finite: the model has diverged")
     return {name: torch.from_numpy(values).to(device) for name, values in features.items()}, problems
 
 
@@ -202,7 +196,7 @@ def train_mae_heads(args, read_outs: ReadOuts, features: dict, tables: dict, loa
         batches = partial(stored_batches, order=order, rows=train, features=features)
     else:
         chosen = next(iter(tables.values())).paths.take(train)
-        images = PretrainDataset(chosen, read_outs.img_size, 0, seed=args.seed, min_area=args.crop_min)
+        images = PretrainDataset(chosen, read_outs.img_size, 0, seed=args.seed, min_area=0.08)
         batches = partial(crop_batches, order=order, rows=train, images=images, read_outs=read_outs, **loading)
     labels = {name: (torch.from_numpy(table.labels), len(table.classes)) for name, table in tables.items()}
     size = order.batch_size
@@ -224,7 +218,7 @@ def probe(args, features: torch.Tensor, table: LabelledImages, head) -> dict[str
         return values
 
     if "knn" in args.protocol:
-        found["knn"] = numbers(knn_predict(*task, args.k, args.temperature))
+        found["knn"] = numbers(knn_predict(*task, args.k))
     if "linear" in args.protocol:
         logits, l2 = linear_predict(*task)
         nll = F.cross_entropy(logits, y["val"]).item()  # nats

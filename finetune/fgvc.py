@@ -111,18 +111,7 @@ class Fgvc(Task):
         return class_scores(found.values, torch.from_numpy(self.data.test.labels[found.rows]))
 
     def report(self, found: Predictions, numbers: dict, folder: Path, facts: dict) -> list[Path]:
-        images, base, file = self.data.test.take(found.rows), self.model.base, folder / "report.html"
-        crops = CenterCrops(images.paths, base.img_size, self.resize)
-        patches = base.grid_size[1], base.stride, base.patch_size
-        parts = self.find_parts if self.model.config.parts else None
-        answers = Answers(
-            images, self.data.classes, found.values, self.class_scores(found), lambda row: crops[row][0], parts, patches
-        )
-        facts |= {"model": self.parts_line()}
-        write_fgvc_report(file, numbers["protocol"], facts, answers)
+        images, file = self.data.test.take(found.rows), folder / "report.html"
+        answers = Answers(images, self.data.classes, found.values, self.class_scores(found))
+        write_fgvc_report(file, numbers["protocol"], facts | {"model": self.parts_line()}, answers)
         return [file]
-
-    @torch.inference_mode()
-    def find_parts(self, imgs: torch.Tensor) -> torch.Tensor:
-        """[n, 3, H, W] uint8 -> [n, h] int64 part patches."""
-        return self.model.features(imgs.to(self.device))[1]

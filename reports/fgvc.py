@@ -1,36 +1,31 @@
-"""The page of a test of fine-grained classes: which are confused, with what, and what was looked at."""
+"""The page of a test of fine-grained classes: which are confused, and with what."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
 
 from datasets.fgvc import FgvcImages
 from metrics.fgvc import ClassScores
-from reports.page import BREAK, Html, Page, Pictures, cards, confusion_table, image, mark, percent, tag, worst_table
+from reports.page import BREAK, Html, Page, Pictures, cards, confusion_table, mark, percent, tag, worst_table
 
-PAIRS, SIDE, SHOWN, PARTS_SIDE = 8, 4, 12, 240  # confused pairs, pictures of each class, of a section, px with parts
-MOST_CELLS = 25  # classes whose confusion is a table
+PAIRS, SIDE, SHOWN, MOST_CELLS = (
+    8,
+    4,
+    12,
+    25,
+)  # confused pairs, pictures of each class, of a section; classes in a table
 
 
 @dataclass(frozen=True)
 class Answers:
-    """What the page is about: n images in the order of `logits` [n, K] float32, all classes by name.
-
-    crop: row -> [3, H, W] uint8, an image as the model sees it. parts: [n, 3, H, W] uint8 -> [n, h] int64, the part
-    patch of each head; None: the model has none. patches: columns of their grid, px from one to the next, their px.
-    """
+    """What the page is about: n images in the order of `logits` [n, K] float32, all classes by name."""
 
     images: FgvcImages
     classes: list[str]
     logits: torch.Tensor
     scores: ClassScores
-    crop: Callable[[int], torch.Tensor] | None = None
-    parts: Callable[[torch.Tensor], torch.Tensor] | None = None
-    patches: tuple[int, int, int] = (0, 0, 0)
     pictures: Pictures = field(default_factory=Pictures)
 
     def words(self, row: int) -> tuple[Html, str, Html, str]:
@@ -58,13 +53,6 @@ def write_fgvc_report(file: Path, protocol: str, facts: dict[str, object], found
     page.add(*confused_pairs(found))
     page.section("Sure and wrong", "Wrong answers with the highest probability: some are mistakes of the labels.")
     page.add(sure_and_wrong(found))
-    if found.parts is not None:
-        page.section("Selected parts", "The patches that the heads lead to, of random images.")
-        rows = np.random.default_rng(0).permutation(len(found.images))[:SHOWN].tolist()
-        imgs = torch.stack([found.crop(row) for row in rows])
-        shown = (framed(pixels, ids, found.patches) for pixels, ids in zip(imgs, found.parts(imgs).tolist()))
-        items = [image(picture, "selected parts", PARTS_SIDE) for picture in shown]
-        page.add(cards([tag("li", item, *found.words(row)) for row, item in zip(rows, items)], "big"))
     page.write(file)
 
 
@@ -102,16 +90,3 @@ def sure_and_wrong(found: Answers) -> Html:
     probability, wrong = found.logits.softmax(dim=1).amax(dim=1), (found.scores.ranks > 0).nonzero()[:, 0]
     rows = wrong[probability[wrong].argsort(descending=True, stable=True)][:SHOWN].tolist()
     return cards([found.card(row) for row in rows])
-
-
-def framed(pixels: torch.Tensor, ids: list[int], patches: tuple[int, int, int]) -> Image.Image:
-    """[3, H, W] uint8 -> the picture, enlarged to PARTS_SIDE, with a frame around each patch of `ids`."""
-    columns, stride, patch = patches
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-    scale = PARTS_SIDE / max(picture.size)
-    picture = picture.resize([round(side * scale) for side in picture.size], Image.Resampling.BICUBIC)
-    draw, side = ImageDraw.Draw(picture), patch * scale - 1
-    for number in set(ids):
-        top, left = (place * stride * scale for place in divmod(number, columns))
-        draw.rectangle((left, top, left + side, top + side), outline="yellow", width=2)
-    return picture

@@ -59,7 +59,7 @@ def with_head(run_dir, folder, context: str, hidden: int = 0):
 
 
 def probed(*words) -> dict:
-    flags = [*map(str, words), "--num_workers", "0", "--device", "cpu", "--amp", "none"]
+    flags = [*map(str, words), "--num_workers", "0", "--device", "cpu"]
     return main_linprobe.main(main_linprobe.get_args_parser().parse_args(flags))
 
 
@@ -192,7 +192,7 @@ def test_crops_pass_the_encoder_in_every_epoch(short, bright, tmp_path):
 
     def batches(seed, epoch, batch_size, batch=8):
         images = PretrainDataset(paths, (32, 32), 0, seed=seed, min_area=0.2)
-        options = {"batch_size": batch_size, "num_workers": 0, "amp_dtype": None}
+        options = {"batch_size": batch_size, "num_workers": 0}
         return [*crop_batches(epoch, EpochBatches(20, batch, 0, 1, seed), rows, images, read_outs, **options)]
 
     small, whole = batches(1, 3, 3), batches(1, 3, 100)
@@ -266,8 +266,7 @@ def test_search_without_fine_tuning_is_the_evaluation_of_main_finetune(short, tm
         ("--shots 0", "--shots 0: must be at least 1"),
         ("--draws 0", "--draws 0: must be at least 1"),
         ("--warmup_epochs 90", "leaves nothing of --epochs"),
-        ("--crop_min 0", "must be positive"),
-        ("--temperature 0", "must be positive"),
+        ("--blr 0", "must be positive"),
         ("--seed -1", "--seed -1: must not be negative"),
         ("--label_column colour", "has no column 'colour'"),
         ("--protocol mae --blr 1e30 --label_column light --epochs 40", "the probe's loss is .* lower --blr"),
