@@ -7,17 +7,9 @@ No vehicle is trained on and searched for. Columns camid and viewid are kept whe
 """
 
 import argparse
-import csv
-import io
-from collections import defaultdict
 from pathlib import Path
 
-import numpy as np
-
-from datasets.tables import cell, iterate_table, split_name
 from util.cli import Parser, run_tool
-from util.errors import InputError
-from util.files import write_atomic
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -34,6 +26,20 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output", required=True, help="table to write; its paths are absolute")
     # fmt: on
     return parser
+
+
+if __name__ == "__main__":
+    ARGS = get_args_parser().parse_args()
+
+import csv
+import io
+from collections import defaultdict
+
+import numpy as np
+
+from datasets.tables import cell, iterate_table, split_name
+from util.errors import InputError
+from util.files import write_atomic
 
 
 def main(args) -> dict:
@@ -79,5 +85,4 @@ def main(args) -> dict:
 
 
 if __name__ == "__main__":
-    ARGS = get_args_parser().parse_args()
     run_tool(main, ARGS, Path(ARGS.output).with_suffix(".metrics.json"))
