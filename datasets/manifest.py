@@ -64,9 +64,11 @@ def _list_folder(folder: Path) -> PathList:
     seen = ", ".join(f"{what} ({count:,})" for what, count in passed.most_common(12))
     if not found:
         endings = " ".join(IMAGE_ENDINGS)
-        raise InputError(f"no image under {printable(root)} ({endings}); passed over: {seen or 'nothing, it is empty'}")
+        raise InputError(
+            f"no image under {printable(str(root))} ({endings}); passed over: {seen or 'nothing, it is empty'}"
+        )
     if passed:
-        print_main(f"{printable(root)}: {len(found):,} images; passed over: {seen}")
+        print_main(f"{printable(str(root))}: {len(found):,} images; passed over: {seen}")
     return PathList(root, found)
 
 
