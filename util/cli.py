@@ -119,7 +119,7 @@ def add_teacher_flags(add: Callable) -> None:
         "openai; a folder's and a hub's own weights)")
     add("--clip_mean", default=None, type=float, nargs=3, metavar="M",
         help="mean of the teacher's pixels in [0, 1] (default: what its config or tag says)")
-    add("--clip_std", default=None, type=float, nargs=3, metavar="S", help="their standard deviation, likewise")
+    add("--clip_std", default=None, type=float, nargs=3, metavar="S", help="their deviation (default likewise)")
     add("--clip_resize", default=None, choices=("shortest", "longest", "squash"),
         help="a whole picture for it: the middle, padded, or squeezed (default: as its own preprocessing does)")
     # fmt: on
