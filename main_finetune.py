@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from torch.utils.tensorboard import SummaryWriter
 
 from engine_finetune import FinetuneRun, train_one_epoch
-from finetune.encoder import task_to_score, task_to_train
+from finetune.task import task_to_score, task_to_train
 from util.dist import get_world_size, is_main_process, launch, print_main, wrap_ddp
 from util.errors import InputError
 from util.fetch import fetch, known
@@ -47,7 +47,7 @@ from util.stop import StopGuard, init_worker
 FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAME lets one through
     "task input_size stride drop_path finetune weights_sha256 pixel_stats quick_gelu images_sha num_classes "
     "global_batch epochs warmup_epochs lr min_lr_ratio warmup_lr_ratio weight_decay opt layer_decay "
-    "bias_lr_factor head_lr_factor smoothing clip_grad seed"
+    "bias_lr_factor head_lr_factor smoothing clip_grad seed text_vectors"
 ).split()
 
 
@@ -69,7 +69,8 @@ def check_files(args) -> None:
     if args.finetune and "://" not in args.finetune and args.finetune not in known():
         fetch(args.finetune)
     weights = getattr(args, "clip_pretrained", "")
-    files = {"resume": args.resume if args.resume != "auto" else "", "attr_vectors": getattr(args, "attr_vectors", "")}
+    files = {"resume": args.resume if args.resume != "auto" else "", "before": args.before}
+    files["attr_vectors"] = getattr(args, "attr_vectors", "")
     files["clip_pretrained"] = weights if Path(weights).suffix in (".pt", ".pth", ".bin", ".safetensors") else ""
     for flag, file in files.items():
         if file and not Path(file).is_file():
@@ -101,13 +102,11 @@ def train(args, device: torch.device) -> dict:
         while run.epoch < args.epochs:
             train_one_epoch(run, args)
             finish_epoch(run, args, writer)
-            if args.eval_every and run.epoch % args.eval_every == 0 and run.epoch < args.epochs:
-                log_evaluation(run, run.task.evaluate(False))
     if is_main_process():
         files.export_model(run.bare)
         print(f"{run.output_dir / 'model.pth'} holds the model; scoring it", flush=True)
         writer.close()
-    scored = run.task.evaluate(True)
+    scored = run.task.evaluate()
     log_evaluation(run, scored)
     print_main(f"done in {datetime.timedelta(seconds=int(time.time() - started))}")
     return scored

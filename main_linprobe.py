@@ -93,7 +93,7 @@ from datasets.reid import read_reid
 from datasets.samplers import EpochBatches
 from engine_extract import extract_features
 from engine_linprobe import crop_batches, stored_batches, train_heads
-from finetune.reid import evaluate_reid, flat_metrics, unreadable_of
+from finetune.reid import evaluate_reid, summary
 from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from metrics.reid import FeatureSet, evaluate, protocols_of
 from models_probe import ReadOuts, SearchReadOuts, load_read_outs
@@ -137,8 +137,8 @@ def judge_search(args, data, read_outs: ReadOuts, loading: dict) -> tuple[dict, 
     protocols = protocols_of(data.name, data.tests, seed=args.seed)
     results = evaluate_reid(model, data, protocols, **loading, columns=model.columns)
     print("\n".join(dict.fromkeys(result.protocol.line() for result in results.values())), flush=True)
-    facts: dict[str, float | str] = {"unreadable": len(unreadable_of(results))}
-    facts |= {f"reid_{name}": value for name, value in flat_metrics(results).items()}
+    flat, _, unreadable = summary(results)
+    facts = {"unreadable": len(unreadable)} | {f"reid_{name}": value for name, value in flat.items()}
     scores: Scores = {}
     for key, result in results.items():
         rng, noise = np.random.default_rng(args.seed), []

@@ -173,17 +173,3 @@ def over_branches(loss, outputs: list[torch.Tensor], pids: torch.Tensor) -> torc
     local ones."""
     first, *local = [loss(output, pids) for output in outputs]
     return (first + torch.stack(local).mean()) / 2 if local else first
-
-
-def center_loss(features: torch.Tensor, pids: torch.Tensor, centers: torch.Tensor) -> torch.Tensor:
-    """1/2 mean_i ||x_i - c_{y_i}||^2 (Wen et al., ECCV 2016, eq. 2, per image) of features [N, D], pids [N] int64 and
-    centers [K, D] float32, which get no gradient."""
-    return (features.float() - centers[pids]).square().sum(dim=1).mean() / 2
-
-
-@torch.no_grad()
-def move_centers(centers: torch.Tensor, features: torch.Tensor, pids: torch.Tensor, rate: float = 0.5) -> None:
-    """c_k <- c_k - rate * sum_{y_i = k} (c_k - x_i) / (1 + n_k), in place (Wen et al., 2016, eq. 4)."""
-    sums = torch.zeros_like(centers).index_add_(0, pids, centers[pids] - features.float())
-    counts = torch.zeros_like(centers[:, 0]).index_add_(0, pids, torch.ones_like(pids, dtype=centers.dtype))
-    centers -= rate * sums / (1 + counts[:, None])

@@ -131,9 +131,3 @@ def pk_batches(pids: np.ndarray, P: int, K: int, seed: int, epoch: int) -> np.nd
             left[i] = left[-1]
             left.pop()
     return np.stack(batches)
-
-
-def count_used(pids: np.ndarray, batches: np.ndarray) -> dict[str, int]:
-    """What an epoch shows: batches, vehicles and different images in them, for the run's log."""
-    used = np.unique(batches)
-    return {"batches": len(batches), "vehicles": len(np.unique(pids[used])), "images": len(used)}

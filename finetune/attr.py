@@ -8,8 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
 from datasets.attr import Attribute, AttributeData, AttributeTrainImages, read_attribute_set
@@ -39,23 +37,18 @@ SENTENCES = {
 
 @dataclass(frozen=True)
 class AttributeStats:
-    """What a model keeps of the set that it has learned from.
-
-    set: its name. vectors_from: where the text vectors come from. rates: [A] float64, share of true training
-    images. constant: [A] bool, the best answer without looking, by the training labels.
-    """
+    """What a model keeps of the set that it has learned from: its name, its attributes, rates [A] float64 (share of
+    true training images), constant [A] bool (the best answer without looking, by the training labels)."""
 
     set: str
     attributes: tuple[Attribute, ...]
-    vectors_from: str
     rates: np.ndarray
     constant: np.ndarray
 
     @classmethod
     def from_config(cls, config: dict) -> "AttributeStats":
         attributes = tuple(Attribute(*pair) for pair in config["attributes"])
-        constant = np.array(config["constant"], dtype=bool)
-        return cls(config["set"], attributes, config["vectors_from"], np.array(config["rates"]), constant)
+        return cls(config["set"], attributes, np.array(config["rates"]), np.array(config["constant"], dtype=bool))
 
     @property
     def names(self) -> list[str]:
@@ -64,11 +57,8 @@ class AttributeStats:
     @property
     def groups(self) -> dict[str, list[int]]:
         """Columns of words: {name: places of its values among the attributes}."""
-        found: dict[str, list[int]] = {}
-        for place, attribute in enumerate(self.attributes):
-            if attribute.value:
-                found.setdefault(attribute.column, []).append(place)
-        return found
+        columns = dict.fromkeys(attribute.column for attribute in self.attributes if attribute.value)
+        return {name: [i for i, a in enumerate(self.attributes) if a.value and a.column == name] for name in columns}
 
 
 class Attr(Task):
@@ -80,21 +70,26 @@ class Attr(Task):
         args = self.args
         if config is None and args.global_batch < 2:
             raise InputError("--batch_size 1: the batch norm of the logits needs 2 images at least")
+        if args.smoothing or args.attr_vectors and args.clip_pretrained:
+            raise InputError(
+                "drop --smoothing, and one of --attr_vectors and --clip_pretrained: vectors have one source"
+            )
         more = {"binary": args.attr_columns, "categorical": args.attr_categories}
         if config is not None:
             more = {"known": AttributeStats.from_config(config).attributes, "need_train": False}
         data = read_attribute_set(args.data_path, args.attr_format, test_split=args.attr_split, **more)
-        if config is None and args.attr_vectors:  # what is wrong with them shows before weights are fetched
+        if config is None and args.attr_vectors:  # before weights are fetched
             vectors_of_file(Path(args.attr_vectors), len(data.attributes))
         return data
 
     def describe(self, encoder: VisionTransformer) -> dict:
         data = self.data
         self.vectors, source = text_vectors(self.args, data.attributes, encoder.embed_dim)
+        constant = constant_answer(data.train.labels)
         return {
             "text_dim": self.vectors.shape[1], "set": data.name, "attributes": [list(a) for a in data.attributes],
-            "vectors_from": source, "rates": data.train.rates().tolist(),
-            "constant": constant_answer(data.train.labels).tolist(),
+            "num_classes": len(data.attributes), "text_vectors": source, "rates": data.train.rates().tolist(),
+            "constant": constant.tolist(),
         }  # fmt: skip
 
     @staticmethod
@@ -109,18 +104,11 @@ class Attr(Task):
         augment = PadCropErase(self.args.img_size, erase=0.0)
         return AttributeTrainImages(self.data.train, augment, self.args.seed)
 
-    def facts(self) -> dict:
-        more = {"num_classes": len(self.data.attributes), "text_vectors": self.config["vectors_from"]}
-        return super().facts() | more
-
     def model_line(self) -> str:
-        model, source = self.model, self.config["vectors_from"]
+        model, source = self.model, self.config["text_vectors"]
         line = f"VTB: {model.num_attributes} attributes, {model.base.num_patches} patches, text vectors: {source}"
         if source.startswith("random"):
-            line += (
-                "\n  THE TEXT VECTORS ARE RANDOM: no text is used; --clip_pretrained openai takes those of the "
-                "teacher, --attr_vectors FILE your own"
-            )
+            line += "\n  THE TEXT VECTORS ARE RANDOM: no text is used; give --clip_pretrained openai or --attr_vectors"
         return line
 
     def loss(self, wrapped: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
@@ -131,35 +119,32 @@ class Attr(Task):
         accuracy = (both / either.clamp_min(1)).mean()
         return {"loss": attribute_loss(attr_logits, labels, self.rates), "accuracy": accuracy}
 
-    def answers(self, is_over: bool) -> Predictions | None:
+    def answers(self) -> Predictions | None:
         test = self.data.test
         images = WholeImages(test.paths, np.arange(len(test)), self.model.base.img_size)
         return self.predict(lambda imgs, _: self.model(imgs).sigmoid(), images)
 
-    def score(self, found: Predictions, is_over: bool) -> tuple[dict, list[str], list[str]]:
-        """Numbers beside those of a constant answer; once training `is_over` the table of the attributes."""
-        stats, threshold = AttributeStats.from_config(self.config), self.args.attr_threshold
-        probs, labels = found.values.numpy(), self.data.test.labels[found.rows]
+    def score(self, found: Predictions) -> tuple[dict, list[str], list[str]]:
+        """Numbers beside those of a constant answer, and the table of the attributes."""
+        stats, threshold, data = AttributeStats.from_config(self.config), self.args.attr_threshold, self.data
+        probs, labels = found.values.numpy(), data.test.labels[found.rows]
         metrics = all_metrics(probs, labels, stats, threshold)
         less = f"/{len(found.unreadable)}-unreadable-left-out" if found.unreadable else ""
-        count = len(stats.attributes)
-        protocol = f"{self.data.name}{less} ({count} attributes, true above {threshold:g}, F1 averaged over images)"
+        rule = f"{len(stats.attributes)} attributes, true above {threshold:g}, F1 averaged over images"
+        metrics |= {"images": len(probs), "protocol": f"{data.name}{less} ({rule})"}
+        metrics["text_vectors"] = self.config["text_vectors"]
         names = [name for name in metrics if f"constant_{name}" in metrics]
         told = [f"{name} {100 * metrics[name]:.2f} [{100 * metrics[f'constant_{name}']:.2f}]" for name in names]
-        lines = [protocol, f"  text vectors: {stats.vectors_from}", f"  {'  '.join(told)}  [constant answer]"]
-        if is_over:
-            self.rows = attribute_rows(probs, labels, stats.names, stats.rates, threshold)
-            write_rows(Path(self.args.output_dir) / "attributes.csv", self.rows)
-        numbers = metrics | {"images": len(probs), "protocol": protocol, "text_vectors": stats.vectors_from}
-        return numbers, lines, found.unreadable
+        self.rows = attribute_rows(probs, labels, stats.names, stats.rates, threshold)
+        write_rows(Path(self.args.output_dir) / "attributes.csv", self.rows)
+        self.test = AttributeTest(stats, data.test.paths, found.rows, probs, labels, threshold)
+        lines = [metrics["protocol"], f"  text vectors: {metrics['text_vectors']}"]
+        return metrics, [*lines, f"  {'  '.join(told)}  [constant answer]"], found.unreadable
 
     def report(self, found: Predictions, numbers: dict, folder: Path, facts: dict) -> list[Path]:
-        data, file, stats = self.data, folder / "report.html", AttributeStats.from_config(self.config)
-        facts |= {"text vectors": stats.vectors_from}
-        probs, labels = found.values.numpy(), data.test.labels[found.rows]
-        test = AttributeTest(stats, data.test.paths, found.rows, probs, labels, self.args.attr_threshold)
-        write_attr_report(file, facts, numbers, self.rows, test)
-        return [file]
+        facts |= {"text vectors": numbers["text_vectors"]}
+        write_attr_report(folder / "report.html", facts, numbers, self.rows, self.test)
+        return [folder / "report.html"]
 
 
 def all_metrics(probs: np.ndarray, labels: np.ndarray, stats: AttributeStats, threshold: float) -> dict[str, float]:
@@ -179,11 +164,8 @@ def all_metrics(probs: np.ndarray, labels: np.ndarray, stats: AttributeStats, th
 def write_rows(file: Path, rows: list[dict]) -> None:
     """The table of the attributes as CSV; an empty cell: not defined."""
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        plain = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-        writer.writerow({k: "" if v == "nan" else v for k, v in plain.items()})
+    cells = [["" if x != x else f"{x:.6g}" if isinstance(x, float) else x for x in row.values()] for row in rows]
+    csv.writer(text, lineterminator="\n").writerows([rows[0], *cells])
     write_atomic(file, lambda opened: opened.write(text.getvalue().encode()))
 
 
@@ -195,12 +177,8 @@ def sentence(attribute: Attribute) -> str:
 
 
 def text_vectors(args, attributes: tuple[Attribute, ...], dim: int) -> tuple[torch.Tensor, str]:
-    """The vectors that the flags ask for; dim: width of the encoder, and of the random vectors.
-
-    Returns:
-        [A, D_t] float32 on the CPU, and where they come from: it belongs beside every number, as other
-        vectors give other numbers.
-    """
+    """The vectors that the flags ask for, [A, D_t] float32 on the CPU (random ones as wide as the encoder, `dim`), and
+    where they come from: it belongs beside every number, as other vectors give other numbers."""
     if args.attr_vectors:
         return vectors_of_file(Path(args.attr_vectors), len(attributes))
     if args.clip_pretrained:
@@ -210,16 +188,11 @@ def text_vectors(args, attributes: tuple[Attribute, ...], dim: int) -> tuple[tor
 
 
 def vectors_of_file(file: Path, count: int) -> tuple[torch.Tensor, str]:
-    """An array [A, D_t] in a .npy, or the only tensor of a .safetensors."""
+    """An array [A, D_t] in a .npy."""
     try:
-        if file.suffix == ".safetensors":
-            (vectors,) = load_file(file).values()
-        else:
-            vectors = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
-    except (OSError, ValueError, EOFError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:120]
-        raise InputError(f"--attr_vectors {file}: give a .npy, or a .safetensors of one tensor: {reason}") from error
-    vectors = vectors.float()
+        vectors = torch.from_numpy(np.load(file, allow_pickle=False).astype(np.float32))
+    except (OSError, ValueError, EOFError, AttributeError) as error:
+        raise InputError(f"--attr_vectors {file} is no array of numbers in a .npy: {str(error)[:120]}") from error
     if vectors.ndim != 2 or len(vectors) != count or not torch.isfinite(vectors).all():
         raise InputError(
             f"--attr_vectors {file} has the shape {tuple(vectors.shape)}, and {count} attributes need finite numbers "

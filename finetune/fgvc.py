@@ -24,14 +24,25 @@ SHOWN = ("top1", "top5", "mean_class_accuracy", "majority")
 RESIZE = 600 / 448  # side of the picture / side of the crop
 
 
+def warm_cosine_lr(epoch: float, lr: float, first: float, last: float, warmup: float, epochs: float) -> float:
+    """Linear from `first`, then half a cosine to `last`; changes with every update."""
+    return first + (lr - first) * epoch / warmup if epoch < warmup else cosine_lr(epoch, lr, last, warmup, epochs)
+
+
 class Fgvc(Task):
     """TransFG on a set with classes."""
 
     kind = "CGD-MAE TransFG"
+    schedule = staticmethod(warm_cosine_lr)
+
+    @property
+    def weight(self) -> float:
+        """Of the contrastive loss."""
+        return self.args.contrastive_weight if self.args.parts == "on" else 0.0
 
     @property
     def shown(self) -> tuple[str, ...]:
-        return ("ce", "contrastive", "accuracy") if self.args.contrastive_weight else ("ce", "accuracy")
+        return ("ce", "contrastive", "accuracy") if self.weight else ("ce", "accuracy")
 
     @property
     def resize(self) -> tuple[int, int]:
@@ -49,7 +60,8 @@ class Fgvc(Task):
     def describe(self, encoder: VisionTransformer) -> dict:
         resize = [self.args.resize] * 2 if self.args.resize else [round(side * RESIZE) for side in self.args.img_size]
         config = asdict(TransFGConfig(parts=self.args.parts == "on"))
-        return {"fgvc": config, "classes": self.data.classes, "resize": resize}
+        classes = self.data.classes
+        return {"fgvc": config, "classes": classes, "num_classes": len(classes), "resize": resize}
 
     @staticmethod
     def model_from(encoder: VisionTransformer, config: dict) -> TransFG:
@@ -59,17 +71,6 @@ class Fgvc(Task):
         augment = CropFlipAugment(self.args.img_size, self.resize, auto_augment=self.args.auto_augment)
         return FgvcTrainImages(self.data.train, augment, self.args.seed)
 
-    def facts(self) -> dict:
-        return super().facts() | {"num_classes": len(self.data.classes)}
-
-    def lr(self, epoch: float, peak: float = 1.0) -> float:
-        """Linear from --warmup_lr_ratio, then half a cosine to --min_lr_ratio; changes with every update."""
-        args, top = self.args, peak * self.args.lr
-        first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
-        if epoch < args.warmup_epochs:
-            return first + (top - first) * epoch / args.warmup_epochs
-        return cosine_lr(epoch, top, last, args.warmup_epochs, args.epochs)
-
     def model_line(self) -> str:
         base = self.model.base
         return f"TransFG: {len(self.config['classes'])} classes, {base.num_patches} patches, {self.parts_line()}"
@@ -77,8 +78,7 @@ class Fgvc(Task):
     def parts_line(self) -> str:
         """What numbers of different settings must not be compared without."""
         blocks = self.model.base.blocks
-        parts = self.model.config.parts
-        return f"{blocks[0].attn.num_heads} parts after {len(blocks)} blocks" if parts else "no parts"
+        return f"{blocks[0].attn.num_heads} parts after {len(blocks)} blocks" if self.model.config.parts else "no parts"
 
     def loss(self, wrapped: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         """Cross-entropy (over this rank's images; DDP averages) + weight * contrastive loss over the images of
@@ -87,31 +87,30 @@ class Fgvc(Task):
         logits, features = wrapped(batch["imgs"])
         terms = {"ce": F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)}
         terms["loss"] = terms["ce"]
-        if args.contrastive_weight:
+        if self.weight:
             terms["contrastive"] = contrastive_loss(gather_rows(features), gather_rows(labels), args.contrastive_margin)
-            terms["loss"] = terms["ce"] + args.contrastive_weight * terms["contrastive"]
+            terms["loss"] = terms["ce"] + self.weight * terms["contrastive"]
         terms["accuracy"] = (logits.argmax(dim=1) == labels).float().mean()
         return terms
 
-    def answers(self, is_over: bool) -> Predictions | None:
+    def answers(self) -> Predictions | None:
         images = CenterCrops(self.data.test.paths, self.model.base.img_size, self.resize)
         return self.predict(lambda imgs, _: self.model(imgs)[0], images)
 
-    def score(self, found: Predictions, is_over: bool) -> tuple[dict, list[str], list[str]]:
-        data, numbers = self.data, self.class_scores(found).numbers
-        gone = f", {len(found.unreadable)} unreadable left out" if found.unreadable else ""
+    def score(self, found: Predictions) -> tuple[dict, list[str], list[str]]:
+        data, gone = self.data, len(found.unreadable)
+        self.scores = class_scores(found.values, torch.from_numpy(data.test.labels[found.rows]))
         protocol = (
-            f"{data.name}: {len(data.test)} test images of {len(data.classes)} classes{gone}; whole picture to "
+            f"{data.name}: {len(data.test)} test images of {len(data.classes)} classes"
+            f"{f', {gone} unreadable left out' if gone else ''}; whole picture to "
             "{} x {} px, centre crop {} x {}".format(*self.resize, *self.model.base.img_size)
         )
+        numbers = self.scores.numbers | {"protocol": protocol, "parts": self.parts_line()}
         line = "  " + "  ".join(f"{name} {100 * numbers[name]:.2f}" for name in SHOWN)
-        return numbers | {"protocol": protocol, "parts": self.parts_line()}, [protocol, line], found.unreadable
-
-    def class_scores(self, found: Predictions):
-        return class_scores(found.values, torch.from_numpy(self.data.test.labels[found.rows]))
+        return numbers, [protocol, line], found.unreadable
 
     def report(self, found: Predictions, numbers: dict, folder: Path, facts: dict) -> list[Path]:
-        images, file = self.data.test.take(found.rows), folder / "report.html"
-        answers = Answers(images, self.data.classes, found.values, self.class_scores(found))
-        write_fgvc_report(file, numbers["protocol"], facts | {"model": self.parts_line()}, answers)
-        return [file]
+        images = self.data.test.take(found.rows)
+        answers = Answers(images, self.data.classes, found.values, self.scores)
+        write_fgvc_report(folder / "report.html", numbers["protocol"], facts | {"model": self.parts_line()}, answers)
+        return [folder / "report.html"]

@@ -14,9 +14,6 @@ from util.cli import check_numbers, parse_input_size
 from util.errors import InputError
 from util.names import ENCODER_MODELS, REID_FORMATS
 
-# what shapes an encoder: a trained model has its own
-ENCODER_FLAGS = ("model", "input_size", "stride", "drop_path", "pixel_stats", "pos_resize", "quick_gelu")
-
 
 class Flag:
     """A flag. default: what `check_args` fills in; type and action follow from it, unless it is None. within: the
@@ -35,19 +32,24 @@ class TaskFlags:
     """What the command line knows of a task.
 
     title: of its group in --help. recipe: defaults of the common flags where they differ. default_lr: learning rate at
-    the recipe's batch. flags: its own. check: (args, names that the user has said) -> what contradicts what, or "".
-    fixed: its own flags that must not change on --resume. of_the_model: those that --eval refuses, since a trained
-    model has its own. encoder_alone: how --eval scores an encoder that was not trained for the task ("": it cannot).
+    the recipe's batch. model, training, scoring: its own flags; the first two must not change on --resume, and --eval
+    refuses the first, since a trained model has its own.
     """
 
     title: str
     recipe: dict
     default_lr: Callable[[argparse.Namespace], float]
-    flags: list[Flag]
-    check: Callable[[argparse.Namespace, set[str]], str] = lambda args, said: ""
-    fixed: tuple[str, ...] = ()
-    of_the_model: tuple[str, ...] = ()
-    encoder_alone: str = ""
+    model: tuple[Flag, ...] = ()
+    training: tuple[Flag, ...] = ()
+    scoring: tuple[Flag, ...] = ()
+
+    @property
+    def flags(self) -> tuple[Flag, ...]:
+        return (*self.model, *self.training, *self.scoring)
+
+    @property
+    def fixed(self) -> list[str]:
+        return [f.name for f in (*self.model, *self.training)]
 
     def default_of(self, f: Flag) -> object:
         return self.recipe.get(f.name, f.default)
@@ -91,16 +93,10 @@ COMMON = {
     ],
     "evaluation": [
         Flag("eval", False, "score --resume FILE, or the encoder --finetune"),
-        Flag("eval_every", 0, "epochs between evaluations, 0: after the last only; they choose nothing", "[0, inf)"),
         Flag("report", False, "write report.html: numbers, curves and pictures"),
         Flag("before", "", "metrics.json of an earlier scoring, to show beside this one (default none)"),
     ],
 }
-
-
-def check_reid(args, said: set[str]) -> str:
-    nothing = args.id_weight == args.triplet_weight == 0
-    return "--id_weight 0 and --triplet_weight 0 leave nothing to learn: set one of them" if nothing else ""
 
 
 REID = TaskFlags(
@@ -110,18 +106,21 @@ REID = TaskFlags(
         "warmup_lr_ratio": 0.01, "bias_lr_factor": 2.0, "weight_decay": 1e-4,
     },
     default_lr=lambda args: 5e-4 if args.opt == "adamw" else 0.01 if args.jpm else 0.008,
-    flags=[
-        Flag("format", "auto", "layout of --data_path, by default by its files", choices=REID_FORMATS),
-        Flag("num_instances", 4, "K, images of a vehicle in a batch", "[2, inf)"),
+    model=(
         Flag("jpm", False, "jigsaw patch module: four local branches"),
         Flag("jpm_shift", 8, "patches are rolled by this less one", "[1, inf)"),
         Flag("sie_camera", False, "side information: camera embedding"),
         Flag("sie_view", False, "side information: view embedding"),
         Flag("sie_weight", 3.0, "lambda of the embedding", "[0, inf)"),
+    ),
+    training=(
+        Flag("num_instances", 4, "K, images of a vehicle in a batch", "[2, inf)"),
         Flag("id_weight", 1.0, "weight of the identity loss", "[0, inf)"),
         Flag("triplet_weight", 1.0, "weight of the triplet loss", "[0, inf)"),
-        Flag("center_weight", 0.0, "weight of the centre loss; Luo et al. take 5e-4 (default 0: off)", "[0, inf)"),
         Flag("erase", 0.5, "chance that a rectangle is erased", "[0, 1]"),
+    ),
+    scoring=(
+        Flag("format", "auto", "layout of --data_path, by default by its files", choices=REID_FORMATS),
         Flag("tests", None, "tests of the set, for example 800 1600 2400 (default: all)", nargs="+", metavar="NAME"),
         Flag("keep_same_camera", False, "score the variant that keeps same-camera matches; under another name"),
         Flag("protocol_seed", 0, "seed of VehicleID's ten draws", "[0, inf)"),
@@ -129,81 +128,40 @@ REID = TaskFlags(
         Flag("rerank_k1", 20, "neighbours that may be reciprocal", "[1, inf)"),
         Flag("rerank_k2", 6, "neighbours averaged over", "[1, inf)"),
         Flag("rerank_lambda", 0.3, "share of the first distance", "[0, 1]"),
-    ],
-    check=check_reid,
-    fixed=("num_instances", "jpm", "jpm_shift", "sie_camera", "sie_view", "sie_weight", "id_weight", "triplet_weight",
-        "center_weight", "erase"),
-    of_the_model=("jpm", "jpm_shift", "sie_camera", "sie_view", "sie_weight"),
-    encoder_alone="its class token is the feature then",
+    ),
 )
-
-
-def check_attr(args, said: set[str]) -> str:
-    if args.attr_vectors and args.clip_pretrained:
-        return "--attr_vectors and --clip_pretrained both give the text vectors: drop one of them"
-    if "clip_model" in said and not args.clip_pretrained and not args.eval:
-        return f"--clip_model {args.clip_model} needs its weights: give --clip_pretrained too"
-    return f"--smoothing {args.smoothing}: attributes are learned without it, drop it" if args.smoothing else ""
-
-
 ATTR = TaskFlags(
     title="attributes",  # VTB's recipe
     recipe={
         "batch_size": 128, "warmup_epochs": 5.0, "min_lr_ratio": 0.002, "warmup_lr_ratio": 0.01, "weight_decay": 1e-4,
     },
     default_lr=lambda args: 5e-4 if args.opt == "adamw" else 8e-3,
-    flags=[
-        Flag("attr_format", "auto", "a folder is VeRi-776, a file a table", choices=("auto", "veri776", "table")),
+    model=(
         Flag("attr_columns", None, "columns of 0 and 1 (default: all, with --attr_categories none)", nargs="+"),
         Flag("attr_categories", None, "columns that hold words, an attribute a word (default none)", nargs="+"),
-        Flag("attr_split", "test", "value of the column split to test on"),
-        Flag("attr_threshold", 0.45, "probability above which an attribute is true; 0.45: VTB's", "(0, 1)"),
-        Flag("attr_vectors", "", "text vectors [A, D] as .npy or .safetensors, a row an attribute (default none)"),
+        Flag("attr_vectors", "", "text vectors [A, D] as .npy, a row an attribute (default none)"),
         Flag("clip_pretrained", "", "text vectors from CLIP: open_clip tag, or weights (default none: random vectors)"),
         Flag("clip_model", "ViT-L-14", "open_clip name or path of an open_clip JSON config"),
-    ],
-    check=check_attr,
-    fixed=("text_vectors",),
-    of_the_model=("attr_columns", "attr_categories", "attr_vectors", "clip_model", "clip_pretrained"),
+    ),
+    scoring=(
+        Flag("attr_format", "auto", "a folder is VeRi-776, a file a table", choices=("auto", "veri776", "table")),
+        Flag("attr_split", "test", "value of the column split to test on"),
+        Flag("attr_threshold", 0.45, "probability above which an attribute is true; 0.45: VTB's", "(0, 1)"),
+    ),
 )
-
-
-def check_fgvc(args, said: set[str]) -> str:
-    if args.contrastive_weight is None:
-        args.contrastive_weight = 1.0 if args.parts == "on" else 0.0
-    if "contrastive_margin" in said and not args.contrastive_weight:
-        margin = args.contrastive_margin
-        return f"--contrastive_margin {margin} without the contrastive loss: drop it, or set --contrastive_weight"
-    is_table = "label_column" not in said or not Path(args.data_path).is_dir()
-    folder = f"{args.data_path} is a folder, whose layout names the classes: drop it"
-    return "" if is_table else f"--label_column {args.label_column}: {folder}"
-
-
 FGVC = TaskFlags(
     title="fine-grained classes",  # TransFG's recipe of StanfordCars: 500 of its 10,000 steps of 16 images are warm-up
     recipe={"input_size": "448", "batch_size": 16, "clip_grad": 1.0},
     default_lr=lambda args: 2.5e-4 if args.opt == "adamw" else 0.03,
-    flags=[
-        Flag("label_column", "label", "column of a table that holds the class"),
-        Flag("parts", "on", "TransFG's part selection; off: the ViT baseline", choices=("on", "off")),
-        Flag("contrastive_weight", None, "of the contrastive loss (default 1, --parts off 0)", "[0, inf)", type=float),
+    model=(Flag("parts", "on", "TransFG's part selection; off: the ViT baseline", choices=("on", "off")),),
+    training=(
+        Flag("contrastive_weight", 1.0, "weight of the contrastive loss; --parts off has none", "[0, inf)"),
         Flag("contrastive_margin", 0.4, "cosine up to which other classes cost nothing", "[-1, 1)"),
         Flag("resize", None, "px of both sides before the crop (default 600/448 of it)", "[1, inf)", type=int),
         Flag("auto_augment", True, "AutoAugment's policy for ImageNet after crop and flip"),
-    ],
-    check=check_fgvc,
-    fixed=("parts", "contrastive_weight", "contrastive_margin", "auto_augment", "resize"),
-    of_the_model=("parts",),
+    ),
+    scoring=(Flag("label_column", "label", "column of a table that holds the class"),),
 )
-
-
-def check_seg(args, said: set[str]) -> str:
-    if args.seg_split == "train" and not args.eval:
-        return "--seg_split train would score what is trained on: choose val or test"
-    low, high = args.resize_range
-    return f"--resize_range {low:g} {high:g}: give two factors, the smaller one first" if low > high else ""
-
-
 SEG = TaskFlags(
     title="part segmentation",  # SETR's recipe of ADE20K, without dropout: 20,000 updates of 16
     recipe={
@@ -211,18 +169,18 @@ SEG = TaskFlags(
         "min_lr_ratio": 0.1, "head_lr_factor": 10.0, "pos_resize": "bilinear",
     },
     default_lr=lambda args: 1e-4 if args.opt == "adamw" else 1e-3,
-    flags=[
+    model=(
         Flag("decoder", "pup", "SETR's decoder", choices=("naive", "pup", "mla")),
         Flag("aux_weight", 0.4, "weight of each auxiliary head's loss, 0: there are none", "[0, inf)"),
+    ),
+    training=(
         Flag("resize_range", [0.5, 2.0], "random factor of training images; 1: short side = crop (default 0.5 2)",
             "(0, 10]", nargs=2, type=float, metavar=("MIN", "MAX")),
         Flag("distort", True, "random brightness, contrast, saturation, hue in training"),
-        Flag("seg_eval", "slide", "by sliding windows, or the whole image at --input_size", choices=("slide", "whole")),
-        Flag("seg_split", "auto", "the split to score; auto: test, else val", choices=("auto", "train", "val", "test")),
-    ],
-    check=check_seg,
-    fixed=("decoder", "aux_weight", "resize_range", "distort"),
-    of_the_model=("decoder", "aux_weight"),
+    ),
+    scoring=(
+        Flag("seg_split", "auto", "the split to score; auto: test, else val", choices=("auto", "val", "test")),
+    ),
 )
 # fmt: on
 
@@ -298,39 +256,31 @@ def check_within(f: Flag, value) -> None:
 
 def check_args(args) -> None:
     """Find contradictions among flags before anything is loaded; fill defaults and derived values."""
-    said, default = fill_defaults(args), {f.name: TASKS[args.task].default_of(f) for f in COMMON["optimisation"]}
-    args.img_size = parse_input_size(args.input_size)
-    check_numbers(
-        args, at_least_one="print_freq save_freq max_bad_steps", not_negative="seed keep_checkpoints num_workers"
-    )
-    if "warmup_epochs" not in said and args.epochs < default["epochs"]:  # as much of a shorter run
-        args.warmup_epochs *= args.epochs / default["epochs"]
+    said, about = fill_defaults(args), TASKS[args.task]
+    args.img_size, args.accum_iter = parse_input_size(args.input_size), 1
+    numbers = "print_freq save_freq max_bad_steps", "seed keep_checkpoints num_workers"
+    check_numbers(args, at_least_one=numbers[0], not_negative=numbers[1])
+    epochs = about.recipe.get("epochs", 20)
+    if "warmup_epochs" not in said and args.epochs < epochs:  # as much of a shorter run
+        args.warmup_epochs *= args.epochs / epochs
     if args.warmup_epochs >= args.epochs:
-        raise InputError(
-            f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}: use "
-            f"--warmup_epochs {args.epochs // 10}"
-        )
-    if wrong := TASKS[args.task].check(args, said):
-        raise InputError(wrong)
+        raise InputError(f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}: lower it")
     if args.eval:
         check_eval(args, said)
-    elif not args.finetune and not args.model:
-        raise InputError(
-            "give --finetune FILE (the encoder to start from), or --model vit_base_patch16 to start from random weights"
-        )
+    elif bool(args.finetune) == bool(args.model):
+        raise InputError("give --finetune FILE to start from an encoder, or --model NAME to start from random weights")
     if args.output_dir is None:
         evaluated = Path(args.resume or args.finetune).parent / f"eval_{Path(args.data_path).stem}"
         args.output_dir = str(evaluated) if args.eval else f"runs/{args.task}"
-    args.accum_iter = 1
 
 
 def check_eval(args, said: set[str]) -> None:
     """Refuse what --eval cannot score, and flags that would change the model."""
-    if bool(args.resume) == bool(args.finetune):
+    if bool(args.resume) == bool(args.finetune) or args.resume == "auto":
         raise InputError("--eval scores one model: give --resume MODEL, or --finetune ENCODER as it is")
-    if args.resume == "auto":
-        raise InputError("--eval --resume auto: name the file, for example --resume runs/veri/model.pth")
     about = TASKS[args.task]
-    for name in about.of_the_model + (ENCODER_FLAGS if args.resume else ()):
-        if name in said and (args.resume or about.encoder_alone):  # else it is the file that is refused
-            raise InputError(f"--{name} would change the model that --eval scores: drop it")
+    if args.finetune and args.task != "reid":
+        raise InputError(f"--eval --finetune: an encoder has no answers for --task {args.task} before it is trained")
+    for f in (*about.model, *(COMMON["encoder"][1:] if args.resume else ())):  # all but --finetune
+        if f.name in said:
+            raise InputError(f"--{f.name} would change the model that --eval scores: drop it")

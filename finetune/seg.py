@@ -1,9 +1,9 @@
 """Part segmentation: SETR, trained and scored."""
 
 import math
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -27,12 +27,10 @@ from util.progress import Progress
 from util.stop import init_worker
 
 
-@dataclass(frozen=True)
-class PartsResult:
-    """confusion: [K, K] int64 of the whole split. rows: [n] int64 of the images that could be read;
-    each: [n, K, K] int64, theirs. unreadable: `path<tab>reason` of the others."""
+class PartsResult(NamedTuple):
+    """rows: [n] int64 of the images that could be read; each: [n, K, K] int64, their confusion matrices; unreadable:
+    `path<tab>reason` of the others."""
 
-    confusion: np.ndarray
     rows: np.ndarray
     each: np.ndarray
     unreadable: list[str]
@@ -43,6 +41,7 @@ class Seg(Task):
 
     kind = "CGD-MAE SETR"
     shown = ("main", "accuracy")
+    schedule = staticmethod(poly_lr)
 
     @property
     def split(self) -> str:
@@ -87,14 +86,8 @@ class Seg(Task):
         return PartsTrainItems(data.splits["train"], data.space, augment, args.seed)
 
     def facts(self) -> dict:
-        data = self.data
-        images = {"images": len(data.splits["train"]), "images_sha": data.sha256("train")}
-        return images | {"num_classes": len(data.space.names)}
-
-    def lr(self, epoch: float, peak: float = 1.0) -> float:
-        args = self.args
-        first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
-        return poly_lr(epoch, peak * args.lr, first, last, args.warmup_epochs, args.epochs)
+        train = {"images": len(self.data.splits["train"]), "images_sha": self.data.sha256("train")}
+        return train | {"num_classes": self.config["num_classes"]}
 
     def model_line(self) -> str:
         config, (rows, columns) = self.model.config, self.model.base.grid_size
@@ -104,21 +97,18 @@ class Seg(Task):
     def loss(self, wrapped: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         return setr_loss(wrapped(batch["imgs"]), batch["masks"], self.args.aux_weight, self.args.smoothing)
 
-    def answers(self, is_over: bool) -> PartsResult:
-        args = self.args
-        return evaluate_parts(self.model, self.data, self.split, args.seg_eval, args.batch_size, args.num_workers)
+    def answers(self) -> PartsResult:
+        return evaluate_parts(self.model, self.data, self.split, **self.loading)
 
-    def score(self, found: PartsResult, is_over: bool) -> tuple[dict, list[str], list[str]]:
+    def score(self, found: PartsResult) -> tuple[dict, list[str], list[str]]:
         """In percent, by class and over all; None for what cannot be told, since JSON knows no NaN."""
         space, gone = self.data.space, len(found.unreadable)
-        numbers = segmentation_numbers(found.confusion, space.background)
-        size = "{} x {} px".format(*self.model.base.img_size)
-        how = f"sliding windows of {size}, by 2/3 of a side, logits averaged"
+        numbers = segmentation_numbers(found.each.sum(axis=0), space.background)
         protocol = (
             f"parts/{space.name}/{self.split} ({len(space.names)} classes, {len(found.rows)} images"
-            f"{f', {gone} unreadable left out' if gone else ''}; "
-            f"{f'the whole image at {size}' if self.args.seg_eval == 'whole' else how}; one confusion matrix at the "
-            "images' sizes, no flips, no multiple scales)"
+            f"{f', {gone} unreadable left out' if gone else ''}; sliding windows of "
+            "{} x {} px, by 2/3 of a side, logits averaged; one confusion matrix at the images' sizes, no flips, no "
+            "multiple scales)".format(*self.model.base.img_size)
         )
         each, flat = list(zip(space.names, numbers.iou.tolist(), numbers.acc.tolist())), dict(numbers.flat)
         lines = [protocol, f"  {'IoU':>7s} {'Acc':>7s}"]
@@ -126,8 +116,7 @@ class Seg(Task):
         lines.append("  " + "  ".join(f"{name} {percent(value)}" for name, value in flat.items()))
         flat |= {f"IoU_{name}": iou for name, iou, _ in each} | {f"Acc_{name}": acc for name, _, acc in each}
         flat = {name: None if math.isnan(value) else value for name, value in flat.items()}
-        flat |= {"images": len(found.rows), "unreadable": gone, "protocol": protocol}
-        return flat, lines, found.unreadable
+        return flat | {"images": len(found.rows), "unreadable": gone, "protocol": protocol}, lines, found.unreadable
 
     def report(self, found: PartsResult, numbers: dict, folder: Path, facts: dict) -> list[Path]:
         part, file = self.data.splits[self.split], folder / "report.html"
@@ -139,10 +128,7 @@ class Seg(Task):
     def look_at(self, part: PartsSplit, row: int) -> tuple:
         """An image of the split, its truth and the model's answer, [h, w] uint8 classes at its size."""
         picture, mask = open_pair(part.images[row], part.masks[row])
-        truth, size = (
-            self.data.space.table[mask],
-            model_size(picture.size, self.model.base.img_size, self.args.seg_eval),
-        )
+        truth, size = self.data.space.table[mask], model_size(picture.size, self.model.base.img_size)
         answer = predict_mask(self.model, at_size(picture, size).to(self.device), truth.shape, 16)
         return picture, truth, answer.cpu().numpy().astype(np.uint8)
 
@@ -151,15 +137,9 @@ def percent(value: float) -> str:
     return "absent" if math.isnan(value) else f"{100 * value:.2f}"
 
 
-def model_size(size: tuple[int, int], crop: tuple[int, int], mode: str) -> tuple[int, int]:
-    """(width, height) at which an image is shown to the model. slide: its sides keep their ratio, and the
-    smaller one reaches the crop, so that both hold a window; whole: the crop's.
-
-    Args:
-        size: (width, height) of the image. crop: (H, W).
-    """
-    if mode == "whole":
-        return crop[1], crop[0]
+def model_size(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:
+    """(width, height) at which an image of `size` (width, height) is shown to the model: its sides keep their ratio,
+    and the smaller one reaches the crop (H, W), so that both hold a window."""
     factor = max(crop[1] / size[0], crop[0] / size[1])
     return max(crop[1], round(factor * size[0])), max(crop[0], round(factor * size[1]))
 
@@ -186,50 +166,38 @@ def sliding_logits(model: SETR, imgs: torch.Tensor, batch_size: int) -> torch.Te
     return total / seen
 
 
-def predict_mask(model: SETR, imgs: torch.Tensor, size: tuple[int, int], batch_size: int) -> torch.Tensor:
+def predict_mask(model: SETR, imgs: torch.Tensor, size: tuple[int, int], batch_size: int) -> torch.Tensor | None:
     """[3, h, w] uint8 on the device, of `model_size` -> [H, W] int64 classes at `size`: logits are enlarged or shrunk,
-    and the largest wins; FloatingPointError where they are not finite."""
+    and the largest wins; None where they are not finite."""
     logits = sliding_logits(model, imgs, batch_size)
-    if not torch.isfinite(logits).all():
-        raise FloatingPointError("logits that are not finite")
-    return F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0].argmax(dim=0)
+    large = F.interpolate(logits[None], size, mode="bilinear", align_corners=False)[0]
+    return large.argmax(dim=0) if torch.isfinite(logits).all() else None
 
 
 @torch.inference_mode()
-def evaluate_parts(
-    model: SETR, data: PartsData, split: str, mode: str, batch_size: int, num_workers: int
-) -> PartsResult:
-    """One confusion matrix of a split at the images' own sizes, the same on every rank.
-
-    The ranks share out the images; each is computed once and alone, so that nothing is padded and the numbers
-    are equal on any number of ranks.
-    """
+def evaluate_parts(model: SETR, data: PartsData, split: str, batch_size: int, num_workers: int) -> PartsResult:
+    """Each image of a split at its own size, the same on every rank: the ranks share them out, each is computed once
+    and alone, so that nothing is padded and the numbers are equal on any number of ranks."""
     part, classes, device = data.splits[split], len(data.space.names), model.base.pos_embed.device
     rows = list(range(get_rank(), len(part), get_world_size()))
-    items = PartsTestItems(part, data.space, rows, partial(model_size, crop=model.base.img_size, mode=mode))
+    items = PartsTestItems(part, data.space, rows, partial(model_size, crop=model.base.img_size))
     loader = DataLoader(items, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker)
-    progress = Progress(f"{mode}: test images", len(rows), shown=is_main_process())
-    found: dict[int, torch.Tensor | str | None] = {}  # None: the model has diverged, of which all ranks must hear
+    progress = Progress("test images", len(rows), shown=is_main_process())
+    found: dict[int, np.ndarray | str | None] = {}  # None: the model has diverged, of which all ranks must hear
     for done, (row, imgs, masks, problem) in enumerate(loader, 1):
-        found[int(row)] = f"{part.images.relative(int(row))}\t{problem}" if problem else None
-        if not problem:
-            masks = masks.to(device)
-            try:
-                predicted = predict_mask(model, imgs.to(device), masks.shape, batch_size)
-                found[int(row)] = confusion_matrix(masks, predicted, classes).cpu()
-            except FloatingPointError:
-                pass
+        if problem:
+            found[int(row)] = f"{part.images.relative(int(row))}\t{problem}"
+        else:
+            said, masks = predict_mask(model, imgs.to(device), masks.shape, batch_size), masks.to(device)
+            found[int(row)] = None if said is None else confusion_matrix(masks, said, classes).cpu().numpy()
         progress.update(done)
     progress.close()
     found = dict(sorted(merged(found).items()))
     if diverged := [row for row, value in found.items() if value is None]:
-        raise InputError(
-            f"the answers for {len(diverged)} test images, e.g. {part.images.relative(diverged[0])}, are "
-            "not finite: the model has diverged"
-        )
+        example = part.images.relative(diverged[0])
+        raise InputError(f"{len(diverged)} answers, e.g. for {example}, are not finite: the model has diverged")
+    read = {row: value for row, value in found.items() if not isinstance(value, str)}
     unreadable = [value for value in found.values() if isinstance(value, str)]
-    if len(unreadable) == len(found):
+    if not read:
         raise InputError(f"none of the {len(part)} test pairs can be read, e.g. {unreadable[0]}")
-    read = {row: value.numpy() for row, value in found.items() if not isinstance(value, str)}
-    each = np.stack(list(read.values()))
-    return PartsResult(each.sum(axis=0), np.array(list(read)), each, unreadable)
+    return PartsResult(np.array(list(read)), np.stack(list(read.values())), unreadable)

@@ -1,23 +1,34 @@
-"""What a downstream task is: read a set, build a model, train it, score it, show it."""
+"""What a downstream task is: read a set, build a model on an encoder, train, score, show it; models from files."""
 
 import importlib
 import json
-import math
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from torch import nn
 from torch.utils.data import Sampler
 
 from datasets.samplers import epoch_batches
 from engine_finetune import predict
-from util.dist import is_main_process, wait_for_main
+from finetune.flags import TASKS
+from models_vit import CLIP_STATS, IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, encoder_from, load_encoder
+from util.checkpoint import load_weights, read_checkpoint, weights_sha256
+from util.dist import is_main_process, print_main, wait_for_main
+from util.errors import InputError
+from util.fetch import fetch
 from util.files import write_atomic
-from util.optim import transreid_lr
+from util.names import ENCODER_MODELS, ENCODER_SIZES
+from util.optim import build_finetune_optimizer, transreid_lr
 from util.precision import scoring
+from util.pretrained import read_config, recognise
+
+PIXEL_STATS = {"imagenet": (IMAGENET_MEAN, IMAGENET_STD), "half": ((0.5,) * 3, (0.5,) * 3), "clip": CLIP_STATS}
+ENCODER_SETTINGS = "img_size patch_size embed_dim depth num_heads mean std stride pre_norm quick_gelu".split()
 
 
 class Task:
-    """A task on a set. finetune/reid.py has `Reid`, and so on; `finetune.encoder` calls, in this order:
+    """A task on a set. finetune/reid.py has `Reid`, and so on; `task_to_train` and `task_to_score` call, in this order:
 
         read(config)                 the set, with `name`, `notes`, and to train `train` and `sha256()`; to score
                                      a model (config: what built it, else None) numbered as that knows it
@@ -26,18 +37,14 @@ class Task:
         prepare()                    what only training needs of the model
         items()                      training images: a Dataset; `order()` says which make up a batch
 
-    The loop calls `loss(model or its DDP wrapper, batch on the device)` -> terms, scalars; "loss" is descended;
-    and `lr(fractional epoch, factor of the peak)`. `evaluate` calls:
-
-        answers(is_over)             what the model says of all test images, on rank 0
-        score(found, is_over)        numbers by name, lines to print, and `path<tab>reason` of what is unreadable
-        report(found, numbers, folder, facts)      pages; returns their files
-
-    kind: of its models, in their files. shown: terms that a log line shows. config: builds the model again.
+    Then the loop calls `loss(model or its DDP wrapper, batch)` -> terms, scalars, of which "loss" is descended, and at
+    the end `evaluate` calls `answers()`, what the model says of all test images, on rank 0; `score(answers)` ->
+    numbers, lines to print, `path<tab>reason` of unreadable ones; `report(answers, numbers, folder, facts)` -> pages.
     """
 
-    kind = ""
-    shown: tuple[str, ...] = ("accuracy",)
+    kind = ""  # of its models, in their files
+    shown: tuple[str, ...] = ("accuracy",)  # terms that a log line shows
+    schedule = staticmethod(transreid_lr)  # (epoch, peak, first rate, last rate, epochs of warm-up, epochs)
 
     def __init__(self, args, device: torch.device):
         self.args, self.device = args, device
@@ -52,46 +59,50 @@ class Task:
 
     def facts(self) -> dict:
         """What a continued run must share."""
-        return {"images": len(self.data.train), "images_sha": self.data.sha256()}
+        facts = {"images": len(self.data.train), "images_sha": self.data.sha256()}
+        return facts | {name: self.config.get(name) for name in ("num_classes", "text_vectors")}
 
     def lr(self, epoch: float, peak: float = 1.0) -> float:
-        """TransReID's learning rate, constant within an epoch; peak: factor of the highest, not of first and last."""
+        """The learning rate at a fractional epoch; peak: factor of the highest, not of first and last."""
         args = self.args
         first, last = args.lr * args.warmup_lr_ratio, args.lr * args.min_lr_ratio
-        return transreid_lr(math.floor(epoch) + 1, peak * args.lr, first, last, args.warmup_epochs, args.epochs)
+        return self.schedule(epoch, peak * args.lr, first, last, args.warmup_epochs, args.epochs)
 
     def data_lines(self) -> list[str]:
         return [f"data: {self.args.data_path} as {self.data.name}", *(f"  {note}" for note in self.data.notes)]
-
-    def epoch_line(self) -> str:
-        return f"  an epoch: {self.batches.batches_per_epoch} updates of {self.args.global_batch} images"
 
     def model_line(self) -> str:
         """What numbers of different settings must not be compared without."""
         return self.kind
 
-    def predict(self, encode, images, title: str = "test images"):
-        args = self.args
-        return predict(encode, images, self.device, title, batch_size=args.batch_size, num_workers=args.num_workers)
+    @property
+    def loading(self) -> dict[str, int]:
+        return {"batch_size": self.args.batch_size, "num_workers": self.args.num_workers}
 
-    def evaluate(self, is_over: bool = True) -> dict:
-        """All test images in float32 without TF32: numbers on rank 0, printed beside their protocol; the page once
-        training `is_over`. Afterwards all ranks wait for rank 0."""
+    def predict(self, encode, images):
+        return predict(encode, images, self.device, "test images", **self.loading)
+
+    def evaluate(self) -> dict:
+        """All test images in float32 without TF32: numbers on rank 0, printed beside their protocol, and the page.
+        Afterwards all ranks wait for rank 0."""
         args, folder = self.args, Path(self.args.output_dir)
         try:
             with scoring(self.model):
-                found = self.answers(is_over)
+                found = self.answers()
                 if not is_main_process():
                     return {}
-                numbers, lines, unreadable = self.score(found, is_over)
-                write_unreadable(unreadable, folder)
+                numbers, lines, unreadable = self.score(found)
+                if unreadable:
+                    file, text = folder / "unreadable_test_images.txt", "".join(f"{line}\n" for line in unreadable)
+                    write_atomic(file, lambda opened: opened.write(text.encode(errors="surrogateescape")))
+                    lines.append(f"{len(unreadable)} test images cannot be read: {file} lists them")
                 print("\n".join(lines), flush=True)
                 weights = (args.resume or args.finetune) if args.eval else folder / "model.pth"
                 facts = {"set": args.data_path, "weights": weights, "seed": args.seed}
-                if args.before and is_over:
+                if args.before:
                     facts["before and after"] = before_and_after(args.before, numbers)
                     print(facts["before and after"])
-                if args.report and is_over:
+                if args.report:
                     for file in self.report(found, numbers, folder, facts):
                         print(f"report: {file}")
                 return numbers
@@ -106,14 +117,98 @@ def before_and_after(file: str, numbers: dict) -> str:
     return ", ".join(f"{name} {100 * earlier[name]:.1f} before, {100 * numbers[name]:.1f} after" for name in shared)
 
 
-def write_unreadable(names: list[str], folder: Path) -> None:
-    """Count the test images that could not be read and list them in a file; nothing where there are none."""
-    if names:
-        file, lines = folder / "unreadable_test_images.txt", sorted(set(names))
-        write_atomic(file, lambda opened: opened.write("".join(f"{line}\n" for line in lines).encode()))
-        print(f"{len(lines)} test images cannot be read: {file} lists them")
-
-
 def task_class(name: str) -> type[Task]:
     """`Reid` of finetune/reid.py, and so on."""
     return getattr(importlib.import_module(f"{__package__}.{name}"), name.capitalize())
+
+
+def build_encoder(args) -> tuple[VisionTransformer, str]:
+    """The encoder that --finetune or --model and the flags of its group ask for, and what was loaded;
+    `args.weights_sha256` is set to the identity of its tensors, or to "random"."""
+    shape = {name: getattr(args, name) for name in ("stride", "drop_path", "quick_gelu")}
+    if args.finetune:
+        args.finetune = str(fetch(args.finetune))
+        encoder = load_encoder(args.finetune, args.img_size, pos_resize=args.pos_resize, fc_norm=False, **shape)
+        report, args.weights_sha256 = f"{args.finetune}\n{encoder.report}", weights_sha256(args.finetune)
+    else:
+        width, depth, heads, patch = ENCODER_SIZES[ENCODER_MODELS[args.model]]
+        encoder = VisionTransformer(args.img_size, patch, width, depth, heads, **shape)
+        report, args.weights_sha256 = f"{args.model} with random weights, seed {args.seed}", "random"
+    if args.pixel_stats != "checkpoint":
+        encoder.set_pixel_stats(*PIXEL_STATS[args.pixel_stats])
+    stats = [*encoder.pixel_mean.flatten().tolist(), *encoder.pixel_std.flatten().tolist()]
+    encoder.grad_checkpoint = args.grad_checkpoint
+    return encoder.train(), report + "\n  pixels: mean {:.3g} {:.3g} {:.3g}, std {:.3g} {:.3g} {:.3g}".format(*stats)
+
+
+def task_to_train(args, device: torch.device) -> Task:
+    """The task of the flags with a new model. The set comes first: what is wrong with it shows before weights are
+    fetched."""
+    task = task_class(args.task)(args, device)
+    task.data = task.read(None)
+    task.batches = task.order()
+    torch.manual_seed(args.seed)
+    encoder, report = build_encoder(args)
+    depth = len(encoder.blocks)
+    task.config = {"kind": task.kind, "task": args.task, **encoder.settings(), **task.describe(encoder)}
+    task.model = task.model_from(encoder, task.config)
+    task.prepare()
+    task.model.to(device)
+    factors = {name: getattr(args, name) for name in ("layer_decay", "bias_lr_factor", "head_lr_factor")}
+    task.optimizer = build_finetune_optimizer(task.model, depth, args.opt, args.lr, args.weight_decay, **factors)
+    task.dataset = task.items()
+    epoch = f"  an epoch: {task.batches.batches_per_epoch} updates of {args.global_batch} images"
+    task.header = [*task.data_lines(), epoch, f"encoder: {report}", task.model_line()]
+    return task
+
+
+def task_to_score(args, device: torch.device) -> Task:
+    """What --eval scores: --resume, a model of the task, or --finetune, an encoder as it is."""
+    task, file = task_class(args.task)(args, device), args.resume or args.finetune
+    content = read_checkpoint(file) if args.resume else {}
+    task.config = read_config(file, content) if args.resume else task.alone
+    if args.resume and task.config.get("task") != args.task:
+        is_what = f"a {task.config['kind']}" if task.config.get("task") else "no model of main_finetune.py"
+        raise InputError(f"{file} is {is_what}: give the model.pth of a run with --task {args.task}")
+    task.data = task.read(task.config)
+    if args.resume:
+        trained = _trained(file, content, task.config, device)
+        task.model, report = trained.model, trained.report
+    else:
+        encoder, report = build_encoder(args)
+        if read_config(args.finetune, read_checkpoint(args.finetune)).get("task"):
+            raise InputError(f"{file} is a model of main_finetune.py: use --resume {file}")
+        task.model = task.model_from(encoder, task.config).to(device)
+    print_main(*task.data_lines(), f"model {file}:\n{report}", task.model_line())
+    return task
+
+
+class Trained(NamedTuple):
+    """A model from a file, in eval mode. task: what it was trained for, "" for a plain encoder. config: what builds it
+    again, and the names that it has learned. report: what was loaded."""
+
+    task: str
+    model: nn.Module
+    config: dict
+    report: str
+
+
+def load_model(file: str | Path, device: torch.device | str = "cpu", img_size=None) -> Trained:
+    """A model that main_finetune.py has trained, or any encoder; img_size: its (H, W), default the file's."""
+    content = read_checkpoint(file)
+    config = read_config(file, content)
+    if config.get("task") not in TASKS:
+        encoder = encoder_from(recognise(content, file), file, img_size).to(device)
+        return Trained("", encoder, config, encoder.report)
+    own = tuple(config["img_size"])
+    if img_size is not None and tuple(img_size) != own:
+        raise InputError(f"{file} was trained at {own[0]} x {own[1]} px: leave --input_size out")
+    return _trained(file, content, config, device)
+
+
+def _trained(file: str | Path, content: dict, config: dict, device: torch.device | str) -> Trained:
+    """With its encoder by the config, and the weights of all of it."""
+    encoder = VisionTransformer(**{name: config[name] for name in ENCODER_SETTINGS})
+    model = task_class(config["task"]).model_from(encoder, config)
+    report = load_weights(model, content["model"], file, needed="all")
+    return Trained(config["task"], model.to(device).eval(), config, report)

@@ -18,7 +18,7 @@ from datasets.images import IMAGE_ENDINGS, Unreadable, open_reduced, open_rgb
 from datasets.manifest import list_images
 from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset, build_loader
-from datasets.samplers import EpochBatches, count_used, pk_batches
+from datasets.samplers import EpochBatches, pk_batches
 from datasets.transforms import CROP_STREAM, crop_resize, jpeg_reduction, random_crop_box, sample_rng, whole_image
 from util.errors import InputError
 from util.stop import init_worker
@@ -295,9 +295,7 @@ def test_every_row_holds_different_vehicles_with_k_images_each():
         if count >= 4:
             assert len(set(used)) == len(used), "no image twice"
         elif len(used):
-            assert set(used) == set(np.flatnonzero(PIDS == pid)), "all of a small vehicle, some twice"
-    found = count_used(PIDS, batches)
-    assert found["batches"] == len(batches) and found["images"] == len(np.unique(batches))
+            assert set(used) <= set(np.flatnonzero(PIDS == pid)), "drawn from the few with replacement"
 
 
 def test_epochs_differ_by_seed_and_number_and_show_all_vehicles():

@@ -13,8 +13,8 @@ from layouts import write_demo_reid
 import main_finetune
 from datasets.attr import read_attribute_set
 from finetune.attr import AttributeStats, sentence
-from finetune.encoder import load_model
 from finetune.flags import ATTR
+from finetune.task import load_model
 from models_teacher import encode_texts, load_clip
 from models_vit import VisionTransformer
 from util.checkpoint import read_checkpoint
@@ -165,11 +165,7 @@ def test_unreadable_test_images_are_listed_and_named_in_the_protocol(veri, train
     "flags, message",
     [
         ("--attr_threshold 1", r"--attr_threshold 1.0: must be in \(0, 1\)"),
-        ("--attr_vectors v.npy --clip_pretrained openai", "both give the text vectors"),
-        ("--attr_vectors nowhere.npy", "--attr_vectors nowhere.npy: give a .npy, .* No such file"),
-        ("--clip_model ViT-B-32", "--clip_model ViT-B-32 needs its weights: give --clip_pretrained"),
-        ("--clip_pretrained nowhere.pt", "teacher weights not found: no file .*nowhere.pt"),
-        ("--smoothing 0.1", "--smoothing 0.1: attributes are learned without it"),
+        ("--smoothing 0.1", "drop --smoothing"),
         ("--attr_columns colour", "name columns of a table"),
         ("--attr_format table", "is neither a folder nor a manifest"),
         ("--batch_size 1", "the batch norm of the logits needs 2 images"),

@@ -11,7 +11,7 @@ from conftest import ROOT, parse, run_finetune
 from layouts import write_demo_reid
 
 import main_finetune
-from finetune import encoder
+from finetune import task as tasks
 from finetune.flags import COMMON, TASKS, check_args
 from util.errors import InputError
 
@@ -51,7 +51,7 @@ def test_nothing_is_fetched_before_the_rest_is_right(sets, tmp_path, monkeypatch
     def fetched(*_):
         raise AssertionError("fetched")
 
-    for module in (main_finetune, encoder):
+    for module in (main_finetune, tasks):
         monkeypatch.setattr(module, "fetch", fetched)
     words = f"{flags.format(sets=sets)} --finetune {ADDRESS} --output_dir {tmp_path / 'o'} --device cpu --num_workers 0"
     with pytest.raises(InputError, match=message) as caught:

@@ -60,7 +60,7 @@ if __name__ == "__main__":
 
 import torch
 
-from finetune.encoder import load_model
+from finetune.task import load_model
 from tools.convert import convert
 from tools.export_onnx import export_onnx
 from tools.release import release

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from finetune.encoder import load_model
+from finetune.task import load_model
 from models_vit import FEATURES
 from util.errors import InputError
 

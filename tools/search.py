@@ -59,7 +59,7 @@ from datasets.manifest import list_images
 from datasets.path_list import PackedImages, PathList, printable
 from datasets.tables import TABLE_ENDINGS
 from engine_extract import extract_features, extract_to_file
-from finetune.encoder import load_model
+from finetune.task import load_model
 from reports.page import FONT
 from util.checkpoint import weights_sha256
 from util.dist import barrier, end_distributed, init_distributed, is_main_process, pick_device, print_main

@@ -115,7 +115,9 @@ def cosine_lr(epoch: float, lr: float, min_lr: float, warmup_epochs: float, epoc
 
 
 def transreid_lr(epoch: float, lr: float, warmup_lr: float, min_lr: float, warmup: float, epochs: float) -> float:
-    """TransReID's schedule in epoch 1, 2, ...: linear from `warmup_lr`, then half a cosine that counts from epoch 0."""
+    """TransReID's schedule: linear from `warmup_lr`, then half a cosine that counts from epoch 0; constant within an
+    epoch, which counts from 1 (`epoch`: fractional, 0 at the start)."""
+    epoch = math.floor(epoch) + 1
     if epoch < warmup:
         return warmup_lr + (lr - warmup_lr) * epoch / warmup
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * min(epoch / epochs, 1)))
