@@ -211,7 +211,7 @@ class VisionTransformer(nn.Module):
                 of different sizes; or a batch [N, 3, H, W] uint8.
             read_outs: which features; "tokens" of many pictures need much memory.
         Returns:
-            {"cls": [N, D] class token, "mean": [N, D] mean of the patch tokens, "tokens": [N, L, D]} on the CPU.
+            {"cls": [N, D], "mean": [N, D] of the patch tokens, "tokens": [N, L, D]} on the CPU.
         """
         if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 0) == 3:
             images = [images]
@@ -276,14 +276,9 @@ def load_encoder(
 
 
 def encoder_from(
-    found: Pretrained,
-    file: str | Path,
-    img_size: tuple[int, int] | None = None,
-    *,
-    pos_resize: str = "bicubic",
-    fc_norm: bool | None = None,
-    **more,
-) -> VisionTransformer:
+    found: Pretrained, file: str | Path, img_size: tuple[int, int] | None = None, *, pos_resize: str = "bicubic",
+    fc_norm: bool | None = None, **more,
+) -> VisionTransformer:  # fmt: skip
     """`load_encoder` of a file that has been read, on the CPU."""
     state, config = found.state, found.config
     width, _, _, patch_size = state["patch_embed.proj.weight"].shape

@@ -49,13 +49,10 @@ def convert(file: str | Path, target: str, output: str | Path, input_size: tuple
     """Write an encoder as a peer's loader wants it.
 
     Args:
-        file: any file that `load_encoder` takes, or a folder of Hugging Face's.
-        target: one of `TARGETS`.
+        file: any file that `load_encoder` takes, or a folder of Hugging Face's. target: one of `TARGETS`.
         output: the file to write; for hf a folder.
         input_size: (H, W) in px that the position table is resized to (bicubic), default the file's own; for
             setr the crop, default 512 x 512 (bilinear, as SETR does), and only where it loads by `load_from`.
-    Returns:
-        What to print, with the lines that load the file there and a remark.
     """
     (write, *suffixes), file, output = TARGETS[target], fetch(file), Path(output)
     if suffixes and output.suffix not in suffixes:
@@ -177,14 +174,11 @@ def to_hf(source: Source, output: Path) -> tuple[dict, str, str]:
     }  # fmt: skip
     if decoder:
         dim = len(decoder["decoder_embed.weight"])
-        config |= {
-            "decoder_hidden_size": dim,
-            "decoder_num_hidden_layers": len({k.split(".")[1] for k in decoder if k.startswith("decoder_blocks.")}),
-            "decoder_num_attention_heads": known.get("decoder_num_heads", dim // 32),  # MAE's are 32 wide
-            "decoder_intermediate_size": len(decoder["decoder_blocks.0.mlp.fc1.weight"]),
-            "mask_ratio": known.get("mask_ratio", 0.75),
-            "norm_pix_loss": known.get("norm_pix_loss", False),
-        }
+        depth = len({k.split(".")[1] for k in decoder if k.startswith("decoder_blocks.")})
+        config |= {"mask_ratio": known.get("mask_ratio", 0.75), "norm_pix_loss": known.get("norm_pix_loss", False)}
+        config |= {"decoder_hidden_size": dim, "decoder_num_hidden_layers": depth}
+        config["decoder_num_attention_heads"] = known.get("decoder_num_heads", dim // 32)  # MAE's are 32 wide
+        config["decoder_intermediate_size"] = len(decoder["decoder_blocks.0.mlp.fc1.weight"])
     pixels = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width},
               "resample": 3, "image_mean": settings["mean"], "image_std": settings["std"]}  # fmt: skip
     state = under_others_names(source.state | decoder, "hf", settings["num_heads"])
@@ -229,10 +223,8 @@ def to_setr(source: Source, output: Path) -> tuple[dict, str, str]:
     crop = source.state | {"pos_embed": table.contiguous()}
     content = {"model": source.state | head, "state_dict": {f"backbone.{k}": v for k, v in crop.items()}}
     write_torch(output, content)
-    load = (
-        f"model = dict(backbone=dict(random_init=True)); load_from = '{output}'  # config, crop {height}\n"
-        f"cp {output} $TORCH_HOME/hub/checkpoints/NAME  # or, without a change of the config"
-    )
+    load = f"model = dict(backbone=dict(random_init=True)); load_from = '{output}'  # config, crop {height}\n"
+    load += f"cp {output} $TORCH_HOME/hub/checkpoints/NAME  # or, without a change of the config"
     remark = f"{source.pixels} (its configs have ImageNet's); NAME is by model_name {SETR_NAMES}"
     return content["model"] | content["state_dict"], load, remark
 

@@ -73,8 +73,8 @@ HF_CONFIG = {
 
 @dataclass
 class Pretrained:
-    """state: {MAE's name: tensor}; origin: what the file is, in words; config: the file's own, or empty;
-    ignored: names that the encoder has no use for; decoder: MAE's, where the file has one."""
+    """state: {MAE's name: tensor}; origin: what the file is; config: the file's own, or empty; ignored: names that the
+    encoder has no use for; decoder: MAE's, where the file has one."""
 
     state: dict[str, torch.Tensor]
     origin: str
@@ -256,24 +256,20 @@ def _hf_config(file: Path) -> dict:
     found = []
     for beside in (file.with_name(name) for name in ("config.json", "preprocessor_config.json")):
         try:
-            found.append(json.loads(beside.read_text()) if beside.is_file() else {})
-        except ValueError as error:
+            found.append(dict(json.loads(beside.read_text()) if beside.is_file() else {}))
+        except (ValueError, TypeError) as error:
             raise InputError(f"{beside} is damaged ({error}): fetch it again, or move it away") from error
     theirs, pixels = found
     config = {ours: theirs[name] for name, ours in HF_CONFIG.items() if name in theirs}
     act = theirs.get("hidden_act", "gelu")
     if act not in ("gelu", "quick_gelu"):
-        raise InputError(
-            f"{file.with_name('config.json')} asks for the activation {act!r}: only gelu and quick_gelu go"
-        )
+        raise InputError(f"{file.with_name('config.json')} asks for the activation {act!r}: give one of (quick_)gelu")
     config |= {"quick_gelu": True} if act == "quick_gelu" else {}
     if size := theirs.get("image_size"):
         config["img_size"] = list(size) if isinstance(size, list) else [size, size]
     if not pixels.get("do_normalize", True):
-        config |= {"mean": [0.0] * 3, "std": [1.0] * 3}
-    elif "image_mean" in pixels and "image_std" in pixels:
-        config |= {"mean": pixels["image_mean"], "std": pixels["image_std"]}
-    return config
+        return config | {"mean": [0.0] * 3, "std": [1.0] * 3}
+    return config | {name: pixels[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in pixels}
 
 
 def _last_block(whole: dict) -> dict:
@@ -351,14 +347,9 @@ def _check_config(config: dict, file) -> None:
 
 
 def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: list[str]) -> str:
-    """Copy an encoder's tensors into a model of the same names; `resized` names those brought to another size before.
-
-    Returns:
-        A table: loaded, new (kept at their initial values), ignored, resized.
-    Raises:
-        InputError: a block is not whole, less than 95% of the encoder's tensors are there, shapes differ, or
-            the file has parts inside its encoder that this one lacks.
-    """
+    """Copy an encoder's tensors into a model of the same names and say what matched; `resized`: those brought to
+    another size before. InputError: a block is not whole, less than 95% of the tensors are there, shapes differ, or
+    the file has parts inside its encoder that this one lacks."""
     own = model.state_dict()
     if unknown := [k for k in found.state if k not in own]:
         raise InputError(
@@ -366,5 +357,4 @@ def load_pretrained(model: torch.nn.Module, found: Pretrained, file, resized: li
             "without them its features would be others: give a plain ViT"
         )
     table = load_weights(model, found.state, file, needed="95%", resized=resized, ignored=found.ignored)
-    share = len([k for k in own if k in found.state]) / len(own)
-    return f"  {found.origin}, {share:.0%} of the encoder\n{table}"
+    return f"  {found.origin}, {len(found.state) / len(own):.0%} of the encoder\n{table}"
