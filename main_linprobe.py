@@ -94,7 +94,8 @@ from datasets.samplers import EpochBatches
 from engine_extract import extract_features
 from engine_linprobe import crop_batches, stored_batches, train_heads
 from finetune.reid import evaluate_reid, summary
-from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
+from metrics.fgvc import class_scores
+from metrics.probe import class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from metrics.reid import FeatureSet, evaluate, protocols_of
 from models_probe import ReadOuts, SearchReadOuts, load_read_outs
 from reports.run import Scores, draw_layers, mean_attribute_accuracy, score_table
@@ -213,8 +214,8 @@ def probe(args, features: torch.Tensor, table: LabelledImages, head) -> dict[str
 
     def numbers(scores: torch.Tensor) -> dict[str, float]:
         values = {f"top{k}": topk_accuracy(scores, y["val"], k) for k in (1, 5)}
-        if table.classes == ["0", "1"]:
-            values["balanced"] = balanced_accuracy(scores, y["val"])
+        if table.classes == ["0", "1"]:  # (TPR + TNR) / 2, whose mean over attributes is mA
+            values["balanced"] = class_scores(scores, y["val"]).numbers["mean_class_accuracy"]
         return values
 
     if "knn" in args.protocol:

@@ -89,12 +89,3 @@ def topk_accuracy(scores: torch.Tensor, labels: torch.Tensor, k: int) -> float:
     """Share of rows whose label is among the k highest scores, in [0, 1]."""
     k = min(k, scores.shape[1])
     return (scores.topk(k, dim=1).indices == labels[:, None]).any(dim=1).float().mean().item()
-
-
-def balanced_accuracy(scores: torch.Tensor, labels: torch.Tensor) -> float:
-    """Mean over the classes that occur of the share of each that is named rightly, in [0, 1]; with two classes
-    (TPR + TNR) / 2, whose mean over attributes is mA."""
-    right = (scores.argmax(dim=1) == labels).float()
-    counts = torch.bincount(labels).float()
-    hits = torch.bincount(labels, weights=right)
-    return (hits[counts > 0] / counts[counts > 0]).mean().item()

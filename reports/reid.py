@@ -63,7 +63,7 @@ def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, devi
     if len(ap):
         last = min(CMC_RANKS, len(gallery.pids))
         page.first_k("CMC", list(scores(ranking.ranks, tuple(range(1, last + 1))).values())[1 : last + 1])
-        low = f"Median {percent(np.median(ap))} %; {(ap < 0.1).sum():,} of {len(ap):,} queries are below 10 %."
+        low = f"AP: median {percent(np.median(ap))} %; {(ap < 0.1).sum():,} of {len(ap):,} queries are below 10 %."
         page.add(tag("p", low))
     lost = len(test.pictures.lost)
     page.add(tag("p", *LEGEND, tag("b", f" {lost} of the pictures cannot be opened.", kind="wrong") if lost else ""))

@@ -25,7 +25,8 @@ from datasets.transforms import whole_image
 from engine_extract import extract_batches
 from engine_linprobe import build_head, crop_batches, stored_batches, train_heads
 from metrics import probe
-from metrics.probe import balanced_accuracy, class_mean_predict, draw_shots, knn_predict, topk_accuracy
+from metrics.fgvc import class_scores
+from metrics.probe import class_mean_predict, draw_shots, knn_predict, topk_accuracy
 from models_mae import MODELS
 from models_probe import load_read_outs
 from models_vit import VisionTransformer, load_encoder
@@ -345,6 +346,10 @@ def test_class_means_by_hand():
     assert scores[0].tolist() == pytest.approx([root, -math.inf, root, -math.inf])
     scores = class_mean_predict(train, torch.tensor([0, 1, 2]), torch.tensor([[0.0, 5.0]]), 3)
     assert scores[0].tolist() == pytest.approx([0.0, 1.0, root])
+
+
+def balanced_accuracy(scores, labels) -> float:
+    return class_scores(scores, labels).numbers["mean_class_accuracy"]
 
 
 def test_balanced_accuracy_is_not_fooled_by_a_constant():
