@@ -89,7 +89,7 @@ def read_attribute_set(
         raise InputError(f"--data_path {path} does not exist: give the folder of VeRi-776, or a table")
     if format == "veri776" or (format == "auto" and path.is_dir()):
         if binary or categorical:
-            raise InputError(f"{path} is read as VeRi-776: drop --attr_columns and --attr_categories")
+            raise InputError(f"{path} is VeRi-776; --attr_columns and --attr_categories name columns of a table")
         if known not in (None, VERI):
             some = ", ".join(a.name for a in known[:4])
             raise InputError(f"the model knows {some} ..., not VeRi-776's colours and types, as in {path}")

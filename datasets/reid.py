@@ -150,21 +150,13 @@ def _by_number(name: str) -> tuple[int, str]:
 
 
 def _lines(file: Path) -> list[str]:
-    """Lines of a list that are not empty; InputError if there is none."""
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    except (FileNotFoundError, UnicodeDecodeError) as error:
-        what = "missing" if isinstance(error, FileNotFoundError) else f"not UTF-8 text ({error.reason})"
-        raise InputError(f"the list {file} is {what}: unpack the set again") from error
-    if not lines:
-        raise InputError(f"the list {file} is empty: unpack the set again")
-    return lines
+    return [row["path"] for row in iterate_table(file)]
 
 
 def _matches(file: Path, lines: Iterable[str], pattern: str, example: str) -> Iterator[tuple[str, ...]]:
     """The groups of `pattern` in every line of a list, which must look like `example`."""
     for number, line in enumerate(lines, 1):
-        found = re.fullmatch(pattern, line, re.ASCII) if "\0" not in line else None
+        found = re.fullmatch(pattern, line, re.ASCII)
         if found is None:
             raise InputError(f"{file}, line {number} is '{line[:60]}', not like {example}")
         yield found.groups()

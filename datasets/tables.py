@@ -80,6 +80,8 @@ def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = 
         InputError: unknown ending, no such column, a broken or empty row, no rows.
     """
     file, count, seen, names = Path(file), 0, None, []
+    if not file.exists():
+        raise InputError(f"{file} is missing: give a file that is there")
     if file.suffix.lower() not in TABLE_ENDINGS or not file.is_file():
         raise InputError(f"{file} is neither a folder nor a manifest: manifests end in {', '.join(TABLE_ENDINGS)}")
     try:
@@ -100,7 +102,7 @@ def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = 
     except OSError as error:
         raise InputError(f"{file} cannot be read: {error.strerror}") from error
     if not count:
-        raise InputError(f"{file} lists no image: it has no row")
+        raise InputError(f"{file} lists nothing: it has no row")
 
 
 def _rows(file: Path, opened) -> Iterator[tuple[int, dict]]:

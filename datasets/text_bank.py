@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
+from datasets.tables import iterate_table
 from util.checkpoint import write_safetensors
 from util.errors import InputError
 
@@ -41,15 +42,9 @@ def built_in_texts() -> list[str]:
 
 
 def read_texts(file: Path) -> list[str]:
-    """Texts of a .txt (one a line) or .jsonl (key `text`), duplicates removed, order kept."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-        if file.suffix == ".jsonl":
-            lines = [json.loads(line)["text"] for line in lines if line.strip()]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        what = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "lacks a key 'text' in a line of JSON"
-        raise InputError(f"--text_bank {file} {what} ({error}): correct it") from error
-    texts = list(dict.fromkeys(text for line in lines if (text := str(line).strip())))
+    """Texts of a .txt (one a line) or of a table (.jsonl .csv .tsv, key `text`), duplicates removed, order kept."""
+    key = "path" if file.suffix == ".txt" else "text"
+    texts = list(dict.fromkeys(row[key].strip() for row in iterate_table(file, key=key)))
     if len(texts) < 2:
         raise InputError(f"--text_bank {file} holds {len(texts)} texts: at least 2 are needed")
     return texts

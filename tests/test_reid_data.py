@@ -229,7 +229,7 @@ def test_a_query_never_meets_its_own_file(tmp_path, how, cameras):
         protocol = protocols_of(data.name, data.tests, keep)["test"]
         found = evaluate(protocol, *sets)
         assert (found["R1"], found["mAP"]) == (0, 0.5)  # first n.jpg, of another vehicle, then r.jpg
-        assert [card.mark for card in Ranking(protocol, *sets, 1, 0).cards(0, 3)] == ["junk", "wrong", "right"]
+        assert [card[2] for card in Ranking(protocol, *sets, 1, 0).cards(0, 3)] == ["junk", "wrong", "right"]
     with pytest.raises(InputError, match="of 1 queries 1 are of vehicles missing from the gallery"):
         read_reid(write_table(tmp_path, *rows, f"n.jpg,y,gallery{cameras}"))
 

@@ -109,7 +109,7 @@ def test_lists_of_published_sets_with_odd_lines_get_a_sentence(tmp_path, line):
     for part in ("train", "query", "test"):
         (tmp_path / f"image_{part}").mkdir()
         (tmp_path / f"name_{part}.txt").write_text(f"0001_c001_1.jpg\n{line}\n")
-    with pytest.raises(InputError, match="line 2 is '.*', not like 0001_c001_.*give a table: path, pid, split, camid"):
+    with pytest.raises(InputError, match="line 2 is ('.*', not like 0001_c001_.*give a table: path|damaged)"):
         read_reid(tmp_path)
 
 

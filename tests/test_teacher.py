@@ -216,7 +216,7 @@ def test_bank_files(clip, texts_file, tmp_path):
     with pytest.raises(InputError, match="holds 1 texts"):
         build_bank(str(tmp_path / "one.txt"), model, tokenizer, identity)
     (tmp_path / "bad.jsonl").write_text('{"caption": "x"}\n')
-    with pytest.raises(InputError, match="key 'text'"):
+    with pytest.raises(InputError, match="no column 'text': it has caption"):
         build_bank(str(tmp_path / "bad.jsonl"), model, tokenizer, identity)
 
 
