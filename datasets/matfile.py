@@ -1,9 +1,14 @@
 """Strings and struct arrays of MATLAB files (.mat, up to version 7.2), read by scipy."""
 
+import io
+import math
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
 
+from datasets.images import read_bytes
 from util.errors import InputError
 
 MAX_BYTES = 64 * 2**20
@@ -32,17 +37,30 @@ def read_struct_array(file: str | Path, variable: str) -> tuple[list[str], list[
 
 
 def _load(file: str | Path) -> dict[str, np.ndarray]:
-    from scipy.io import loadmat  # here and not above: most sets need no scipy
+    from scipy.io import loadmat, whosmat  # here and not above: most sets need no scipy
 
     try:
-        if Path(file).stat().st_size > MAX_BYTES:
+        data = read_bytes(file)
+        if max(len(data), _unpacked_size(data)) > MAX_BYTES or any(math.prod(x[1]) > MAX_BYTES for x in whosmat(file)):
             raise InputError(f"larger than {MAX_BYTES:,} bytes, as no file of annotations is")
-        return {name: value for name, value in loadmat(file).items() if not name.startswith("__")}
+        return {name: value for name, value in loadmat(io.BytesIO(data)).items() if not name.startswith("__")}
     except Exception as error:  # scipy lets errors of many kinds pass
         raise InputError(
             f"{file} cannot be read ({error}): copy it again; version 7.3 is another format, save it with -v7, or "
             "write its names to a .txt, one a line"
         ) from error
+
+
+def _unpacked_size(data: bytes) -> int:
+    """Bytes of the compressed variables of a file of version 5, as far as MAX_BYTES."""
+    order, position, size = "<" if data[126:128] == b"IM" else ">", 128, 0
+    while position + 8 <= len(data) and size <= MAX_BYTES:
+        kind, length = struct.unpack_from(f"{order}II", data, position)
+        if kind == 15:  # miCOMPRESSED
+            body = data[position + 8 : position + 8 + length]
+            size += len(zlib.decompressobj().decompress(body, MAX_BYTES + 1))
+        position += 8 + length
+    return size
 
 
 def _value(array: np.ndarray) -> str | int | float | None:

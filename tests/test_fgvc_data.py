@@ -1,6 +1,7 @@
 """StanfordCars in its layouts; folders and tables; what becomes of a picture."""
 
 import shutil
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from conftest import write_pictures
 from layouts import BOX, CAR_FOLDERS, write_demo_cars, write_mat
 from PIL import Image
+from scipy.io import savemat
 
 from datasets.fgvc import FgvcTrainImages, read_fgvc, renumber_classes
 from datasets.items import CenterCrops
@@ -53,7 +55,17 @@ def test_what_a_mat_file_holds(tmp_path):
     with pytest.raises(InputError, match="no struct array 'other'"):
         read_struct_array(file, "other")
     (tmp_path / "b.mat").write_bytes(file.read_bytes()[:400])
-    for name, message in (("b.mat", "b.mat cannot be read"), ("c.mat", "c.mat cannot be read .*No such file")):
+    savemat(
+        tmp_path / "d.mat", {"annotations": np.zeros((3000, 3000))}, do_compression=True
+    )  # 70 kB that unpack to 72 MB
+    head = struct.pack("<8I", 14, 48, 6, 8, 1, 0, 5, 8) + struct.pack("<6I", 1, 2**31 - 1, 1, 1, 120, 0)
+    (tmp_path / "e.mat").write_bytes(file.read_bytes()[:128] + head)  # a cell array of two milliards
+    for name, message in (
+        ("b.mat", "b.mat cannot be read"),
+        ("c.mat", "c.mat cannot be read .*No such file"),
+        ("d.mat", "d.mat cannot be read .*larger than"),
+        ("e.mat", "e.mat cannot be read .*larger than"),
+    ):
         with pytest.raises(InputError, match=message):
             read_struct_array(tmp_path / name, "annotations")
 
