@@ -47,7 +47,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--blr", default=0.1, type=float, help="learning rate for a batch of 256 (default 0.1)")
     add("--probe_batch", default=16384, type=int, help="images an update, at most all there are (default 16384)")
     add = parser.add_argument_group("run").add_argument
-    add("--output_dir", default=None, help="folder of metrics.json, layers.png (default: linprobe beside --checkpoint)")
+    add("--output_dir", default=None, help="folder of metrics.json (default: linprobe beside --checkpoint)")
     add("--seed", default=0, type=int, help="seed of heads, order, crops, draws (default 0)")
     add("--batch_size", default=128, type=int, help="images through the encoder at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes (default 2)")
@@ -98,10 +98,10 @@ from metrics.fgvc import class_scores
 from metrics.probe import class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from metrics.reid import FeatureSet, evaluate, protocols_of
 from models_probe import ReadOuts, SearchReadOuts, load_read_outs
-from reports.run import Scores, draw_layers, mean_attribute_accuracy, score_table
+from reports.run import Scores, mean_attribute_accuracy, score_table
 from util.dist import pick_device
 from util.fetch import fetch
-from util.files import make_folder, write_atomic
+from util.files import make_folder
 from util.precision import scoring
 from util.progress import Progress
 
@@ -109,7 +109,7 @@ from util.progress import Progress
 def main(args) -> dict[str, float | str]:
     """Returns e.g. {"knn_mean_make_top1": 0.12, ...}, shares in [0, 1]."""
     check_args(args)
-    file, device = metrics_file(args), pick_device(args.device)
+    device = pick_device(args.device)
     size = parse_input_size(args.input_size) if args.input_size else None
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     if "reid" in args.protocol:  # the data are read before the weights are fetched
@@ -117,17 +117,13 @@ def main(args) -> dict[str, float | str]:
         print(f"data: {args.data_path} as {data.name}", *(f"  {note}" for note in data.notes), sep="\n")
     else:
         data, judge = {column: list_labelled(args.data_path, column) for column in args.label_column}, judge_labels
-    make_folder(file.parent)
+    make_folder(metrics_file(args).parent)
     args.checkpoint = str(fetch(args.checkpoint))
     read_outs, report = load_read_outs(args.checkpoint, tuple(args.read_out), size, device)
     print(f"encoder {args.checkpoint}:\n{report}", flush=True)
     with scoring(read_outs):
         facts, scores = judge(args, data, read_outs, loading)
     print(score_table(scores))
-    if "layers" in args.read_out:
-        figure = draw_layers(scores, "/".join(Path(args.checkpoint).parts[-2:]))
-        picture = partial(figure.savefig, format="png", dpi=110, facecolor="white")
-        write_atomic(file.with_name("layers.png"), picture)
     return facts | {"_".join(filter(None, key)): value for key, value in scores.items()}
 
 

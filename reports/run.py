@@ -1,16 +1,15 @@
 """Of a pre-training run: the page of its curves, reconstructions and kNN; numbers of a probe of its features as a
-table of text and as curves over the blocks of the encoder."""
+table of text."""
 
 from pathlib import Path
 
 import numpy as np
-from matplotlib.figure import Figure
 from PIL import Image
 
 from datasets.path_list import printable
-from reports.page import Page, facts_table, image, new_axes, show_names
+from reports.page import Page, facts_table, image, new_axes
 
-SHOWN = ("balanced", "mA", "mAP", "top1", "R1")  # of the metrics, in the table; of these the first is drawn
+SHOWN = ("balanced", "mA", "mAP", "top1", "R1")  # of the metrics, in the table
 TRIVIAL = ("majority", "random")
 COLUMNS_SHOWN, ATTRIBUTES = 6, "attributes"
 CURVES = {  # title: (what is learned, what it is called, its trivial answer, what that is)
@@ -91,27 +90,3 @@ def score_table(scores: Scores) -> str:
         rows = ("  ".join(text.ljust(width) for text, width in zip(line, widths)) for line in lines)
         parts.append("\n".join(row.rstrip() for row in rows))
     return "\n\n".join(filter(None, [*parts, rest]))
-
-
-def draw_layers(scores: Scores, title: str) -> Figure:
-    """For each label column and protocol, class token and patch mean over the blocks; dotted: the trivial answer;
-    dashed: the context, where it was read out. Needs the read-out `layers`."""
-    shown, rest = shown_columns({key: value for key, value in scores.items() if block_of(key[1])[0]})
-    protocols = list(dict.fromkeys(key[0] for key in scores if key[0] not in TRIVIAL))
-    figure = Figure((3.4 * len(protocols), 2.6 * len(shown) + 0.5), layout="constrained")
-    grid = figure.subplots(len(shown), len(protocols), squeeze=False, sharex=True)
-    for axis, (column, protocol) in zip(grid.flat, ((column, name) for column in shown for name in protocols)):
-        own = {key: 100 * value for key, value in scores.items() if key[2] == column}
-        metric = next(name for name in SHOWN if any(key[0] == protocol and key[3] == name for key in own))
-        found = {read_out: value for (name, read_out, _, m), value in own.items() if (name, m) == (protocol, metric)}
-        for token, style in (("cls", "o-"), ("mean", "s-")):
-            curve = {block_of(name)[1]: value for name, value in found.items() if block_of(name)[0] == token}
-            axis.plot(list(curve), list(curve.values()), style, markersize=4, label=token)
-        trivial = [value for key, value in own.items() if key[0] in TRIVIAL and key[3] in ("", metric)]
-        axis.axhline(50.0 if metric in ("balanced", "mA") else trivial[0], linestyle=":", label="trivial answer")
-        if "context" in found:
-            axis.axhline(found["context"], linestyle="--", label="context")
-        axis.set(title=f"{column} {protocol} {metric}".strip(), xlabel="block", ylabel="%")
-    grid[0][0].legend(fontsize="small")
-    figure.suptitle(f"{title} ({rest})" if rest else title)
-    return show_names(figure)

@@ -13,7 +13,6 @@ from datasets.reid import ReidImages
 from metrics.reid import FeatureSet, Protocol, Ranking, cosine_blocks, evaluate, rank_blocks
 from reports.page import Page, Pictures, cards, confusion_table, new_axes, table, worst_table
 from reports.reid import ReidTest, write_reid_report
-from reports.run import draw_layers
 
 NAMES = [f"car <{i}>" for i in range(7)]
 WITH, WITHOUT = Protocol("table", True), Protocol("table", False)
@@ -199,7 +198,5 @@ def test_whatever_a_page_is_given_is_escaped(tmp_path):
     page.write(tmp_path / "page.html")
     text = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "\\xff" in text and "\\x1b[31m" in text and "\x1b" not in text and "\0" not in text
-    scores = {("knn", "cls_block1", evil, "top1"): 0.3, ("majority", "cls_block1", evil, ""): 0.1}
-    draw_layers(scores, evil).savefig(tmp_path / "layers.png")
     assert "<b>$x$" not in text and '"\'"' not in text and "0.3333" in text
     assert text.count("&lt;b&gt;$x$&amp;") > 20 and "cannot be opened" in text

@@ -67,17 +67,17 @@ def test_seeds_become_a_mean_beside_published_rows(tmp_path):
         write_run(folder, veri(value), seed=seed, num_workers=seed, batch_size=64 >> seed)
     write_run(tmp_path / "runs" / "mae", veri(0.7), weights_sha256=B, finetune="out/mae/encoder.pth")
     write_run(tmp_path / "runs" / "none", veri(0.3), weights_sha256="random", finetune="", model="vit_b")
-    text, counts = table(tmp_path, "--name", "aaaaa=CGD-MAE, ours")
+    text, counts = table(tmp_path)
     assert counts["runs"] == 5 and counts["rows"] == 3 and counts["left_out"] == 0
     part = section(text, "reid veri776\n")
-    assert column(part, "**CGD-MAE, ours**", "mAP") == "**83.0 ± 3.6 (3 seeds)**"
-    assert column(part, "**CGD-MAE, ours**", "R1") == "**93.0 ± 3.6 (3 seeds)**"
-    assert column(part, "**mae/encoder.pth**", "mAP") == "**70.0 (1 seed)**"
+    assert column(part, "**cgd/encoder.pth aaaaaaaa**", "mAP") == "**83.0 ± 3.6 (3 seeds)**"
+    assert column(part, "**cgd/encoder.pth aaaaaaaa**", "R1") == "**93.0 ± 3.6 (3 seeds)**"
+    assert column(part, "**mae/encoder.pth bbbbbbbb**", "mAP") == "**70.0 (1 seed)**"
     assert column(part, "**random weights**", "mAP") == "**30.0 (1 seed)**"
     assert column(part, "VehicleMAE, Autobot1M", "mAP") == "85.6"
-    assert part.index("VehicleMAE, Autobot1M") < part.index("**CGD-MAE, ours**")
+    assert part.index("VehicleMAE, Autobot1M") < part.index("**cgd/encoder.pth aaaaaaaa**")
     assert "CGD-MAE" not in section(text, "reid vehicleid/800")
-    behind, recipe = (column(part, "**CGD-MAE, ours**", title) for title in ("from", "recipe"))
+    behind, recipe = (column(part, "**cgd/encoder.pth aaaaaaaa**", title) for title in ("from", "recipe"))
     assert behind.count(f"commit {'c' * 12}") == 3 and "seed 2" in behind
     assert recipe.startswith("jpm, lr 0.01 (") and f"weights {A[:16]}" in recipe
     assert recipe.split(";")[0] == column(part, "**mae/", "recipe").split(";")[0]  # one recipe, other weights
@@ -98,7 +98,7 @@ def test_other_sets_never_stand_beside_published_numbers(tmp_path):
     write_run(tmp_path / "runs" / "true", veri(0.8) | {f"reranked_{k}": v for k, v in veri(0.88).items()})
     text, counts = table(tmp_path)
     assert counts["runs"] == 7 and counts["left_out"] == 0
-    assert section(text, "reid veri776\n").count("**cgd/encoder.pth**") == 1 and "80.0 (1 seed)" in text
+    assert section(text, "reid veri776\n").count("**cgd/encoder.pth aaaaaaaa**") == 1 and "80.0 (1 seed)" in text
     others = [part for part in text.split("\n## ") if ", as veri776" in part.splitlines()[0]]
     assert len(others) == 6 and all(any(f"**{10 + i}.0 (1 seed)**" in part for part in others) for i in range(1, 7))
     assert "88.0 (" not in text  # re-ranked: another protocol
@@ -131,7 +131,7 @@ def test_every_task_has_its_table(tmp_path):
     wanted = {f"reid vehicleid/{size}\n": ("R1", "85.0") for size in sizes}
     wanted |= {"attr veri776\n": ("mA", "90.00"), "fgvc StanfordCars\n": ("top-1", "92.0")}
     for heading, (title, value) in wanted.items():
-        assert column(section(text, heading), "**cgd/encoder.pth**", title) == f"**{value} (1 seed)**"
+        assert column(section(text, heading), "**cgd/encoder.pth aaaaaaaa**", title) == f"**{value} (1 seed)**"
     part = section(text, "seg PartImageNet vehicles\n")
     assert "**" not in part and column(part, "VehicleMAE, Autobot1M", "mIoU") == "73.29"
     assert "| **70.00 (1 seed)** | **80.00 (1 seed)** | **90.00 (1 seed)** | **60.00 (1 seed)** |" in text
@@ -144,7 +144,7 @@ def test_recipes_are_kept_apart(tmp_path):
     write_run(tmp_path / "runs" / "b", veri(0.81), lr=0.02)
     write_run(tmp_path / "runs" / "c", veri(0.90), seed=1, lr=0.02, finetune="elsewhere/encoder.pth")
     text, counts = table(tmp_path)
-    found = {column(section(text, "reid veri776\n"), "**cgd/encoder.pth**", "mAP", row) for row in (0, 1)}
+    found = {column(section(text, "reid veri776\n"), "**cgd/encoder.pth aaaaaaaa**", "mAP", row) for row in (0, 1)}
     assert counts["rows"] == 2 and found == {"**80.0 (1 seed)**", "**85.5 ± 6.4 (2 seeds)**"}
 
 
@@ -188,8 +188,6 @@ def test_what_lacks_its_origin_is_listed_and_not_printed(tmp_path):
         ("nowhere --output x.md", "no args.json and no metrics.json in or below nowhere"),
         ("{runs} --output x.txt", "ends in .md"),
         ("{runs}/empty --output x.md", "no args.json and no metrics.json in or below"),
-        ("{runs} --output x.md --name 12=mine", "write HASH=TEXT .* of the hashes: aaaaaaaaaaaaaaaa"),
-        ("{runs} --output x.md --name aaaa", "write HASH=TEXT"),
     ],
 )
 def test_refusals(tmp_path, words, message):

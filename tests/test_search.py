@@ -147,9 +147,8 @@ def test_embed_once_search_after(encoders, gallery, tmp_path, monkeypatch, capsy
     assert picture.width > 12 * search.TILE and picture.height < 3 * (search.TILE + 48)
 
     no_embedding(monkeypatch)
-    again = run(*words, "--output", tmp_path / "other", "--index", index, "--no-picture")
+    again = run(*words, "--output", tmp_path / "other", "--index", index)
     assert again["embedded"] == 0 and results(tmp_path / "other") == [first, lost, second]
-    assert not (tmp_path / "other" / "results.png").exists()
     without = run(*words[:1], *words[3:-1], "3", "--output", output, "--exclude_self")
     assert (
         without["same_file"] == 0
@@ -176,7 +175,7 @@ def test_names_of_any_kind(encoders, tmp_path, capsys, monkeypatch):
 
 def test_another_job_is_refused(encoders, gallery, tmp_path, monkeypatch):
     query, index = gallery / "a" / "0001.png", tmp_path / "index"
-    words = [query, "--output", tmp_path / "out", "--no-picture", "--gallery", gallery, "--index", index]
+    words = [query, "--output", tmp_path / "out", "--gallery", gallery, "--index", index]
     own = [*words, "--checkpoint", encoders[0]]
     run(*own)
     no_embedding(monkeypatch)
@@ -204,7 +203,7 @@ def test_another_job_is_refused(encoders, gallery, tmp_path, monkeypatch):
 
 def test_a_stopped_index_goes_on(encoders, gallery, tmp_path, monkeypatch):
     monkeypatch.setattr(engine_extract, "PART_IMAGES", 4)
-    words = [gallery / "a" / "0001.png", "--gallery", gallery, "--checkpoint", encoders[0], "--no-picture"]
+    words = [gallery / "a" / "0001.png", "--gallery", gallery, "--checkpoint", encoders[0]]
     run(*words, "--output", tmp_path / "straight")
     words += ["--output", tmp_path / "broken"]
     real, seen, last = search.load_embedder, [], 3
@@ -270,7 +269,7 @@ def test_mean_of_the_patches_of_a_packed_set(encoders, gallery, tmp_path):
     packed, table = tmp_path / "packed", tmp_path / "queries.txt"
     pack.main(pack.get_args_parser().parse_args(["--data_path", str(gallery), "--output", str(packed)]))
     table.write_text(f"{gallery}/a/0001.png\n{gallery}/b/0000.png\n")
-    words = ["--checkpoint", encoders[0], "--output", tmp_path / "out", "--topk", "2", "--no-picture"]
+    words = ["--checkpoint", encoders[0], "--output", tmp_path / "out", "--topk", "2"]
     words += ["--read_out", "mean", "--input_size", "48,32"]
     run(table, "--gallery", packed, *words)
     assert run(packed, "--gallery", packed, *words)["same_file"] == 12

@@ -1,6 +1,6 @@
 """Runs of main_finetune.py beside published numbers, a table for each test set.
 
-    python -m tools.results_table runs/ --output results.md --name 3fa4b2c1="CGD-MAE, 400 epochs"
+    python -m tools.results_table runs/ --output results.md
 
 Writes OUTPUT (Markdown). Runs that differ in their seed only are one row, mean ± sample deviation. A run without its
 config, seed, commit or the hash of its starting weights gives no row, and is listed with the reason. Published numbers
@@ -19,8 +19,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     # fmt: off
     add("runs", nargs="+", metavar="RUN_OR_FOLDER", help="output folders of main_finetune.py, or folders of them")
     add("--output", required=True, help="Markdown file to write")
-    add("--name", nargs="+", default=[], metavar="HASH=TEXT",
-        help="what to call the weights whose SHA-256 begins so; random=TEXT for none (default: their file)")
     # fmt: on
     return parser
 
@@ -73,7 +71,7 @@ class LeftOut(ValueError):
 @dataclass(frozen=True)
 class Run:
     """A finished run. weights: SHA-256 of those that it started from, or "random". config: eight digits, equal for runs
-    that differ in weights, seed and place only. words: what the command said of the recipe."""
+    that differ in weights, seed and place only. words: what the command said."""
 
     folder: Path
     args: dict
@@ -82,6 +80,11 @@ class Run:
     weights: str
     config: str
     words: str
+
+    @property
+    def name(self) -> str:
+        file = "/".join(Path(str(self.args.get("finetune"))).parts[-2:])
+        return "random weights" if self.weights == "random" else f"{file} {self.weights[:8]}"
 
     def tests(self):
         """(heading, {metric: value}) of each test set, without what was re-ranked."""
@@ -129,11 +132,10 @@ def main(args) -> dict:
         except LeftOut as reason:
             left_out.append([f"`{folder}`", str(reason)])
             print(f"left out: {folder}: {reason}")
-    names = weight_names(list(runs.values()), args.name)
     tests: dict[str, dict[tuple, list]] = defaultdict(lambda: defaultdict(list))  # heading -> row -> (run, values)
-    for run in sorted(runs.values(), key=lambda run: (names[run.weights], run.args["seed"])):
+    for run in sorted(runs.values(), key=lambda run: (run.name, run.args["seed"])):
         for heading, values in run.tests():
-            tests[heading][names[run.weights], run.config].append((run, values))
+            tests[heading][run.weights, run.config].append((run, values))
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     headings = dict.fromkeys(key for row in published["rows"] for key in row["numbers"]) | dict.fromkeys(tests)
     parts = [
@@ -204,23 +206,6 @@ def published_counts(task: str, name: str) -> dict | None:
     return counts and dict(zip(("train", "classes", "test", "gallery"), counts))
 
 
-def weight_names(runs: list[Run], given: list[str]) -> dict[str, str]:
-    """{weights: what they are called}, different for different weights."""
-    names = {}
-    for run in runs:
-        told = "/".join(Path(str(run.args.get("finetune"))).parts[-2:])
-        names.setdefault(run.weights, "random weights" if run.weights == "random" else told)
-    for text in given:
-        prefix, _, name = text.partition("=")
-        found = [weights for weights in names if weights.startswith(prefix)]
-        if not prefix or not name or len(found) != 1:
-            known = ", ".join(weights[:16] for weights in names) or "none"
-            raise InputError(f"--name {text}: write HASH=TEXT with the begin of one of the hashes: {known}")
-        names[found[0]] = name
-    twice = list(names.values())
-    return {w: name if twice.count(name) == 1 else f"{name} {w[:8]}" for w, name in names.items()}
-
-
 def one_test(heading: str, ours: dict[tuple, list], published: list[dict]) -> str:
     """Published rows of a test, then ours in bold: of the same weights a row for each recipe."""
     theirs = {row["name"]: row for row in published if heading in row["numbers"]}
@@ -231,11 +216,11 @@ def one_test(heading: str, ours: dict[tuple, list], published: list[dict]) -> st
         [name, "", *(row["numbers"][heading].get(metric, "") for metric in metrics), row["source"]]
         for name, row in theirs.items()
     ]
-    for (name, config), own in ours.items():
+    for (_, config), own in ours.items():
         cells = [cell([100 * values[m] for _, values in own if m in values], DIGITS[task]) for m in metrics]
         behind = (f"`{run.folder}` seed {run.args['seed']} commit {run.commit[:12]}{run.commit[40:]}" for run, _ in own)
         recipe = f"{own[0][0].words} ({config}; weights {own[0][0].weights[:16]})"
-        rows.append([f"**{name}**", recipe, *(text and f"**{text}**" for text in cells), "<br>".join(behind)])
+        rows.append([f"**{own[0][0].name}**", recipe, *(text and f"**{text}**" for text in cells), "<br>".join(behind)])
     head = ["pre-training", "recipe", *(NAMES.get(metric, metric) for metric in metrics), "from"]
     return f"## {heading}\n\n{table(head, rows)}"
 

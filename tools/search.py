@@ -25,8 +25,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--output", default="search_results", help="folder for the results (default search_results)")
     add("--topk", default=10, type=int, help="results a query (default 10)")
     add("--exclude_self", action="store_true", help="leave out the query's own file (default: mark it)")
-    add("--picture", action=argparse.BooleanOptionalAction, default=True,
-        help=f"draw results.png of the first {QUERIES_DRAWN} queries (default on)")
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, help="re-id model of main_finetune.py, or any plain encoder")
     add("--read_out", default="cls", choices=("cls", "mean"),
@@ -244,9 +242,8 @@ def write_results(args, queries: Images, problems: dict[int, str], found: dict[i
             sign = "  (same file)" if hit["same_file"] else ""
             print(f"  {hit['rank']:3d}  {hit['cosine']:7.4f}  {printable(hit['path'])}{sign}")
     write_json(Path(args.output) / "results.json", results)
-    if args.picture:
-        sheet = draw_results(queries, gallery, dict(list(found.items())[:QUERIES_DRAWN]))
-        write_atomic(Path(args.output) / "results.png", lambda opened: sheet.save(opened, format="PNG"))
+    sheet = draw_results(queries, gallery, dict(list(found.items())[:QUERIES_DRAWN]))
+    write_atomic(Path(args.output) / "results.png", lambda opened: sheet.save(opened, format="PNG"))
 
 
 def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]]) -> Image.Image:
