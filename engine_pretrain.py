@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 
 from util.loop import Run, StepWatch, apply_update, to_device
 from util.optim import cosine_lr, ramp, set_lr
@@ -72,8 +71,7 @@ def forward_backward(run: PretrainRun, batch: dict, args, weights: dict, share: 
         exchange = run.model is run.bare or (is_last and done == total)
         with contextlib.nullcontext() if exchange else run.model.no_sync():
             if run.teacher is not None:
-                with record_function("teacher"):
-                    teacher_embed = run.teacher(piece.get("teacher_imgs", imgs))  # [N, D_t]
+                teacher_embed = run.teacher(piece.get("teacher_imgs", imgs))  # [N, D_t]
             with run.autocast():
                 terms = run.model(imgs, args.mask_ratio, piece["noise"], teacher_embed)
             loss = terms["pixel"] + sum(weight * terms[name] for name, weight in weights.items())

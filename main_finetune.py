@@ -38,7 +38,7 @@ from util.dist import get_world_size, is_main_process, launch, print_main, wrap_
 from util.errors import InputError
 from util.fetch import fetch, known
 from util.files import write_json
-from util.loop import epoch_line, epoch_record, next_epoch, start_profiler
+from util.loop import epoch_line, epoch_record, next_epoch
 from util.parallel import default_workers
 from util.precision import machine_facts, pick_precision
 from util.run_files import RunFiles, previous_settings, refuse_used_folder
@@ -95,8 +95,6 @@ def train(args, device: torch.device) -> dict:
     if is_main_process():
         files.start(run.epoch)
         writer = SummaryWriter(args.log_dir or run.output_dir, purge_step=run.epoch + 1)
-    if args.profile:
-        start_profiler(run, args.profile)
     run.guard = StopGuard(lambda: files.save(run), is_main_process())
     with run.guard:
         while run.epoch < args.epochs:

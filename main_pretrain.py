@@ -96,7 +96,7 @@ from util.dist import get_rank, get_world_size, is_main_process, launch, print_m
 from util.errors import InputError
 from util.fetch import fetch
 from util.files import write_json
-from util.loop import epoch_line, epoch_record, next_epoch, start_profiler
+from util.loop import epoch_line, epoch_record, next_epoch
 from util.optim import build_adamw
 from util.parallel import default_workers
 from util.precision import machine_facts, pick_precision
@@ -111,7 +111,7 @@ FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAM
 
 
 def check_args(args) -> None:
-    """Contradictions among flags, before anything is loaded; fills derived values."""
+    """Find contradictions among flags before anything is loaded; fill derived values."""
     args.img_size = parse_input_size(args.input_size)
     rows, columns = patch_grid(args.img_size, ENCODER_SIZES[MAE_MODELS[args.model]][3])
     count_kept(rows * columns, args.mask_ratio)
@@ -214,8 +214,6 @@ def train(args, device: torch.device) -> dict[str, float]:
             save_bank(run.output_dir / "text_bank.safetensors", *run.text_bank)
         # epoch e is drawn at 1000 (e + 1): the finished ones stay
         writer = SummaryWriter(args.log_dir or run.output_dir, purge_step=run.epoch * 1000 + 1)
-    if args.profile:
-        start_profiler(run, args.profile)
     run.guard = StopGuard(lambda: files.save(run), is_main_process())
     record = files.last_record()  # of a run that is resumed and finished already
     with run.guard:

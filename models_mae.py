@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.profiler import record_function
 
 from models_vit import LayerNorm, VisionTransformer, build_blocks, run_blocks
 from util.checkpoint import encoder_state, load_weights, read_checkpoint
@@ -152,14 +151,11 @@ class MaskedAutoencoderViT(VisionTransformer):
             dict of fp32 scalars: those of `forward_loss` and the entries of `GlobalContextHead.forward`.
         """
         imgs = self.normalize(imgs)
-        with record_function("encoder"):
-            latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
-        with record_function("decoder"):
-            pred, decoded = self.forward_decoder(latent, ids_restore)
+        latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)
+        pred, decoded = self.forward_decoder(latent, ids_restore)
         terms = self.forward_loss(imgs, pred, mask)
         if self.distill_head is not None:
-            with record_function("distill head"):
-                terms |= self.distill_head(latent, decoded, teacher_embed)
+            terms |= self.distill_head(latent, decoded, teacher_embed)
         return terms
 
 

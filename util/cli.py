@@ -100,7 +100,7 @@ def check_numbers(args: argparse.Namespace, *, at_least_one="", positive="", not
     """Refuse numbers that make no sense; each argument names flags, apart by blanks; None (not given) passes."""
     if hasattr(args, "save_minutes"):
         at_least_one += " print_freq save_freq max_bad_steps"
-        not_negative += " seed num_workers keep_checkpoints profile save_minutes dist_timeout"
+        not_negative += " seed num_workers keep_checkpoints save_minutes dist_timeout"
     rules = [(at_least_one, 1, "must be at least 1"), (positive, math.ulp(0), "must be positive")]
     rules += [(not_negative, 0, "must not be negative")]
     for names, least, words in rules:
@@ -136,8 +136,6 @@ def add_run_flags(parser: argparse.ArgumentParser, output_dir: str | None, outpu
     add("--compile", action="store_true", help="torch.compile the transformer blocks (default off)")
     add("--grad_checkpoint", action="store_true",
         help="compute activations again in the backward pass: less memory, a third slower (default off)")
-    add("--profile", default=0, type=int, metavar="N",
-        help="write a trace of N updates to OUTPUT_DIR/profile (default 0: none)")
     add("--num_workers", default=None, type=int,
         help="data processes per rank (default: cores / ranks on this machine, at most 10)")
     add("--pin_mem", action="store_true", default=True, help="pinned host memory for CUDA (default on)")

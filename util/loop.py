@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.profiler import record_function
 
 from util.dist import all_reduce_mean, get_world_size, is_main_process
 from util.errors import AWAY, InputError
@@ -42,8 +41,7 @@ def peak_gigabytes(device: torch.device) -> float:
     """Peak memory of this process so far: of the device on CUDA, else resident."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
 class CommittedBuffers:
@@ -89,7 +87,6 @@ class Run:
     meter: Meter = field(default_factory=Meter)
     bad_steps_in_row: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "data": 0.0})
-    profiler: torch.profiler.profile | None = None
 
     def __post_init__(self):
         self.buffers = CommittedBuffers(self.bare)
@@ -103,8 +100,7 @@ class Run:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None)
 
     def backward(self, loss: torch.Tensor) -> None:
-        with record_function("backward"):
-            (self.scaler.scale(loss) if self.scaler else loss).backward()
+        (self.scaler.scale(loss) if self.scaler else loss).backward()
 
 
 def to_device(batch: dict, device: torch.device, host: tuple[str, ...] = ("problem",)) -> dict:
@@ -114,11 +110,8 @@ def to_device(batch: dict, device: torch.device, host: tuple[str, ...] = ("probl
 
 def apply_update(run: Run, args, update_terms: list[dict], problems: list[str], watch: "StepWatch", lr: float) -> None:
     """Average over micro-batches and ranks, then step; an update that is not finite, or for which too many images of
-    the epoch could not be read, is skipped everywhere.
-
-    The decision is made on the device from numbers that all ranks share, so nobody waits for the host and no rank can
-    decide otherwise.
-    """
+    the epoch could not be read, is skipped: decided on the device from numbers that all ranks share, so nobody waits
+    for the host and no rank can decide otherwise."""
     terms = {k: torch.stack([t[k] for t in update_terms]).mean(dim=0) for k in update_terms[0]}
     if run.scaler:
         run.scaler.unscale_(run.optimizer)
@@ -137,7 +130,7 @@ def apply_update(run: Run, args, update_terms: list[dict], problems: list[str], 
 
     # with fp16 an infinite gradient alone is the scaler finding its scale
     watch.add(lr, terms, loss_ok if run.scaler else ok, problems)
-    with record_function("optimiser"), run.committing():
+    with run.committing():
         # a fused optimiser leaves weights and state alone where found_inf is 1
         run.optimizer.grad_scale, run.optimizer.found_inf = None, (~ok).float()
         run.optimizer.step()
@@ -148,25 +141,19 @@ def apply_update(run: Run, args, update_terms: list[dict], problems: list[str], 
         run.batches_done = watch.seen
         run.buffers.commit(ok)
     watch.look()
-    if run.profiler:
-        run.profiler.step()
 
 
 class StepWatch:
     """Everything the host looks at between updates: log lines, bad images, bad steps, saving.
 
-    Args:
-        args: reads epochs, accum_iter, print_freq, max_bad_steps, max_bad_ratio.
-        shown: means of an update's terms -> what a log line says of them beside the loss.
-        steadier: what to do about non-finite updates.
+    shown: means of terms -> what a log line says beside the loss. steadier: what to do about non-finite updates.
     """
 
     def __init__(self, run: Run, args, shown: Callable[[dict[str, float]], list[str]], steadier: str):
         self.run, self.args, self.shown, self.steadier = run, args, shown, steadier
         self.batches = run.loader.batch_sampler
-        total = self.batches.batches_per_epoch
-        later = total * (args.epochs - run.epoch - 1)
-        self.bar = Progress(f"epoch {run.epoch}", total, run.batches_done, is_main_process(), later)
+        total, later = self.batches.batches_per_epoch, args.epochs - run.epoch - 1
+        self.bar = Progress(f"epoch {run.epoch}", total, run.batches_done, is_main_process(), total * later)
         self.seen = run.batches_done  # batches that the loop has taken
         self.pending: list[tuple] = []  # (batches, lr, names, row of ok, bad images so far, terms) not looked at
         self.bad_images = torch.zeros(1, device=run.device)  # of this epoch, by this process, on all ranks
@@ -206,25 +193,19 @@ class StepWatch:
         lr, good = self.pending[-1][1], self._settle()
         if good:
             values = {name: sum(terms[name] for terms in good) / len(good) for name in good[0]}
-            parts = [f"lr {lr:.3g}", f"loss {values['loss']:.4f}", *self.shown(values), self._speed()]
+            total, data = (self.run.seconds[name] - self.at_look[name] for name in ("total", "data"))
+            images = (self.seen - self.seen_at_look) * self.batches.batch_size * get_world_size()
+            # of the first batch the time is still being counted
+            speed = [f"{images / total:.3g} img/s", f"data wait {data / total:.0%}"] if total else []
+            parts = [f"lr {lr:.3g}", f"loss {values['loss']:.4f}", *self.shown(values), *speed]
             self.bar.update(self.seen, "  ".join(parts))
         self.at_look, self.seen_at_look = dict(self.run.seconds), self.seen
         self.looks += 1
         self.run.files.save_if_due(self.run)
 
-    def _speed(self) -> str:
-        total, data = (self.run.seconds[name] - self.at_look[name] for name in ("total", "data"))
-        images = (self.seen - self.seen_at_look) * self.batches.batch_size * get_world_size()
-        # of the first batch the time is still being counted
-        return f"{images / total:.3g} img/s  data wait {data / total:.0%}" if total else ""
-
     def _settle(self) -> list[dict[str, float]]:
-        """Read what the device has decided -> the terms of the updates that were made.
-
-        Raises:
-            InputError: too many images could not be read, `batches_done` is then where the last update ended; or too
-                many updates in a row were not finite, also where good ones have followed.
-        """
+        """Read what the device has decided -> the terms of the updates that were made; InputError where too many images
+        could not be read (`batches_done` is then where the last update ended) or too many updates were not finite."""
         run, (pending, self.pending), good = self.run, (self.pending, []), []
         rows = torch.stack([row for *_, row in pending]).tolist() if pending else []
         for (seen, lr, names, _), (ok, bad_images, *values) in zip(pending, rows):
@@ -256,10 +237,10 @@ class StepWatch:
         )
 
     def _report_bad_step(self, first: int, seen: int, lr: float, terms: dict[str, float]) -> None:
-        name, epoch = self.run.loader.dataset.paths.relative, self.run.epoch
-        files = [name(int(i)) for step in range(first, seen) for i in self.batches.global_batch(epoch, step)]
-        values = {name: repr(value) for name, value in terms.items()}
-        record = {"epoch": epoch, "batches": [first, seen], "lr": lr, "terms": values, "files": files}
+        name_of, epoch = self.run.loader.dataset.paths.relative, self.run.epoch
+        files = [name_of(int(i)) for step in range(first, seen) for i in self.batches.global_batch(epoch, step)]
+        record = {"epoch": epoch, "batches": [first, seen], "lr": lr, "files": files}
+        record["terms"] = {name: repr(value) for name, value in terms.items()}
         with open(self.run.output_dir / "bad_steps.jsonl", "a") as opened:
             opened.write(json.dumps(record) + "\n")
         bad = [name for name, value in terms.items() if not math.isfinite(value)]
@@ -316,21 +297,3 @@ def next_epoch(run: Run) -> None:
         run.epoch, run.batches_done = run.epoch + 1, 0
         run.meter = Meter()
         run.seconds = {"total": 0.0, "data": 0.0}
-
-
-def start_profiler(run: Run, updates: int) -> None:
-    """`--profile N`: torch's profiler over `updates` updates after two of warm-up, a trace of rank 0."""
-    file, kinds = run.output_dir / "profile" / "trace.json", torch.profiler.ProfilerActivity
-    file.parent.mkdir(parents=True, exist_ok=True)
-
-    def write(profile: torch.profiler.profile) -> None:
-        if is_main_process():
-            profile.export_chrome_trace(str(file))
-            print(f"{file}: open it in https://ui.perfetto.dev", flush=True)
-
-    run.profiler = torch.profiler.profile(
-        activities=[kinds.CPU, *([kinds.CUDA] if run.device.type == "cuda" else [])],
-        schedule=torch.profiler.schedule(wait=1, warmup=1, active=updates),
-        on_trace_ready=write,
-    )
-    run.profiler.start()

@@ -25,12 +25,8 @@ MACHINE = ("precision", "threads")  # other bits where they change
 class RunFiles:
     """The files of one run in `args.output_dir`.
 
-    Args:
-        args: reads output_dir, save_minutes, keep_checkpoints.
-        facts: resolved settings as plain values, kept in every checkpoint.
-        config: what is needed to build the model again, plain values.
-        fixed: names in `facts` that a continuation must share.
-        init_flag: the flag that starts a new run from weights alone.
+    facts: resolved settings as plain values, kept in every checkpoint. config: what builds the model again.
+    fixed: names in `facts` that a continuation must share. init_flag: starts a new run from weights alone.
     """
 
     def __init__(self, args, facts: dict, config: dict, fixed: list[str], init_flag: str):
@@ -88,11 +84,7 @@ class RunFiles:
             file.unlink()
 
     def resume(self, run, wanted: str, allow_change: list[str]) -> str:
-        """Continue from a file, or with "auto" from the newest readable one in `output_dir`; says what was decided.
-
-        Raises:
-            InputError: the file is unusable, or settings differ that make it another run.
-        """
+        """Continue from a file, or with "auto" from the newest readable one in `output_dir`; says what was decided."""
         barrier()  # rank 0 holds the folder now: nobody else writes to what is read here
         decision = self._decide(run, wanted, allow_change)
         if not all_ranks_equal((run.epoch, run.batches_done)):
@@ -107,8 +99,6 @@ class RunFiles:
             try:
                 content = read_checkpoint(file)
             except InputError as error:
-                if wanted != "auto":
-                    raise
                 skipped.append(f"skipped: {error}")
                 continue
             return "; ".join([*skipped, self._restore(run, file, content, allow_change)])
