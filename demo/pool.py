@@ -5,7 +5,7 @@
 photos/ is the pool: vehicles with a long tail over (body, colour), copies, tracks, rubbish. benchmark/ is the test
 split of another set, some of which has leaked into photos/. labels.csv has the columns of the demo set, for good
 pictures of vehicles and their copies; captions.csv path, split and captions of these and of the pictures without a
-vehicle; prompts.json their short captions for --vehicle_prompts; truth.csv says what each file is, and of which file a
+vehicle; prompts.json the captions for --vehicle_prompts; truth.csv says what each file is, and of which file a
 copy (`of`). Names do not tell kinds apart, but for tracks, each a folder of its own. The vehicles of benchmark/ have no
 other pictures, and their leaked copies are in neither labels.csv nor captions.csv: a CLIP trained on these has not seen
 them. Every file depends on its row of the plan alone.
@@ -31,7 +31,7 @@ SHARES = {  # of the files in photos/, in per cent
     "small": 2, "aspect": 2, "blur": 2, "exposure": 2, "leak_exact": 1, "leak_near": 1.5,
 }  # fmt: skip
 GOOD, OTHER = ("clean", "exact_copy", "pixel_copy", "near_copy", "track"), ("non_vehicle",)
-SUBJECTS = {  # of pictures without any vehicle, and their short captions
+SUBJECTS = {  # of pictures without any vehicle, and their captions
     "place": "an empty place without any vehicle", "gradient": "a smooth colour gradient",
     "texture": "a rough texture", "page": "a page of printed text", "shapes": "overlapping coloured shapes",
 }  # fmt: skip
@@ -43,7 +43,7 @@ HOWS = {  # the ways of each kind that has several; rows take turns
 SHAPES = ((1, 1), (1.25, 1), (1.5, 1), (1, 1.2))  # of clean pictures, in units of `size`
 TURNS, FRAMES = 14, 40  # identities of a pair of body and colour (one more is in the benchmark); pictures of a track
 TRUTH = ("path", "kind", "of", "body", "colour", "make", "pid", "camid", "how")
-CAPTIONS = ("path", "split", "caption", "short_caption")
+CAPTIONS = ("path", "split", "caption")
 NOT_FOUND = "<!DOCTYPE html>\n<html><head><title>404</title></head><body>Not found.</body></html>\n"
 WORDS = "the of and sale price open house market report notes weekly river winter music garden".split()
 
@@ -97,9 +97,7 @@ def plan(num_images: int, seed: int) -> list[dict]:
             rows.append(row)
     for k in range(kinds["non_vehicle"]):
         row = _row("non_vehicle", k, {})
-        short, place = SUBJECTS[row["how"]], CAMERAS[k % len(CAMERAS)].place
-        caption = f"{short} {place}" if row["how"] == "place" else f"a picture of {short}"
-        rows.append(row | {"caption": caption, "short_caption": short})
+        rows.append(row | {"caption": SUBJECTS[row["how"]]})
     tracks = max(1, round(kinds["track"] / FRAMES))
     for k in range(kinds["track"]):
         frame, track = divmod(k, tracks)
@@ -249,9 +247,7 @@ def _write_tables(folder: Path, rows: list[dict]) -> None:
     write_table(folder / "captions.csv", CAPTIONS, good + others)
     inside = ({**row, "path": row["path"].removeprefix("benchmark/")} for row in test)
     write_table(folder / "benchmark" / "labels.csv", COLUMNS, inside)
-    prompts = {
-        name: sorted({r["short_caption"] for r in part}) for name, part in (("vehicle", good), ("other", others))
-    }
+    prompts = {name: sorted({r["caption"] for r in part}) for name, part in (("vehicle", good), ("other", others))}
     (folder / "prompts.json").write_text(json.dumps(prompts, indent=1) + "\n", encoding="utf-8")
 
 

@@ -8,22 +8,17 @@ training identities.
 
 import itertools
 import shutil
-from collections.abc import Iterable
 from operator import itemgetter
 from pathlib import Path
 
 from demo.draw import render
 from demo.folder import DrawnSet
-from demo.vehicle import CAMERAS, VIEWS, demo_rng, label_row
+from demo.vehicle import CAMERAS, demo_rng, label_row
 from util.cli import Parser, run_tool
 from util.errors import InputError
 
 MOST = 1500  # identities: so many differ in their marks
 CAMERA_NUMBERS = (1, 3, 4, 8, 11, 14, 17, 20)  # VeRi's, with gaps, of the eight demo cameras
-VERI_VIEWS = {  # VeRi's view seen from the left and from the right; 0 front, 1 rear, 2 left, 5 right
-    "left side": (2, 2), "right side": (5, 5), "front": (0, 0), "rear": (1, 1),
-    "front three-quarter": (3, 6), "rear three-quarter": (4, 7),
-}  # fmt: skip
 
 
 def plan(train_ids: int, test_ids: int, images_per_id: int, seed: int) -> list[dict]:
@@ -31,16 +26,13 @@ def plan(train_ids: int, test_ids: int, images_per_id: int, seed: int) -> list[d
 
     Columns: those of `label_row`; path; split (train, query or gallery: of every camera that sees a test vehicle twice,
     one picture is a query); number, the identity as published, none divisible by seven; camera, its number as
-    published; view, 0..7 as in VeRi.
+    published.
     """
     if train_ids + test_ids > MOST:
         raise InputError(f"--train_ids {train_ids} and --test_ids {test_ids}: must be {MOST} or less together")
     rows = []
     for pid, shot in itertools.product(range(train_ids + test_ids), range(images_per_id)):
         row = label_row(seed, pid, shot)
-        # the scene opens its stream with the side from which a three-quarter view is taken
-        is_right = demo_rng(seed, "shot", *itemgetter("pid", "camid", "viewid", "shot")(row)).choice((-1, 1)) > 0
-        row["view"] = VERI_VIEWS[VIEWS[row["viewid"]]][int(is_right)]
         row["number"], row["camera"] = pid + 1 + pid // 6, CAMERA_NUMBERS[row["camid"]]
         is_query = shot >= max(5, images_per_id - 5)  # cameras come back every five shots
         row["split"] = "train" if pid >= test_ids else "query" if is_query else "gallery"
@@ -56,28 +48,18 @@ def _write_picture(row: dict, folder: Path, seed: int, size: int) -> None:
     picture.save(folder / row["path"], quality=CAMERAS[row["camid"]].quality)
 
 
-def write_lines(file: Path, lines: Iterable[str]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
-
-
-def _write_veri(folder: Path, rows: list[dict]) -> None:
-    """image_query/ with copies out of the gallery, which holds its queries, and the views in keypoint_*.txt."""
+def _copy_queries(folder: Path, rows: list[dict]) -> None:
+    """image_query/ has copies out of the gallery, which holds its queries, as the published one does."""
     (folder / "image_query").mkdir()
     for row in rows:
         if row["split"] == "query":
             shutil.copy(folder / row["path"], folder / "image_query")
-    for part in ("train", "test"):
-        listed = [row for row in rows if row["path"].startswith(f"image_{part}/")]
-        points = (f"VeRi/{row['path']} {'-1 ' * 40}{row['view']}" for row in listed)
-        # the last training image has no line, as some have none in the published list
-        write_lines(folder / f"keypoint_{part}.txt", itertools.islice(points, len(listed) - (part == "train")))
 
 
 SETTINGS = {"train_ids": 60, "test_ids": 20, "images_per_id": 16, "size": 128, "seed": 0}
 # with six pictures of a vehicle or more, one of its five cameras comes back
 LEAST = {"train_ids": 5, "test_ids": 5, "images_per_id": 6, "size": 16}
-VERI = DrawnSet("demo_reid.json", SETTINGS, LEAST, plan, _write_picture, _write_veri)
+VERI = DrawnSet("demo_reid.json", SETTINGS, LEAST, plan, _write_picture, _copy_queries)
 
 
 def get_args_parser() -> Parser:

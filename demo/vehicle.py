@@ -13,10 +13,7 @@ COLOURS = {
     "red": (200, 22, 30), "blue": (26, 74, 190), "green": (22, 122, 58), "yellow": (244, 204, 28),
     "brown": (104, 64, 38), "orange": (240, 118, 20),
 }
-MARKS = {
-    "rack": "a roof rack", "stripe": "a stripe", "sticker": "a sticker", "dent": "a dented door",
-    "sunroof": "a sun roof", "two_tone": "a two-tone roof",
-}
+MARKS = ("rack", "stripe", "sticker", "dent", "sunroof", "two_tone")
 MAKES = {  # fictive make: grille, headlamp, spokes of the rim (0: a plain disc)
     "Velmar": ("bars", "round", 5), "Ostrek": ("mesh", "box", 10), "Tarvo": ("oval", "slit", 4),
     "Quillon": ("split", "wedge", 6), "Zephra": ("slot", "round", 0), "Kestal": ("bars", "wedge", 7),
@@ -24,18 +21,18 @@ MAKES = {  # fictive make: grille, headlamp, spokes of the rim (0: a plain disc)
 }
 # fmt: on
 VIEWS = ("left side", "right side", "front", "rear", "front three-quarter", "rear three-quarter")
-COLUMNS = ("path", "split", "body", "colour", "make", "pid", "camid", "viewid", "caption", "short_caption")
+COLUMNS = ("path", "split", "body", "colour", "make", "pid", "camid", "viewid", "caption")
 DARK, GLASS, SHEEN, CHROME = (32, 33, 36), (46, 58, 70), (92, 112, 130), (186, 190, 196)
 # Body types, in metres; u runs from the nose (0) to the tail (length), y up. word: in captions; heights: of the sill,
 # the nose, the bonnet's rear edge, the waist, the roof; cabin: u of the windscreen's foot and head, the rear window's
 # head and foot; pillars: u, with side glass between; wheels: u of the axles, then the radius; roof: half width there as
 # a share of the body's; back: what the tail is: a rear window, a bed behind one, doors, or a load box.
 Body = namedtuple("Body", "word length width heights cabin pillars wheels roof back")
-# Cameras: where each hangs, what it sees behind the vehicle, and how it records it. place: ends a caption; lines: on
-# the ground; sky: RGB at the top and at the horizon, as recorded; ground: RGB in white light; light: factor per channel
+# Cameras: where each hangs, what it sees behind the vehicle, and how it records it. lines: on the
+# ground; sky: RGB at the top and at the horizon, as recorded; ground: RGB in white light; light: factor per channel
 # on what does not glow; sun: direction to the light (right, up, towards the camera); shadow: darkness on the ground,
 # 0..1; height: in metres; noise: standard deviation in grey levels; blur: radius in px of a picture 96 wide.
-Camera = namedtuple("Camera", "place backdrop lines sky ground light sun shadow height lamps noise blur quality")
+Camera = namedtuple("Camera", "backdrop lines sky ground light sun shadow height lamps noise blur quality")
 # fmt: off
 BODIES = {name: Body(*row) for name, *row in (
     ("sedan", "sedan", 4.7, 1.82, (0.3, 0.76, 0.97, 0.99, 1.45),
@@ -60,21 +57,21 @@ BODIES = {name: Body(*row) for name, *row in (
      (0.62, 1.75, 4.3, 4.74), (0.95, 1.5, 2.75, 3.85, 4.6), (0.85, 3.85, 0.34), 0.8, "window"),
 )}
 CAMERAS = (
-    Camera("on a motorway by day", "hills", "lanes", ((84, 146, 220), (208, 226, 242)), (112, 114, 118),
+    Camera("hills", "lanes", ((84, 146, 220), (208, 226, 242)), (112, 114, 118),
            (1.06, 1.04, 1.0), (-0.5, 0.75, 0.45), 0.7, 2.3, False, 2.5, 0, 92),
-    Camera("in a sunny city street", "houses", "kerb", ((128, 178, 226), (232, 232, 222)), (128, 122, 116),
+    Camera("houses", "kerb", ((128, 178, 226), (232, 232, 222)), (128, 122, 116),
            (1.1, 1.02, 0.9), (0.65, 0.6, 0.5), 0.7, 1.8, False, 3, 0.2, 90),
-    Camera("in a car park under a grey sky", "fence", "bays", ((168, 174, 180), (206, 209, 211)), (98, 101, 105),
+    Camera("fence", "bays", ((168, 174, 180), (206, 209, 211)), (98, 101, 105),
            (0.86, 0.9, 0.95), (0, 1, 0.25), 0.5, 3.2, False, 5, 0.45, 80),
-    Camera("on a country road", "trees", "track", ((120, 180, 232), (220, 236, 240)), (92, 140, 58),
+    Camera("trees", "track", ((120, 180, 232), (220, 236, 240)), (92, 140, 58),
            (1.05, 1.05, 0.94), (-0.7, 0.6, 0.3), 0.65, 1.9, False, 2.5, 0, 92),
-    Camera("in a showroom", "showroom", "tiles", ((232, 233, 236), (246, 246, 248)), (186, 188, 196),
+    Camera("showroom", "tiles", ((232, 233, 236), (246, 246, 248)), (186, 188, 196),
            (1.06, 1.06, 1.08), (0.1, 0.95, 0.5), 0.5, 1.5, False, 1, 0, 95),
-    Camera("at a crossing at dusk", "dusk", "zebra", ((70, 62, 116), (250, 158, 92)), (112, 100, 106),
+    Camera("dusk", "zebra", ((70, 62, 116), (250, 158, 92)), (112, 100, 106),
            (0.96, 0.78, 0.76), (0.8, 0.35, -0.1), 0.45, 2.0, True, 5, 0.3, 84),
-    Camera("on a road at night", "night", "lanes", ((8, 10, 24), (26, 30, 52)), (72, 74, 80),
+    Camera("night", "lanes", ((8, 10, 24), (26, 30, 52)), (72, 74, 80),
            (0.56, 0.6, 0.78), (-0.3, 0.9, 0.4), 0.6, 2.6, True, 8, 0.4, 76),
-    Camera("in an underground garage", "garage", "bays", ((70, 62, 44), (108, 96, 66)), (124, 122, 116),
+    Camera("garage", "bays", ((70, 62, 44), (108, 96, 66)), (124, 122, 116),
            (0.88, 0.78, 0.56), (0.2, 0.95, 0.35), 0.65, 2.1, True, 6, 0.3, 82),
 )
 # fmt: on
@@ -121,19 +118,6 @@ def looks(seed: int, pids: Iterable[int]) -> list[list[int]]:
     return list(groups.values())
 
 
-def captions(attrs: dict, viewid: int, camid: int) -> list[str]:
-    """Four captions of one picture: plain, with the make, with the marks, and short: without the place, so that
-    whoever learns from it must look at the vehicle."""
-    body, colour, make = BODIES[attrs["body"]].word, attrs["colour"], attrs["make"]
-    view, place = VIEWS[viewid], CAMERAS[camid].place
-    seen = f"in {view} view" if "three" in view else f"seen from the {view}"
-    start, marks = f"{'an' if colour[0] in 'aeiou' else 'a'} {colour}", " and ".join(map(MARKS.get, attrs["marks"]))
-    return [
-        f"a photo of {start} {body} {seen} {place}", f"{make} {body}, {colour}, {view} view, {place}",
-        f"{start} {make} {body} with {marks}, {seen} {place}", f"{start} {body} {seen}",
-    ]  # fmt: skip
-
-
 def label_row(seed: int, pid: int, shot: int) -> dict:
     """`COLUMNS` but path and split, and shot, of the `shot`-th picture of an identity.
 
@@ -142,6 +126,8 @@ def label_row(seed: int, pid: int, shot: int) -> dict:
     attrs, rng = vehicle(seed, pid), demo_rng(seed, "plan", pid)
     cameras, views = rng.permutation(len(CAMERAS))[:5], rng.permutation(len(VIEWS))
     camid, viewid = int(cameras[shot % 5]), int(views[shot % len(views)])
-    texts, known = captions(attrs, viewid, camid), {key: attrs[key] for key in ("body", "colour", "make")}
-    seen = {"pid": pid, "camid": camid, "viewid": viewid, "shot": shot}
-    return {**known, **seen, "caption": texts[shot % 3], "short_caption": texts[3]}
+    view, known = VIEWS[viewid], {key: attrs[key] for key in ("body", "colour", "make")}
+    # without the place, so that whoever learns from it must look at the vehicle
+    words = f"{'an' if attrs['colour'][0] in 'aeiou' else 'a'} {attrs['colour']} {BODIES[attrs['body']].word}"
+    caption = f"{words} in {view} view" if "three" in view else f"{words} seen from the {view}"
+    return {**known, "pid": pid, "camid": camid, "viewid": viewid, "shot": shot, "caption": caption}

@@ -31,7 +31,7 @@ if stage "drawing a pool of 2,600 small pictures: vehicles, copies, rubbish, lea
     run -m demo.pool --output "$out/pool" --num_images 2600
 fi
 if stage "training a miniature CLIP on their captions (stands in for the real teacher, a 900 MB download)" "$out/teacher/texts.txt"; then
-    run -m tools.train_teacher --data_path "$out/pool/captions.csv" --caption_column short_caption --output "$out/teacher" --epochs 8
+    run -m tools.train_teacher --data_path "$out/pool/captions.csv" --output "$out/teacher" --epochs 8
 fi
 if stage "choosing 700 pictures to train on; those of the test and val rows leave the pool, with their copies" "$out/data/report.html"; then
     run main_curate.py --pool "demo=$out/pool/photos" --exclude "test=$out/pool/benchmark" "val=$out/pool/labels.csv" \

@@ -12,9 +12,8 @@ from PIL import Image
 from datasets.seg import BACKGROUND_ID, PARTS, part_names
 from demo import reid as demo_reid
 from demo.draw import render, render_parts
-from demo.reid import write_lines
 from demo.scene import circle, open_scene
-from demo.vehicle import BODIES, MAKES
+from demo.vehicle import BODIES, MAKES, VIEWS, demo_rng
 
 # VeRi-776 with its attributes, VehicleID and VERI-Wild
 
@@ -22,6 +21,10 @@ VERI_COLOURS = ("yellow", "orange", "green", "gray", "red", "blue", "white", "go
 VERI_TYPES = ("sedan", "suv", "van", "hatchback", "mpv", "pickup", "bus", "truck", "estate")
 # our word -> VeRi's where they differ; VeRi files silver under gray, and nothing drawn is golden
 VERI_WORDS = {"grey": "gray", "silver": "gray", "coupe": "sedan", "wagon": "estate", "minivan": "mpv"}
+VERI_VIEWS = {  # VeRi's view seen from the left and from the right; 0 front, 1 rear, 2 left, 5 right
+    "left side": (2, 2), "right side": (5, 5), "front": (0, 0), "rear": (1, 1),
+    "front three-quarter": (3, 6), "rear three-quarter": (4, 7),
+}  # fmt: skip
 picture_of = functools.cache(render)  # a picture that several layouts show is drawn once
 
 
@@ -34,6 +37,9 @@ def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_p
         for part, root in (("train", "TrainingImages"), ("test", "TestingImages")):
             listed = [row for row in rows if row["path"].startswith(f"image_{part}")]
             (folder / f"{part}_label.xml").write_text(veri_labels(root, listed), encoding="gb2312")
+            points = (f"VeRi/{row['path']} {'-1 ' * 40}{veri_view(row)}" for row in listed)
+            # the last training image has no line, as some have none in the published list
+            write_lines(folder / f"keypoint_{part}.txt", itertools.islice(points, len(listed) - (part == "train")))
         return
     rows = demo_reid.plan(train_ids, test_ids, images_per_id, 0)
     tests = sorted({row["number"] for row in rows if row["split"] != "train"})
@@ -50,6 +56,17 @@ def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_p
         file.parent.mkdir(parents=True, exist_ok=True)
         picture_of(0, row["pid"], row["camid"], row["viewid"], row["shot"], size).save(file)
     (_write_wild if layout == "veriwild" else _write_vehicleid)(folder, rows, tests, style)
+
+
+def veri_view(row: dict, seed: int = 0) -> int:
+    """0..7 as in VeRi: the scene opens its stream with the side from which a three-quarter view is taken."""
+    is_right = demo_rng(seed, "shot", row["pid"], row["camid"], row["viewid"], row["shot"]).choice((-1, 1)) > 0
+    return VERI_VIEWS[VIEWS[row["viewid"]]][int(is_right)]
+
+
+def write_lines(file: Path, lines) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8", newline="\n")
 
 
 def veri_labels(root: str, rows: list[dict]) -> str:

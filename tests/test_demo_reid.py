@@ -5,7 +5,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from layouts import write_demo_reid
+from layouts import veri_view, write_demo_reid
 
 from datasets.images import open_rgb
 from datasets.reid import read_reid
@@ -96,8 +96,8 @@ def test_views_are_those_that_are_drawn(monkeypatch):
     rows = demo_reid.plan(5, 5, 12, 1)[::4]
     for row in rows:
         render(1, row["pid"], row["camid"], row["viewid"], row["shot"], 16)
-    off = (np.array(angles) - [from_nose[row["view"]] for row in rows] + 180) % 360 - 180
-    assert np.abs(off).max() <= 14 and {row["view"] for row in rows} == set(range(8))
+    off = (np.array(angles) - [from_nose[veri_view(row, 1)] for row in rows] + 180) % 360 - 180
+    assert np.abs(off).max() <= 14 and {veri_view(row, 1) for row in rows} == set(range(8))
 
 
 def test_the_test_set_does_not_change_with_the_number_of_training_vehicles():

@@ -19,7 +19,7 @@ python="${PYTHON:-python}"
 # pre-training sees other vehicles than the tests, and no labels; the teacher has learned from the same pictures' captions
 "$python" -m demo.pool --output "$output/pictures" --num_images 3500 --size 96 --seed 1
 if [ ! -f "$output/teacher/texts.txt" ]; then
-    "$python" -m tools.train_teacher --data_path "$output/pictures/labels.csv" --caption_column short_caption \
+    "$python" -m tools.train_teacher --data_path "$output/pictures/labels.csv" \
         --output "$output/teacher" --epochs 8
 fi
 teacher=(--clip_model "$output/teacher/MiniCLIP.json" --clip_pretrained "$output/teacher/weights.safetensors")
