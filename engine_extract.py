@@ -1,6 +1,5 @@
 """Images through a frozen encoder: embeddings in input order, in memory or as a resumable file."""
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from datasets.items import WholeImages
 from util.dist import is_main_process
-from util.files import write_atomic, write_json
+from util.files import read_array, read_json, write_atomic, write_json
 from util.parallel import Parts
 from util.progress import Progress
 from util.stop import init_worker
@@ -79,16 +78,17 @@ def extract_to_file(
     progress.close()
     if not parts.complete():
         return None
-    first = np.load(parts.file(0), mmap_mode="r")
+    again = f"remove {folder} and run the same command again"
+    first = read_array(parts.file(0), again)
     shape = (parts.total, *first.shape[1:])
     about = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
 
     def join(opened) -> None:  # in order: a memory map would end in SIGBUS where the disk is full
         np.lib.format.write_array_header_1_0(opened, about)
         for start in parts.starts:
-            opened.write(np.load(parts.file(start)).tobytes())
+            opened.write(read_array(parts.file(start), again).tobytes())
 
     write_atomic(output.with_name(output.name + ".npy"), join)
-    bad = [json.loads(parts.file(start).with_suffix(".json").read_text()) for start in parts.starts]
+    bad = [read_json(parts.file(start).with_suffix(".json"), again) for start in parts.starts]
     parts.remove()
     return shape, {int(index): problem for part in bad for index, problem in part.items()}

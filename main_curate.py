@@ -6,6 +6,7 @@ possible. Under torchrun the ranks share index and embed. docs/CURATE.md explain
 """
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -79,7 +80,7 @@ import torch
 from curation.copies import Aligner, CopyFinder
 from curation.filters import Removals, load_removal, poor_images, read_prompts, vehicle_probability
 from curation.hierarchy import Tree, build_tree, load_tree, plan_levels
-from curation.index import SIDE, build_index, load_index, write_manifest
+from curation.index import build_index, load_index, write_manifest
 from curation.rows import CHUNK, Embedded, Rows
 from curation.sample import draw_sample, judge
 from curation.sources import open_sources
@@ -97,6 +98,7 @@ from util.precision import pick_precision
 def check_args(args) -> None:
     shares = "box_margin near_cosine near_agreement leak_cosine vehicle_threshold near_bits resampling"
     check_numbers(args, at_least_one="target_size group_cap track_cap batch_size", not_negative=shares)
+    plan_levels(sys.maxsize, args.levels)  # before hours of work: levels that shrink
 
 
 class Curation:
@@ -107,30 +109,36 @@ class Curation:
         self.prompts = read_prompts(args.vehicle_prompts) if args.vehicle_filter else None
         columns = {"identity": args.identity_column, "camera": args.camera_column, "box": args.box_column}
         self.images, self.stages = open_sources(args.pool, args.exclude, columns), Stages(self.folder)
+        listed = sum(len(source.paths) for source in self.images.sources if source.role == "pool")
+        if args.target_size > listed:
+            raise InputError(
+                f"--target_size {args.target_size}: the pools hold {listed} images; lower it, or add pools"
+            )
         self.clip = load_teacher(args)
 
     def run(self) -> dict:
         counts = {}
 
-        def stage(name: str, work, flags: str = "", shared: bool = False, **more) -> None:
+        def stage(name: str, work, files: str, flags: str, shared: bool = False, **more) -> None:
             settings = {flag: getattr(self.args, flag) for flag in flags.split()} | more
-            counts[name] = self.stages.run(name, settings, work, shared)
+            counts[name] = self.stages.run(name, settings, work, files, shared)
 
         def drop(name: str, work: Callable[[], Removals], flags: str, **more) -> None:
-            stage(name, lambda _: work().save(self.folder, name, self.images.name), flags, **more)
+            stage(name, lambda _: work().save(self.folder, name, self.images.name), f"{name}.npz", flags, **more)
 
-        stage("index", self.make_index, "box_margin", True, sources=self.images.fingerprint(), thumbnails=SIDE)
+        sources = self.images.fingerprint()
+        stage("index", self.make_index, "index.csv thumbnails.npy", "box_margin", True, sources=sources)
         self.index = load_index(self.folder / "index.csv")
         self.check_excluded()
         limits = "min_side aspect brightness min_contrast min_sharpness"
         drop("quality", lambda: poor_images(self.index, self.args), limits)
-        stage("embed", self.embed, shared=True, clip=asdict(self.clip[2]))
+        stage("embed", self.embed, "embed*.npy", "", True, clip=asdict(self.clip[2]))
         self.embedded = Embedded(self.array("embeddings", mmap_mode="r"), self.array("embedded_rows"))
         drop("vehicle", self.others, "vehicle_filter vehicle_threshold", prompts=self.prompts)
         drop("leaks", self.leaks, "near_bits near_agreement leak_cosine")
         drop("duplicates", self.duplicates, "near_bits near_agreement near_cosine group_cap track_cap")
-        stage("cluster", self.cluster, "stratify levels resampling spherical seed")
-        stage("sample", self.sample, "target_size sample seed")
+        stage("cluster", self.cluster, "clusters/{job:.12}/*/*.npy", "stratify levels resampling spherical seed")
+        stage("sample", self.sample, "selection.npy manifest.csv", "target_size sample seed")
         if not is_main_process():
             return {}
         selection, settings = self.array("selection"), vars(self.args)
@@ -192,6 +200,9 @@ class Curation:
                 f"{len(problems)} images could be read when they were indexed but not now, first "
                 f"{self.images.name(min(problems))}: bring them back, or remove {self.folder}/stages and index again"
             )
+        x = self.array("embeddings", mmap_mode="r")
+        if not all(np.isfinite(x[start : start + CHUNK]).all() for start in range(0, count, CHUNK)):
+            raise InputError("embeddings are not finite: check --clip_pretrained, or try --device cpu")
         write_atomic(self.folder / "embedded_rows.npy", lambda f: np.save(f, rows))
         return {"images": count, "dim": dim}
 
@@ -238,11 +249,11 @@ class Curation:
             tree = build_tree(rows, ks, self.folder / folder / name, self.args, number)
             tree.save(self.folder / folder / name, mine)
             sizes[f"levels of {name}"] = " > ".join(map(str, tree.sizes))
-        return {"folder": str(folder), "images": sum(map(len, domains.values()))} | sizes
+        return {"images": sum(map(len, domains.values()))} | sizes
 
     def trees(self) -> dict[str, tuple[Tree, np.ndarray]]:
         """Name -> (tree, index rows of its images)."""
-        folder = self.folder / self.stages.records["cluster"]["counts"]["folder"]
+        folder = self.folder / "clusters" / self.stages.records["cluster"]["fingerprint"][:12]
         return {name: load_tree(folder / name) for name in self.domains()}
 
     def sample(self, job: str) -> dict:

@@ -102,6 +102,8 @@ def main(args) -> dict:
         candidates.drop({i: ("invisible", reason) for i, reason in reasons.items()})
     device = pick_device(args.device)
     paths = list_images(args.images, args.split) if args.images else None
+    if paths is not None and len(paths) < args.n_min:
+        raise InputError(f"--images {args.images} lists {len(paths)} images, fewer than --n_min {args.n_min}")
     clip, tokenizer, identity = load_teacher(args)
     teacher = clip.to(device), tokenizer, identity
     encode(args, candidates, templates, teacher, facts)

@@ -1,6 +1,5 @@
 """What leaves the pool, and why: unreadable and poor images, and what is no vehicle (copies: curation.copies)."""
 
-import json
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 
 from curation.index import Index, csv_bytes
 from util.errors import InputError
-from util.files import write_atomic
+from util.files import fits, read_json, write_atomic
 
 PROMPTS = Path(__file__).with_name("prompts.json")
 
@@ -85,13 +84,11 @@ def poor_images(index: Index, args) -> Removals:
 
 def read_prompts(file: str | Path | None) -> tuple[list[str], list[str]]:
     """Read the prompts of what is wanted and of everything else; None: the built-in ones."""
-    path = Path(file or PROMPTS)
-    try:
-        prompts = json.loads(path.read_text(encoding="utf-8"))
-        return prompts["vehicle"], prompts["other"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        words = f'--vehicle_prompts {path}: write {{"vehicle": [texts], "other": [texts]}} ({error})'
-        raise InputError(words) from error
+    path, cure = Path(file or PROMPTS), 'write {"vehicle": [texts], "other": [texts]}'
+    prompts = read_json(path, cure)
+    if not all(fits(prompts.get(side), [str]) and prompts[side] for side in ("vehicle", "other")):
+        raise InputError(f"--vehicle_prompts {path} is not made like curation/prompts.json: {cure}")
+    return prompts["vehicle"], prompts["other"]
 
 
 def vehicle_probability(x: torch.Tensor, wanted: torch.Tensor, other: torch.Tensor, tau: float) -> torch.Tensor:

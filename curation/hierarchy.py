@@ -15,7 +15,7 @@ from curation.kmeans import Clusters, assign, kmeans
 from curation.rows import Rows
 from util.dist import print_main
 from util.errors import InputError
-from util.files import write_atomic
+from util.files import read_arrays, write_atomic
 
 PLUS_PLUS = {"cpu": 5_000, "cuda": 50_000}  # clusters seeded by k-means++; more start at random rows
 
@@ -118,10 +118,9 @@ def build_tree(rows: Rows, ks: list[int], folder: Path, args, tree_number: int =
         print_main(f"level {level}: {k:,} clusters of {len(rows):,}, {init} start, {args.resampling} resampling steps")
         for number in range(1 + args.resampling):
             file = folder / f"level{level}_step{number:02d}.npz"
-            if file.is_file():
-                with np.load(file) as stored:
-                    clusters = Clusters(torch.from_numpy(stored["centroids"]).to(rows.device), *(
-                        stored[name] for name in ("assignment", "distance", "inertia")))  # fmt: skip
+            if (stored := read_arrays(file)) is not None:
+                stored["centroids"] = torch.from_numpy(stored["centroids"]).to(rows.device)
+                clusters = Clusters(**stored)
                 continue
             rng, part = step_rng(args.seed, tree_number, level, number), rows
             if clusters is not None:

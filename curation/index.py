@@ -16,7 +16,8 @@ from curation.sources import JoinedImages
 from datasets.images import open_rgb, read_bytes
 from datasets.path_list import PackedImages
 from util.dist import is_main_process
-from util.files import write_atomic
+from util.errors import InputError
+from util.files import read_arrays, write_atomic
 from util.parallel import Parts, map_in_order, shared, worker_pool
 from util.progress import Progress
 
@@ -61,7 +62,11 @@ def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, wo
             progress.update(progress.done + len(rows))
     progress.close()
     if parts.complete():
-        done = [np.load(parts.file(start)) for start in parts.starts]
+        done = [read_arrays(parts.file(start)) for start in parts.starts]
+        for start in [start for start, part in zip(parts.starts, done) if part is None]:
+            parts.file(start).unlink()
+        if any(part is None for part in done):
+            raise InputError(f"parts of {parts.folder} were damaged and are removed: run the same command again")
         thumbnails = np.concatenate([part["thumbnails"] for part in done])
         table = b"".join([csv_bytes([FIELDS]), *(part["table"].tobytes() for part in done)])
         write_atomic(folder / "thumbnails.npy", lambda opened: np.save(opened, thumbnails))

@@ -1,13 +1,15 @@
 """Where a pool comes from: named folders, manifests and packed sets as one numbered list of images."""
 
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from datasets.manifest import check_first_exist, list_images
-from datasets.path_list import PackedImages, PathList
+from datasets.path_list import PackedImages, PathList, printable
 from datasets.tables import cell, iterate_table
+from util.dist import print_main
 from util.errors import InputError
 
 TEST_SPLITS = ("val", "dev", "test", "query", "gallery", "probe")  # beginnings of a split's name
@@ -79,6 +81,9 @@ def open_sources(pools: list[str], excludes: list[str], column_names: dict[str, 
             name, _, path = spec.partition("=")
             if not name or not path:
                 raise InputError(f"--{role} {spec}: write NAME=PATH, for example cars=/data/cars")
+            given, name = name, re.sub(r"[^\w.+ -]", "_", name).lstrip(". -")[:60].rstrip() or "_"
+            if given != name:  # names become folders, columns and headings
+                print_main(f"--{role} {printable(given)!r}: it is called {name} here")
             if any(other.name == name and other.role == role for other in sources):
                 raise InputError(f"--{role} {name} is given twice: choose another name for {path}")
             sources.append(_open(name, role, Path(path), column_names))

@@ -81,10 +81,20 @@ def read_encoded(text_bank: Path, identity: TeacherIdentity) -> tuple[torch.Tens
         raise InputError(f"the texts of --text_bank {text_bank} have changed since they were encoded: {again}")
     if bank.shape != rows or hash_bank(bank) != bank_sha256:
         raise InputError(f"--text_bank {text_bank}: its embeddings are not those that its header describes: {again}")
+    check_unit(bank, f"--text_bank {text_bank}")
     if made_by != asdict(identity):
         other = f"{made_by.get('model')} with weights {str(made_by.get('weights_sha256'))[:12]}"
         raise InputError(f"--text_bank {text_bank} was made by teacher {other}, not this run's: encode it again")
     return bank.float(), texts, f"{len(texts)} encoded texts of {text_bank}"
+
+
+def check_unit(bank: torch.Tensor, what: str) -> None:
+    """Refuse rows [T, D] that are no unit vectors; NaN is none."""
+    odd = ~((bank.float().norm(dim=1) - 1).abs() < 0.01)
+    if odd.any():
+        raise InputError(
+            f"{what}: {int(odd.sum())} of {len(bank)} rows are no unit vectors, first {int(odd.int().argmax())}"
+        )
 
 
 def hash_bank(bank: torch.Tensor) -> str:
@@ -99,6 +109,7 @@ def hash_texts(texts: list[str]) -> str:
 
 def save_bank(file: Path, embeddings: torch.Tensor, texts: list[str], identity: TeacherIdentity) -> None:
     """Write an encoded bank with the identity of its teacher (atomic)."""
+    check_unit(embeddings, "what the teacher makes of the texts")
     header = {"kind": "cgd-mae text bank", "texts": "\n".join(texts), "texts_sha256": hash_texts(texts)}
     header |= {"bank_sha256": hash_bank(embeddings), "teacher": json.dumps(asdict(identity))}
     write_safetensors(file, {"bank": embeddings}, header)

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 
 from datasets.items import WholeImages
 from datasets.path_list import printable
-from datasets.text_bank import TeacherIdentity, hash_texts
+from datasets.text_bank import TeacherIdentity, check_unit, hash_texts, read_encoded, save_bank
 from description.grounding import bank_statistics, ground, near_duplicates
 from description.texts import Templates, Text, cap, wordings_of
 from engine_extract import extract_to_file
 from models_teacher import FrozenTeacher, check_tokens, encode_texts
 from reports.description import write_description_report
 from util.errors import InputError
-from util.files import write_atomic, write_json
+from util.files import file_sha256, read_json, write_atomic, write_json
 from util.precision import pick_precision
 
 REPORT_TEXTS = 200  # kept and removed texts shown with images
@@ -58,14 +58,16 @@ def encode(args, candidates: Candidates, templates: Templates, teacher: tuple, f
     wordings = [wordings_of(text, templates, args.ensemble) for text in candidates.texts]
     flat = [wording for each in wordings for wording in each]
     context_length = getattr(tokenizer, "context_length", None) or clip.context_length
-    facts["longest_tokens"] = check_tokens(tokenizer, [*flat, args.generic], context_length)
-    print(f"{len(flat)} texts to encode, the longest has {facts['longest_tokens']} of {context_length} tokens")
-    file = Path(args.output) / "embeddings" / f"texts-{hash_texts([identity.weights_sha256, *flat])[:12]}.npy"
-    if not file.is_file():  # kept for other thresholds
-        encoded = encode_texts(clip, tokenizer, flat, args.batch_size).cpu().numpy()
-        write_atomic(file, lambda opened: np.save(opened, encoded))
+    longest = facts["longest_tokens"] = check_tokens(tokenizer, [*flat, args.generic], context_length)
+    file = Path(args.output) / "embeddings" / f"texts-{hash_texts([identity.weights_sha256, *flat])[:12]}.safetensors"
+    try:
+        encoded = read_encoded(file, identity)[0]
+    except InputError:  # not there, or damaged
+        print("damaged and encoded again: " * file.exists() + f"{len(flat)} texts, the longest has {longest} tokens")
+        encoded = encode_texts(clip, tokenizer, flat, args.batch_size).cpu()
+        save_bank(file, encoded, flat, identity)  # kept for other thresholds
     # CLIP's prompt ensembling: the mean of each description's normalised wordings, renormalised
-    rows = torch.from_numpy(np.load(file)).split([len(each) for each in wordings])
+    rows = encoded.split([len(each) for each in wordings])
     candidates.embeddings = torch.stack([F.normalize(part.mean(dim=0), dim=0) for part in rows])
     near = near_duplicates(candidates.embeddings, [len(t.text) for t in candidates.texts], args.dedup_cos)
     candidates.drop({i: ("near-duplicate", f"of '{candidates.texts[j].text}'") for i, j in near.items()})
@@ -83,18 +85,26 @@ def embed_images(args, paths, indices: np.ndarray, teacher: tuple) -> tuple[torc
     job["chosen"] = hashlib.sha256(indices.astype("<i8").tobytes()).hexdigest()
     key = hashlib.sha256(json.dumps(job).encode()).hexdigest()[:12]
     file = Path(args.output) / "embeddings" / f"images-{key}.npy"
-    unreadable = file.with_suffix(".json")  # written last: it says that both are whole
-    if not unreadable.is_file():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        device = clip.logit_scale.device
-        dtype = pick_precision("auto" if device.type == "cuda" else "none", device)[0] or torch.float32
-        frozen = FrozenTeacher(clip, identity, dtype).to(device)
-        _, problems = extract_to_file(
-            frozen, WholeImages(paths, indices, frozen.size), device, file.with_suffix(""), job,
-            batch_size=args.batch_size, num_workers=args.num_workers,
-        )  # fmt: skip
-        write_json(unreadable, problems)
-    return torch.from_numpy(np.load(file)), json.loads(unreadable.read_text())
+    about = file.with_suffix(".json")  # written last: it says that both are whole
+    try:
+        found = read_json(about, "") if about.is_file() else {}
+        if found and found["sha256"] == file_sha256(file):
+            return torch.from_numpy(np.load(file)), dict(found["unreadable"])
+        print(f"damaged, the images are embedded again: {file}" if found else f"{len(indices)} images to embed")
+    except (InputError, OSError, KeyError, TypeError, ValueError) as error:
+        print(f"damaged, the images are embedded again: {error}")
+    about.unlink(missing_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    device = clip.logit_scale.device
+    dtype = pick_precision("auto" if device.type == "cuda" else "none", device)[0] or torch.float32
+    frozen = FrozenTeacher(clip, identity, dtype).to(device)
+    _, problems = extract_to_file(
+        frozen, WholeImages(paths, indices, frozen.size), device, file.with_suffix(""), job,
+        batch_size=args.batch_size, num_workers=args.num_workers,
+    )  # fmt: skip
+    problems = {str(index): problem for index, problem in problems.items()}
+    write_json(about, {"sha256": file_sha256(file), "unreadable": problems})
+    return torch.from_numpy(np.load(file)), problems
 
 
 def ground_candidates(args, candidates: Candidates, paths, teacher: tuple, facts: dict) -> None:
@@ -106,8 +116,9 @@ def ground_candidates(args, candidates: Candidates, paths, teacher: tuple, facts
     rows, problems = embed_images(args, paths, indices, teacher)
     for index, problem in problems.items():
         print(f"unreadable, left out: {printable(paths.relative(int(index)))}: {problem}")
-    readable = torch.isfinite(rows[:, 0])
-    images, indices = rows[readable], indices[readable.numpy()]
+    readable = ~np.isin(indices, [int(index) for index in problems])
+    images, indices = rows[torch.from_numpy(readable)], indices[readable]
+    check_unit(images, f"what the teacher makes of --images {args.images}")
     facts |= {"images": len(images), "unreadable": len(problems)}
     if len(images) < args.n_min:
         raise InputError(

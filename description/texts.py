@@ -1,7 +1,6 @@
 """Rows of attributes and templates -> texts, de-duplicated, with where each comes from."""
 
 import itertools
-import json
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from description.canonical import INVISIBLE, MEASURE, SLOTS, canonical_row, column_key, names_body, with_articles
 from description.readers import read_attributes, read_text
 from util.errors import InputError
+from util.files import fits, read_json
 
 
 @dataclass
@@ -45,29 +45,28 @@ def slots_of(phrase: str) -> list[str]:
 
 def read_templates(file: Path) -> Templates:
     """Read a .json as `description/templates.json`, or a .txt with one whole text with {slots} a line."""
-    text = read_text(file)
     if file.suffix.lower() == ".txt":
-        content = {"templates": [line.strip() for line in text.splitlines() if line.strip()]}
+        content = {"templates": [line.strip() for line in read_text(file).splitlines() if line.strip()]}
     else:
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise InputError(f"--templates {file}, line {error.lineno} is not JSON: {error.msg}") from error
-    try:
-        phrases = [{"phrase": t} if isinstance(t, str) else {"phrase": t["phrase"]} | t for t in content["templates"]]
-        words = {column_key(slot): list(values) for slot, values in content.get("words", {}).items()}
-        wordings = content.get("wordings") or ["{phrase}"]
-        templates = Templates(phrases, wordings, words, content.get("contradictions", []))
-        for template in phrases:
-            phrase, stripped = template["phrase"], re.sub(r"{\w+}", "", template["phrase"])
-            if "{" in stripped or "}" in stripped or not slots_of(phrase):
-                raise InputError(f"--templates {file}: '{phrase}' needs slots in braces, as in 'a {{colour}} {{body}}'")
-            if missing := set(template.get("words", ())) - set(words):
-                raise InputError(
-                    f"--templates {file}: '{phrase}' asks for words of '{missing.pop()}', and there are none"
-                )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"--templates {file} is not made like description/templates.json ({error!r})") from error
+        content = read_json(file, "write it like description/templates.json")
+    given = content.get("templates")
+    phrases = [{"phrase": t} if isinstance(t, str) else t for t in given] if isinstance(given, list) else []
+    wordings, words = content.get("wordings") or ["{phrase}"], content.get("words", {})
+    templates = Templates(phrases, wordings, words, content.get("contradictions", []))
+    shapes = [(wordings, [str]), (words, {str: [str]}), (templates.contradictions, [{str: str}])]
+    if not phrases or not all(fits(value, shape) for value, shape in shapes):
+        raise InputError(f"--templates {file} is not made like description/templates.json")
+    templates.words = {column_key(slot): values for slot, values in words.items()}
+    for template in phrases:
+        parts = template if isinstance(template, dict) else {}
+        phrase = parts.get("phrase")
+        if not fits(phrase, str) or not all(fits(parts.get(key, []), [str]) for key in ("words", "unless")):
+            raise InputError(f"--templates {file} is not made like description/templates.json: {str(template)[:80]}")
+        stripped = re.sub(r"{\w+}", "", phrase)
+        if "{" in stripped or "}" in stripped or not slots_of(phrase):
+            raise InputError(f"--templates {file}: '{phrase}' needs slots in braces, as in 'a {{colour}} {{body}}'")
+        if missing := set(parts.get("words", ())) - set(templates.words):
+            raise InputError(f"--templates {file}: '{phrase}' asks for words of '{missing.pop()}', and there are none")
     return templates
 
 

@@ -221,7 +221,7 @@ def test_broken_tables(tmp_path, name, content, message):
         ("t.txt", "a photo of a car.\n", "needs slots in braces"),
         ("t.txt", "a {make car\n", "needs slots in braces"),
         ("t.txt", "a {make} car", "the attributes give 1 texts and a bank needs 2"),
-        ("t.json", '{"templates":\n[}', "line 2 is not JSON"),
+        ("t.json", '{"templates":\n[}', "line 2 column 2"),
         ("t.json", '{"texts": []}', "is not made like"),
         ("t.json", '{"templates": [{"phrase": "a {part}", "words": ["part"]}]}', "asks for words of 'part'"),
     ],
@@ -458,7 +458,7 @@ def test_another_teacher_encodes_again(made, tmp_path):
     other = without_images(made[0]).split("--clip")[0] + f"--clip_model {config} --clip_pretrained {tmp_path}/other.pt"
     folder = Path(shutil.copytree(made[1], tmp_path / "out"))
     run_describe(other + " --device cpu", folder)
-    assert len(list((folder / "embeddings").glob("texts-*.npy"))) == 2
+    assert len(list((folder / "embeddings").glob("texts-*.safetensors"))) == 2
     assert json.loads((folder / "bank.json").read_text())["teacher"]["model"] == "OtherClip-test"
 
 

@@ -4,7 +4,11 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import zipfile
 from pathlib import Path
+
+import numpy as np
 
 from util.errors import InputError
 
@@ -56,6 +60,34 @@ def read_json(file: str | Path, cure: str) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{file} is damaged (it holds no JSON object): {cure}")
     return value
+
+
+def fits(value, shape) -> bool:
+    """Whether JSON is made so: `str` (that UTF-8 holds), `[shape]` a list of such, `{str: shape}` an object."""
+    if isinstance(shape, list):
+        return isinstance(value, list) and all(fits(each, shape[0]) for each in value)
+    if isinstance(shape, dict):
+        return isinstance(value, dict) and all(fits(k, str) and fits(v, shape[str]) for k, v in value.items())
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)
+
+
+def read_array(file: str | Path, cure: str) -> np.ndarray:
+    """A .npy that this project wrote, as a memory map; InputError with what to do where it is damaged or cut short."""
+    try:
+        return np.load(file, mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise InputError(f"{file} is damaged ({error}): {cure}") from error
+
+
+def read_arrays(file: str | Path) -> dict[str, np.ndarray] | None:
+    """All of a .npz that this project wrote; None where it is not there, or damaged (zip's CRC tells)."""
+    try:
+        with np.load(file) as stored:
+            return dict(stored)
+    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+        if not isinstance(error, FileNotFoundError):
+            print(f"{file} is damaged ({error}): it is made again", flush=True)
+        return None
 
 
 def file_sha256(file: str | Path) -> str:
