@@ -90,7 +90,10 @@ def search(args, device: torch.device) -> dict:
     embed, size = load_embedder(args, device)
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     loading["amp_dtype"], _ = pick_precision(args.amp, device)
-    features, problems = embed_queries(embed, queries, size, device, loading)
+    images, quiet = WholeImages(queries, np.arange(len(queries)), size), Progress("queries", 0, shown=False)
+    features, problems = extract_features(lambda imgs, _: {"": embed(imgs)}, images, device, quiet, **loading)
+    if len(problems) == len(queries):
+        raise InputError(f"none of the {len(queries)} queries could be read")
     header = {
         "checkpoint_sha256": weights_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size),
         "amp": str(loading["amp_dtype"]), "images_sha256": gallery.sha256(), "images": len(gallery),
@@ -99,12 +102,12 @@ def search(args, device: torch.device) -> dict:
     embedded = embed_gallery(embed, gallery, size, device, folder, header, loading)
     if not is_main_process():
         return {}
-    rows = open_index(folder, (len(gallery), features.shape[1]))
+    rows = open_index(folder, (len(gallery), features[""].shape[1]))
     unreadable = int(np.isnan(rows[:, 0]).sum())
     print(f"gallery: {len(rows)} images under {gallery.root}, {unreadable} of them unreadable and never found")
     readable = [number for number in range(len(queries)) if number not in problems]
     names = [image_name(queries, number) for number in readable]
-    lists = find_hits(names, features[readable].to(device), rows, gallery, args)
+    lists = find_hits(names, torch.from_numpy(features[""][readable]).to(device), rows, gallery, args)
     write_results(args, queries, problems, dict(zip(readable, lists)), gallery)
     return {
         "queries": len(queries), "unreadable_queries": len(problems), "gallery": len(rows), "unreadable": unreadable,
@@ -149,15 +152,6 @@ def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int]
         return F.normalize(features.float(), dim=1)
 
     return embed, base.img_size
-
-
-def embed_queries(embed: Callable, queries: Images, size, device, loading: dict) -> tuple[torch.Tensor, dict[int, str]]:
-    """-> ([Q, D] float32, {number: why it could not be read}); InputError if that is all of them."""
-    images, progress = WholeImages(queries, np.arange(len(queries)), size), Progress("queries", 0, shown=False)
-    features, problems = extract_features(lambda imgs, _: {"": embed(imgs)}, images, device, progress, **loading)
-    if len(problems) == len(queries):
-        raise InputError(f"none of the {len(queries)} queries could be read")
-    return torch.from_numpy(features[""]), problems
 
 
 def embed_gallery(embed, gallery: Images, size, device, folder: Path, header: dict, loading: dict) -> int:
