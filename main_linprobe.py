@@ -193,7 +193,7 @@ def train_mae_heads(args, read_outs: ReadOuts, features: dict, tables: dict, loa
         batches = partial(stored_batches, order=order, rows=train, features=features)
     else:
         chosen = next(iter(tables.values())).paths.take(train)
-        images = PretrainDataset(chosen, read_outs.img_size, 0, seed=args.seed, min_area=0.08)
+        images = PretrainDataset(chosen, read_outs.img_size, 0, seed=args.seed, min_area=0.08, clip_crops=True)
         batches = partial(crop_batches, order=order, rows=train, images=images, read_outs=read_outs, **loading)
     labels = {name: (torch.from_numpy(table.labels), len(table.classes)) for name, table in tables.items()}
     size = order.batch_size

@@ -23,17 +23,17 @@ class PretrainDataset(Dataset):
 
     Args:
         input_size: (H, W) of the crop in pixels. num_patches: L, length of the mask noise.
-        seed: of crops and masks. min_area: smallest crop as a fraction of the image area.
+        seed: of crops and masks. min_area: smallest crop as a fraction of the image area; clip_crops: see there.
         teacher_size: (H, W) in pixels of an extra whole-image view for the teacher, or None.
         teacher_cache: stored teacher embeddings, or None.
     """
 
     def __init__(
         self, paths: PathList, input_size: tuple[int, int], num_patches: int, *, seed: int, min_area: float,
-        teacher_size: tuple[int, int] | None = None, teacher_cache=None,
+        teacher_size: tuple[int, int] | None = None, teacher_cache=None, clip_crops: bool = False,
     ):  # fmt: skip
         self.paths, self.input_size, self.num_patches = paths, input_size, num_patches
-        self.seed, self.min_area, self.teacher_cache = seed, min_area, teacher_cache
+        self.seed, self.crop_rule, self.teacher_cache = seed, (min_area, clip_crops), teacher_cache
         self.teacher_size = teacher_size if teacher_cache is None else None
 
     def __len__(self) -> int:
@@ -72,7 +72,7 @@ class PretrainDataset(Dataset):
 
         def reduction(*full_size: int) -> int:
             nonlocal box, flip
-            box, flip = random_crop_box(sample_rng(self.seed, view, index, CROP_STREAM), *full_size, self.min_area)
+            box, flip = random_crop_box(sample_rng(self.seed, view, index, CROP_STREAM), *full_size, *self.crop_rule)
             factor = jpeg_reduction(box, self.input_size)
             if self.teacher_size is not None:
                 factor = min(factor, jpeg_reduction((0, 0, *full_size), self.teacher_size))

@@ -23,10 +23,13 @@ def mask_noise(seed: int, epoch: int, index: int, num_patches: int) -> np.ndarra
     return sample_rng(seed, epoch, index, MASK_STREAM).random(num_patches, dtype=np.float32)
 
 
-def random_crop_box(rng: np.random.Generator, width: int, height: int, min_area: float) -> tuple[tuple, bool]:
+def random_crop_box(
+    rng: np.random.Generator, width: int, height: int, min_area: float, clip: bool = False
+) -> tuple[tuple, bool]:
     """MAE's random-resized-crop box (left, upper, right, lower) in px, and whether to flip: area uniform in
     [min_area, 1] of the image, aspect log-uniform in [3/4, 4/3], ten tries, then the largest central crop of allowed
-    aspect (torchvision's RandomResizedCrop rule)."""
+    aspect (torchvision's RandomResizedCrop rule). clip: MAE's rule for its probe, the first try with its sides clipped.
+    """
     draws = rng.random((TRIES, 4))
     flip = bool(rng.random() < 0.5)
     low, high = math.log(3 / 4), math.log(4 / 3)
@@ -34,6 +37,8 @@ def random_crop_box(rng: np.random.Generator, width: int, height: int, min_area:
         area = width * height * (min_area + (1 - min_area) * area_draw)
         aspect = math.exp(low + (high - low) * aspect_draw)
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if clip:
+            w, h = min(max(w, 1), width), min(max(h, 1), height)
         if 0 < w <= width and 0 < h <= height:
             left, upper = int(x_draw * (width - w + 1)), int(y_draw * (height - h + 1))
             return (left, upper, left + w, upper + h), flip

@@ -21,7 +21,7 @@ from datasets.manifest import list_images
 from datasets.path_list import PathList
 from datasets.pretrain import PretrainDataset
 from datasets.samplers import EpochBatches
-from datasets.transforms import whole_image
+from datasets.transforms import random_crop_box, sample_rng, whole_image
 from engine_extract import extract_batches
 from engine_linprobe import build_head, crop_batches, stored_batches, train_heads
 from metrics import probe
@@ -205,6 +205,15 @@ def test_crops_pass_the_encoder_in_every_epoch(short, bright, tmp_path):
     whole_set = [batches(1, epoch, 50, 20)[0] for epoch in (0, 1)]
     at = [x[0].argsort() for x in whole_set]
     assert not torch.allclose(whole_set[0][1]["mean"][at[0]], whole_set[1][1]["mean"][at[1]], atol=1e-3)
+
+
+@pytest.mark.parametrize("size, area", [((640, 480), 0.52), ((670, 253), 0.42)])
+def test_crops_are_clipped_as_in_maes_probe(size, area):
+    """Mean areas of MAE's own code; torchvision's rule, which tries again, has 0.43 and 0.24."""
+    boxes = [random_crop_box(sample_rng(0, 0, i, 1), *size, 0.08, clip=True)[0] for i in range(4000)]
+    shares = [(right - left) * (lower - upper) / (size[0] * size[1]) for left, upper, right, lower in boxes]
+    assert np.mean(shares) == pytest.approx(area, abs=0.01)
+    assert all(0 <= a < c <= size[0] and 0 <= b < d <= size[1] for a, b, c, d in boxes)
 
 
 @pytest.mark.parametrize("context", ["attention", "cls", "mean", "decoder"])
