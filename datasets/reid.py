@@ -260,7 +260,7 @@ def read_table(file: Path, need_train: bool = True) -> ReidData:
     cameras, views = (
         {name: i for i, name in enumerate(sorted({row[k] for row in rows} - {""}, key=_by_number))} for k in (2, 3)
     )
-    if cameras and (blank := sum(not row[2] for row in rows)):
+    if cameras and (blank := sum(not row[2] for row in rows if row[1])):
         raise InputError(f"{file}: {blank} of {len(rows)} rows have no camid; fill it in, or drop the column")
     for split in ("query", "gallery"):
         if not listed[split]:

@@ -201,6 +201,14 @@ def test_what_names_no_vehicle_is_neither_class_nor_distractor(tmp_path):
                               "1 images of vehicle 0000 in the gallery are distractors"]  # fmt: skip
 
 
+def test_junk_needs_no_camera(tmp_path):
+    rows = ["a.jpg,1,train,1.0", "b.jpg,-1,gallery,-1", "c.jpg,2,query,1", "d.jpg,2.0,gallery,2"]
+    data = read_reid(write_table(tmp_path, *rows))
+    assert data.camera_names == ["1", "2"] and data.tests["test"][1].camids.tolist() == [1]
+    with pytest.raises(InputError, match="1 of 5 rows have no camid"):
+        read_reid(write_table(tmp_path, *rows, "e.jpg,2,gallery,nan"))
+
+
 def test_numbers_of_identities_do_not_hang_on_chance(tmp_path):
     names = ["1", "01", "001", "\u0661", "\u00b2", "9" * 5000, "x"]
     rows = [f"{i}.jpg,{name},train" for i, name in enumerate(names)] + ["q.jpg,y,query", "g.jpg,y,gallery"]
