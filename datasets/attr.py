@@ -12,7 +12,7 @@ import numpy as np
 
 from datasets.manifest import check_first_exist
 from datasets.path_list import PathList, printable
-from datasets.tables import Labelled, LabelledItems, cell, iterate_table, known, published_note, split_name
+from datasets.tables import Labelled, cell, iterate_table, known, published_note, split_name
 from util.errors import InputError
 
 UNKNOWN = -1
@@ -63,10 +63,6 @@ class AttributeData:
     def sha256(self) -> str:
         """Identity of what is trained on: paths, order, attributes and labels."""
         return self.train.sha256(*(attribute.name for attribute in self.attributes))
-
-
-class AttributeTrainImages(LabelledItems):
-    """Item (epoch, index) -> imgs [3, H, W] uint8, labels [A] int64, problem."""
 
 
 def read_attribute_set(

@@ -8,7 +8,7 @@ import numpy as np
 from datasets.manifest import list_images
 from datasets.matfile import read_cell_strings, read_struct_array
 from datasets.path_list import PathList
-from datasets.tables import PUBLISHED, Labelled, LabelledItems, cell, iterate_table, published_note, split_folder
+from datasets.tables import PUBLISHED, Labelled, cell, iterate_table, published_note, split_folder
 from util.errors import InputError
 
 TRAIN, TEST, ANNOS = "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat", "cars_annos.mat"
@@ -35,10 +35,6 @@ class FgvcData:
     def sha256(self) -> str:
         """Identity of the training images, of all labels and of their names."""
         return self.train.sha256(*self.classes)
-
-
-class FgvcTrainImages(LabelledItems):
-    """Training images: `imgs` [3, H, W] uint8, `labels` int64 scalar."""
 
 
 def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bool = True) -> FgvcData:

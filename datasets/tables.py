@@ -58,7 +58,8 @@ class Labelled:
 
 
 class LabelledItems(TrainItems):
-    """Item -> what `augment` makes of an image: `imgs` [3, H, W] uint8, and more; its labels as int64, by name."""
+    """Item (epoch, index) -> what `augment` makes of an image, `imgs` [3, H, W] uint8 and more; its labels as int64, by
+    name, and the problem, if any."""
 
     def __init__(self, images: Labelled, augment, seed: int):
         super().__init__(images.paths, getattr(augment, "resize", augment.size), seed)

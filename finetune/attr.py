@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from datasets.attr import Attribute, AttributeData, AttributeTrainImages, read_attribute_set
+from datasets.attr import Attribute, AttributeData, read_attribute_set
 from datasets.items import WholeImages
+from datasets.tables import LabelledItems
 from datasets.transforms import PadCropErase
 from description.canonical import slot_of, with_articles
 from engine_finetune import Predictions
@@ -100,9 +101,9 @@ class Attr(Task):
         self.model.attr_vectors.copy_(self.vectors)
         self.rates = torch.tensor(self.config["rates"], dtype=torch.float32, device=self.device)
 
-    def items(self) -> AttributeTrainImages:
+    def items(self) -> LabelledItems:
         augment = PadCropErase(self.args.img_size, erase=0.0)
-        return AttributeTrainImages(self.data.train, augment, self.args.seed)
+        return LabelledItems(self.data.train, augment, self.args.seed)
 
     def model_line(self) -> str:
         model, source = self.model, self.config["text_vectors"]

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datasets.fgvc import FgvcData, FgvcTrainImages, read_fgvc, renumber_classes
+from datasets.fgvc import FgvcData, read_fgvc, renumber_classes
 from datasets.items import CenterCrops
+from datasets.tables import LabelledItems
 from datasets.transforms import CropFlipAugment
 from engine_finetune import Predictions
 from finetune.task import Task
@@ -67,9 +68,9 @@ class Fgvc(Task):
     def model_from(encoder: VisionTransformer, config: dict) -> TransFG:
         return TransFG(encoder, len(config["classes"]), TransFGConfig(**config["fgvc"]))
 
-    def items(self) -> FgvcTrainImages:
+    def items(self) -> LabelledItems:
         augment = CropFlipAugment(self.args.img_size, self.resize, auto_augment=self.args.auto_augment)
-        return FgvcTrainImages(self.data.train, augment, self.args.seed)
+        return LabelledItems(self.data.train, augment, self.args.seed)
 
     def model_line(self) -> str:
         base = self.model.base

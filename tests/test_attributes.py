@@ -12,7 +12,8 @@ import torch
 from layouts import VERI_COLOURS, VERI_TYPES, VERI_WORDS, write_demo_reid
 from torch import nn
 
-from datasets.attr import VERI, Attribute, AttributeTrainImages, read_attribute_set
+from datasets.attr import VERI, Attribute, read_attribute_set
+from datasets.tables import LabelledItems
 from datasets.transforms import PadCropErase
 from demo.reid import plan
 from finetune.attr import orthogonal_vectors, sentence, vectors_of_clip, vectors_of_file
@@ -262,7 +263,7 @@ def test_damaged_tables_stop_with_one_sentence(tmp_path, text, options, message)
 
 def test_training_items_are_a_function_of_seed_epoch_and_index(copy):
     data = read_attribute_set(copy)
-    first, second = (AttributeTrainImages(data.train, PadCropErase((16, 16), erase=0), 3) for _ in range(2))
+    first, second = (LabelledItems(data.train, PadCropErase((16, 16), erase=0), 3) for _ in range(2))
     _ = second[0, 1]
     one, two, later = first[0, 5], second[0, 5], second[1, 5]
     assert torch.equal(one["imgs"], two["imgs"]) and not torch.equal(one["imgs"], later["imgs"])

@@ -12,10 +12,10 @@ from layouts import BOX, CAR_FOLDERS, write_demo_cars, write_mat
 from PIL import Image
 from scipy.io import savemat
 
-from datasets.fgvc import FgvcTrainImages, read_fgvc, renumber_classes
+from datasets.fgvc import read_fgvc, renumber_classes
 from datasets.items import CenterCrops
 from datasets.matfile import read_cell_strings, read_struct_array
-from datasets.tables import PUBLISHED
+from datasets.tables import PUBLISHED, LabelledItems
 from datasets.transforms import CropFlipAugment, auto_augment
 from util.errors import InputError
 
@@ -198,7 +198,7 @@ def test_crops_reach_every_place_and_the_policy_changes_pictures():
 def test_training_items_and_centre_crops(cars, tmp_path):
     folder = shutil.copytree(cars / "transfg", tmp_path / "set")
     data = read_fgvc(folder)
-    items = FgvcTrainImages(data.train, CropFlipAugment((24, 32), (28, 36)), seed=3)
+    items = LabelledItems(data.train, CropFlipAugment((24, 32), (28, 36)), seed=3)
     one = items[4, 5]
     assert torch.equal(one["imgs"], items[4, 5]["imgs"]) and one["labels"] == data.train.labels[5]
     assert not torch.equal(one["imgs"], items[5, 5]["imgs"]) and one["problem"] == ""
