@@ -40,7 +40,7 @@ def train_one_epoch(run: FinetuneRun, args) -> None:
     run.model.train()
 
     def shown(values: dict[str, float]) -> list[str]:
-        return [f"{name} {values[name]:.4f}" for name in task.shown]
+        return [f"{name} {values[name]:.4f}" for name in task.shown if name in values]
 
     with StepWatch(run, args, shown, STEADIER) as watch:
         for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):

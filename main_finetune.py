@@ -9,7 +9,7 @@ One process runs with plain `python main_finetune.py ...`. `--task reid --help` 
 
 import argparse
 
-from finetune.flags import TASKS, add_task_flags, check_args
+from finetune.flags import COMMON, TASKS, add_task_flags, check_args
 from util.cli import Parser, add_run_flags, run_tool
 
 
@@ -24,7 +24,6 @@ if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
 import datetime
-import json
 import time
 from pathlib import Path
 
@@ -45,10 +44,9 @@ from util.run_files import RunFiles, previous_settings, refuse_used_folder
 from util.stop import StopGuard, init_worker
 
 FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAME lets one through
-    "task input_size stride drop_path finetune weights_sha256 pixel_stats quick_gelu images_sha num_classes "
-    "global_batch epochs warmup_epochs lr min_lr_ratio warmup_lr_ratio weight_decay opt layer_decay "
-    "bias_lr_factor head_lr_factor smoothing clip_grad seed text_vectors"
-).split()
+    *"task finetune weights_sha256 images_sha num_classes text_vectors global_batch seed".split(),
+    *(f.name for f in COMMON["encoder"][2:] + COMMON["optimisation"][1:]),  # but --finetune, --model, --batch_size
+)
 
 
 def main(args) -> dict:
@@ -105,7 +103,9 @@ def train(args, device: torch.device) -> dict:
         print(f"{run.output_dir / 'model.pth'} holds the model; scoring it", flush=True)
         writer.close()
     scored = run.task.evaluate()
-    log_evaluation(run, scored)
+    record = {f"test_{name}": value for name, value in scored.items()} | {"epoch": run.epoch - 1}
+    if scored and files.last_record() != record:  # not a second time where a finished run is scored again
+        files.log(record)
     print_main(f"done in {datetime.timedelta(seconds=int(time.time() - started))}")
     return scored
 
@@ -156,16 +156,6 @@ def finish_epoch(run: FinetuneRun, args, writer) -> None:
             run.files.save_epoch(run)
         run.files.save(run)
         print(epoch_line(record, ["loss", *run.task.shown]), flush=True)
-
-
-def log_evaluation(run: FinetuneRun, scored: dict) -> None:
-    """A line of log.txt; not a second one where a finished run is scored again."""
-    if not scored:
-        return
-    record = {f"test_{name}": value for name, value in scored.items()} | {"epoch": run.epoch - 1}
-    log = run.output_dir / "log.txt"
-    if not log.is_file() or json.dumps(record) not in log.read_text().splitlines():
-        run.files.log(record)
 
 
 if __name__ == "__main__":

@@ -85,9 +85,17 @@ class PartsData:
     splits: dict[str, PartsSplit]
     notes: list[str] = field(default_factory=list)
 
-    def sha256(self, split: str) -> str:
-        """Identity of a split: file names and how many pixels have which label."""
-        part = self.splits[split]
+    @property
+    def name(self) -> str:
+        return self.space.name
+
+    @property
+    def train(self) -> PartsSplit:
+        return self.splits["train"]
+
+    def sha256(self) -> str:
+        """Identity of what is trained on: file names and how many pixels have which label."""
+        part = self.train
         digest = hashlib.sha256(part.images.sha256().encode() + part.masks.sha256().encode())
         digest.update(json.dumps(self.space.names).encode() + part.counts.tobytes())
         return digest.hexdigest()

@@ -72,9 +72,7 @@ class Attr(Task):
         if config is None and args.global_batch < 2:
             raise InputError("--batch_size 1: the batch norm of the logits needs 2 images at least")
         if args.smoothing or args.attr_vectors and args.clip_pretrained:
-            raise InputError(
-                "drop --smoothing, and one of --attr_vectors and --clip_pretrained: vectors have one source"
-            )
+            raise InputError("drop --smoothing, or one of --attr_vectors and --clip_pretrained: one source is enough")
         more = {"binary": args.attr_columns, "categorical": args.attr_categories}
         if config is not None:
             more = {"known": AttributeStats.from_config(config).attributes, "need_train": False}

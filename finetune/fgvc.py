@@ -34,16 +34,13 @@ class Fgvc(Task):
     """TransFG on a set with classes."""
 
     kind = "CGD-MAE TransFG"
+    shown = ("ce", "contrastive", "accuracy")
     schedule = staticmethod(warm_cosine_lr)
 
     @property
     def weight(self) -> float:
         """Of the contrastive loss."""
         return self.args.contrastive_weight if self.args.parts == "on" else 0.0
-
-    @property
-    def shown(self) -> tuple[str, ...]:
-        return ("ce", "contrastive", "accuracy") if self.weight else ("ce", "accuracy")
 
     @property
     def resize(self) -> tuple[int, int]:

@@ -1,7 +1,8 @@
 """Re-identification: TransReID and its baseline, trained and scored."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -98,18 +99,16 @@ class Reid(Task):
 
     def report(self, found: dict[str, "TestResult"], numbers: dict, folder: Path, facts: dict) -> list[Path]:
         """One page a test; VehicleID's shows its first draw."""
-        model, files = self.model, []
-        facts |= {"SIE": side_line(model.config), "feature": f"{model.feature_dim} numbers"}
-        for test, result in found.items():
-            if result.protocol.rerank:
+        files = []
+        facts |= {"SIE": side_line(self.model.config), "feature": f"{self.model.feature_dim} numbers"}
+        for test, (protocol, metrics, query, gallery) in found.items():
+            if protocol.rerank:
                 continue
-            query, gallery = result.query, result.gallery
             if gallery is None:
-                kept, asked = draw_gallery(query.images.pids, result.protocol.seed, 0)
+                kept, asked = draw_gallery(query.images.pids, protocol.seed, 0)
                 query, gallery = query.take(asked), query.take(kept)
-            rows = (query.images, query.values, gallery.images, gallery.values)
+            told = ReidTest(protocol, metrics, *query[:2], *gallery[:2], self.data.pid_names)
             files.append(folder / ("report.html" if test == "test" else f"report_{test}.html"))
-            told = ReidTest(result.protocol, result.metrics, *rows, self.data.pid_names)
             write_reid_report(files[-1], facts, told, self.device)
         return files
 
@@ -178,8 +177,7 @@ def renumber_cameras(data: ReidData, config: dict, file: str | Path) -> ReidData
     return replace(data, tests=tests)
 
 
-@dataclass(frozen=True)
-class Features:
+class Features(NamedTuple):
     """Images that could be read, [n, D] float32 of them on the CPU, and of the others `path<tab>reason`."""
 
     images: ReidImages
@@ -190,8 +188,7 @@ class Features:
         return Features(self.images.take(rows), self.values[rows], self.unreadable)
 
 
-@dataclass(frozen=True)
-class TestResult:
+class TestResult(NamedTuple):
     """One test of a set: its protocol, the numbers, and what they were made from."""
 
     protocol: Protocol
@@ -231,7 +228,7 @@ def evaluate_reid(
             if gone:  # then it is another test, and says so
                 protocol = replace(protocol, name=f"{protocol.name}/{gone}-unreadable-left-out")
             for part, cut in (columns or {"": slice(None)}).items():
-                sides = [side and replace(side, values=side.values[:, cut]) for side in found]
+                sides = [side and side._replace(values=side.values[:, cut]) for side in found]
                 rows = [FeatureSet.of(side.values, side.images) for side in sides if side]
                 for ending, used in ("", protocol), (" reranked", replace(protocol, rerank=rerank)):
                     if used.rerank or not ending:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.samplers import EpochBatches, epoch_batches
 from datasets.seg import PartsAugment, PartsData, PartsSplit, PartsTestItems, PartsTrainItems, open_pair, read_parts
 from datasets.seg import shown_to_model as at_size
 from engine_finetune import merged
@@ -60,13 +59,6 @@ class Seg(Task):
             )
         return data
 
-    def data_lines(self) -> list[str]:
-        notes = (f"  {note}" for note in self.data.notes)
-        return [f"data: {self.args.data_path}, label space {self.data.space.name}", *notes]
-
-    def order(self) -> EpochBatches:
-        return epoch_batches(len(self.data.splits["train"]), self.args.batch_size, self.args.seed)
-
     def describe(self, encoder: VisionTransformer) -> dict:
         space, decoder = self.data.space, {"decoder": self.args.decoder, "aux": self.args.aux_weight > 0}
         return {"num_classes": len(space.names), **decoder, "label_space": space.name, "classes": list(space.names)}
@@ -83,11 +75,7 @@ class Seg(Task):
         args, data = self.args, self.data
         fill = tuple(round(255 * value) for value in self.model.base.pixel_mean.flatten().tolist())
         augment = PartsAugment(args.img_size, fill, tuple(args.resize_range), distort=args.distort)
-        return PartsTrainItems(data.splits["train"], data.space, augment, args.seed)
-
-    def facts(self) -> dict:
-        train = {"images": len(self.data.splits["train"]), "images_sha": self.data.sha256("train")}
-        return train | {"num_classes": self.config["num_classes"]}
+        return PartsTrainItems(data.train, data.space, augment, args.seed)
 
     def model_line(self) -> str:
         config, (rows, columns) = self.model.config, self.model.base.grid_size
@@ -110,6 +98,10 @@ class Seg(Task):
             "{} x {} px, by 2/3 of a side, logits averaged; one confusion matrix at the images' sizes, no flips, no "
             "multiple scales)".format(*self.model.base.img_size)
         )
+
+        def percent(value: float) -> str:
+            return "absent" if math.isnan(value) else f"{100 * value:.2f}"
+
         each, flat = list(zip(space.names, numbers.iou.tolist(), numbers.acc.tolist())), dict(numbers.flat)
         lines = [protocol, f"  {'IoU':>7s} {'Acc':>7s}"]
         lines += [f"  {percent(iou):>7s} {percent(acc):>7s}  {name}" for name, iou, acc in each]
@@ -131,10 +123,6 @@ class Seg(Task):
         truth, size = self.data.space.table[mask], model_size(picture.size, self.model.base.img_size)
         answer = predict_mask(self.model, at_size(picture, size).to(self.device), truth.shape, 16)
         return picture, truth, answer.cpu().numpy().astype(np.uint8)
-
-
-def percent(value: float) -> str:
-    return "absent" if math.isnan(value) else f"{100 * value:.2f}"
 
 
 def model_size(size: tuple[int, int], crop: tuple[int, int]) -> tuple[int, int]:

@@ -164,22 +164,20 @@ def task_to_train(args, device: torch.device) -> Task:
 
 def task_to_score(args, device: torch.device) -> Task:
     """What --eval scores: --resume, a model of the task, or --finetune, an encoder as it is."""
-    task, file = task_class(args.task)(args, device), args.resume or args.finetune
-    content = read_checkpoint(file) if args.resume else {}
-    task.config = read_config(file, content) if args.resume else task.alone
-    if args.resume and task.config.get("task") != args.task:
-        is_what = f"a {task.config['kind']}" if task.config.get("task") else "no model of main_finetune.py"
-        raise InputError(f"{file} is {is_what}: give the model.pth of a run with --task {args.task}")
-    task.data = task.read(task.config)
+    task = task_class(args.task)(args, device)
     if args.resume:
-        trained = _trained(file, content, task.config, device)
-        task.model, report = trained.model, trained.report
+        found = load_model(args.resume, device)
+        if found.task != args.task:
+            is_what = f"a {found.config['kind']}" if found.task else "no model of main_finetune.py"
+            raise InputError(f"{args.resume} is {is_what}: give the model.pth of a run with --task {args.task}")
+        task.config, task.data, task.model, report = found.config, task.read(found.config), found.model, found.report
     else:
+        task.config, task.data = task.alone, task.read(task.alone)
         encoder, report = build_encoder(args)
         if read_config(args.finetune, read_checkpoint(args.finetune)).get("task"):
-            raise InputError(f"{file} is a model of main_finetune.py: use --resume {file}")
+            raise InputError(f"{args.finetune} is a model of main_finetune.py: use --resume {args.finetune}")
         task.model = task.model_from(encoder, task.config).to(device)
-    print_main(*task.data_lines(), f"model {file}:\n{report}", task.model_line())
+    print_main(*task.data_lines(), f"model {args.resume or args.finetune}:\n{report}", task.model_line())
     return task
 
 
@@ -203,11 +201,6 @@ def load_model(file: str | Path, device: torch.device | str = "cpu", img_size=No
     own = tuple(config["img_size"])
     if img_size is not None and tuple(img_size) != own:
         raise InputError(f"{file} was trained at {own[0]} x {own[1]} px: leave --input_size out")
-    return _trained(file, content, config, device)
-
-
-def _trained(file: str | Path, content: dict, config: dict, device: torch.device | str) -> Trained:
-    """With its encoder by the config, and the weights of all of it."""
     encoder = VisionTransformer(**{name: config[name] for name in ENCODER_SETTINGS})
     model = task_class(config["task"]).model_from(encoder, config)
     report = load_weights(model, content["model"], file, needed="all")

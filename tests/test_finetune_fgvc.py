@@ -203,7 +203,7 @@ def test_the_help_of_a_task_shows_its_flags_alone(capsys):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--contrastive_weight -1", "--contrastive_weight -1.0: must not be negative"),
+        ("--contrastive_weight -1", "--contrastive_weight -1.0: must be in"),
         ("--contrastive_margin 1", r"--contrastive_margin 1.0: must be in \[-1, 1\)"),
         ("--resize 24", "--resize 24 px leaves no crop of 32 x 32 px: give 32"),
         ("--batch_size 64", "20 training images do not fill one batch of 64"),
