@@ -16,7 +16,7 @@ from torch import nn
 
 from datasets.text_bank import TeacherIdentity, built_in_texts, is_encoded, read_encoded, read_texts
 from datasets.transforms import WholeView
-from util.checkpoint import not_finite, read_checkpoint, weights_sha256
+from util.checkpoint import check_archive, not_finite, read_checkpoint, weights_sha256
 from util.dist import print_main
 from util.errors import InputError
 
@@ -88,7 +88,8 @@ def load_clip(
     """
     name, own, words = _find_config(clip_model)
     weights, tag = _find_weights(name, words, clip_pretrained)
-    content = {} if weights.suffix == ".npz" else read_checkpoint(weights)
+    # big_vision's .npz is left to open_clip
+    content = {"": check_archive(weights)} if weights.suffix == ".npz" else read_checkpoint(weights)
     preprocess, source = _preprocessing(name, own, tag, weights, content)
     preprocess |= {k: v for k, v in {"mean": mean, "std": std, "resize_mode": resize}.items() if v}
     if std and not min(std) > 0:
@@ -238,7 +239,10 @@ def _find_weights(name: str, words: str, clip_pretrained: str) -> tuple[Path, di
         with _explained(f"the weights of --clip_model {words} cannot be had"):
             if words != name:
                 return Path(open_clip.pretrained.download_pretrained_from_hf(words.removeprefix("hf-hub:"))), {}
-            return Path(open_clip.factory._find_checkpoint_in_dir(Path(name.removeprefix("local-dir:")))), {}
+            folder = Path(name.removeprefix("local-dir:"))
+            if found := open_clip.factory._find_checkpoint_in_dir(folder):
+                return Path(found), {}
+            raise InputError(f"{folder} holds no weights beside its {CONFIG}: give them as --clip_pretrained FILE")
     config = open_clip.get_pretrained_cfg(name, clip_pretrained)
     if not config:
         tags = open_clip.list_pretrained_tags_by_model(name)

@@ -26,6 +26,11 @@ FORBIDDEN = (
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 DECODER_KEYS = ("mask_token", "decoder_")
 HEAD_KEYS = ("distill_head.",)
+STORAGES = {  # of TorchScript archives
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
+    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
+}  # fmt: skip
 _NUMPY = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
 PLAIN = [  # that only hold values: MAE's `args`, paths in it, numpy's numbers under the names of its versions 1 and 2
     argparse.Namespace, pathlib.PosixPath, np.dtype, np.ndarray, *{type(np.dtype(c)) for c in np.typecodes["All"]},
@@ -95,23 +100,35 @@ def read_checkpoint(file: str | Path) -> dict:
 def _read(file: Path):
     if file.suffix == ".safetensors":
         return load_file(file)
-    if zipfile.is_zipfile(file):
+    if (program := check_archive(file)) is not None:
         with zipfile.ZipFile(file) as archive:
-            records, size = archive.infolist(), file.stat().st_size
-            unpacked = sum(record.file_size for record in records)
-            if unpacked > 4 * size + (64 << 20):
-                raise InputError(f"{file} of {size:,} bytes unpacks to {unpacked:,}: weights do not, it is refused")
-            for record in (record for record in records if record.CRC):  # torch can write files without
-                with archive.open(record) as opened:
-                    while opened.read(BLOCK_BYTES):  # torch.load does not look; a changed byte can look forbidden
-                        pass
-            if programs := [r.filename for r in records if r.filename.endswith("/constants.pkl")]:
-                return _TorchScript(archive, programs[0].removesuffix("constants.pkl")).content()
+            return _TorchScript(archive, program).content()
     if file.suffix == ".npz":
         with np.load(file, allow_pickle=False) as archive:
             return {name: torch.from_numpy(archive[name]) for name in archive.files}
     with torch.serialization.safe_globals(PLAIN):
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def check_archive(file: Path) -> str | None:
+    """Look at sizes and checksums of a zip file (.pth, .npz), which torch.load does not; no other file is looked at.
+
+    Returns:
+        Of a TorchScript archive the folder inside it, else None.
+    """
+    if not zipfile.is_zipfile(file):
+        return None
+    with zipfile.ZipFile(file) as archive:
+        records, size = archive.infolist(), file.stat().st_size
+        unpacked = sum(record.file_size for record in records)
+        if unpacked > 4 * size + (64 << 20):
+            raise InputError(f"{file} of {size:,} bytes unpacks to {unpacked:,}: weights do not, it is refused")
+        for record in (record for record in records if record.CRC):  # torch can write files without
+            with archive.open(record) as opened:
+                while opened.read(BLOCK_BYTES):  # before loading: a changed byte can look like a forbidden name
+                    pass
+    programs = [record.filename for record in records if record.filename.endswith("/constants.pkl")]
+    return programs[0].removesuffix("constants.pkl") if programs else None
 
 
 class _TorchScript(pickle.Unpickler):
@@ -128,23 +145,18 @@ class _TorchScript(pickle.Unpickler):
         if module.startswith("__torch__"):
             self.classes.add(name)
             return self.Module
-        if module == "torch" and name.endswith("Storage") and isinstance(getattr(torch, name, None), type):
-            return getattr(torch, name)
-        known = {
-            "_rebuild_tensor_v2": self._tensor,
-            "OrderedDict": dict,
-            "build_intlist": list,
-            "build_doublelist": list,
-        }
-        if module in ("torch._utils", "collections", "torch.jit._pickle") and name in known:
-            return known[name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
+        if module == "torch.jit._pickle":  # its lists and their types
+            return lambda value, *_: value
+        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")):
+            return self._tensor if name == "_rebuild_tensor_v2" else dict
         raise pickle.UnpicklingError(f"unsupported global {module}.{name}")
 
     def persistent_load(self, saved):
-        _, kind, key, *_ = saved
-        return torch.frombuffer(
-            bytearray(self.archive.read(f"{self.root}data/{key}")) or bytearray(8), dtype=kind.dtype
-        )
+        _, dtype, key, *_ = saved
+        data = bytearray(self.archive.read(f"{self.root}data/{key}"))
+        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
 
     @staticmethod
     def _tensor(storage, offset, size, stride, *_):
