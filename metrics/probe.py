@@ -76,8 +76,8 @@ def draw_shots(labels: np.ndarray, shots: int, seed: int, draw: int) -> np.ndarr
 
 
 def class_mean_predict(train, train_labels, queries, num_classes: int) -> torch.Tensor:
-    """Cosines with the mean of each class's unit vectors, -inf for classes without an image (nearest class mean;
-    Wang et al., 2019, SimpleShot, arXiv 1911.04623, their L2N without base classes)."""
+    """Cosines with the mean of each class's unit vectors, -inf for classes without an image (SimpleShot's L2N; Wang et
+    al., 2019, arXiv 1911.04623)."""
     train, queries = F.normalize(train.float(), dim=1), F.normalize(queries.float(), dim=1)
     sums = torch.zeros(num_classes, train.shape[1], device=train.device)
     sums.index_add_(0, train_labels, train)

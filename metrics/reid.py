@@ -191,9 +191,7 @@ def rank_blocks(
     for similar in blocks:
         part = slice(start, start + len(similar))
         if similar.shape[1] != len(gallery_pids):
-            raise ValueError(
-                f"{len(similar)} x {similar.shape[1]} similarities, but {len(gallery_pids)} pids of the gallery"
-            )
+            raise ValueError(f"{len(similar)} x {similar.shape[1]} similarities, {len(gallery_pids)} gallery pids")
         owner, same = pairs_of(part)
         good, junk = np.ones(len(same), dtype=bool), []
         if query_camids is not None:
@@ -233,8 +231,8 @@ def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _block_ranks(similar: torch.Tensor, owner: np.ndarray, good: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """[n] int64 ranks of pairs of one block, similar [q, G], query by query, ascending; owner, good: [n] int64 rows,
-    ascending, and columns; counts: [q] int64 pairs of each row."""
+    """[n] int64 ranks of pairs of a block [q, G], query by query, ascending; owner, good: their rows, ascending, and
+    columns; counts: [q] pairs of each row."""
     slots, _ = _ranges(np.zeros_like(counts), counts)
     rows, columns, slots = (torch.from_numpy(ids).to(similar.device) for ids in (owner, good, slots))
     values = similar[rows, columns]

@@ -1,6 +1,7 @@
 """Embeddings of files and what they are worth: extraction, kNN, linear probes, pictures."""
 
 import csv
+import itertools
 import math
 from functools import partial
 from types import SimpleNamespace
@@ -120,10 +121,7 @@ def test_linprobe_on_a_table(run_dir, tmp_path, pictures, monkeypatch):
     lines = [f"{pictures}/{i:04d}.png,{'val' if i % 4 == 0 else 'train'},{'ab'[i % 2]}" for i in range(40)]
     table.write_text("path,split,kind\n" + "\n".join(lines) + "\n")
     flags = f"--checkpoint {run_dir / 'checkpoint-last.pth'} --data_path {table} --label_column kind"
-    flags += " --protocol knn linear --read_out mean cls --num_workers 0 --device cpu"
-    metrics = main_linprobe.main(main_linprobe.get_args_parser().parse_args(flags.split()))
-    for name in ("knn_mean_kind_top1", "knn_cls_kind_top1", "linear_mean_kind_top1", "majority_cls_kind"):
-        assert 0 <= metrics[name] <= 1
+    flags += " --protocol linear --read_out mean cls --num_workers 0 --device cpu"
 
     def answer(train, train_labels, queries, num_classes):  # sure of "a" by 3 to 1; all 10 val rows are "a"
         return torch.tensor([[math.log(3), 0.0]]).expand(len(queries), 2), 0.1
@@ -398,6 +396,12 @@ def test_visualize_and_report(run_dir, tmp_path, pictures):
     words = [str(run_dir), "--data_path", str(table), "--label_column", "kind"]
     report.main(report.get_args_parser().parse_args(words))
     assert (run_dir / "report.html").stat().st_size > 20_000
+    for name, content in itertools.product(("log.txt", "args.json"), (b"[1]\n", b"\xff", b"{\n", b"[" * 99_999, b"7")):
+        whole = (run_dir / name).read_bytes()
+        (run_dir / name).write_bytes(content)
+        with pytest.raises(InputError, match="log.txt or args.json in .* is damaged"):
+            report.main(report.get_args_parser().parse_args(words))
+        (run_dir / name).write_bytes(whole)
 
 
 def test_a_class_token_does_not_keep_the_patches_in_memory(pictures):

@@ -64,11 +64,11 @@ def main(args) -> dict:
         if not (run_dir / name).is_file():
             raise InputError(f"{run_dir / name} does not exist: give the output folder of a finished main_pretrain.py")
     try:
-        log = [json.loads(line) for line in (run_dir / "log.txt").read_text().splitlines()]
-        settings = json.loads((run_dir / "args.json").read_text())
+        log = [dict(json.loads(line)) for line in (run_dir / "log.txt").read_text().splitlines()]
+        settings = dict(json.loads((run_dir / "args.json").read_text()))
         torch.manual_seed(settings["seed"])
         initial = MODELS[settings["model"]](img_size=tuple(settings["img_size"])).eval()  # before the first update
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"log.txt or args.json in {run_dir} is damaged: {error!r}") from error
     knn = {
         "chance": {column: majority_share(table) for column, table in tables.items()},
