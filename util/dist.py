@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from util.errors import InputError
@@ -65,7 +66,11 @@ def init_distributed(device: torch.device, timeout_s: float) -> None:
     on_cuda, timeout, started = device.type == "cuda", timedelta(seconds=timeout_s), time.monotonic()
     backend = "cpu:gloo,cuda:nccl" if on_cuda else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timeout, device_id=device if on_cuda else None)
+        store, rank, world = next(rendezvous("env://", timeout=timeout))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart finds the dead ranks there
+            store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        bound = device if on_cuda else None
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world, device_id=bound)
         dist.monitored_barrier(group=dist.new_group(backend="gloo") if on_cuda else None, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         waited = time.monotonic() - started
