@@ -128,11 +128,13 @@ KILLED = """
 import os, signal, sys
 import engine_pretrain, main_pretrain
 
-at, batches, real = int(sys.argv.pop(1)), [], engine_pretrain.forward_backward
+at, victims = int(sys.argv.pop(1)), sys.argv.pop(1).split(",")  # start and rank
+batches, real = [], engine_pretrain.forward_backward
 
 def forward_backward(*args):
     batches.append(1)
-    if len(batches) == at:
+    start_and_rank = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") + os.environ.get("RANK", "0")
+    if len(batches) == at and start_and_rank in victims:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
 
@@ -152,7 +154,9 @@ def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_pat
     done = run_command(command("main_pretrain.py", *words, processes=processes))
     assert done.returncode == 0, done.stderr
     words = small_flags(pictures, killed, *more, "--resume", "auto")
-    assert run_command(command(str(script), str(at), *words, processes=processes)).returncode == -signal.SIGKILL
+    assert (
+        run_command(command(str(script), str(at), "00,01", *words, processes=processes)).returncode == -signal.SIGKILL
+    )
     done = run_command(command("main_pretrain.py", *words, processes=processes))
     assert done.returncode == 0, done.stderr
     assert f"checkpoint-last.pth at epoch 1, batch {(at - 6) // 2 * 2}" in done.stdout
@@ -163,6 +167,19 @@ def test_resume_after_kill_is_exact(pictures, teacher_files, texts_file, tmp_pat
     for key, state in a["optimizer"]["state"].items():
         assert all(torch.equal(state[k], b["optimizer"]["state"][key][k]) for k in state)
     assert curve(straight) == curve(killed)
+
+
+def test_torchrun_starts_a_killed_rank_again(pictures, tmp_path):
+    """The second start must not look for the first one's ranks."""
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    words = small_flags(pictures, tmp_path / "run", "--no_distill", "--batch_size", "4", "--resume", "auto")
+    launcher = command(str(script), "7", "01", *words, processes=2)
+    launcher.insert(launcher.index(str(script)), "--max-restarts=1")
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(launcher, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "checkpoint-last.pth at epoch 1, batch 1" in done.stdout and len(read_log(tmp_path / "run")) == 2
 
 
 def test_ends_quietly(pictures, tmp_path):
