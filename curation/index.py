@@ -3,6 +3,7 @@
 import csv
 import hashlib
 import io
+import math
 import os
 from collections.abc import Iterable
 from itertools import islice
@@ -122,8 +123,8 @@ def parse_box(text: str, width: int, height: int, margin: float) -> tuple[int, i
         ValueError: not four numbers, or nothing of the box lies in the picture.
     """
     numbers = [float(part) for part in text.replace(",", " ").replace(";", " ").strip("[]() ").split()]
-    if len(numbers) != 4:
-        raise ValueError(f"the box '{text}' has {len(numbers)} numbers, not left upper right lower")
+    if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
+        raise ValueError(f"the box '{text}' is not four numbers, left upper right lower")
     left, upper, right, lower = numbers
     grow_x, grow_y = margin * (right - left), margin * (lower - upper)
     left, upper = max(0, round(left - grow_x)), max(0, round(upper - grow_y))

@@ -4,6 +4,8 @@ import contextlib
 import csv
 import json
 import os
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,8 +18,9 @@ from PIL import Image, ImageFilter
 
 import main_curate
 from curation.copies import Aligner, CopyFinder, as_pairs, once, stars
+from curation.filters import read_prompts
 from curation.hierarchy import build_tree, plan_levels
-from curation.index import Index, parse_box, perceptual_hash, read_rows, sharpness
+from curation.index import Index, measure_image, parse_box, perceptual_hash, read_rows, sharpness
 from curation.rows import Embedded, Rows
 from curation.sample import judge, sample_tree
 from curation.sources import open_sources
@@ -469,3 +472,62 @@ def test_hash_and_sharpness_measure_what_they_say(pool):
     values = np.asarray(image, dtype=np.float32)
     blurred = np.asarray(image.filter(ImageFilter.GaussianBlur(4)), dtype=np.float32)
     assert sharpness(blurred) < 0.3 * sharpness(values)
+
+
+def test_damaged_files_are_made_again(pool, teacher_files, curated, tmp_path, capsys):
+    """A flipped byte, a cut file, a removed one: the stage that made it is done again, and the list is the same."""
+    output = Path(shutil.copytree(curated[0], tmp_path / "out"))
+    (tree,) = (output / "clusters").glob("*/all")
+    names = ["index.csv", "thumbnails.npy", "leaks.npz", "embeddings.npy", "selection.npy", "stages/embed.json"]
+    for number, file in enumerate([output / name for name in names] + [tree / "parents1.npy"]):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 64
+        file.write_bytes(b"" if number == 6 else b"[" * 9000 if number == 5 else data if number % 2 else data[:-9])
+        curate(flags(pool, teacher_files, output))
+        said = capsys.readouterr().out
+        assert "done again, for its files have changed or are gone" in said, file
+        assert (output / "manifest.csv").read_bytes() == (curated[0] / "manifest.csv").read_bytes()
+    step = next(tree.glob("level1_step01.npz"))
+    step.write_bytes(step.read_bytes()[:-50])
+    (output / "stages" / "cluster.json").unlink()
+    curate(flags(pool, teacher_files, output))
+    assert "level1_step01.npz is damaged" in capsys.readouterr().out
+    assert (output / "manifest.csv").read_bytes() == (curated[0] / "manifest.csv").read_bytes()
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", "<b>x", "line\nbreak", "..", "ä" * 300, "\udcff", "/etc", "-rf"])
+def test_names_of_pools_are_safe(pool, name, capsys):
+    (source,) = open_sources([f"{name}={pool}/photos"], [], COLUMNS).sources
+    assert re.fullmatch(r"[\w+][\w.+ -]{0,59}", source.name) and len(source.name.encode()) < 255
+    assert f"it is called {source.name} here" in capsys.readouterr().out
+    (plain,) = open_sources([f"street cars-2.0={pool}/photos"], [], COLUMNS).sources
+    assert plain.name == "street cars-2.0"
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, '{"vehicle": ' + "9" * 5000, "[]", '{"vehicle": "car", "other": ["x"]}',
+    '{"vehicle": [], "other": ["x"]}',
+    '{"vehicle": ["\\\\ud800"], "other": ["x"]}', '{"vehicle": [1], "other": ["x"]}', b"\xff\xfe",
+])  # fmt: skip
+def test_odd_prompts_get_a_sentence(text, tmp_path):
+    (tmp_path / "p.json").write_bytes(text if isinstance(text, bytes) else text.replace("\\\\u", "\\u").encode())
+    with pytest.raises(InputError, match=r"p\.json is .*vehicle"):
+        read_prompts(tmp_path / "p.json")
+
+
+def test_odd_manifests_get_a_sentence_and_odd_boxes_are_listed(pool, tmp_path):
+    """Every line is a table by itself: a sentence, or rows that are read or listed as unreadable."""
+    path = json.dumps(str(next((pool / "photos").rglob("*.jpg"))))
+    lines = [
+        f'{{"path": {path}, "box": {box}}}'
+        for box in ('"nan nan nan nan"', '"1e999 0 5 5"', "[[[1]]]", "{}", "-1", '"٣ 0 50 50"')
+    ]
+    lines += [f'{{"path": {path}, "pid": "\\ud800"}}', '{"path": "\\ud800.jpg"}', '{"path": "a\\u0000b"}', "[" * 9000]
+    for line in lines:
+        (tmp_path / "m.jsonl").write_text(line)
+        try:
+            images = open_sources([f"a={tmp_path}/m.jsonl"], [], COLUMNS)
+        except InputError:
+            continue
+        row, _ = measure_image(images, 0, 0.05)
+        assert len(row) == 16 and "Traceback" not in row[-1]
