@@ -41,9 +41,6 @@ def canonical_row(raw: dict[str, str], unknown: Counter | None = None) -> dict[s
     """
     unknown = Counter() if unknown is None else unknown
     values = {slot: " ".join(str(value).split()) for slot, value in raw.items() if value is not None}
-    values = {
-        slot: value.encode("utf-8", "replace").decode() for slot, value in values.items()
-    }  # JSON's lone surrogates
     if "class_name" in values:
         parsed = split_class_name(values.pop("class_name"))
         values = parsed | {slot: value for slot, value in values.items() if not _is_missing(value)}

@@ -20,7 +20,7 @@ from conftest import CLIP_CONFIG, ROOT, parse, read_log, small_flags, write_pict
 import main_describe
 import main_pretrain
 from datasets.path_list import printable
-from datasets.text_bank import read_encoded
+from datasets.text_bank import hash_bank, read_encoded, save_bank
 from description.canonical import canonical_row, split_class_name, with_articles
 from description.grounding import bank_statistics, ground, near_duplicates
 from description.readers import read_attributes
@@ -501,3 +501,89 @@ def test_banks_of_other_encodings_are_refused(teacher_files, tmp_path):
 
 def test_names_that_are_not_utf8_can_be_printed():
     assert printable(os.fsdecode(b"v\xe9.jpg")) == "v\\xe9.jpg" and printable("\u00e9.jpg") == "\u00e9.jpg"
+
+
+def test_damaged_embeddings_are_made_again(made, tmp_path, capsys):
+    """A flipped byte, a cut file, NaN: said, encoded again, and the same bank comes out."""
+    folder = Path(shutil.copytree(made[1], tmp_path / "out"))
+    (texts,), (images,) = ((folder / "embeddings").glob(name) for name in ("texts-*.safetensors", "images-*.npy"))
+    for file, damage in (
+        (texts, "flip"),
+        (texts, "cut"),
+        (images, "flip"),
+        (images, "nan"),
+        (images.with_suffix(".json"), "cut"),
+    ):
+        data = bytearray(file.read_bytes())
+        if damage == "nan":
+            np.save(file, np.full_like(np.load(file), np.nan))
+        else:
+            data[-3] ^= 64
+            file.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+        run_describe(made[0], folder)
+        assert "again" in capsys.readouterr().out, (file, damage)
+        assert (folder / "bank.npy").read_bytes() == (made[1] / "bank.npy").read_bytes()
+
+
+def test_a_bank_of_nan_is_refused(made, teacher_files, tmp_path, monkeypatch):
+    identity = load_clip(*map(str, teacher_files))[2]
+    for bad in (float("nan"), 0.0, 3.0):
+        bank = F.normalize(torch.randn(3, identity.embed_dim), dim=1)
+        bank[1] *= bad
+        with pytest.raises(InputError, match="1 of 3 rows are no unit vectors, first 1"):
+            save_bank(tmp_path / "bank.safetensors", bank, ["a", "b", "c"], identity)
+        folder = Path(shutil.copytree(made[1], tmp_path / f"bank{bad}"))
+        bank, about = np.load(folder / "bank.npy"), json.loads((folder / "bank.json").read_text())
+        bank[0] *= bad
+        np.save(folder / "bank.npy", bank)
+        write(folder / "bank.json", json.dumps(about | {"bank_sha256": hash_bank(torch.from_numpy(bank))}))
+        with pytest.raises(InputError, match="no unit vectors"):
+            read_encoded(folder, identity)
+    monkeypatch.setattr("description.bank.encode_texts", lambda *a: encode_texts(*a) * float("nan"))
+    with pytest.raises(InputError, match="no unit vectors"):
+        run_describe(made[0], tmp_path / "nan")
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 100_000, '{"templates": ' + "9" * 5000, "[]",
+    '{"templates": "a {make}"}', '{"templates": [1]}', '{"templates": []}',
+    '{"templates": [{"phrase": ["a {make}"]}]}', '{"templates": ["a {make}"], "words": {"part": "sun roof"}}',
+    '{"templates": ["a {make}"], "wordings": "x"}', '{"templates": ["a {make}"], "contradictions": ["x"]}',
+    '{"templates": ["a {make} \\ud800"]}', '{"templates": [{"phrase": "a {make}", "unless": 3}]}',
+])  # fmt: skip
+def test_odd_templates_get_a_sentence(text, tmp_path):
+    with pytest.raises(InputError, match=r"t\.json is .*description/templates.json"):
+        read_templates(write(tmp_path / "t.json", text))
+
+
+def test_odd_attributes_get_a_sentence_or_are_read(made, tmp_path):
+    """Each line is a table by itself."""
+    lines = [
+        "[" * 9000,
+        '{"make": ' + "9" * 5000 + "}",
+        '{"make": {"a": [1]}}',
+        '{"": "x", "make": true}',
+        "7",
+        '{"make": NaN}',
+    ]
+    for line in lines:
+        with contextlib.suppress(InputError):
+            read_all(write(tmp_path / "t.jsonl", line))
+    table = write(tmp_path / "t.jsonl", '{"make": "a{b", "body": "suv"}\n{"make": "x\\n{body}", "body": "bus"}')
+    flags = without_images(made[0]).split("--attributes")[1].split(maxsplit=1)[1]
+    numbers = run_describe(f"--attributes {table} --rows_only {flags}", tmp_path / "o")
+    assert numbers["kept"] >= 2 and all(row["text"].encode() for row in lines_of(tmp_path / "o" / "texts.jsonl"))
+
+
+def test_everything_is_looked_at_before_the_teacher_is_loaded(made, tmp_path, monkeypatch):
+    monkeypatch.setattr("main_describe.load_teacher", lambda _: pytest.fail("the teacher was loaded"))
+    for more in (
+        "--images no",
+        "--images . --n_min 99",
+        "--templates no.json",
+        "--device x",
+        "--column a=b",
+        "--split no",
+    ):
+        with pytest.raises(InputError):
+            run_describe(f"{made[0]} {more}", tmp_path / "o")
