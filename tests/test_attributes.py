@@ -305,7 +305,7 @@ def test_random_vectors_are_orthogonal_and_a_function_of_the_seed():
 def test_vectors_of_the_teachers_text_tower(teacher_files):
     sentences = ["a photo of a red vehicle.", "a photo of an SUV."]
     vectors, source = vectors_of_clip(*map(str, teacher_files), sentences)
-    clip, tokenizer, identity = load_clip(*map(str, teacher_files), [0.5], [0.5])
+    clip, tokenizer, identity = load_clip(*map(str, teacher_files), [0.5] * 3, [0.5] * 3)
     assert torch.equal(vectors, encode_texts(clip, tokenizer, sentences)) and vectors.shape == (2, 24)
     assert torch.allclose(vectors.norm(dim=1), torch.ones(2))
     assert source == f"text tower of MiniClip-test, weights {identity.weights_sha256[:16]}"
