@@ -1,6 +1,5 @@
 """Work that processes share: pools with results in order, jobs cut into parts, folders that belong to one job."""
 
-import json
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +9,8 @@ from pathlib import Path
 
 from util.dist import barrier, get_rank, get_world_size, is_main_process, wait_for_main
 from util.errors import InputError
-from util.files import write_json
+from util.files import read_json, write_json
+from util.precision import usable_cores
 from util.stop import init_worker
 
 CHUNK = 64  # items a worker takes at a time
@@ -57,16 +57,10 @@ def claim(file: Path, header: dict, what: str) -> bool:
         if is_main_process():
             write_json(file, header)
         return True
-    try:
-        old = dict(json.loads(file.read_text()))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise InputError(f"{file} is damaged ({error}): remove {file.parent} and start again") from error
-    different = [key for key in header if old.get(key) != header[key]]
-    if different:
-        names = ", ".join(different)
-        raise InputError(
-            f"{file.parent} holds another {what} (its {names} differ): remove it, or take another --output"
-        )
+    old = read_json(file, f"remove {file.parent} and start again")
+    if different := ", ".join(key for key in header if old.get(key) != header[key]):
+        words = f"holds another {what} (its {different} differ)"
+        raise InputError(f"{file.parent} {words}: remove it, or take another --output")
     return False
 
 
@@ -109,4 +103,4 @@ class Parts:
 def default_workers() -> int:
     """Data processes of a rank: one for each of its cores, at most 10."""
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return min(10, max(1, (os.cpu_count() or 1) // local))
+    return min(10, max(1, int(usable_cores()) // local))

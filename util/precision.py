@@ -55,16 +55,21 @@ def machine_facts(dtype: torch.dtype | None) -> dict:
     return {"precision": str(dtype or torch.float32).removeprefix("torch."), "threads": torch.get_num_threads()}
 
 
-def free_cores() -> float:
-    """Cores that this process may use and that nobody uses now."""
+def usable_cores() -> float:
+    """Cores that this process may use."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with contextlib.suppress(OSError, ValueError):  # a container's share: "150000 100000" is one and a half
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
         cores = min(cores, int(quota) / int(period))
+    return cores
+
+
+def free_cores() -> float:
+    """Those of them that nobody uses now."""
     busy = [0]
     with contextlib.suppress(OSError, ValueError, IndexError):  # running now: the averages remember what has ended
         busy = sorted(_running() for _ in range(7))
-    return cores - busy[len(busy) // 2]
+    return usable_cores() - busy[len(busy) // 2]
 
 
 def _running() -> int:
