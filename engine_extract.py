@@ -1,5 +1,6 @@
 """Images through a frozen encoder: embeddings in input order, in memory or as a resumable file."""
 
+import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from util.dist import is_main_process
 from util.files import read_array, read_json, write_atomic, write_json
 from util.parallel import Parts
 from util.progress import Progress
-from util.stop import init_worker
+from util.stop import init_worker, run_lock
 
 PART_IMAGES = 4096
 Encode = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
@@ -67,28 +68,31 @@ def extract_to_file(
         (shape, {index: problem}) on rank 0, None elsewhere.
     """
     folder = output.with_name(output.name + ".parts")
-    parts = Parts(folder, job, "unfinished extraction", len(images), PART_IMAGES, ".npy")
-    progress = Progress("images", parts.items_to_do(), shown=is_main_process())
-    for start in parts.todo:
-        chosen = WholeImages(images.paths, images.indices[start : parts.stop(start)], images.size, images.boxes)
-        features, problems = extract_features(lambda imgs, _: {"": encode(imgs)}, chosen, device, progress, **loading)
-        values = features[""].astype(dtype)
-        write_json(parts.file(start).with_suffix(".json"), problems)
-        write_atomic(parts.file(start), lambda opened, v=values: np.save(opened, v))
-    progress.close()
-    if not parts.complete():
-        return None
-    again = f"remove {folder} and run the same command again"
-    first = read_array(parts.file(0), again)
-    shape = (parts.total, *first.shape[1:])
-    about = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
+    with run_lock(folder) if is_main_process() else contextlib.nullcontext():
+        parts = Parts(folder, job, "unfinished extraction", len(images), PART_IMAGES, ".npy")
+        progress = Progress("images", parts.items_to_do(), shown=is_main_process())
+        for start in parts.todo:
+            chosen = WholeImages(images.paths, images.indices[start : parts.stop(start)], images.size, images.boxes)
+            features, problems = extract_features(
+                lambda imgs, _: {"": encode(imgs)}, chosen, device, progress, **loading
+            )
+            values = features[""].astype(dtype)
+            write_json(parts.file(start).with_suffix(".json"), problems)
+            write_atomic(parts.file(start), lambda opened, v=values: np.save(opened, v))
+        progress.close()
+        if not parts.complete():
+            return None
+        again = f"remove {folder} and run the same command again"
+        first = read_array(parts.file(0), again)
+        shape = (parts.total, *first.shape[1:])
+        about = {"descr": np.lib.format.dtype_to_descr(first.dtype), "fortran_order": False, "shape": shape}
 
-    def join(opened) -> None:  # in order: a memory map would end in SIGBUS where the disk is full
-        np.lib.format.write_array_header_1_0(opened, about)
-        for start in parts.starts:
-            opened.write(read_array(parts.file(start), again).tobytes())
+        def join(opened) -> None:  # in order: a memory map would end in SIGBUS where the disk is full
+            np.lib.format.write_array_header_1_0(opened, about)
+            for start in parts.starts:
+                opened.write(read_array(parts.file(start), again).tobytes())
 
-    write_atomic(output.with_name(output.name + ".npy"), join)
-    bad = [read_json(parts.file(start).with_suffix(".json"), again) for start in parts.starts]
-    parts.remove()
-    return shape, {int(index): problem for part in bad for index, problem in part.items()}
+        write_atomic(output.with_name(output.name + ".npy"), join)
+        bad = [read_json(parts.file(start).with_suffix(".json"), again) for start in parts.starts]
+        parts.remove()
+        return shape, {int(index): problem for part in bad for index, problem in part.items()}

@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, features
 
-from util.errors import AWAY, InputError
+from util.errors import AWAY
 
 # what is decoded, whatever a file is called; Pillow's other decoders are old, rarely tested, or start programs
 FORMATS = ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", *(["AVIF"] if features.check("avif") else [])]
@@ -38,34 +38,26 @@ class Outage:
     folders: set[str] = set()  # in which a file was read
     since: float | None = None
 
-    def wait(self, file: str | Path, error: OSError) -> bool:
-        """Whether to try again, after a pause."""
-        folder = os.path.dirname(os.fspath(file))
+    def wait(self, folder: str, error: OSError) -> bool:
+        """Whether to try again, after a pause; raises `Unreadable` where the folder does not answer for `PATIENCE`."""
         is_away = error.errno == errno.ENOENT and folder in self.folders and not os.path.isdir(folder)
         if error.errno in LASTING and not is_away:
             return False
         self.since = self.since or time.monotonic()
-        if time.monotonic() - self.since > PATIENCE:
-            if os.path.isdir(folder):  # only this file cannot be read: a bad sector
-                return False
-            raise Unreadable(f"{AWAY}: {error.strerror}") from error
-        time.sleep(0.2)
-        return True
-
-    def is_over(self, file: str | Path) -> None:
-        self.folders.add(os.path.dirname(os.fspath(file)))
-        self.since = None
+        if time.monotonic() - self.since < PATIENCE:
+            time.sleep(0.2)
+            return True
+        if os.path.isdir(folder):  # only this file cannot be read: a bad sector
+            return False
+        raise Unreadable(f"{AWAY}: {error.strerror}") from error
 
 
 outage = Outage()
 
 
 def read_bytes(file: str | Path) -> bytes:
-    """A regular file, whole; errors of the file system are waited for, up to `PATIENCE` in all.
-
-    Raises:
-        Unreadable: it cannot be read, is no regular file, or too large.
-    """
+    """A regular file, whole; raises `Unreadable`. Errors of the file system are waited for."""
+    folder = os.path.dirname(os.fspath(file))
     while True:
         try:
             found = os.stat(file)
@@ -73,15 +65,16 @@ def read_bytes(file: str | Path) -> bytes:
                 raise Unreadable(f"no regular file, or larger than {MAX_BYTES:,} bytes")
             with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:
                 data = opened.read()
-            outage.is_over(file)
+            outage.folders.add(folder)
+            outage.since = None
             return data
+        except Unreadable:
+            raise
         except OSError as error:
-            if not outage.wait(file, error):
+            if not outage.wait(folder, error):
                 raise Unreadable(f"{type(error).__name__}: {error.strerror}") from error
-        except ValueError as error:  # a zero byte or a lone surrogate in the name
-            raise (
-                error if isinstance(error, Unreadable) else Unreadable(f"no file has such a name ({error})")
-            ) from error
+        except ValueError as error:  # a zero byte or a lone surrogate
+            raise Unreadable(f"no file has such a name ({error})") from error
 
 
 @contextlib.contextmanager
@@ -145,14 +138,6 @@ def open_reduced(
 def is_turned(image: Image.Image) -> bool:
     """Whether EXIF asks for a rotation or mirroring before display."""
     return ("exif" in image.info or image.format != "JPEG") and image.getexif().get(EXIF_ORIENTATION, 1) != 1
-
-
-def open_given(file: str | Path, flag: str) -> Image.Image:
-    """`open_rgb` of a picture that a flag names; InputError where it cannot be read."""
-    try:
-        return open_rgb(file)
-    except Unreadable as error:
-        raise InputError(f"{flag} {file} cannot be read: {error}") from error
 
 
 @decoding()

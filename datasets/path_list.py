@@ -49,9 +49,6 @@ class PathList:
     def __getitem__(self, index: int) -> Path:
         return self.root / self.relative(index)
 
-    def named(self, index: int) -> tuple[str, Path]:
-        return self.relative(index), self[index]
-
     def sha256(self) -> str:
         """Identity of the list: the relative paths and their order, not the root."""
         digest = hashlib.sha256(self.ends.tobytes())

@@ -54,6 +54,12 @@ class EpochBatches(Batches):
 
     def __init__(self, num_images: int, batch_size: int, rank: int, world: int, seed: int):
         self.num_images = num_images
+        if num_images < batch_size * world:
+            flags = f"--batch_size {batch_size} x {world} processes"
+            raise InputError(
+                f"{num_images} training images do not fill one batch of {batch_size * world} ({flags}): lower "
+                f"--batch_size to at most {max(num_images // world, 1)}"
+            )
         super().__init__(batch_size, rank, world, seed)
 
     def draw(self, epoch: int) -> np.ndarray:
@@ -62,14 +68,8 @@ class EpochBatches(Batches):
 
 
 def epoch_batches(num_images: int, batch_size: int, seed: int) -> EpochBatches:
-    """This rank's `EpochBatches`; InputError where the images do not fill one batch of all ranks."""
-    world = get_world_size()
-    if num_images < batch_size * world:
-        raise InputError(
-            f"{num_images} training images do not fill one batch of {batch_size * world} (--batch_size "
-            f"{batch_size} x {world} processes): lower --batch_size to at most {max(num_images // world, 1)}"
-        )
-    return EpochBatches(num_images, batch_size, get_rank(), world, seed)
+    """Those of this rank."""
+    return EpochBatches(num_images, batch_size, get_rank(), get_world_size(), seed)
 
 
 class PKBatches(Batches):

@@ -49,16 +49,8 @@ from functools import partial
 import numpy as np
 from PIL import Image
 
-from datasets.images import (
-    IMAGE_ENDINGS,
-    MAX_BYTES,
-    Unreadable,
-    decoding,
-    is_turned,
-    open_image,
-    open_reduced,
-    read_bytes,
-)
+from datasets import images
+from datasets.images import IMAGE_ENDINGS, Unreadable
 from datasets.manifest import list_images
 from datasets.path_list import PACK_HEADER, PathList, printable, shard_file
 from datasets.transforms import jpeg_reduction
@@ -98,7 +90,9 @@ def read_source(args) -> tuple[list[Callable[[], Iterator[tuple[str, Path | byte
     if not (args.data_path.endswith((".tar", ".tar}")) or "::" in args.data_path or args.data_path.startswith("pipe:")):
         paths, step = list_images(args.data_path, args.split), args.shard_images
         chunks = [range(first, min(first + step, len(paths))) for first in range(0, len(paths), step)]
-        return [partial(map, paths.named, chunk) for chunk in chunks], f"{paths.sha256()} / {step}"
+        return [
+            lambda c=chunk: ((paths.relative(i), paths[i]) for i in c) for chunk in chunks
+        ], f"{paths.sha256()} / {step}"
     from webdataset.shardlists import expand_urls  # here and not above: most sets are folders
 
     urls = expand_urls(args.data_path)
@@ -110,11 +104,7 @@ def read_source(args) -> tuple[list[Callable[[], Iterator[tuple[str, Path | byte
 
 
 def read_tar(url: str) -> Iterator[tuple[str, bytes]]:
-    """(shard/name, encoded image) of every sample that has an image.
-
-    Raises:
-        InputError: the shard cannot be opened, ends early, or holds no image.
-    """
+    """(shard/name, encoded image) of every sample that has an image."""
     import webdataset
 
     stem, found, others = url.rsplit("/", 1)[-1].removesuffix(".tar"), 0, Counter()
@@ -158,7 +148,7 @@ def images_of_samples(archive: tarfile.TarFile, others: Counter) -> Iterator[tup
 
     def is_image(member: tarfile.TarInfo) -> bool:
         name = member.name.rsplit("/", 1)[-1].lower()
-        return member.isfile() and member.size <= MAX_BYTES and name[0] != "." and name.endswith(IMAGE_ENDINGS)
+        return member.isfile() and member.size <= images.MAX_BYTES and name[0] != "." and name.endswith(IMAGE_ENDINGS)
 
     def key(member: tarfile.TarInfo) -> str:
         folder, _, name = member.name.rpartition("/")
@@ -180,7 +170,7 @@ def encode_chunk(chunk, short_side: int, quality: int) -> list[tuple[str, bytes,
     rows = []
     for name, source in chunk:
         try:
-            data = read_bytes(source) if isinstance(source, Path) else source
+            data = images.read_bytes(source) if isinstance(source, Path) else source
             rows.append((name, *encode_image(data, short_side, quality)))
         except Unreadable as error:
             rows.append((name, b"", str(error)))
@@ -189,24 +179,22 @@ def encode_chunk(chunk, short_side: int, quality: int) -> list[tuple[str, bytes,
 
 def encode_image(data: bytes, short_side: int, quality: int) -> tuple[bytes, str]:
     """Encoded image -> (upright RGB or grey JPEG with at most `short_side` px on its shorter side, how)."""
-    image = open_image(io.BytesIO(data), decode=False)
-    with decoding():
-        if (
-            image.format == "JPEG"
-            and min(image.size) <= short_side
-            and image.mode in ("RGB", "L")
-            and not is_turned(image)
-        ):
+    image = images.open_image(io.BytesIO(data), decode=False)
+    with images.decoding():
+        is_plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not images.is_turned(image)
+        if is_plain and min(image.size) <= short_side:
             image.load()  # a truncated file must not get into the set
             return data, "copied"
     smallest = (short_side, short_side)
-    image, _ = open_reduced(io.BytesIO(data), lambda *full: jpeg_reduction((0, 0, *full), smallest, oversampling=2))
+    image, _ = images.open_reduced(
+        io.BytesIO(data), lambda *full: jpeg_reduction((0, 0, *full), smallest, oversampling=2)
+    )
     scale = short_side / min(image.size)
     if scale < 1:
         size = tuple(max(round(side * scale), 1) for side in image.size)
         image = image.resize(size, Image.Resampling.BICUBIC)
     encoded = io.BytesIO()
-    with decoding():  # a JPEG has at most 65,535 px a side
+    with images.decoding():  # a JPEG has at most 65,535 px a side
         image.save(encoded, "JPEG", quality=quality)
     return encoded.getvalue(), "encoded"
 
