@@ -26,13 +26,8 @@ OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")  # numbers b
 
 
 class FrozenTeacher(nn.Module):
-    """The image side of a CLIP model; never trained, never in a checkpoint.
-
-    Args:
-        clip: an open_clip model.
-        identity: who it is.
-        dtype: dtype of weights and activations; the embeddings come out as float32.
-    """
+    """The image side of an open_clip model; never trained, never in a checkpoint. `dtype`: of weights and activations;
+    the embeddings come out as float32."""
 
     def __init__(self, clip: nn.Module, identity: TeacherIdentity, dtype: torch.dtype):
         super().__init__()
@@ -83,8 +78,6 @@ def load_clip(
         resize: how whole pictures are brought to its size (`WholeView`), default as its own preprocessing does.
     Returns:
         (model, tokenizer, identity).
-    Raises:
-        InputError: unknown name or tag, missing file, weights that do not fit, pixels of unknown statistics.
     """
     name, own, words = _find_config(clip_model)
     weights, tag = _find_weights(name, words, clip_pretrained)
@@ -122,11 +115,7 @@ def load_clip(
 
 
 def check_tokens(tokenizer, texts: list[str], context_length: int) -> int:
-    """The longest text in tokens, with its start and end; the tokenizer alone would cut longer ones without a word.
-
-    Raises:
-        InputError: names the first text that does not fit and its tokens.
-    """
+    """The longest text in tokens, with its start and end; InputError where one would be cut without a word."""
     if hasattr(tokenizer, "encode"):  # open_clip's own
         counts = [len(tokenizer.encode(text)) + 2 for text in texts]
     else:
@@ -152,16 +141,11 @@ def encode_texts(clip: nn.Module, tokenizer, texts: list[str], batch_size: int =
 
 
 def build_bank(text_bank: str | None, clip, tokenizer, identity: TeacherIdentity):
-    """The bank U of the distillation.
+    """The bank U of the distillation: of texts (.txt, .jsonl, None: the built-in vocabulary), or encoded already
+    (.safetensors, a folder of main_describe.py).
 
-    Args:
-        text_bank: .txt or .jsonl of texts, an encoded bank (.safetensors, or a folder of
-            main_describe.py), or None for the built-in vehicle vocabulary.
-        clip, tokenizer, identity: the teacher; only used to encode where the file is not encoded.
     Returns:
         (embeddings [T, D_t] float32 CPU unit rows, texts, one line that says what it is).
-    Raises:
-        InputError: no such file, too few texts, or a bank that is damaged or that another teacher made.
     """
     if text_bank is None:
         texts, source = built_in_texts(), "built-in vehicle vocabulary"

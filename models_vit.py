@@ -46,11 +46,7 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, grad_checkpoint: bool) ->
 
 
 def patch_grid(img_size: tuple[int, int], patch_size: int, stride: int | None = None) -> tuple[int, int]:
-    """(rows, columns) of patches that begin every `stride` px, by default one beside the other.
-
-    Raises:
-        InputError: there is none, or they do not overlap and do not cover the image.
-    """
+    """(rows, columns) of patches that begin every `stride` px, by default one beside the other."""
     height, width = img_size
     if stride in (None, patch_size):
         for side, name in ((height, "height"), (width, "width")):
@@ -310,11 +306,8 @@ def encoder_from(
 
 def _source_grid(config: dict, patches: int, patch: int, asked: tuple | None, stride: int | None, file) -> tuple:
     """((H, W) in px, (rows, columns)) that a position table was made for: what the file's config says, the grid that
-    was asked for if it has as many patches, or a square; never one of several that fit.
-
-    Raises:
-        InputError: none fits, or both a square and the grid without overlap of the pixels that were asked for.
-    """
+    was asked for if it has as many patches, or a square; InputError where none fits, or both a square and the grid
+    without overlap of the pixels that were asked for."""
     if size := config.get("img_size"):
         return tuple(size), patch_grid(tuple(size), patch, config.get("stride"))
     side = round(patches**0.5)

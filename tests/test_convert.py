@@ -447,7 +447,7 @@ def test_what_else_is_refused(tmp_path, full, encoder_file, state, mae):
     with pytest.raises(InputError, match="lacks norm.weight, which would be made up"):
         convert(tmp_path / "part.pth", "timm", tmp_path / "t.pth")
     torch.save({"model": state | {"cls_token": state["cls_token"] * float("nan")}}, tmp_path / "nan.pth")
-    with pytest.raises(InputError, match="numbers in cls_token that are not finite"):
+    with pytest.raises(InputError, match="not finite in 1 tensors, first cls_token"):
         convert(tmp_path / "nan.pth", "timm", tmp_path / "t.pth")
     torch.save({"model": state | {"mask_token": torch.zeros(1, 1, 192)}}, tmp_path / "ibot.pth")
     assert convert(tmp_path / "ibot.pth", "mae", tmp_path / "m.pth")["tensors"] == 150
@@ -462,9 +462,6 @@ def test_a_file_that_reads_back_otherwise_is_an_error(tmp_path, encoder_file, mo
         patch.setattr("tools.convert.write_torch", bad_disk)
         with pytest.raises(InputError, match="1 of them changed .first blocks.4.norm1.bias"):
             convert(encoder_file, "mae", tmp_path / "m.pth")
-    monkeypatch.setattr("tools.convert.FEATURE_TOLERANCE", -1)
-    with pytest.raises(InputError, match="gives other features"):
-        convert(encoder_file, "mae", tmp_path / "m.pth")
 
 
 def test_what_is_written_is_float32_and_plain(tmp_path, state):

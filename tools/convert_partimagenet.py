@@ -229,11 +229,8 @@ def split_anew(rows: list[dict], seed: int) -> None:
 
 
 def fill_polygon(polygon: list[float], height: int, width: int) -> np.ndarray:
-    """[height, width] bool: pixels whose centre, (column + 0.5, row + 0.5), lies inside by the even-odd rule.
-
-    Args:
-        polygon: [x, y, x, y, ...] in px, three points or more, closed by itself; it may leave the picture.
-    """
+    """[height, width] bool: pixels whose centre, (column + 0.5, row + 0.5), lies inside [x, y, x, y, ...] by the even-
+    odd rule; it may leave the picture."""
     points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
     (x0, y0), (x1, y1) = points.T, np.roll(points, -1, axis=0).T
     first = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, height).astype(np.int64)
@@ -249,11 +246,8 @@ def fill_polygon(polygon: list[float], height: int, width: int) -> np.ndarray:
 
 
 def draw_polygons(polygons: list[tuple[int, list]], size: tuple[int, int]) -> np.ndarray:
-    """[H, W] uint8 ids: the largest region first, so that small parts lie on top.
-
-    Args:
-        polygons: (id, polygons) of each annotation. size: (width, height) in px.
-    """
+    """(id, polygons) of each annotation, (width, height) in px -> [H, W] uint8 ids, the largest region first, so that
+    small parts lie on top."""
     width, height = size
     regions = [(n, np.any([fill_polygon(ring, height, width) for ring in rings], axis=0)) for n, rings in polygons]
     mask = np.full((height, width), BACKGROUND_ID, dtype=np.uint8)

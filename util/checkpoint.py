@@ -111,11 +111,8 @@ def _read(file: Path):
 
 
 def check_archive(file: Path) -> str | None:
-    """Look at sizes and checksums of a zip file (.pth, .npz), which torch.load does not; no other file is looked at.
-
-    Returns:
-        Of a TorchScript archive the folder inside it, else None.
-    """
+    """Look at sizes and checksums of a zip file (.pth, .npz), which torch.load does not; return the folder inside a
+    TorchScript archive, else None."""
     if not zipfile.is_zipfile(file):
         return None
     with zipfile.ZipFile(file) as archive:
@@ -232,8 +229,6 @@ def load_weights(model: torch.nn.Module, state: dict, file, *, needed: str, **mo
         more: rows of the table that the caller knows.
     Returns:
         A table of one line a part: loaded / new (kept at its initial value) / more / ignored.
-    Raises:
-        InputError: a needed tensor is missing or has another shape.
     """
     own = model.state_dict()
     # position tables of MAE are fixed and follow from the input size: another size keeps its own

@@ -46,8 +46,6 @@ def fetch(source: str | Path, cache: str | Path | None = None, allow_http: bool 
         source: see the top of this file. A local file wins over a registry name of the same spelling.
         cache: folder of the downloads, default ~/.cache/cgd_mae; hf:// has huggingface_hub's own.
         allow_http: also take what comes unencrypted.
-    Raises:
-        InputError: no such file, name or address; a failed download; a wrong hash.
     """
     text = re.sub(r"^(https?|hf):/(?=[^/])", r"\1://", str(source))  # a Path has swallowed one slash
     local, rows = os.path.expanduser(text), known()

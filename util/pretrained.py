@@ -84,11 +84,7 @@ class Pretrained:
 
 
 def read_pretrained(file: str | Path) -> Pretrained:
-    """Read a file of weights and bring its encoder under MAE's names.
-
-    Raises:
-        InputError: unreadable, no ViT with class token, or one with parts that this encoder lacks.
-    """
+    """Read a file of weights and bring its encoder under MAE's names."""
     return recognise(read_checkpoint(file), Path(file))
 
 
