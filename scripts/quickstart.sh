@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# From nothing to a trained vehicle encoder, offline after the install, on CPU or GPU: about 4 minutes on 2 idle cores after the install.
+# From nothing to a trained vehicle encoder, offline after the install, on CPU or GPU: about 5 minutes on 2 idle cores after the install.
 # Usage: bash scripts/quickstart.sh [FOLDER]      (default: runs/quickstart)
 # What was stopped goes on where it was; what is finished is left as it is.
 set -euo pipefail
