@@ -53,9 +53,9 @@ if stage "fine-tuning the encoder to find the same vehicle again, scored before 
     run -m demo.reid --output "$out/veri" --size 96 --train_ids 160 --test_ids 20 --images_per_id 10
     reid=(--task reid --data_path "$out/veri" --finetune "$out/run/encoder.safetensors" --input_size 96)
     if [ ! -f "$out/reid_before/metrics.json" ]; then run main_finetune.py "${reid[@]}" --eval --output_dir "$out/reid_before"; fi
-    run main_finetune.py "${reid[@]}" --output_dir "$out/reid" --resume auto --batch_size 32 --epochs 3 --warmup_epochs 0.5 --opt adamw \
-        --lr 3e-4 --head_lr_factor 10 --layer_decay 0.5 --bias_lr_factor 1 --weight_decay 0.05 --drop_path 0 --triplet_weight 0 \
-        --report --before "$out/reid_before/metrics.json" | tee "$out/reid.log"
+    run main_finetune.py "${reid[@]}" --output_dir "$out/reid" --resume auto --batch_size 32 --epochs 5 --warmup_epochs 0.5 --opt adamw \
+        --lr 4e-4 --min_lr_ratio 0.2 --head_lr_factor 10 --layer_decay 0.85 --bias_lr_factor 1 --weight_decay 0.05 --drop_path 0 \
+        --triplet_weight 0 --erase 0 --report --before "$out/reid_before/metrics.json" | tee "$out/reid.log"
 fi
 {
     echo "The same vehicle found again: $(grep " before, .* after" "$out/reid.log")"
