@@ -3,7 +3,6 @@
 import bisect
 import hashlib
 import io
-import json
 import os
 import zlib
 from collections.abc import Iterable
@@ -13,6 +12,7 @@ import numpy as np
 
 from datasets.images import Unreadable
 from util.errors import InputError
+from util.files import read_array, read_json
 
 PACK_HEADER = "pack.json"
 OFFSET, LENGTH, CRC = range(3)  # columns of a shard's index
@@ -68,25 +68,25 @@ class PackedImages:
     """
 
     def __init__(self, folder: str | Path):
-        self.root = Path(folder)
-        files = [shard_file(self.root, k) for k in range(json.loads((self.root / PACK_HEADER).read_text())["shards"])]
+        self.root, again = Path(folder), "remove it and run python -m tools.pack again"
+        count = read_json(self.root / PACK_HEADER, again).get("shards", 0)
+        files = [shard_file(self.root, k) for k in range(count if isinstance(count, int) else 0)]
         if not all(file.is_file() for file in (*files, self.root / "names.npy")):
             raise InputError(
                 f"--data_path {self.root} is an unfinished packed set: run the same python -m tools.pack command "
                 "again to complete it"
             )
         self._names = PathList(self.root, [])
-        self._names.bytes = np.load(self.root / "names.npy", mmap_mode="r")
-        self._names.ends = np.load(self.root / "name_ends.npy")
-        indices = [np.load(file.with_suffix(".npy")) for file in files]
+        self._names.bytes = read_array(self.root / "names.npy", again)
+        self._names.ends = np.array(read_array(self.root / "name_ends.npy", again))
+        indices = [np.array(read_array(file.with_suffix(".npy"), again)).reshape(-1, 3) for file in files]
         for file, index in zip(files, indices):
             wanted, size = int(index[:, LENGTH].sum()), file.stat().st_size
             if size != wanted:
-                raise InputError(
-                    f"{file} has {size} bytes where its index says {wanted}: it is damaged; remove it and run "
-                    "python -m tools.pack again"
-                )
-        self._index = np.concatenate(indices)
+                raise InputError(f"{file} has {size} bytes where its index says {wanted}: it is damaged; {again}")
+        self._index = np.concatenate(indices) if indices else np.zeros((0, 3), np.int64)
+        if not len(self._index) or len(self._names) != len(self._index):
+            raise InputError(f"--data_path {self.root} is damaged (its lists of names and images differ): {again}")
         self._shard_ends = np.cumsum([len(index) for index in indices]).tolist()
 
     def __len__(self) -> int:

@@ -11,6 +11,7 @@ import pytest
 from conftest import command, run_command, write_pictures
 from PIL import Image
 
+from datasets.images import Unreadable
 from datasets.manifest import list_images
 from datasets.path_list import PackedImages
 from datasets.pretrain import PretrainDataset
@@ -120,9 +121,22 @@ def test_damage_is_found(photos, tmp_path):
     shard.write_bytes(data)
     item = PretrainDataset(PackedImages(tmp_path / "p"), (32, 32), 4, seed=0, min_area=0.2)[0, 0]
     assert "checksum differs" in item["problem"], "one bit: counted like any unreadable image"
+    opened = PackedImages(tmp_path / "p")
     shard.write_bytes(data[:-10])
     with pytest.raises(InputError, match="where its index says"):
         list_images(tmp_path / "p")
+    with pytest.raises(Unreadable, match="checksum differs"):
+        opened.read(len(opened) - 1)  # cut short while it is read: no memory map that ends the process
+    shard.write_bytes(data)
+    for name, content in (
+        ("pack.json", b"["), ("pack.json", b'{"shards": "x"}'), ("names.npy", b""), ("names.npy", b"no array"),
+        ("name_ends.npy", b"\x93NUMPY"), ("shard00000.npy", b"x" * 200),
+    ):  # fmt: skip
+        whole = (tmp_path / "p" / name).read_bytes()
+        (tmp_path / "p" / name).write_bytes(content)
+        with pytest.raises(InputError, match="is damaged"):
+            list_images(tmp_path / "p")
+        (tmp_path / "p" / name).write_bytes(whole)
 
 
 def jpeg(shade: int) -> bytes:
