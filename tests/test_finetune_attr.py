@@ -166,7 +166,7 @@ def test_unreadable_test_images_are_listed_and_named_in_the_protocol(veri, train
     [
         ("--attr_threshold 1", r"--attr_threshold 1.0: must be in \(0, 1\)"),
         ("--smoothing 0.1", "drop --smoothing"),
-        ("--attr_columns colour", "drop --attr_columns"),
+        ("--attr_columns colour", "--attr_columns"),
         ("--attr_format table", "is neither a folder nor a manifest"),
         ("--batch_size 1", "the batch norm of the logits needs 2 images"),
         ("--batch_size 64", "48 training images do not fill one batch of 64"),
