@@ -22,7 +22,7 @@ class PretrainRun(Run):
 
 
 def train_one_epoch(run: PretrainRun, args) -> None:
-    """Train the rest of `run.epoch` on L_pixel + ramp * (w_s L_sim + w_k L_kl) (MAE, Sec. 3 and A.1; CGD-MAE).
+    """Train the rest of `run.epoch` on pixel + ramp * (sim_weight * sim + kl_weight * kl) (MAE, Sec. 3, A.1; CGD-MAE).
 
     Args:
         run: changed in place, always from one complete update to the next.
@@ -34,7 +34,7 @@ def train_one_epoch(run: PretrainRun, args) -> None:
     batches.set_epoch(run.epoch, run.batches_done)
     steps = batches.batches_per_epoch
     run.model.train()
-    with StepWatch(run, args, shown_terms, STEADIER) as watch:
+    with StepWatch(run, args, shown_terms, STEADIER) as watch:  # progress, unreadable images, saving
         for step, batch in enumerate(watch.batches_of(run.loader), run.batches_done):
             first = step - step % args.accum_iter
             size = min(args.accum_iter, steps - first)  # of this update, in batches
@@ -70,7 +70,7 @@ def forward_backward(run: PretrainRun, batch: dict, args, weights: dict, share: 
         done += len(imgs)
         exchange = run.model is run.bare or (is_last and done == total)
         with contextlib.nullcontext() if exchange else run.model.no_sync():
-            if run.teacher is not None:
+            if run.teacher is not None:  # in its own dtype; a teacher cache puts teacher_embed into the batch
                 teacher_embed = run.teacher(piece.get("teacher_imgs", imgs))  # [N, D_t]
             with run.autocast():
                 terms = run.model(imgs, args.mask_ratio, piece["noise"], teacher_embed)
@@ -89,7 +89,7 @@ def shown_terms(values: dict[str, float]) -> list[str]:
 
 
 def trivial_distillation(count: int, sums: dict[str, torch.Tensor]) -> dict[str, float]:
-    """What a student reaches that answers the same for every image.
+    """The scores of a student that gives the same answer for every image.
 
     `cos_baseline`: mean cosine to the mean teacher embedding, which is the length of that mean;
     `kl_baseline`: mean KL(p_i || marginal) = entropy of the marginal - mean entropy of p_i, in nats.

@@ -1,6 +1,6 @@
 """From a pool of vehicle images to a balanced sample: python main_curate.py --pool NAME=PATH --output DIR ...
 
-Stages: index, quality, embed, vehicle, leaks, duplicates, cluster, sample, write, report. Each leaves files that can be
+Stages: index, quality, embed, vehicle, leaks, duplicates, cluster, sample, report. Each leaves files that can be
 looked at and a record in stages/; a run that was stopped, or whose later settings changed, goes on where that is
 possible. Under torchrun the ranks share index and embed. docs/CURATE.md explains the files.
 """

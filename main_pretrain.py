@@ -27,10 +27,10 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--norm_pix_loss", action="store_true", help="score pixels normalised per patch (default off, as in MAE)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", default=64, type=int, help="images per process and micro-batch (default 64)")
+    add("--batch_size", default=64, type=int, help="images per process and batch (default 64)")
     add("--micro_batch", default=None, type=int,
         help="images in memory at once, same result (default: --batch_size on CUDA, at most 32 on CPU)")
-    add("--accum_iter", default=1, type=int, help="micro-batches per update (default 1)")
+    add("--accum_iter", default=1, type=int, help="batches per update (default 1)")
     add("--epochs", default=400, type=int, help="length of the schedule in epochs (default 400)")
     add("--start_epoch", default=0, type=int, help="first epoch of a fresh run (default 0)")
     add("--warmup_epochs", default=None, type=float,

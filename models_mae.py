@@ -104,6 +104,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         """
         x, mask, ids_restore, ids_keep = self.random_masking(self.patchify(imgs), mask_ratio, noise)
         proj = self.patch_embed.proj
+        # the patch embedding as a matrix product: removed patches are never embedded (no pre-norm, that is CLIP's)
         weight = proj.weight.permute(0, 2, 3, 1).flatten(1)  # [D, p * p * 3], as patches are laid
         x = F.linear(x, weight, proj.bias) + self.pos_embed[0, 1:][ids_keep]
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
@@ -132,7 +133,7 @@ class MaskedAutoencoderViT(VisionTransformer):
         """
         target = self.patchify(imgs)
         var, mean = torch.var_mean(target, dim=-1, keepdim=True)  # unbiased, as in MAE
-        baseline = var[..., 0] * (1 - 1 / target.shape[-1])
+        baseline = var[..., 0] * (1 - 1 / target.shape[-1])  # biased: the error of predicting the mean
         if self.norm_pix_loss:
             target = (target - mean) * (var + 1e-6).rsqrt()
             baseline = baseline / (var[..., 0] + 1e-6)
@@ -148,7 +149,7 @@ class MaskedAutoencoderViT(VisionTransformer):
             noise: [N, L] float, see `random_masking`.
             teacher_embed: [N, D_t] unit rows; required if there is a distillation head.
         Returns:
-            dict of fp32 scalars: those of `forward_loss` and the entries of `GlobalContextHead.forward`.
+            dict, fp32: the scalars of `forward_loss` and the entries of `GlobalContextHead.forward`.
         """
         imgs = self.normalize(imgs)
         latent, mask, ids_restore = self.forward_encoder(imgs, mask_ratio, noise)

@@ -1,8 +1,8 @@
 """Copies of one picture within the pool, and copies of benchmark pictures.
 
 Perceptual hashes and embeddings only propose pairs: cropping a few percent moves a quarter of the bits of a hash, and
-to CLIP another car of the model is as near as the crop. Pixels that coincide once a crop is undone can tell. They are
-compared tile by tile, for another car before the same wall has most of its pixels in common.
+CLIP puts another car of the same model as near as the crop. Only the pixels tell, once the crop is undone. They are
+compared tile by tile, because another car in front of the same wall shares most of its pixels.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""The training stream: what a worker returns of an image."""
+"""The pre-training data set: what a data worker returns for one image."""
 
 import torch
 from PIL import Image
@@ -23,7 +23,8 @@ class PretrainDataset(Dataset):
 
     Args:
         input_size: (H, W) of the crop in pixels. num_patches: L, length of the mask noise.
-        seed: of crops and masks. min_area: smallest crop as a fraction of the image area; clip_crops: see there.
+        seed: of crops and masks. min_area: smallest crop as a fraction of the image area.
+        clip_crops: the `clip` of `random_crop_box`.
         teacher_size: (H, W) in pixels of an extra whole-image view for the teacher, or None.
         teacher_cache: stored teacher embeddings, or None.
     """

@@ -37,8 +37,8 @@ class Task:
         prepare()                    what only training needs of the model
         items()                      training images: a Dataset; `order()` says which make up a batch
 
-    Then the loop calls `loss(model or its DDP wrapper, batch)` -> terms, scalars, of which "loss" is descended, and at
-    the end `evaluate` calls `answers()`, what the model says of all test images, on rank 0; `score(answers)` ->
+    Then the loop calls `loss(model or its DDP wrapper, batch)` -> terms, scalars, of which "loss" is descended. At the
+    end `evaluate` calls `answers()` on all ranks: what the model says of all test images; on rank 0 `score(answers)` ->
     numbers, lines to print, `path<tab>reason` of unreadable ones; `report(answers, numbers, folder, facts)` -> pages.
     """
 
@@ -72,7 +72,7 @@ class Task:
         return [f"data: {self.args.data_path} as {self.data.name}", *(f"  {note}" for note in self.data.notes)]
 
     def model_line(self) -> str:
-        """What numbers of different settings must not be compared without."""
+        """The settings to print beside a result: numbers made with different ones must not be compared."""
         return self.kind
 
     @property
