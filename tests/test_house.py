@@ -3,7 +3,6 @@
 import argparse
 import ast
 import graphlib
-import importlib
 import re
 import resource
 import subprocess
@@ -21,7 +20,7 @@ LAYERS = [
 ]  # fmt: skip
 ONLY_FROM = {"util": {"util"}, "metrics": {"metrics", "util"}, "datasets": {"datasets", "util"}}
 MAX_FILE, MAX_FUNCTION, MAX_PARAMETERS = 420, 60, 8
-MAX_TOTAL = 20_500  # the goal is 16,000: lowered with each cut
+MAX_TOTAL = 17_300  # the goal is 16,000: lowered with each cut
 # `file: function` (long, many parameters), `file` (long), `file imports module` (back up)
 ALLOWED = {"models_mae.py: __init__", "models_vit.py: __init__"}  # shapes and hyperparameters, called by keyword
 HEAVY = ["torch", "torchvision", "timm", "open_clip", "matplotlib"]
@@ -210,16 +209,6 @@ def test_documented_commands_parse():
                 commands += 1
                 assert set(re.findall(r"(?<=\s)--\w[\w-]*", line)) <= known, f"{file.name}: {called}{line}"
     assert commands >= 20
-
-
-def test_one_image_names_resolve():
-    """docs/ONE_IMAGE.md names `file.py: Name.attribute`; each must exist."""
-    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", (ROOT / "docs" / "ONE_IMAGE.md").read_text())
-    assert 6 <= len(named) < 10, "one image from disk to loss in under ten hops"
-    for file, name in named:
-        found = importlib.import_module(file[:-3].replace("/", "."))
-        for part in name.split("."):
-            found = getattr(found, part)
 
 
 def test_no_unsafe_loading_and_no_broad_excepts():
