@@ -85,7 +85,7 @@ from curation.rows import CHUNK, Embedded, Rows
 from curation.sample import draw_sample, judge
 from curation.sources import open_sources
 from curation.stages import Stages
-from datasets.benchmarks import recognise
+from datasets.benchmarks import benchmark_of
 from datasets.items import WholeImages
 from engine_extract import extract_to_file
 from models_teacher import FrozenTeacher, encode_texts, load_teacher
@@ -225,7 +225,7 @@ class Curation:
 
     def leaks(self) -> Removals:
         finder = self.finder(self.args.leak_cosine)
-        return finder.leaks(self.alive("leaks"), lambda row: recognise(self.images.name(row)))
+        return finder.leaks(self.alive("leaks"), lambda row: benchmark_of(self.images.name(row)))
 
     def duplicates(self) -> Removals:
         alive, leaked = self.alive("duplicates"), load_removal(self.folder, "leaks").rows

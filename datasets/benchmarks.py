@@ -38,7 +38,7 @@ def _pattern() -> tuple[re.Pattern[bytes], list[str]]:
     return re.compile(f"/(?:{'|'.join(groups)})".encode()), names
 
 
-def recognise(path: str | Path) -> str | None:
+def benchmark_of(path: str | Path) -> str | None:
     """The benchmark whose test, query, gallery or validation split a path lies in, or None. Whole folder names decide,
     upper and lower case alike; either slash parts them."""
     pattern, names = _pattern()

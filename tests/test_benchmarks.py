@@ -30,7 +30,7 @@ AIC20_ReID_Simulation/image_train/1.jpg CityFlow/a-ReID/image_test/1.jpg PartIma
 
 @pytest.mark.parametrize("path, name", [*KNOWN.items(), *((path, None) for path in ["", *UNKNOWN.split()])])
 def test_test_images_are_recognised_by_their_folders(path, name):
-    assert benchmarks.recognise(path) == name
+    assert benchmarks.benchmark_of(path) == name
 
 
 def test_every_entry_is_complete():
@@ -38,7 +38,7 @@ def test_every_entry_is_complete():
         assert set(facts) == {"folders", "lists", "image", "test_images", "licence", "note"}, name
         assert set(facts["image"]) <= set(facts["lists"]) <= {"test", "train"}
         for folder in facts["folders"]:
-            assert folder.endswith("/") and benchmarks.recognise(folder.replace("*", "V2") + "1.jpg") == name
+            assert folder.endswith("/") and benchmarks.benchmark_of(folder.replace("*", "V2") + "1.jpg") == name
         assert not any("train" in folder.lower() for folder in facts["folders"])
 
 
