@@ -1,47 +1,111 @@
 """Small pictures of parametric vehicles, so that everything runs without gated data.
 
-A vehicle is two to four solid slabs, each a side outline in metres extruded over the width, seen through a pinhole
-camera. Body type, paint, make and small marks belong to the identity (`pid`); backdrop, light, lens height, noise and
-JPEG quality belong to the camera (`camid`). Every random number comes from a Philox stream keyed by the seed and the
-ids of the thing drawn: a picture depends on (seed, pid, camid, viewid, shot, size) alone. Bytes are repeatable for one
-version of Pillow and numpy.
+A vehicle is two to four solid slabs, each a side outline in metres extruded over the width. Body type, paint, make and
+small marks belong to the identity (`pid`); place, light, noise and JPEG quality to the camera (`camid`). A picture
+depends on (seed, pid, camid, viewid, shot, size) alone, its bytes also on the versions of Pillow and numpy.
 """
 
 import itertools
 import math
+from collections import namedtuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFilter
 
-from demo.scene import Scene, box, circle, clip, open_scene
-from demo.vehicle import BODIES, CHROME, DARK, GLASS, MAKES, SHEEN, Body, vehicle
+from demo.scene import CAMERAS, VIEWS, Scene, box, circle, clip, demo_rng
 
 CAR_BODY, CAR_TYRE, CAR_MIRROR, BACKGROUND = 24, 25, 26, 40  # PartImageNet's ids
+DARK, GLASS, SHEEN, CHROME = (32, 33, 36), (46, 58, 70), (92, 112, 130), (186, 190, 196)
+# in metres; u runs from the nose (0) to the tail (length). word: in captions; heights: of the sill, the nose, the
+# bonnet's rear edge, the waist, the roof; cabin: u of the windscreen's foot and head, the rear window's head and foot;
+# pillars: u, with side glass between; wheels: u of the axles, then the radius; roof: its width as a share of the body's
+Body = namedtuple("Body", "word length width heights cabin pillars wheels roof back")
+# fmt: off
+COLOURS = {
+    "white": (238, 239, 240), "black": (30, 30, 34), "grey": (108, 112, 117), "silver": (184, 190, 197),
+    "red": (200, 22, 30), "blue": (26, 74, 190), "green": (22, 122, 58), "yellow": (244, 204, 28),
+    "brown": (104, 64, 38), "orange": (240, 118, 20),
+}
+MARKS = ("rack", "stripe", "sticker", "dent", "sunroof", "two_tone")
+MAKES = {  # fictive make: grille, headlamp, spokes of the rim (0: a plain disc)
+    "Velmar": ("bars", "round", 5), "Ostrek": ("mesh", "box", 10), "Tarvo": ("oval", "slit", 4),
+    "Quillon": ("split", "wedge", 6), "Zephra": ("slot", "round", 0), "Kestal": ("bars", "wedge", 7),
+    "Haldor": ("shield", "box", 3), "Nimbra": ("slot", "slit", 8),
+}
+BODIES = {name: Body(*row) for name, *row in (
+    ("sedan", "sedan", 4.7, 1.82, (0.3, 0.76, 0.97, 0.99, 1.45),
+     (1.2, 1.98, 3.15, 4.02), (1.3, 2.6, 3.8), (0.85, 3.72, 0.33), 0.76, "window"),
+    ("hatchback", "hatchback", 3.8, 1.72, (0.3, 0.8, 1.0, 1.04, 1.52),
+     (0.8, 1.5, 3.15, 3.74), (0.9, 2.25, 3.5), (0.7, 3.15, 0.32), 0.78, "window"),
+    ("suv", "SUV", 4.7, 1.95, (0.42, 1.02, 1.16, 1.18, 1.82),
+     (1.15, 1.75, 4.3, 4.66), (1.35, 2.4, 3.45, 4.4), (0.9, 3.75, 0.41), 0.82, "window"),
+    ("pickup", "pickup", 5.4, 1.95, (0.45, 1.0, 1.12, 1.14, 1.82),
+     (1.4, 2.05, 3.2, 3.5), (1.55, 2.5, 3.42), (0.95, 4.35, 0.42), 0.8, "bed"),
+    ("van", "van", 5.5, 2.02, (0.36, 0.98, 1.2, 1.22, 2.34),
+     (0.68, 1.5, 5.36, 5.48), (0.98, 2.05), (0.95, 4.5, 0.36), 0.86, "doors"),
+    ("coupe", "coupe", 4.45, 1.86, (0.25, 0.64, 0.86, 0.9, 1.26),
+     (1.45, 2.25, 2.75, 4.2), (1.75, 2.85, 3.5), (0.85, 3.6, 0.34), 0.7, "window"),
+    ("wagon", "wagon", 4.85, 1.82, (0.3, 0.76, 0.97, 1.02, 1.46),
+     (1.2, 1.95, 4.25, 4.8), (1.35, 2.55, 3.55, 4.6), (0.85, 3.72, 0.33), 0.78, "window"),
+    ("truck", "box lorry", 7.4, 2.3, (0.45, 1.4, 1.45, 1.45, 2.5),
+     (0.02, 0.3, 1.7, 1.75), (0.3, 1.4), (0.95, 5.7, 0.47), 0.88, "load"),
+    ("bus", "bus", 10.5, 2.5, (0.34, 1.25, 1.3, 1.3, 3.05), (0.02, 0.3, 10.3, 10.48),
+     (0.35, 1.75, 3.35, 4.95, 6.55, 8.15, 9.6, 10.3), (2.3, 7.7, 0.49), 0.93, "window"),
+    ("minivan", "minivan", 4.8, 1.9, (0.32, 0.84, 1.05, 1.1, 1.76),
+     (0.62, 1.75, 4.3, 4.74), (0.95, 1.5, 2.75, 3.85, 4.6), (0.85, 3.85, 0.34), 0.8, "window"),
+)}
 RED, RED_GLOW, WHITE, WHITE_GLOW = (176, 18, 22), (255, 40, 30), (226, 234, 240), (255, 250, 222)
 GRILLES = {  # half width and half height in shares of the width and in metres, outline, bars of chrome
     "bars": ((0.42, 0.12), box(-1, -1, 1, 1), [box(-1, t, 1, t + 0.25) for t in (-0.5, 0.2)]),
     "mesh": ((0.42, 0.12), box(-1, -1, 1, 1), [box(t, -1, t + 0.05, 1) for t in np.linspace(-0.8, 0.8, 7)]),
     "split": ((0.42, 0.12), box(-1, -1, 1, 1), [box(-0.15, -1, 0.15, 1)]),
-    "oval": ((0.34, 0.13), circle(0, 0, 1, 16), []),
-    "slot": ((0.5, 0.06), box(-1, -1, 1, 1), []),
+    "oval": ((0.34, 0.13), circle(0, 0, 1, 16), []), "slot": ((0.5, 0.06), box(-1, -1, 1, 1), []),
     "shield": ((0.24, 0.2), np.array([(-1, 1), (1, 1), (0.6, -0.7), (0, -1), (-0.6, -0.7)]), []),
 }
 LAMPS = {  # outlines around the middle of the right lamp
-    "round": circle(0, 0, 1, 14) * (0.15, 0.13),
-    "box": box(-0.2, -0.11, 0.2, 0.11),
-    "slit": box(-0.2, -0.05, 0.2, 0.06),
-    "wedge": np.array([(-0.2, -0.06), (0.2, -0.1), (0.2, 0.16), (-0.2, 0)]),
+    "round": circle(0, 0, 1, 14) * (0.15, 0.13), "box": box(-0.2, -0.11, 0.2, 0.11),
+    "slit": box(-0.2, -0.05, 0.2, 0.06), "wedge": np.array([(-0.2, -0.06), (0.2, -0.1), (0.2, 0.16), (-0.2, 0)]),
 }
+# fmt: on
 RIGHT, LEFT = 1, -1
 SIDES, NOSE, TAIL = (RIGHT, LEFT), ("nose",), ("tail",)  # faces of a slab
 
 
-class Slab:
-    """A side outline extruded over the width, and how to paint on it.
+def vehicle(seed: int, pid: int) -> dict:
+    """Attributes of identity `pid`: body, colour, make, marks and how they are drawn. Bodies take turns, and each ten
+    identities of a body wear all ten colours; among the first 1500 those of equal body and colour differ in marks."""
+    body, (turn, slot) = list(BODIES)[pid % len(BODIES)], divmod(pid // len(BODIES), len(COLOURS))
+    colour = list(COLOURS)[demo_rng(seed, "paint", body, turn).permutation(len(COLOURS))[slot]]
+    pairs, rng = list(itertools.combinations(MARKS, 2)), demo_rng(seed, "vehicle", pid)
+    start = int(demo_rng(seed, "marks", body, colour).integers(len(pairs)))
+    make = list(MAKES)[rng.integers(len(MAKES))]
+    accents = [name for name in ("white", "black", "red", "yellow", "blue") if name != colour]
+    return {
+        "body": body, "colour": colour, "make": make, "marks": pairs[(start + turn) % len(pairs)],
+        "rgb": tuple((np.array(COLOURS[colour]) * rng.uniform(0.92, 1.06)).clip(0, 255).tolist()),
+        "accent": COLOURS[accents[rng.integers(len(accents))]],
+        "roof": COLOURS["black" if colour in ("white", "silver", "yellow", "orange", "grey") else "white"],
+        "spot": (float(rng.uniform(0.42, 0.62)), float(rng.uniform(0.48, 0.6))),  # shares of u and y
+        "corners": int(rng.integers(3, 7)), "dent_side": int(rng.choice((-1, 1))),
+    }  # fmt: skip
 
-    Outlines are (u, y) from the bottom up, in metres: u from the nose of the vehicle to its tail, y from the ground.
-    The half width goes from `bottom` to `top` and is drawn in by the share `taper` near both ends.
-    """
+
+def label_row(seed: int, pid: int, shot: int) -> dict:
+    """body, colour, make, pid, camid, viewid, shot and caption of the `shot`-th picture of an identity: five cameras
+    and six views take turns."""
+    attrs, rng = vehicle(seed, pid), demo_rng(seed, "plan", pid)
+    cameras, views = rng.permutation(len(CAMERAS))[:5], rng.permutation(len(VIEWS))
+    camid, viewid = int(cameras[shot % 5]), int(views[shot % len(views)])
+    view, known = VIEWS[viewid], {key: attrs[key] for key in ("body", "colour", "make")}
+    # without the place, so that whoever learns from it must look at the vehicle
+    words = f"{'an' if attrs['colour'][0] in 'aeiou' else 'a'} {attrs['colour']} {BODIES[attrs['body']].word}"
+    caption = f"{words} in {view} view" if "three" in view else f"{words} seen from the {view}"
+    return {**known, "pid": pid, "camid": camid, "viewid": viewid, "shot": shot, "caption": caption}
+
+
+class Slab:
+    """A side outline extruded over the width: (u, y) in metres from the bottom up, u from the vehicle's nose to its
+    tail. The half width goes from `bottom` to `top` and is drawn in by the share `taper` near both ends."""
 
     def __init__(self, length: float, nose, tail, bottom: float, top: float, taper: float = 0):
         self.length, self.bottom, self.top, self.taper = length, bottom, top, taper
@@ -49,8 +113,7 @@ class Slab:
         self.ring = np.concatenate([self.nose, self.tail[::-1]])
         self.y0, self.y1 = self.ring[:, 1].min(), self.ring[:, 1].max()
 
-    def y(self, share: float) -> float:
-        """Height of a share of the slab, 0 at its bottom."""
+    def y(self, share: float) -> float:  # 0 at the bottom, 1 at the top
         return self.y0 + (self.y1 - self.y0) * share
 
     def on(self, face, points) -> np.ndarray:
@@ -61,39 +124,28 @@ class Slab:
         half = np.interp(y, (self.y0, self.y1), (self.bottom, self.top)) * (1 - self.taper * end**2)
         return np.stack([self.length / 2 - u, y, (face if face in SIDES else a) * half], axis=1)
 
-    def seen_by(self, p: Scene) -> "Slab":
-        """Remember the camera and which faces it sees."""
-        self.p, middle = p, box(-1, self.y(0.1), 1, self.y(0.9))
-        self.seen = {side for side in SIDES if side * p.sin * p.distance > self.bottom}
-        turn = {face: _turn(p.flat(self.on(face, middle))) > 0 for face in ("nose", "tail")}
-        self.seen |= {face for face in turn if turn[face] == (face == "nose")}
-        return self
-
     def paint(self, faces: tuple, points, colour, k: float = 1.0) -> None:
         """A polygon in a colour of brightness k on those of the faces that are seen."""
         for face in faces:
             if face in self.seen:
                 self.p.poly(self.on(face, points), colour, k)
 
-    def solid(self, colour, lid) -> None:
+    def solid(self, p: Scene, colour, lid) -> None:
         """The bare surfaces: the strips across the width first, flat ones in the colour `lid`, then the near side."""
+        self.p, middle = p, box(-1, self.y(0.1), 1, self.y(0.9))
+        self.seen = {side for side in SIDES if side * p.sin * p.distance > self.bottom}
+        self.seen |= {face for face in NOSE + TAIL if p.shows(self.on(face, middle)) == (face == "nose")}
         for a, b in zip(self.ring, np.roll(self.ring, -1, 0)):
             quad = np.concatenate([self.on(RIGHT, [a, b]), self.on(LEFT, [b, a])])
-            if _turn(self.p.flat(quad)) > 0:
+            if p.shows(quad):
                 nx, ny = (b[1] - a[1], b[0] - a[0]) / np.hypot(*(b - a))
-                self.p.poly(quad, lid if ny > 0.8 else colour, self.p.sunlight(nx, ny, 0))
+                p.poly(quad, lid if ny > 0.8 else colour, p.sunlight(nx, ny, 0))
         for low, high in itertools.pairwise(np.linspace(0, 1, 10)):
             # the sky lies on the shoulder, the ground darkens the sill
             gloss = 0.74 + 0.24 * low + 0.2 * math.exp(-(((low - 0.75) / 0.1) ** 2))
             band = clip(self.ring, 1, self.y(low), self.y(high) + 0.01)
             for side in SIDES:
-                self.paint((side,), band, colour, self.p.sunlight(0, 0.1, side) * gloss)
-
-
-def _turn(quad: np.ndarray) -> float:
-    """Twice the signed area of a quadrilateral in pixels; its sign tells which side is seen."""
-    (ax, ay), (bx, by) = quad[2] - quad[0], quad[3] - quad[1]
-    return ax * by - bx * ay
+                self.paint((side,), band, colour, p.sunlight(0, 0.1, side) * gloss)
 
 
 def slabs(body: Body) -> dict[str, Slab]:
@@ -109,18 +161,16 @@ def slabs(body: Body) -> dict[str, Slab]:
     if body.back != "load":
         return {"lower": lower, "cabin": cabin}
     frame = Slab(size, [(0.3, 0.5), (0.3, 0.98)], [(size, 0.5), (size, 0.98)], half * 0.8, half * 0.8)
-    high = roof + 0.8
-    load = Slab(size, [(u3 + 0.2, 0.98), (u3 + 0.2, high)], [(size, 0.98), (size, high)], half, half)
-    return {"frame": frame, "lower": lower, "cabin": cabin, "load": load}
+    load = [(u3 + 0.2, 0.98), (u3 + 0.2, roof + 0.8)], [(size, 0.98), (size, roof + 0.8)]
+    return {"frame": frame, "lower": lower, "cabin": cabin, "load": Slab(size, *load, half, half)}
 
 
-def _shadow(p: Scene, length: float, width: float) -> None:
+def _shadow(p: Scene, body: Body) -> None:
     """Darken the ground under the vehicle and, away from the light, beside it."""
-    mask = Image.new("L", (p.image.width // 3, p.image.height // 3))
-    (sx, _, sz), cos, sin = p.camera.sun, p.cos, p.sin
-    away = np.array((sx * sin + sz * cos, sz * sin - sx * cos)) * -0.9
+    mask, (sx, _, sz) = Image.new("L", (p.image.width // 3, p.image.height // 3)), p.camera.sun
+    away = np.array((sx * p.sin + sz * p.cos, sz * p.sin - sx * p.cos)) * -0.9
     for share, reach in ((0.6, 1), (1.0, 0)):
-        ground = np.insert(box(-1, -1, 1, 1) * (length / 2, width / 2) + away * reach, 1, 0, axis=1)
+        ground = np.insert(box(-1, -1, 1, 1) * (body.length / 2, body.width / 2) + away * reach, 1, 0, axis=1)
         xy = [tuple(q) for q in (p.flat(ground) / 3).tolist()]
         ImageDraw.Draw(mask).polygon(xy, fill=int(255 * share * p.camera.shadow))
     mask = mask.filter(ImageFilter.GaussianBlur(p.image.width / 110)).resize(p.image.size)
@@ -134,7 +184,6 @@ def _treads(p: Scene, body: Body) -> None:
         outer, inner = (np.insert(ring, 2, side * (body.width / 2 - z), axis=1) for z in (0.04, 0.28))
         for k in range(12):
             p.poly(np.stack([outer[k - 1], outer[k], inner[k], inner[k - 1]]), (22, 22, 24))
-    p.part = CAR_BODY
 
 
 def _wheels(p: Scene, body: Body, spokes: int, phase: float) -> None:
@@ -142,36 +191,30 @@ def _wheels(p: Scene, body: Body, spokes: int, phase: float) -> None:
     r, half = body.wheels[-1], body.width / 2
     near = [side for side in SIDES if side * p.sin * p.distance > half]
     for side, axle in itertools.product(near, body.wheels[:-1]):
-        x = body.length / 2 - axle
-        rim = (64, 66, 70) if spokes else (150, 154, 160)
-        shapes = [
-            (clip(circle(x, r, r * 1.16, 24), 1, body.heights[0], 9), (16, 16, 18)),
-            (circle(x, r, r), (26, 26, 28)),
-        ]
-        shapes += [(circle(x, r, r * 0.68), CHROME), (circle(x, r, r * 0.6), rim)]
+        x, rim = body.length / 2 - axle, (64, 66, 70) if spokes else (150, 154, 160)
+        shapes = [(clip(circle(x, r, r * 1.16, 24), 1, body.heights[0], 9), (16, 16, 18))]  # the wheel arch
+        shapes += [(circle(x, r, r), (26, 26, 28)), (circle(x, r, r * 0.68), CHROME), (circle(x, r, r * 0.6), rim)]
         for angle in phase + 2 * np.pi * np.arange(spokes) / max(spokes, 1):
             out, across = np.array([(math.cos(angle), math.sin(angle)), (-math.sin(angle), math.cos(angle))]) * r
             across, tip = across * 0.42 / max(spokes, 3), (x, r) + out * 0.62
             shapes.append(([(x, r) - across, (x, r) + across, tip + across, tip - across], CHROME))
         for number, (points, colour) in enumerate(shapes):
-            p.part = CAR_TYRE if number else CAR_BODY  # the wheel arch is no tyre
+            p.part = CAR_TYRE if number else CAR_BODY
             p.poly(np.insert(points, 2, side * (half + 0.01), axis=1), colour)
-    p.part = CAR_BODY
 
 
 def _mirrors(p: Scene, body: Body, behind: bool) -> None:
-    """Side mirrors beside the windscreen's foot: those `behind` the body or those before it."""
+    """In pictures with a mask, side mirrors beside the windscreen's foot: those `behind` the body or before it."""
     x, y, half = body.length / 2 - body.cabin[0] - 0.45, body.heights[3] + 0.04, body.width / 2
     high, p.part = 0.2 if body.heights[4] < 2 else 0.42, CAR_MIRROR
     for side in (LEFT, RIGHT):
         is_near = side * p.sin * p.distance > half
-        if behind == (is_near or (p.cos > 0 and abs(p.sin) < 0.5)):
+        if not p.mask or behind == (is_near or (p.cos > 0 and abs(p.sin) < 0.5)):
             continue
         inner, outer = side * (half - 0.03), side * (half + 0.26)
         faces = ((inner, x - 0.1, x - 0.1, 0.7), (inner, x + 0.1, x + 0.1, 0.9), (outer, x - 0.1, x + 0.1, 0.55))
         for z0, x0, x1, k in faces:
             p.poly(np.array([(x0, y, z0), (x1, y, outer), (x1, y + high, outer), (x0, y + high, z0)]), DARK, k)
-    p.part = CAR_BODY
 
 
 def _cabin(s: Slab, body: Body, attrs: dict) -> None:
@@ -188,10 +231,9 @@ def _cabin(s: Slab, body: Body, attrs: dict) -> None:
     s.paint(ends, [(-0.5, y(0.88)), (-0.1, y(0.88)), (-0.5, y(0.5)), (-0.88, y(0.5))], SHEEN)
     for a in (-0.82, 0.08) if body.back == "doors" else ():
         s.paint(TAIL, box(a, y(0.35), a + 0.74, y(0.88)), GLASS)
-    x0, x1 = body.length / 2 - s.nose[1, 0] - 0.1, body.length / 2 - s.tail[1, 0] + 0.1
-    z, middle = s.top * 0.75, x0 * 0.6 + x1 * 0.4
+    x0, x1, z = body.length / 2 - s.nose[1, 0] - 0.1, body.length / 2 - s.tail[1, 0] + 0.1, s.top * 0.75
     if "sunroof" in attrs["marks"]:
-        s.p.poly(np.array([(x0, s.y1, z), (middle, s.y1, z), (middle, s.y1, -z), (x0, s.y1, -z)]), GLASS)
+        s.p.poly(np.insert(box(x0, z, x0 * 0.6 + x1 * 0.4, -z), 1, s.y1, axis=1), GLASS)
     for at in (-z, z) if "rack" in attrs["marks"] else ():
         s.p.line([(x0, s.y1 + 0.1, at), (x1, s.y1 + 0.1, at)], 0.09, (52, 54, 58))
 
@@ -260,48 +302,38 @@ def _marks(s: Slab, body: Body, attrs: dict) -> None:
         s.paint(side, circle(spot[0] - 0.05, spot[1] + 0.03, 0.07, 10), attrs["rgb"], 0.8)
 
 
-def draw_vehicle(seed: int, pid: int, camid: int, viewid: int, shot: int, size, with_mask: bool = False) -> Scene:
-    """The scene of a picture with vehicle `pid` in it, painted back to front; with a mask it has side mirrors."""
+def draw_vehicle(seed: int, pid: int, camid: int, viewid: int, shot: int, size=96, with_mask: bool = False) -> Scene:
+    """The scene of a picture with vehicle `pid` in it; with a mask of PartImageNet's ids it has side mirrors.
+
+    size: side or (width, height) in pixels. shot: number among pictures of equal (pid, camid, viewid), each with its
+    own scale, position, tilt, wheel angle and noise.
+    """
     attrs = vehicle(seed, pid)
     body, paint, shown = BODIES[attrs["body"]], attrs["rgb"], slabs(BODIES[attrs["body"]])
     tall, has_load = max(slab.y1 for slab in shown.values()), body.back == "load"
-    p = open_scene(seed, pid, camid, viewid, shot, size, (body.length, tall, body.width))
-    _shadow(p, body.length, body.width)
+    p = Scene(seed, pid, camid, viewid, shot, size, (body.length, tall, body.width))
+    _shadow(p, body)
     if with_mask:
         p.start_mask(BACKGROUND)
-    phase, p.part = p.rng.uniform(0, 2 * math.pi), CAR_BODY
-    roof = attrs["roof"] if "two_tone" in attrs["marks"] else paint
+    phase, roof = p.rng.uniform(0, 2 * math.pi), attrs["roof"] if "two_tone" in attrs["marks"] else paint
     # the load is a shade lighter than the cab, so that the two come apart
     colours = {"frame": (44, 45, 48), "cabin": roof if tall < 2 else paint, "load": tuple(c * 0.85 + 36 for c in paint)}
-    parts = {"lower": [_front], "cabin": [_cabin], "frame": [], "load": [_marks]}
-    parts["lower"] += [] if has_load else [_rear, _marks]
-    parts["frame"] += [_rear]
+    lower = [_front] if has_load else [_front, _rear, _marks]
+    parts = {"frame": [_rear], "lower": lower, "cabin": [_cabin], "load": [_marks]}
     _treads(p, body)
-    if p.mask:
-        _mirrors(p, body, behind=True)
+    _mirrors(p, body, behind=True)
     # seen from the front, the cab stands before its load
     for name in ("frame", "load", "lower", "cabin") if has_load and p.cos > 0 else shown:
-        slab, colour = shown[name].seen_by(p), colours.get(name, paint)
-        slab.solid(colour, roof if name == "cabin" else colour)
+        colour, p.part = colours.get(name, paint), CAR_BODY
+        shown[name].solid(p, colour, roof if name == "cabin" else colour)
         for part in parts[name]:
-            part(slab, body, attrs)
+            part(shown[name], body, attrs)
         if name == ("frame" if has_load else "lower"):
             _wheels(p, body, MAKES[attrs["make"]][2], phase)
-    if p.mask:
-        _mirrors(p, body, behind=False)
+    _mirrors(p, body, behind=False)
     return p
 
 
 def render(seed: int, pid: int, camid: int, viewid: int, shot: int, size: int | tuple[int, int] = 96) -> Image.Image:
-    """One RGB picture of vehicle `pid`; `size` is the side or (width, height) in pixels, 16 or more.
-
-    `shot` numbers the pictures of equal (pid, camid, viewid): each has its own scale, position, tilt, wheel angle and
-    noise.
-    """
+    """One RGB picture, as `draw_vehicle` describes it."""
     return draw_vehicle(seed, pid, camid, viewid, shot, size).record()
-
-
-def render_parts(seed: int, pid: int, camid: int, viewid: int, shot: int, size=96) -> tuple[Image.Image, np.ndarray]:
-    """As `render`, with side mirrors, and the mask of its parts: [H, W] uint8 in PartImageNet's ids."""
-    p = draw_vehicle(seed, pid, camid, viewid, shot, size, with_mask=True)
-    return p.record(), p.part_ids()

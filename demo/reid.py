@@ -1,37 +1,26 @@
-"""Drawn vehicles as a re-identification set that lies on disk as VeRi-776 does.
-
-    python -m demo.reid --output VeRi
-
-Vehicles take all bodies in turns, and ten of a body wear ten colours. The test set does not change with the number of
-training identities.
+"""Drawn vehicles as a re-identification set that lies on disk as VeRi-776 does; its test set does not change with the
+number of training identities: python -m demo.reid --output VeRi
 """
 
-import itertools
 import shutil
-from operator import itemgetter
 from pathlib import Path
 
-from demo.draw import render
-from demo.folder import DrawnSet
-from demo.vehicle import CAMERAS, demo_rng, label_row
+from demo.draw import label_row, render
+from demo.pool import SEED, SIZE, DrawnSet
+from demo.scene import CAMERAS, demo_rng
 from util.cli import Parser, run_tool
 from util.errors import InputError
 
-MOST = 1500  # identities: so many differ in their marks
 CAMERA_NUMBERS = (1, 3, 4, 8, 11, 14, 17, 20)  # VeRi's, with gaps, of the eight demo cameras
 
 
 def plan(train_ids: int, test_ids: int, images_per_id: int, seed: int) -> list[dict]:
-    """One row a picture, in the order of the paths.
-
-    Columns: those of `label_row`; path; split (train, query or gallery: of every camera that sees a test vehicle twice,
-    one picture is a query); number, the identity as published, none divisible by seven; camera, its number as
-    published.
-    """
-    if train_ids + test_ids > MOST:
-        raise InputError(f"--train_ids {train_ids} and --test_ids {test_ids}: must be {MOST} or less together")
+    """One row a picture, in the order of the paths: `label_row`, path, split (of every camera that sees a test vehicle
+    twice, one picture is a query), number and camera as published; no number is divisible by seven."""
+    if train_ids + test_ids > 1500:  # so many differ in their marks
+        raise InputError(f"--train_ids {train_ids} and --test_ids {test_ids}: must be 1500 or less together")
     rows = []
-    for pid, shot in itertools.product(range(train_ids + test_ids), range(images_per_id)):
+    for pid, shot in (divmod(k, images_per_id) for k in range((train_ids + test_ids) * images_per_id)):
         row = label_row(seed, pid, shot)
         row["number"], row["camera"] = pid + 1 + pid // 6, CAMERA_NUMBERS[row["camid"]]
         is_query = shot >= max(5, images_per_id - 5)  # cameras come back every five shots
@@ -40,7 +29,7 @@ def plan(train_ids: int, test_ids: int, images_per_id: int, seed: int) -> list[d
         folder = "image_train" if row["split"] == "train" else "image_test"
         row["path"] = f"{folder}/{row['number']:04}_c{row['camera']:03}_{time:08}_{shot // 5}.jpg"
         rows.append(row)
-    return sorted(rows, key=itemgetter("path"))
+    return sorted(rows, key=lambda row: row["path"])
 
 
 def _write_picture(row: dict, folder: Path, seed: int, size: int) -> None:
@@ -56,10 +45,10 @@ def _copy_queries(folder: Path, rows: list[dict]) -> None:
             shutil.copy(folder / row["path"], folder / "image_query")
 
 
-SETTINGS = {"train_ids": 60, "test_ids": 20, "images_per_id": 16, "size": 128, "seed": 0}
-# with six pictures of a vehicle or more, one of its five cameras comes back
-LEAST = {"train_ids": 5, "test_ids": 5, "images_per_id": 6, "size": 16}
-VERI = DrawnSet("demo_reid.json", SETTINGS, LEAST, plan, _write_picture, _copy_queries)
+FLAGS = {"train_ids": (60, 5, "vehicles to train on"), "test_ids": (20, 5, "other vehicles to test on")}
+FLAGS |= {"images_per_id": (16, 6, "pictures of a vehicle")}  # with six, one of its five cameras comes back
+FLAGS |= {"size": (128, 16, SIZE), "seed": (0, 0, SEED)}
+VERI = DrawnSet("demo_reid.json", FLAGS, plan, _write_picture, _copy_queries)
 
 
 def get_args_parser() -> Parser:

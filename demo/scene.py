@@ -1,27 +1,52 @@
-"""A place seen by a camera, on which shapes are painted by their places in metres, back to front, with Pillow at
-two to three times the final size.
+"""A place seen by a camera, on which shapes are painted by their places in metres, back to front, with Pillow at two to
+three times the final size: x forward from the middle of the vehicle, y up from the ground, z to the vehicle's right."""
 
-Space: x forward from the middle of the vehicle, y up from the ground, z to the vehicle's right.
-"""
-
-import itertools
+import hashlib
 import math
+from collections import namedtuple
+from itertools import product
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFilter
 
-from demo.vehicle import CAMERAS, VIEWS, demo_rng
-
-# what stands 10 m behind the vehicle, in metres: bands along the whole view (both edges, colour), and on the ground
-# lines along the vehicle (their z) and crosswise
-BEHIND = {
-    "fence": [(0, 3.4, (150, 153, 156))],
-    "trees": [(0, 0.8, (58, 104, 40))],
+VIEWS = ("left side", "right side", "front", "rear", "front three-quarter", "rear three-quarter")
+ANGLES = (270, 90, 0, 180, 42, 138)  # of the views, in degrees from the nose
+# sky: RGB at the top and at the horizon, as recorded; ground: RGB in white light; light: factor per channel on what
+# does not glow; sun: direction to the light (right, up, towards the camera); shadow: darkness, 0..1; height: in metres;
+# noise: standard deviation in grey levels; blur: radius in px of a picture 96 wide
+Camera = namedtuple("Camera", "backdrop lines sky ground light sun shadow height lamps noise blur quality")
+# fmt: off
+CAMERAS = (
+    Camera("hills", "lanes", ((84, 146, 220), (208, 226, 242)), (112, 114, 118),
+           (1.06, 1.04, 1.0), (-0.5, 0.75, 0.45), 0.7, 2.3, False, 2.5, 0, 92),
+    Camera("houses", "kerb", ((128, 178, 226), (232, 232, 222)), (128, 122, 116),
+           (1.1, 1.02, 0.9), (0.65, 0.6, 0.5), 0.7, 1.8, False, 3, 0.2, 90),
+    Camera("fence", "bays", ((168, 174, 180), (206, 209, 211)), (98, 101, 105),
+           (0.86, 0.9, 0.95), (0, 1, 0.25), 0.5, 3.2, False, 5, 0.45, 80),
+    Camera("trees", "track", ((120, 180, 232), (220, 236, 240)), (92, 140, 58),
+           (1.05, 1.05, 0.94), (-0.7, 0.6, 0.3), 0.65, 1.9, False, 2.5, 0, 92),
+    Camera("showroom", "tiles", ((232, 233, 236), (246, 246, 248)), (186, 188, 196),
+           (1.06, 1.06, 1.08), (0.1, 0.95, 0.5), 0.5, 1.5, False, 1, 0, 95),
+    Camera("dusk", "zebra", ((70, 62, 116), (250, 158, 92)), (112, 100, 106),
+           (0.96, 0.78, 0.76), (0.8, 0.35, -0.1), 0.45, 2.0, True, 5, 0.3, 84),
+    Camera("night", "lanes", ((8, 10, 24), (26, 30, 52)), (72, 74, 80),
+           (0.56, 0.6, 0.78), (-0.3, 0.9, 0.4), 0.6, 2.6, True, 8, 0.4, 76),
+    Camera("garage", "bays", ((70, 62, 44), (108, 96, 66)), (124, 122, 116),
+           (0.88, 0.78, 0.56), (0.2, 0.95, 0.35), 0.65, 2.1, True, 6, 0.3, 82),
+)
+BEHIND = {  # bands along the whole view 10 m behind the vehicle: lower and upper edge in metres, colour
+    "fence": [(0, 3.4, (150, 153, 156))], "trees": [(0, 0.8, (58, 104, 40))],
     "showroom": [(0, 0.15, (120, 122, 128)), (3.3, 3.45, (196, 198, 204))],
     "garage": [(0, 3.2, (168, 162, 150)), (0, 0.9, (70, 96, 120)), (0.9, 1, (220, 190, 60))],
 }
+# fmt: on
 LEAVES = ((0, 0.5, 2.0), (-1.1, 0.36, 1.4), (1.1, 0.38, 1.5), (0.3, 0.66, 1.3))  # x, height and radius in a tree
-LINES = {"lanes": (-5.5, 5.4), "track": (-2.7, 2.6), "kerb": (-3.4, 3.2)}
+
+
+def demo_rng(*ids: int | str) -> np.random.Generator:
+    """A random stream of its own for these ids."""
+    digest = hashlib.blake2b("/".join(map(str, ids)).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
 
 
 def box(x0, y0, x1, y1) -> np.ndarray:
@@ -48,28 +73,32 @@ def clip(points: np.ndarray, axis: int, low: float, high: float) -> np.ndarray:
 
 
 class Scene:
-    """What a pinhole camera sees, `distance` metres from the vehicle at angle `theta` (radians) from its nose.
+    """What a pinhole camera sees: a place, empty yet, and room for a vehicle of `extent` (length, height, width in m).
 
-    The lens is shifted, not tipped, so verticals stay vertical however high the camera hangs. `cx`, `cy` are the
-    pixel of the horizon straight ahead. `rng` serves the whole picture. After `start_mask` each shape is drawn into a
-    mask as well, in the id `part`.
+    The lens is shifted, not tipped, so verticals stay vertical; `cx`, `cy` are the pixel of the horizon straight ahead.
+    `rng` serves the whole picture. After `start_mask` each shape is drawn into a mask as well, in the id `part`.
     """
 
-    def __init__(self, camid: int, size: int | tuple[int, int], rng: np.random.Generator):
-        if not 0 <= camid < len(CAMERAS):
-            raise ValueError(f"camid must be 0..{len(CAMERAS) - 1}, got {camid}")
+    def __init__(self, seed: int, pid: int, camid: int, viewid: int, shot: int, size, extent: tuple):
+        self.camera, self.rng = CAMERAS[camid], demo_rng(seed, "shot", pid, camid, viewid, shot)
         self.size = (size, size) if isinstance(size, int) else tuple(size)
-        if min(self.size) < 16:
-            raise ValueError(f"a picture needs at least 16 x 16 pixels, got {self.size[0]} x {self.size[1]}")
-        self.camera, self.rng, self.over = CAMERAS[camid], rng, 3 if max(self.size) <= 128 else 2
+        self.over = 3 if max(self.size) <= 128 else 2
         self.image = Image.new("RGB", (self.size[0] * self.over, self.size[1] * self.over))
-        self.draw, self.glows = ImageDraw.Draw(self.image), []
-        self.mask = self.parts = self.part = None
-
-    def aim(self, theta: float, distance: float, height: float) -> None:
-        self.cos, self.sin, self.distance, self.height = math.cos(theta), math.sin(theta), distance, height
-        self.roll = self.rng.uniform(-0.02, 0.02)
-        self.focal, self.cx, self.cy = 1.0, 0.0, 0.0
+        self.draw, self.glows, self.mask = ImageDraw.Draw(self.image), [], None
+        rng, (length, tall, width), frame = self.rng, extent, np.array(self.image.size)
+        degrees = ANGLES[viewid] * (rng.choice((-1, 1)) if viewid > 3 else 1)
+        theta = math.radians(degrees + rng.uniform(-1, 1) * (6 if viewid < 4 else 14))
+        self.cos, self.sin, self.distance = math.cos(theta), math.sin(theta), 2.4 * length + 3
+        self.height = max(self.camera.height, 0.9 * tall) * rng.uniform(0.95, 1.15)
+        self.roll, self.focal, self.cx, self.cy = rng.uniform(-0.02, 0.02), 1.0, 0.0, 0.0
+        # focal length and shift so that the vehicle fills the picture
+        corners = product((-length / 2, length / 2), (0, tall), (-width / 2, width / 2))
+        flat = self.flat(np.array(list(corners)))
+        low, high = flat.min(0), flat.max(0)
+        centre = frame * (0.5 + rng.uniform(-0.04, 0.04), 0.55 + rng.uniform(-0.03, 0.04))
+        self.focal = float(min(frame * rng.uniform(0.76, 0.88) * (1, 0.92) / (high - low)))
+        self.cx, self.cy = (centre - self.focal * (low + high) / 2).tolist()
+        _paint_place(self, demo_rng(seed, "place", camid), length)
 
     def depth(self, points: np.ndarray) -> np.ndarray:
         return self.distance - points[:, 0] * self.cos - points[:, 2] * self.sin
@@ -81,12 +110,10 @@ class Scene:
         y = (self.height - points[:, 1]) * scale
         return np.stack([self.cx + x + self.roll * y, self.cy + y - self.roll * x], axis=1)
 
-    def fit(self, points: np.ndarray, centre: np.ndarray, extent: np.ndarray) -> None:
-        """Choose focal length and shift so that the points fill `extent` pixels at `centre`."""
-        flat = self.flat(points)
-        low, high = flat.min(0), flat.max(0)
-        self.focal = float(min(extent / (high - low)))
-        self.cx, self.cy = (centre - self.focal * (low + high) / 2).tolist()
+    def shows(self, quad: np.ndarray) -> bool:
+        """Whether the outer side of a quadrilateral, (4, 3) metres, is seen: by the sign of its area in pixels."""
+        flat = self.flat(quad)
+        return bool(np.linalg.det(flat[2:] - flat[:2]) > 0)
 
     def lit(self, colour, k: float = 1.0) -> tuple:
         return tuple(int(min(255, c * k * t)) for c, t in zip(colour, self.camera.light))
@@ -94,18 +121,18 @@ class Scene:
     def poly(self, points: np.ndarray, colour, k: float = 1.0, glows: bool = False) -> None:
         """A polygon of (N, 3) metres, k: its brightness; one that glows needs no light."""
         if len(points) > 2:
-            xy = [tuple(q) for q in self.flat(points).tolist()]
-            self.draw.polygon(xy, fill=colour if glows else self.lit(colour, k))
-            if self.parts:
-                self.parts.polygon(xy, fill=self.part)
+            self._paint("polygon", points, colour if glows else self.lit(colour, k))
 
     def line(self, points, thickness: float, colour) -> None:
         """A line along (N, 3) metres, `thickness` metres and at least two pixels wide."""
-        xy = [tuple(q) for q in self.flat(np.array(points, dtype=float)).tolist()]
         width = max(2, round(thickness * self.focal / self.distance))
-        self.draw.line(xy, fill=self.lit(colour), width=width, joint="curve")
-        if self.parts:
-            self.parts.line(xy, fill=self.part, width=width, joint="curve")
+        self._paint("line", np.array(points, dtype=float), self.lit(colour), width=width, joint="curve")
+
+    def _paint(self, shape: str, points: np.ndarray, colour: tuple, **how) -> None:
+        xy = [tuple(q) for q in self.flat(points).tolist()]
+        getattr(self.draw, shape)(xy, fill=colour, **how)
+        if self.mask:
+            getattr(self.parts, shape)(xy, fill=self.part, **how)
 
     def lamp(self, points: np.ndarray, day: tuple, night: tuple) -> None:
         """A lamp in the colour of day, or glowing where the camera has its lamps lit."""
@@ -145,32 +172,14 @@ class Scene:
                 (x, y), r = at / over, radius / over
                 ImageDraw.Draw(glow).ellipse((x - r, y - r, x + r, y + r), fill=colour)
             image = ImageChops.screen(image, glow.filter(ImageFilter.GaussianBlur(width / 24)))
-        if self.camera.blur:
-            image = image.filter(ImageFilter.GaussianBlur(self.camera.blur * width / 96))
+        image = image.filter(ImageFilter.GaussianBlur(self.camera.blur * width / 96))
         y, x = np.ogrid[-1 : 1 : height * 1j, -1 : 1 : width * 1j]
         exposure = (1.03 - 0.1 * (x * x + y * y)) * self.rng.uniform(0.93, 1.07)
         noise = self.rng.normal(0, self.camera.noise, (height, width, 1))
         return Image.fromarray((np.asarray(image) * exposure[..., None] + noise).clip(0, 255).astype(np.uint8))
 
 
-def open_scene(seed: int, pid: int, camid: int, viewid: int, shot: int, size, extent: tuple) -> Scene:
-    """The place of a picture, empty yet, seen so that a vehicle of `extent` (length, height, width in m) fills it."""
-    if not 0 <= viewid < len(VIEWS):
-        raise ValueError(f"viewid must be 0..{len(VIEWS) - 1}, got {viewid}")
-    rng = demo_rng(seed, "shot", pid, camid, viewid, shot)
-    p, (length, tall, width) = Scene(camid, size, rng), extent
-    degrees = (270, 90, 0, 180, 42, 138)[viewid] * (rng.choice((-1, 1)) if viewid > 3 else 1)
-    theta = math.radians(degrees + rng.uniform(-1, 1) * (6 if viewid < 4 else 14))
-    p.aim(theta, 2.4 * length + 3, max(p.camera.height, 0.9 * tall) * rng.uniform(0.95, 1.15))
-    corners = itertools.product((-length / 2, length / 2), (0, tall), (-width / 2, width / 2))
-    frame = np.array(p.image.size)
-    centre = frame * (0.5 + rng.uniform(-0.04, 0.04), 0.55 + rng.uniform(-0.03, 0.04))
-    p.fit(np.array(list(corners)), centre, frame * rng.uniform(0.76, 0.88) * (1, 0.92))
-    _place(p, demo_rng(seed, "place", camid), length)
-    return p
-
-
-def _place(p: Scene, rng: np.random.Generator, length: float) -> None:
+def _paint_place(p: Scene, rng: np.random.Generator, length: float) -> None:
     """Sky, ground, what stands 10 m behind the vehicle, and lines for a vehicle of this length."""
     width, height = p.image.size
     scale, shift = p.focal / (p.distance + 10), p.rng.uniform(-6, 6)
@@ -201,7 +210,7 @@ def _place(p: Scene, rng: np.random.Generator, length: float) -> None:
         far(-40, 0.45, 40, 0.8, (176, 180, 184))
         for post in range(-40, 40, 2):
             far(post, 0, post + 0.12, 0.5, (120, 124, 128))
-    _lines(p, length)
+    _paint_ground(p, length / 2 + 0.5)
 
 
 def _stand(kind: str, x: float, w: float, h: float, t: np.ndarray, rng: np.random.Generator) -> list[tuple]:
@@ -220,48 +229,35 @@ def _stand(kind: str, x: float, w: float, h: float, t: np.ndarray, rng: np.rando
         return shapes
     if kind in ("dusk", "night"):
         h, wall = (h * 0.5, (74, 54, 84)) if kind == "dusk" else (h * 0.75, (30, 33, 50))
-        windows = itertools.product(np.arange(x + 0.5, x + w - 2, 1.2), np.arange(0.8, h - 1, 1.5))
+        windows = product(np.arange(x + 0.5, x + w - 2, 1.2), np.arange(0.8, h - 1, 1.5))
         bright = [(at, y, at + 0.6, y + 0.8, (250, 206, 120), True) for at, y in windows if rng.random() < 0.4]
         return [(x, 0, x + w - 1.2 * t[1], h, wall, True), *bright]
-    leaves = [(dx, y, r, 0.55 + 0.5 * y + 0.2 * t[0]) for dx, y, r in LEAVES]
+    leaves = ((dx, y, r, 0.55 + 0.5 * y + 0.2 * t[0]) for dx, y, r in LEAVES)  # the upper ones lighter
     return {
         "hills": [oval(0, 0, w / 2 + 7, h / 3, (104 + 20 * t[0], 140 + 20 * t[0], 118))],
-        "fence": [
-            (x, 0, x + 0.15, 1.6, (70, 74, 78)), oval(0, 0.7, w / 2 - 0.8, 0.6, (74, 96, 66)),
-            (x + 1, 2, x + w - 1, 2.9, (112, 122, 132)),
-        ],
-        "trees": [
-            (x + w / 2 - 0.2, 0, x + w / 2 + 0.2, h / 2, (86, 62, 40)),
-            *(oval(dx, h * y, r, r, (62 * shade, 122 * shade, 44 * shade)) for dx, y, r, shade in leaves),
-        ],
-        "showroom": [
-            (x, 0.4, x + w - 0.4, 3.0, (214 + 24 * t[0], 216 + 24 * t[0], 226)),
-            (x + 0.6, 1.2, x + w - 1, 2.4, (60 + 150 * t[0], 110 + 90 * t[1], 60 + 150 * t[2])),
-            (x + w / 2 - 0.5, 3.8, x + w / 2 + 0.5, 3.95, (255, 255, 255), True),
-        ],
-        "garage": [
-            (x, 0, x + 0.8, 3.2, (128, 124, 116)),
-            (x, 0.5, x + 0.8, 1.3, (228, 186, 40) if t[0] < 0.6 else (188, 60, 44)),
-            (x + 1.6, 2.75, x + w - 1, 2.9, (255, 246, 206), True),
-        ],
+        "fence": [(x, 0, x + 0.15, 1.6, (70, 74, 78)), oval(0, 0.7, w / 2 - 0.8, 0.6, (74, 96, 66)),
+                  (x + 1, 2, x + w - 1, 2.9, (112, 122, 132))],
+        "trees": [(x + w / 2 - 0.2, 0, x + w / 2 + 0.2, h / 2, (86, 62, 40)),
+                  *(oval(dx, h * y, r, r, (62 * shade, 122 * shade, 44 * shade)) for dx, y, r, shade in leaves)],
+        "showroom": [(x, 0.4, x + w - 0.4, 3.0, (214 + 24 * t[0], 216 + 24 * t[0], 226)),
+                     (x + 0.6, 1.2, x + w - 1, 2.4, (60 + 150 * t[0], 110 + 90 * t[1], 60 + 150 * t[2])),
+                     (x + w / 2 - 0.5, 3.8, x + w / 2 + 0.5, 3.95, (255, 255, 255), True)],
+        "garage": [(x, 0, x + 0.8, 3.2, (128, 124, 116)), (x + 1.6, 2.75, x + w - 1, 2.9, (255, 246, 206), True),
+                   (x, 0.5, x + 0.8, 1.3, (228, 186, 40) if t[0] < 0.6 else (188, 60, 44))],
     }[kind]  # fmt: skip
 
 
-def _lines(p: Scene, length: float) -> None:
-    """Lines and surfaces on the ground, laid along the vehicle."""
-    kind, end = p.camera.lines, length / 2 + 0.5
-    if kind == "track":
+def _paint_ground(p: Scene, end: float) -> None:
+    """Lines on the ground, laid along the vehicle, which ends at `end` metres."""
+    if p.camera.lines == "track":
         p.floor(-40, -2.9, 40, 2.9, (134, 128, 120))
-    for z in LINES.get(kind, ()):
-        p.floor(-40, z, 40, z + 0.12)
-    for x, z in itertools.product(range(-39, 40, 6), (-1.9, 1.75)) if kind == "lanes" else ():
-        p.floor(x, z, x + 3, z + 0.14)
-    if kind == "bays":
-        for z in (-4.6, -1.6, 1.5, 4.5):
-            p.floor(-end, z, end, z + 0.12)
-        p.floor(-end - 0.12, -4.6, -end, 4.62)
-    for at in np.arange(-12, 12.1, 1.5) if kind == "tiles" else ():
-        p.floor(-12, at, 12, at + 0.03, (160, 162, 172))
-        p.floor(at, -12, at + 0.03, 12, (160, 162, 172))
-    for z, x in itertools.product(np.arange(-5.4, 5.5, 1.2), (-end - 3, end + 0.3)) if kind == "zebra" else ():
-        p.floor(x, z, x + 2.7, z + 0.6)
+    joints, colour = np.arange(-12, 12.1, 1.5), {"tiles": (160, 162, 172)}
+    for x, z, long, wide in {
+        "lanes": [*product([-40], (-5.5, 5.4), [80], [0.12]), *product(range(-39, 40, 6), (-1.9, 1.75), [3], [0.14])],
+        "track": product([-40], (-2.7, 2.6), [80], [0.12]),
+        "kerb": product([-40], (-3.4, 3.2), [80], [0.12]),
+        "bays": [*product([-end], (-4.6, -1.6, 1.5, 4.5), [2 * end], [0.12]), (-end - 0.12, -4.6, 0.12, 9.22)],
+        "tiles": [*product([-12], joints, [24], [0.03]), *product(joints, [-12], [0.03], [24])],
+        "zebra": product((-end - 3, end + 0.3), np.arange(-5.4, 5.5, 1.2), [2.7], [0.6]),
+    }[p.camera.lines]:
+        p.floor(x, z, x + long, z + wide, colour.get(p.camera.lines, (232, 232, 226)))

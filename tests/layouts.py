@@ -11,9 +11,8 @@ from PIL import Image
 
 from datasets.seg import BACKGROUND_ID, PARTS, part_names
 from demo import reid as demo_reid
-from demo.draw import render, render_parts
-from demo.scene import circle, open_scene
-from demo.vehicle import BODIES, MAKES, VIEWS, demo_rng
+from demo.draw import BODIES, MAKES, draw_vehicle, render
+from demo.scene import VIEWS, Scene, circle, demo_rng
 
 # VeRi-776 with its attributes, VehicleID and VERI-Wild
 
@@ -237,8 +236,9 @@ def draw_pair(row: dict) -> tuple[Image.Image, np.ndarray]:
     pid, shot = row["pid"], row["shot"]
     view = (2 * pid + 4 + 2 * shot) % 6  # in which no ground shows through between body and wheels
     if row["kind"] == "Car":
-        return render_parts(0, pid, (pid + shot) % 8, view, shot, row["size"])
-    p = open_scene(0, pid, pid % 8, 0, shot, row["size"], (1.75, 1.08, 0.5))
+        p = draw_vehicle(0, pid, (pid + shot) % 8, view, shot, row["size"], with_mask=True)
+        return p.record(), p.part_ids()
+    p = Scene(0, pid, pid % 8, 0, shot, row["size"], (1.75, 1.08, 0.5))
     p.start_mask(BACKGROUND_ID)
     if row["kind"] == "fish":
         p.part = FISH_PART
