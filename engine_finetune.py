@@ -15,6 +15,7 @@ from util.errors import InputError
 from util.loop import Run, StepWatch, apply_update, to_device
 from util.progress import Progress
 
+# said of updates that are not finite: what makes training steadier
 STEADIER = "lower --lr or set --clip_grad 1 (name them after --allow_change), or use --amp none"
 
 

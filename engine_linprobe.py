@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from datasets.pretrain import PretrainDataset, build_loader
+from datasets.items import PretrainDataset, build_loader
 from datasets.samplers import EpochBatches
 from models_probe import ReadOuts
 from util.errors import InputError

@@ -9,6 +9,7 @@ from torch import nn
 from util.loop import Run, StepWatch, apply_update, to_device
 from util.optim import cosine_lr, ramp, set_lr
 
+# said of updates that are not finite: what makes training steadier
 STEADIER = "lower --blr or set --clip_grad 1 (name lr or clip_grad after --allow_change), or use --amp none"
 
 

@@ -66,7 +66,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
-from datasets.manifest import list_images
+from datasets.path_list import list_images
 from description.bank import Candidates, encode, ground_candidates, write_bank
 from description.texts import fill, invisible_reason, read_rows, read_templates
 from models_teacher import load_teacher

@@ -86,9 +86,8 @@ import torch
 import torch.nn.functional as F
 
 from datasets.fgvc import LabelledImages, list_labelled
-from datasets.items import WholeImages
+from datasets.items import PretrainDataset, WholeImages
 from datasets.path_list import printable
-from datasets.pretrain import PretrainDataset
 from datasets.reid import read_reid
 from datasets.samplers import EpochBatches
 from engine_extract import extract_features

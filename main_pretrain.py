@@ -81,9 +81,8 @@ import time
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from datasets.manifest import list_images
-from datasets.path_list import PathList
-from datasets.pretrain import PretrainDataset, build_loader
+from datasets.items import PretrainDataset, build_loader
+from datasets.path_list import PathList, list_images
 from datasets.samplers import EpochBatches
 from datasets.teacher_cache import TeacherCache
 from datasets.text_bank import hash_texts, is_encoded, read_texts, save_bank

@@ -78,7 +78,7 @@ from torchvision import transforms
 
 from benchmarks import turns
 from benchmarks.turns import take_turns, timed
-from datasets.manifest import list_images
+from datasets.path_list import list_images
 from models_mae import MODELS, MaskedAutoencoderViT
 from tools import pack
 from util.errors import InputError

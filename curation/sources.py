@@ -6,8 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.manifest import check_first_exist, list_images
-from datasets.path_list import PackedImages, PathList, printable
+from datasets.path_list import PackedImages, PathList, check_first_exist, list_images, printable
 from datasets.tables import cell, iterate_table
 from util.dist import print_main
 from util.errors import InputError

@@ -3,16 +3,16 @@
 import codecs
 import re
 import xml.etree.ElementTree as ET
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from datasets.manifest import check_first_exist
-from datasets.path_list import PathList, printable
-from datasets.tables import Labelled, cell, iterate_table, known, published_note, split_name
+from datasets.items import Labelled
+from datasets.path_list import PathList, check_first_exist, printable
+from datasets.tables import cell, iterate_table, known, published_note, split_name
 from util.errors import InputError
 
 UNKNOWN = -1
@@ -34,9 +34,8 @@ class Attribute(NamedTuple):
 
 VERI_COLOURS = ("yellow", "orange", "green", "grey", "red", "blue", "white", "gold", "brown", "black")
 VERI_TYPES = ("sedan", "SUV", "van", "hatchback", "MPV", "pickup truck", "bus", "truck", "station wagon")
-VERI = (
-    *(Attribute("colour", name) for name in VERI_COLOURS), *(Attribute("type", name) for name in VERI_TYPES),
-)  # fmt: skip
+VERI = tuple(Attribute("colour", name) for name in VERI_COLOURS) + tuple(Attribute("type", name) for name in VERI_TYPES)
+Rows = list[tuple[str, ...]]  # of images: path, cells of some columns
 
 
 @dataclass(frozen=True)
@@ -110,32 +109,25 @@ def _read_veri(root: Path, need_train: bool) -> AttributeData:
         if not file.is_file() and (split == "test" or need_train):
             raise InputError(f"{file} is missing: give the folder of VeRi-776, or a table")
         items = list(veri_items(file)) if file.is_file() else []
-        rows = {name: codes for name, codes, _ in items}
         vehicles.append({vehicle for *_, vehicle in items} - {None})
-        for key, place in (("colorID", 0), ("typeID", 1)):
-            if unknown := sum(codes[place] is None for codes in rows.values()):
+        for key, place in (("colorID", 1), ("typeID", 2)):
+            if unknown := sum(not item[place] for item in items):
                 notes.append(f"{unknown:,} items of {file.name} have no {key} that is known (0, -1 or none)")
-        labels = [
-            [UNKNOWN if code is None else code == k for code, n in zip(codes, (10, 9)) for k in range(1, n + 1)]
-            for codes in rows.values()
-        ]
-        paths = PathList(root, (f"{folder.name}/{name}" for name in rows))
-        parts.append(AttributeImages(paths, np.array(labels, dtype=np.int8).reshape(-1, len(VERI))))
-        here = {entry.name for entry in folder.iterdir()} if rows and folder.is_dir() else set()
-        if missing := [name for name in rows if name not in here]:
-            listed = f"{len(missing):,} of the {len(rows):,} images of {file}"
+        rows = [(f"{folder.name}/{name}", colour, body) for name, colour, body, _ in items]
+        parts.append(_images(file, rows, ["colour", "type"], VERI))
+        here = {entry.name for entry in folder.iterdir()} if items and folder.is_dir() else set()
+        if missing := [name for name, *_ in items if name not in here]:
+            listed = f"{len(missing):,} of the {len(items):,} images of {file}"
             notes.append(f"{listed} are not in {folder}, e.g. {missing[0]}")
-        if unlisted := sum(name.lower().endswith(".jpg") and name not in rows for name in here):
-            notes.append(f"{unlisted:,} images of {folder} have no item in {file.name} and are not used")
     if both := set.intersection(*vehicles):
         notes.append(f"{len(both)} vehicles are in both splits, e.g. {min(both)}")
     counts = {split: len(images) for split, images in zip(("train", "test"), parts) if len(images)}
     return AttributeData("veri776", VERI, *parts, [*notes, published_note(counts, "veri776")])
 
 
-def veri_items(file: Path) -> Iterator[tuple[str, list[int | None], str | None]]:
-    """(image, [colour, type], vehicle) of the items of one of VeRi-776's label files; colours count from 1 to 10, types
-    to 9, None: unknown. Decoded by mark, declaration, or as GB18030, whose subset gb2312 ElementTree refuses."""
+def veri_items(file: Path) -> Iterator[tuple[str, str, str, str | None]]:
+    """(image, colour, type, vehicle) of the items of one of VeRi-776's label files, '' where the set does not know.
+    Decoded by mark, declaration, or as GB18030, whose subset gb2312 ElementTree refuses."""
     try:
         data = file.read_bytes()
         try:
@@ -147,7 +139,7 @@ def veri_items(file: Path) -> Iterator[tuple[str, list[int | None], str | None]]
         raise InputError(f"{file} cannot be read as XML ({error}): copy it again") from error
     names: set[str] = set()
     for number, item in enumerate(root.iter("Item"), 1):
-        name, codes = (item.get("imageName") or "").strip(), []
+        name, found = (item.get("imageName") or "").strip(), []
         if not name or name in names:
             what = "a repeated" if name else "no"
             raise InputError(f"{file}: item {number} has {what} imageName {name}: copy it again")
@@ -156,8 +148,8 @@ def veri_items(file: Path) -> Iterator[tuple[str, list[int | None], str | None]]
             code = known(item.get(key)).lstrip("0")  # VeRi-776 1.0 has types 0: unknown
             if code and (not re.fullmatch("[0-9]{1,3}", code) or int(code) > len(words)):
                 raise InputError(f"{file}: {name} has {key} '{code[:40]}', known are 1 to {len(words)}")
-            codes.append(int(code) if code else None)
-        yield name, codes, item.get("vehicleID")
+            found.append(words[int(code) - 1] if code else "")
+        yield name, *found, item.get("vehicleID")
     if not names:
         raise InputError(f"{file} holds no <Item>: copy it again")
 
@@ -168,10 +160,10 @@ def _read_table(
 ) -> AttributeData:  # fmt: skip
     if (test_split := split_name(test_split)) == "train":
         raise InputError("--attr_split train would test on what is trained on: name another split")
-    rows: dict[str, list[tuple[str, ...]]] = {}  # split -> path, cells of the columns
-    for number, row in enumerate(iterate_table(file, ("split", *(binary or ()), *categorical)), 1):
+    rows: dict[str, Rows] = {}
+    columns = [*(binary or ()), *categorical]
+    for number, row in enumerate(iterate_table(file, ("split", *columns)), 1):
         if number == 1:
-            columns = [*(binary or ()), *categorical]
             if not columns:
                 columns = binary = [name for name in row if name and name not in NOT_ATTRIBUTES]
             for name in columns:
@@ -189,7 +181,7 @@ def _read_table(
         notes.append(f"rows that are not used: {told}")
     if both := {path for path, *_ in train} & {path for path, *_ in test}:
         notes.append(f"{len(both):,} images are in train and in {test_split}, e.g. {printable(min(both))}")
-    attributes = list(known or map(Attribute, binary or ()))
+    attributes = known or [Attribute(name) for name in binary or ()]
     for column in () if known else categorical:  # a word that training never shows counts as missed
         words = sorted({row[1 + columns.index(column)] for row in (*train, *test)} - {""})
         if not 2 <= len(words) <= MOST_VALUES:
@@ -202,10 +194,8 @@ def _read_table(
     return AttributeData("table", tuple(attributes), *parts, notes)
 
 
-def _images(
-    file: Path, rows: list[tuple[str, ...]], columns: list[str], attributes: list[Attribute]
-) -> AttributeImages:
-    """Labels of the rows; an empty cell is unknown."""
+def _images(file: Path, rows: Rows, columns: list[str], attributes: Sequence[Attribute]) -> AttributeImages:
+    """Images beside `file` with their labels; an empty cell is unknown."""
     labels = np.full((len(rows), len(attributes)), UNKNOWN, dtype=np.int8)
     for place, column in enumerate(columns, 1):
         words = {a.value: i for i, a in enumerate(attributes) if a.column == column}
@@ -221,27 +211,22 @@ def _images(
                 if "" in words:
                     hint = "not 0, 1 or nothing: --attr_columns names columns of 0 and 1, --attr_categories of words"
                 raise InputError(f"{file}: {printable(path)} has {column} '{text[:40]}', {hint}")
-    empty = np.flatnonzero((labels == UNKNOWN).all(axis=1))
-    if len(empty):
-        path = printable(rows[empty[0]][0])
-        raise InputError(f"{file}: of {path} no attribute is known: fill one in, or drop the row")
     return AttributeImages(PathList(file.parent, (path for path, *_ in rows)), labels)
 
 
-def _describe(data: AttributeData) -> list[str]:
+def _describe(data: AttributeData) -> Iterator[str]:
     """Counts, and attributes that a split never shows."""
     parts = {"train": data.train, "test": data.test}
-    notes = [f"images: {', '.join(f'{split} {len(images):,}' for split, images in parts.items())}"]
     true = {split: (images.labels == 1).sum(axis=0).tolist() for split, images in parts.items()}
+    yield f"images: {', '.join(f'{split} {len(images):,}' for split, images in parts.items())}"
     each = [f"{a.name} {n:,} | {m:,}" for a, n, m in zip(data.attributes, *true.values())]
     more = f", and {len(each) - 40} more" if len(each) > 40 else ""
-    notes.append(f"{len(each)} attributes, true images train | test: {', '.join(each[:40])}{more}")
+    yield f"{len(each)} attributes, true images train | test: {', '.join(each[:40])}{more}"
     for split, images in parts.items():
         absent = [a.name for a, n in zip(data.attributes, true[split]) if not n and len(images)]
         if absent:
-            notes.append(f"{len(absent)} attributes are never true in {split}: {', '.join(absent[:10])}")
+            yield f"{len(absent)} attributes are never true in {split}: {', '.join(absent[:10])}"
         if unknown := int((images.labels < 0).sum()):
-            notes.append(f"{unknown:,} labels of {split} are unknown: no loss, not scored")
+            yield f"{unknown:,} labels of {split} are unknown: no loss, not scored"
         if without := int((~(images.labels == 1).any(axis=1)).sum()):
-            notes.append(f"{without:,} images of {split} have no true attribute: their accuracy and F1 are 0")
-    return notes
+            yield f"{without:,} images of {split} have no true attribute: their accuracy and F1 are 0"

@@ -4,7 +4,7 @@
 
 turns the lists of a benchmark whose splits share one folder into a manifest of paths (--split test for --exclude,
 --split train for --pool). Copies under other names need a comparison of contents. The facts and their doubts stand in
-benchmarks.json.
+benchmarks.json: name -> folders, lists, image, test_images (None: unknown), licence, note.
 """
 
 import argparse
@@ -21,21 +21,16 @@ from util.files import write_atomic
 
 @cache
 def load_benchmarks() -> dict[str, dict]:
-    """benchmarks.json: name -> folders, lists, image, test_images (None: unknown), licence, note."""
     return json.loads(Path(__file__).with_name("benchmarks.json").read_text(encoding="utf-8"))
 
 
 @cache
 def _pattern() -> tuple[re.Pattern[bytes], list[str]]:
-    """One alternation for lower-case paths, and the benchmark of each of its groups. `*` stands for anything but a
-    slash."""
-    names, groups = [], []
-    for name, facts in load_benchmarks().items():
-        if facts["folders"]:
-            names.append(name)
-            folders = (re.escape(folder.lower()).replace(r"\*", "[^/]*") for folder in facts["folders"])
-            groups.append(f"({'|'.join(folders)})")
-    return re.compile(f"/(?:{'|'.join(groups)})".encode()), names
+    """One alternation for lower-case paths, and the benchmark of each of its groups; `*`: anything but a slash."""
+    folders = {name: facts["folders"] for name, facts in load_benchmarks().items() if facts["folders"]}
+    groups = ("|".join(re.escape(folder.lower()) for folder in names) for names in folders.values())
+    pattern = "|".join(f"({group})" for group in groups).replace(r"\*", "[^/]*")
+    return re.compile(f"/(?:{pattern})".encode()), list(folders)
 
 
 def benchmark_of(path: str | Path) -> str | None:
@@ -69,12 +64,10 @@ def read_split(name: str, root: Path, split: str = "test") -> list[str]:
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("datasets.benchmarks", __doc__)
     add = parser.add_argument
-    # fmt: off
     add("--name", required=True, choices=load_benchmarks(), help="benchmark whose lists become a manifest")
     add("--root", required=True, type=Path, help="folder of that benchmark")
     add("--split", choices=("test", "train"), default="test", help="which lists (default test)")
     add("--output", required=True, type=Path, help="manifest .txt to write, absolute paths")
-    # fmt: on
     return parser
 
 

@@ -1,17 +1,23 @@
-"""Images with a class: StanfordCars from its devkit, a tree of folders, or a table."""
+"""Images with a class: StanfordCars from its devkit, a tree of folders, or a table; what MATLAB files hold."""
 
+import io
+import math
+import struct
+import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from datasets.manifest import list_images
-from datasets.matfile import read_cell_strings, read_struct_array
-from datasets.path_list import PathList
-from datasets.tables import PUBLISHED, Labelled, cell, iterate_table, published_note, split_folder
+from datasets.images import read_bytes
+from datasets.items import Labelled
+from datasets.path_list import PathList, list_images
+from datasets.tables import PUBLISHED, cell, iterate_table, published_note, split_folder
 from util.errors import InputError
 
 TRAIN, TEST, ANNOS = "devkit/cars_train_annos.mat", "cars_test_annos_withlabels.mat", "cars_annos.mat"
+MAX_BYTES = 64 * 2**20  # of a MATLAB file, unpacked
 
 
 @dataclass(frozen=True)
@@ -59,9 +65,37 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
     if unused := len(found.labels) - sum(map(len, found.splits.values())) - found.unlabelled:
         notes.append(f"{unused} rows of other splits than train and {test} are not used")
     every = FgvcImages(found.paths, found.labels)
-    train = every.take(found.splits["train"] if need_train else np.zeros(0, np.int64))
+    train = every.take(found.splits["train"][: None if need_train else 0])
     name = "folder" if data_path.is_dir() else "table"
     return _with_notes(FgvcData(name, train, every.take(found.splits[test]), found.classes, notes))
+
+
+def _with_notes(data: FgvcData) -> FgvcData:
+    """Counts, beside the published ones where there are any, and classes that a split lacks."""
+    counts = {"training images": len(data.train), "test images": len(data.test), "classes": len(data.classes)}
+    notes = [", ".join(f"{count:,} {what}" for what, count in counts.items()), *data.notes]
+    if data.name in PUBLISHED:
+        notes[0] += "; " + published_note({what: count for what, count in counts.items() if count}, data.name)
+    for what, part in (("training", data.train), ("test", data.test)):
+        absent = np.setdiff1d(np.arange(len(data.classes)), part.labels)
+        if len(absent) and len(part):
+            first = ", ".join(data.classes[i] for i in absent[:3]) + (" ..." if len(absent) > 3 else "")
+            notes.append(f"{len(absent)} classes have no {what} image: {first}")
+    return replace(data, notes=notes)
+
+
+def renumber_classes(data: FgvcData, classes: list[str], file: str | Path) -> FgvcData:
+    """The set with its labels numbered as a trained model has learned them; InputError where it lacks one."""
+    if data.classes == classes:
+        return data
+    number = {name: i for i, name in enumerate(classes)}
+    new = np.array([number.get(name, -1) for name in data.classes])
+    unknown = data.test.labels[new[data.test.labels] < 0]
+    if len(unknown):
+        what = f"{len(classes)} classes ({', '.join(classes)[:60]} ...), not '{data.classes[unknown[0]]}'"
+        raise InputError(f"{file} knows {what} of {len(unknown)} test images: score it on a set with its own classes")
+    train, test = (replace(part, labels=new[part.labels]) for part in (data.train, data.test))
+    return replace(data, train=train, test=test, classes=classes)
 
 
 def _read_cars(folder: Path, need_train: bool) -> FgvcData:
@@ -93,15 +127,13 @@ def _read_cars(folder: Path, need_train: bool) -> FgvcData:
 def _annotations(file: Path, fields: dict[str, type], folder: Path, count: int) -> list[tuple]:
     """The struct array `annotations`, read by the names of its fields, as str or int (a Python int: 0 - 1 would be 255
     in the file's own uint8). Images, the first field, must lie in `folder`, classes be 1..count."""
-    found, values = read_struct_array(file, "annotations")
-    if missing := [name for name in fields if name not in found]:
-        has = f"its fields are {', '.join(found)}, expected {', '.join(fields)}"
-        raise InputError(f"{file} has no field '{missing[0]}': {has}")
-    if not values:
+    found, rows = read_struct_array(file, "annotations"), []
+    if not found:
         raise InputError(f"{file} lists no image: copy it again")
-    rows = []
-    for number, row in enumerate(values, 1):
-        row = dict(zip(found, row))
+    if missing := [name for name in fields if name not in found[0]]:
+        has = f"its fields are {', '.join(found[0])}, expected {', '.join(fields)}"
+        raise InputError(f"{file} has no field '{missing[0]}': {has}")
+    for number, row in enumerate(found, 1):
         for field, kind in fields.items():
             value = row[field]
             if not isinstance(value, str if kind is str else int | float) or kind(value) != value:
@@ -110,39 +142,10 @@ def _annotations(file: Path, fields: dict[str, type], folder: Path, count: int) 
         if not 1 <= row["class"] <= count:
             raise InputError(f"{file}, annotation {number}: class {row['class']} is outside 1..{count}")
         rows.append(tuple(kind(row[field]) for field, kind in fields.items()))
-    if missing := [row[0] for row in rows if not (folder / row[0]).is_file()]:
+    if missing := [name for name, *_ in rows if not (folder / name).is_file()]:
         what = f"{len(missing)} of the {len(rows)} images of {file} do not exist, first {folder / missing[0]}"
         raise InputError(f"{what}: copies with other file names do not go with these annotations")
     return rows
-
-
-def _with_notes(data: FgvcData) -> FgvcData:
-    """Counts, beside the published ones where there are any, and classes that a split lacks."""
-    counts = {"training images": len(data.train), "test images": len(data.test), "classes": len(data.classes)}
-    line = ", ".join(f"{count:,} {what}" for what, count in counts.items())
-    if data.name in PUBLISHED:
-        line += "; " + published_note({what: count for what, count in counts.items() if count}, data.name)
-    notes = [line, *data.notes]
-    for what, part in (("training", data.train), ("test", data.test)):
-        absent = np.setdiff1d(np.arange(len(data.classes)), part.labels)
-        if len(absent) and len(part):
-            first = ", ".join(data.classes[i] for i in absent[:3]) + (" ..." if len(absent) > 3 else "")
-            notes.append(f"{len(absent)} classes have no {what} image: {first}")
-    return replace(data, notes=notes)
-
-
-def renumber_classes(data: FgvcData, classes: list[str], file: str | Path) -> FgvcData:
-    """The set with its labels numbered as a trained model has learned them; InputError where it lacks one."""
-    if data.classes == classes:
-        return data
-    number = {name: i for i, name in enumerate(classes)}
-    new = np.array([number.get(name, -1) for name in data.classes])
-    unknown = data.test.labels[new[data.test.labels] < 0]
-    if len(unknown):
-        what = f"{len(classes)} classes ({', '.join(classes)[:60]} ...), not '{data.classes[unknown[0]]}'"
-        raise InputError(f"{file} knows {what} of {len(unknown)} test images: score it on a set with its own classes")
-    train, test = (replace(part, labels=new[part.labels]) for part in (data.train, data.test))
-    return replace(data, train=train, test=test, classes=classes)
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,7 @@ def list_labelled(
     """
     data_path = Path(data_path)
     if data_path.is_dir():
-        rows, root = _folder_rows(data_path, held_out, need_train), data_path
+        rows, root = list(_folder_rows(data_path, held_out, need_train)), data_path
     elif data_path.exists():
         needed, advice = ("split", label_column), "; --label_column chooses the labels"
         listed, root = iterate_table(data_path, needed, advice), data_path.parent
@@ -177,12 +180,11 @@ def list_labelled(
     else:
         raise InputError(f"--data_path {data_path} does not exist: give a folder or a table")
     paths, split, named = zip(*rows)
-    classes = sorted(set(named) - {""})
+    classes, split = sorted(set(named) - {""}), np.array(split)
     if len(classes) < 2:
         raise InputError(f"{data_path}: all rows have the same '{label_column}', nothing to tell apart")
     number = {name: i for i, name in enumerate(classes)}
     labels = np.array([number.get(name, -1) for name in named], dtype=np.int64)
-    split = np.array(split)
     test = next((name for name in held_out if name in split), held_out[0])
     splits = {name: np.flatnonzero((split == name) & (labels >= 0)) for name in ("train", test)}
     for name, found in splits.items():
@@ -193,20 +195,69 @@ def list_labelled(
     return LabelledImages(PathList(root, paths), labels, classes, splits, unlabelled)
 
 
-def _folder_rows(folder: Path, held_out: tuple[str, ...], need_train: bool) -> list[tuple[str, str, str]]:
+def _folder_rows(folder: Path, held_out: tuple[str, ...], need_train: bool) -> Iterator[tuple[str, str, str]]:
     """(path, split, class) of the images of a tree."""
-
-    rows = []
     test = next((name for name in held_out if split_folder(folder, name).is_dir()), held_out[0])
     for split in ("train", test):
         place = split_folder(folder, split)
-        if not place.is_dir():
-            if split == "train" and not need_train:
-                continue
+        if place.is_dir():
+            paths = list_images(place)
+            for relative in (Path(paths.relative(index)) for index in range(len(paths))):
+                if len(relative.parts) < 2:
+                    raise InputError(f"{place / relative} lies in no class folder")
+                yield f"{place.name}/{relative}", split, relative.parts[0]
+        elif split == test or need_train:
             raise InputError(f"{folder} has no folder {split}/: an ImageFolder needs train/ and {test}/")
-        paths = list_images(place)
-        for relative in (Path(paths.relative(index)) for index in range(len(paths))):
-            if len(relative.parts) < 2:
-                raise InputError(f"{place / relative} lies in no class folder")
-            rows.append((f"{place.name}/{relative}", split, relative.parts[0]))
-    return rows
+
+
+def read_cell_strings(file: str | Path, variable: str) -> list[str | None]:
+    """The strings of one cell array of a MATLAB file in column-major order, None for empty cells. A file with only one
+    cell array is read whatever its name."""
+    arrays = _load_mat(file)
+    cells = [name for name, value in arrays.items() if value.dtype == object and value.dtype.names is None]
+    if variable not in cells and len(cells) != 1:
+        raise InputError(f"{file} has no cell array '{variable}': it holds {', '.join(arrays) or 'nothing'}")
+    values = map(_value, arrays[variable if variable in cells else cells[0]].ravel(order="F"))
+    return [value if isinstance(value, str) else None for value in values]
+
+
+def read_struct_array(file: str | Path, variable: str) -> list[dict]:
+    """One struct array of a MATLAB file: the fields of each element, a text as str, a single number as int or float,
+    all else (matrices, empty fields) as None."""
+    found = _load_mat(file).get(variable)
+    if found is None or found.dtype.names is None:
+        raise InputError(f"{file} has no struct array '{variable}'")
+    return [dict(zip(found.dtype.names, map(_value, row))) for row in found.ravel(order="F").tolist()]
+
+
+def _load_mat(file: str | Path) -> dict[str, np.ndarray]:
+    """The variables of a file of version 5 to 7.2."""
+    from scipy.io import loadmat, whosmat  # here and not above: most sets need no scipy
+
+    try:
+        data = read_bytes(file)
+        if max(len(data), _unpacked_size(data)) > MAX_BYTES or any(math.prod(x[1]) > MAX_BYTES for x in whosmat(file)):
+            raise InputError(f"larger than {MAX_BYTES:,} bytes, as no file of annotations is")
+        return {name: value for name, value in loadmat(io.BytesIO(data)).items() if not name.startswith("__")}
+    except Exception as error:  # scipy lets errors of many kinds pass
+        cure = "copy it again; version 7.3 is another format: save it with -v7, or write its names to a .txt"
+        raise InputError(f"{file} cannot be read ({error}): {cure}") from error
+
+
+def _unpacked_size(data: bytes) -> int:
+    """Bytes of the compressed variables of a file of version 5, as far as MAX_BYTES."""
+    order, position, size = "<" if data[126:128] == b"IM" else ">", 128, 0
+    while position + 8 <= len(data) and size <= MAX_BYTES:
+        kind, length = struct.unpack_from(f"{order}II", data, position)
+        if kind == 15:  # miCOMPRESSED
+            body = data[position + 8 : position + 8 + length]
+            size += len(zlib.decompressobj().decompress(body, MAX_BYTES + 1))
+        position += 8 + length
+    return size
+
+
+def _value(array: np.ndarray) -> str | int | float | None:
+    """A text or a single number; None for all else."""
+    if array.dtype.kind == "U":
+        return (array[0].strip() or None) if array.shape == (1,) else None
+    return array.item() if array.size == 1 and array.dtype.kind in "biuf" else None

@@ -9,7 +9,7 @@ import stat
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -105,33 +105,28 @@ def open_image(file: str | Path | BinaryIO, decode: bool = True) -> Image.Image:
 
 def open_rgb(file: str | Path | BinaryIO) -> Image.Image:
     """Decode to 8-bit RGB: EXIF rotation applied, alpha over white, 16-bit scaled to 8; raises `Unreadable`."""
-    return open_reduced(file, lambda width, height: 1)[0]
+    return decode_rgb(open_upright(file))
 
 
-def open_reduced(
-    file: str | Path | BinaryIO, reduction: Callable[[int, int], int]
-) -> tuple[Image.Image, tuple[int, int]]:
-    """As `open_rgb`, but a JPEG is decoded to 1/2, 1/4 or 1/8 where that suffices.
-
-    The decoder then skips most of the inverse cosine transform, so big photos cost little more than
-    their entropy decoding.
-
-    Args:
-        reduction: called once, (width, height) in px of the upright picture -> factor: 1, 2, 4 or 8.
-    Returns:
-        The RGB picture and the (width, height) it has when not reduced.
-    """
+def open_upright(file: str | Path | BinaryIO) -> Image.Image:
+    """A picture of which only the header is read, so that `size` is known before pixels are decoded; one that EXIF
+    turns is decoded at once. Raises `Unreadable`."""
     image = open_image(file, decode=False)
     with decoding():
         if is_turned(image):
             image.load()
             image = ImageOps.exif_transpose(image)
-        full_size = image.size
-        factor = reduction(*full_size)
+    return image
+
+
+def decode_rgb(image: Image.Image, factor: int = 1) -> Image.Image:
+    """The pixels of what `open_upright` opened; a JPEG's sides divided by `factor` (1, 2, 4, 8): its decoder then skips
+    most of the inverse cosine transform, so that big photos cost little more than their entropy decoding."""
+    with decoding():
         if image.format == "JPEG" and factor > 1:  # a turned picture has lost its format
-            image.draft(None, (full_size[0] // factor, full_size[1] // factor))
+            image.draft(None, (image.width // factor, image.height // factor))
         image.load()
-        return to_rgb(image), full_size
+        return to_rgb(image)
 
 
 @decoding()
@@ -148,11 +143,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float32)
         is_wide = image.mode.startswith("I;16") or values.max(initial=0) > 255  # mode I does not tell
-        scale = 255 / 65535 if is_wide else 1.0
-        image = Image.fromarray((values * scale).clip(0, 255).astype(np.uint8))
-        return image.convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = Image.fromarray((values * (255 / 65535 if is_wide else 1.0)).clip(0, 255).astype(np.uint8))
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        return Image.alpha_composite(white, image).convert("RGB")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")

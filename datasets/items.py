@@ -1,17 +1,29 @@
-"""Items of a data set: a training image with its targets, or a picture as an evaluation shows it."""
+"""What a data worker returns for one image: of pre-training, of training a task, of an evaluation."""
 
+import hashlib
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from functools import partial
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
-from datasets.images import Unreadable, open_reduced, open_rgb
+from datasets.images import Unreadable, decode_rgb, open_rgb, open_upright
 from datasets.path_list import PathList
-from datasets.transforms import AUGMENT_STREAM, jpeg_reduction, sample_rng, whole_image
+from datasets.transforms import (
+    AUGMENT_STREAM,
+    CROP_STREAM,
+    crop_resize,
+    jpeg_reduction,
+    mask_noise,
+    random_crop_box,
+    sample_rng,
+    whole_image,
+)  # fmt: skip
 
 REPLACEMENT_TRIES = 20
 
@@ -22,11 +34,75 @@ def read_or_next(paths: PathList, read: Callable, index: int, others: Iterable[i
     until then it gets grey."""
     problem = ""
     for used in itertools.chain([index], others):
+        used %= len(paths)
         try:
             return read(used), used, problem
         except Unreadable as error:
             problem = problem or f"{paths.relative(index)}\t{error}"
     return None, index, problem
+
+
+class PretrainDataset(Dataset):
+    """Items are asked for as (epoch, index), so that nothing depends on workers or history.
+
+    Args:
+        input_size: (H, W) of the crop in pixels. num_patches: L, length of the mask noise.
+        seed: of crops and masks. min_area: smallest crop as a fraction of the image area.
+        clip_crops: the `clip` of `random_crop_box`.
+        teacher_size: (H, W) in pixels of an extra whole-image view for the teacher, or None.
+        teacher_cache: stored teacher embeddings, or None.
+    """
+
+    def __init__(
+        self, paths: PathList, input_size: tuple[int, int], num_patches: int, *, seed: int, min_area: float,
+        teacher_size: tuple[int, int] | None = None, teacher_cache=None, clip_crops: bool = False,
+    ):  # fmt: skip
+        self.paths, self.input_size, self.num_patches = paths, input_size, num_patches
+        self.seed, self.crop_rule, self.teacher_cache = seed, (min_area, clip_crops), teacher_cache
+        self.teacher_size = teacher_size if teacher_cache is None else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, item: tuple[int, int]) -> dict:
+        """(epoch, index) -> dict: `imgs` [3, H, W] uint8, `noise` [L] float32, `problem` str ('' if the file was
+        readable; else what was wrong, and the next readable image stands in), and `teacher_imgs` [3, H, W] uint8 or
+        `teacher_embed` [D_t] float16 where asked for."""
+        epoch, index = item
+        others = range(index + 1, index + REPLACEMENT_TRIES)
+        shown, _, problem = read_or_next(self.paths, partial(self._view, epoch), index, others)
+        noise = torch.from_numpy(mask_noise(self.seed, epoch, index, self.num_patches))
+        return (shown or self._blank()) | {"noise": noise, "problem": problem}
+
+    def _view(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
+        """What an epoch shows of an image: a crop, drawn before its pixels are decoded, no larger than it needs."""
+        image = open_upright(self.paths[index])
+        full_size, view = image.size, self.teacher_cache.view_of(epoch) if self.teacher_cache else epoch
+        box, flip = random_crop_box(sample_rng(self.seed, view, index, CROP_STREAM), *full_size, *self.crop_rule)
+        factor = jpeg_reduction(box, self.input_size)
+        if self.teacher_size is not None:
+            factor = min(factor, jpeg_reduction((0, 0, *full_size), self.teacher_size))
+        image = decode_rgb(image, factor)
+        shown = {"imgs": crop_resize(image, box, self.input_size, flip, full_size)}
+        if self.teacher_size is not None:
+            shown["teacher_imgs"] = whole_image(image, self.teacher_size)
+        if self.teacher_cache:
+            shown["teacher_embed"] = self.teacher_cache.read(epoch, index)
+        return shown
+
+    def _blank(self) -> dict[str, torch.Tensor]:
+        """Grey, where no image can be read."""
+        sizes = {"imgs": self.input_size} | ({"teacher_imgs": self.teacher_size} if self.teacher_size else {})
+        blank = {name: torch.full((3, *size), 128, dtype=torch.uint8) for name, size in sizes.items()}
+        if self.teacher_cache:
+            blank["teacher_embed"] = torch.zeros(self.teacher_cache.identity.embed_dim, dtype=torch.float16)
+        return blank
+
+
+def build_loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool, init) -> DataLoader:
+    """Loader over (epoch, index) batches; `init` runs first in every worker."""
+    workers = {"num_workers": num_workers, "persistent_workers": num_workers > 0, "worker_init_fn": init}
+    return DataLoader(dataset, batch_sampler=batches, pin_memory=pin_memory, **workers)
 
 
 class TrainItems(Dataset, ABC):
@@ -46,7 +122,8 @@ class TrainItems(Dataset, ABC):
 
     def read(self, index: int):
         """Image `index`, decoded; raises `Unreadable`."""
-        return open_reduced(self.paths[index], lambda *full: jpeg_reduction((0, 0, *full), self.size))[0]
+        image = open_upright(self.paths[index])
+        return decode_rgb(image, jpeg_reduction((0, 0, *image.size), self.size))
 
     def blank(self):
         """What stands in where no image can be read."""
@@ -54,7 +131,7 @@ class TrainItems(Dataset, ABC):
 
     def stand_ins(self, index: int) -> Iterable[int]:
         """Images that may be shown in place of a broken one, with their own targets."""
-        return (i % len(self.paths) for i in range(index + 1, index + REPLACEMENT_TRIES))
+        return range(index + 1, index + REPLACEMENT_TRIES)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -65,6 +142,44 @@ class TrainItems(Dataset, ABC):
         rng = sample_rng(self.seed, epoch, place, AUGMENT_STREAM)
         content, used, problem = read_or_next(self.paths, self.read, index, self.stand_ins(index))
         return self.sample(self.blank() if content is None else content, used, rng) | {"problem": problem}
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Images, and what is known of each: the other fields, arrays [n, ...], where there are any; -1: unknown."""
+
+    paths: PathList
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        found = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
+        return {name: values for name, values in found.items() if values is not None}
+
+    def take(self, rows: np.ndarray):
+        """Some of the images, in the order of `rows`."""
+        return replace(self, paths=self.paths.take(rows), **{name: v[rows] for name, v in self.arrays().items()})
+
+    def sha256(self, *names: str) -> str:
+        """Identity of paths, order and labels, and of the names of the labels."""
+        digest = hashlib.sha256((self.paths.sha256() + "\0".join(names)).encode())
+        for values in self.arrays().values():
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.hexdigest()
+
+
+class LabelledItems(TrainItems):
+    """Item (epoch, index) -> what `augment` makes of an image, `imgs` [3, H, W] uint8 and more; its labels as int64, by
+    name, and the problem, if any."""
+
+    def __init__(self, images: Labelled, augment, seed: int):
+        super().__init__(images.paths, getattr(augment, "resize", augment.size), seed)
+        self.images, self.augment = images, augment
+
+    def sample(self, content, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        labels = {k: torch.as_tensor(v[index], dtype=torch.int64) for k, v in self.images.arrays().items()}
+        return self.augment(content, rng) | labels
 
 
 class WholeImages(Dataset):

@@ -1,21 +1,26 @@
-"""Lists of images that cost a few arrays, however long: paths of files, and packed sets (made by tools.pack)."""
+"""What to train on: a folder, a manifest or a packed set (made by tools.pack) -> a list of images that costs a few
+arrays, however long."""
 
 import bisect
 import hashlib
 import io
 import os
 import zlib
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 
-from datasets.images import Unreadable
+from datasets.images import IMAGE_ENDINGS, Unreadable
+from datasets.tables import TABLE_ENDINGS, iterate_table, split_folder, split_name
+from util.dist import print_main
 from util.errors import InputError
 from util.files import read_array, read_json
 
+HEIC, HIDDEN = (".heic", ".heif"), ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # the latter: folders of systems
 PACK_HEADER = "pack.json"
-OFFSET, LENGTH, CRC = range(3)  # columns of a shard's index
+LENGTH, CRC = 1, 2  # columns of a shard's index; column 0 is the offset
 
 
 def printable(name: str) -> str:
@@ -51,17 +56,14 @@ class PathList:
 
     def sha256(self) -> str:
         """Identity of the list: the relative paths and their order, not the root."""
-        digest = hashlib.sha256(self.ends.tobytes())
-        digest.update(self.bytes.tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(self.ends.tobytes() + self.bytes.tobytes()).hexdigest()
 
 
-class PackedImages:
-    """The images of a packed set; stands wherever a `PathList` does.
+class PackedImages(PathList):
+    """The images of a packed set by the names they had.
 
     Files: `pack.json` (what it was made from), `shard<k>.bin` (encoded images, one after another), `shard<k>.npy`
-    ([n, 3] int64: offset and length in bytes, CRC-32), `names.npy` (uint8, the names they had) and `name_ends.npy`
-    (int64).
+    ([n, 3] int64: offset and length in bytes, CRC-32), `names.npy` (uint8, the names) and `name_ends.npy` (int64).
 
     Raises:
         InputError: unfinished, or a shard of another size than its index says.
@@ -72,35 +74,22 @@ class PackedImages:
         count = read_json(self.root / PACK_HEADER, again).get("shards", 0)
         files = [shard_file(self.root, k) for k in range(count if isinstance(count, int) else 0)]
         if not all(file.is_file() for file in (*files, self.root / "names.npy")):
-            raise InputError(
-                f"--data_path {self.root} is an unfinished packed set: run the same python -m tools.pack command "
-                "again to complete it"
-            )
-        self._names = PathList(self.root, [])
-        self._names.bytes = read_array(self.root / "names.npy", again)
-        self._names.ends = np.array(read_array(self.root / "name_ends.npy", again))
+            what = "is an unfinished packed set: run the same python -m tools.pack command again to complete it"
+            raise InputError(f"--data_path {self.root} {what}")
+        self.bytes = read_array(self.root / "names.npy", again)
+        self.ends = np.array(read_array(self.root / "name_ends.npy", again))
         indices = [np.array(read_array(file.with_suffix(".npy"), again)).reshape(-1, 3) for file in files]
         for file, index in zip(files, indices):
             wanted, size = int(index[:, LENGTH].sum()), file.stat().st_size
             if size != wanted:
                 raise InputError(f"{file} has {size} bytes where its index says {wanted}: it is damaged; {again}")
-        self._index = np.concatenate(indices) if indices else np.zeros((0, 3), np.int64)
-        if not len(self._index) or len(self._names) != len(self._index):
+        self._index = np.concatenate([np.zeros((0, 3), np.int64), *indices])
+        if not len(self._index) or len(self.ends) != len(self._index):
             raise InputError(f"--data_path {self.root} is damaged (its lists of names and images differ): {again}")
         self._shard_ends = np.cumsum([len(index) for index in indices]).tolist()
 
-    def __len__(self) -> int:
-        return len(self._index)
-
-    def relative(self, index: int) -> str:
-        return self._names.relative(index)
-
     def read(self, index: int) -> bytes:
-        """The encoded image.
-
-        Raises:
-            Unreadable: its checksum is wrong.
-        """
+        """The encoded image; raises `Unreadable` where its checksum is wrong."""
         offset, length, crc = self._index[index].tolist()
         file = shard_file(self.root, bisect.bisect_right(self._shard_ends, index))
         with open(file, "rb") as opened:
@@ -114,10 +103,108 @@ class PackedImages:
 
     def sha256(self) -> str:
         """Identity of the list: names, order and encoded bytes (by their checksums)."""
-        digest = hashlib.sha256(self._names.sha256().encode())
-        digest.update(np.ascontiguousarray(self._index[:, CRC]).tobytes())
-        return digest.hexdigest()
+        return hashlib.sha256(super().sha256().encode() + self._index[:, CRC].tobytes()).hexdigest()
 
 
 def shard_file(folder: Path, shard: int) -> Path:
     return folder / f"shard{shard:05d}.bin"
+
+
+def list_images(data_path: str | Path, split: str | None = None) -> PathList:
+    """All images of a folder (recursively; its `train/` if there is one), a manifest, a packed or curated set.
+
+    Args:
+        data_path: a folder, or a .csv/.tsv (column `path`), .jsonl (key `path`) or .txt (one a line) whose paths are
+            absolute or relative to the file.
+        split: keep the rows whose column `split` has this value (manifests with columns only).
+    Raises:
+        InputError: nothing there, no image, no such column or split.
+    """
+    data_path = Path(data_path)
+    if not data_path.exists():
+        endings = ", ".join(TABLE_ENDINGS)
+        raise InputError(f"--data_path {data_path} does not exist: give a folder of images or a manifest ({endings})")
+    if (data_path / "curation.json").is_file() and (data_path / "manifest.csv").is_file():  # of main_curate.py
+        data_path = data_path / "manifest.csv"
+    if data_path.is_dir():
+        if split is not None:
+            raise InputError(
+                f"--split {split} needs a manifest with a column 'split', but --data_path {data_path} is a folder or a "
+                "packed set: point --data_path at the sub-folder, or pack this split alone (tools.pack --split)"
+            )
+        return PackedImages(data_path) if (data_path / PACK_HEADER).is_file() else _list_folder(data_path)
+    found: set[str | None] = set()
+
+    def chosen() -> Iterator[str]:
+        for row in iterate_table(data_path):
+            found.add(row.get("split"))
+            if split is None or row.get("split") == split_name(split):
+                yield row["path"]
+
+    paths = PathList(data_path.parent, chosen())
+    if not len(paths):
+        known = ", ".join(sorted(str(name) for name in found if name)) or "no column 'split'"
+        raise InputError(f"{data_path} has no row with split '{split}': it has {known}")
+    check_first_exist(paths, data_path)
+    return paths
+
+
+def check_first_exist(paths: PathList, manifest: Path) -> None:
+    """A manifest moved away from its images is found now, not image by image."""
+    first = range(min(len(paths), 50))
+    if not any(os.path.exists(paths[index]) for index in first):
+        what = f"none of the first {len(first)} images of {manifest} exists, for example {paths[0]}"
+        raise InputError(f"{what}: paths in a manifest are relative to the manifest's own folder")
+
+
+def _list_folder(folder: Path) -> PathList:
+    root = split_folder(folder, "train")
+    root = root if root.is_dir() else folder
+    found, passed = walk_images(root)
+    seen = ", ".join(f"{what} ({count:,})" for what, count in passed.most_common(12))
+    if not found:
+        endings, seen = " ".join(IMAGE_ENDINGS), seen or "nothing, it is empty"
+        raise InputError(f"no image under {printable(str(root))} ({endings}); passed over: {seen}")
+    if passed:
+        print_main(f"{printable(str(root))}: {len(found):,} images; passed over: {seen}")
+    return PathList(root, found)
+
+
+def walk_images(root: Path) -> tuple[list[str], Counter[str]]:
+    """(pictures below a folder, relative to it; how much of what was passed over: files by ending, hidden files and
+    folders, what is no regular file, folders that cannot be read). A folder is read once, by its real path: links to
+    folders come last."""
+    found: list[str] = []
+    passed: Counter[str] = Counter()
+    todo, links = [("", os.path.realpath(root))], deque()
+    seen = set(map(str, Path(todo[0][1]).parents))  # a link to what holds the root would list its neighbours
+    while todo or links:
+        folder, real = todo.pop() if todo else links.popleft()
+        if real in seen:
+            passed["links to folders that are read already"] += 1
+            continue
+        seen.add(real)
+        try:
+            with os.scandir(os.path.join(root, folder)) as entries:
+                entries = sorted(entries, key=lambda entry: entry.name)
+        except OSError as error:
+            passed[f"folders that cannot be read: {error.strerror}"] += 1
+            continue
+        below = []
+        for entry in entries:
+            relative, ending = os.path.join(folder, entry.name), os.path.splitext(entry.name)[1].lower()
+            is_folder = entry.is_dir()
+            if entry.name.startswith(".") or entry.name in HIDDEN:
+                passed["hidden folders" if is_folder else "hidden files"] += 1
+            elif is_folder and entry.is_symlink():
+                links.append((relative, os.path.realpath(entry.path)))
+            elif is_folder:
+                below.append((relative, os.path.join(real, entry.name)))
+            elif ending not in IMAGE_ENDINGS:
+                passed[f"{ending or 'no ending'}{', which needs a plug-in' * (ending in HEIC)}"] += 1
+            elif entry.is_file():
+                found.append(relative)
+            else:
+                passed["no regular files"] += 1
+        todo += reversed(below)
+    return found, passed

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.manifest import check_first_exist
-from datasets.path_list import PathList
-from datasets.tables import PUBLISHED, Labelled, LabelledItems, cell, iterate_table, known, published_note
+from datasets.items import Labelled, LabelledItems
+from datasets.path_list import PathList, check_first_exist
+from datasets.tables import PUBLISHED, cell, iterate_table, known, published_note
 from util.errors import InputError
 from util.files import file_sha256
 
@@ -91,11 +91,9 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
     parts = {"train": data.train}
     for test, (query, gallery) in data.tests.items():
         ending = "" if test == "test" else f"_{test}"
-        names = ("test",) if gallery is None else ("query", "gallery")
-        parts |= dict(zip((f"{what}{ending}" for what in names), (query, gallery)))
-    for images in parts.values():
-        if len(images):
-            check_first_exist(images.paths, Path(images.paths.root))
+        parts |= {f"test{ending}": query} if gallery is None else {f"query{ending}": query, f"gallery{ending}": gallery}
+    for images in filter(len, parts.values()):
+        check_first_exist(images.paths, images.paths.root)
     counts = {name: len(images) for name, images in parts.items()} | {"train identities": data.classes}
     notes = [*data.notes, ", ".join(f"{name} {count:,}" for name, count in counts.items())]
     if data.name in PUBLISHED:
@@ -107,6 +105,7 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
 
 
 Row = tuple[str, str, int, int]  # path, identity, camera, view
+JUNK = ("-1 are left out", "0000 are left out", "0000 in the gallery are distractors")  # images of vehicle ...
 
 
 def _build(name: str, root: Path, train: list[Row], tests: dict[str, tuple[list[Row], ...]], notes) -> ReidData:
@@ -117,19 +116,18 @@ def _build(name: str, root: Path, train: list[Row], tests: dict[str, tuple[list[
     def usable(rows: list[Row], in_gallery: bool = False) -> Iterator[Row]:
         """Without images of no vehicle; Market-1501's 0000 is no vehicle either, but a distractor in the gallery."""
         for row in rows:
-            what = "" if row[1] else "-1"
-            if not what and not row[1].strip("0") and re.match(r"0+_c\d", Path(row[0]).name):
-                what = "0000 in the gallery" if in_gallery else "0000"
+            what = JUNK[0] if not row[1] else ""
+            if row[1] and not row[1].strip("0") and re.match(r"0+_c\d", Path(row[0]).name):
+                what = JUNK[1 + in_gallery]
             counts[what] += 1
-            if not what or in_gallery and row[1]:
+            if what in ("", JUNK[2]):
                 yield row
 
     train = list(usable(train))
     tests = {test: [list(usable(rows, i == 1)) for i, rows in enumerate(pair)] for test, pair in tests.items()}
     rows = [*train, *(row for pair in tests.values() for part in pair for row in part)]
+    notes += [f"{counts[what]} images of vehicle {what}" for what in JUNK if counts[what]]
     unseen = sum(row[3] < 0 for row in rows)
-    for what, said in {"-1": "are left out", "0000": "are left out", "0000 in the gallery": "are distractors"}.items():
-        notes += [f"{counts[what]} images of vehicle {what} {said}"] if counts[what] else []
     if 0 < unseen < len(rows):
         notes.append(f"{unseen} images have no viewpoint: kept, with an unknown one")
     trained = {row[1] for row in train}
@@ -137,8 +135,9 @@ def _build(name: str, root: Path, train: list[Row], tests: dict[str, tuple[list[
     number = {pid: i for i, pid in enumerate(names)}
 
     def images(rows: list[Row]) -> ReidImages:
-        ids = ([number[row[1]] for row in rows], [row[2] for row in rows], [row[3] for row in rows])
-        return ReidImages(PathList(root, (row[0] for row in rows)), *(np.array(part, np.int64) for part in ids))
+        paths, pids, *sides = zip(*rows) if rows else [()] * 4
+        ids = ([number[pid] for pid in pids], *sides)
+        return ReidImages(PathList(root, paths), *(np.array(part, np.int64) for part in ids))
 
     found = {test: (*map(images, pair), None)[:2] for test, pair in tests.items()}
     return ReidData(name, images(train), found, names, len(trained), notes)
@@ -149,12 +148,9 @@ def _by_number(name: str) -> tuple[int, str]:
     return (int(name), name) if is_number else (1 << 62, name)
 
 
-def _lines(file: Path) -> list[str]:
-    return [row["path"] for row in iterate_table(file)]
-
-
-def _matches(file: Path, lines: Iterable[str], pattern: str, example: str) -> Iterator[tuple[str, ...]]:
-    """The groups of `pattern` in every line of a list, which must look like `example`."""
+def _lines(file: Path, pattern: str, example: str, lines: Iterable[str] | None = None) -> Iterator[tuple[str, ...]]:
+    """The groups of `pattern` in every line of a list, or of these `lines`, which must look like `example`."""
+    lines = (row["path"] for row in iterate_table(file)) if lines is None else lines
     for number, line in enumerate(lines, 1):
         found = re.fullmatch(pattern, line, re.ASCII)
         if found is None:
@@ -166,22 +162,18 @@ def read_veri(root: Path, need_train: bool) -> ReidData:
     """VeRi-776: image_{train,query,test}/ with names VVVV_cCCC_TTTTTTTT_K.jpg, name_*.txt where they exist, and the
     views of keypoint_{train,test}.txt if someone has put them there."""
     views: dict[str, int] = {}
-    for file in (root / "keypoint_train.txt", root / "keypoint_test.txt"):
-        lines = _lines(file) if file.is_file() else []
-        found = _matches(file, lines, r"(?:\S*/)?(\S+) (?:.* )?([0-7])", "'image_train/NAME ... VIEW', a view 0 to 7")
+    for file in filter(Path.is_file, (root / "keypoint_train.txt", root / "keypoint_test.txt")):
+        found = _lines(file, r"(?:\S*/)?(\S+) (?:.* )?([0-7])", "'image_train/NAME ... VIEW', a view 0 to 7")
         views |= {name: int(view) for name, view in found}
     parts: dict[str, list[Row]] = {}
     for part in ("train", "query", "test"):
-        names, folder = root / f"name_{part}.txt", root / f"image_{part}"
-        if names.is_file():
-            listed = _lines(names)
-        elif folder.is_dir():
-            listed = sorted(file.name for file in folder.iterdir() if file.suffix.lower() == ".jpg")
-        elif part == "train" and not need_train:
-            listed = []
-        else:
-            raise InputError(f"{root} has neither name_{part}.txt nor image_{part}/: unpack VeRi-776 again")
-        found = _matches(folder, listed, r"((-?\d+)_c(\d{1,9})\D.*)", VERI_NAME)
+        names, folder, listed = root / f"name_{part}.txt", root / f"image_{part}", None
+        if not names.is_file():
+            if not folder.is_dir() and (part != "train" or need_train):
+                raise InputError(f"{root} has neither name_{part}.txt nor image_{part}/: unpack VeRi-776 again")
+            files = folder.iterdir() if folder.is_dir() else ()
+            listed = sorted(file.name for file in files if file.suffix.lower() == ".jpg")
+        found = _lines(names if listed is None else folder, r"((-?\d+)_c(\d{1,9})\D.*)", VERI_NAME, listed)
         parts[part] = [
             (f"{folder.name}/{name}", known(pid), int(c) - 1, views.get(name, UNKNOWN)) for name, pid, c in found
         ]
@@ -193,8 +185,7 @@ def read_vehicleid(root: Path, need_train: bool) -> ReidData:
     folder = root / "train_test_split"
 
     def rows(name: str) -> list[Row]:
-        file = folder / name
-        found = _matches(file, _lines(file), r"(\S+?)(?:\.jpg)?\s+(\S+)", "'name id'")
+        found = _lines(folder / name, r"(\S+?)(?:\.jpg)?\s+(\S+)", "'name id'")
         return [(f"image/{image}.jpg", known(pid), UNKNOWN, UNKNOWN) for image, pid in found]
 
     endings = (file.stem.rsplit("_", 1)[1] for file in folder.glob("test_list_*.txt"))
@@ -212,17 +203,16 @@ def read_veriwild(root: Path, need_train: bool) -> ReidData:
     folder = root / "train_test_split"
     info, cameras = folder / "vehicle_info.txt", {}
     if info.is_file():
-        lines = _lines(info)
+        lines = [row["path"] for row in iterate_table(info)]
         is_header = not re.search(r";\s*\d+\b", lines[0])
         pattern = r"(?:.*/)?([^/;]+);\s*(\d{1,9})\b.*"
-        cameras = dict(_matches(info, lines[is_header:], pattern, "'id/image;camera;...'"))
+        cameras = dict(_lines(info, pattern, "'id/image;camera;...'", lines[is_header:]))
 
     def rows(*names: str) -> list[Row]:
         """Of the first of these lists that is there."""
         file = next((folder / name for name in names if (folder / name).is_file()), folder / names[-1])
         pattern, found = r"((\S+?)/\S+?)(?:\.jpg)?(?:\s+\S+\s+(\d{1,9}))?", []
-        example = "'00001/000001' or '00001/000001.jpg label camera'"
-        for image, vehicle, camera in _matches(file, _lines(file), pattern, example):
+        for image, vehicle, camera in _lines(file, pattern, "'00001/000001' or '00001/000001.jpg label camera'"):
             camera = camera or cameras.get(image.rsplit("/", 1)[-1])
             if camera is None:
                 raise InputError(f"{file}: vehicle_info.txt has no camera for {image}: unpack VERI-Wild again")
@@ -235,9 +225,8 @@ def read_veriwild(root: Path, need_train: bool) -> ReidData:
         if any(folder.glob(f"test_{size}*")):
             query = rows(f"test_{size}_id_query.txt", f"test_{size}_query.txt")
             everything, asked = rows(f"test_{size}_id.txt", f"test_{size}.txt"), {row[0] for row in query}
-            gallery = [row for row in everything if row[0] not in asked]
-            tests[size] = query, gallery
-            if gone := len(everything) - len(gallery):
+            tests[size] = query, [row for row in everything if row[0] not in asked]
+            if gone := len(everything) - len(tests[size][1]):
                 notes.append(f"test {size}: {gone} images of the test list are queries and left its gallery")
     if not tests:
         raise InputError(f"{folder} has no test_3000, test_5000 or test_10000 list: unpack VERI-Wild again")

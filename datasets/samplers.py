@@ -6,7 +6,6 @@ from collections.abc import Iterator
 import numpy as np
 from torch.utils.data import Sampler
 
-from util.dist import get_rank, get_world_size
 from util.errors import InputError
 
 
@@ -53,23 +52,16 @@ class EpochBatches(Batches):
     in MAE; each epoch leaves out others."""
 
     def __init__(self, num_images: int, batch_size: int, rank: int, world: int, seed: int):
-        self.num_images = num_images
         if num_images < batch_size * world:
-            flags = f"--batch_size {batch_size} x {world} processes"
-            raise InputError(
-                f"{num_images} training images do not fill one batch of {batch_size * world} ({flags}): lower "
-                f"--batch_size to at most {max(num_images // world, 1)}"
-            )
+            batch = f"one batch of {batch_size * world} (--batch_size {batch_size} x {world} processes)"
+            cure = f"lower --batch_size to at most {max(num_images // world, 1)}"
+            raise InputError(f"{num_images} training images do not fill {batch}: {cure}")
+        self.num_images = num_images
         super().__init__(batch_size, rank, world, seed)
 
     def draw(self, epoch: int) -> np.ndarray:
         order = np.random.Generator(np.random.Philox(key=[self.seed, epoch])).permutation(self.num_images)
         return order[: len(order) // self.size * self.size].reshape(-1, self.size)
-
-
-def epoch_batches(num_images: int, batch_size: int, seed: int) -> EpochBatches:
-    """Those of this rank."""
-    return EpochBatches(num_images, batch_size, get_rank(), get_world_size(), seed)
 
 
 class PKBatches(Batches):
@@ -80,10 +72,8 @@ class PKBatches(Batches):
 
     def __init__(self, pids: np.ndarray, batch_size: int, num_instances: int, rank: int, world: int, seed: int):
         if batch_size * world % num_instances:
-            raise InputError(
-                f"--batch_size {batch_size} x {world} processes is no multiple of --num_instances "
-                f"{num_instances}: a batch holds whole vehicles"
-            )
+            what = f"is no multiple of --num_instances {num_instances}: a batch holds whole vehicles"
+            raise InputError(f"--batch_size {batch_size} x {world} processes {what}")
         self.pids, self.num_instances = pids, num_instances
         super().__init__(batch_size, rank, world, seed)
 
@@ -96,38 +86,30 @@ class PKBatches(Batches):
 
 
 def pk_batches(pids: np.ndarray, P: int, K: int, seed: int, epoch: int) -> np.ndarray:
-    """The batches of an epoch, by the rule of TransReID's code.
+    """The batches of an epoch by the rule of TransReID's code, [batches, P * K] int64 image numbers, the K of a vehicle
+    side by side. pids: [n] integers, the vehicle of each image.
 
     The images of each vehicle are shuffled and cut into groups of K; of a vehicle with fewer, K are drawn with
     replacement, so that some may be missing; what is left over of a longer one waits for another epoch. Then batch
     after batch takes one group of each of P vehicles, drawn among those that still have one, until fewer than P do. No
     vehicle is twice in a batch.
-
-    pids: [n] integers, the vehicle of each image. Returns [batches, P * K] int64 image numbers; the K of a vehicle
-    stand together.
     """
     if P < 2 or K < 2:
         raise InputError(f"{P} vehicles x {K} images: a triplet needs at least 2 of both")
     order = np.argsort(pids, kind="stable")
     members = np.split(order, np.flatnonzero(np.diff(pids[order])) + 1)
     if len(members) < P:
-        raise InputError(
-            f"the training images show {len(members)} vehicles, a batch needs {P}: lower --batch_size, raise "
-            "--num_instances, or add vehicles"
-        )
+        cure = "lower --batch_size, raise --num_instances, or add vehicles"
+        raise InputError(f"the training images show {len(members)} vehicles, a batch needs {P}: {cure}")
     rng = np.random.default_rng((seed, epoch))
-    groups = []
+    groups, batches = [], []  # of the vehicles that still have one
     for images in members:
-        if len(images) < K:
-            images = rng.choice(images, K)
-        shuffled = rng.permutation(images)
-        groups.append([shuffled[i : i + K] for i in range(0, len(images) - K + 1, K)])
-    left = list(range(len(groups)))  # vehicles with a group
-    batches = []
-    while len(left) >= P:
-        drawn = rng.choice(len(left), P, replace=False)
-        batches.append(np.concatenate([groups[left[i]].pop() for i in drawn]))
-        for i in sorted((i for i in drawn if not groups[left[i]]), reverse=True):
-            left[i] = left[-1]
-            left.pop()
+        shuffled = rng.permutation(images if len(images) >= K else rng.choice(images, K))
+        groups.append([shuffled[i : i + K] for i in range(0, len(shuffled) - K + 1, K)])
+    while len(groups) >= P:
+        drawn = rng.choice(len(groups), P, replace=False)
+        batches.append(np.concatenate([groups[i].pop() for i in drawn]))
+        for i in sorted((i for i in drawn if not groups[i]), reverse=True):
+            groups[i] = groups[-1]
+            groups.pop()
     return np.stack(batches)

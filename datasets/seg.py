@@ -19,10 +19,9 @@ from torch.utils.data import Dataset
 
 from datasets.images import Unreadable, is_turned, open_image, open_rgb, to_rgb
 from datasets.items import TrainItems
-from datasets.manifest import list_images
-from datasets.path_list import PathList
+from datasets.path_list import PathList, list_images
 from datasets.tables import split_folder
-from datasets.transforms import IGNORE, PartsAugment
+from datasets.transforms import IGNORE, PartsAugment, to_tensor
 from util.dist import is_main_process
 from util.errors import InputError
 from util.progress import Progress
@@ -65,16 +64,21 @@ class LabelSpace:
 
 @dataclass(frozen=True)
 class PartsSplit:
-    """images, masks: files, pair by pair. counts: [n, K + 1] int64 pixels of each class, then of none (zeros where the
-    pair cannot be read). unreadable: how many cannot."""
+    """images, masks: files, pair by pair. table: of the label space. counts: [n, K + 1] int64 pixels of each class,
+    then of none; zeros where the pair cannot be read."""
 
     images: PathList
     masks: PathList
+    table: np.ndarray
     counts: np.ndarray
-    unreadable: int
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def open(self, row: int) -> tuple[Image.Image, np.ndarray]:
+        """RGB picture and its targets, [H, W] uint8; raises `Unreadable`."""
+        picture, mask = open_pair(self.images[row], self.masks[row])
+        return picture, self.table[mask]
 
 
 @dataclass(frozen=True)
@@ -95,10 +99,8 @@ class PartsData:
 
     def sha256(self) -> str:
         """Identity of what is trained on: file names and how many pixels have which label."""
-        part = self.train
-        digest = hashlib.sha256(part.images.sha256().encode() + part.masks.sha256().encode())
-        digest.update(json.dumps(self.space.names).encode() + part.counts.tobytes())
-        return digest.hexdigest()
+        files = self.train.images.sha256() + self.train.masks.sha256() + json.dumps(self.space.names)
+        return hashlib.sha256(files.encode() + self.train.counts.tobytes()).hexdigest()
 
 
 def read_parts(data_path: str | Path, splits: tuple[str, ...]) -> PartsData:
@@ -111,7 +113,7 @@ def read_parts(data_path: str | Path, splits: tuple[str, ...]) -> PartsData:
     for split in splits:
         images, masks = list_pairs(root, split, data.notes)
         data.splits[split] = _scan(images, masks, data.space, split)
-        data.notes.extend(_count_notes(data.splits[split], data.space, split))
+        data.notes.extend(_count_notes(data.splits[split].counts, data.space, split))
     return data
 
 
@@ -147,7 +149,7 @@ def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, Path
     image_root, mask_root = (split_folder(root / kind, split) for kind in ("images", "annotations"))
     for folder in (image_root, mask_root):
         if not folder.is_dir():
-            found = ", ".join(name for name in SPLITS if (root / "images" / name).is_dir()) or "none"
+            found = ", ".join(name for name in SPLITS if split_folder(root / "images", name).is_dir()) or "none"
             raise InputError(f"{folder} is missing: give images/SPLIT and annotations/SPLIT (splits found: {found})")
     listed = list_images(image_root)
     images: dict[str, str] = {}
@@ -187,15 +189,11 @@ def open_pair(image_file: Path, mask_file: Path) -> tuple[Image.Image, np.ndarra
     return picture, mask
 
 
-def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> np.ndarray | str:
-    """[K + 1] pixels of each class and of none, or why it cannot be read; the image's pixels are not decoded.
+def _count_pixels(image_file: Path, mask_file: Path, space: LabelSpace) -> np.ndarray:
+    """[K + 1] pixels of each class and of none; the image's own pixels are not decoded. Raises `Unreadable`, and
     InputError where sizes differ or a value has no name."""
-    try:
-        mask = open_mask(mask_file)
-        image = open_image(image_file, decode=False)
-        sizes = {image.size, image.size[::-1]} if is_turned(image) else {image.size}
-    except Unreadable as error:
-        return str(error)
+    mask, image = open_mask(mask_file), open_image(image_file, decode=False)
+    sizes = {image.size, image.size[::-1]} if is_turned(image) else {image.size}
     if mask.shape[::-1] not in sizes:
         raise InputError(f"{image_file} and {mask_file} differ: {SIZES.format(*image.size, *mask.shape[::-1])}")
     values = np.bincount(mask.ravel(), minlength=256)
@@ -209,54 +207,50 @@ def _look(image_file: Path, mask_file: Path, space: LabelSpace) -> np.ndarray | 
 
 def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str) -> PartsSplit:
     """Open every mask of a split; which images have what."""
-    classes, looks = len(space.names), []
+    counts, problem = np.zeros((len(images), len(space.names) + 1), np.int64), ""
     progress = Progress(f"masks of {split}", len(images), shown=is_main_process() and len(images) > 500)
     for row in range(len(images)):
-        looks.append(_look(images[row], masks[row], space))
+        try:
+            counts[row] = _count_pixels(images[row], masks[row], space)
+        except Unreadable as error:
+            problem = problem or f"{masks[row]}: {error}"
         progress.update(row + 1)
     progress.close()
-    bad = np.array([isinstance(look, str) for look in looks])
-    if bad.all():
-        raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {masks[0]}: {looks[0]}")
-    counts = np.array([[0] * (classes + 1) if isinstance(look, str) else look for look in looks])
+    if not counts.any():
+        raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {problem}")
     pixels = counts.sum(axis=0)
     absent = [name for name, count in zip(space.names, pixels.tolist()) if not count]
-    if absent and (split == "train" or len(absent) >= classes - space.background):
+    if absent and (split == "train" or len(absent) >= len(space.names) - space.background):
         ignored = int(np.flatnonzero(space.table == IGNORE)[0])
         seen = f", while {pixels[-1]:,} pixels hold {ignored}, which is ignored" if pixels[-1] else ""
         cure = "write the number of the class (of one class: 1), or drop it from classes.json"
         raise InputError(f"{masks.root}: class '{absent[0]}' has no pixel in {split}{seen}: {cure}")
-    return PartsSplit(images, masks, counts, int(bad.sum()))
+    return PartsSplit(images, masks, space.table, counts)
 
 
-def _count_notes(part: PartsSplit, space: LabelSpace, split: str) -> list[str]:
-    """Say how many images and pixels a split has of each class."""
-    pixels, shown = part.counts.sum(axis=0), (part.counts > 0).sum(axis=0)
-    lines = [f"{split}: {len(part)} images; of their pixels, and in how many images:"]
+def _count_notes(counts: np.ndarray, space: LabelSpace, split: str) -> list[str]:
+    """How many pixels and images a split has of each class."""
+    pixels, shown, unreadable = counts.sum(axis=0), (counts > 0).sum(axis=0), (~counts.any(axis=1)).sum()
+    lines = [f"{split}: {len(counts)} images; of their pixels, and in how many images:"]
     for name, count, images in zip((*space.names, "without a label (not counted)"), pixels.tolist(), shown.tolist()):
         share = f"{count / pixels.sum():8.3%}" if count else "  absent"
         lines.append(f"  {share} {images:6d}  {name}")
     if not pixels[-1]:
         lines.pop()
-    return lines + [f"  {part.unreadable} pairs cannot be read"] * (part.unreadable > 0)
+    return lines + [f"  {unreadable} pairs cannot be read"] * bool(unreadable)
 
 
-def shown_to_model(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
+def at_size(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
     """An RGB picture at (width, height), as in training but whole -> [3, height, width] uint8."""
-    pixels = np.array(image.resize(size, Image.Resampling.BILINEAR))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    return to_tensor(image.resize(size, Image.Resampling.BILINEAR))
 
 
 class PartsTrainItems(TrainItems):
-    """Training images with the masks of a label space; an item has `imgs` [3, H, W] and `masks` [H, W] uint8."""
+    """Training images with their masks; an item has `imgs` [3, H, W] and `masks` [H, W] uint8."""
 
-    def __init__(self, part: PartsSplit, space: LabelSpace, augment: PartsAugment, seed: int):
+    def __init__(self, part: PartsSplit, augment: PartsAugment, seed: int):
         super().__init__(part.images, augment.size, seed)
-        self.part, self.space, self.augment = part, space, augment
-
-    def read(self, index: int) -> tuple[Image.Image, np.ndarray]:
-        image, mask = open_pair(self.part.images[index], self.part.masks[index])
-        return image, self.space.table[mask]
+        self.read, self.augment = part.open, augment
 
     def sample(self, content, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         return self.augment(*content, rng)
@@ -271,8 +265,8 @@ class PartsTestItems(Dataset):
     empty). rows: of the split, those that this rank scores. resized: (width, height) of an image -> what the
     model is shown."""
 
-    def __init__(self, part: PartsSplit, space: LabelSpace, rows: list[int], resized):
-        self.part, self.space, self.rows, self.resized = part, space, rows, resized
+    def __init__(self, part: PartsSplit, rows: list[int], resized):
+        self.part, self.rows, self.resized = part, rows, resized
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -280,8 +274,7 @@ class PartsTestItems(Dataset):
     def __getitem__(self, item: int) -> tuple[int, torch.Tensor, torch.Tensor, str]:
         row = self.rows[item]
         try:
-            image, mask = open_pair(self.part.images[row], self.part.masks[row])
+            image, mask = self.part.open(row)
         except Unreadable as error:
             return row, torch.zeros(0), torch.zeros(0), str(error)
-        imgs = shown_to_model(image, self.resized(image.size))
-        return row, imgs, torch.from_numpy(self.space.table[mask]), ""
+        return row, at_size(image, self.resized(image.size)), torch.from_numpy(mask), ""

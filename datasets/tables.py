@@ -1,19 +1,12 @@
-"""Tables (.csv .tsv .jsonl .txt), one reader for all; labelled images; the counts of published sets."""
+"""Tables (.csv .tsv .jsonl .txt), one reader for all; names of splits, unknown values, the counts of published sets."""
 
 import csv
-import hashlib
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
-from datasets.items import TrainItems
-from datasets.path_list import PathList
 from util.errors import InputError
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".txt")
@@ -21,8 +14,7 @@ COLUMNS = ("path", "pid", "split", "camid", "viewid", "label")
 PUBLISHED = {  # images, identities and classes as published; another count is said, not refused
     "veri776": {"train": 37_778, "train identities": 575, "query": 1678, "gallery": 11_579, "test": 11_579},
     "vehicleid": {
-        "train": 113_346, "train identities": 13_164,
-        "test_800": 6493, "test_1600": 13_377, "test_2400": 19_777,
+        "train": 113_346, "train identities": 13_164, "test_800": 6493, "test_1600": 13_377, "test_2400": 19_777,
     },
     "veriwild": {
         "train": 277_797, "train identities": 30_671, "query_3000": 3000, "gallery_3000": 38_861,
@@ -30,45 +22,6 @@ PUBLISHED = {  # images, identities and classes as published; another count is s
     },
     "StanfordCars": {"training images": 8144, "test images": 8041, "classes": 196},
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Labelled:
-    """Images, and what is known of each: the other fields, arrays [n, ...], where there are any; -1: unknown."""
-
-    paths: PathList
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def arrays(self) -> dict[str, np.ndarray]:
-        found = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
-        return {name: values for name, values in found.items() if values is not None}
-
-    def take(self, rows: np.ndarray):
-        """Some of the images, in the order of `rows`."""
-        return replace(self, paths=self.paths.take(rows), **{name: v[rows] for name, v in self.arrays().items()})
-
-    def sha256(self, *names: str) -> str:
-        """Identity of paths, order and labels, and of the names of the labels."""
-        digest = hashlib.sha256((self.paths.sha256() + "\0".join(names)).encode())
-        for values in self.arrays().values():
-            digest.update(np.ascontiguousarray(values).tobytes())
-        return digest.hexdigest()
-
-
-class LabelledItems(TrainItems):
-    """Item (epoch, index) -> what `augment` makes of an image, `imgs` [3, H, W] uint8 and more; its labels as int64, by
-    name, and the problem, if any."""
-
-    def __init__(self, images: Labelled, augment, seed: int):
-        super().__init__(images.paths, getattr(augment, "resize", augment.size), seed)
-        self.images, self.augment = images, augment
-
-    def sample(self, content, index: int, rng: np.random.Generator) -> dict[str, torch.Tensor]:
-        shown = self.augment(content, rng)
-        labels = {k: torch.as_tensor(v[index], dtype=torch.int64) for k, v in self.images.arrays().items()}
-        return (shown if isinstance(shown, dict) else {"imgs": shown}) | labels
 
 
 def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = "", key: str = "path") -> Iterator:
@@ -108,21 +61,13 @@ def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = 
 
 def _rows(file: Path, opened) -> Iterator[tuple[int, dict]]:
     """(line, row by the names of its columns) of what is no empty line."""
-    if file.suffix.lower() == ".txt":
-        yield from ((number, {"path": line.strip()}) for number, line in enumerate(opened, 1) if line.strip())
-        return
-    if file.suffix.lower() == ".jsonl":
+    ending = file.suffix.lower()
+    if ending in (".txt", ".jsonl"):
         for number, line in enumerate(opened, 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-            except (ValueError, RecursionError) as error:  # of more than 4,300 digits, nested too deep
-                raise InputError(f"{file}, line {number} is not JSON: {getattr(error, 'msg', error)}") from error
-            if line.strip() and not isinstance(row, dict):
-                raise InputError(f"{file}, line {number} is not a JSON object: write one a line")
-            if line.strip():
-                yield number, row
+            if text := line.strip():
+                yield number, {"path": text} if ending == ".txt" else _json_row(file, number, text)
         return
-    between = "\t" if file.suffix.lower() == ".tsv" else ","
+    between = "\t" if ending == ".tsv" else ","
     layout = {"delimiter": between, "skipinitialspace": True}
     reader = csv.reader(opened, strict=True, **layout)
     try:
@@ -136,6 +81,16 @@ def _rows(file: Path, opened) -> Iterator[tuple[int, dict]]:
             yield 1 + reader.line_num, dict(zip(header, cells))
     except csv.Error as error:
         raise InputError(f"{file}, line {1 + reader.line_num}: {error}: look for a lost quote") from error
+
+
+def _json_row(file: Path, number: int, text: str) -> dict:
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:  # of more than 4,300 digits, nested too deep
+        raise InputError(f"{file}, line {number} is not JSON: {getattr(error, 'msg', error)}") from error
+    if not isinstance(row, dict):
+        raise InputError(f"{file}, line {number} is not a JSON object: write one a line")
+    return row
 
 
 def _names(file: Path, header: Iterable[str], needed: tuple[str, ...]) -> list[str]:
@@ -171,9 +126,9 @@ def split_name(text: str) -> str:
 
 
 def split_folder(root: Path, split: str) -> Path:
-    """The folder of a split, however it is spelled."""
-    found = [folder.name for folder in root.iterdir() if split_name(folder.name) == split] if root.is_dir() else []
-    return root / (split if split in found or not found else found[0])
+    """The folder of a split, however it is spelled; `root/split` where there is none."""
+    names = [path.name for path in root.iterdir() if split_name(path.name) == split] if root.is_dir() else []
+    return root / (split if split in names or not names else names[0])
 
 
 def cell(row: dict, column: str) -> str:

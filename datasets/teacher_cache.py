@@ -32,14 +32,11 @@ class TeacherCache:
             raise InputError(f"--teacher_cache {folder} holds no {HEADER}: build it with python -m tools.reinforce")
         self.header = read_json(self.folder / HEADER, "build the cache again with python -m tools.reinforce")
         self.identity = TeacherIdentity(**self.header["teacher"])
-        self.is_full = self.header["teacher_view"] == "full"
-        self.num_views = self.header["views"]
-        missing = [f for f in (shard_file(self.folder, *shard) for shard in shards(self.header)) if not f.is_file()]
-        if missing:
-            files = len(shards(self.header))
-            raise InputError(
-                f"--teacher_cache {folder} is unfinished: {len(missing)} of {files} files are missing; {AGAIN}"
-            )
+        self.is_full, self.num_views = self.header["teacher_view"] == "full", self.header["views"]
+        files = [shard_file(self.folder, *shard) for shard in shards(self.header)]
+        if missing := sum(not file.is_file() for file in files):
+            what = f"{missing} of {len(files)} files are missing"
+            raise InputError(f"--teacher_cache {folder} is unfinished: {what}; {AGAIN}")
         for shard in shards(self.header):
             read_shard(self.folder, self.header, *shard)
 
@@ -49,8 +46,7 @@ class TeacherCache:
 
     def read(self, epoch: int, index: int) -> torch.Tensor:
         """[D_t] float16: the teacher's embedding of this image in this epoch's view; raises `Unreadable`."""
-        size = 2 * self.identity.embed_dim
-        file = shard_file(self.folder, epoch % self.num_views, index)
+        size, file = 2 * self.identity.embed_dim, shard_file(self.folder, epoch % self.num_views, index)
         with open(file, "rb") as opened:  # not as a memory map, which ends the process where a file is cut short
             data = os.pread(opened.fileno(), size, NPY_HEADER + index % SHARD_IMAGES * size)
         if not any(data):
@@ -58,18 +54,15 @@ class TeacherCache:
         return torch.frombuffer(bytearray(data), dtype=torch.float16)
 
     def check(self, expected: dict) -> None:
-        """Refuse a cache made for something else: `expected` holds entries of its header as this run has them."""
-        # a whole-image embedding does not depend on how the student's crops are drawn
-        free = ("seed", "crop_min", "input_size") if self.is_full else ()
-        differ = [
-            f"{key} {str(self.header[key])[:24]} in the cache, {str(value)[:24]} here"
-            for key, value in expected.items() if key not in free and self.header[key] != value
-        ]  # fmt: skip
+        """Refuse a cache made for something else: `expected` holds entries of its header as this run has them. An
+        embedding of the whole image does not depend on how the student's crops are drawn."""
+        free, differ = ("seed", "crop_min", "input_size") if self.is_full else (), []
+        for key in (key for key in expected if key not in free):
+            if self.header[key] != expected[key]:
+                differ.append(f"{key} {str(self.header[key])[:24]} in the cache, {str(expected[key])[:24]} here")
         if differ:
-            raise InputError(
-                f"--teacher_cache {self.folder} was made for other views ({', '.join(differ)}): set the flags back or "
-                "build a cache with python -m tools.reinforce"
-            )
+            cure = "set the flags back or build a cache with python -m tools.reinforce"
+            raise InputError(f"--teacher_cache {self.folder} was made for other views ({', '.join(differ)}): {cure}")
 
     def bank(self, text_bank: str | None):
         """The encoded text bank: the one stored in the cache, or an encoded file of the same teacher."""
@@ -77,10 +70,8 @@ class TeacherCache:
         if not file.exists():
             raise InputError(f"--text_bank {file} does not exist: give an encoded bank, or build the cache again")
         if not is_encoded(file):
-            raise InputError(
-                f"--text_bank {file} is not encoded and --teacher_cache brings no text tower: pass the texts to "
-                "tools.reinforce, or give an encoded bank (.safetensors, or a folder of main_describe.py)"
-            )
+            what = "is not encoded and --teacher_cache brings no text tower: pass the texts to tools.reinforce"
+            raise InputError(f"--text_bank {file} {what}, or give an encoded bank")
         return read_encoded(file, self.identity)
 
 
@@ -103,8 +94,7 @@ def write_shard(folder: Path, view: int, first: int, rows: np.ndarray) -> None:
 
 def read_shard(folder: Path, header: dict, view: int, first: int) -> np.ndarray:
     """[n, D_t] float16; InputError where size, checksum or the length of a row are wrong."""
-    file = shard_file(folder, view, first)
-    cure = "remove it and run the same python -m tools.reinforce command again"
+    file, cure = shard_file(folder, view, first), "remove it and run the same python -m tools.reinforce command again"
     wanted = min(SHARD_IMAGES, header["images"] - first), header["teacher"]["embed_dim"]
     crc = read_json(file.with_suffix(".json"), cure).get("crc32")
     try:

@@ -92,9 +92,8 @@ def check_unit(bank: torch.Tensor, what: str) -> None:
     """Refuse rows [T, D] that are no unit vectors; NaN is none."""
     odd = ~((bank.float().norm(dim=1) - 1).abs() < 0.01)
     if odd.any():
-        raise InputError(
-            f"{what}: {int(odd.sum())} of {len(bank)} rows are no unit vectors, first {int(odd.int().argmax())}"
-        )
+        counts = f"{int(odd.sum())} of {len(bank)} rows are no unit vectors, first {int(odd.int().argmax())}"
+        raise InputError(f"{what}: {counts}")
 
 
 def hash_bank(bank: torch.Tensor) -> str:

@@ -48,11 +48,10 @@ def random_crop_box(
 
 
 def jpeg_reduction(box: tuple[int, int, int, int], size: tuple[int, int], oversampling: float = 1.5) -> int:
-    """By how much (1, 2, 4 or 8) a JPEG decoder may shrink the picture so that `box` still has
-    `oversampling` times the pixels of (H, W) on each side. At 1.5 the crop stays within 2/255 mean
-    absolute difference of the crop of the full decode (tests/test_data.py)."""
-    height, width = size
-    room = min((box[2] - box[0]) / width, (box[3] - box[1]) / height) / oversampling
+    """By how much (1, 2, 4 or 8) a JPEG decoder may shrink the picture so that `box` still has `oversampling` times the
+    pixels of (H, W) on each side. At 1.5 the crop stays within 2/255 mean absolute difference of the crop of the full
+    decode (tests/test_data.py)."""
+    room = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / oversampling
     return max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
 
 
@@ -67,7 +66,7 @@ def crop_resize(
     else:
         box = tuple(edge * image.size[i % 2] / full_size[i % 2] for i, edge in enumerate(box))
         image = image.resize(size[::-1], Image.Resampling.BICUBIC, box=box)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        pixels = to_tensor(image)
     return pixels.flip(2) if flip else pixels.contiguous()
 
 
@@ -94,11 +93,24 @@ def whole_image(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
         ratio = (min if size.resize_mode == "shortest" else max)(h / height, w / width)
         w, h = round(w / ratio), round(h / ratio)
     canvas = Image.new("RGB", (width, height), (size.fill,) * 3)
-    corner = (
-        (side - full) // 2 if side > full else -round((full - side) / 2) for side, full in ((width, w), (height, h))
-    )
-    canvas.paste(image.resize((w, h), getattr(Image.Resampling, size.interpolation.upper())), tuple(corner))
-    return torch.from_numpy(np.array(canvas)).permute(2, 0, 1).contiguous()
+    gaps = (width - w, height - h)
+    corner = tuple(gap // 2 if gap > 0 else -round(-gap / 2) for gap in gaps)
+    canvas.paste(image.resize((w, h), getattr(Image.Resampling, size.interpolation.upper())), corner)
+    return to_tensor(canvas)
+
+
+def to_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:
+    """An RGB picture, [H, W, 3] uint8, as [3, H, W]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def random_place(rng: np.random.Generator, whole: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
+    """Rows and columns of a part of (h, w): (H, W) px, or as many as there are; all places alike."""
+    place = []
+    for length, side in zip(whole, size):
+        start = int(rng.integers(max(length - side, 0) + 1))
+        place.append(slice(start, min(start + side, length)))
+    return tuple(place)
 
 
 @dataclass(frozen=True)
@@ -112,16 +124,16 @@ class PadCropErase:
     pad: int = 10
     erase: float = 0.5
 
-    def __call__(self, image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
         """An RGB picture -> `imgs` [3, H, W] uint8 and `erase` [5] int64 for `erase_boxes`."""
-        height, width = self.size
         imgs = whole_image(image, self.size)
         if rng.random() < self.flip:
             imgs = imgs.flip(2)
-        top, left = rng.integers(0, 2 * self.pad + 1, 2).tolist()
-        imgs = F.pad(imgs, (self.pad,) * 4)[:, top : top + height, left : left + width].contiguous()
+        imgs = F.pad(imgs, (self.pad,) * 4)
+        rows, columns = random_place(rng, imgs.shape[1:], self.size)
         erase = erase_box(rng, self.size) if rng.random() < self.erase else (0, 0, 0, 0)
-        return {"imgs": imgs, "erase": torch.tensor([*erase, int(rng.integers(1 << 62))])}
+        seed = int(rng.integers(1 << 62))
+        return {"imgs": imgs[:, rows, columns].contiguous(), "erase": torch.tensor([*erase, seed])}
 
 
 def erase_box(rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -156,15 +168,13 @@ class CropFlipAugment:
     resize: tuple[int, int]
     auto_augment: bool = True
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> torch.Tensor:
-        """An RGB picture -> [3, H, W] uint8."""
-        imgs = whole_image(image, self.resize)
-        (height, width), (rows, columns) = self.size, self.resize
-        top, left = int(rng.integers(rows - height + 1)), int(rng.integers(columns - width + 1))
-        imgs = imgs[:, top : top + height, left : left + width]
+    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+        """An RGB picture -> `imgs` [3, H, W] uint8."""
+        rows, columns = random_place(rng, self.resize, self.size)
+        imgs = whole_image(image, self.resize)[:, rows, columns]
         if rng.random() < 0.5:
             imgs = imgs.flip(2)
-        return auto_augment(imgs, rng) if self.auto_augment else imgs.contiguous()
+        return {"imgs": auto_augment(imgs, rng) if self.auto_augment else imgs.contiguous()}
 
 
 def auto_augment(imgs: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
@@ -175,8 +185,7 @@ def auto_augment(imgs: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     picture = Image.fromarray(imgs.permute(1, 2, 0).numpy())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(rng.integers(1 << 62)))
-        picture = AutoAugment(fill=[128, 128, 128])(picture)  # grey, as the policy's authors have it
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+        return to_tensor(AutoAugment(fill=[128, 128, 128])(picture))  # grey, as the policy's authors have it
 
 
 @dataclass(frozen=True)
@@ -197,55 +206,51 @@ class PartsAugment:
         factor *= rng.uniform(*self.ratio)
         width, height = (max(1, round(factor * length)) for length in image.size)
         mask = np.array(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
-        top, left, mask = self.crop(mask, rng)
-        scale = (image.size[0] / width, image.size[1] / height) * 2
-        box = (left, top, left + mask.shape[1], top + mask.shape[0])  # only this part of the image is resized
+        rows, columns = self.place(mask, rng)
+        mask, scale = mask[rows, columns], (image.size[0] / width, image.size[1] / height) * 2
+        box = (columns.start, rows.start, columns.stop, rows.stop)  # only this part of the image is resized
         box = [min(edge * scale[i], image.size[i % 2]) for i, edge in enumerate(box)]
         image = image.resize(mask.shape[::-1], Image.Resampling.BILINEAR, box=box)
         if rng.random() < 0.5:
             image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask[:, ::-1]
         pixels = distort_colours(image, rng) if self.distort else np.asarray(image)
-        return {"imgs": padded(pixels, self.size, self.fill), "masks": padded(mask, self.size, IGNORE)}
+        imgs, masks = padded(pixels, (*self.size, 3), self.fill), padded(mask, self.size, IGNORE)
+        return {"imgs": to_tensor(imgs), "masks": torch.from_numpy(masks)}
 
-    def crop(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[int, int, np.ndarray]:
-        """(top, left, part of the mask), at most of the crop's size: of ten draws the first in which no class has more
-        than 75% of the labelled pixels, else the last."""
-        high, wide = (min(side, length) for side, length in zip(self.size, mask.shape))
+    def place(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
+        """Of ten draws the first in which no class has more than 75% of the labelled pixels, else the last."""
         for _ in range(TRIES):
-            top = int(rng.integers(mask.shape[0] - high + 1))
-            left = int(rng.integers(mask.shape[1] - wide + 1))
-            part = mask[top : top + high, left : left + wide]
-            pixels = np.bincount(part.ravel(), minlength=256)[:IGNORE]
+            place = random_place(rng, mask.shape, self.size)
+            pixels = np.bincount(mask[place].ravel(), minlength=256)[:IGNORE]
             if 0.75 * pixels.sum() > pixels.max():
                 break
-        return top, left, part
+        return place
 
 
-def padded(pixels: np.ndarray, size: tuple[int, int], fill) -> torch.Tensor:
-    """[h, w] or [h, w, 3] uint8, filled up below and to the right -> [H, W] or [3, H, W]."""
-    whole = np.empty((*size, *pixels.shape[2:]), dtype=np.uint8)
-    whole[:] = fill
+def padded(pixels: np.ndarray, shape: tuple[int, ...], fill) -> np.ndarray:
+    """uint8 pixels in the upper left corner of an array of this shape."""
+    whole = np.full(shape, fill, dtype=np.uint8)
     whole[: pixels.shape[0], : pixels.shape[1]] = pixels
-    return torch.from_numpy(np.moveaxis(whole, -1, 0).copy() if whole.ndim == 3 else whole)
+    return whole
 
 
 def distort_colours(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
     """Photometric distortion of an RGB picture -> [h, w, 3] uint8 (Liu et al., 2016, "SSD", Sec. 3.6 of its code): each
     with a chance of one half, brightness + [-32, 32], contrast x [0.5, 1.5] (before or after the colours), saturation
     x [0.5, 1.5], hue + [-36, 36] degrees."""
-    chosen = rng.random(5) < 0.5
+    brightens, has_contrast, saturates, turns_hue, contrast_first = rng.random(5) < 0.5
     brightness, contrast = rng.uniform(-32, 32), rng.uniform(0.5, 1.5)
     saturation, hue = rng.uniform(0.5, 1.5), rng.uniform(-36, 36)
 
-    def linear(pixels: np.ndarray, factor: float, shift: float) -> np.ndarray:
+    def linear(pixels: np.ndarray, factor: float, shift: float = 0) -> np.ndarray:
         return (pixels * np.float32(factor) + np.float32(shift)).clip(0, 255).astype(np.uint8)
 
-    pixels = linear(np.asarray(image), 1, brightness if chosen[0] else 0)
-    if chosen[1] and chosen[4]:
-        pixels = linear(pixels, contrast, 0)
-    if chosen[2] or chosen[3]:
+    pixels = linear(np.asarray(image), 1, brightness if brightens else 0)
+    if has_contrast and contrast_first:
+        pixels = linear(pixels, contrast)
+    if saturates or turns_hue:
         hsv = np.array(Image.fromarray(pixels).convert("HSV"))
-        hsv[..., 1] = linear(hsv[..., 1], saturation if chosen[2] else 1, 0)
-        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + (round(hue * 256 / 360) if chosen[3] else 0)) % 256
+        hsv[..., 1] = linear(hsv[..., 1], saturation if saturates else 1)
+        hsv[..., 0] = (hsv[..., 0].astype(np.int16) + (round(hue * 256 / 360) if turns_hue else 0)) % 256
         pixels = np.asarray(Image.fromarray(hsv, "HSV").convert("RGB"))
-    return linear(pixels, contrast, 0) if chosen[1] and not chosen[4] else pixels
+    return linear(pixels, contrast) if has_contrast and not contrast_first else pixels

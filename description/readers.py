@@ -7,8 +7,8 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from datasets.attr import VERI_COLOURS, VERI_TYPES, veri_items
-from datasets.matfile import read_cell_strings
+from datasets.attr import veri_items
+from datasets.fgvc import read_cell_strings
 from datasets.tables import cell, iterate_table, split_name
 from description.canonical import TABLE, column_key, slot_of
 from util.errors import InputError
@@ -92,9 +92,8 @@ def _name_columns(file: Path, header: tuple[str, ...], columns: dict[str, str], 
 
 def read_veri(path: Path) -> Rows:
     """VeRi-776: items of `train_label.xml` with colorID and typeID (1-based)."""
-    for _, codes, _ in veri_items(path / "train_label.xml" if path.is_dir() else path):
-        words = zip(("colour", "body"), (VERI_COLOURS, VERI_TYPES), codes)
-        yield {slot: names[code - 1] for slot, names, code in words if code is not None}
+    for _, colour, body, _ in veri_items(path / "train_label.xml" if path.is_dir() else path):
+        yield {slot: word for slot, word in (("colour", colour), ("body", body)) if word}
 
 
 def read_compcars(path: Path) -> Rows:

@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from datasets.attr import Attribute, AttributeData, read_attribute_set
-from datasets.items import WholeImages
-from datasets.tables import LabelledItems
+from datasets.items import LabelledItems, WholeImages
 from datasets.transforms import PadCropErase
 from description.canonical import slot_of, with_articles
 from engine_finetune import Predictions

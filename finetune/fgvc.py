@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from datasets.fgvc import FgvcData, read_fgvc, renumber_classes
-from datasets.items import CenterCrops
-from datasets.tables import LabelledItems
+from datasets.items import CenterCrops, LabelledItems
 from datasets.transforms import CropFlipAugment
 from engine_finetune import Predictions
 from finetune.task import Task

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.seg import PartsAugment, PartsData, PartsSplit, PartsTestItems, PartsTrainItems, open_pair, read_parts
-from datasets.seg import shown_to_model as at_size
+from datasets.seg import PartsAugment, PartsData, PartsSplit, PartsTestItems, PartsTrainItems, at_size, read_parts
+from datasets.tables import split_folder
 from engine_finetune import merged
 from finetune.task import Task
 from metrics.seg import confusion_matrix, segmentation_numbers
@@ -47,7 +47,7 @@ class Seg(Task):
         """The split that --seg_split means."""
         if self.args.seg_split != "auto":
             return self.args.seg_split
-        return "test" if (Path(self.args.data_path) / "images" / "test").is_dir() else "val"
+        return "test" if split_folder(Path(self.args.data_path) / "images", "test").is_dir() else "val"
 
     def read(self, config: dict | None) -> PartsData:
         path = self.args.data_path
@@ -75,7 +75,7 @@ class Seg(Task):
         args, data = self.args, self.data
         fill = tuple(round(255 * value) for value in self.model.base.pixel_mean.flatten().tolist())
         augment = PartsAugment(args.img_size, fill, tuple(args.resize_range), distort=args.distort)
-        return PartsTrainItems(data.train, data.space, augment, args.seed)
+        return PartsTrainItems(data.train, augment, args.seed)
 
     def model_line(self) -> str:
         config, (rows, columns) = self.model.config, self.model.base.grid_size
@@ -119,8 +119,8 @@ class Seg(Task):
     @torch.inference_mode()
     def look_at(self, part: PartsSplit, row: int) -> tuple:
         """An image of the split, its truth and the model's answer, [h, w] uint8 classes at its size."""
-        picture, mask = open_pair(part.images[row], part.masks[row])
-        truth, size = self.data.space.table[mask], model_size(picture.size, self.model.base.img_size)
+        picture, truth = part.open(row)
+        size = model_size(picture.size, self.model.base.img_size)
         answer = predict_mask(self.model, at_size(picture, size).to(self.device), truth.shape, 16)
         return picture, truth, answer.cpu().numpy().astype(np.uint8)
 
@@ -168,7 +168,7 @@ def evaluate_parts(model: SETR, data: PartsData, split: str, batch_size: int, nu
     and alone, so that nothing is padded and the numbers are equal on any number of ranks."""
     part, classes, device = data.splits[split], len(data.space.names), model.base.pos_embed.device
     rows = list(range(get_rank(), len(part), get_world_size()))
-    items = PartsTestItems(part, data.space, rows, partial(model_size, crop=model.base.img_size))
+    items = PartsTestItems(part, rows, partial(model_size, crop=model.base.img_size))
     loader = DataLoader(items, batch_size=None, num_workers=num_workers, worker_init_fn=init_worker)
     progress = Progress("test images", len(rows), shown=is_main_process())
     found: dict[int, np.ndarray | str | None] = {}  # None: the model has diverged, of which all ranks must hear

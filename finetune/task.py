@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from torch.utils.data import Sampler
 
-from datasets.samplers import epoch_batches
+from datasets.samplers import EpochBatches
 from engine_finetune import predict
 from finetune.flags import TASKS
 from models_vit import CLIP_STATS, IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, encoder_from, load_encoder
 from util.checkpoint import load_weights, read_checkpoint, weights_sha256
-from util.dist import is_main_process, print_main, wait_for_main
+from util.dist import get_rank, get_world_size, is_main_process, print_main, wait_for_main
 from util.errors import InputError
 from util.fetch import fetch
 from util.files import write_atomic
@@ -52,7 +52,8 @@ class Task:
         self.config, self.header = {}, []
 
     def order(self) -> Sampler:
-        return epoch_batches(len(self.data.train), self.args.batch_size, self.args.seed)
+        args, ranks = self.args, (get_rank(), get_world_size())
+        return EpochBatches(len(self.data.train), args.batch_size, *ranks, args.seed)
 
     def prepare(self) -> None:
         pass

@@ -25,7 +25,7 @@ from curation.rows import Embedded, Rows
 from curation.sample import judge, sample_tree
 from curation.sources import open_sources
 from curation.stages import Stages
-from datasets.manifest import list_images
+from datasets.path_list import list_images
 from demo.pool import POOL
 from tools import pack
 from util.errors import InputError

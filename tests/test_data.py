@@ -14,10 +14,9 @@ from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from datasets.fgvc import list_labelled
-from datasets.images import IMAGE_ENDINGS, Unreadable, open_reduced, open_rgb
-from datasets.manifest import list_images
-from datasets.path_list import PathList
-from datasets.pretrain import PretrainDataset, build_loader
+from datasets.images import IMAGE_ENDINGS, Unreadable, decode_rgb, open_rgb, open_upright
+from datasets.items import PretrainDataset, build_loader
+from datasets.path_list import PathList, list_images
 from datasets.samplers import EpochBatches, pk_batches
 from datasets.transforms import CROP_STREAM, crop_resize, jpeg_reduction, random_crop_box, sample_rng, whole_image
 from util.errors import InputError
@@ -238,11 +237,10 @@ def test_turned_jpegs_are_cropped_upright(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # a quarter turn
     photo.save(tmp_path / "a.jpg", quality=95, exif=exif)
-    image, full_size = open_reduced(tmp_path / "a.jpg", lambda width, height: 4)
-    assert image.size == full_size == (800, 1200)
+    assert open_upright(tmp_path / "a.jpg").size == decode_rgb(open_upright(tmp_path / "a.jpg"), 4).size == (800, 1200)
     photo.save(tmp_path / "b.jpg", quality=95)
-    image, full_size = open_reduced(tmp_path / "b.jpg", lambda width, height: 4)
-    assert image.size == (300, 200) and full_size == (1200, 800)
+    image = open_upright(tmp_path / "b.jpg")
+    assert image.size == (1200, 800) and decode_rgb(image, 4).size == (300, 200)
 
 
 def test_stream_does_not_depend_on_workers_or_history(pictures):

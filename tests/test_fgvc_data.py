@@ -12,10 +12,9 @@ from layouts import BOX, CAR_FOLDERS, write_demo_cars, write_mat
 from PIL import Image
 from scipy.io import savemat
 
-from datasets.fgvc import read_fgvc, renumber_classes
-from datasets.items import CenterCrops
-from datasets.matfile import read_cell_strings, read_struct_array
-from datasets.tables import PUBLISHED, LabelledItems
+from datasets.fgvc import read_cell_strings, read_fgvc, read_struct_array, renumber_classes
+from datasets.items import CenterCrops, LabelledItems
+from datasets.tables import PUBLISHED
 from datasets.transforms import CropFlipAugment, auto_augment
 from util.errors import InputError
 
@@ -40,9 +39,8 @@ def as_rows(data):
 def annotate(folder, layout, change) -> Path:
     """The set with other training annotations; its folder."""
     file = folder / ("cars_annos.mat" if layout == "annos" else "car/devkit/cars_train_annos.mat")
-    fields, values = read_struct_array(file, "annotations")
     names = {"class_names": read_cell_strings(file, "class_names")} if layout == "annos" else {}
-    write_mat(file, {"annotations": change([dict(zip(fields, row)) for row in values])} | names)
+    write_mat(file, {"annotations": change(read_struct_array(file, "annotations"))} | names)
     return folder
 
 
@@ -50,7 +48,7 @@ def test_what_a_mat_file_holds(tmp_path):
     file = tmp_path / "a.mat"
     rows = [{"class": 300, "fname": "a.jpg", "empty": ""}]
     write_mat(file, {"annotations": rows, "class_names": ["Velmar ", "", "b"]})
-    assert read_struct_array(file, "annotations") == (["class", "fname", "empty"], [(300, "a.jpg", None)])
+    assert read_struct_array(file, "annotations") == [{"class": 300, "fname": "a.jpg", "empty": None}]
     assert read_cell_strings(file, "class_names") == read_cell_strings(file, "any") == ["Velmar", None, "b"]
     with pytest.raises(InputError, match="no struct array 'other'"):
         read_struct_array(file, "other")
@@ -173,18 +171,18 @@ def picture(width=50, height=40):
 def test_augmentation_is_a_function_of_its_numbers():
     augment = CropFlipAugment((32, 24), (40, 32))
     state = torch.get_rng_state()
-    views = [augment(picture(), np.random.default_rng(seed)) for seed in (1, 1, 2, 3)]
+    views = [augment(picture(), np.random.default_rng(seed))["imgs"] for seed in (1, 1, 2, 3)]
     assert torch.equal(views[0], views[1]) and views[0].shape == (3, 32, 24) and views[0].dtype == torch.uint8
     assert not torch.equal(views[0], views[2]) and not torch.equal(views[2], views[3])
     assert torch.equal(torch.get_rng_state(), state)  # nothing outside has moved
     torch.manual_seed(5)
-    assert torch.equal(augment(picture(), np.random.default_rng(1)), views[0])  # nor does it matter
+    assert torch.equal(augment(picture(), np.random.default_rng(1))["imgs"], views[0])  # nor does it matter
 
 
 def test_crops_reach_every_place_and_the_policy_changes_pictures():
     augment = CropFlipAugment((6, 6), (8, 8), auto_augment=False)
     ramp = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("RGB")
-    seen = [augment(ramp, np.random.default_rng(seed))[0] for seed in range(300)]
+    seen = [augment(ramp, np.random.default_rng(seed))["imgs"][0] for seed in range(300)]
     assert 110 < sum(bool(view[0, 0] > view[0, 1]) for view in seen) < 190  # mirrored
     corners = {int(min(view[0, 0], view[0, -1])) for view in seen}
     assert corners == {8 * top + left for top in range(3) for left in range(3)}

@@ -74,8 +74,8 @@ def test_trivial_baselines_of_known_answers():
 
 def test_no_distill_is_plain_mae_bit_for_bit(pictures, tmp_path):
     """The loop against a few lines of MAE with torch's own AdamW: same losses, same weights."""
-    from datasets.manifest import list_images
-    from datasets.pretrain import PretrainDataset
+    from datasets.items import PretrainDataset
+    from datasets.path_list import list_images
     from datasets.samplers import EpochBatches
     from models_mae import MODELS
     from util.optim import adamw_groups, cosine_lr

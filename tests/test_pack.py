@@ -12,9 +12,8 @@ from conftest import command, run_command, write_pictures
 from PIL import Image
 
 from datasets.images import Unreadable
-from datasets.manifest import list_images
-from datasets.path_list import PackedImages
-from datasets.pretrain import PretrainDataset
+from datasets.items import PretrainDataset
+from datasets.path_list import PackedImages, list_images
 from tools import pack
 from util.errors import InputError
 

@@ -17,10 +17,8 @@ import main_finetune
 import main_linprobe
 import main_pretrain
 from datasets.images import open_rgb
-from datasets.items import WholeImages
-from datasets.manifest import list_images
-from datasets.path_list import PathList
-from datasets.pretrain import PretrainDataset
+from datasets.items import PretrainDataset, WholeImages
+from datasets.path_list import PathList, list_images
 from datasets.samplers import EpochBatches
 from datasets.transforms import random_crop_box, sample_rng, whole_image
 from engine_extract import extract_batches

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from datasets.attr import read_attribute_set
 from datasets.fgvc import list_labelled
-from datasets.manifest import list_images
+from datasets.path_list import list_images
 from datasets.reid import read_reid
 from datasets.tables import iterate_table, known, published_note
 from util.errors import InputError

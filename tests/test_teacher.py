@@ -16,8 +16,8 @@ from PIL import Image
 
 import main_pretrain
 import models_teacher
-from datasets.manifest import list_images
-from datasets.pretrain import PretrainDataset
+from datasets.items import PretrainDataset
+from datasets.path_list import list_images
 from datasets.teacher_cache import TeacherCache
 from datasets.text_bank import read_encoded, save_bank
 from datasets.transforms import whole_image

@@ -40,8 +40,7 @@ import io
 import numpy as np
 
 from datasets.items import WholeImages
-from datasets.manifest import list_images
-from datasets.path_list import printable
+from datasets.path_list import list_images, printable
 from engine_extract import extract_to_file
 from models_vit import load_encoder
 from util.checkpoint import weights_sha256

@@ -51,8 +51,7 @@ from PIL import Image
 
 from datasets import images
 from datasets.images import IMAGE_ENDINGS, Unreadable
-from datasets.manifest import list_images
-from datasets.path_list import PACK_HEADER, PathList, printable, shard_file
+from datasets.path_list import PACK_HEADER, PathList, list_images, printable, shard_file
 from datasets.transforms import jpeg_reduction
 from util.errors import InputError
 from util.files import write_atomic, write_json
@@ -185,10 +184,9 @@ def encode_image(data: bytes, short_side: int, quality: int) -> tuple[bytes, str
         if is_plain and min(image.size) <= short_side:
             image.load()  # a truncated file must not get into the set
             return data, "copied"
-    smallest = (short_side, short_side)
-    image, _ = images.open_reduced(
-        io.BytesIO(data), lambda *full: jpeg_reduction((0, 0, *full), smallest, oversampling=2)
-    )
+    image = images.open_upright(io.BytesIO(data))
+    factor = jpeg_reduction((0, 0, *image.size), (short_side, short_side), oversampling=2)
+    image = images.decode_rgb(image, factor)
     scale = short_side / min(image.size)
     if scale < 1:
         size = tuple(max(round(side * scale), 1) for side in image.size)

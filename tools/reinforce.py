@@ -48,9 +48,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datasets.manifest import list_images
-from datasets.path_list import printable
-from datasets.pretrain import PretrainDataset
+from datasets.items import PretrainDataset
+from datasets.path_list import list_images, printable
 from datasets.teacher_cache import HEADER, SHARD_IMAGES, read_shard, shard_file, shards, write_shard
 from datasets.text_bank import VOCABULARY, save_bank
 from models_teacher import FrozenTeacher, build_bank, load_teacher

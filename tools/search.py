@@ -52,8 +52,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from datasets.images import Unreadable, open_rgb
 from datasets.items import WholeImages
-from datasets.manifest import list_images
-from datasets.path_list import PackedImages, PathList, printable
+from datasets.path_list import PackedImages, PathList, list_images, printable
 from datasets.tables import TABLE_ENDINGS
 from engine_extract import extract_features, extract_to_file
 from finetune.task import load_model
