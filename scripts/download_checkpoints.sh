@@ -6,7 +6,7 @@
 #   mae_vit_base, mae_vit_large, mae_vit_huge       facebook's MAE on ImageNet-1K, encoder: to start fine-tuning from, the
 #                                                   baseline row of every table; 340, 1,210, 2,520 MB
 #   mae_vit_base_full, _large_full, _huge_full      the same with its decoder: to go on pre-training from (--init), for
-#                                                   reconstructions (tools.visualize); 450, 1,320, 2,630 MB
+#                                                   reconstructions (tools.report images); 450, 1,320, 2,630 MB
 #   cgd_mae_vit_base, mae_automobile1m_vit_base     the paper's two encoders of Automobile1M: vehicles; 340 MB. Their addresses
 #   cgd_mae_vit_base_full, mae_automobile1m_vit_base_full   (and with decoders) are not known here: fill in their url in
 #                                                   util/registry.json once, or give a path in place of the name

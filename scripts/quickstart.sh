@@ -47,7 +47,7 @@ if stage "pre-training CGD-MAE" "$out/run/encoder.safetensors"; then
         "${teacher[@]}" --text_bank "$out/texts" --kl_weight 0.05
 fi
 if stage "what was learned" "$out/run/report.html"; then
-    run -m tools.report "$out/run" --data_path "$out/pool/labels.csv" --label_column body colour viewid --read_out cls
+    run -m tools.report run "$out/run" --data_path "$out/pool/labels.csv" --label_column body colour viewid --read_out cls
 fi
 if stage "fine-tuning the encoder to find the same vehicle again, scored before and after" "$out/reid/report.html"; then
     run -m demo.reid --output "$out/veri" --size 96 --train_ids 160 --test_ids 20 --images_per_id 10

@@ -15,10 +15,9 @@ from models_mae import MODELS, load_autoencoder
 from models_setr import SETR, SETRConfig
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer, load_encoder
-from tools.checkpoint import FORMATS, get_args_parser, inspect_file, main, verify_file
-from tools.convert import TARGETS
-from tools.export_onnx import export_onnx
-from tools.release import release
+from tools.checkpoint import FORMATS, get_args_parser, inspect_file, main, release, verify_file
+from tools.convert import TARGETS, export_onnx
+
 from util.checkpoint import read_checkpoint, write_safetensors, write_torch
 from util.cli import run_tool
 from util.errors import InputError
@@ -235,7 +234,7 @@ def test_onnx_of_an_encoder(encoder_file, encoder, photos, tmp_path, monkeypatch
         export_onnx(encoder_file, tmp_path / "e.pb")
     with pytest.raises(InputError, match="is ONNX"):
         verify_file(tmp_path / "e.onnx")
-    monkeypatch.setattr("tools.export_onnx.TOLERANCE", 0)
+    monkeypatch.setattr("tools.convert.TOLERANCE", 0)
     with pytest.raises(InputError, match="other features under onnxruntime .* nothing was written"):
         export_onnx(encoder_file, tmp_path / "other.onnx")
     assert not (tmp_path / "other.onnx").exists()

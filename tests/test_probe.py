@@ -30,7 +30,7 @@ from models_mae import MODELS
 from models_probe import load_read_outs
 from models_vit import VisionTransformer, load_encoder
 from reports.run import mean_attribute_accuracy, score_table
-from tools import report, visualize
+from tools import report
 from util.errors import InputError
 from util.optim import LARS, cosine_lr
 
@@ -381,17 +381,17 @@ def test_tables_and_curves():
     assert "3 further columns are in metrics.json" in table
 
 
-def test_visualize_and_report(run_dir, tmp_path, pictures):
-    words = [str(pictures), "--checkpoint", str(run_dir / "checkpoint-last.pth"), "--count", "3"]
-    args = visualize.get_args_parser().parse_args([*words, "--output", str(tmp_path / "p.png")])
-    assert visualize.main(args)["images"] == 3 and (tmp_path / "p.png").is_file()
-    words[2] = str(run_dir / "encoder.pth")
+def test_the_report_of_a_run_and_of_images(run_dir, tmp_path, pictures):
+    words = ["images", str(pictures), "--checkpoint", str(run_dir / "checkpoint-last.pth"), "--count", "3"]
+    args = report.get_args_parser().parse_args([*words, "--output", str(tmp_path / "p.png")])
+    assert report.main(args)["images"] == 3 and (tmp_path / "p.png").is_file()
+    words[3] = str(run_dir / "encoder.pth")
     with pytest.raises(InputError, match="encoder only"):
-        visualize.main(visualize.get_args_parser().parse_args([*words, "--model", "mae_vit_tiny_patch16"]))
+        report.main(report.get_args_parser().parse_args([*words, "--model", "mae_vit_tiny_patch16"]))
     table = tmp_path / "labels.csv"
     lines = [f"{pictures}/{i:04d}.png,{'val' if i % 4 == 0 else 'train'},{'ab'[i % 2]}" for i in range(40)]
     table.write_text("path,split,kind\n" + "\n".join(lines) + "\n")
-    words = [str(run_dir), "--data_path", str(table), "--label_column", "kind"]
+    words = ["run", str(run_dir), "--data_path", str(table), "--label_column", "kind"]
     report.main(report.get_args_parser().parse_args(words))
     assert (run_dir / "report.html").stat().st_size > 20_000
     for name, content in itertools.product(("log.txt", "args.json"), (b"[1]\n", b"\xff", b"{\n", b"[" * 99_999, b"7")):

@@ -15,7 +15,7 @@ echo '{"for": "machines"}'
 words=("$@")
 for ((i = 0; i < $#; i++)); do case "${words[i]}" in --output | --output_dir) out="${words[i + 1]}" ;; esac; done
 case "$*" in
-    *tools.report*) touch "$3/report.html"; exit ;;
+    *tools.report*) touch "$4/report.html"; exit ;;
     *"--before"*) [ -z "${FAILS:-}" ] || exit 3; echo "R1 19.0 before, 38.0 after" ;;
 esac
 mkdir -p "$out"

@@ -199,12 +199,9 @@ def test_refusals(tmp_path, words, message):
 
 
 def test_counts_of_the_published_sets():
-    wild = {"train": 277_797, "classes": 30_671, "test": 10_000, "gallery": 128_517}
-    assert results_table.published_counts("reid", "veriwild/10000") == wild
-    assert results_table.published_counts("reid", "vehicleid/1600")["test"] == 11_777
-    others = "reid table, reid veri776/same-camera-kept, reid vehicleid/100, attr table, fgvc folder, seg parts/x"
-    for other in others.split(", "):
-        assert results_table.published_counts(*other.split()) is None
+    assert results_table.SIZES["reid veriwild/10000"] == (277_797, 30_671, 10_000, 128_517)
+    assert results_table.SIZES["reid vehicleid/1600"] == (113_346, 13_164, 11_777, None)
+    assert len(results_table.SIZES) == 9
 
 
 def test_the_commit_of_a_checkout_of_an_archive_and_of_neither(tmp_path):

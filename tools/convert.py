@@ -1,18 +1,23 @@
-"""Any encoder that this project reads -> a file that another project's own loader takes.
+"""Any encoder that this project reads -> a file that another project's own loader takes; ONNX.
 
 What is written is float32, contiguous, without Python objects; it is read back, and the tensors are compared before
 anybody relies on it. A writer returns (its tensors, the lines that load them there, a remark).
 """
 
 import json
+import os
+import tempfile
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import timm
 import torch
+from torch import nn
 
-from models_vit import ENCODER_SIZES, VisionTransformer, encoder_from
+from finetune.task import load_model
+from models_vit import ENCODER_SIZES, FEATURES, VisionTransformer, encoder_from
 from util.checkpoint import not_finite, read_checkpoint, write_safetensors, write_torch
 from util.errors import InputError
 from util.fetch import fetch, weights_file
@@ -20,6 +25,8 @@ from util.files import write_atomic, write_json
 from util.pos_embed import resize_pos_embed
 from util.pretrained import Pretrained, read_pretrained, recognise, under_others_names
 
+ONE_FILE_BYTES = 1 << 30  # more goes to NAME.onnx.data beside it: ONNX files end at 2 GiB
+TOLERANCE = 1e-3  # |onnx - torch| / |torch| of a feature
 SETR_CROP = (512, 512)
 # the name under which SETR looks for its weights in $TORCH_HOME/hub/checkpoints, by its config's model_name
 SETR_NAMES = (
@@ -42,6 +49,8 @@ class Source:
     def __post_init__(self):
         self.settings = self.encoder.settings()
         self.pixels = "pixels: mean {}, std {}".format(*(_stats(self.settings[name]) for name in ("mean", "std")))
+        sizes = tuple(self.settings[name] for name in ("embed_dim", "depth", "num_heads"))
+        self.size_name = next((name for name, row in ENCODER_SIZES.items() if row[:3] == sizes), "")
 
 
 def convert(file: str | Path, target: str, output: str | Path, input_size: tuple[int, int] | None = None) -> dict:
@@ -60,7 +69,7 @@ def convert(file: str | Path, target: str, output: str | Path, input_size: tuple
         raise InputError(f"--to {target} --output {output} is the file that is converted: give another name")
     source = _read_source(file, target, input_size)
     written, load, remark = write(source, output)
-    _check_written(source, output, len(written))
+    check_written(weights_file(output), source.state | source.decoder, len(written))
     size = "{} x {}".format(*source.settings["img_size"])
     result = {"source": f"{file} ({source.found.origin})", "output": str(output), "input_size": size}
     return result | {"tensors": len(written), "load": load, "remark": remark}
@@ -77,36 +86,32 @@ def _read_source(file: Path, target: str, size: tuple[int, int] | None) -> Sourc
         raise InputError(f"{file} holds numbers that are not finite in {bad[0]}: its training went wrong")
     rows, columns = encoder.grid_size
     patches = len(decoder["decoder_pos_embed"][0]) - 1 if decoder else rows * columns
-    if target not in ("timm", "safetensors") and ("norm_pre.weight" in state or encoder.settings()["quick_gelu"]):
-        what, cure = (
-            "is CLIP's kind of ViT (a norm before its blocks, or OpenAI's GELU)",
-            "use --to timm or safetensors",
-        )
-    elif target not in ("timm", "safetensors") and "fc_norm.weight" in state:
-        what, cure = "has its final norm after the mean over patches (fc_norm)", "use --to timm or safetensors"
-    elif rows != columns and (target not in ("timm", "safetensors", "hf") or decoder):
-        what = f"has a position table of {rows} x {columns} patches, no square"
+    any_vit, why, cure = target in ("timm", "safetensors"), "", "use --to timm or safetensors"
+    if not any_vit and ("norm_pre.weight" in state or encoder.settings()["quick_gelu"]):
+        why = "is CLIP's kind of ViT (a norm before its blocks, or OpenAI's GELU)"
+    elif not any_vit and "fc_norm.weight" in state:
+        why = "has its final norm after the mean over patches (fc_norm)"
+    elif rows != columns and not any_vit and (target != "hf" or decoder):
+        why = f"has a position table of {rows} x {columns} patches, no square"
         cure = "resize it first, --to safetensors --input_size 224, and convert that file"
     elif patches != rows * columns:
-        what = f"holds a decoder for {patches} patches, and --input_size makes {rows * columns}"
+        why = f"holds a decoder for {patches} patches, and --input_size makes {rows * columns}"
         cure = "drop --input_size, or give the encoder alone"
-    else:
-        return Source(found, encoder, state, decoder, size)
-    raise InputError(f"{file} {what}, which --to {target} has no place for: {cure}")
+    if why:
+        raise InputError(f"{file} {why}, which --to {target} has no place for: {cure}")
+    return Source(found, encoder, state, decoder, size)
 
 
-def _check_written(source: Source, output: Path, written: int) -> None:
-    """Read the output as any other file of weights: nothing lost, nothing changed."""
-    file = weights_file(output)
+def check_written(file: Path, wanted: dict[str, torch.Tensor], written: int | None = None) -> None:
+    """Read weights back: InputError where a tensor is lost or changed, or where there are not `written`."""
     content = read_checkpoint(file)
     found = recognise(content, file)
-    wanted, read = source.state | source.decoder, found.state | found.decoder
-    wrong = [k for k in wanted | read if k not in wanted or k not in read or not torch.equal(read[k], wanted[k])]
-    count = len(content["model"]) + len(content.get("state_dict", {}))
-    if wrong or count != written:
+    read, count = found.state | found.decoder, len(content["model"]) + len(content.get("state_dict", {}))
+    wrong = [k for k in wanted | found.state if k not in wanted or k not in read or not torch.equal(read[k], wanted[k])]
+    if wrong or count != (written or count):
         raise InputError(
-            f"{file} reads back with {count} tensors of {written} written, {len(wrong)} of them changed "
-            f"(first {', '.join(wrong[:1]) or 'none'}): disk or memory failed, remove it and convert again"
+            f"{file} reads back with {count} tensors of {written or count} written, {len(wrong)} of them changed "
+            f"(first {', '.join(wrong[:1]) or 'none'}): disk or memory failed, remove it and try again"
         )
 
 
@@ -132,7 +137,7 @@ def to_timm(source: Source, output: Path) -> tuple[dict, str, str]:
         write_torch(output, state)
     kind = ("_clip" + "_quickgelu" * quick) * pre_norm
     more = {} if pre_norm or not quick else {"act_layer": "quick_gelu"}
-    name = f"vit_{_size_name(settings)}_patch{patch}{kind}_224"
+    name = f"vit_{source.size_name}_patch{patch}{kind}_224"
     if not timm.is_model(name):  # its ViT-B with other sizes
         name = f"vit_base_patch16{kind}_224"
         more |= {k: settings[k] for k in ("patch_size", "embed_dim", "depth", "num_heads")}
@@ -166,9 +171,9 @@ def to_hf(source: Source, output: Path) -> tuple[dict, str, str]:
     }  # fmt: skip
     if decoder:
         dim = len(decoder["decoder_embed.weight"])
-        depth = len({k.split(".")[1] for k in decoder if k.startswith("decoder_blocks.")})
         config |= {"mask_ratio": known.get("mask_ratio", 0.75), "norm_pix_loss": known.get("norm_pix_loss", False)}
-        config |= {"decoder_hidden_size": dim, "decoder_num_hidden_layers": depth}
+        config["decoder_hidden_size"] = dim
+        config["decoder_num_hidden_layers"] = sum(k.endswith(".norm1.weight") for k in decoder)
         config["decoder_num_attention_heads"] = known.get("decoder_num_heads", dim // 32)  # MAE's are 32 wide
         config["decoder_intermediate_size"] = len(decoder["decoder_blocks.0.mlp.fc1.weight"])
     pixels = {"image_processor_type": "ViTImageProcessor", "size": {"height": height, "width": width},
@@ -205,10 +210,8 @@ def to_setr(source: Source, output: Path) -> tuple[dict, str, str]:
     load_from, with the position table of the crop."""
     (height, width), patch = source.size or SETR_CROP, source.settings["patch_size"]
     if height != width or height % patch:
-        raise InputError(
-            f"--to setr --input_size {height} {width}: SETR's crops are squares of a multiple of the patch "
-            f"size {patch}, such as {32 * patch}"
-        )
+        crops = f"squares of a multiple of the patch size {patch}, such as {32 * patch}"
+        raise InputError(f"--to setr --input_size {height} {width}: SETR's crops are {crops}")
     head = {"head.weight": torch.zeros(1000, source.encoder.embed_dim), "head.bias": torch.zeros(1000)}
     grid = (height // patch, width // patch)
     table = resize_pos_embed(source.state["pos_embed"], source.encoder.grid_size, grid, "bilinear")
@@ -223,18 +226,12 @@ def to_setr(source: Source, output: Path) -> tuple[dict, str, str]:
 
 def to_safetensors(source: Source, output: Path) -> tuple[dict, str, str]:
     """Our own: MAE's names; in the header what builds the ViT, and what the source says of its training."""
-    known, name = source.found.config, _size_name(source.settings)
+    known, name, origin = source.found.config, source.size_name, source.found.origin
     config = {"model": f"mae_vit_{name}_patch{source.settings['patch_size']}"} if name else {}
     config |= source.settings | {k: known[k] for k in ("norm_pix_loss", "mask_ratio") if k in known}
-    origin = source.found.origin
     config["kind"] = origin if origin == "CGD-MAE encoder" else "encoder of " + origin.removeprefix("encoder of ")
     write_safetensors(output, source.state, {"format": "pt", "config": json.dumps(config)})
     return source.state, f"encoder = models_vit.load_encoder('{output}')", source.pixels
-
-
-def _size_name(settings: dict) -> str:
-    sizes = tuple(settings[name] for name in ("embed_dim", "depth", "num_heads"))
-    return next((name for name, row in ENCODER_SIZES.items() if row[:3] == sizes), "")
 
 
 def _stats(values) -> str:
@@ -245,3 +242,91 @@ TARGETS = {  # its writer, suffixes of the output; a folder for hf
     "mae": (to_mae, ".pth"), "timm": (to_timm, ".pth", ".safetensors"), "hf": (to_hf,), "transfg": (to_transfg, ".npz"),
     "setr": (to_setr, ".pth"), "transreid": (to_transreid, ".pth"), "safetensors": (to_safetensors, ".safetensors"),
 }  # fmt: skip
+
+
+class _Features(nn.Module):
+    """images -> cls, mean, tokens of an encoder, or the embedding of a model that may want ids of cameras and views."""
+
+    def __init__(self, model: nn.Module, sides: dict[str, int] | None):
+        super().__init__()
+        self.model, self.sides = model, sides
+
+    def forward(self, images, *ids):
+        if self.sides is None:
+            return tuple(self.model.encode(images)[name] for name in FEATURES)
+        given = iter(ids)
+        return (self.model.encode(images, *(next(given) if count else None for count in self.sides.values())),)
+
+
+def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int] | None = None) -> dict:
+    """Write `output` (.onnx): uint8 pictures [N, 3, H, W] RGB in, any N, resized to the model's H x W
+    (`datasets.transforms.whole_image`), features out; it is compared with torch under onnxruntime before it is kept.
+
+    Args:
+        file: what `load_encoder` reads, or a model.pth of `--task reid`.
+        input_size: (H, W) in px of an encoder, default the file's.
+    Returns:
+        Numbers and strings; `largest_difference` is relative, over pictures and features.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ImportError as error:
+        raise InputError(f"no package {error.name}: pip install onnx onnxscript onnxruntime") from error
+    output = Path(output)
+    if output.suffix != ".onnx":
+        raise InputError(f"--output {output}: give a file name that ends in .onnx")
+    found = load_model(file, img_size=input_size)
+    kind, base, sides, outputs = found.config.get("kind", "encoder"), found.model, None, FEATURES
+    if found.task == "reid":
+        base, settings, outputs = base.base, base.config, ("embedding",)
+        sides = {"camids": settings.cameras, "viewids": settings.views}
+    elif found.task:
+        raise InputError(f"{file} is a {kind}: only encoders and models of --task reid go to ONNX")
+    model, (height, width) = _Features(found.model, sides).eval(), base.img_size
+    generator = torch.Generator().manual_seed(0)
+    inputs = {"images": torch.randint(0, 256, (5, 3, height, width), dtype=torch.uint8, generator=generator)}
+    inputs |= {name: torch.zeros(5, dtype=torch.int64) for name, count in (sides or {}).items() if count}
+    program = _program(model, inputs, outputs)
+    external = sum(p.numel() * 4 for p in model.parameters()) > ONE_FILE_BYTES
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
+        written = Path(folder) / output.name
+        program.save(written, external_data=external)
+        session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
+        largest = _largest_difference(model, session, inputs)
+        if not largest < TOLERANCE:  # also NaN
+            raise InputError(
+                f"{file} gives other features under onnxruntime {onnxruntime.__version__} (relative difference "
+                f"{largest:.2g}, at most {TOLERANCE}): nothing was written; try other versions of torch and onnxruntime"
+            )
+        pixels = f"RGB uint8 [N, 3, {height}, {width}], resized whole by an antialiased bicubic filter"
+        config = json.dumps(found.config if found.task else base.settings())
+        facts = {"kind": kind, "config": config, "largest_difference": f"{largest:.3g}", "preprocessing": pixels}
+        program.model.metadata_props.update(facts)
+        program.save(written, external_data=external)
+        for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights first, then what needs them
+            os.replace(part, output.with_name(part.name))
+    return {"outputs": list(outputs), "largest_difference": largest, "bytes": output.stat().st_size}
+
+
+def _program(model: nn.Module, inputs: dict, outputs: tuple) -> torch.onnx.ONNXProgram:
+    batch = {0: torch.export.Dim("batch", min=1)}
+    shapes: dict = {"images": batch} | ({"ids": (batch,) * (len(inputs) - 1)} if len(inputs) > 1 else {})
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+        names = {"input_names": list(inputs), "output_names": list(outputs)}
+        return torch.onnx.export(exported, **names, dynamo=True, verbose=False)
+
+
+@torch.inference_mode()
+def _largest_difference(model, session, inputs: dict) -> float:
+    """Largest |onnx - torch| / |torch| of a feature, in batches of one and of all."""
+    differences, expected = [], model(*inputs.values())
+    for rows in (slice(0, 1), slice(None)):
+        found = session.run(None, {name: value[rows].numpy() for name, value in inputs.items()})
+        for ours, theirs in zip(expected, found):
+            a, b = ours[rows].flatten(1).numpy(), theirs.reshape(len(theirs), -1)
+            differences.append(np.linalg.norm(a - b, axis=1) / np.linalg.norm(a, axis=1))
+    return float(np.concatenate(differences).max())

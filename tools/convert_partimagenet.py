@@ -12,16 +12,16 @@ from pathlib import Path
 
 from util.cli import Parser, run_tool
 
+SPACES = ("car_parts", "car_bicycle", "vehicle_parts")
+
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.convert_partimagenet", __doc__)
-    add = parser.add_argument
+    add, anew = parser.add_argument, argparse.BooleanOptionalAction
     add("--input", type=Path, required=True, help="folder of the release")
     add("--output", type=Path, required=True, help="folder to write")
-    add("--label_space", default="vehicle_parts", choices=("car_parts", "car_bicycle", "vehicle_parts"),
-        help="whose parts become classes; only their pictures are kept (default vehicle_parts)")  # fmt: skip
-    add("--resplit", action=argparse.BooleanOptionalAction, default=None,
-        help="split each class anew (default: on for ood, off for seg)")  # fmt: skip
+    add("--label_space", default="vehicle_parts", choices=SPACES, help="whose parts to keep (default vehicle_parts)")
+    add("--resplit", action=anew, default=None, help="split each class anew (default: on for ood, off for seg)")
     add("--seed", default=0, type=int, help="seed of the new splits (default 0)")
     add("--link", action="store_true", help="link the images instead of copying them (default off)")
     return parser
@@ -31,7 +31,6 @@ if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -63,6 +62,7 @@ SYNSETS = {
     "Boat": "n03947888 n04147183 n04483307 n04612504".split(),
     "Aeroplane": "n02690373 n04552348".split(),
 }
+KIND_OF = {synset: kind for kind, synsets in SYNSETS.items() for synset in synsets}
 
 
 def main(args) -> dict:
@@ -70,9 +70,8 @@ def main(args) -> dict:
     source, output, space = args.input.absolute(), args.output.absolute(), args.label_space
     if not source.is_dir():
         raise InputError(f"--input {source} is no folder: give the folder of PartImageNet")
-    beside = {split: source / f"{split}.json" for split in SPLITS}
-    jsons = {s: file if file.is_file() else source / "annotations" / file.name for s, file in beside.items()}
-    jsons = {split: file for split, file in jsons.items() if file.is_file()}
+    jsons = {file.stem: file for folder in ("annotations", ".") for file in (source / folder).glob("*.json")}
+    jsons = {split: jsons[split] for split in SPLITS if split in jsons}
     if not jsons and not (source / "annotations" / "train").is_dir():
         raise InputError(
             f'{source} is neither release of PartImageNet: "_OOD" has train.json, val.json, test.json, '
@@ -88,42 +87,28 @@ def main(args) -> dict:
             print(f"{output} already holds this conversion: left as it is", flush=True)
             return result
         raise InputError(f"{output} exists and does not hold this conversion: name another output or remove it first.")
-    rows: list[dict] = []
-    left_out: dict[str, list[str]] = defaultdict(list)
-    dropped: Counter = Counter()
+    rows, left_out, dropped = [], defaultdict(list), Counter()
     for row in read_ood(source, jsons) if jsons else read_seg(source):
-        if kind_of(row["name"][:9]) not in KINDS[space]:
+        if KIND_OF.get(row["name"][:9]) not in KINDS[space]:
             dropped["pictures of something else"] += 1
         elif why := problem(row, dropped):
             left_out[why].append(f"{row['split']}/{row['name']}")
         else:
             rows.append(row | {"synset": row["name"][:9]})
     if not rows:
-        reasons = ", ".join(f"{len(names)} x {why}" for why, names in left_out.items())
-        raise InputError(
-            f"{source} has no picture of {', '.join(KINDS[space])} that can be used; left out: "
-            f"{reasons or 'nothing, it holds no such picture'}"
-        )
+        reasons = ", ".join(f"{len(names)} x {why}" for why, names in left_out.items()) or "nothing, it has none"
+        raise InputError(f"{source} has no picture of {', '.join(KINDS[space])} that can be used; left out: {reasons}")
     if resplit:
         split_anew(rows, args.seed)
-    kinds = {split: Counter(kind_of(row["synset"]) for row in rows if row["split"] == split) for split in SPLITS}
-    result = {
-        **settings,
-        "pictures": {split: dict(sorted(counts.items())) for split, counts in kinds.items()},
-        "synsets": len({row["synset"] for row in rows}),
-        "dropped": {name: count for name, count in sorted(dropped.items()) if count},
-        "left_out": dict(left_out),
-    }
+    kinds = {split: Counter(KIND_OF[row["synset"]] for row in rows if row["split"] == split) for split in SPLITS}
+    pictures = {split: dict(sorted(counts.items())) for split, counts in kinds.items()}
+    result = settings | {"pictures": pictures, "synsets": len({row["synset"] for row in rows})}
+    result |= {"dropped": dict(sorted((+dropped).items())), "left_out": dict(left_out)}
     write_set(output, rows, result, args.link)
-    print(f"written: {json.dumps(result['pictures'])}, dropped: {json.dumps(result['dropped'])}", flush=True)
+    print(f"written: {json.dumps(pictures)}, dropped: {json.dumps(result['dropped'])}", flush=True)
     for why, names in left_out.items():
         print(f"left out: {len(names)} ({why}), first {names[0]}")
     return result
-
-
-def kind_of(synset: str) -> str | None:
-    """Car, Bicycle, Boat, Aeroplane, or None for what is no vehicle."""
-    return next((kind for kind, synsets in SYNSETS.items() if synset in synsets), None)
 
 
 def read_ood(source: Path, jsons: dict[str, Path]) -> Iterator[dict]:
@@ -145,7 +130,7 @@ def read_seg(source: Path) -> Iterator[dict]:
     """The release "_Seg": PNG masks whose value 40 is the background."""
     for split in SPLITS:
         folder, masks = source / "images" / split, source / "annotations" / split
-        for picture in sorted(folder.rglob("*")) if folder.is_dir() else ():
+        for picture in sorted(folder.rglob("*")):
             if picture.suffix.lower() in IMAGE_ENDINGS:
                 mask = masks / picture.relative_to(folder).with_suffix(".png")
                 yield {"split": split, "name": picture.name, "source": picture, "mask": mask}
@@ -158,8 +143,7 @@ def read_coco(file: Path) -> dict:
         names = {int(c["id"]): f"{c.get('supercategory', '')} {c['name']}" for c in content.get("categories", ())}
         for entry, kinds in FIELDS.items():
             for row in content[entry]:
-                wrong = [name for name, kind in kinds.items() if type(row.get(name)) is not kind]
-                if wrong:
+                if wrong := [name for name, kind in kinds.items() if type(row.get(name)) is not kind]:
                     raise ValueError(f"one of its {entry} has {wrong[0]} {str(row.get(wrong[0]))[:40]!r}")
         ids = {annotation["category_id"] for annotation in content["annotations"]}
         if strange := ids - set(range(NUM_IDS)):
@@ -169,10 +153,8 @@ def read_coco(file: Path) -> dict:
     for number, part in (pair for parts in PARTS.values() for pair in parts.items()):
         places = [i for i, name in names.items() if re.sub("[^a-z]+", " ", name.lower()).endswith(part.lower())]
         if places and number not in places:
-            raise InputError(
-                f"{file} calls category {places[0]} '{part}', which is {number} in the release (ids 0 "
-                f"to {NUM_IDS - 1}): give the release's own json"
-            )
+            wrong = f"calls category {places[0]} '{part}', which is {number} in the release (ids 0 to {NUM_IDS - 1})"
+            raise InputError(f"{file} {wrong}: give the release's own json")
     return content
 
 
@@ -207,9 +189,8 @@ def problem(row: dict, dropped: Counter) -> str:
         near = [ring for ring in whole if all(type(x) in (int, float) and abs(x) <= FAR for x in ring)]
         dropped["polygons of fewer than 3 points"] += len(polygons) - len(whole)
         dropped["polygons with NaN, texts or points far away"] += len(whole) - len(near)
-        whole = near
-        dropped["annotations without a usable polygon"] += not whole
-        row["polygons"] += [(annotation["category_id"], whole)] if whole else []
+        dropped["annotations without a usable polygon"] += not near
+        row["polygons"] += [(annotation["category_id"], near)] if near else []
     # all background would teach that there is no vehicle
     return "" if row["polygons"] else "no annotation that can be drawn"
 
@@ -222,8 +203,7 @@ def split_anew(rows: list[dict], seed: int) -> None:
     for synset, part in by_synset.items():
         key = hashlib.blake2b(f"resplit/{seed}/{synset}".encode(), digest_size=16).digest()
         rng = np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little")))
-        few = int(len(part) >= 3)
-        test, val = (max(few, round(share * len(part))) for share in (TEST_SHARE, VAL_SHARE))
+        test, val = (max(int(len(part) >= 3), round(share * len(part))) for share in (TEST_SHARE, VAL_SHARE))
         for place, index in enumerate(rng.permutation(len(part)).tolist()):
             part[index]["split"] = "test" if place < test else "val" if place < test + val else "train"
 
@@ -231,18 +211,13 @@ def split_anew(rows: list[dict], seed: int) -> None:
 def fill_polygon(polygon: list[float], height: int, width: int) -> np.ndarray:
     """[height, width] bool: pixels whose centre, (column + 0.5, row + 0.5), lies inside [x, y, x, y, ...] by the even-
     odd rule; it may leave the picture."""
-    points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2)
-    (x0, y0), (x1, y1) = points.T, np.roll(points, -1, axis=0).T
-    first = np.clip(np.ceil(np.minimum(y0, y1) - 0.5), 0, height).astype(np.int64)
-    last = np.clip(np.ceil(np.maximum(y0, y1) - 0.5), 0, height).astype(np.int64)
-    count = last - first  # rows whose centres an edge passes
-    edge = np.repeat(np.arange(len(points)), count)
-    row = np.repeat(first, count) + np.arange(len(edge)) - np.repeat(np.cumsum(count) - count, count)
-    x = x0[edge] + (row + 0.5 - y0[edge]) * (x1 - x0)[edge] / (y1 - y0)[edge]
-    column = np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)
-    crossings = np.zeros((height, width + 1), dtype=np.int64)
-    np.add.at(crossings, (row, column), 1)
-    return crossings[:, :width].cumsum(axis=1) % 2 == 1
+    points, centres = np.asarray(polygon, dtype=np.float64).reshape(-1, 2), np.arange(height) + 0.5
+    inside = np.zeros((height, width), dtype=bool)
+    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0)):
+        rows = np.flatnonzero((y0 <= centres) != (y1 <= centres))  # whose centres the edge passes
+        crossings = x0 + (centres[rows] - y0) * (x1 - x0) / (y1 - y0)
+        inside[rows] ^= np.arange(width) + 0.5 >= crossings[:, None]
+    return inside
 
 
 def draw_polygons(polygons: list[tuple[int, list]], size: tuple[int, int]) -> np.ndarray:
@@ -266,8 +241,9 @@ def write_set(output: Path, rows: list[dict], result: dict, link: bool) -> None:
     folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         folder.chmod(0o755)  # mkdtemp keeps others out; a data folder need not
-        for kind, split in itertools.product(("images", "annotations"), SPLITS):
-            (folder / kind / split).mkdir(parents=True)
+        for split in SPLITS:
+            (folder / "images" / split).mkdir(parents=True)
+            (folder / "annotations" / split).mkdir(parents=True)
         for row in rows:
             mask = open_mask(row["mask"]) if "mask" in row else draw_polygons(row["polygons"], row["size"])
             mask_file = (folder / "annotations" / row["split"] / row["name"]).with_suffix(".png")

@@ -14,20 +14,17 @@ from util.cli import Parser, parse_input_size, run_tool
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.extract", __doc__)
-    add = parser.add_argument
-    # fmt: off
+    add, read_outs = parser.add_argument, ("mean", "cls", "tokens")
     add("--checkpoint", required=True, help="encoder: what main_finetune.py --finetune takes")
     add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
     add("--output", required=True, help="name of the files to write, without ending")
-    add("--read_out", "--pool", default="mean", choices=("mean", "cls", "tokens"),
-        help="mean of the patch tokens, class token, or all patch tokens (default mean)")
+    add("--read_out", default="mean", choices=read_outs, help="mean and tokens: of the patches (default mean)")
     add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes per rank (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
     add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"), help="precision (default none: fp32)")
-    # fmt: on
     return parser
 
 
@@ -36,6 +33,7 @@ if __name__ == "__main__":
 
 import csv
 import io
+from functools import partial
 
 import numpy as np
 
@@ -44,24 +42,18 @@ from datasets.path_list import list_images, printable
 from engine_extract import extract_to_file
 from models_vit import load_encoder
 from util.checkpoint import weights_sha256
-from util.dist import end_distributed, init_distributed, pick_device, print_main
+from util.dist import launch, print_main
 from util.fetch import fetch
 from util.files import write_atomic
 from util.precision import pick_precision
 
 
 def main(args) -> dict:
-    device = pick_device(args.device)
-    init_distributed(device, timeout_s=600)
-    try:
-        return extract(args, device)
-    finally:
-        end_distributed()
+    return launch(args.device, None, partial(extract, args))  # `extract_to_file` locks the output
 
 
 def extract(args, device) -> dict:
-    output = Path(args.output.removesuffix(".npy"))
-    args.checkpoint = str(fetch(args.checkpoint))
+    output, args.checkpoint = Path(args.output.removesuffix(".npy")), str(fetch(args.checkpoint))
     amp_dtype, _ = pick_precision(args.amp, device)
     model = load_encoder(args.checkpoint, parse_input_size(args.input_size) if args.input_size else None, device)
     print_main(f"encoder {args.checkpoint}:\n{model.report}")

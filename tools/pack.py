@@ -17,17 +17,13 @@ from util.cli import Parser, run_tool
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.pack", __doc__)
     add = parser.add_argument
-    # fmt: off
-    add("--data_path", required=True,
-        help="folder, manifest, or WebDataset: .tar files or URLs, {000..099} for a range")
+    add("--data_path", required=True, help="folder, manifest, or WebDataset: .tar files or URLs, {000..099} is a range")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
     add("--output", required=True, help="folder of the packed set")
     add("--short_side", default=256, type=int, help="pixels of the shorter side; smaller stay (default 256)")
     add("--quality", default=90, type=int, help="JPEG quality of what is re-encoded (default 90)")
-    add("--shard_images", default=8192, type=int,
-        help="images a file; a WebDataset keeps its own shards (default 8192)")
+    add("--shard_images", default=8192, type=int, help="images a file, not of a WebDataset (default 8192)")
     add("--num_workers", default=None, type=int, help="processes (default: the cores of this machine)")
-    # fmt: on
     return parser
 
 
@@ -39,6 +35,7 @@ import io
 import itertools
 import json
 import os
+import re
 import tarfile
 import time
 import zlib
@@ -88,15 +85,15 @@ def read_source(args) -> tuple[list[Callable[[], Iterator[tuple[str, Path | byte
     WebDataset braces give ranges, `::` joins lists, as the webdataset library has it."""
     if not (args.data_path.endswith((".tar", ".tar}")) or "::" in args.data_path or args.data_path.startswith("pipe:")):
         paths, step = list_images(args.data_path, args.split), args.shard_images
-        chunks = [range(first, min(first + step, len(paths))) for first in range(0, len(paths), step)]
-        return [
-            lambda c=chunk: ((paths.relative(i), paths[i]) for i in c) for chunk in chunks
-        ], f"{paths.sha256()} / {step}"
+
+        def files_from(first: int) -> Iterator[tuple[str, Path]]:
+            return ((paths.relative(i), paths[i]) for i in range(first, min(first + step, len(paths))))
+
+        return [partial(files_from, first) for first in range(0, len(paths), step)], f"{paths.sha256()} / {step}"
     from webdataset.shardlists import expand_urls  # here and not above: most sets are folders
 
     urls = expand_urls(args.data_path)
-    missing = [url for url in urls if ":" not in url and not Path(url).is_file()]
-    if missing:
+    if missing := [url for url in urls if ":" not in url and not Path(url).is_file()]:
         raise InputError(f"{len(missing)} of {len(urls)} shards do not exist, first {missing[0]}")
     names = "\n".join(url.rsplit("/", 1)[-1] for url in urls)
     return [partial(read_tar, url) for url in urls], hashlib.sha256(names.encode()).hexdigest()
@@ -118,13 +115,11 @@ def read_tar(url: str) -> Iterator[tuple[str, bytes]]:
             if any(stream.last):  # tarfile takes a cut between two files for the end of the archive
                 raise tarfile.ReadError("it is cut off, there is no end-of-archive mark")
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"shard {url} could not be read to its end ({type(error).__name__}: {reason}): copy or download it again, "
-            "then run the same command; finished shards are kept"
-        ) from error
-    seen = ", ".join(f"{ending} ({count})" for ending, count in others.most_common(5))
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        cure = "copy or download it again, then run the same command; finished shards are kept"
+        raise InputError(f"shard {url} could not be read to its end ({reason}): {cure}") from error
     if not found:
+        seen = ", ".join(f"{ending} ({count})" for ending, count in others.most_common(5))
         raise InputError(f"shard {url} holds no image ({' '.join(IMAGE_ENDINGS)}): it holds {seen or 'nothing'}")
 
 
@@ -144,23 +139,16 @@ def images_of_samples(archive: tarfile.TarFile, others: Counter) -> Iterator[tup
     """(name, bytes) of the images of an archive; `others` counts the endings of what is passed over. Files that follow
     each other with the same name up to the first dot are one sample: of KEY.jpg and KEY.mask.png the first is its
     image, of KEY.1.jpg and KEY.2.jpg both are."""
-
-    def is_image(member: tarfile.TarInfo) -> bool:
-        name = member.name.rsplit("/", 1)[-1].lower()
-        return member.isfile() and member.size <= images.MAX_BYTES and name[0] != "." and name.endswith(IMAGE_ENDINGS)
-
-    def key(member: tarfile.TarInfo) -> str:
-        folder, _, name = member.name.rpartition("/")
-        return f"{folder}/{name.split('.')[0]}"
-
-    for stem, members in itertools.groupby(archive, key):
+    files = (member for member in archive if member.isfile())
+    for stem, members in itertools.groupby(files, lambda member: re.sub(r"(?<=[^/])\.[^/]*$", "", member.name)):
         sample = {}
         for member in members:
-            if is_image(member):
+            name = member.name.rsplit("/", 1)[-1].lower()
+            if member.size <= images.MAX_BYTES and name[0] != "." and name.endswith(IMAGE_ENDINGS):
                 sample[member.name] = archive.extractfile(member).read()
-            elif member.isfile():
-                others[os.path.splitext(member.name)[1] or "no ending"] += 1
-        plain = [name for name in sample if f"/{name}".endswith(f"{stem}{os.path.splitext(name)[1]}")]
+            else:
+                others[os.path.splitext(name)[1] or "no ending"] += 1
+        plain = [name for name in sample if os.path.splitext(name)[0] == stem]
         yield from ((name, sample[name]) for name in plain[:1] or sample)
 
 
@@ -185,8 +173,7 @@ def encode_image(data: bytes, short_side: int, quality: int) -> tuple[bytes, str
             image.load()  # a truncated file must not get into the set
             return data, "copied"
     image = images.open_upright(io.BytesIO(data))
-    factor = jpeg_reduction((0, 0, *image.size), (short_side, short_side), oversampling=2)
-    image = images.decode_rgb(image, factor)
+    image = images.decode_rgb(image, jpeg_reduction((0, 0, *image.size), (short_side, short_side), oversampling=2))
     scale = short_side / min(image.size)
     if scale < 1:
         size = tuple(max(round(side * scale), 1) for side in image.size)

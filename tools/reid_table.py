@@ -15,16 +15,13 @@ from util.cli import Parser, run_tool
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.reid_table", __doc__)
     add = parser.add_argument
-    # fmt: off
     add("--data_path", required=True, help="table .csv .tsv .jsonl with the columns path and the label")
     add("--label_column", default="pid", help="column that tells identities apart (default pid)")
     add("--test_share", default=0.5, type=float, help="share of the identities to search for (default 0.5)")
     add("--queries", default=1, type=int, help="images of each of them that become queries (default 1)")
-    add("--test_split", default=None,
-        help="test only on rows with this `split`, train only on the others (default: all rows)")
+    add("--test_split", default=None, help="test on this `split` alone, train on the others alone (default: all rows)")
     add("--seed", default=0, type=int, help="seed of every choice (default 0)")
     add("--output", required=True, help="table to write; its paths are absolute")
-    # fmt: on
     return parser
 
 
@@ -33,7 +30,7 @@ if __name__ == "__main__":
 
 import csv
 import io
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import numpy as np
 
@@ -69,19 +66,17 @@ def main(args) -> dict:
         else:
             too_few += 1
         for row, split in zip(chosen, splits):
-            path = (file.parent / row["path"]).absolute()
-            rows.append(row | {"path": str(path), "pid": name, "split": split})
+            rows.append(row | {"path": str((file.parent / row["path"]).absolute()), "pid": name, "split": split})
     extra = [column for column in ("camid", "viewid") if any(column in row for row in rows)]
     text = io.StringIO()
     writer = csv.DictWriter(text, ("path", "pid", "split", *extra), extrasaction="ignore")
     writer.writeheader()
     writer.writerows(rows)
     write_atomic(args.output, lambda opened: opened.write(text.getvalue().encode()))
-    counts = {split: sum(row["split"] == split for row in rows) for split in ("train", "query", "gallery")}
+    counts = {**dict.fromkeys(("train", "query", "gallery"), 0), **Counter(row["split"] for row in rows)}
     counts |= {"train_identities": len(names) - count, "test_identities": count - too_few}
-    left_out = sum(map(len, members.values())) - len(rows)
-    counts |= {"identities_with_too_few_images": too_few, "images_left_out": left_out}
-    return counts | {"rows_without_label": unnamed}
+    counts |= {"identities_with_too_few_images": too_few, "rows_without_label": unnamed}
+    return counts | {"images_left_out": sum(map(len, members.values())) - len(rows)}
 
 
 if __name__ == "__main__":

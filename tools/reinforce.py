@@ -1,5 +1,4 @@
-"""Store the teacher's embedding of every view that training will draw, once, instead of running the
-teacher in every epoch.
+"""Store the teacher's embedding of every view that training will draw, once, instead of running it in every epoch.
 
     python -m tools.reinforce --data_path PHOTOS --views 10 --output cache
     python main_pretrain.py --data_path PHOTOS --teacher_cache cache ...
@@ -15,14 +14,12 @@ from util.cli import Parser, add_teacher_flags, check_numbers, parse_input_size,
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.reinforce", __doc__)
-    add = parser.add_argument
-    # fmt: off
+    add, views = parser.add_argument, "the training crops, or one vector of the whole image (default crop)"
     add("--data_path", required=True, help="folder or manifest, as for main_pretrain.py")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all)")
     add("--output", required=True, help="folder of the cache")
     add("--views", default=10, type=int, help="views an image, K; epoch e uses e mod K (default 10)")
-    add("--teacher_view", default="crop", choices=("crop", "full"),
-        help="the training crops, or one vector of the whole image (default crop)")
+    add("--teacher_view", default="crop", choices=("crop", "full"), help=views)
     add("--input_size", default="224", help="pixels of the student: one side, or H,W (default 224)")
     add("--crop_min", default=0.2, type=float, help="smallest crop, fraction of area (default 0.2)")
     add("--seed", default=0, type=int, help="seed of the training run (default 0)")
@@ -33,7 +30,6 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
     add("--amp", default="auto", choices=("auto", "bf16", "fp16", "none"), help="precision on CUDA (default auto)")
     add("--compile", action="store_true", help="torch.compile the teacher (default off)")
-    # fmt: on
     return parser
 
 
@@ -43,6 +39,7 @@ if __name__ == "__main__":
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 
 import numpy as np
 import torch
@@ -53,7 +50,7 @@ from datasets.path_list import list_images, printable
 from datasets.teacher_cache import HEADER, SHARD_IMAGES, read_shard, shard_file, shards, write_shard
 from datasets.text_bank import VOCABULARY, save_bank
 from models_teacher import FrozenTeacher, build_bank, load_teacher
-from util.dist import end_distributed, get_rank, get_world_size, init_distributed, pick_device, print_main
+from util.dist import get_rank, get_world_size, launch, print_main
 from util.errors import InputError
 from util.files import file_sha256
 from util.parallel import claim
@@ -64,17 +61,11 @@ from util.stop import init_worker
 
 def main(args) -> dict:
     check_numbers(args, at_least_one="views")
-    device = pick_device(args.device)
-    init_distributed(device, timeout_s=600)
-    try:
-        result = build(*open_cache(args, device))
-        return result if get_rank() == 0 else {}
-    finally:
-        end_distributed()
+    return launch(args.device, args.output, partial(build, args))
 
 
-def open_cache(args, device: torch.device) -> tuple[Path, dict, Callable]:
-    """(folder, header, `embed(view, indices)`, which yields ([n, D_t] float32, problems) batch by batch)."""
+def open_cache(args, device: torch.device) -> tuple[dict, Callable]:
+    """(header, `embed(view, indices)`, which yields ([n, D_t] float32, problems) batch by batch)."""
     size, is_full = parse_input_size(args.input_size), args.teacher_view == "full"
     amp_dtype = pick_precision(args.amp if device.type == "cuda" else "none", device)[0]
     paths, folder = list_images(args.data_path, args.split), Path(args.output)
@@ -101,14 +92,18 @@ def open_cache(args, device: torch.device) -> tuple[Path, dict, Callable]:
         items, loading = [(view, index) for index in indices.tolist()], {"num_workers": args.num_workers}
         for batch in DataLoader(source, args.batch_size, sampler=items, worker_init_fn=init_worker, **loading):
             imgs = batch.get("teacher_imgs", batch["imgs"])
-            yield teacher(imgs.to(device, non_blocking=True)).cpu(), batch["problem"]
+            embeddings = teacher(imgs.to(device, non_blocking=True)).cpu()
+            if not embeddings.isfinite().all():
+                raise InputError("the teacher gives numbers that are not finite: check its weights, or use --amp none")
+            yield embeddings, batch["problem"]
 
-    return folder, header, embed
+    return header, embed
 
 
-def build(folder: Path, header: dict, embed: Callable) -> dict:
+def build(args, device: torch.device) -> dict:
     """Compute what is missing, shard by shard; the ranks take turns. Rows of unreadable images stay zero, and are tried
     again when the same command runs again."""
+    (header, embed), folder = open_cache(args, device), Path(args.output)
     images, views, width = header["images"], header["views"], header["teacher"]["embed_dim"]
     size, started, bad = images * views * width * 2, time.perf_counter(), set()
     print_main(f"{images} images x {views} views x {width} float16 = {size / 1e9:.3f} GB in {folder}")
@@ -120,22 +115,20 @@ def build(folder: Path, header: dict, embed: Callable) -> dict:
         rows = rows_so_far(folder, header, view, first)
         indices, done = np.flatnonzero(~rows.any(axis=1)), 0
         progress.update(progress.done + len(rows) - len(indices))
-        written += len(indices)
         for embeddings, problems in embed(view, first + indices):
-            if not embeddings.isfinite().all():
-                raise InputError(
-                    "the teacher gives numbers that are not finite: look at its weights, or use --amp none"
-                )
             good = [i for i, problem in enumerate(problems) if not problem]
             rows[indices[done:][good]] = embeddings[good].half().numpy()
             bad.update(filter(None, problems))
             done += len(embeddings)
             progress.update(progress.done + len(embeddings))
-        if len(indices):
+        if done:
             write_shard(folder, view, first, rows)
+        written += done
     progress.close()
     for problem in sorted(bad):
         print(f"unreadable, without an embedding until this command runs again: {printable(problem)}")
+    if get_rank():
+        return {}
     seconds = time.perf_counter() - started
     result = {"images": images, "views": views, "written": written, "unreadable": len(bad), "bytes": size}
     return result | {"seconds": seconds, "images_per_s": written / max(seconds, 1e-9)}

@@ -1,26 +1,38 @@
-"""One page about a pre-training run: curves, reconstructions, kNN before and after.
+"""What a pre-training run has learned: one page (curves, reconstructions, kNN before and after), or given images.
 
-    python -m tools.report RUN_DIR --data_path labels.csv --label_column body colour
+    python -m tools.report run RUN_DIR --data_path labels.csv --label_column body colour
+    python -m tools.report images a.jpg b.jpg --checkpoint output_dir/checkpoint-last.pth --output panels.png
 
-"Before" is the same architecture with its initial weights. Writes RUN_DIR/report.html, which needs no other file.
+run: "before" is the same architecture with its initial weights; writes RUN_DIR/report.html, which needs no other file.
+images: each beside what is kept of it, its reconstruction, and both in one.
 """
 
 import argparse
 import json
 from pathlib import Path
 
-from util.cli import Parser, run_tool
+from util.cli import Parser, check_numbers, run_tool
+from util.names import MAE_MODELS
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.report", __doc__)
-    add = parser.add_argument
-    # fmt: off
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add = verbs.add_parser("run", help="the page of a finished run", description=__doc__).add_argument
     add("run_dir", help="output folder of main_pretrain.py")
     add("--data_path", required=True, help="labelled images: folder with train/ and val/, or a table")
     add("--label_column", nargs="+", default=["label"], help="label columns of a table (default label)")
     add("--read_out", default="mean", choices=("mean", "cls"), help="feature (default mean)")
-    # fmt: on
+    add = verbs.add_parser("images", help="reconstructions, as one PNG", description=__doc__).add_argument
+    add("images", nargs="+", help="image files, or one folder or manifest (its first --count images)")
+    add("--checkpoint", required=True, help="of a run, or facebook's *_full.pth, *_visualize_*.pth with --model")
+    add("--model", default=None, choices=MAE_MODELS, help="for files that do not say it (default: the file's)")
+    normalised = "the file was trained with per-patch normalisation (default: the file's config)"
+    add("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=None, help=normalised)
+    add("--mask_ratio", default=0.75, type=float, help="fraction of patches removed (default 0.75)")
+    add("--count", default=8, type=int, help="images taken of a folder or manifest (default 8)")
+    add("--seed", default=0, type=int, help="seed of the masks (default 0)")
+    add("--output", default="panels.png", help="PNG to write (default panels.png)")
     return parser
 
 
@@ -31,12 +43,19 @@ import numpy as np
 import torch
 
 from datasets.fgvc import list_labelled
+from datasets.images import Unreadable, open_rgb
+from datasets.path_list import printable
+from datasets.transforms import whole_image
 from main_linprobe import probe_features
 from metrics.probe import knn_predict, topk_accuracy
-from models_mae import MODELS
+from models_mae import MODELS, count_kept, load_autoencoder
 from models_vit import load_encoder
+from reports.panels import draw_reconstructions
 from reports.run import write_run_report
+from tools.search import open_queries
 from util.errors import InputError
+from util.fetch import fetch
+from util.files import make_folder, write_atomic
 
 
 def knn_accuracy(model, tables: dict, read_out: str) -> dict[str, float]:
@@ -57,7 +76,7 @@ def majority_share(table) -> float:
     return float((val == np.bincount(train).argmax()).mean())
 
 
-def main(args) -> dict:
+def report_run(args) -> dict:
     run_dir = Path(args.run_dir)
     tables = {column: list_labelled(args.data_path, column) for column in args.label_column}
     for name in ("encoder.safetensors", "log.txt", "args.json"):
@@ -81,5 +100,32 @@ def main(args) -> dict:
     return metrics | {"report": str(run_dir / "report.html")}
 
 
+def report_images(args) -> dict:
+    check_numbers(args, at_least_one="count", positive="mask_ratio", not_negative="seed")
+    paths, imgs = open_queries(args.images), []
+    files = [paths[i] for i in range(min(args.count, len(paths)) if len(args.images) == 1 else len(paths))]
+    make_folder(Path(args.output).parent)
+    checkpoint = fetch(args.checkpoint)
+    model = load_autoencoder(checkpoint, args.model, args.norm_pix_loss)
+    count_kept(model.num_patches, args.mask_ratio)
+    for file in files:
+        try:
+            imgs.append(whole_image(open_rgb(file), model.img_size))
+        except Unreadable as error:
+            print(f"unreadable, left out: {printable(str(file))}: {error}")
+    if not imgs:
+        raise InputError(f"none of the {len(files)} given images could be read")
+    sheet, columns = draw_reconstructions(model, torch.stack(imgs), args.mask_ratio, args.seed, checkpoint.name)
+    error = (columns[:, 0].float() - columns[:, 3].float()).square().mean().item()
+    write_atomic(args.output, lambda opened: sheet.save(opened, format="PNG"))
+    return {"images": len(imgs), "unreadable": len(files) - len(imgs), "mse_255": error, "output": args.output}
+
+
+def main(args) -> dict:
+    return report_run(args) if args.verb == "run" else report_images(args)
+
+
 if __name__ == "__main__":
-    run_tool(main, ARGS, Path(ARGS.run_dir) / "report_metrics.json")
+    of_run = ARGS.verb == "run"
+    file = Path(ARGS.run_dir) / "report_metrics.json" if of_run else Path(ARGS.output).with_suffix(".metrics.json")
+    run_tool(main, ARGS, file)

@@ -15,11 +15,9 @@ from util.cli import Parser, run_tool
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.results_table", __doc__)
-    add = parser.add_argument
-    # fmt: off
-    add("runs", nargs="+", metavar="RUN_OR_FOLDER", help="output folders of main_finetune.py, or folders of them")
-    add("--output", required=True, help="Markdown file to write")
-    # fmt: on
+    folders = "output folders of main_finetune.py, or folders of them"
+    parser.add_argument("runs", nargs="+", metavar="RUN_OR_FOLDER", help=folders)
+    parser.add_argument("--output", required=True, help="Markdown file to write")
     return parser
 
 
@@ -31,7 +29,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -45,20 +43,27 @@ PUBLISHED = Path(__file__).with_name("published_results.json")
 NOT_CONFIG = (
     "seed finetune weights_sha256 data_path output_dir log_dir device num_workers pin_mem batch_size "
     "world_size resume given max_bad_ratio max_bad_steps allow_change print_freq save_freq save_minutes "
-    "keep_checkpoints eval eval_every report compile grad_checkpoint local_rank dist_url dist_on_itp "
+    "keep_checkpoints eval report compile grad_checkpoint local_rank dist_url dist_on_itp "
     "dist_timeout tests rerank rerank_k1 rerank_k2 rerank_lambda"
 ).split()
-METRICS = {  # of each task, in the order of the tables
-    "reid": ("mAP", "R1", "R5"),
-    "attr": ("mA", "accuracy", "F1", "constant_mA"),
-    "fgvc": ("top1", "mean_class_accuracy", "majority"),
-    "seg": ("mIoU", "mAcc", "aAcc", "parts_mIoU", "parts_mAcc"),
+PARTS = {"parts_mIoU": "mIoU of parts", "parts_mAcc": "mAcc of parts"}
+METRICS = {  # of each task: digits, and {metric: title} in the order of the tables
+    "reid": (1, {"mAP": "mAP", "R1": "R1", "R5": "R5"}),
+    "attr": (2, {"mA": "mA", "accuracy": "Acc", "F1": "F1", "constant_mA": "mA of a constant"}),
+    "fgvc": (1, {"top1": "top-1", "mean_class_accuracy": "mean per class", "majority": "largest class"}),
+    "seg": (2, {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"} | PARTS),
 }
-NAMES = {
-    "accuracy": "Acc", "constant_mA": "mA of a constant", "top1": "top-1", "mean_class_accuracy": "mean per class",
-    "majority": "largest class", "parts_mIoU": "mIoU of parts", "parts_mAcc": "mAcc of parts",
-}  # fmt: skip
-DIGITS = {"reid": 1, "attr": 2, "fgvc": 1, "seg": 2}
+VERI, CARS, ID, WILD = (COUNTS[name] for name in ("veri776", "StanfordCars", "vehicleid", "veriwild"))
+SIZES = {  # training images, identities or classes, test images, gallery of published tests
+    "attr veri776": (VERI["train"], 19, VERI["test"], None),
+    "fgvc StanfordCars": (CARS["training images"], CARS["classes"], CARS["test images"], None),
+    "reid veri776": (VERI["train"], VERI["train identities"], VERI["query"], VERI["gallery"]),
+}
+for size in (800, 1600, 2400):  # one image of each vehicle is the gallery
+    SIZES[f"reid vehicleid/{size}"] = (ID["train"], ID["train identities"], ID[f"test_{size}"] - size, None)
+for size in (3000, 5000, 10_000):
+    test = WILD[f"query_{size}"], WILD[f"gallery_{size}"]
+    SIZES[f"reid veriwild/{size}"] = (WILD["train"], WILD["train identities"], *test)
 WORDS = """In percent. Bold: ours, mean ± sample deviation over seeds. The others are published numbers, and their
 recipes differ. It is not published which vehicles and parts of PartImageNet theirs are of, nor with which decoder:
 no run of ours stands there."""
@@ -68,8 +73,7 @@ class LeftOut(ValueError):
     """Why a folder gives no row, in words."""
 
 
-@dataclass(frozen=True)
-class Run:
+class Run(NamedTuple):
     """A finished run. weights: SHA-256 of those that it started from, or "random". config: eight digits, equal for runs
     that differ in weights, seed and place only. words: what the command said."""
 
@@ -88,26 +92,23 @@ class Run:
 
     def tests(self):
         """(heading, {metric: value}) of each test set, without what was re-ranked."""
-        metrics = METRICS[self.args["task"]]
+        _, metrics = METRICS[self.args["task"]]
         for prefix in (name.removesuffix("protocol") for name in self.metrics if name.endswith("protocol")):
             values = {m: self.metrics.get(prefix + m) for m in metrics}
             values = {m: x for m, x in values.items() if isinstance(x, int | float) and math.isfinite(x)}
-            if "reranked" not in prefix and metrics[0] in values:
+            if "reranked" not in prefix and next(iter(metrics)) in values:
                 yield self.heading(prefix), values
 
     def heading(self, prefix: str) -> str:
         """`TASK SET` of a published test with the published counts; else what the set is, and its counts."""
         task, protocol = self.args["task"], str(self.metrics[prefix + "protocol"])
-        name = re.split(r" \(|: ", protocol)[0]
-        test = "queries" if task == "reid" else "images"
-        counts = {
-            "train": self.args.get("images"), "classes": self.args.get("num_classes"),
-            "test": self.metrics.get(prefix + test), "gallery": self.metrics.get(prefix + "gallery"),
-        }  # fmt: skip
-        usual = task != "attr" or self.args.get("attr_threshold") == THRESHOLD
-        if usual and counts == published_counts(task, name):
-            return f"{task} {name}"
-        words = ", ".join(f"{what} {count:,.0f}" for what, count in counts.items() if isinstance(count, int | float))
+        names = "queries" if task == "reid" else "images", "gallery"
+        counts = (*map(self.args.get, ("images", "num_classes")), *(self.metrics.get(prefix + name) for name in names))
+        published = f"{task} {re.split(r' [(]|: ', protocol)[0]}"
+        if counts == SIZES.get(published) and (task != "attr" or self.args.get("attr_threshold") == THRESHOLD):
+            return published
+        named = zip(("train", "classes", "test", "gallery"), counts)
+        words = ", ".join(f"{what} {count:,.0f}" for what, count in named if isinstance(count, int | float))
         folder, images = Path(str(self.args.get("data_path"))).name, str(self.args.get("images_sha"))[:8]
         return f"{task} {folder}, as {protocol}; {words}; images {images}"
 
@@ -138,16 +139,11 @@ def main(args) -> dict:
             tests[heading][run.weights, run.config].append((run, values))
     published = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     headings = dict.fromkeys(key for row in published["rows"] for key in row["numbers"]) | dict.fromkeys(tests)
-    parts = [
-        "# Results",
-        WORDS,
-        *(one_test(heading, tests.get(heading, {}), published["rows"]) for heading in headings),
-    ]
+    parts = ["# Results", WORDS, *(one_test(name, tests.get(name, {}), published["rows"]) for name in headings)]
     parts += ["## Sources\n", "\n".join(f"- {key}: {words}" for key, words in published["sources"].items())]
     parts += ["## Left out", table(["folder", "reason"], left_out)] if left_out else []
     text = "\n\n".join(parts) + "\n"
     write_atomic(output, lambda opened: opened.write(text.encode("utf-8", "backslashreplace")))
-    print(output)
     rows = sum(len(rows) for rows in tests.values())
     return {"runs": len(runs), "rows": rows, "left_out": len(left_out), "output": str(output)}
 
@@ -158,9 +154,9 @@ def read_run(folder: Path) -> Run:
     if args.get("task") not in METRICS:
         raise LeftOut("not a run of main_finetune.py: args.json names no task that is known")
     metrics = read_object(folder / "metrics.json", "the run has not ended")
-    commit = read_object(folder / "env.json", "no commit of the code").get("commit", "unknown")
+    commit = str(read_object(folder / "env.json", "no commit of the code").get("commit", "unknown"))
     last = read_object(folder / "log.txt", "no log of the training", last_line=True)
-    weights, main = str(args.get("weights_sha256", "")), METRICS[args["task"]][0]
+    weights, main = str(args.get("weights_sha256", "")), next(iter(METRICS[args["task"]][1]))
     if not isinstance(args.get("seed"), int) or not isinstance(args.get("epochs"), int):
         raise LeftOut("args.json has no seed or no epochs")
     if weights != "random" and not re.fullmatch(r"[0-9a-f]{64}", weights):
@@ -174,55 +170,34 @@ def read_run(folder: Path) -> Run:
     config = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     given = {name: kept[name] for name in args.get("given", []) if name in kept}
     words = ", ".join(name if value is True else f"{name} {value}" for name, value in given.items())
-    return Run(folder, args, metrics, str(commit), weights, config, words or "defaults")
+    return Run(folder, args, metrics, commit, weights, config, words or "defaults")
 
 
 def read_object(file: Path, if_missing: str, last_line: bool = False) -> dict:
     """A JSON object, of the whole file or of its last line."""
     try:
         text = file.read_text(encoding="utf-8")
-        found = json.loads(text.splitlines()[-1] if last_line else text)
+        return dict(json.loads(text.splitlines()[-1] if last_line else text).items())
     except FileNotFoundError:
         raise LeftOut(f"no {file.name}: {if_missing}") from None
-    except (OSError, ValueError, IndexError, RecursionError) as error:
+    except (OSError, ValueError, IndexError, RecursionError, AttributeError) as error:  # the last: no object
         raise LeftOut(f"{file.name} cannot be read: {error}") from None
-    if not isinstance(found, dict):
-        raise LeftOut(f"{file.name} cannot be read: it holds no JSON object")
-    return found
-
-
-def published_counts(task: str, name: str) -> dict | None:
-    """What a run on a published set must count to stand beside published numbers; None for others."""
-    counts, (set_name, _, size) = None, name.partition("/")
-    own, ending = COUNTS.get(set_name, {}), f"_{size}" if size else ""
-    if (task, name) == ("attr", "veri776"):
-        counts = own["train"], 19, own["test"], None
-    elif (task, name) == ("fgvc", "StanfordCars"):
-        counts = own["training images"], own["classes"], own["test images"], None
-    elif task == "reid" and f"query{ending}" in own:
-        counts = own["train"], own["train identities"], own[f"query{ending}"], own[f"gallery{ending}"]
-    elif task == "reid" and f"test{ending}" in own:  # one image of each vehicle is the gallery
-        counts = own["train"], own["train identities"], own[f"test{ending}"] - int(size), None
-    return counts and dict(zip(("train", "classes", "test", "gallery"), counts))
 
 
 def one_test(heading: str, ours: dict[tuple, list], published: list[dict]) -> str:
     """Published rows of a test, then ours in bold: of the same weights a row for each recipe."""
-    theirs = {row["name"]: row for row in published if heading in row["numbers"]}
-    shown = [*(row["numbers"][heading] for row in theirs.values()), *(v for own in ours.values() for _, v in own)]
-    task = heading.split()[0]
-    metrics = [metric for metric in METRICS[task] if any(metric in values for values in shown)]
-    rows = [
-        [name, "", *(row["numbers"][heading].get(metric, "") for metric in metrics), row["source"]]
-        for name, row in theirs.items()
-    ]
+    theirs = [(row, row["numbers"][heading]) for row in published if heading in row["numbers"]]
+    shown = [*(numbers for _, numbers in theirs), *(values for own in ours.values() for _, values in own)]
+    digits, titles = METRICS[heading.split()[0]]
+    titles = {metric: title for metric, title in titles.items() if any(metric in values for values in shown)}
+    rows = [[row["name"], "", *(numbers.get(m, "") for m in titles), row["source"]] for row, numbers in theirs]
     for (_, config), own in ours.items():
-        cells = [cell([100 * values[m] for _, values in own if m in values], DIGITS[task]) for m in metrics]
+        first = own[0][0]
+        cells = (cell([100 * values[m] for _, values in own if m in values], digits) for m in titles)
         behind = (f"`{run.folder}` seed {run.args['seed']} commit {run.commit[:12]}{run.commit[40:]}" for run, _ in own)
-        recipe = f"{own[0][0].words} ({config}; weights {own[0][0].weights[:16]})"
-        rows.append([f"**{own[0][0].name}**", recipe, *(text and f"**{text}**" for text in cells), "<br>".join(behind)])
-    head = ["pre-training", "recipe", *(NAMES.get(metric, metric) for metric in metrics), "from"]
-    return f"## {heading}\n\n{table(head, rows)}"
+        recipe = f"{first.words} ({config}; weights {first.weights[:16]})"
+        rows.append([f"**{first.name}**", recipe, *(text and f"**{text}**" for text in cells), "<br>".join(behind)])
+    return f"## {heading}\n\n{table(['pre-training', 'recipe', *titles.values(), 'from'], rows)}"
 
 
 def cell(values: list[float], digits: int) -> str:

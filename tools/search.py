@@ -17,7 +17,6 @@ BLOCK_NUMBERS = 1 << 22  # of the gallery and of cosines, held at a time; more a
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.search", __doc__)
-    # fmt: off
     add = parser.add_argument_group("images").add_argument
     add("queries", nargs="+", metavar="QUERY", help="image files, or one folder or manifest")
     add("--gallery", required=True, help="folder, manifest or packed set to search in")
@@ -27,15 +26,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--exclude_self", action="store_true", help="leave out the query's own file (default: mark it)")
     add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, help="re-id model of main_finetune.py, or any plain encoder")
-    add("--read_out", default="cls", choices=("cls", "mean"),
-        help="of plain encoders: class token or mean of the patches (default cls)")
+    add("--read_out", default="cls", choices=("cls", "mean"), help="of plain encoders (default cls)")
     add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
     add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"), help="precision (default none: fp32)")
     add = parser.add_argument_group("run").add_argument
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes per rank (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    # fmt: on
     return parser
 
 
@@ -44,6 +41,7 @@ if __name__ == "__main__":
 
 import os
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -58,10 +56,10 @@ from engine_extract import extract_features, extract_to_file
 from finetune.task import load_model
 from reports.page import FONT
 from util.checkpoint import weights_sha256
-from util.dist import barrier, end_distributed, init_distributed, is_main_process, pick_device, print_main
+from util.dist import barrier, is_main_process, launch, print_main
 from util.errors import InputError
 from util.fetch import fetch
-from util.files import make_folder, write_atomic, write_json
+from util.files import read_array, write_atomic, write_json
 from util.parallel import claim
 from util.precision import pick_precision
 from util.progress import Progress
@@ -71,20 +69,14 @@ Images = PathList | PackedImages
 
 def main(args) -> dict:
     check_numbers(args, at_least_one="topk batch_size", not_negative="num_workers")
-    device = pick_device(args.device)
-    init_distributed(device, timeout_s=600)
-    try:
-        return search(args, device)
-    finally:
-        end_distributed()
-
-
-def search(args, device: torch.device) -> dict:
-    """Embed the queries, embed the gallery or open its index, find, write."""
     if not Path(args.gallery).exists():
         raise InputError(f"--gallery {args.gallery} does not exist: give a folder of images, a manifest or packed set")
-    queries, gallery = open_queries(args.queries), list_images(args.gallery)
-    make_folder(args.output)
+    queries = open_queries(args.queries)
+    return launch(args.device, args.output, partial(search, args, queries, list_images(args.gallery)))
+
+
+def search(args, queries: Images, gallery: Images, device: torch.device) -> dict:
+    """Embed the queries, embed the gallery or open its index, find, write."""
     args.checkpoint = str(fetch(args.checkpoint))
     embed, size = load_embedder(args, device)
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
@@ -93,10 +85,8 @@ def search(args, device: torch.device) -> dict:
     features, problems = extract_features(lambda imgs, _: {"": embed(imgs)}, images, device, quiet, **loading)
     if len(problems) == len(queries):
         raise InputError(f"none of the {len(queries)} queries could be read")
-    header = {
-        "checkpoint_sha256": weights_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size),
-        "amp": str(loading["amp_dtype"]), "images_sha256": gallery.sha256(), "images": len(gallery),
-    }  # fmt: skip
+    header = {"checkpoint_sha256": weights_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size)}
+    header |= {"amp": str(loading["amp_dtype"]), "images_sha256": gallery.sha256(), "images": len(gallery)}
     folder = Path(args.index or f"{os.path.abspath(args.output)}.index")
     embedded = embed_gallery(embed, gallery, size, device, folder, header, loading)
     if not is_main_process():
@@ -107,12 +97,10 @@ def search(args, device: torch.device) -> dict:
     readable = [number for number in range(len(queries)) if number not in problems]
     names = [image_name(queries, number) for number in readable]
     lists = find_hits(names, torch.from_numpy(features[""][readable]).to(device), rows, gallery, args)
-    write_results(args, queries, problems, dict(zip(readable, lists)), gallery)
-    return {
-        "queries": len(queries), "unreadable_queries": len(problems), "gallery": len(rows), "unreadable": unreadable,
-        "embedded": embedded, "topk": args.topk, "same_file": sum(hit["same_file"] for hits in lists for hit in hits),
-        "index": str(folder),
-    }  # fmt: skip
+    write_results(Path(args.output), queries, problems, dict(zip(readable, lists)), gallery)
+    counts = {"queries": len(queries), "unreadable_queries": len(problems), "gallery": len(rows)}
+    counts |= {"unreadable": unreadable, "embedded": embedded, "topk": args.topk, "index": str(folder)}
+    return counts | {"same_file": sum(hit["same_file"] for hits in lists for hit in hits)}
 
 
 def open_queries(words: list[str]) -> Images:
@@ -127,17 +115,15 @@ def open_queries(words: list[str]) -> Images:
 
 def image_name(paths: Images, number: int) -> str:
     """Its path; of a packed set PACK:NAME."""
-    if isinstance(paths, PackedImages):
-        return f"{os.path.realpath(paths.root)}:{paths.relative(number)}"
-    return str(paths[number])
+    is_packed = isinstance(paths, PackedImages)
+    return f"{os.path.realpath(paths.root)}:{paths.relative(number)}" if is_packed else str(paths[number])
 
 
 def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int]]:
     """-> (uint8 [n, 3, H, W] -> [n, D] float32 of unit length; (H, W) in px)."""
     found = load_model(args.checkpoint, device, parse_input_size(args.input_size) if args.input_size else None)
     print_main(f"model {args.checkpoint}:\n{found.report}")
-    is_reid = found.task == "reid"
-    model, base = found.model, found.model.base if found.task else found.model
+    model, base, is_reid = found.model, found.model.base if found.task else found.model, found.task == "reid"
     if is_reid and (model.config.cameras or model.config.views):
         why = "was trained with the camera or view of each image (SIE), which a search does not know"
         raise InputError(f"{args.checkpoint} {why}: give a model trained without --sie_camera and --sie_view")
@@ -170,16 +156,14 @@ def embed_gallery(embed, gallery: Images, size, device, folder: Path, header: di
 
 def open_index(folder: Path, shape: tuple[int, int]) -> np.ndarray:
     """[M, D] float16, a memory map; rows are unit vectors, or NaN where unreadable."""
-    try:
-        rows = np.lib.format.open_memmap(folder / "embeddings.npy", mode="r")
-    except Exception as error:  # numpy has many kinds for damaged headers
-        raise InputError(f"{folder} is damaged ({error}): remove it, embed again") from error
+    cure = "remove it, embed again"
+    rows = read_array(folder / "embeddings.npy", cure)
     if rows.shape != shape or rows.dtype != np.float16:
-        raise InputError(f"{folder} is damaged ({rows.dtype} {rows.shape}, not {shape}): remove it, embed again")
+        raise InputError(f"{folder} is damaged ({rows.dtype} {rows.shape}, not {shape}): {cure}")
     for start in range(0, len(rows), 1 << 16):
         lengths = np.linalg.norm(rows[start : start + (1 << 16)].astype(np.float32), axis=1)
         if (bad := np.flatnonzero(np.abs(lengths - 1) > 0.02)).size:
-            raise InputError(f"{folder} is damaged (row {start + bad[0]} is no unit vector): remove it, embed again")
+            raise InputError(f"{folder} is damaged (row {start + bad[0]} is no unit vector): {cure}")
     return rows
 
 
@@ -218,25 +202,25 @@ def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, galler
             path = image_name(gallery, row)
             same_file = os.path.realpath(path) == place
             if cosine > -np.inf and len(hits) < args.topk and not (same_file and args.exclude_self):
-                rank = len(hits) + 1
-                hits.append({"row": row, "path": path, "cosine": cosine, "same_file": same_file, "rank": rank})
+                hit = {"row": row, "path": path, "cosine": cosine, "same_file": same_file, "rank": len(hits) + 1}
+                hits.append(hit)
         lists.append(hits)
     return lists
 
 
-def write_results(args, queries: Images, problems: dict[int, str], found: dict[int, list[dict]], gallery) -> None:
+def write_results(output: Path, queries: Images, problems: dict[int, str], found: dict[int, list[dict]], gallery):
     """The table on stdout, results.json and results.png."""
     results = []
     for number in range(len(queries)):
-        query, hits = image_name(queries, number), found.get(number, [])
-        results.append({"query": query, "problem": problems.get(number, ""), "results": hits})
-        print(f"{printable(query)}:" if hits else f"{printable(query)} is left out: {problems.get(number)}")
+        query, hits, problem = image_name(queries, number), found.get(number, []), problems.get(number, "")
+        results.append({"query": query, "problem": problem, "results": hits})
+        print(f"{printable(query)} is left out: {problem}" if problem else f"{printable(query)}:")
         for hit in hits:
-            sign = "  (same file)" if hit["same_file"] else ""
+            sign = "  (same file)" * hit["same_file"]
             print(f"  {hit['rank']:3d}  {hit['cosine']:7.4f}  {printable(hit['path'])}{sign}")
-    write_json(Path(args.output) / "results.json", results)
+    write_json(output / "results.json", results)
     sheet = draw_results(queries, gallery, dict(list(found.items())[:QUERIES_DRAWN]))
-    write_atomic(Path(args.output) / "results.png", lambda opened: sheet.save(opened, format="PNG"))
+    write_atomic(output / "results.png", lambda opened: sheet.save(opened, format="PNG"))
 
 
 def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]]) -> Image.Image:
@@ -246,10 +230,9 @@ def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]])
     sheet = Image.new("RGB", (columns * width, len(found) * height), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, 11)
     for line, (query, hits) in enumerate(found.items()):
-        cells = [(queries, query, "query")]
-        for hit in hits[:RANKS_DRAWN]:
-            cells.append((gallery, hit["row"], f"{hit['cosine']:.4f}{'  same file' if hit['same_file'] else ''}"))
-        for column, (images, number, words) in enumerate(cells):
+        words = [f"{hit['cosine']:.4f}{'  same file' * hit['same_file']}" for hit in hits[:RANKS_DRAWN]]
+        cells = [(queries, query, "query"), *((gallery, hit["row"], text) for hit, text in zip(hits, words))]
+        for column, (images, number, text) in enumerate(cells):
             left, top = column * width + 4, line * height + 4
             try:
                 tile = ImageOps.pad(open_rgb(images[number]), (TILE, TILE), color="#eee")
@@ -257,7 +240,7 @@ def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]])
                 tile = Image.new("RGB", (TILE, TILE), "#b33")
             sheet.paste(tile, (left, top))
             name = printable(Path(images.relative(number)).name)[-18:]
-            draw.text((left, top + TILE + 2), f"{words}\n{name}", fill="black", font=font)
+            draw.text((left, top + TILE + 2), f"{text}\n{name}", fill="black", font=font)
     return sheet
 
 

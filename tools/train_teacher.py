@@ -18,16 +18,13 @@ from util.errors import InputError
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.train_teacher", __doc__)
     add = parser.add_argument
-    # fmt: off
-    add("--data_path", required=True, help="table with columns path, captions and, optionally, split")
-    add("--caption_column", default="caption", help="column of the captions (default caption)")
+    add("--data_path", required=True, help="table with the columns path, caption and, optionally, split")
     add("--output", required=True, help="folder to write")
     add("--epochs", default=8, type=int, help="passes over the captioned pictures (default 8)")
     add("--batch_size", default=128, type=int, help="pairs per step (default 128)")
     add("--lr", default=1e-3, type=float, help="peak learning rate of AdamW (default 1e-3)")
     add("--seed", default=0, type=int, help="seed of weights, order and crops (default 0)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
-    # fmt: on
     return parser
 
 
@@ -55,17 +52,14 @@ CONFIG = {
 }
 
 
-def read_pairs(file: Path, column: str) -> tuple[list, list[str]]:
+def read_pairs(file: Path) -> tuple[list, list[str]]:
     """-> (RGB pictures, captions) of the training rows; unreadable pictures are named and left out."""
-    rows = list(iterate_table(file))
-    if column not in rows[0]:
-        raise InputError(f"{file} has no column '{column}' (--caption_column): it has {', '.join(rows[0])}")
     pictures, captions = [], []
-    for row in rows:
+    for row in iterate_table(file, ("caption",)):
         if row.get("split", "train") == "train":
             try:
                 pictures.append(open_rgb(file.parent / row["path"]))
-                captions.append(row[column])
+                captions.append(row["caption"])
             except Unreadable as error:
                 print(f"unreadable, left out: {row['path']}: {error}")
     return pictures, captions
@@ -79,7 +73,7 @@ def crop(picture, seed: int, epoch: int, index: int) -> torch.Tensor:
 
 def main(args) -> dict:
     device, output = pick_device(args.device), Path(args.output)
-    pictures, captions = read_pairs(Path(args.data_path), args.caption_column)
+    pictures, captions = read_pairs(Path(args.data_path))
     if len(pictures) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size}: {args.data_path} has {len(pictures)} readable pairs")
     config = output / "MiniCLIP.json"

@@ -164,14 +164,14 @@ def gather_rows(x: torch.Tensor) -> torch.Tensor:
     return _GatherRows.apply(x) if get_world_size() > 1 else x
 
 
-def launch(device: str, folder: str | Path, job: Callable[[torch.device], dict], timeout_s: float = 600.0) -> dict:
-    """Run `job(device)` with torchrun's group joined, if there is one, and `folder` locked on rank 0."""
+def launch(device: str, folder: str | Path | None, job: Callable, timeout_s: float = 600.0) -> dict:
+    """Run `job(device)` with torchrun's group joined, if there is one, and `folder`, if any, locked on rank 0."""
     bound = pick_device(device)
     if "TORCHELASTIC_RUN_ID" in os.environ:  # no orphan trains on beside the run that replaces it
         end_with_parent()
     init_distributed(bound, timeout_s)
     try:
-        with run_lock(Path(folder)) if is_main_process() else contextlib.nullcontext():
+        with run_lock(Path(folder)) if folder and is_main_process() else contextlib.nullcontext():
             return job(bound)
     except torch.OutOfMemoryError as error:
         raise InputError(

@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import re
+import tokenize
 import zipfile
 from pathlib import Path
 
@@ -75,7 +76,7 @@ def read_array(file: str | Path, cure: str) -> np.ndarray:
     """A .npy that this project wrote, as a memory map; InputError with what to do where it is damaged or cut short."""
     try:
         return np.load(file, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, tokenize.TokenError) as error:  # the last of a damaged header
         raise InputError(f"{file} is damaged ({error}): {cure}") from error
 
 
