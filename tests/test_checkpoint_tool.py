@@ -17,7 +17,6 @@ from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer, load_encoder
 from tools.checkpoint import FORMATS, get_args_parser, inspect_file, main, release, verify_file
 from tools.convert import TARGETS, export_onnx
-
 from util.checkpoint import read_checkpoint, write_safetensors, write_torch
 from util.cli import run_tool
 from util.errors import InputError
