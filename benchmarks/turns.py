@@ -63,8 +63,12 @@ def train(model: torch.nn.Module, args: dict) -> Turn:
 
 def read_images(args: dict) -> Turn:
     """Items of the training data set, one thread: CPU seconds an image."""
-    from datasets.items import PretrainDataset
-    from datasets.path_list import list_images
+    try:
+        from datasets.items import PretrainDataset
+        from datasets.path_list import list_images
+    except ImportError:  # where they were in 03f0466
+        from datasets.manifest import list_images
+        from datasets.pretrain import PretrainDataset
 
     torch.set_num_threads(1)
     size, count = tuple(args["input_size"]), args["images"]

@@ -9,9 +9,8 @@ and a fraction 0 where its denominator is 0, as in the published code:
     recall    = mean_i |g_i & p_i| / |g_i|
     F1        = mean_i 2 precision_i recall_i / (precision_i + recall_i)
 
-F1 is averaged over images; that of mean precision and mean recall, which other code reports, is F1_of_means.
-Said: [n, A] bool. Labels: [n, A] int, 1 true, 0 not, -1 unknown; these count nowhere, and images of which nothing
-is known neither.
+F1 is averaged over images; that of mean precision and mean recall, which other code reports, is F1_of_means. Said:
+[n, A] bool. Labels: [n, A] int, 1 true, 0 not, -1 unknown: counted nowhere, as images of which nothing is known.
 """
 
 import numpy as np
@@ -40,23 +39,19 @@ def attribute_metrics(said: np.ndarray, labels: np.ndarray) -> dict[str, float]:
     true, answer = (labels == 1)[rows], (said & (labels >= 0))[rows]
     both = (true & answer).sum(axis=1)
     precision, recall = ratio(both, answer.sum(axis=1)), ratio(both, true.sum(axis=1))
-    means = float(precision.mean()), float(recall.mean())
     terms = sum(rates_of(said, labels)) / 2
     supported = terms[(labels == 1).any(axis=0) & (labels == 0).any(axis=0)]
-    return {
-        "mA": float(terms.mean()),
-        "accuracy": float(ratio(both, (true | answer).sum(axis=1)).mean()),
-        "precision": means[0],
-        "recall": means[1],
-        "F1": float(ratio(2 * precision * recall, precision + recall).mean()),
-        "F1_of_means": 2 * means[0] * means[1] / (sum(means) or 1.0),
-        "mA_supported": float(supported.mean()) if len(supported) else float("nan"),
-    }
+    each = {"mA": terms, "accuracy": ratio(both, (true | answer).sum(axis=1)), "precision": precision}
+    each |= {"recall": recall, "F1": ratio(2 * precision * recall, precision + recall)}
+    means = {name: float(values.mean()) for name, values in each.items()}
+    p, r = means["precision"], means["recall"]
+    means["F1_of_means"] = 2 * p * r / ((p + r) or 1.0)
+    return means | {"mA_supported": float(supported.mean()) if len(supported) else float("nan")}
 
 
 def constant_answer(labels: np.ndarray) -> np.ndarray:
-    """[A] bool: the best that can be said of every image alike without looking: the k attributes that are commonest in
-    training, with the k of the highest mean F1 there; of equal ones the fewest, and the first."""
+    """[A] bool, the best that can be said of every image alike: the k attributes that are commonest in training, with
+    the k of the highest mean F1 there; of equal ones the fewest, and the first."""
     labels = labels[(labels >= 0).any(axis=1)]
     known, true = labels >= 0, labels == 1
     order = np.argsort(-ratio(true.sum(axis=0), known.sum(axis=0)), kind="stable")
@@ -96,16 +91,13 @@ def group_confusion(probs: np.ndarray, labels: np.ndarray, columns: list[int]) -
 def attribute_rows(
     probs: np.ndarray, labels: np.ndarray, names: list[str], rates: np.ndarray, threshold: float
 ) -> list[dict]:
-    """One row an attribute, as plain values in [0, 1] and counts; beside each number what a constant answer gets.
-
-    images, support: known and true test images. mA: the attribute's term of it. AP: average precision, of a constant
-    the positive rate. accuracy: share of right answers, a constant's by the commoner answer of training. probs: [n, A]
-    float; rates: [A] float, share of true images in training.
-    """
+    """One row an attribute, as plain values in [0, 1] and counts, beside each number what a constant answer gets; probs
+    [n, A] float, rates [A] float, share of true images in training. images, support: known and true test images. mA:
+    the attribute's term of it. AP: average precision, of a constant the positive rate. accuracy: share of right
+    answers, a constant's by the commoner answer of training."""
     said, constant = probs > threshold, np.broadcast_to(rates > 0.5, labels.shape)
-    known, true = labels >= 0, labels == 1
+    known, true, (tpr, tnr) = labels >= 0, labels == 1, rates_of(said, labels, np.nan)
     images, support = known.sum(axis=0), true.sum(axis=0)
-    tpr, tnr = rates_of(said, labels, np.nan)
     columns = {
         "attribute": np.array(names, dtype=object), "train_rate": rates, "images": images, "support": support,
         "positive_rate": ratio(support, images), "TPR": tpr, "TNR": tnr,

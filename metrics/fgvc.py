@@ -7,8 +7,8 @@ import torch
 
 @dataclass(frozen=True)
 class ClassScores:
-    """numbers: by name, shares in [0, 1] and counts. ranks: [n] int64, how many classes come before the
-    right one. confusion: [K, K] int64, row: class, column: answer; sums of rows are the images of a class."""
+    """numbers: by name, shares in [0, 1] and counts. ranks: [n] int64, how many classes come before the right one.
+    confusion: [K, K] int64, row: class, column: answer."""
 
     numbers: dict[str, float]
     ranks: torch.Tensor
@@ -35,14 +35,8 @@ def class_scores(scores: torch.Tensor, labels: torch.Tensor) -> ClassScores:
     answers = scores.argmax(dim=1)  # of equal scores the first, as in `rank_of_truth`
     confusion = torch.bincount(labels * K + answers, minlength=K * K).view(K, K)
     images = confusion.sum(dim=1)
-    has = images > 0
-    share = confusion.diagonal()[has] / images[has]
-    numbers = {
-        "top1": (ranks < 1).float().mean().item(),
-        "top5": (ranks < 5).float().mean().item(),
-        "mean_class_accuracy": share.mean().item(),
-        "majority": (images.max() / len(labels)).item(),
-        "images": len(labels),
-        "classes_with_images": int(has.sum()),
-    }
+    numbers = {f"top{k}": (ranks < k).float().mean().item() for k in (1, 5)}
+    numbers["mean_class_accuracy"] = (confusion.diagonal() / images)[images > 0].mean().item()
+    numbers["majority"] = (images.max() / len(labels)).item()
+    numbers |= {"images": len(labels), "classes_with_images": int((images > 0).sum())}
     return ClassScores(numbers, ranks, confusion)

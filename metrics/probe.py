@@ -1,7 +1,5 @@
-"""How good frozen features are: nearest neighbours, class means of a few images, a linear classifier.
-
-Shapes: train [M, D] float, train_labels [M] int64, queries [Q, D] float, scores [Q, num_classes].
-"""
+"""How good frozen features are: nearest neighbours, class means of a few images, a linear classifier. Shapes: train
+[M, D] float, train_labels [M] int64, queries [Q, D] float, scores [Q, num_classes]."""
 
 import numpy as np
 import torch
@@ -25,12 +23,11 @@ def knn_predict(train, train_labels, queries, num_classes: int, k: int = 20, tem
 
 def linear_fit(features, labels, num_classes: int, l2: float, steps: int = 60, start=None) -> torch.Tensor:
     """Multinomial logistic regression, full batch, L-BFGS -> [D + 1, num_classes] float32, the last row is the bias.
-
-    features: [M, D] float32, standardised; l2: weight of the mean squared weights; start: what another `l2` gave.
-    """
+    features: [M, D] float32, standardised; l2: weight of the mean squared weights; start: what another `l2` gave."""
     x = F.pad(features, (0, 1), value=1.0)
-    weight = torch.zeros(x.shape[1], num_classes, device=x.device) if start is None else start.clone()
-    weight.requires_grad_()
+    weight = (
+        torch.zeros(x.shape[1], num_classes, device=x.device) if start is None else start.clone()
+    ).requires_grad_()
     optimizer = torch.optim.LBFGS([weight], max_iter=steps, line_search_fn="strong_wolfe")
 
     def closure():
@@ -57,8 +54,7 @@ def linear_predict(train, train_labels, queries, num_classes: int) -> tuple[torc
             weight = linear_fit(train[kept], train_labels[kept], num_classes, l2, steps=20, start=weight)
             guess = (F.pad(train[held], (0, 1), value=1.0) @ weight).argmax(dim=1)
             right[i] += (guess == train_labels[held]).sum().item()
-        seen += len(held)
-        if seen >= HELD_OUT_ROWS:
+        if (seen := seen + len(held)) >= HELD_OUT_ROWS:
             break
     best = L2_GRID[right.index(max(right))]
     weight = linear_fit(train, train_labels, num_classes, best)
@@ -79,8 +75,7 @@ def class_mean_predict(train, train_labels, queries, num_classes: int) -> torch.
     """Cosines with the mean of each class's unit vectors, -inf for classes without an image (SimpleShot's L2N; Wang et
     al., 2019, arXiv 1911.04623)."""
     train, queries = F.normalize(train.float(), dim=1), F.normalize(queries.float(), dim=1)
-    sums = torch.zeros(num_classes, train.shape[1], device=train.device)
-    sums.index_add_(0, train_labels, train)
+    sums = torch.zeros(num_classes, train.shape[1], device=train.device).index_add_(0, train_labels, train)
     empty = torch.bincount(train_labels, minlength=num_classes) == 0
     return (queries @ F.normalize(sums, dim=1).T).masked_fill(empty, -torch.inf)
 

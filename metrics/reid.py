@@ -8,8 +8,8 @@ gallery, and r_1 < r_2 < ... < r_P the ranks of the images of the query's vehicl
     CMC@k = 1 if r_1 <= k else 0
     INP = P / r_P               (Ye et al., 2020, arXiv 2001.04193, eq. 3)
 
-averaged over the queries that have any such image; the others are counted and named, never scored as 0.
-Q queries, G gallery images, D numbers a feature.
+averaged over the queries that have any such image; the others are counted and named, never scored as 0. Q queries, G
+gallery images, D numbers a feature.
 """
 
 import hashlib
@@ -24,14 +24,13 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_array, vstack
 
-BLOCK_NUMBERS = 1 << 25  # similarities held at a time
-SORTED_AT_ONCE = 1 << 18  # similarities sorted by one thread: what stays in its cache
+BLOCK_NUMBERS, SORTED_AT_ONCE = 1 << 25, 1 << 18  # similarities held at a time; of one thread: what its cache keeps
 MARKS = ("wrong", "right", "junk")
+Device = torch.device | str
 
 
 class FeatureSet(NamedTuple):
-    """features: [n, D] float, of any length. pids, camids: [n] int64. files: [n] int64, equal for one file; None: all
-    are different."""
+    """features: [n, D] float, of any length. pids, camids: [n] int64. files: [n] int64, equal for one file, or None."""
 
     features: torch.Tensor
     pids: np.ndarray
@@ -49,13 +48,10 @@ class FeatureSet(NamedTuple):
 
 @dataclass(frozen=True)
 class Protocol:
-    """The rules of one number.
-
-    remove_same_camera: gallery images of the query's vehicle and camera do not count (VeRi-776's rule; also
-        what VERI-Wild's authors ask for, though their scripts keep them, which adds about 4 points of mAP).
-    draws: 0, or how often one random image of each vehicle becomes the gallery and the rest the queries
-        (VehicleID); the scores are means over the draws. rerank: (k1, k2, lambda) of `reranked_blocks`, or None.
-    """
+    """The rules of one number. remove_same_camera: gallery images of the query's vehicle and camera do not count
+    (VeRi-776's rule; VERI-Wild's authors ask for it too, though their scripts keep them: about 4 points of mAP more).
+    draws: 0, or how often one random image of each vehicle becomes the gallery and the rest the queries (VehicleID);
+    scores are means over the draws. rerank: (k1, k2, lambda) of `reranked_blocks`, or None."""
 
     name: str
     remove_same_camera: bool
@@ -64,20 +60,15 @@ class Protocol:
     rerank: tuple[int, int, float] | None = None
 
     def line(self) -> str:
-        """One line to print beside the numbers."""
+        """One line to print beside the numbers; its last eight digits differ where a rule differs."""
         rule = f"same-camera matches {'removed' if self.remove_same_camera else 'kept, but not the query itself'}"
-        if self.draws:
-            rule = f"1 gallery image a vehicle, {self.draws} draws, seed {self.seed}"
+        rule = f"1 gallery image a vehicle, {self.draws} draws, seed {self.seed}" if self.draws else rule
         ranking = "re-ranked with k1 {}, k2 {}, lambda {:g}".format(*self.rerank) if self.rerank else "no re-ranking"
-        return f"{self.name} ({rule}, cosine, {ranking}) #{self.hash()}"
-
-    def hash(self) -> str:
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+        digits = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+        return f"{self.name} ({rule}, cosine, {ranking}) #{digits}"
 
 
-def protocols_of(
-    name: str, tests: dict[str, tuple], keep_same_camera: bool = False, seed: int = 0
-) -> dict[str, Protocol]:
+def protocols_of(name: str, tests: dict, keep_same_camera: bool = False, seed: int = 0) -> dict[str, Protocol]:
     """The protocol of each test of a set; tests: {test: (query, gallery)} with camids, -1: not known; gallery None:
     drawn; keep_same_camera: the other variant, under another name; seed: of the draws."""
     found = {}
@@ -92,31 +83,8 @@ def protocols_of(
 def draw_gallery(pids: np.ndarray, seed: int, draw: int) -> tuple[np.ndarray, np.ndarray]:
     """Split as VehicleID does: ([V] int64 gallery rows, one random image of each vehicle; the other rows)."""
     shuffled = np.random.default_rng((seed, draw)).permutation(len(pids))
-    _, first = np.unique(pids[shuffled], return_index=True)
-    gallery = np.sort(shuffled[first])
+    gallery = np.sort(shuffled[np.unique(pids[shuffled], return_index=True)[1]])
     return gallery, np.setdiff1d(np.arange(len(pids)), gallery)
-
-
-def evaluate(
-    protocol: Protocol, query: FeatureSet, gallery: FeatureSet | None = None, device: torch.device | str = "cpu"
-) -> dict[str, float]:
-    """`scores` by a protocol; without a gallery it is drawn from the queries, and the scores are means over the
-    draws, with standard deviations as mAP_std, R1_std ..."""
-    if gallery is not None:
-        return scores(rank(protocol, query, gallery, device))
-    draws = [draw_gallery(query.pids, protocol.seed, draw) for draw in range(protocol.draws)]
-    found = [scores(rank(protocol, query.take(asked), query.take(kept), device)) for kept, asked in draws]
-    result = {key: float(np.mean([row[key] for row in found])) for key in found[0]}
-    spread = {f"{key}_std": float(np.std([row[key] for row in found])) for key in ("mAP", "R1", "R5", "R10")}
-    return result | spread
-
-
-def rank(protocol: Protocol, query: FeatureSet, gallery: FeatureSet, device: torch.device | str = "cpu") -> "Ranks":
-    """Ranks of all true matches by the rules of a protocol."""
-    cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else (None, None)
-    make_blocks, options = (reranked_blocks, protocol.rerank) if protocol.rerank else (cosine_blocks, ())
-    blocks = make_blocks(query.features, gallery.features, *options, device=device)
-    return rank_blocks(blocks, query.pids, gallery.pids, *cameras, query.files, gallery.files)
 
 
 @dataclass(frozen=True)
@@ -140,6 +108,20 @@ class Ranks:
         return ap
 
 
+def evaluate(
+    protocol: Protocol, query: FeatureSet, gallery: FeatureSet | None = None, device: Device = "cpu"
+) -> dict[str, float]:
+    """`scores` by a protocol; without a gallery it is drawn from the queries, and the scores are means over the draws,
+    with standard deviations as mAP_std, R1_std ..."""
+    if gallery is not None:
+        return scores(rank(protocol, query, gallery, device))
+    draws = [draw_gallery(query.pids, protocol.seed, draw) for draw in range(protocol.draws)]
+    found = [scores(rank(protocol, query.take(asked), query.take(kept), device)) for kept, asked in draws]
+    each = {key: [row[key] for row in found] for key in found[0]}
+    spread = {f"{key}_std": float(np.std(each[key])) for key in ("mAP", "R1", "R5", "R10")}
+    return {key: float(np.mean(values)) for key, values in each.items()} | spread
+
+
 def scores(ranks: Ranks, topk: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:
     """mAP, CMC ("R1", ...), mINP in [0, 1], NaN where no query has a match; numbers of scored and of matchless
     queries."""
@@ -152,17 +134,22 @@ def scores(ranks: Ranks, topk: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]
     return means | {"queries": int(scored.sum()), "queries_without_match": int((~scored).sum())}
 
 
-def cosine_blocks(
-    query: torch.Tensor, gallery: torch.Tensor, device: torch.device | str = "cpu"
-) -> Iterator[torch.Tensor]:
+def rank(protocol: Protocol, query: FeatureSet, gallery: FeatureSet, device: Device = "cpu") -> Ranks:
+    """Ranks of all true matches by the rules of a protocol."""
+    cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else (None, None)
+    make_blocks, options = (reranked_blocks, protocol.rerank) if protocol.rerank else (cosine_blocks, ())
+    blocks = make_blocks(query.features, gallery.features, *options, device=device)
+    return rank_blocks(blocks, query.pids, gallery.pids, *cameras, query.files, gallery.files)
+
+
+def cosine_blocks(query: torch.Tensor, gallery: torch.Tensor, device: Device = "cpu") -> Iterator[torch.Tensor]:
     """[q, G] float32 cosines of some queries at a time with the whole gallery, in order. A block is good until the
     next one is asked for. ValueError where a feature is not finite."""
     unit = []
     for name, x in (("query", query), ("gallery", gallery)):
         x = x.to(device).float()
         lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        bad = (~torch.isfinite(lengths)).nonzero()
-        if len(bad):
+        if len(bad := (~torch.isfinite(lengths)).nonzero()):
             raise ValueError(f"{name}: the features of row {int(bad[0, 0])} are not finite")
         unit.append(x / lengths.clamp_min(1e-12))
     q, g = unit
@@ -174,36 +161,31 @@ def cosine_blocks(
 
 
 def rank_blocks(
-    blocks: Iterable[torch.Tensor], query_pids, gallery_pids, query_camids=None, gallery_camids=None,
+    blocks: Iterable, query_pids, gallery_pids, query_camids=None, gallery_camids=None,
     query_files=None, gallery_files=None,
 ) -> Ranks:  # fmt: skip
     """Ranks of all true matches; ValueError where the pids are not as many as the similarities. Only similarities are
     sorted, not images with them, which is several times faster; looking up those of the matches gives their ranks.
 
-    Args:
-        blocks: [q, G] similarities of some queries at a time, in order; junk in them is overwritten.
-        query_camids, gallery_camids: [Q], [G] int64, images of one vehicle and camera are junk; None: no junk.
-        query_files, gallery_files: [Q], [G] int64, the query's own file is junk, whatever its pid; None: no junk.
+    blocks: [q, G] similarities of some queries at a time, in order; junk in them is overwritten. Junk are, of [Q] and
+    [G] int64 that are given, images of the query's pid and camid, and its own file, whatever its pid.
     """
-    pairs_of = _pairs(query_pids, gallery_pids)
-    own_pairs = None if query_files is None or gallery_files is None else _pairs(query_files, gallery_files)
+    if query_files is None or gallery_files is None:  # all are different
+        query_files, gallery_files = np.full(len(query_pids), -1), np.arange(len(gallery_pids))
+    same_pid, same_file = _pairs(query_pids, gallery_pids), _pairs(query_files, gallery_files)
     hits, counts, start = [np.zeros(0, np.int64)], np.zeros(len(query_pids), np.int64), 0
     for similar in blocks:
         part = slice(start, start + len(similar))
         if similar.shape[1] != len(gallery_pids):
             raise ValueError(f"{len(similar)} x {similar.shape[1]} similarities, {len(gallery_pids)} gallery pids")
-        owner, same = pairs_of(part)
-        good, junk = np.ones(len(same), dtype=bool), []
+        owner, same = same_pid(part)
+        good = gallery_files[same] != query_files[part][owner]
         if query_camids is not None:
-            good = gallery_camids[same] != query_camids[part][owner]
-        if own_pairs:
-            good &= gallery_files[same] != query_files[part][owner]
-            junk = [np.stack(own_pairs(part))]
+            good &= gallery_camids[same] != query_camids[part][owner]
         counts[part] = np.bincount(owner[good], minlength=len(similar))
         if good.any():
-            junk = np.concatenate([np.stack([owner, same])[:, ~good], *junk], axis=1)
-            junk = torch.from_numpy(junk).to(similar.device)
-            similar[junk[0], junk[1]] = -torch.inf
+            junk = map(np.concatenate, zip((owner[~good], same[~good]), same_file(part)))
+            similar[tuple(torch.from_numpy(ids).to(similar.device) for ids in junk)] = -torch.inf
             hits.append(_block_ranks(similar, owner[good], same[good], counts[part]))
         start = part.stop
     if start != len(query_pids):
@@ -233,16 +215,14 @@ def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _block_ranks(similar: torch.Tensor, owner: np.ndarray, good: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[n] int64 ranks of pairs of a block [q, G], query by query, ascending; owner, good: their rows, ascending, and
     columns; counts: [q] pairs of each row."""
-    slots, _ = _ranges(np.zeros_like(counts), counts)
+    G, slots = similar.shape[1], _ranges(np.zeros_like(counts), counts)[0]
     rows, columns, slots = (torch.from_numpy(ids).to(similar.device) for ids in (owner, good, slots))
-    values = similar[rows, columns]
+    values, ordered = similar[rows, columns], _sorted_rows(similar)
     padded = torch.full((len(similar), int(counts.max())), torch.inf, device=similar.device)
     padded[rows, slots] = values
-    ordered = _sorted_rows(similar)
     low, high = (torch.searchsorted(ordered, padded, side=side)[rows, slots] for side in ("left", "right"))
-    ranks = similar.shape[1] + 1 - high
-    everywhere = torch.arange(similar.shape[1], device=similar.device)
-    for tied in (high - low > 1).nonzero()[:, 0].split(max(1, (1 << 24) // similar.shape[1])):
+    ranks, everywhere = G + 1 - high, torch.arange(G, device=similar.device)
+    for tied in (high - low > 1).nonzero()[:, 0].split(max(1, (1 << 24) // G)):
         ahead = (similar[rows[tied]] == values[tied, None]) & (everywhere < columns[tied, None])
         ranks[tied] += ahead.sum(dim=1)
     ranks = ranks.cpu().numpy()
@@ -260,56 +240,52 @@ def _sorted_rows(similar: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(ordered)
 
 
-class Ranking:
-    """What the page shows. ranks: of all true matches. ap: [Q] float64 in [0, 1], NaN: no match. chosen: {section:
-    query rows, in order}, at most `shown` each; similar: {query row: [G] float32 cosines} of those."""
+class ShownQueries:
+    """The queries that the page shows. ranks: of all true matches. ap: [Q] float64 in [0, 1], NaN: no match. chosen:
+    {section: query rows, in order}, at most `shown` each; similar: {query row: [G] float32 cosines} of those."""
 
     def __init__(self, protocol: Protocol, query: FeatureSet, gallery: FeatureSet, shown: int, seed: int, device="cpu"):
         self.protocol, self.query, self.gallery = protocol, query, gallery
         self.ranks = rank(protocol, query, gallery, device)
         self.ap = self.ranks.average_precision()
-        self.chosen = self._choose(shown, seed)
+        scored = np.flatnonzero(~np.isnan(self.ap))
+        drawn = np.random.default_rng(seed).random(len(self.ap))
+        orders = {"worst": self.ap[scored], "random": drawn[scored]}
+        self.chosen = {name: scored[np.argsort(by, kind="stable")][:shown] for name, by in orders.items()}
         wanted = np.unique(np.concatenate(list(self.chosen.values())))
         blocks = cosine_blocks(query.features[wanted], gallery.features, device)
         self.similar = dict(zip(wanted.tolist(), np.concatenate([block.cpu().numpy().copy() for block in blocks])))
 
-    def _choose(self, shown: int, seed: int) -> dict[str, np.ndarray]:
-        scored = np.flatnonzero(~np.isnan(self.ap))
-        drawn = np.random.default_rng(seed).random(len(self.ap))[scored]
-        return {"worst": scored[np.argsort(self.ap[scored], kind="stable")][:shown],
-                "random": scored[np.argsort(drawn, kind="stable")][:shown]}  # fmt: skip
-
     def cards(self, row: int, topk: int) -> list[tuple[int, int, str, float]]:
         """(gallery row, rank from 1 or 0 for junk, a word of MARKS, cosine) of a chosen query's first `topk` counted
         images, of up to as many junk ones among them, and of the first right one where it comes later."""
-        order = np.argsort(-self.similar[row], kind="stable")
-        same = self.gallery.pids == self.query.pids[row]
-        junk = same & self.protocol.remove_same_camera & (self.gallery.camids == self.query.camids[row])
-        if self.query.files is not None and self.gallery.files is not None:
-            junk |= self.gallery.files == self.query.files[row]
-        marks, cosines = np.where(junk, 2, same)[order], self.similar[row][order]
-        counted = marks < 2
+        query, gallery, similar = self.query, self.gallery, self.similar[row]
+        order = np.argsort(-similar, kind="stable")
+        same = gallery.pids == query.pids[row]
+        junk = same & self.protocol.remove_same_camera & (gallery.camids == query.camids[row])
+        if query.files is not None and gallery.files is not None:
+            junk |= gallery.files == query.files[row]
+        marks, counted = np.where(junk, 2, same)[order], ~junk[order]
         ranks = np.cumsum(counted)
         within = (ranks - counted < topk) & (counted | (np.cumsum(~counted) <= topk))
         within[np.flatnonzero(marks == 1)[:1]] = True
-        ranks = ranks * counted
-        return [(int(order[i]), int(ranks[i]), MARKS[marks[i]], float(cosines[i])) for i in np.flatnonzero(within)]
+        columns = order, ranks * counted, np.array(MARKS)[marks], similar[order]
+        return list(zip(*(column[within].tolist() for column in columns)))
 
 
 def reranked_blocks(
-    query: torch.Tensor, gallery: torch.Tensor, k1: int, k2: int, weight: float, device: torch.device | str = "cpu"
+    query: torch.Tensor, gallery: torch.Tensor, k1: int, k2: int, weight: float, device: Device = "cpu"
 ) -> Iterator[torch.Tensor]:
-    """k-reciprocal encoding (Zhong et al., CVPR 2017, arXiv 1701.08398) without N x N matrices.
+    """k-reciprocal encoding (Zhong et al., CVPR 2017, arXiv 1701.08398) without N x N matrices: yields [q, G] float32
+    on the CPU, minus the final distance. weight: lambda, share of d in it.
 
-    All N images, queries and gallery, are nodes; d is the squared Euclidean distance of unit features, divided by
-    the largest one of each row. R(i) are the k-reciprocal neighbours of i, expanded by those of its members that
-    mostly agree (eq. 4 and 5). v_i has exp(-d) at R(i), sums to 1 (eq. 7), and is averaged over the k2
-    nearest (eq. 11). The Jaccard distance of v (eq. 10) is mixed with d (eq. 12).
-
-    weight: lambda, share of d in the final distance. Yields [q, G] float32 on the CPU, minus the final distance.
+    All N images, queries and gallery, are nodes; d is the squared Euclidean distance of unit features, divided by the
+    largest one of each row. R(i) are the k-reciprocal neighbours of i, expanded by those of its members that mostly
+    agree (eq. 4 and 5). v_i has exp(-d) at R(i), sums to 1 (eq. 7), and is averaged over the k2 nearest (eq. 11). The
+    Jaccard distance of v (eq. 10) is mixed with d (eq. 12).
     """
     x = F.normalize(torch.cat([query, gallery]).to(device).float(), dim=1)
-    Q, N = len(query), len(x)
+    Q, N, start = len(query), len(x), 0
     near, largest = _neighbours(x, min(k1 + 1, N))
     rows, columns = _expanded(near, k1).nonzero()
     pairs = zip(*(torch.from_numpy(ids).to(x.device).split(65_536) for ids in (rows, columns)))
@@ -319,7 +295,7 @@ def reranked_blocks(
     v = csr_array((values.astype(np.float64), (rows, columns)), (N, N))
     if k2 > 1:
         v = _incidence(near[:, :k2]) @ v / near[:, :k2].shape[1]
-    v, start = v.astype(np.float32).tocsr(), 0
+    v = v.astype(np.float32).tocsr()
     of_column = v.tocsc()
     for similar in cosine_blocks(query, gallery, device):
         first = (2 - 2 * similar).cpu().numpy() / largest[start : start + len(similar), None]

@@ -5,14 +5,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from metrics.attr import ratio
+
 IGNORE = 255  # label of pixels that do not count
 
 
 def confusion_matrix(truth: torch.Tensor, predicted: torch.Tensor, num_classes: int) -> torch.Tensor:
     """[K, K] int64 pixels by true class (rows) and predicted class (columns); ValueError for a class that is none.
-
-    truth: integers of any shape, 255 where there is no label; predicted: the same shape, 0 to K - 1.
-    """
+    truth: integers of any shape, 255 where there is no label; predicted: the same shape, 0 to K - 1."""
     if truth.shape != predicted.shape:
         raise ValueError(f"truth is {tuple(truth.shape)}, the prediction {tuple(predicted.shape)}")
     labelled = truth != IGNORE
@@ -37,20 +37,16 @@ def segmentation_numbers(confusion: np.ndarray, background: bool) -> Segmentatio
         IoU_c = TP_c / (TP_c + FP_c + FN_c),  Acc_c = TP_c / (TP_c + FN_c)
         mIoU, mAcc: means over classes that are not NaN;  aAcc = sum_c TP_c / sum of all
 
-    A class that is neither in the truth nor predicted has NaN for both; one that is predicted only has IoU 0
-    and Acc NaN. Where class 0 is the background, the same come once more without it (`parts_`): means over
-    the parts; parts_aAcc is the share of the parts' pixels that are named right. confusion: [K, K] int64.
+    A class that is neither in the truth nor predicted has NaN for both; one that is predicted only has IoU 0 and Acc
+    NaN. Where class 0 is the background, the same come once more without it (`parts_`); parts_aAcc is the share of the
+    parts' pixels that are named right. confusion: [K, K] int64.
     """
     confusion = np.asarray(confusion, dtype=np.float64)
     right, true, said = np.diagonal(confusion), confusion.sum(axis=1), confusion.sum(axis=0)
-    union = true + said - right
-    iou = np.divide(right, union, out=np.full(len(right), np.nan), where=union > 0)
-    acc = np.divide(right, true, out=np.full(len(right), np.nan), where=true > 0)
-    flat = {}
+    iou, acc, flat = ratio(right, true + said - right, np.nan), ratio(right, true, np.nan), {}
     for prefix, first in (("", 0), ("parts_", 1)) if background else (("", 0),):
         for name, values in (("mIoU", iou[first:]), ("mAcc", acc[first:])):
             known = values[~np.isnan(values)]
             flat[prefix + name] = float(known.mean()) if len(known) else float("nan")
-        pixels = true[first:].sum()
-        flat[f"{prefix}aAcc"] = float(right[first:].sum() / pixels) if pixels else float("nan")
+        flat[f"{prefix}aAcc"] = float(ratio(right[first:].sum(), true[first:].sum(), np.nan))
     return SegmentationNumbers(iou, acc, flat)

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from datasets.reid import ReidImages
-from metrics.reid import FeatureSet, Protocol, Ranking, scores
+from metrics.reid import FeatureSet, Protocol, ShownQueries, scores
 from reports.page import BREAK, MARKS, Html, Page, Pictures, cards, join, mark, percent, tag
 
 CMC_RANKS, SHOWN, TOPK = 50, 12, 10  # queries a section, counted gallery images a list
@@ -50,36 +50,36 @@ def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, devi
     """Write the page; it takes the time of two more `evaluate`. device: computes the cosines."""
     query = FeatureSet.of(test.query_features, test.query)
     gallery = FeatureSet.of(test.gallery_features, test.gallery)
-    ranking = Ranking(test.protocol, query, gallery, SHOWN, 0, device)
-    articles = {row: article(ranking, test, row) for row in ranking.similar}
+    shown = ShownQueries(test.protocol, query, gallery, SHOWN, 0, device)
+    articles = {row: article(shown, test, row) for row in shown.similar}
     page = Page(f"Re-identification: {test.protocol.name}", test.protocol.line(), tiles(test.metrics), facts)
-    ap = ranking.ap[~np.isnan(ranking.ap)]
+    ap = shown.ap[~np.isnan(shown.ap)]
     page.section(
         "Ranking",
         f"{len(query.pids):,} queries against {len(gallery.pids):,} gallery images, "
-        f"{len(ranking.ap) - len(ap):,} of the queries without a match, which are not scored",
+        f"{len(shown.ap) - len(ap):,} of the queries without a match, which are not scored",
         f". This is one draw; the numbers above are means of {test.protocol.draws}." if test.protocol.draws else ".",
     )
     if len(ap):
         last = min(CMC_RANKS, len(gallery.pids))
-        page.first_k("CMC", list(scores(ranking.ranks, tuple(range(1, last + 1))).values())[1 : last + 1])
+        page.first_k("CMC", list(scores(shown.ranks, tuple(range(1, last + 1))).values())[1 : last + 1])
         low = f"AP: median {percent(np.median(ap))} %; {(ap < 0.1).sum():,} of {len(ap):,} queries are below 10 %."
         page.add(tag("p", low))
     lost = len(test.pictures.lost)
     page.add(tag("p", *LEGEND, tag("b", f" {lost} of the pictures cannot be opened.", kind="wrong") if lost else ""))
     for name, (title, words) in SECTIONS.items():
         page.section(title, words)
-        page.add(*(articles[row] for row in ranking.chosen[name].tolist()))
+        page.add(*(articles[row] for row in shown.chosen[name].tolist()))
     page.write(file)
 
 
-def article(ranking: Ranking, test: ReidTest, row: int) -> Html:
+def article(shown: ShownQueries, test: ReidTest, row: int) -> Html:
     """Who the query is, its numbers, its picture, and beside it what was found."""
     who = ", ".join(test.who(test.query, row))
-    hits = ranking.ranks.hits[slice(*ranking.ranks.offsets[row : row + 2])]
-    words = f"AP {100 * ranking.ap[row]:.1f} %, {len(hits):,} matches, at ranks {hits[0]:,} to {hits[-1]:,}"
+    hits = shown.ranks.hits[slice(*shown.ranks.offsets[row : row + 2])]
+    words = f"AP {100 * shown.ap[row]:.1f} %, {len(hits):,} matches, at ranks {hits[0]:,} to {hits[-1]:,}"
     own = [test.card(test.query, row, f"query, {who}", tag("b", "query"))]
-    found = [found_card(test, *hit) for hit in ranking.cards(row, TOPK)]
+    found = [found_card(test, *hit) for hit in shown.cards(row, TOPK)]
     return tag("article", tag("h3", who, tag("span", words)), tag("div", cards(own, "own"), cards(found), kind="list"))
 
 

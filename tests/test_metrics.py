@@ -5,7 +5,16 @@ import pytest
 import torch
 
 import metrics.reid
-from metrics.reid import FeatureSet, Protocol, Ranking, cosine_blocks, evaluate, rank_blocks, reranked_blocks, scores
+from metrics.reid import (
+    FeatureSet,
+    Protocol,
+    ShownQueries,
+    cosine_blocks,
+    evaluate,
+    rank_blocks,
+    reranked_blocks,
+    scores,
+)
 
 
 def by_hand(query, gallery, q_pids, g_pids, q_cams=None, g_cams=None, topk=(1, 5, 10)):
@@ -109,7 +118,7 @@ def test_a_query_never_meets_its_own_file(same_camera, rerank):
             alone.append(evaluate(protocol, query.take(np.array([i])), kept))
         expected = [row["mAP"] for row in alone if row["queries"]]
         assert found["mAP"] == pytest.approx(np.mean(expected)) and found["queries"] == len(expected)
-        cards = Ranking(protocol, query, doubled, 23, 0).cards(0, 99)
+        cards = ShownQueries(protocol, query, doubled, 23, 0).cards(0, 99)
         assert [card[:3] for card in cards if card[0] == 90] == [(90, 0, "junk")]
 
 

@@ -10,7 +10,7 @@ from conftest import write_pictures
 import reports.reid as report
 from datasets.path_list import PathList
 from datasets.reid import ReidImages
-from metrics.reid import FeatureSet, Protocol, Ranking, cosine_blocks, evaluate, rank_blocks
+from metrics.reid import FeatureSet, Protocol, ShownQueries, cosine_blocks, evaluate, rank_blocks
 from reports.page import Page, Pictures, cards, confusion_table, new_axes, table, worst_table
 from reports.reid import ReidTest, write_reid_report
 
@@ -128,7 +128,7 @@ def test_the_page_shows_the_lists_of_the_metrics(tmp_path, folder, monkeypatch, 
 @pytest.mark.parametrize("seed", range(3))
 def test_ties_stand_in_the_order_of_the_gallery(folder, seed):
     query, x, gallery, y = case = make_case(folder, seed, axes=True)
-    ranking = Ranking(WITH, *feature_sets(*case), shown=len(query), seed=0)
+    ranking = ShownQueries(WITH, *feature_sets(*case), shown=len(query), seed=0)
     hits = rank_blocks(cosine_blocks(x, y), query.pids, gallery.pids, query.camids, gallery.camids)
     assert np.array_equal(ranking.ranks.hits, hits.hits) and np.array_equal(ranking.ranks.offsets, hits.offsets)
     for row in ranking.chosen["worst"].tolist():
