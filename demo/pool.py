@@ -70,9 +70,10 @@ class DrawnSet(NamedTuple):
             add(f"--{flag}", type=int, default=default, help=f"{text} (default {default})")
         return parser
 
-    def write(self, output: Path, processes: int | None = None, **given) -> dict:
+    def write(self, output: Path, **given) -> dict:
         """Draw every row under a temporary name, then rename -> output, images, counts (files by split or kind) and
         written: False where `output` holds this very set."""
+        processes = given.pop("processes", None) or os.cpu_count() or 1
         settings, output = {flag: row[0] for flag, row in self.flags.items()} | given, Path(output).absolute()
         for flag, (_, least, _) in self.flags.items():
             if settings[flag] < least:
@@ -86,7 +87,6 @@ class DrawnSet(NamedTuple):
         if output.is_file() or (output.is_dir() and any(output.iterdir())):
             raise InputError(f"{output} exists and does not hold this set: name another --output or remove it first")
         output.parent.mkdir(parents=True, exist_ok=True)
-        processes = min(processes or os.cpu_count() or 1, len(rows))
         # spawned, not forked: the caller may have torch threads running
         workers = multiprocessing.get_context("spawn").Pool if processes > 1 else multiprocessing.pool.ThreadPool
         with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
