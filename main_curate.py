@@ -1,13 +1,11 @@
 """From a pool of vehicle images to a balanced sample: python main_curate.py --pool NAME=PATH --output DIR ...
 
-Stages: index, quality, embed, vehicle, leaks, duplicates, cluster, sample, report. Each leaves files that can be
-looked at and a record in stages/; a run that was stopped, or whose later settings changed, goes on where that is
-possible. Under torchrun the ranks share index and embed. docs/CURATE.md explains the files.
+Stages: index, quality, embed, vehicle, leaks, duplicates, cluster, sample, report. Each leaves files and a record in
+stages/; a run that was stopped, or whose later settings changed, goes on from there. docs/CURATE.md explains the files.
 """
 
 import argparse
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,8 +21,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("pool").add_argument
     named, pair = {"nargs": "+", "action": "extend"}, {"nargs": 2, "type": float, "metavar": ("LOW", "HIGH")}
     add("--pool", required=True, **named, metavar="NAME=PATH", help="folders, manifests, packed sets to choose from")
-    add("--exclude", default=[], **named, metavar="NAME=PATH",
-        help="evaluation images of every benchmark: they and near copies leave the pool (default none)")
+    add("--exclude", default=[], **named, metavar="NAME=PATH", help="test images; they and copies leave (default none)")
     add("--identity_column", default="pid", help="manifest column of the vehicle's identity (default pid)")
     add("--camera_column", default="camid", help="manifest column of the camera (default camid)")
     add("--box_column", default="box", help="manifest column `left upper right lower` in px (default box)")
@@ -47,8 +44,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("copies").add_argument
     add("--near_bits", default=6, type=int, help="of 64 bits of near hashes that may differ (default 6)")
     add("--near_agreement", default=0.88, type=float, help="agreement that makes near copies by itself (default 0.88)")
-    add("--near_cosine", default=0.97, type=float,
-        help="of embeddings, where an agreement of 0.8 is enough, as it is with near hashes (default 0.97)")
+    add("--near_cosine", default=0.97, type=float, help="of embeddings, where agreement 0.8 is enough (default 0.97)")
     add("--leak_cosine", default=0.95, type=float, help="the same between pool and --exclude (default 0.95)")
     add("--group_cap", default=16, type=int, help="images that may count as copies of one (default 16)")
     add("--track_cap", default=4, type=int, help="images of one (identity, camera), if known (default 4)")
@@ -56,8 +52,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("clusters and sample").add_argument
     add("--target_size", default=1_000_000, type=int, help="images to choose (default 1000000)")
     add("--stratify", default="none", choices=("none", "source"), help="a tree of clusters a source (default none)")
-    add("--levels", nargs="+", default=None, type=int, metavar="K",
-        help="clusters on each level, finest first (default: from the number of images)")
+    add("--levels", nargs="+", default=None, type=int, metavar="K", help="clusters, finest level first (default: auto)")
     add("--resampling", default=10, type=int, help="resampling steps on each level (default 10)")
     add("--spherical", action="store_true", help="cluster unit vectors, with unit centroids (default off)")
     add("--sample", default="random", choices=("random", "closest"), help="images of a cluster (default random)")
@@ -79,26 +74,18 @@ import torch
 
 from curation.copies import Aligner, CopyFinder
 from curation.filters import Removals, load_removal, poor_images, read_prompts, vehicle_probability
-from curation.hierarchy import Tree, build_tree, load_tree, plan_levels
-from curation.index import build_index, load_index, write_manifest
-from curation.rows import CHUNK, Embedded, Rows
+from curation.index import build_index, load_index, open_sources, write_manifest
+from curation.kmeans import CHUNK, Embedded, Rows, Tree, build_tree, load_tree, plan_levels
 from curation.sample import draw_sample, judge
-from curation.sources import open_sources
 from curation.stages import Stages
 from datasets.benchmarks import benchmark_of
 from datasets.items import WholeImages
 from engine_extract import extract_to_file
 from models_teacher import FrozenTeacher, encode_texts, load_teacher
-from reports.curation import Curated, write_curation_report
+from reports.automobile1m import Curated, write_curation_report
 from util.dist import is_main_process, launch
 from util.files import write_atomic, write_json
 from util.precision import pick_precision
-
-
-def check_args(args) -> None:
-    shares = "box_margin near_cosine near_agreement leak_cosine vehicle_threshold near_bits resampling"
-    check_numbers(args, at_least_one="target_size group_cap track_cap batch_size", not_negative=shares)
-    plan_levels(sys.maxsize, args.levels)  # before hours of work: levels that shrink
 
 
 class Curation:
@@ -111,9 +98,7 @@ class Curation:
         self.images, self.stages = open_sources(args.pool, args.exclude, columns), Stages(self.folder)
         listed = sum(len(source.paths) for source in self.images.sources if source.role == "pool")
         if args.target_size > listed:
-            raise InputError(
-                f"--target_size {args.target_size}: the pools hold {listed} images; lower it, or add pools"
-            )
+            raise InputError(f"--target_size {args.target_size}: the pools hold {listed} images: lower it or add pools")
         self.clip = load_teacher(args)
 
     def run(self) -> dict:
@@ -123,17 +108,18 @@ class Curation:
             settings = {flag: getattr(self.args, flag) for flag in flags.split()} | more
             counts[name] = self.stages.run(name, settings, work, files, shared)
 
-        def drop(name: str, work: Callable[[], Removals], flags: str, **more) -> None:
+        def drop(name: str, work, flags: str, **more) -> None:
             stage(name, lambda _: work().save(self.folder, name, self.images.name), f"{name}.npz", flags, **more)
 
-        sources = self.images.fingerprint()
-        stage("index", self.make_index, "index.csv thumbnails.npy", "box_margin", True, sources=sources)
+        listed = self.images.fingerprint()
+        stage("index", self.make_index, "index.csv thumbnails.npy", "box_margin", True, sources=listed)
         self.index = load_index(self.folder / "index.csv")
         self.check_excluded()
         limits = "min_side aspect brightness min_contrast min_sharpness"
         drop("quality", lambda: poor_images(self.index, self.args), limits)
         stage("embed", self.embed, "embed*.npy", "", True, clip=asdict(self.clip[2]))
-        self.embedded = Embedded(self.array("embeddings", mmap_mode="r"), self.array("embedded_rows"))
+        data = np.load(self.folder / "embeddings.npy", mmap_mode="r")
+        self.embedded = Embedded(data, np.load(self.folder / "embedded_rows.npy"))
         drop("vehicle", self.others, "vehicle_filter vehicle_threshold", prompts=self.prompts)
         drop("leaks", self.leaks, "near_bits near_agreement leak_cosine")
         drop("duplicates", self.duplicates, "near_bits near_agreement near_cosine group_cap track_cap")
@@ -141,26 +127,22 @@ class Curation:
         stage("sample", self.sample, "selection.npy manifest.csv", "target_size sample seed")
         if not is_main_process():
             return {}
-        selection, settings = self.array("selection"), vars(self.args)
+        selection, settings = np.load(self.folder / "selection.npy"), vars(self.args)
         counts["evidence"], _ = judge(self.embedded, self.domains(), selection, self.device, self.args.seed)
         write_json(self.folder / "curation.json", {"settings": settings, "stages": self.stages.records} | counts)
         removals = {name: load_removal(self.folder, name) for name in DROPS if name != "vehicle" or self.prompts}
         clusters = {name: (rows, tree.path()[:, :2][:, -1]) for name, (tree, rows) in self.trees().items()}
-        found = self.images, self.index, removals, selection, clusters, counts["evidence"], settings
-        write_curation_report(self.folder / "report.html", Curated(*found))
+        found = Curated(self.images, self.index, removals, selection, clusters, counts["evidence"], settings)
+        write_curation_report(self.folder / "report.html", found)
         return counts
-
-    def array(self, name: str, **how) -> np.ndarray:
-        return np.load(self.folder / f"{name}.npy", **how)
 
     def make_index(self, job: str) -> dict:
         build_index(self.images, self.folder, {"job": job}, self.args.box_margin, self.args.num_workers)
         counts = {"images": len(self.images)}
         for source in self.images.sources:
             counts[f"{source.role} {source.name}"] = len(source.paths)
-            counts |= (
-                {f"{source.role} {source.name}, rows of the other split": source.left_out} if source.left_out else {}
-            )
+            if source.left_out:
+                counts[f"{source.role} {source.name}, rows of the other split"] = source.left_out
         return counts
 
     def check_excluded(self) -> None:
@@ -168,10 +150,8 @@ class Curation:
         for source in self.images.sources:
             mine = self.index.excluded & (self.index.source == self.index.sources.index(source.name))
             if source.role == "exclude" and not self.index.readable[mine].any():
-                raise InputError(
-                    f"--exclude {source.name}: none of its {len(source.paths)} images can be read, so no copy of them "
-                    f"could be found; {self.folder}/index.csv says why"
-                )
+                words = f"--exclude {source.name}: none of its {len(source.paths)} images can be read, so no copy of"
+                raise InputError(f"{words} them could be found; {self.folder}/index.csv says why")
 
     def alive(self, before: str = "cluster") -> np.ndarray:
         """Pool rows that no stage before this one has removed, int64 ascending."""
@@ -181,36 +161,28 @@ class Curation:
         return np.flatnonzero(still)
 
     def embed(self, job: str) -> dict:
-        pool = self.alive(before="vehicle")
+        pool = self.alive("vehicle")
         if not len(pool):
             raise InputError(f"no image is left to choose from: {self.folder}/quality.csv says why each was removed")
         rows = np.union1d(pool, np.flatnonzero(self.index.excluded & self.index.readable))
         dtype = pick_precision("auto" if self.device.type == "cuda" else "none", self.device)[0] or torch.float32
         teacher = FrozenTeacher(self.clip[0].to(self.device), self.clip[2], dtype).to(self.device)
-        result = extract_to_file(
-            teacher, WholeImages(self.images, rows, teacher.size, self.index.box), self.device,
-            self.folder / "embeddings", {"job": job}, dtype=np.float16, batch_size=self.args.batch_size,
-            num_workers=2 if self.args.num_workers is None else self.args.num_workers,
-        )  # fmt: skip
+        items = WholeImages(self.images, rows, teacher.size, self.index.box)
+        how = {"dtype": np.float16, "batch_size": self.args.batch_size}
+        how["num_workers"] = 2 if self.args.num_workers is None else self.args.num_workers
+        result = extract_to_file(teacher, items, self.device, self.folder / "embeddings", {"job": job}, **how)
         if result is None:
             return {}
         (count, dim), problems = result
         if problems:
-            raise InputError(
-                f"{len(problems)} images could be read when they were indexed but not now, first "
-                f"{self.images.name(min(problems))}: bring them back, or remove {self.folder}/stages and index again"
-            )
-        x = self.array("embeddings", mmap_mode="r")
-        if not all(np.isfinite(x[start : start + CHUNK]).all() for start in range(0, count, CHUNK)):
-            raise InputError("embeddings are not finite: check --clip_pretrained, or try --device cpu")
+            words = f"{len(problems)} images can no longer be read, first {self.images.name(min(problems))}"
+            raise InputError(f"{words}: bring them back, or remove {self.folder}/stages and index again")
         write_atomic(self.folder / "embedded_rows.npy", lambda f: np.save(f, rows))
         return {"images": count, "dim": dim}
 
     def others(self) -> Removals:
-        """What CLIP takes for no vehicle."""
-        removal, rows = Removals(len(self.index)), self.alive(before="vehicle")
+        removal, rows, (clip, tokenizer, identity) = Removals(len(self.index)), self.alive("vehicle"), self.clip
         if self.prompts:
-            clip, tokenizer, identity = self.clip
             texts = [encode_texts(clip, tokenizer, texts).to(self.device) for texts in self.prompts]
             for part in np.split(rows, range(CHUNK, len(rows), CHUNK)):
                 x = torch.from_numpy(self.embedded.data[self.embedded.place(part)]).to(self.device).float()
@@ -220,26 +192,24 @@ class Curation:
         return removal
 
     def finder(self, cosine: float) -> CopyFinder:
-        aligner = Aligner(self.array("thumbnails", mmap_mode="r"), self.device)
+        aligner = Aligner(np.load(self.folder / "thumbnails.npy", mmap_mode="r"), self.device)
         return CopyFinder(self.index, self.embedded, aligner, self.args.near_bits, cosine, self.args.near_agreement)
 
     def leaks(self) -> Removals:
-        finder = self.finder(self.args.leak_cosine)
-        return finder.leaks(self.alive("leaks"), lambda row: benchmark_of(self.images.name(row)))
+        found = self.finder(self.args.leak_cosine)
+        return found.leaks(self.alive("leaks"), lambda row: benchmark_of(self.images.name(row)))
 
     def duplicates(self) -> Removals:
-        alive, leaked = self.alive("duplicates"), load_removal(self.folder, "leaks").rows
-        finder = self.finder(self.args.near_cosine)
-        return finder.duplicates(alive, leaked, self.args.group_cap, self.args.track_cap)
+        found, leaked = self.finder(self.args.near_cosine), load_removal(self.folder, "leaks").rows
+        return found.duplicates(self.alive("duplicates"), leaked, self.args.group_cap, self.args.track_cap)
 
     def domains(self) -> dict[str, np.ndarray]:
-        """Index rows of the images that get a tree of their own: all, or those of each source, which then cannot crowd
-        out another."""
+        """Index rows of the images that get a tree of their own: all, or those of each source."""
         rows = self.alive()
         if self.args.stratify == "none":
             return {"all": rows}
-        found = {name: rows[self.index.source[rows] == number] for number, name in enumerate(self.index.sources)}
-        return {name: mine for name, mine in found.items() if len(mine)}
+        sources = enumerate(self.index.sources)
+        return {name: mine for i, name in sources if len(mine := rows[self.index.source[rows] == i])}
 
     def cluster(self, job: str) -> dict:
         folder, domains, sizes = Path("clusters", job[:12]), self.domains(), {}
@@ -252,7 +222,6 @@ class Curation:
         return {"images": sum(map(len, domains.values()))} | sizes
 
     def trees(self) -> dict[str, tuple[Tree, np.ndarray]]:
-        """Name -> (tree, index rows of its images)."""
         folder = self.folder / "clusters" / self.stages.records["cluster"]["fingerprint"][:12]
         return {name: load_tree(folder / name) for name in self.domains()}
 
@@ -261,21 +230,21 @@ class Curation:
         trees = self.trees()
         selection, shares = draw_sample(trees, self.args)
         write_atomic(self.folder / "selection.npy", lambda f: np.save(f, selection))
-        clusters = np.full((len(selection), max(len(tree.sizes) for tree, _ in trees.values())), -1, dtype=np.int32)
-        distance = np.zeros(len(selection), dtype=np.float32)
+        clusters = np.full((len(self.index), max(len(tree.sizes) for tree, _ in trees.values())), -1, dtype=np.int32)
+        distance = np.zeros(len(self.index), dtype=np.float32)
         for tree, rows in trees.values():
-            mine = np.isin(selection, rows)
-            place = np.searchsorted(rows, selection[mine])
-            clusters[mine, : len(tree.sizes)], distance[mine] = tree.path()[place], tree.distance[place]
-        extra = {f"cluster{level}": values.tolist() for level, values in enumerate(clusters.T, start=1)}
-        extra["distance"] = [f"{value:.6g}" for value in distance]
+            clusters[rows, : len(tree.sizes)], distance[rows] = tree.path(), tree.distance
+        extra = {f"cluster{level}": values.tolist() for level, values in enumerate(clusters[selection].T, start=1)}
+        extra["distance"] = [f"{value:.6g}" for value in distance[selection]]
         cut_folder = self.stages.records["index"]["fingerprint"][:12]
         written = write_manifest(self.folder, cut_folder, self.images, selection, extra)
         return {"images": len(selection), **{f"from {name}": n for name, n in shares.items()}, "written files": written}
 
 
 def main(args) -> dict:
-    check_args(args)
+    shares = "box_margin near_cosine near_agreement leak_cosine vehicle_threshold near_bits resampling"
+    check_numbers(args, at_least_one="target_size group_cap track_cap batch_size", not_negative=shares)
+    plan_levels(sys.maxsize, args.levels)  # before hours of work: levels that shrink
     return launch(args.device, args.output, lambda device: Curation(args, device).run())
 
 

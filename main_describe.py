@@ -3,25 +3,23 @@
     python main_describe.py --attributes labels.csv --images labels.csv --split train --output texts
     python main_pretrain.py --text_bank texts --kl_weight 0.05 ...
 
-Attributes (a table with whatever columns exist, or the files of VeRi-776, CompCars, StanfordCars) become
-canonical words, fill templates, and are encoded by the frozen teacher. With --images a text stays only if the images
-know it. Embeddings are stored, so that other thresholds cost seconds.
+Attributes (a table with whatever columns exist, or the files of VeRi-776, CompCars, StanfordCars) become words, fill
+templates, and are encoded by the frozen teacher. With --images a text stays only if the images know it.
 """
 
-import argparse
 import time
 from collections import Counter
 from pathlib import Path
 
+from description.texts import SLOTS
 from util.cli import Parser, add_teacher_flags, check_numbers, run_tool
 from util.errors import InputError
 
-SLOTS = ("make", "model", "year", "body", "colour", "view", "doors", "scene", "part")
 FORMATS = ("auto", "table", "veri", "compcars", "stanford")
 TEMPLATES = Path(__file__).parent / "description" / "templates.json"
 
 
-def get_args_parser() -> argparse.ArgumentParser:
+def get_args_parser() -> Parser:
     parser = Parser("main_describe.py", __doc__)
     # fmt: off
     add = parser.add_argument_group("attributes").add_argument
@@ -31,8 +29,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         help=f"columns with names of their own, slots: {', '.join(SLOTS)} (default: by name)")
 
     add = parser.add_argument_group("texts").add_argument
-    add("--templates", default=str(TEMPLATES),
-        help="templates .json, or .txt with one text with {slots} a line (default description/templates.json)")
+    add("--templates", default=str(TEMPLATES), help=".json, or .txt of texts with {slots} (default templates.json)")
     add("--rows_only", action="store_true", help="no words of the template file, only those of the rows (default off)")
     add("--keep_invisible", action="store_true", help="keep texts about length, price, engine power ... (default off)")
     add("--ensemble", action="store_true", help="average each embedding over the file's wordings (default: the first)")
@@ -45,8 +42,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("grounding").add_argument
     add("--images", default=None, help="folder, manifest or packed set of images (default: no grounding)")
-    add("--split", default=None,
-        help="rows with this `split`, of the images and of attribute tables that have the column (default: all)")
+    add("--split", default=None, help="rows with this `split`, of images and of attribute tables (default: all)")
     add("--max_images", default=0, type=int, help="images, evenly spread; 0 for all (default 0)")
     add("--topk", default=5, type=int, help="nearest texts of a kind that an image takes (default 5)")
     add("--n_min", default=3, type=int, help="images that must take a text (default 3)")
@@ -68,51 +64,42 @@ if __name__ == "__main__":
 
 from datasets.path_list import list_images
 from description.bank import Candidates, encode, ground_candidates, write_bank
-from description.texts import fill, invisible_reason, read_rows, read_templates
+from description.readers import read_rows
+from description.texts import fill, invisible_reason, read_templates
 from models_teacher import load_teacher
 from util.dist import pick_device
 
 
-def check_args(args) -> dict[str, str]:
-    """Refuse contradictions among flags; returns {slot: column} of --column."""
-    limits = "max_texts max_per_make max_images num_workers"
+def main(args) -> dict:
+    started, facts, columns, limits = time.perf_counter(), {}, {}, "max_texts max_per_make max_images num_workers"
     check_numbers(args, at_least_one="topk n_min batch_size", not_negative=limits)
     for name in ("hub_share", "dedup_cos"):
         if not 0 < getattr(args, name) <= 1:
             raise InputError(f"--{name} {getattr(args, name)}: must be above 0 and at most 1")
-    columns = {}
     for pair in args.column:
-        slot, sign, name = pair.partition("=")
+        slot, sign, columns[slot] = pair.partition("=")
         if not sign or slot not in (*SLOTS, "class_name"):
             raise InputError(f"--column {pair}: write SLOT=NAME with a slot of {', '.join(SLOTS)}, class_name")
-        columns[slot] = name
-    return columns
-
-
-def main(args) -> dict:
-    started, facts = time.perf_counter(), {}
-    columns, templates = check_args(args), read_templates(Path(args.templates))
+    templates = read_templates(Path(args.templates))
     texts = fill(templates, read_rows(args, columns, templates, facts), use_words=not args.rows_only)
     facts["candidates"] = len(texts)
     if len(texts) < 2:
         raise InputError(f"the attributes give {len(texts)} texts and a bank needs 2: add rows, columns or templates")
     candidates = Candidates(texts)
-    if not args.keep_invisible:
-        reasons = {i: reason for i, text in enumerate(texts) if (reason := invisible_reason(text))}
-        candidates.drop({i: ("invisible", reason) for i, reason in reasons.items()})
-    device = pick_device(args.device)
-    paths = list_images(args.images, args.split) if args.images else None
+    hidden = {} if args.keep_invisible else {i: invisible_reason(text) for i, text in enumerate(texts)}
+    candidates.drop({i: ("invisible", reason) for i, reason in hidden.items() if reason})
+    device, paths = pick_device(args.device), list_images(args.images, args.split) if args.images else None
     if paths is not None and len(paths) < args.n_min:
         raise InputError(f"--images {args.images} lists {len(paths)} images, fewer than --n_min {args.n_min}")
-    clip, tokenizer, identity = load_teacher(args)
-    teacher = clip.to(device), tokenizer, identity
+    clip, *others = load_teacher(args)
+    teacher = clip.to(device), *others
     encode(args, candidates, templates, teacher, facts)
     if paths is not None:
         ground_candidates(args, candidates, paths, teacher, facts)
     facts["kept"] = len(candidates.texts)
     facts |= {f"removed_{r}": n for r, n in Counter(row["reason"] for row in candidates.removed).items()}
     facts["seconds"] = time.perf_counter() - started
-    write_bank(args, candidates, templates, identity, facts, paths)
+    write_bank(args, candidates, templates, teacher[2], facts, paths)
     return facts
 
 

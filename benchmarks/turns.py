@@ -112,9 +112,7 @@ def mixture(args: dict) -> np.ndarray:
 
 def cluster(args: dict) -> Turn:
     """Our k-means from random rows."""
-    from curation.hierarchy import step_rng
-    from curation.kmeans import kmeans
-    from curation.rows import Rows
+    from curation.kmeans import Rows, kmeans, step_rng
 
     x = mixture(args)
 

@@ -1,8 +1,7 @@
 """Copies of one picture within the pool, and copies of benchmark pictures.
 
-Perceptual hashes and embeddings only propose pairs: cropping a few percent moves a quarter of the bits of a hash, and
-CLIP puts another car of the same model as near as the crop. Only the pixels tell, once the crop is undone. They are
-compared tile by tile, because another car in front of the same wall shares most of its pixels.
+Perceptual hashes and embeddings only propose pairs: CLIP puts another car of the same model as near as a crop of the
+photo. Only the pixels tell, once the crop is undone; tile by tile: another car before the same wall shares most.
 """
 
 import itertools
@@ -14,10 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from curation.filters import Removals
-from curation.hierarchy import members_by_cluster, step_rng
 from curation.index import SIDE, Index
-from curation.kmeans import assign_block, kmeans
-from curation.rows import Embedded, Rows
+from curation.kmeans import Embedded, Rows, assign_block, kmeans, members_by_cluster, step_rng
 
 PAIR = np.dtype([("first", np.int64), ("second", np.int64), ("value", np.float32)])  # alike images, and how alike
 ALL_WITH_ALL = 20_000  # images that are compared with all others; beyond, with those of the nearest cells
@@ -45,7 +42,7 @@ def as_pairs(first, second, value=0) -> np.ndarray:
     return pairs
 
 
-def once(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def unordered(pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Take pairs within one set once each, first < second, and tell [P] bool whether they hold in both directions."""
     low, high = np.minimum(pairs["first"], pairs["second"]), np.maximum(pairs["first"], pairs["second"])
     _, place, counts = np.unique(low * (high.max(initial=0) + 1) + high, return_index=True, return_counts=True)
@@ -66,16 +63,15 @@ def neighbourhoods(data: np.ndarray, queries: np.ndarray, base: np.ndarray, devi
     some = np.sort(rng.choice(len(base), min(len(base), 100 * k), replace=False))
     centres = kmeans(rows.subset(some), k, iterations=5, rng=rng).centroids
     around = (centres @ centres.t()).topk(min(NEAR_CELLS, k), dim=1).indices.tolist()
-    theirs, ours = (cells_of(x, centres) for x in (rows, Rows(data, device, queries, True)))
+
+    def cells_of(rows: Rows) -> list[np.ndarray]:
+        nearest = np.concatenate([assign_block(x, centres, unit=True)[0].cpu().numpy() for _, x in rows.chunks()])
+        places, offsets = members_by_cluster(nearest, k)
+        return np.split(places, offsets[1:-1])
+
+    theirs, ours = cells_of(rows), cells_of(Rows(data, device, queries, True))
     for cell, places in enumerate(ours):
         yield places, np.concatenate([theirs[near] for near in around[cell]])
-
-
-def cells_of(rows: Rows, centres: torch.Tensor) -> list[np.ndarray]:
-    """Places of the rows that are nearest to each centre."""
-    nearest = np.concatenate([assign_block(x, centres, unit=True)[0].cpu().numpy() for _, x in rows.chunks()])
-    places, offsets = members_by_cluster(nearest, len(centres))
-    return np.split(places, offsets[1:-1])
 
 
 def _unit(x: torch.Tensor) -> torch.Tensor:
@@ -110,8 +106,7 @@ class Aligner:
 
     def agreement(self, first: np.ndarray, second: np.ndarray) -> np.ndarray:
         """How well the pictures of each pair [P] agree once one of them is cut and mirrored to fit the other: the
-        correlation that three quarters of the tiles with texture reach; [P] float32, 0 where they do not roughly fit.
-        """
+        correlation that three quarters of the tiles with texture reach, [P] float32; 0 where they do not nearly fit."""
         found = [np.zeros(0, dtype=np.float32)]
         for start in range(0, len(first), BLOCK):
             pair = (self.thumbnails[rows[start : start + BLOCK]] for rows in (first, second))
@@ -168,9 +163,8 @@ class Aligner:
 
 @dataclass(frozen=True)
 class CopyFinder:
-    """Finds near copies among the images of an index: the agreement of their pixels is at least `agreement`; or it is
-    at least 0.8 and at most `bits` of their hashes differ, or their embeddings have at least `cosine` and are among
-    each other's nearest (within one list)."""
+    """Finds near copies: the agreement of their pixels is at least `agreement`; or it is at least 0.8 and their hashes
+    differ in at most `bits`, or their embeddings have at least `cosine` and are among each other's nearest."""
 
     index: Index
     embedded: Embedded
@@ -209,7 +203,7 @@ class CopyFinder:
         hashed, alike = self.candidates(first, second)
         both_ways = np.ones(len(alike), dtype=bool)
         if first is second:
-            (hashed, _), (alike, both_ways) = once(hashed), once(alike)
+            (hashed, _), (alike, both_ways) = unordered(hashed), unordered(alike)
         near = (alike["value"] >= self.cosine) & both_ways
         for pairs in (hashed, alike):
             pairs["value"] = self.aligner.agreement(first[pairs["first"]], second[pairs["second"]])
@@ -217,12 +211,8 @@ class CopyFinder:
         return np.concatenate([hashed[hashed["value"] >= FLOOR], alike[near]])
 
     def leaks(self, alive: np.ndarray, benchmark_of: Callable[[int], str | None]) -> Removals:
-        """Remove pool rows that are a picture of an excluded source: the same bytes, the same pixels, or near; and rows
-        whose path says that they are a test image of a known benchmark.
-
-        Args:
-            alive: [n] int64 pool rows still in. benchmark_of: row -> the benchmark whose test split it lies in, if any.
-        """
+        """Remove pool rows ([n] int64) that are a picture of an excluded source, by bytes, pixels or nearly; and rows
+        whose path says that they are a test image of a known benchmark (`benchmark_of`: row -> which, if any)."""
         index, out = self.index, Removals(len(self.index))
         for row in alive.tolist():
             if name := benchmark_of(row):
@@ -240,9 +230,7 @@ class CopyFinder:
             hit = index.excluded[of]
             add(reason, alive[hit], of[hit], np.ones(hit.sum()))
         rest = out.left_of(alive)
-        pairs = self.near_pairs(rest, excluded)
-        pairs = pairs[np.lexsort((-pairs["value"], pairs["first"]))]
-        pairs = pairs[np.unique(pairs["first"], return_index=True)[1]]  # the best match of each
+        pairs = _best_of_each(self.near_pairs(rest, excluded))
         add("near (agreement)", rest[pairs["first"]], excluded[pairs["second"]], pairs["value"])
         return out
 
@@ -264,15 +252,12 @@ class CopyFinder:
         pairs = self.near_pairs(rest, rest)
         is_leaked = np.isin(rest, leaked)
         hits = both_directions(pairs)
-        hits = hits[is_leaked[hits["first"]] & ~is_leaked[hits["second"]]]
-        hits = hits[np.lexsort((-hits["value"], hits["second"]))]
-        hits = hits[np.unique(hits["second"], return_index=True)[1]]  # the most alike leak of each
-        gone = hits["second"]
-        out.add("copy of a leaked picture (agreement)", rest[gone], rest[hits["first"]], hits["value"])
+        hits = _best_of_each(hits[~is_leaked[hits["first"]] & is_leaked[hits["second"]]])
+        out.add("copy of a leaked picture (agreement)", rest[hits["first"]], rest[hits["second"]], hits["value"])
         inside = ~is_leaked
-        inside[gone] = False
+        inside[hits["first"]] = False
         largest_first = np.lexsort((rest, -index.width[rest].astype(np.int64) * index.height[rest]))
-        of, likeness = stars(largest_first, pairs[inside[pairs["first"]] & inside[pairs["second"]]], group_cap)
+        of, likeness = choose_keepers(largest_first, pairs[inside[pairs["first"]] & inside[pairs["second"]]], group_cap)
         gone = of != np.arange(len(rest))
         out.add("near copy (agreement)", rest[gone], rest[of[gone]], likeness[gone])
         surplus = beyond_tracks(index, out.left_of(alive), track_cap)
@@ -286,13 +271,19 @@ def _first_of_each(keys: np.ndarray) -> np.ndarray:
     return first[inverse.reshape(-1)]
 
 
+def _best_of_each(pairs: np.ndarray) -> np.ndarray:
+    """The pair of the largest value of each `first`."""
+    pairs = pairs[np.lexsort((-pairs["value"], pairs["first"]))]
+    return pairs[np.unique(pairs["first"], return_index=True)[1]]
+
+
 def both_directions(pairs: np.ndarray) -> np.ndarray:
     return np.concatenate([pairs, as_pairs(pairs["second"], pairs["first"], pairs["value"])])
 
 
-def stars(order: np.ndarray, pairs: np.ndarray, cap: int) -> tuple[np.ndarray, np.ndarray]:
-    """Choose which images go, and which one stays for each: every image that goes is itself alike to the one that
-    stays, so that a chain of small steps (a surveillance track) does not end as one image.
+def choose_keepers(order: np.ndarray, pairs: np.ndarray, cap: int) -> tuple[np.ndarray, np.ndarray]:
+    """Choose which images stay: whatever goes is itself alike to the one that stays for it, so that a chain of small
+    steps (a surveillance track) does not end as one image.
 
     Args:
         order: [n] int64, images in order of preference: one stays unless an earlier one that stays stands for it.
@@ -318,13 +309,11 @@ def stars(order: np.ndarray, pairs: np.ndarray, cap: int) -> tuple[np.ndarray, n
 def beyond_tracks(index: Index, rows: np.ndarray, cap: int) -> np.ndarray:
     """Return those of `rows` that go so that at most `cap` of each (identity, camera) stay, evenly spaced."""
     known = rows[(index.identity[rows] >= 0) & (index.camera[rows] >= 0)]
-    if not len(known):
-        return known
-    tracks = np.stack([index.identity[known], index.camera[known]], axis=1)
-    _, track, counts = np.unique(tracks, axis=0, return_inverse=True, return_counts=True)
-    order, offsets = members_by_cluster(track.reshape(-1), len(counts))
-    gone = []
-    for frames in np.split(known[order], offsets[1:-1]):
+    tracks: dict[tuple, list[int]] = {}
+    for row, *track in zip(known.tolist(), index.identity[known].tolist(), index.camera[known].tolist()):
+        tracks.setdefault(tuple(track), []).append(row)
+    gone = [rows[:0]]
+    for frames in tracks.values():
         kept = min(len(frames), cap)
         gone.append(np.delete(frames, -(-np.arange(kept) * len(frames) // kept)))  # each begins an equal stretch
     return np.sort(np.concatenate(gone))

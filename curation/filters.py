@@ -16,11 +16,8 @@ PROMPTS = Path(__file__).with_name("prompts.json")
 
 
 class Removals:
-    """Why rows of an index of `count` rows go; the first reason found for a row stays.
-
-    reason: [count] int16 into `reasons` (-1: stays); of: [count] int64, the row that stands for it (-1: none); value:
-    [count] float32, what was measured (meaning as the reason says).
-    """
+    """Why rows of an index go; the first reason found for a row stays. reason: [count] int16 into `reasons` (-1: none);
+    of: [count] int64, the row that stands for it (-1: none); value: [count] float32, what was measured."""
 
     def __init__(self, count: int):
         self.reasons: list[str] = []
@@ -47,15 +44,13 @@ class Removals:
 
     def save(self, folder: Path, name: str, path_of) -> dict[str, int]:
         """Write NAME.npz for later stages and NAME.csv for people; path_of: row -> its path; -> counts by reason."""
-        rows = self.rows
+        rows, table = self.rows, [["row", "path", "reason", "of", "value"]]
         arrays = {"rows": rows, "reason": self.reason[rows], "of": self.of[rows], "value": self.value[rows]}
-        table = [["row", "path", "reason", "of", "value"]]
         for row, reason, of, value in zip(*(values.tolist() for values in arrays.values())):
-            other = path_of(of) if of >= 0 else ""
-            table.append([row, path_of(row), self.reasons[reason], other, f"{value:.4g}"])
+            table.append([row, path_of(row), self.reasons[reason], path_of(of) if of >= 0 else "", f"{value:.4g}"])
         write_atomic(folder / f"{name}.csv", lambda f: f.write(csv_bytes(table)))
-        reasons = np.array(self.reasons, dtype=np.str_)
-        write_atomic(folder / f"{name}.npz", lambda f: np.savez(f, **arrays, reasons=reasons))
+        arrays["reasons"] = np.array(self.reasons, dtype=np.str_)
+        write_atomic(folder / f"{name}.npz", lambda f: np.savez(f, **arrays))
         found = Counter(self.reasons[reason] for reason in arrays["reason"])
         return {"removed": len(rows)} | {name: found[name] for name in self.reasons if found[name]}
 
@@ -92,11 +87,7 @@ def read_prompts(file: str | Path | None) -> tuple[list[str], list[str]]:
 
 
 def vehicle_probability(x: torch.Tensor, wanted: torch.Tensor, other: torch.Tensor, tau: float) -> torch.Tensor:
-    """Give CLIP's probability (Radford et al., 2021, Sec. 3.1) of the best wanted prompt against the best of the
-    others: one speaks for each side, so that the numbers of prompts do not matter.
-
-    Args:
-        x: [n, D] embeddings; wanted, other: [T, D] unit rows; tau: the teacher's temperature.
-    """
+    """[n] CLIP's probability (Radford et al., 2021, Sec. 3.1) of the best wanted prompt against the best of the others.
+    x: [n, D] embeddings; wanted, other: [T, D] unit rows; tau: the teacher's temperature."""
     best = [(F.normalize(x, dim=1) @ texts.t() / tau).amax(dim=1) for texts in (wanted, other)]
     return (best[0] - best[1]).sigmoid()

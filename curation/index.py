@@ -1,11 +1,14 @@
-"""Every image of every source is opened once: index.csv and thumbnails.npy; in the end some rows are manifest.csv."""
+"""Where a pool comes from (named folders, manifests, packed sets as one numbered list), and its index: every image is
+opened once, for index.csv and thumbnails.npy; in the end some rows are manifest.csv."""
 
 import csv
 import hashlib
 import io
 import math
 import os
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,15 +16,17 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from curation.sources import JoinedImages
 from datasets.images import open_rgb, read_bytes
-from datasets.path_list import PackedImages
-from util.dist import is_main_process
+from datasets.path_list import PackedImages, PathList, check_first_exist, list_images, printable
+from datasets.tables import cell, iterate_table
+from util.dist import is_main_process, print_main
 from util.errors import InputError
 from util.files import read_arrays, write_atomic
 from util.parallel import Parts, map_in_order, shared, worker_pool
 from util.progress import Progress
 
+TEST_SPLITS = ("val", "dev", "test", "query", "gallery", "probe")  # beginnings of a split's name
+COLUMNS = {"identity": "pid", "camera": "camid", "box": "box"}  # what a manifest may say of an image: default column
 FIELDS = (
     "source", "role", "path", "identity", "camera", "bytes", "width", "height", "box", "sha256", "pixels",
     "phash", "brightness", "contrast", "sharpness", "problem",
@@ -33,6 +38,101 @@ PART_IMAGES = 4096
 BLOCK_ROWS = 65_536  # rows of the table that are Python objects at a time
 # [8, 32] the lowest rows of the cosine transform (type II) without the constant one
 COSINES = np.cos(np.pi * np.arange(1, 9)[:, None] * (2 * np.arange(SIDE)[None] + 1) / (2 * SIDE))
+
+
+@dataclass
+class Source:
+    """One `--pool` or `--exclude`. role: "pool" or "exclude"; columns: texts of a manifest's columns by their meaning;
+    left_out: rows that the manifest's column `split` puts on the other side."""
+
+    name: str
+    role: str
+    paths: PathList | PackedImages
+    columns: dict[str, PathList] = field(default_factory=dict)
+    left_out: int = 0
+
+
+class JoinedImages:
+    """The images of all sources under running numbers; item i is what `open_rgb` opens."""
+
+    def __init__(self, sources: list[Source]):
+        self.sources = sources
+        self.ends = np.cumsum([len(source.paths) for source in sources])
+
+    def __len__(self) -> int:
+        return int(self.ends[-1])
+
+    def locate(self, number: int) -> tuple[Source, int]:
+        """Return the source and the place in it."""
+        source = int(np.searchsorted(self.ends, number, side="right"))
+        return self.sources[source], number - (int(self.ends[source - 1]) if source else 0)
+
+    def __getitem__(self, number: int):
+        source, index = self.locate(number)
+        return source.paths[index]
+
+    def text(self, number: int, column: str) -> str:
+        """Return a manifest's value, or ''."""
+        source, index = self.locate(number)
+        return source.columns[column].relative(index) if column in source.columns else ""
+
+    def name(self, number: int) -> str:
+        """Return the absolute path of a file; for a packed image the folder and the name it had."""
+        source, index = self.locate(number)
+        return str(Path(source.paths.root).absolute() / source.paths.relative(index))
+
+    def fingerprint(self) -> list[list[str]]:
+        """Identify what the sources list, in their order: rows of the index are numbered by it."""
+        return [
+            [source.role, source.name, str(Path(source.paths.root).absolute()), source.paths.sha256()]
+            + [f"{name} {source.columns[name].sha256()}" for name in sorted(source.columns)]
+            for source in self.sources
+        ]
+
+
+def open_sources(pools: list[str], excludes: list[str], column_names: dict[str, str]) -> JoinedImages:
+    """Read `NAME=PATH` flags; column_names: the manifests' columns of the meanings `identity`, `camera` and `box`. Of a
+    manifest with a column `split`, a pool takes all rows but validation and test ones, an exclusion all but `train`."""
+    sources: list[Source] = []
+    for role, spec in [*(("pool", spec) for spec in pools), *(("exclude", spec) for spec in excludes)]:
+        given, _, path = spec.partition("=")
+        if not given or not path:
+            raise InputError(f"--{role} {spec}: write NAME=PATH, for example cars=/data/cars")
+        name = re.sub(r"[^\w.+ -]", "_", given).lstrip(". -")[:60].rstrip() or "_"
+        if given != name:  # names become folders, columns and headings
+            print_main(f"--{role} {printable(given)!r}: it is called {name} here")
+        if any(other.name == name and other.role == role for other in sources):
+            raise InputError(f"--{role} {name} is given twice: choose another name for {path}")
+        sources.append(_open(name, role, Path(path), column_names))
+    for column, name in column_names.items():
+        if name != COLUMNS[column] and not any(column in source.columns for source in sources):
+            raise InputError(f"--{column}_column {name}: no manifest of --pool or --exclude has values in it")
+    return JoinedImages(sources)
+
+
+def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Source:
+    if not path.exists():
+        raise InputError(f"--{role} {name}={path} does not exist: give a folder, a manifest or a packed set")
+    if path.is_dir():
+        if role == "exclude" and (path / "train").is_dir():
+            raise InputError(f"--exclude {name}={path} holds a folder train/: give the folder of its test images")
+        return Source(name, role, list_images(path))
+    rows, left_out = [], 0
+    for row in iterate_table(path):
+        split = cell(row, "split").lower()
+        if split.startswith(TEST_SPLITS) if role == "pool" else split == "train":
+            left_out += 1
+            continue
+        if isinstance(box := row.get(column_names["box"]), list):
+            row[column_names["box"]] = " ".join(map(str, box))
+        rows.append([row["path"], *(cell(row, column) for column in column_names.values())])
+    if not rows:
+        side = "validation or test" if role == "pool" else "training"
+        raise InputError(f"--{role} {name}={path}: all {left_out} rows are {side} rows by their column 'split'")
+    files, *texts = zip(*rows)
+    check_first_exist(paths := PathList(path.parent, files), path)
+    columns = {column: PathList(Path(), values) for column, values in zip(column_names, texts) if any(values)}
+    return Source(name, role, paths, columns, left_out)
 
 
 class Index(SimpleNamespace):
@@ -57,19 +157,18 @@ def build_index(images: JoinedImages, folder: Path, job: dict, margin: float, wo
         for start in parts.todo:
             numbers = range(start, parts.stop(start))
             rows, thumbnails = zip(*map_in_order(pool, _measure_chunk, numbers, workers))
-            table = np.frombuffer(csv_bytes(rows), dtype=np.uint8)
-            arrays = {"table": table, "thumbnails": np.stack(thumbnails)}
+            arrays = {"table": np.frombuffer(csv_bytes(rows), dtype=np.uint8), "thumbnails": np.stack(thumbnails)}
             write_atomic(parts.file(start), lambda opened, arrays=arrays: np.savez(opened, **arrays))
             progress.update(progress.done + len(rows))
     progress.close()
     if parts.complete():
-        done = [read_arrays(parts.file(start)) for start in parts.starts]
-        for start in [start for start, part in zip(parts.starts, done) if part is None]:
-            parts.file(start).unlink()
-        if any(part is None for part in done):
+        done = {start: read_arrays(parts.file(start)) for start in parts.starts}
+        if damaged := [start for start, part in done.items() if part is None]:
+            for start in damaged:
+                parts.file(start).unlink()
             raise InputError(f"parts of {parts.folder} were damaged and are removed: run the same command again")
-        thumbnails = np.concatenate([part["thumbnails"] for part in done])
-        table = b"".join([csv_bytes([FIELDS]), *(part["table"].tobytes() for part in done)])
+        thumbnails = np.concatenate([part["thumbnails"] for part in done.values()])
+        table = b"".join([csv_bytes([FIELDS]), *(part["table"].tobytes() for part in done.values())])
         write_atomic(folder / "thumbnails.npy", lambda opened: np.save(opened, thumbnails))
         write_atomic(folder / "index.csv", lambda opened: opened.write(table))
         parts.remove()
@@ -100,8 +199,7 @@ def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[lis
         image = open_rgb(io.BytesIO(data))
         if box := images.text(number, "box"):
             cut = parse_box(box, *image.size, margin)
-            image = image.crop(cut)
-            row["box"] = " ".join(map(str, cut))
+            image, row["box"] = image.crop(cut), " ".join(map(str, cut))
         grey = image.convert("L")
         thumbnail = np.asarray(grey.resize((SIDE, SIDE), Image.Resampling.BOX))
         grey.thumbnail((256, 256), Image.Resampling.BOX)
@@ -117,11 +215,7 @@ def measure_image(images: JoinedImages, number: int, margin: float) -> tuple[lis
 
 def parse_box(text: str, width: int, height: int, margin: float) -> tuple[int, int, int, int]:
     """Read `left upper right lower` in px (spaces, commas or semicolons), grow it by `margin` of its size on each side
-    and cut it to the picture.
-
-    Raises:
-        ValueError: not four numbers, or nothing of the box lies in the picture.
-    """
+    and cut it to the picture; ValueError: not four numbers, or nothing of the box lies in the picture."""
     numbers = [float(part) for part in text.replace(",", " ").replace(";", " ").strip("[]() ").split()]
     if len(numbers) != 4 or not all(map(math.isfinite, numbers)):
         raise ValueError(f"the box '{text}' is not four numbers, left upper right lower")
@@ -160,42 +254,33 @@ def load_index(file: Path) -> Index:
     rows, blocks = read_rows(file), []
     while block := list(islice(rows, BLOCK_ROWS)):
         blocks.append(_columns(block, known))
-    columns = {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
-    return Index(sources=list(known["source"]), **columns)
+    return Index(sources=list(known["source"]), **{k: np.concatenate([each[k] for each in blocks]) for k in blocks[0]})
 
 
 def _columns(rows: list[dict[str, str]], known: dict[str, dict[str, int]]) -> dict[str, np.ndarray]:
     def hashes(name: str) -> np.ndarray:
         return np.array([[int(row[name][i : i + 16] or "0", 16) for i in (0, 16)] for row in rows], dtype=np.uint64)
 
-    columns: dict[str, np.ndarray] = {
+    columns = {
         "excluded": np.array([row["role"] == "exclude" for row in rows]),
         "readable": np.array([not row["problem"] for row in rows]),
-        "phash": hashes("phash")[:, 0],
         "box": np.array([row["box"].split() or (0, 0, 0, 0) for row in rows], dtype=np.int32),
-        "file_hash": hashes("sha256"),
-        "pixel_hash": hashes("pixels"),
-    }
+        "phash": hashes("phash")[:, 0], "file_hash": hashes("sha256"), "pixel_hash": hashes("pixels"),
+    }  # fmt: skip
     for column, numbers in known.items():  # the same id in two sources is two vehicles
         prefixes = ["" if column == "source" else row["source"] + "\0" for row in rows]
         keys = [row[column] and prefix + row[column] for prefix, row in zip(prefixes, rows)]
         columns[column] = np.array([numbers.setdefault(key, len(numbers)) if key else -1 for key in keys], np.int32)
-    return columns | {
-        name: np.array([float(row[name] or 0) for row in rows], dtype=dtype) for name, dtype in MEASURED.items()
-    }
+    measured = {name: [float(row[name] or 0) for row in rows] for name in MEASURED}
+    return columns | {name: np.array(values, dtype=MEASURED[name]) for name, values in measured.items()}
 
 
 def write_manifest(folder: Path, cut_folder: str, images: JoinedImages, selection: np.ndarray, extra: dict) -> int:
     """Write folder/manifest.csv, one row a selected image in the order of the index.
 
-    Images that have no file of their own, or of which a box is wanted, are written to folder/images as they will be
-    trained on (packed images byte for byte, boxes as JPEG of quality 95); all others stay where they are.
-
-    Args:
-        cut_folder: name of the folder in folder/images, another one for another index.
-        selection: [n] int64 index rows, ascending. extra: further columns, n values each.
-    Returns:
-        How many images were written.
+    Images that have no file of their own, or of which a box is wanted, are written to folder/images/cut_folder as they
+    will be trained on (packed images byte for byte, boxes as JPEG of quality 95); all others stay where they are.
+    selection: [n] int64 index rows, ascending; extra: further columns; -> how many images were written.
     """
     table, written, rows = [[*MANIFEST, *extra]], 0, enumerate(read_rows(folder / "index.csv"))
     for wanted, *values in zip(selection.tolist(), *extra.values()):
@@ -203,12 +288,12 @@ def write_manifest(folder: Path, cut_folder: str, images: JoinedImages, selectio
         (source, index), box = images.locate(wanted), row["box"]
         if box or isinstance(source.paths, PackedImages):
             file, encoded = folder / "images" / cut_folder / source.name / f"{wanted:09d}.jpg", io.BytesIO()
-            if box and not file.is_file():
-                cut = open_rgb(source.paths[index]).crop(tuple(map(int, box.split())))
-                cut.save(encoded, "JPEG", quality=95, subsampling=0)
-            elif not file.is_file():
-                encoded.write(source.paths.read(index))
             if not file.is_file():
+                if box:
+                    cut = open_rgb(source.paths[index]).crop(tuple(map(int, box.split())))
+                    cut.save(encoded, "JPEG", quality=95, subsampling=0)
+                else:
+                    encoded.write(source.paths.read(index))
                 write_atomic(file, lambda opened, encoded=encoded: opened.write(encoded.getvalue()))
             row |= {"path": str(file.relative_to(folder)), "box": ""}  # it is cut already
             written += 1

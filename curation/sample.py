@@ -6,8 +6,7 @@ Trees and their images are dicts by name: "all", or a tree of its own for each s
 import numpy as np
 import torch
 
-from curation.hierarchy import Tree, lowest_of_each, members_by_cluster, step_rng
-from curation.rows import Embedded, Rows
+from curation.kmeans import Embedded, Rows, Tree, lowest_of_each, members_by_cluster, step_rng
 from util.errors import InputError
 
 MAX_ROWS = 500_000  # rows that are counted
@@ -16,10 +15,8 @@ NET_ROWS = 10_000  # rows the cells are found on
 
 def water_fill(sizes: np.ndarray, target: int, rng: np.random.Generator) -> np.ndarray:
     """Share `target` as equally as the sizes [J] int64 allow: share_j = min(level, size_j), their sum exactly the
-    target, or that of the sizes if it is smaller.
-
-    What the integer level leaves over goes, one each, to random clusters that still have more.
-    """
+    target, or that of the sizes if it is smaller; what the integer level leaves over goes, one each, to random clusters
+    that still have more."""
     sizes = np.asarray(sizes, dtype=np.int64)
     if target >= sizes.sum():
         return sizes.copy()
@@ -58,29 +55,22 @@ def sample_tree(tree: Tree, target: int, *, seed: int, how: str = "random", tree
 def draw_sample(trees: dict[str, tuple[Tree, np.ndarray]], args) -> tuple[np.ndarray, dict[str, int]]:
     """Draw exactly --target_size images, as many of each tree as of the others where its size allows.
 
-    Args:
-        trees: name -> (tree, index rows of its images). args: reads target_size, seed, sample.
-    Returns:
-        ([n] int64 index rows, ascending; how many of each tree).
+    trees: name -> (tree, index rows of its images). -> ([n] int64 index rows, ascending; how many of each tree).
     """
     sizes = np.array([len(rows) for _, rows in trees.values()], dtype=np.int64)
     if args.target_size > sizes.sum():
         raise InputError(f"--target_size {args.target_size}: {sizes.sum()} images are left; lower it, or add pools")
     shares = dict(zip(trees, water_fill(sizes, args.target_size, step_rng(args.seed, 4000)).tolist()))
-    chosen = [
-        rows[sample_tree(tree, shares[name], seed=args.seed, how=args.sample, tree_number=number)]
-        for number, (name, (tree, rows)) in enumerate(trees.items())
-    ]
+    chosen = []
+    for number, (name, (tree, rows)) in enumerate(trees.items()):
+        chosen.append(rows[sample_tree(tree, shares[name], seed=args.seed, how=args.sample, tree_number=number)])
     return np.sort(np.concatenate(chosen)), shares
 
 
 def balance(sizes: np.ndarray) -> dict[str, float]:
-    """Tell how evenly a set is spread over clusters or cells of these sizes [K].
-
-    Returns:
-        gini (0: all equal), entropy (normalised by log K, 1: all equal), effective (exp of the entropy: as many equal
-        clusters would have it), coverage (share of clusters hit), top_share (images in the largest 1% of clusters).
-    """
+    """Tell how evenly a set is spread over cells of these sizes [K]: gini (0: all equal), entropy (normalised by log K,
+    1: all equal), effective (exp of the entropy: as many equal cells would have it), coverage (share of cells hit),
+    top_share (images in the largest 1% of cells)."""
     sizes = np.sort(np.asarray(sizes, dtype=np.float64))
     K, total = len(sizes), sizes.sum()
     p = sizes[sizes > 0] / total
@@ -101,11 +91,9 @@ def tail_coverage(pool_sizes: np.ndarray, chosen_sizes: np.ndarray) -> float:
     return float((chosen_sizes[tail] > 0).mean())
 
 
-def judge(
-    embedded: Embedded, domains: dict[str, np.ndarray], selection: np.ndarray, device: torch.device, seed: int
-) -> tuple[dict[str, dict[str, float]], dict[str, np.ndarray]]:
-    """Compare pool, random draw and selection on cells of equal radius (about one for 20 images, 10 to 1,000), found in
-    each domain by itself, which played no part in the choice.
+def judge(embedded: Embedded, domains: dict, selection: np.ndarray, device: torch.device, seed: int) -> tuple:
+    """Compare pool, random draw and selection on cells of equal radius (about one for 20 images, 10 to 1,000), which
+    played no part in the choice.
 
     Args:
         domains: index rows that could have been chosen, by tree. selection: int64 index rows that were.
@@ -126,21 +114,14 @@ def judge(
         for name, mine in zip(sizes, (rows, drawn, chosen)):
             sizes[name].append(np.bincount(cell[np.isin(rows, mine)], minlength=len(centres)))
     sizes = {name: np.concatenate(parts) for name, parts in sizes.items()}
-    return {
-        name: balance(of) | {"tail_coverage": tail_coverage(sizes["pool"], of)} for name, of in sizes.items()
-    }, sizes
+    numbers = {name: balance(of) | {"tail_coverage": tail_coverage(sizes["pool"], of)} for name, of in sizes.items()}
+    return numbers, sizes
 
 
 def cell_centres(x: torch.Tensor, wanted: int, rng: np.random.Generator) -> torch.Tensor:
-    """Find centres of about `wanted` cells of equal radius: rows in random order, each no nearer than the radius to
-    those before (a greedy net). Clusters of k-means hold about equally many rows, so that a random draw looks even on
-    them; cells hold as many as there are.
-
-    Args:
-        x: [n, D] unit vectors. wanted: from 1 to n.
-    Returns:
-        [K, D], K within a tenth of `wanted` where a radius gives that.
-    """
+    """Find centres of about `wanted` cells of equal radius: rows of x in random order, each no nearer than the radius
+    to those before (a greedy net). Clusters of k-means hold about equally many rows, so that a random draw looks even
+    on them. x: [n, D] unit vectors; wanted: 1 to n; -> [K, D], K within a tenth of `wanted` where a radius does so."""
     x = x[torch.from_numpy(rng.permutation(len(x))).to(x.device)]
     low, high, best = -1.0, 1.0, x[:1]
     for _ in range(20):

@@ -19,9 +19,7 @@ class Stages:
     def __init__(self, folder: Path):
         self.root, self.folder, self.fingerprint, self.records = folder, folder / "stages", "", {}
 
-    def run(
-        self, name: str, settings: dict, work: Callable[[str], dict], files: str = "", shared: bool = False
-    ) -> dict:
+    def run(self, name: str, settings: dict, work: Callable[[str], dict], files: str = "", shared: bool = False):
         """Do the stage or recall it, and return its counts.
 
         Args:

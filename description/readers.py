@@ -1,16 +1,14 @@
-"""Attribute files of datasets -> raw rows: one dict of values by slot a row.
-
-Formats: a table (.csv .tsv .jsonl, any columns), VeRi-776, CompCars and StanfordCars class names.
-"""
+"""Attribute files (tables of any columns, VeRi-776, CompCars, StanfordCars) -> rows of values by slot."""
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 from datasets.attr import veri_items
 from datasets.fgvc import read_cell_strings
 from datasets.tables import cell, iterate_table, split_name
-from description.canonical import TABLE, column_key, slot_of
+from description.texts import INVISIBLE, SLOTS, TABLE, Templates, canonical_row, column_key, read_text, slot_of
 from util.errors import InputError
 
 Rows = Iterator[dict[str, str]]
@@ -18,14 +16,33 @@ SIGNS = {"train_label.xml": "veri"} | dict.fromkeys(("misc/attributes.txt", "att
 SIGNS |= dict.fromkeys(("devkit/cars_meta.mat", "cars_meta.mat"), "stanford")  # files by which a folder is known
 
 
-def read_attributes(path: str | Path, format: str = "auto", **table) -> Rows:
-    """Read one attribute source.
+def read_rows(args, columns: dict[str, str], templates: Templates, facts: dict) -> Counter:
+    """Read --attributes into canonical rows with their counts: {sorted tuple of (slot, value): rows}."""
+    wanted = templates.slots()
+    extra = tuple(wanted - {*SLOTS, *INVISIBLE, "decade"})
+    rows, unknown, seen = Counter(), Counter(), set()
+    for path in args.attributes:
+        for raw in read_attributes(path, args.format, columns=columns, split=args.split, extra=extra):
+            seen |= set(raw)
+            row = canonical_row(raw, unknown)
+            rows[tuple(sorted((k, v) for k, v in row.items() if k in wanted or k in SLOTS))] += 1
+    rows.pop((), None)
+    if missing := sorted(set(extra) - seen - set(templates.words)):
+        words = f"known are {', '.join(SLOTS)}, decade and the columns of the table"
+        raise InputError(f"--templates {args.templates}: unknown placeholder {{{missing[0]}}}; {words}")
+    if not rows:
+        raise InputError("--attributes: no row has a usable value; check --split and the columns, or use --column")
+    facts |= {"rows": rows.total(), "combinations": len(rows), "unknown_values": len(unknown)}
+    facts["attributes"] = sorted({slot for row in rows for slot, _ in row})
+    facts["invisible_columns"] = sorted(seen & set(INVISIBLE))
+    for (slot, value), count in unknown.most_common(8):
+        print(f"unknown {slot} '{value}' in {count} rows")
+    return rows
 
-    Args:
-        path: a file, or the folder of a dataset.
-        format: a key of `READERS`, or "auto": by the files that are there.
-        table: columns, split, extra of `read_table`, for tables only.
-    """
+
+def read_attributes(path: str | Path, format: str = "auto", **table) -> Rows:
+    """Read a file or the folder of a dataset. format: a key of `READERS`, or "auto": by the files that are there.
+    table: columns, split, extra of `read_table`, for tables only."""
     path = Path(path)
     if not path.exists():
         raise InputError(f"--attributes {path} does not exist: give a table or the folder of a dataset")
@@ -36,15 +53,6 @@ def read_attributes(path: str | Path, format: str = "auto", **table) -> Rows:
         if not format:
             raise InputError(f"--attributes {path}: none of {', '.join(SIGNS)} is in this folder; give the file itself")
     return READERS[format](path, **(table if format == "table" else {}))
-
-
-def read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text (byte {error.start}): save it as UTF-8") from error
-    except OSError as error:
-        raise InputError(f"cannot read {file}: {error.strerror}") from error
 
 
 def read_table(file: Path, columns: dict[str, str] | None = None, split: str | None = None, extra=()) -> Rows:
@@ -79,9 +87,8 @@ def _name_columns(file: Path, header: tuple[str, ...], columns: dict[str, str], 
         slot, key = slot_of(name), column_key(name)
         if name not in chosen and slot and slot not in columns:
             if other := next((other for other, its in chosen.items() if its == slot), None):
-                raise InputError(
-                    f"{file}: the columns '{other}' and '{name}' both hold the {slot}; choose with --column {slot}=NAME"
-                )
+                words = f"the columns '{other}' and '{name}' both hold the {slot}"
+                raise InputError(f"{file}: {words}; choose with --column {slot}=NAME")
             chosen[name] = slot
         elif name not in chosen and key in extra:
             chosen[name] = key
@@ -100,7 +107,6 @@ def read_compcars(path: Path) -> Rows:
     """CompCars: `misc/attributes.txt` (model id, speed, displacement, doors, seats, type), names in
     `make_model_name.mat` and `car_type.mat`; makes, years and views from `label/<make>/<model>/<year>/`."""
     misc = path if (path / "attributes.txt").is_file() else path / "misc"
-    file = misc / "attributes.txt"
     makes = read_cell_strings(misc / "make_model_name.mat", "make_names")
     models = read_cell_strings(misc / "make_model_name.mat", "model_names")
     types = read_cell_strings(misc / "car_type.mat", "types")
@@ -109,13 +115,13 @@ def read_compcars(path: Path) -> Rows:
         return names[int(number) - 1] if 0 < int(number) <= len(names) else None
 
     kept: dict[str, dict[str, str]] = {}
-    for number, line in enumerate(read_text(file).split("\n"), 1):
+    for number, line in enumerate(read_text(misc / "attributes.txt").split("\n"), 1):
         fields = line.split()
         if re.fullmatch(r"\d+( \S+){4} \d+", " ".join(fields)):
             row = dict(zip(("maximum_speed", "displacement", "doors", "seats"), fields[1:5]))
             kept[fields[0]] = {"model": name(models, fields[0]), "body": name(types, fields[5])} | row
         elif fields and number > 1:  # the first line may name the columns
-            raise InputError(f"{file}, line {number} does not hold six numbers: {line[:60]}")
+            raise InputError(f"{misc}/attributes.txt, line {number} does not hold six numbers: {line[:60]}")
     labels = sorted((misc.parent / "label").glob("[0-9]*/[0-9]*/*/*.txt"))
     for label in labels:
         make, model, year = label.parts[-4:-1]

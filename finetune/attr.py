@@ -13,7 +13,7 @@ from torch import nn
 from datasets.attr import Attribute, AttributeData, read_attribute_set
 from datasets.items import LabelledItems, WholeImages
 from datasets.transforms import PadCropErase
-from description.canonical import slot_of, with_articles
+from description.texts import slot_of, with_articles
 from engine_finetune import Predictions
 from finetune.task import Task
 from metrics.attr import attribute_metrics, attribute_rows, constant_answer, group_top1
@@ -24,7 +24,7 @@ from util.dist import gather_rows
 from util.errors import InputError
 from util.files import file_sha256, write_atomic
 
-# by what a column holds (description.canonical), else by whether it holds words
+# by what a column holds (description.texts), else by whether it holds words
 SENTENCES = {
     "colour": "a photo of a {value} vehicle.",
     "body": "a photo of a {value}.",

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from curation.hierarchy import build_tree, members_by_cluster, plan_levels, step_rng
-from curation.kmeans import assign, kmeans, plus_plus
-from curation.rows import Rows
+from curation.kmeans import Rows, assign, build_tree, kmeans, members_by_cluster, plan_levels, plus_plus, step_rng
 from curation.sample import balance, sample_tree, tail_coverage, water_fill
 from util.errors import InputError
 
@@ -58,7 +56,7 @@ def test_half_precision_files_and_subsets_read_alike(tmp_path, monkeypatch):
     mapped = np.load(tmp_path / "x.npy", mmap_mode="r")
     index = np.arange(0, 20_000, 2)
     results = [kmeans(Rows(x[index], CPU), 5, iterations=4, rng=step_rng(0, 1))]
-    monkeypatch.setattr("curation.rows.RESIDENT_BYTES", 0)
+    monkeypatch.setattr("curation.kmeans.RESIDENT_BYTES", 0)
     for data, chosen in ((x[index], None), (mapped, index)):
         results.append(kmeans(Rows(data, CPU, chosen), 5, iterations=4, rng=step_rng(0, 1)))
     for other in results[1:]:
@@ -129,7 +127,7 @@ def test_steps_on_disk_are_not_done_again(tmp_path, monkeypatch):
     for name in ("level1_step02.npz", "level2_step00.npz", "level2_step01.npz", "level2_step02.npz"):
         (tmp_path / "b" / name).unlink()
     runs = []
-    monkeypatch.setattr("curation.hierarchy.kmeans", lambda *a, **k: runs.append(1) or kmeans(*a, **k))
+    monkeypatch.setattr("curation.kmeans.kmeans", lambda *a, **k: runs.append(1) or kmeans(*a, **k))
     again = build_tree(rows, [40, 6], tmp_path / "b", settings())
     assert len(runs) == 4 and (again.path() == whole.path()).all()
 

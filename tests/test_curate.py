@@ -17,13 +17,19 @@ from conftest import command, run_command
 from PIL import Image, ImageFilter
 
 import main_curate
-from curation.copies import Aligner, CopyFinder, as_pairs, once, stars
+from curation.copies import Aligner, CopyFinder, as_pairs, choose_keepers, unordered
 from curation.filters import read_prompts
-from curation.hierarchy import build_tree, plan_levels
-from curation.index import Index, measure_image, parse_box, perceptual_hash, read_rows, sharpness
-from curation.rows import Embedded, Rows
+from curation.index import (
+    Index,
+    measure_image,
+    open_sources,
+    parse_box,
+    perceptual_hash,
+    read_rows,
+    sharpness,
+)  # fmt: skip
+from curation.kmeans import Embedded, Rows, build_tree, plan_levels
 from curation.sample import judge, sample_tree
-from curation.sources import open_sources
 from curation.stages import Stages
 from datasets.path_list import list_images
 from demo.pool import POOL
@@ -317,7 +323,7 @@ def test_candidates_are_near_hashes_and_nearest_embeddings(monkeypatch, bits):
         for name, value in (("NUMBERS_AT_A_TIME", at_a_time), ("ALL_WITH_ALL", all_with_all), ("CELL_IMAGES", 60)):
             monkeypatch.setattr(f"curation.copies.{name}", value)
         monkeypatch.setattr("curation.copies.NEAR_CELLS", near_cells)
-        (hashed, _), (nearest, both_ways) = (once(pairs) for pairs in copies.candidates(rows, rows))
+        (hashed, _), (nearest, both_ways) = (unordered(pairs) for pairs in copies.candidates(rows, rows))
         found = set(zip(nearest["first"], nearest["second"])) & set(zip(upper[alike], lower[alike]))
         if near_cells == 3:  # of 10
             assert 0.95 * alike.sum() <= len(found) == len(nearest)
@@ -332,15 +338,15 @@ def test_candidates_are_near_hashes_and_nearest_embeddings(monkeypatch, bits):
 
 def test_what_goes_is_alike_to_what_stays():
     chain = as_pairs(np.arange(9), np.arange(1, 10), np.linspace(0.9, 0.99, 9))
-    of, value = stars(np.arange(10), chain, cap=4)
+    of, value = choose_keepers(np.arange(10), chain, cap=4)
     assert of.tolist() == [0, 0, 2, 2, 4, 4, 6, 6, 8, 8]
     assert value[1::2] == pytest.approx(chain["value"][::2]) and (value[::2] == 1).all()
-    of, _ = stars(np.array([5, *range(5), *range(6, 10)]), chain, cap=4)
+    of, _ = choose_keepers(np.array([5, *range(5), *range(6, 10)]), chain, cap=4)
     assert of.tolist() == [0, 0, 2, 2, 5, 5, 5, 7, 7, 9]
     wheel = as_pairs(np.zeros(9, np.int64), np.arange(1, 10), np.linspace(0.9, 0.99, 9))
-    of, _ = stars(np.arange(10), wheel, cap=4)  # the most alike three go
+    of, _ = choose_keepers(np.arange(10), wheel, cap=4)  # the most alike three go
     assert np.flatnonzero(of == 0).tolist() == [0, 7, 8, 9] and len(set(of.tolist())) == 7
-    assert stars(np.arange(10), np.concatenate([wheel, wheel]), cap=4)[0].tolist() == of.tolist()
+    assert choose_keepers(np.arange(10), np.concatenate([wheel, wheel]), cap=4)[0].tolist() == of.tolist()
 
 
 def noise_aligner(n: int, *groups: tuple[int, ...]) -> Aligner:
