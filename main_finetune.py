@@ -9,7 +9,7 @@ One process runs with plain `python main_finetune.py ...`. `--task reid --help` 
 
 import argparse
 
-from finetune.flags import COMMON, TASKS, add_task_flags, check_args
+from finetune.flags import TASKS, add_task_flags, check_args, fixed_flags
 from util.cli import Parser, add_run_flags, run_tool
 
 
@@ -43,10 +43,8 @@ from util.precision import machine_facts, pick_precision
 from util.run_files import RunFiles, previous_settings, refuse_used_folder
 from util.stop import StopGuard, init_worker
 
-FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAME lets one through
-    *"task finetune weights_sha256 images_sha num_classes text_vectors global_batch seed".split(),
-    *(f.name for f in COMMON["encoder"][2:] + COMMON["optimisation"][1:]),  # but --finetune, --model, --batch_size
-)
+# with `fixed_flags`, what makes a continuation another run; --allow_change NAME lets one through
+FIXED_ON_RESUME = "task finetune weights_sha256 images_sha num_classes text_vectors global_batch seed".split()
 
 
 def main(args) -> dict:
@@ -66,14 +64,12 @@ def check_files(args) -> None:
     """Files and names that flags give, before anything is read or downloaded."""
     if args.finetune and "://" not in args.finetune and args.finetune not in known():
         fetch(args.finetune)
-    weights = getattr(args, "clip_pretrained", "")
-    files = {"resume": args.resume if args.resume != "auto" else "", "before": args.before}
-    files["attr_vectors"] = getattr(args, "attr_vectors", "")
-    files["clip_pretrained"] = weights if Path(weights).suffix in (".pt", ".pth", ".bin", ".safetensors") else ""
-    for flag, file in files.items():
-        if file and not Path(file).is_file():
+    for flag in ("resume", "before", "attr_vectors", "clip_pretrained"):
+        file = getattr(args, flag, "")
+        is_tag = flag == "clip_pretrained" and Path(file).suffix not in (".pt", ".pth", ".bin", ".safetensors")
+        if not (file == "" or is_tag or Path(file).is_file() or (flag, file) == ("resume", "auto")):
             raise InputError(f"--{flag} {file} does not exist: give a file")
-    fixed = [*FIXED_ON_RESUME, *TASKS[args.task].fixed]
+    fixed = [*FIXED_ON_RESUME, *fixed_flags(args.task)]
     if unknown := sorted(set(args.allow_change) - set(fixed)):
         raise InputError(f"--allow_change {' '.join(unknown)}: choose among {', '.join(fixed)}")
 
@@ -88,24 +84,23 @@ def train(args, device: torch.device) -> dict:
     args.device = device.type
     if not args.resume:
         refuse_used_folder(args.output_dir)
-    run = build_run(args, device)
-    files, writer = run.files, None
+    run, writer = build_run(args, device), None
     if is_main_process():
-        files.start(run.epoch)
+        run.files.start(run.epoch)
         writer = SummaryWriter(args.log_dir or run.output_dir, purge_step=run.epoch + 1)
-    run.guard = StopGuard(lambda: files.save(run), is_main_process())
+    run.guard = StopGuard(lambda: run.files.save(run), is_main_process())
     with run.guard:
         while run.epoch < args.epochs:
             train_one_epoch(run, args)
             finish_epoch(run, args, writer)
     if is_main_process():
-        files.export_model(run.bare)
+        run.files.export_model(run.bare)
         print(f"{run.output_dir / 'model.pth'} holds the model; scoring it", flush=True)
         writer.close()
     scored = run.task.evaluate()
     record = {f"test_{name}": value for name, value in scored.items()} | {"epoch": run.epoch - 1}
-    if scored and files.last_record() != record:  # not a second time where a finished run is scored again
-        files.log(record)
+    if scored and run.files.last_record() != record:  # not a second time where a finished run is scored again
+        run.files.log(record)
     print_main(f"done in {datetime.timedelta(seconds=int(time.time() - started))}")
     return scored
 
@@ -120,7 +115,7 @@ def build_run(args, device: torch.device) -> FinetuneRun:
     task = task_to_train(args, device)
     facts = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
     facts |= task.facts() | machine_facts(amp_dtype) | {"world_size": get_world_size()}
-    files = RunFiles(args, facts, task.config, [*FIXED_ON_RESUME, *about.fixed], "--finetune")
+    files = RunFiles(args, facts, task.config, [*FIXED_ON_RESUME, *fixed_flags(args.task)], "--finetune")
     loader = DataLoader(
         task.dataset, batch_sampler=task.batches, num_workers=args.num_workers, worker_init_fn=init_worker,
         pin_memory=args.pin_mem and device.type == "cuda", persistent_workers=args.num_workers > 0,
@@ -134,7 +129,6 @@ def build_run(args, device: torch.device) -> FinetuneRun:
     if get_world_size() > 1:
         run.model = wrap_ddp(task.model, device, one_backward=True)
     print_main(
-        *task.header,
         f"batch {args.global_batch} ({args.batch_size} x {get_world_size()} processes), {args.opt}, lr "
         f"{args.lr:.4g}, {args.epochs} epochs, {args.warmup_epochs:g} of warm-up, seed {args.seed}",
         f"precision: {precision}; device: {device}; {facts['threads']} threads, {args.num_workers} data workers a rank",
@@ -146,13 +140,12 @@ def build_run(args, device: torch.device) -> FinetuneRun:
 def finish_epoch(run: FinetuneRun, args, writer) -> None:
     """Log the epoch, move on to the next and save."""
     record = epoch_record(run, args.global_batch, run.batches_done)
-    finished, is_last = run.epoch, run.epoch + 1 == args.epochs
     run.files.log(record)  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
     next_epoch(run)
     if is_main_process():
         for name, value in record.items():
             writer.add_scalar(name, value, run.epoch)
-        if (finished + 1) % args.save_freq == 0 or is_last:
+        if run.epoch % args.save_freq == 0 or run.epoch == args.epochs:
             run.files.save_epoch(run)
         run.files.save(run)
         print(epoch_line(record, ["loss", *run.task.shown]), flush=True)

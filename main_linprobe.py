@@ -2,8 +2,7 @@
 
     python main_linprobe.py --checkpoint output_dir/encoder.pth --data_path labels.csv \\
         --label_column make --protocol knn linear mae fewshot --read_out cls mean
-    python main_linprobe.py --checkpoint output_dir/checkpoint-last.pth --data_path VeRi --protocol reid \\
-        --read_out cls context layers
+    python main_linprobe.py --checkpoint output_dir/checkpoint-last.pth --data_path VeRi --protocol reid
 """
 
 import argparse
@@ -14,28 +13,22 @@ from util.cli import Parser, check_numbers, parse_input_size, run_tool
 from util.errors import InputError
 from util.names import REID_FORMATS
 
-READ_OUTS = ("cls", "mean", "context", "layers")
-PROTOCOLS = ("knn", "linear", "mae", "fewshot", "reid")
-
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("main_linprobe.py", __doc__)
     # fmt: off
     add = parser.add_argument_group("features").add_argument
-    add("--checkpoint", required=True,
-        help="encoder: any file that main_finetune.py --finetune takes; context needs a checkpoint-*.pth")
+    add("--checkpoint", required=True, help="any encoder that main_finetune.py takes; for context a checkpoint-*.pth")
     add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
-    add("--read_out", nargs="+", default=["mean"], choices=READ_OUTS, help="class token, mean of patch tokens, "
-        "projected global context, both tokens of every block (default mean)")
+    add("--read_out", nargs="+", default=["mean"], choices=("cls", "mean", "context", "layers"), help="class token, "
+        "mean of patch tokens, projected global context, both tokens of every block (default mean)")
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", required=True, help="folder with train/CLASS and val/CLASS, or a table with columns path, split "
-        "and a label; with --protocol reid a re-identification set")
+    add("--data_path", required=True, help="folder of train/CLASS and val/CLASS, a table with labels, or a reid set")
     add("--label_column", nargs="+", default=["label"], help="label columns of a table (default label)")
-    add("--format", default="auto", choices=REID_FORMATS,
-        help="layout of a re-identification set (default auto: by the files that are there)")
+    add("--format", default="auto", choices=REID_FORMATS, help="layout of a reid set (default auto: by its files)")
     add = parser.add_argument_group("protocol").add_argument
-    add("--protocol", nargs="+", default=["knn"], choices=PROTOCOLS, help="nearest neighbours; regularised logistic "
-        "fit; MAE's recipe; a few images a class; search for the same vehicle (default knn)")
+    add("--protocol", nargs="+", default=["knn"], choices=("knn", "linear", "mae", "fewshot", "reid"), help="nearest "
+        "neighbours; logistic fit; MAE's recipe; a few images a class; search for the same vehicle (default knn)")
     add("--k", default=20, type=int, help="neighbours (default 20)")
     add("--shots", nargs="+", default=[1, 5, 10], type=int, help="fewshot: images a class (default 1 5 10)")
     add("--draws", default=10, type=int, help="fewshot: how often they are drawn (default 10)")
@@ -60,15 +53,16 @@ def check_args(args) -> None:
     """Contradictions among flags, before anything is loaded."""
     ones = "k draws epochs probe_batch batch_size"
     check_numbers(args, at_least_one=ones, positive="blr", not_negative="seed num_workers warmup_epochs")
-    for is_wrong, words in (
-        (min(args.shots) < 1, f"--shots {min(args.shots)}: must be at least 1"),
-        (args.warmup_epochs >= args.epochs, f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs"),
-        ("reid" in args.protocol and len(args.protocol) > 1, "--protocol reid reads other sets: call it alone"),
-        (args.views == "crop" and "mae" not in args.protocol, "--views crop is for --protocol mae: add it, or drop it"),
-        (int(os.environ.get("WORLD_SIZE", 1)) > 1, "main_linprobe.py works in one process: do not use torchrun"),
-    ):
-        if is_wrong:
-            raise InputError(words)
+    if min(args.shots) < 1:
+        raise InputError(f"--shots {min(args.shots)}: must be at least 1")
+    if args.warmup_epochs >= args.epochs:
+        raise InputError(f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs")
+    if "reid" in args.protocol and len(args.protocol) > 1:
+        raise InputError("--protocol reid reads other sets: call it alone")
+    if args.views == "crop" and "mae" not in args.protocol:
+        raise InputError("--views crop is for --protocol mae: add it, or drop it")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise InputError("main_linprobe.py works in one process: do not use torchrun")
 
 
 def metrics_file(args) -> Path:
@@ -83,7 +77,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from datasets.fgvc import LabelledImages, list_labelled
 from datasets.items import PretrainDataset, WholeImages
@@ -91,12 +84,11 @@ from datasets.path_list import printable
 from datasets.reid import read_reid
 from datasets.samplers import EpochBatches
 from engine_extract import extract_features
-from engine_linprobe import crop_batches, stored_batches, train_heads
+from engine_linprobe import ReadOuts, SearchReadOuts, crop_batches, load_read_outs, stored_batches, train_heads
 from finetune.reid import evaluate_reid, summary
 from metrics.fgvc import class_scores
 from metrics.probe import class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from metrics.reid import FeatureSet, evaluate, protocols_of
-from models_probe import ReadOuts, SearchReadOuts, load_read_outs
 from reports.run import Scores, mean_attribute_accuracy, score_table
 from util.dist import pick_device
 from util.fetch import fetch
@@ -109,7 +101,6 @@ def main(args) -> dict[str, float | str]:
     """Returns e.g. {"knn_mean_make_top1": 0.12, ...}, shares in [0, 1]."""
     check_args(args)
     device = pick_device(args.device)
-    size = parse_input_size(args.input_size) if args.input_size else None
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     if "reid" in args.protocol:  # the data are read before the weights are fetched
         data, judge = read_reid(args.data_path, args.format, need_train=False), judge_search
@@ -118,7 +109,8 @@ def main(args) -> dict[str, float | str]:
         data, judge = {column: list_labelled(args.data_path, column) for column in args.label_column}, judge_labels
     make_folder(metrics_file(args).parent)
     args.checkpoint = str(fetch(args.checkpoint))
-    read_outs, report = load_read_outs(args.checkpoint, tuple(args.read_out), size, device)
+    size = parse_input_size(args.input_size) if args.input_size else None
+    read_outs, report = load_read_outs(args.checkpoint, args.read_out, size, device)
     print(f"encoder {args.checkpoint}:\n{report}", flush=True)
     with scoring(read_outs):
         facts, scores = judge(args, data, read_outs, loading)
@@ -130,19 +122,17 @@ def judge_search(args, data, read_outs: ReadOuts, loading: dict) -> tuple[dict, 
     """Each read-out as the feature of a search, by the protocol that `main_finetune.py --eval` uses; beside it
     features that know nothing: normal noise."""
     model = SearchReadOuts(read_outs)
-    protocols = protocols_of(data.name, data.tests, seed=args.seed)
-    results = evaluate_reid(model, data, protocols, **loading, columns=model.columns)
+    rules = protocols_of(data.name, data.tests, seed=args.seed)
+    results = evaluate_reid(model, data, rules, **loading, columns=model.columns)
     print("\n".join(dict.fromkeys(result.protocol.line() for result in results.values())), flush=True)
     flat, _, unreadable = summary(results)
-    facts = {"unreadable": len(unreadable)} | {f"reid_{name}": value for name, value in flat.items()}
-    scores: Scores = {}
-    for key, result in results.items():
-        rng, noise = np.random.default_rng(args.seed), []
-        for images in (part.images for part in (result.query, result.gallery) if part):
-            values = torch.from_numpy(rng.standard_normal((len(images), 16), np.float32))
-            noise.append(FeatureSet.of(values, images))
+    facts, scores = {"unreadable": len(unreadable)} | {f"reid_{name}": value for name, value in flat.items()}, {}
+    for key, (rule, metrics, *sides) in results.items():
+        rng = np.random.default_rng(args.seed)
+        parts = [(rng.standard_normal((len(side.images), 16), np.float32), side.images) for side in sides if side]
+        noise = evaluate(rule, *(FeatureSet.of(torch.from_numpy(values), images) for values, images in parts))
         read_out, test = key.split(" ", 1)
-        for protocol, numbers in (("reid", result.metrics), ("random", evaluate(result.protocol, *noise))):
+        for protocol, numbers in (("reid", metrics), ("random", noise)):
             for metric in ("mAP", "R1", "R5"):
                 scores[protocol, read_out, "" if test == "test" else test, metric] = numbers[metric]
     return facts, scores
@@ -158,11 +148,10 @@ def judge_labels(args, tables: dict, read_outs: ReadOuts, loading: dict) -> tupl
         if len(splits["train"]) < 2 or not len(splits["val"]):
             raise InputError(f"{args.data_path}: too few train and val images with a {column} can be read")
         tables[column] = replace(table, splits=splits)
-    facts, heads = {"unreadable": len(problems)}, {}
+    facts, heads, scores = {"unreadable": len(problems)}, {}, {}
     if "mae" in args.protocol:
         heads = train_mae_heads(args, read_outs, features, tables, loading)
-        facts |= {"mae_blr": args.blr}
-    scores: Scores = {}
+        facts["mae_blr"] = args.blr
     for column, table in tables.items():
         for read_out, values in features.items():
             for protocol, numbers in probe(args, values, table, heads.get((read_out, column))).items():
@@ -194,18 +183,18 @@ def train_mae_heads(args, read_outs: ReadOuts, features: dict, tables: dict, loa
         chosen = next(iter(tables.values())).paths.take(train)
         images = PretrainDataset(chosen, read_outs.img_size, 0, seed=args.seed, min_area=0.08, clip_crops=True)
         batches = partial(crop_batches, order=order, rows=train, images=images, read_outs=read_outs, **loading)
-    labels = {name: (torch.from_numpy(table.labels), len(table.classes)) for name, table in tables.items()}
     size = order.batch_size
+    labels = {name: (torch.from_numpy(table.labels), len(table.classes)) for name, table in tables.items()}
     print(f"MAE's recipe: {args.epochs} epochs, batch {size}, lr {args.blr * size / 256:.4g} = blr x {size} / 256")
     return train_heads(batches, order, read_outs.widths, labels, args, next(read_outs.parameters()).device)
 
 
 def probe(args, features: torch.Tensor, table: LabelledImages, head) -> dict[str, dict[str, float]]:
     """All protocols on one read-out [n, D] and one label column: {protocol: {metric: value}}."""
-    x = {split: features[torch.from_numpy(rows).to(features.device)] for split, rows in table.splits.items()}
-    y = {split: torch.from_numpy(table.labels[rows]).to(features.device) for split, rows in table.splits.items()}
-    task = x["train"], y["train"], x["val"], len(table.classes)
-    found: dict[str, dict[str, float]] = {}
+    rows = {split: torch.from_numpy(rows) for split, rows in table.splits.items()}
+    x = {split: features[of.to(features.device)] for split, of in rows.items()}
+    y = {split: torch.from_numpy(table.labels)[of].to(features.device) for split, of in rows.items()}
+    task, found = (x["train"], y["train"], x["val"], len(table.classes)), {}
 
     def numbers(scores: torch.Tensor) -> dict[str, float]:
         values = {f"top{k}": topk_accuracy(scores, y["val"], k) for k in (1, 5)}
@@ -217,22 +206,18 @@ def probe(args, features: torch.Tensor, table: LabelledImages, head) -> dict[str
         found["knn"] = numbers(knn_predict(*task, args.k))
     if "linear" in args.protocol:
         logits, l2 = linear_predict(*task)
-        nll = F.cross_entropy(logits, y["val"]).item()  # nats
+        nll = torch.nn.functional.cross_entropy(logits, y["val"]).item()  # nats
         found["linear"] = numbers(logits) | {"nll": nll, "l2": l2}
     if head is not None:
-        with torch.no_grad():
-            found[f"mae_{args.views}"] = numbers(head(x["val"]))
+        found[f"mae_{args.views}"] = numbers(head(x["val"]))
     for shots in args.shots if "fewshot" in args.protocol else ():
-        draws = []
-        for draw in range(args.draws):
-            rows = torch.from_numpy(draw_shots(y["train"].cpu().numpy(), shots, args.seed, draw)).to(features.device)
-            draws.append(numbers(class_mean_predict(x["train"][rows], y["train"][rows], *task[2:])))
-        values = {metric: [draw[metric] for draw in draws] for metric in draws[0]}
-        found[f"fewshot{shots}"] = {metric: float(np.mean(of)) for metric, of in values.items()}
-        found[f"fewshot{shots}"] |= {f"{metric}_std": float(np.std(of)) for metric, of in values.items()}
+        some = (draw_shots(y["train"].cpu().numpy(), shots, args.seed, draw) for draw in range(args.draws))
+        draws = [numbers(class_mean_predict(x["train"][of], y["train"][of], *task[2:])) for of in some]
+        values = {metric: np.array([draw[metric] for draw in draws]) for metric in draws[0]}
+        found[f"fewshot{shots}"] = {metric: float(of.mean()) for metric, of in values.items()}
+        found[f"fewshot{shots}"] |= {f"{metric}_std": float(of.std()) for metric, of in values.items()}
     guess = torch.bincount(y["train"], minlength=len(table.classes)).argmax()
-    found["majority"] = {"": (y["val"] == guess).float().mean().item()}
-    return found
+    return found | {"majority": {"": (y["val"] == guess).float().mean().item()}}
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ from engine_pretrain import PretrainRun, train_one_epoch, trivial_distillation
 from models_mae import MODELS, count_kept
 from models_teacher import FrozenTeacher, build_bank, load_teacher, teacher_name
 from models_vit import patch_grid
-from reports.panels import save_panels
+from reports.run import save_panels
 from util.dist import get_rank, get_world_size, is_main_process, launch, print_main, wrap_ddp
 from util.errors import InputError
 from util.fetch import fetch

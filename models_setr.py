@@ -3,7 +3,7 @@
 Letters as in models_vit.py; K classes, (h, w) the grid of patches, T taps (blocks whose outputs are used).
 """
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,10 +20,9 @@ TAPS = {"naive": (2, 5, 8, 11), "pup": (4, 7, 9, 11), "mla": (2, 5, 8, 11)}
 CHANNELS, MLA_CHANNELS = 256, 128
 
 
-@dataclass(frozen=True)
-class SETRConfig:
-    """decoder: naive, pup (progressive upsampling) or mla (multi-level aggregation).
-    aux: auxiliary heads, used by the loss alone."""
+class SETRConfig(NamedTuple):
+    """decoder: naive, pup (progressive upsampling) or mla (multi-level aggregation). aux: auxiliary heads, used by the
+    loss alone."""
 
     num_classes: int
     decoder: str = "pup"
@@ -41,7 +40,6 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
     SyncBatchNorm refuses (on CUDA `synchronized` takes that)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[N, C, h, w] -> the same shape; in training with statistics over N, h, w of all ranks."""
         world = get_world_size()
         if not self.training or world == 1:
             return super().forward(x)
@@ -60,9 +58,8 @@ class CpuSyncBatchNorm(nn.BatchNorm2d):
 
 def synchronized(model: nn.Module, device: torch.device) -> nn.Module:
     """The model with torch's SyncBatchNorm where there are several ranks with GPUs; names stay."""
-    if device.type == "cuda" and get_world_size() > 1:
-        return nn.SyncBatchNorm.convert_sync_batchnorm(model)
-    return model
+    several = device.type == "cuda" and get_world_size() > 1
+    return nn.SyncBatchNorm.convert_sync_batchnorm(model) if several else model
 
 
 def conv_bn_relu(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
@@ -105,10 +102,8 @@ class MLAHead(nn.Module):
         self.norms = nn.ModuleList(LayerNorm(dim) for _ in range(levels))
         self.lateral = nn.ModuleList(conv_bn_relu(dim, CHANNELS, 1) for _ in range(levels))
         self.smooth = nn.ModuleList(conv_bn_relu(CHANNELS, CHANNELS, 3) for _ in range(levels))
-        self.branches = nn.ModuleList(
-            nn.Sequential(conv_bn_relu(CHANNELS, MLA_CHANNELS, 3), conv_bn_relu(MLA_CHANNELS, MLA_CHANNELS, 3))
-            for _ in range(levels)
-        )
+        two = (CHANNELS, MLA_CHANNELS), (MLA_CHANNELS, MLA_CHANNELS)
+        self.branches = nn.ModuleList(nn.Sequential(*(conv_bn_relu(*of, 3) for of in two)) for _ in range(levels))
         self.classify = nn.Conv2d(levels * MLA_CHANNELS, num_classes, 3, padding=1)
         self.aux = nn.ModuleList(nn.Conv2d(CHANNELS, num_classes, 1, bias=False) for _ in range(levels if aux else 0))
 
@@ -124,9 +119,8 @@ class MLAHead(nn.Module):
 
 
 class SETR(nn.Module):
-    """Encoder and decoder. Features are outputs of blocks without the encoder's final norm, which it loses; the heads
-    have norms of their own. The class token never reaches them: with `mla` it is dropped before the first block, as in
-    SETR, else after each tap."""
+    """Encoder and decoder. Features are outputs of blocks without the encoder's final norm, which it loses. The class
+    token never reaches the heads: with `mla` it is dropped before the first block, as in SETR, else after each tap."""
 
     def __init__(self, encoder: VisionTransformer, config: SETRConfig):
         super().__init__()
@@ -139,22 +133,19 @@ class SETR(nn.Module):
             self.decoder = MLAHead(dim, classes, len(self.taps), config.aux)
             self.backbone = ("base.", "decoder.norms.", "decoder.lateral.", "decoder.smooth.")  # SETR's own word for it
             return
-        is_pup = config.decoder == "pup"
-        self.decoder = UpHead(dim, classes, 3, (2, 2, 2, 1)) if is_pup else UpHead(dim, classes, 1, (1,))
-        kernel, scales, heads = (3, (4,), 4) if is_pup else (1, (1,), 3)
-        self.aux = nn.ModuleList(UpHead(dim, classes, kernel, scales) for _ in range(heads if config.aux else 0))
+        main, aux, count = ((3, (2, 2, 2, 1)), (3, (4,)), 4) if config.decoder == "pup" else ((1, (1,)), (1, (1,)), 3)
+        self.decoder = UpHead(dim, classes, *main)
+        self.aux = nn.ModuleList(UpHead(dim, classes, *aux) for _ in range(count if config.aux else 0))
 
     def features(self, imgs: torch.Tensor) -> list[torch.Tensor]:
         """[N, 3, H, W] uint8 or normalised float -> outputs of the taps, [N, L, D] each."""
-        x = self.base.embed(imgs)
-        first = 1
+        x, done, found = self.base.embed(imgs), 0, []
         if self.config.decoder == "mla":
-            x, first = x[:, 1:], 0
-        done, found = 0, []
+            x = x[:, 1:]
         for tap in self.taps:
             x = run_blocks(self.base.blocks[done : tap + 1], x, self.base.grad_checkpoint)
             done = tap + 1
-            found.append(x[:, first:])
+            found.append(x[:, -self.base.num_patches :])
         return found
 
     def forward(self, imgs: torch.Tensor, aux: bool = True) -> list[torch.Tensor]:
@@ -163,19 +154,15 @@ class SETR(nn.Module):
         if self.config.decoder == "mla":
             found = self.decoder(levels, grid)[: None if aux else 1]
         else:
-            found = [self.decoder(levels[-1], grid)]
-            found += [head(x, grid) for head, x in zip(self.aux, levels) if aux]
-        size = imgs.shape[-2:]
-        return [F.interpolate(x, size, mode="bilinear") for x in found]
+            found = [self.decoder(levels[-1], grid), *(head(x, grid) for head, x in zip(self.aux, levels) if aux)]
+        return [F.interpolate(x, imgs.shape[-2:], mode="bilinear") for x in found]
 
     def predict(self, imgs: torch.Tensor) -> torch.Tensor:
         """For answers: logits [N, K, H, W] of the main head."""
         return self(imgs, aux=False)[0]
 
 
-def setr_loss(
-    outputs: list[torch.Tensor], masks: torch.Tensor, aux_weight: float = 0.4, smoothing: float = 0.0
-) -> dict[str, torch.Tensor]:
+def setr_loss(outputs: list[torch.Tensor], masks: torch.Tensor, aux_weight=0.4, smoothing=0.0) -> dict:
     """SETR's loss (Sec. 3.3): L = L_main + aux_weight sum_k L_aux_k, each a mean over all ranks' P labelled pixels
 
         - 1/P sum_{p: y_p != 255} log softmax(z_p)[y_p]
@@ -192,9 +179,8 @@ def setr_loss(
     pixels = pixels.clamp_min(1) / world  # so that the mean of the ranks' losses is the mean over all P pixels
     options = {"ignore_index": IGNORE, "reduction": "sum", "label_smoothing": smoothing}
     main, *aux = [F.cross_entropy(x.float(), masks, **options) / pixels for x in outputs]
-    terms = {"main": main, "loss": main}
+    terms = {"main": main, "loss": main, "accuracy": (outputs[0].argmax(dim=1) == masks).sum().float() / pixels}
     if aux:
         terms["aux"] = torch.stack(aux).sum()
         terms["loss"] = main + aux_weight * terms["aux"]
-    right = (outputs[0].argmax(dim=1) == masks).sum()
-    return terms | {"accuracy": right.float() / pixels}
+    return terms

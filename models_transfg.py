@@ -5,7 +5,6 @@ Letters as in models_vit.py; T = 1 + L tokens, h heads, d = D / h, n blocks befo
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +15,6 @@ from models_vit import VisionTransformer, init_module, run_blocks
 from util.errors import InputError
 
 ROWS_AT_ONCE = 64  # of an attention matrix in memory: fastest, for one image and for eight
-
-
-@dataclass(frozen=True)
-class TransFGConfig:
-    """What is added to the encoder.
-
-    parts: the last block is replaced by one with fresh weights that sees the class token and, for each head,
-    the patch that attention leads to (Sec. 3.2 "Part Selection Module"). False: class token of the whole
-    encoder and a linear classifier, the paper's ViT baseline.
-    """
-
-    parts: bool = True
 
 
 def queries_and_keys(block: Block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -72,17 +59,19 @@ class TransFG(nn.Module):
     """Encoder, part selection, and a linear classifier on the class token.
 
     Args:
-        encoder: a ViT; it becomes part of this model (with parts its last block is dropped and its norm moves
-            to `part_norm`).
+        encoder: a ViT; it becomes part of this model.
+        parts: its last block is replaced by one with fresh weights that sees the class token and, for each head, the
+            patch that attention leads to (Sec. 3.2 "Part Selection Module"); its norm moves to `part_norm`. False:
+            class token of the whole encoder and a linear classifier, the paper's ViT baseline.
     Raises:
-        InputError: an encoder of one block, which leaves nothing to select by.
+        InputError: parts of an encoder of one block, which leaves nothing to select by.
     """
 
-    def __init__(self, encoder: VisionTransformer, num_classes: int, config: TransFGConfig):
+    def __init__(self, encoder: VisionTransformer, num_classes: int, parts: bool = True):
         super().__init__()
-        self.config, self.base = config, encoder
+        self.parts, self.base = parts, encoder
         encoder.pos_embed.requires_grad = True
-        if config.parts:
+        if parts:
             if len(encoder.blocks) < 2:
                 raise InputError("part selection needs an encoder of two blocks or more: use --parts off")
             self.part_layer = copy.deepcopy(encoder.blocks[-1]).apply(init_module)
@@ -96,7 +85,7 @@ class TransFG(nn.Module):
         """[N, 3, H, W] uint8 or normalised float -> class token after the last norm [N, D], and the part
         patch of each head [N, h] int64, 0..L-1 in row order (heads may agree); None without parts."""
         x, checkpointed = self.base.embed(imgs), self.base.grad_checkpoint
-        if not self.config.parts:
+        if not self.parts:
             return self.base.norm(run_blocks(self.base.blocks, x, checkpointed))[:, 0], None
         inputs = []  # autograd keeps them anyway
         for block in self.base.blocks:

@@ -20,8 +20,7 @@ class TransReIDConfig:
     """What is added to the encoder; with the defaults nothing: the paper's ViT baseline.
 
     cameras, views: rows of the table of side information (SIE, Sec. 3.3): the largest id + 1; 0: not used.
-    unknown_view: the last of the `views` rows is for images whose view is not known (-1).
-    sie_weight: lambda of eq. 8.
+    unknown_view: the last of the `views` rows is for images whose view is not known (-1). sie_weight: lambda of eq. 8.
     jpm: the jigsaw patch module (Sec. 3.2): beside the global branch, `parts` local ones that share a block.
     shift, groups: of `jigsaw_order`.
     """
@@ -60,17 +59,15 @@ class TransReID(nn.Module):
             nn.init.trunc_normal_(self.sie_embed, std=0.02)
         if config.jpm:
             if encoder.num_patches < 2 * config.parts or not 1 <= config.shift <= encoder.num_patches:
-                raise InputError(
-                    f"{encoder.num_patches} patches cannot be shifted by {config.shift} and cut into "
-                    f"{config.parts} parts: larger images, a smaller --stride, or no --jpm"
-                )
+                what = f"be shifted by {config.shift} and cut into {config.parts} parts"
+                cure = "larger images, a smaller --stride, or no --jpm"
+                raise InputError(f"{encoder.num_patches} patches cannot {what}: {cure}")
             last = nn.Sequential(encoder.blocks[-1], encoder.norm)
             self.b1, self.b2 = copy.deepcopy(last), copy.deepcopy(last)
             encoder.blocks, encoder.norm = encoder.blocks[:-1], nn.Identity()
-            order = jigsaw_order(encoder.num_patches, config.shift, config.groups)
             length = encoder.num_patches // config.parts
-            order = 1 + order[: config.parts * length].view(config.parts, length)
-            self.register_buffer("order", order, persistent=False)  # [parts, length] of the tokens
+            order = jigsaw_order(encoder.num_patches, config.shift, config.groups)[: config.parts * length]
+            self.register_buffer("order", 1 + order.view(config.parts, length), persistent=False)  # of the tokens
         self.bottleneck = nn.ModuleList(nn.BatchNorm1d(dim) for _ in range(branches))
         self.classifier = nn.ModuleList(nn.Linear(dim, num_classes, bias=False) for _ in range(branches))
         for neck, classifier in zip(self.bottleneck, self.classifier):
@@ -88,11 +85,9 @@ class TransReID(nn.Module):
             # on a GPU a look would stop the device; the ONNX export has no numbers to look at
             looks = ids is not None and ids.device.type == "cpu" and not torch.compiler.is_compiling()
             if ids is None or looks and (ids.min() < 0 or ids.max() >= count):
-                raise InputError(
-                    f"the {flag} embedding knows the {flag} ids 0 to {count - 1}, but "
-                    f"{'none is given' if ids is None else f'they reach from {ids.min()} to {ids.max()}'}: evaluate on "
-                    f"the set it was trained for, or train without --sie_{flag}"
-                )
+                what = "none is given" if ids is None else f"they reach from {ids.min()} to {ids.max()}"
+                known = f"the {flag} embedding knows the {flag} ids 0 to {count - 1}, but {what}"
+                raise InputError(f"{known}: evaluate on the set it was trained for, or train without --sie_{flag}")
             rows = rows * count + ids
         return rows
 
@@ -154,18 +149,11 @@ def hard_triplet_loss(features: torch.Tensor, pids: torch.Tensor) -> torch.Tenso
     others, of one other vehicle at least. pids: [N] int64.
     """
     features = features.double()  # neither autocast nor TF32 rounds it; squares of fp16 numbers overflow
-    squared = features.square().sum(dim=1)
-    squared_distance = squared[:, None] + squared[None] - 2 * features @ features.t()
-    distance = squared_distance.clamp_min(1e-12).sqrt()
-    same = pids[:, None] == pids[None]
+    squared, same = features.square().sum(dim=1), pids[:, None] == pids[None]
+    distance = (squared[:, None] + squared[None] - 2 * features @ features.t()).clamp_min(1e-12).sqrt()
     farthest = distance.masked_fill(~same, -torch.inf).amax(dim=1)
     nearest = distance.masked_fill(same, torch.inf).amin(dim=1)
     return F.softplus(farthest - nearest).mean().float()
-
-
-def identity_loss(logits: torch.Tensor, pids: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
-    """Cross-entropy over the vehicles, in float32; smoothing: epsilon of Szegedy et al., 2016, Sec. 7."""
-    return F.cross_entropy(logits.float(), pids, label_smoothing=smoothing)
 
 
 def over_branches(loss, outputs: list[torch.Tensor], pids: torch.Tensor) -> torch.Tensor:

@@ -47,17 +47,13 @@ class VTB(nn.Module):
         super().__init__()
         self.base = encoder
         encoder.pos_embed.requires_grad = True
-        (num_attributes, text_dim), dim = attr_vectors.shape, encoder.embed_dim
+        (self.num_attributes, text_dim), dim = attr_vectors.shape, encoder.embed_dim
         self.register_buffer("attr_vectors", attr_vectors.detach().float().clone())
         self.word_embed = nn.Linear(text_dim, dim)
         self.vis_embed = nn.Parameter(torch.zeros(1, 1, dim))
         self.tex_embed = nn.Parameter(torch.zeros(1, 1, dim))
-        self.classifier = AttributeClassifiers(dim, num_attributes)
-        self.bn = nn.BatchNorm1d(num_attributes)
-
-    @property
-    def num_attributes(self) -> int:
-        return len(self.attr_vectors)
+        self.classifier = AttributeClassifiers(dim, self.num_attributes)
+        self.bn = nn.BatchNorm1d(self.num_attributes)
 
     def fused(self, imgs: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] uint8 or normalised float -> [N, A + 1 + L, D]: text tokens, class token, patches."""
@@ -73,24 +69,18 @@ class VTB(nn.Module):
         return self.bn(gather_rows(attr_logits) if self.training else attr_logits)
 
 
-def label_weights(labels: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
-    """exp(1 - r_a) where attribute a is true, exp(r_a) where it is not, 0 where that is not known
-    (Li et al., ACPR 2015, "Multi-attribute Learning for Pedestrian Attribute Recognition in Surveillance
-    Scenarios", with sigma 1).
-
-    Args:
-        labels: [N, A] integers, 1 true, 0 not, -1 unknown. rates: [A] float, share of the training images
-            for which an attribute is true.
-    """
-    rates = rates.expand(labels.shape)
-    return torch.where(labels == 1, (1 - rates).exp(), rates.exp()) * (labels >= 0)
-
-
 def attribute_loss(attr_logits: torch.Tensor, labels: torch.Tensor, rates: torch.Tensor) -> torch.Tensor:
     """Weighted binary cross-entropy, summed over attributes, averaged over images:
 
-    1/N sum_i sum_a w_ia (-y_ia log p_ia - (1 - y_ia) log(1 - p_ia)),  p = sigmoid(attr_logits [N, A])
+        1/N sum_i sum_a w_ia (-y_ia log p_ia - (1 - y_ia) log(1 - p_ia)),  p = sigmoid(attr_logits [N, A])
+
+    w is exp(1 - r_a) where attribute a is true, exp(r_a) where it is not, 0 where that is not known (Li et al., ACPR
+    2015, "Multi-attribute Learning for Pedestrian Attribute Recognition in Surveillance Scenarios", with sigma 1).
+
+    Args:
+        labels: [N, A] integers, 1 true, 0 not, -1 unknown. rates: r, [A] float, share of true training images.
     """
-    targets = (labels == 1).float()
-    each = F.binary_cross_entropy_with_logits(attr_logits.float(), targets, reduction="none")
-    return (label_weights(labels, rates) * each).sum() / len(labels)
+    true, rates = labels == 1, rates.expand(labels.shape)
+    weights = torch.where(true, (1 - rates).exp(), rates.exp()) * (labels >= 0)
+    each = F.binary_cross_entropy_with_logits(attr_logits.float(), true.float(), reduction="none")
+    return (weights * each).sum() / len(labels)

@@ -3,7 +3,6 @@
 import csv
 import io
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,30 +34,19 @@ SENTENCES = {
 }
 
 
-@dataclass(frozen=True)
 class AttributeStats:
-    """What a model keeps of the set that it has learned from: its name, its attributes, rates [A] float64 (share of
-    true training images), constant [A] bool (the best answer without looking, by the training labels)."""
+    """What a model keeps, in its config, of the set that it has learned from: its name, its attributes, rates [A]
+    float64 (share of true training images), constant [A] bool (the best answer without looking, by the training
+    labels). groups: columns of words, {name: places of its values among the attributes}."""
 
-    set: str
-    attributes: tuple[Attribute, ...]
-    rates: np.ndarray
-    constant: np.ndarray
-
-    @classmethod
-    def from_config(cls, config: dict) -> "AttributeStats":
-        attributes = tuple(Attribute(*pair) for pair in config["attributes"])
-        return cls(config["set"], attributes, np.array(config["rates"]), np.array(config["constant"], dtype=bool))
-
-    @property
-    def names(self) -> list[str]:
-        return [attribute.name for attribute in self.attributes]
-
-    @property
-    def groups(self) -> dict[str, list[int]]:
-        """Columns of words: {name: places of its values among the attributes}."""
-        columns = dict.fromkeys(attribute.column for attribute in self.attributes if attribute.value)
-        return {name: [i for i, a in enumerate(self.attributes) if a.value and a.column == name] for name in columns}
+    def __init__(self, config: dict):
+        self.set, self.attributes = config["set"], tuple(Attribute(*pair) for pair in config["attributes"])
+        self.rates, self.constant = np.array(config["rates"]), np.array(config["constant"], dtype=bool)
+        self.names = [attribute.name for attribute in self.attributes]
+        self.groups: dict[str, list[int]] = {}
+        for place, attribute in enumerate(self.attributes):
+            if attribute.value:
+                self.groups.setdefault(attribute.column, []).append(place)
 
 
 class Attr(Task):
@@ -74,7 +62,7 @@ class Attr(Task):
             raise InputError("drop --smoothing, or one of --attr_vectors and --clip_pretrained: one source is enough")
         more = {"binary": args.attr_columns, "categorical": args.attr_categories}
         if config is not None:
-            more = {"known": AttributeStats.from_config(config).attributes, "need_train": False}
+            more = {"known": AttributeStats(config).attributes, "need_train": False}
         data = read_attribute_set(args.data_path, args.attr_format, test_split=args.attr_split, **more)
         if config is None and args.attr_vectors:  # before weights are fetched
             vectors_of_file(Path(args.attr_vectors), len(data.attributes))
@@ -83,12 +71,10 @@ class Attr(Task):
     def describe(self, encoder: VisionTransformer) -> dict:
         data = self.data
         self.vectors, source = text_vectors(self.args, data.attributes, encoder.embed_dim)
-        constant = constant_answer(data.train.labels)
-        return {
-            "text_dim": self.vectors.shape[1], "set": data.name, "attributes": [list(a) for a in data.attributes],
-            "num_classes": len(data.attributes), "text_vectors": source, "rates": data.train.rates().tolist(),
-            "constant": constant.tolist(),
-        }  # fmt: skip
+        known = {"set": data.name, "attributes": [list(a) for a in data.attributes]}
+        known |= {"rates": data.train.rates().tolist(), "constant": constant_answer(data.train.labels).tolist()}
+        sizes = {"text_dim": self.vectors.shape[1], "num_classes": len(data.attributes)}
+        return known | sizes | {"text_vectors": source}
 
     @staticmethod
     def model_from(encoder: VisionTransformer, config: dict) -> VTB:
@@ -99,8 +85,7 @@ class Attr(Task):
         self.rates = torch.tensor(self.config["rates"], dtype=torch.float32, device=self.device)
 
     def items(self) -> LabelledItems:
-        augment = PadCropErase(self.args.img_size, erase=0.0)
-        return LabelledItems(self.data.train, augment, self.args.seed)
+        return LabelledItems(self.data.train, PadCropErase(self.args.img_size, erase=0.0), self.args.seed)
 
     def model_line(self) -> str:
         model, source = self.model, self.config["text_vectors"]
@@ -113,8 +98,7 @@ class Attr(Task):
         """`attribute_loss` of the whole batch of all ranks, and the accuracy as in scoring."""
         attr_logits, labels = wrapped(batch["imgs"]), gather_rows(batch["labels"])
         true, said = labels == 1, (attr_logits.sigmoid() > self.args.attr_threshold) & (labels >= 0)
-        both, either = (true & said).sum(dim=1), (true | said).sum(dim=1)
-        accuracy = (both / either.clamp_min(1)).mean()
+        accuracy = ((true & said).sum(dim=1) / (true | said).sum(dim=1).clamp_min(1)).mean()
         return {"loss": attribute_loss(attr_logits, labels, self.rates), "accuracy": accuracy}
 
     def answers(self) -> Predictions | None:
@@ -124,18 +108,18 @@ class Attr(Task):
 
     def score(self, found: Predictions) -> tuple[dict, list[str], list[str]]:
         """Numbers beside those of a constant answer, and the table of the attributes."""
-        stats, threshold, data = AttributeStats.from_config(self.config), self.args.attr_threshold, self.data
-        probs, labels = found.values.numpy(), data.test.labels[found.rows]
+        stats, threshold, images = AttributeStats(self.config), self.args.attr_threshold, self.data.test
+        self.test = AttributeTest(stats, images.take(found.rows), found.values.numpy(), threshold)
+        probs, labels = self.test.probs, self.test.images.labels
         metrics = all_metrics(probs, labels, stats, threshold)
         less = f"/{len(found.unreadable)}-unreadable-left-out" if found.unreadable else ""
         rule = f"{len(stats.attributes)} attributes, true above {threshold:g}, F1 averaged over images"
-        metrics |= {"images": len(probs), "protocol": f"{data.name}{less} ({rule})"}
-        metrics["text_vectors"] = self.config["text_vectors"]
         names = [name for name in metrics if f"constant_{name}" in metrics]
         told = [f"{name} {100 * metrics[name]:.2f} [{100 * metrics[f'constant_{name}']:.2f}]" for name in names]
+        metrics |= {"images": len(probs), "protocol": f"{self.data.name}{less} ({rule})"}
+        metrics["text_vectors"] = self.config["text_vectors"]
         self.rows = attribute_rows(probs, labels, stats.names, stats.rates, threshold)
         write_rows(Path(self.args.output_dir) / "attributes.csv", self.rows)
-        self.test = AttributeTest(stats, data.test.paths, found.rows, probs, labels, threshold)
         lines = [metrics["protocol"], f"  text vectors: {metrics['text_vectors']}"]
         return metrics, [*lines, f"  {'  '.join(told)}  [constant answer]"], found.unreadable
 
@@ -148,14 +132,11 @@ class Attr(Task):
 def all_metrics(probs: np.ndarray, labels: np.ndarray, stats: AttributeStats, threshold: float) -> dict[str, float]:
     """`attribute_metrics`, of a constant answer as `constant_...`, and of each column of words top-1; what is
     not defined is left out."""
-
-    def of(said: np.ndarray, scores: np.ndarray) -> dict[str, float]:
+    metrics, constant = {}, np.broadcast_to(stats.constant, labels.shape)
+    rates = np.broadcast_to(stats.rates, labels.shape)
+    for prefix, said, scores in (("", probs > threshold, probs), ("constant_", constant, rates)):
         tops = {f"top1_{name}": group_top1(scores, labels, places) for name, places in stats.groups.items()}
-        return attribute_metrics(said, labels) | tops
-
-    metrics = of(probs > threshold, probs)
-    beside = of(np.broadcast_to(stats.constant, labels.shape), np.broadcast_to(stats.rates, labels.shape))
-    metrics |= {f"constant_{name}": value for name, value in beside.items()}
+        metrics |= {prefix + name: value for name, value in (attribute_metrics(said, labels) | tops).items()}
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
@@ -192,10 +173,8 @@ def vectors_of_file(file: Path, count: int) -> tuple[torch.Tensor, str]:
     except (OSError, ValueError, EOFError, AttributeError) as error:
         raise InputError(f"--attr_vectors {file} is no array of numbers in a .npy: {str(error)[:120]}") from error
     if vectors.ndim != 2 or len(vectors) != count or not torch.isfinite(vectors).all():
-        raise InputError(
-            f"--attr_vectors {file} has the shape {tuple(vectors.shape)}, and {count} attributes need finite numbers "
-            f"({count}, D): one row an attribute, in the order that the header of a run prints"
-        )
+        what = f"{file} has the shape {tuple(vectors.shape)}, and {count} attributes need finite numbers ({count}, D)"
+        raise InputError(f"--attr_vectors {what}: one row an attribute, in the order that the header of a run prints")
     return vectors, f"{file.name}, sha256 {file_sha256(file)[:16]}"
 
 

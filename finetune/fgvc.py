@@ -1,6 +1,5 @@
 """Fine-grained classes: TransFG and its baseline, trained and scored."""
 
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -13,14 +12,13 @@ from datasets.transforms import CropFlipAugment
 from engine_finetune import Predictions
 from finetune.task import Task
 from metrics.fgvc import class_scores
-from models_transfg import TransFG, TransFGConfig, contrastive_loss
+from models_transfg import TransFG, contrastive_loss
 from models_vit import VisionTransformer
 from reports.fgvc import Answers, write_fgvc_report
 from util.dist import gather_rows
 from util.errors import InputError
 from util.optim import cosine_lr
 
-SHOWN = ("top1", "top5", "mean_class_accuracy", "majority")
 RESIZE = 600 / 448  # side of the picture / side of the crop
 
 
@@ -37,11 +35,6 @@ class Fgvc(Task):
     schedule = staticmethod(warm_cosine_lr)
 
     @property
-    def weight(self) -> float:
-        """Of the contrastive loss."""
-        return self.args.contrastive_weight if self.args.parts == "on" else 0.0
-
-    @property
     def resize(self) -> tuple[int, int]:
         """(H, W) in px of a picture before the crop."""
         asked = self.args.resize
@@ -56,13 +49,12 @@ class Fgvc(Task):
 
     def describe(self, encoder: VisionTransformer) -> dict:
         resize = [self.args.resize] * 2 if self.args.resize else [round(side * RESIZE) for side in self.args.img_size]
-        config = asdict(TransFGConfig(parts=self.args.parts == "on"))
-        classes = self.data.classes
-        return {"fgvc": config, "classes": classes, "num_classes": len(classes), "resize": resize}
+        parts, classes = self.args.parts == "on", self.data.classes
+        return {"fgvc": {"parts": parts}, "classes": classes, "num_classes": len(classes), "resize": resize}
 
     @staticmethod
     def model_from(encoder: VisionTransformer, config: dict) -> TransFG:
-        return TransFG(encoder, len(config["classes"]), TransFGConfig(**config["fgvc"]))
+        return TransFG(encoder, len(config["classes"]), config["fgvc"]["parts"])
 
     def items(self) -> LabelledItems:
         augment = CropFlipAugment(self.args.img_size, self.resize, auto_augment=self.args.auto_augment)
@@ -75,19 +67,18 @@ class Fgvc(Task):
     def parts_line(self) -> str:
         """What numbers of different settings must not be compared without."""
         blocks = self.model.base.blocks
-        return f"{blocks[0].attn.num_heads} parts after {len(blocks)} blocks" if self.model.config.parts else "no parts"
+        return f"{blocks[0].attn.num_heads} parts after {len(blocks)} blocks" if self.model.parts else "no parts"
 
     def loss(self, wrapped: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         """Cross-entropy (over this rank's images; DDP averages) + weight * contrastive loss over the images of
-        all ranks; scalars, and the share of images whose class is named."""
+        all ranks, where there are parts; scalars, and the share of images whose class is named."""
         args, labels = self.args, batch["labels"]
         logits, features = wrapped(batch["imgs"])
-        terms = {"ce": F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)}
-        terms["loss"] = terms["ce"]
-        if self.weight:
+        ce = F.cross_entropy(logits.float(), labels, label_smoothing=args.smoothing)
+        terms = {"ce": ce, "loss": ce, "accuracy": (logits.argmax(dim=1) == labels).float().mean()}
+        if args.contrastive_weight and args.parts == "on":
             terms["contrastive"] = contrastive_loss(gather_rows(features), gather_rows(labels), args.contrastive_margin)
-            terms["loss"] = terms["ce"] + self.weight * terms["contrastive"]
-        terms["accuracy"] = (logits.argmax(dim=1) == labels).float().mean()
+            terms["loss"] = ce + args.contrastive_weight * terms["contrastive"]
         return terms
 
     def answers(self) -> Predictions | None:
@@ -103,11 +94,12 @@ class Fgvc(Task):
             "{} x {} px, centre crop {} x {}".format(*self.resize, *self.model.base.img_size)
         )
         numbers = self.scores.numbers | {"protocol": protocol, "parts": self.parts_line()}
-        line = "  " + "  ".join(f"{name} {100 * numbers[name]:.2f}" for name in SHOWN)
+        shown = ("top1", "top5", "mean_class_accuracy", "majority")
+        line = "  " + "  ".join(f"{name} {100 * numbers[name]:.2f}" for name in shown)
         return numbers, [protocol, line], found.unreadable
 
     def report(self, found: Predictions, numbers: dict, folder: Path, facts: dict) -> list[Path]:
-        images = self.data.test.take(found.rows)
-        answers = Answers(images, self.data.classes, found.values, self.scores)
-        write_fgvc_report(folder / "report.html", numbers["protocol"], facts | {"model": self.parts_line()}, answers)
+        answers = Answers(self.data.test.take(found.rows), self.data.classes, found.values, self.scores)
+        facts |= {"model": self.parts_line()}
+        write_fgvc_report(folder / "report.html", numbers["protocol"], facts, answers)
         return [folder / "report.html"]

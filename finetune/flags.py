@@ -25,6 +25,15 @@ class Flag:
         elif isinstance(default, int | float):
             how["type"] = type(default)
 
+    def check(self, value) -> None:
+        """Refuse numbers outside the interval."""
+        low, high = map(float, self.within[1:-1].split(",")) if self.within else (0, 0)
+        for x in value if isinstance(value, list) else [value]:
+            if self.within and x is not None:
+                at_end = x == low and "(" in self.within or x == high and ")" in self.within
+                if at_end or not low <= x <= high:
+                    raise InputError(f"--{self.name} {x}: must be in {self.within}")
+
 
 @dataclass(frozen=True)
 class TaskFlags:
@@ -45,10 +54,6 @@ class TaskFlags:
     @property
     def flags(self) -> tuple[Flag, ...]:
         return (*self.model, *self.training, *self.scoring)
-
-    @property
-    def fixed(self) -> list[str]:
-        return [f.name for f in (*self.model, *self.training)]
 
     def default_of(self, f: Flag) -> object:
         return self.recipe.get(f.name, f.default)
@@ -100,10 +105,8 @@ COMMON = {
 
 REID = TaskFlags(
     title="re-identification",  # TransReID's recipe
-    recipe={
-        "input_size": "256", "batch_size": 64, "epochs": 120, "warmup_epochs": 5.0, "min_lr_ratio": 0.002,
-        "warmup_lr_ratio": 0.01, "bias_lr_factor": 2.0, "weight_decay": 1e-4,
-    },
+    recipe={"input_size": "256", "batch_size": 64, "epochs": 120, "warmup_epochs": 5.0, "min_lr_ratio": 0.002,
+            "warmup_lr_ratio": 0.01, "bias_lr_factor": 2.0, "weight_decay": 1e-4},
     default_lr=lambda args: 5e-4 if args.opt == "adamw" else 0.01 if args.jpm else 0.008,
     model=(
         Flag("jpm", False, "jigsaw patch module: four local branches"),
@@ -131,9 +134,8 @@ REID = TaskFlags(
 )
 ATTR = TaskFlags(
     title="attributes",  # VTB's recipe
-    recipe={
-        "batch_size": 128, "warmup_epochs": 5.0, "min_lr_ratio": 0.002, "warmup_lr_ratio": 0.01, "weight_decay": 1e-4,
-    },
+    recipe={"batch_size": 128, "warmup_epochs": 5.0, "min_lr_ratio": 0.002, "warmup_lr_ratio": 0.01,
+            "weight_decay": 1e-4},
     default_lr=lambda args: 5e-4 if args.opt == "adamw" else 8e-3,
     model=(
         Flag("attr_columns", None, "columns of 0 and 1 (default: all, with --attr_categories none)", nargs="+"),
@@ -163,10 +165,8 @@ FGVC = TaskFlags(
 )
 SEG = TaskFlags(
     title="part segmentation",  # SETR's recipe of ADE20K, without dropout: 20,000 updates of 16
-    recipe={
-        "input_size": "512", "drop_path": 0.0, "batch_size": 16, "epochs": 100, "warmup_epochs": 0.0,
-        "min_lr_ratio": 0.1, "head_lr_factor": 10.0, "pos_resize": "bilinear",
-    },
+    recipe={"input_size": "512", "drop_path": 0.0, "batch_size": 16, "epochs": 100, "warmup_epochs": 0.0,
+            "min_lr_ratio": 0.1, "head_lr_factor": 10.0, "pos_resize": "bilinear"},
     default_lr=lambda args: 1e-4 if args.opt == "adamw" else 1e-3,
     model=(
         Flag("decoder", "pup", "SETR's decoder", choices=("naive", "pup", "mla")),
@@ -177,9 +177,7 @@ SEG = TaskFlags(
             "(0, 10]", nargs=2, type=float, metavar=("MIN", "MAX")),
         Flag("distort", True, "random brightness, contrast, saturation, hue in training"),
     ),
-    scoring=(
-        Flag("seg_split", "auto", "the split to score; auto: test, else val", choices=("auto", "val", "test")),
-    ),
+    scoring=(Flag("seg_split", "auto", "the split to score; auto: test, else val", choices=("auto", "val", "test")),),
 )
 # fmt: on
 
@@ -187,26 +185,27 @@ TASKS = {"reid": REID, "attr": ATTR, "fgvc": FGVC, "seg": SEG}  # flag of a task
 
 
 class ChooseTask(argparse.Action):
-    """Keep the task, and take the flags of the others out of the --help that follows."""
+    """Keep the task, and take the flags of the others, `own`, out of the --help that follows."""
 
-    def __init__(self, *words, own: dict[str, list[argparse.Action]], **how):
-        super().__init__(*words, **how)
-        self.own = own
+    own: dict[str, list[argparse.Action]]
 
     def __call__(self, parser, namespace, task, option=None):
         namespace.task = task
-        for action in (a for other, actions in self.own.items() if other in TASKS and other != task for a in actions):
+        for action in (action for other, actions in self.own.items() if other != task for action in actions):
             action.help = argparse.SUPPRESS
 
 
 def add_task_flags(parser: argparse.ArgumentParser) -> None:
     """--task, the common flags, and those of each task in a group of its own."""
-    own: dict[str, list[argparse.Action]] = {}
-    parser.add_argument("--task", required=True, choices=list(TASKS), action=ChooseTask, own=own, help="what to learn")
-    tasks = {f"{about.title} (--task {task})": about.flags for task, about in TASKS.items()}
-    for (title, flags), task in zip((COMMON | tasks).items(), [*COMMON, *TASKS]):
+
+    def add_group(title: str, flags) -> list[argparse.Action]:
         add = parser.add_argument_group(title).add_argument
-        own[task] = [add(f"--{f.name}", default=None, help=help_of(f), **f.how) for f in flags]
+        return [add(f"--{f.name}", default=None, help=help_of(f), **f.how) for f in flags]
+
+    choose = parser.add_argument("--task", required=True, choices=list(TASKS), action=ChooseTask, help="what to learn")
+    for title, flags in COMMON.items():
+        add_group(title, flags)
+    choose.own = {task: add_group(f"{of.title} (--task {task})", of.flags) for task, of in TASKS.items()}
 
 
 def help_of(f: Flag) -> str:
@@ -219,63 +218,48 @@ def help_of(f: Flag) -> str:
     return f"{f.help} (default {shown})"
 
 
+def fixed_flags(task: str) -> list[str]:
+    """Names of the flags that make a continuation another run."""
+    common = [*COMMON["encoder"][2:], *COMMON["optimisation"][1:]]  # all but --finetune, --model, --batch_size
+    return [f.name for f in (*common, *TASKS[task].model, *TASKS[task].training)]
+
+
 def fill_defaults(args) -> set[str]:
     """Give each flag that nobody has said its default; flags of other tasks leave `args`, and `args.given` names those
     that say how the run is done, for tables of results. Returns the names of the flags that the user has said."""
-    said = {name for name, value in vars(args).items() if value is not None}
-    about = TASKS[args.task]
+    said, about = {name for name, value in vars(args).items() if value is not None}, TASKS[args.task]
     flags = [*(f for flags in COMMON.values() for f in flags), *about.flags]
     args.given = [f.name for f in flags if f.name in said] + ["amp"] * (args.amp != "auto")
     for f in flags:
-        value = getattr(args, f.name)
-        setattr(args, f.name, about.default_of(f) if value is None else value)
-        check_within(f, getattr(args, f.name))
-    own = {f.name for f in about.flags}
+        if f.name not in said:
+            setattr(args, f.name, about.default_of(f))
+        f.check(getattr(args, f.name))
     for task, other in TASKS.items():
-        for name in [f.name for f in other.flags if f.name not in own and hasattr(args, f.name)]:
-            if name in said:
-                raise InputError(f"--{name} belongs to --task {task}: drop it for --task {args.task}")
-            delattr(args, name)
+        for f in (f for f in other.flags if f not in about.flags):
+            if f.name in said:
+                raise InputError(f"--{f.name} belongs to --task {task}: drop it for --task {args.task}")
+            delattr(args, f.name)
     return said
-
-
-def check_within(f: Flag, value) -> None:
-    """Refuse a number outside its interval."""
-    low, high = map(float, (f.within or "[-inf, inf]")[1:-1].split(","))
-    for x in value if isinstance(value, list) else [value]:
-        if f.within and x is not None:
-            above, below = low < x or "[" in f.within and x == low, x < high or "]" in f.within and x == high
-            if not (above and below):
-                raise InputError(f"--{f.name} {x}: must be in {f.within}")
 
 
 def check_args(args) -> None:
     """Find contradictions among flags before anything is loaded; fill defaults and derived values."""
     said, about = fill_defaults(args), TASKS[args.task]
     args.img_size, args.accum_iter = parse_input_size(args.input_size), 1
-    numbers = "print_freq save_freq max_bad_steps", "seed keep_checkpoints num_workers"
-    check_numbers(args, at_least_one=numbers[0], not_negative=numbers[1])
+    check_numbers(args)
     epochs = about.recipe.get("epochs", 20)
     if "warmup_epochs" not in said and args.epochs < epochs:  # as much of a shorter run
         args.warmup_epochs *= args.epochs / epochs
     if args.warmup_epochs >= args.epochs:
         raise InputError(f"--warmup_epochs {args.warmup_epochs:g} leaves nothing of --epochs {args.epochs}: lower it")
     if args.eval:
-        check_eval(args, said)
+        if bool(args.resume) == bool(args.finetune) or args.resume == "auto":
+            raise InputError("--eval scores one model: give --resume MODEL, or --finetune ENCODER as it is")
+        for f in (*about.model, *(COMMON["encoder"][1:] if args.resume else ())):  # all but --finetune
+            if f.name in said:
+                raise InputError(f"--{f.name} would change the model that --eval scores: drop it")
     elif bool(args.finetune) == bool(args.model):
         raise InputError("give --finetune FILE to start from an encoder, or --model NAME to start from random weights")
     if args.output_dir is None:
         evaluated = Path(args.resume or args.finetune).parent / f"eval_{Path(args.data_path).stem}"
         args.output_dir = str(evaluated) if args.eval else f"runs/{args.task}"
-
-
-def check_eval(args, said: set[str]) -> None:
-    """Refuse what --eval cannot score, and flags that would change the model."""
-    if bool(args.resume) == bool(args.finetune) or args.resume == "auto":
-        raise InputError("--eval scores one model: give --resume MODEL, or --finetune ENCODER as it is")
-    about = TASKS[args.task]
-    if args.finetune and args.task != "reid":
-        raise InputError(f"--eval --finetune: an encoder has no answers for --task {args.task} before it is trained")
-    for f in (*about.model, *(COMMON["encoder"][1:] if args.resume else ())):  # all but --finetune
-        if f.name in said:
-            raise InputError(f"--{f.name} would change the model that --eval scores: drop it")

@@ -1,11 +1,12 @@
 """Re-identification: TransReID and its baseline, trained and scored."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from datasets.items import WholeImages
@@ -14,11 +15,11 @@ from datasets.samplers import PKBatches
 from datasets.transforms import PadCropErase, erase_boxes
 from engine_finetune import predict
 from finetune.task import Task
-from metrics.reid import FeatureSet, Protocol, draw_gallery, protocols_of
+from metrics.reid import FeatureSet, Protocol, protocols_of
 from metrics.reid import evaluate as evaluate_features
-from models_transreid import TransReID, TransReIDConfig, hard_triplet_loss, identity_loss, over_branches
+from models_transreid import TransReID, TransReIDConfig, hard_triplet_loss, over_branches
 from models_vit import VisionTransformer
-from reports.reid import ReidTest, write_reid_report
+from reports.reid import ReidFeatures, ReidTest, write_reid_report
 from util.dist import gather_rows, get_rank, get_world_size, wait_for_main
 from util.errors import InputError
 
@@ -30,7 +31,7 @@ class Reid(Task):
 
     kind = "CGD-MAE TransReID"
     shown = ("id", "triplet", "accuracy")
-    alone = {"num_classes": 1, "reid": asdict(TransReIDConfig())}  # config of an encoder as it is
+    alone = {"num_classes": 1, "reid": asdict(TransReIDConfig())}
 
     def read(self, config: dict | None) -> ReidData:
         args = self.args
@@ -47,9 +48,10 @@ class Reid(Task):
         return PKBatches(self.data.train.pids, args.batch_size, args.num_instances, *ranks, args.seed)
 
     def describe(self, encoder: VisionTransformer) -> dict:
-        args = self.args
+        args, data = self.args, self.data
         config = TransReIDConfig(**self.sizes, jpm=args.jpm, shift=args.jpm_shift, sie_weight=args.sie_weight)
-        return reid_config(self.data, config)
+        names = {"set": data.name, "camera_names": data.camera_names, "view_names": data.view_names}
+        return {"num_classes": data.classes, "reid": asdict(config)} | names
 
     @staticmethod
     def model_from(encoder: VisionTransformer, config: dict) -> TransReID:
@@ -79,37 +81,31 @@ class Reid(Task):
         imgs = erase_boxes(model.base.normalize(batch["imgs"]), batch["erase"])
         logits, features = wrapped(imgs, *(batch[ids] if getattr(model.config, what) else None for ids, what in SIDE))
         pids = gather_rows(batch["pids"])
-        terms = {
-            "id": over_branches(lambda x, y: identity_loss(x, y, args.smoothing), logits, pids),
-            "triplet": over_branches(hard_triplet_loss, features, pids),
-        }
-        loss = args.id_weight * terms["id"] + args.triplet_weight * terms["triplet"]
-        return terms | {"loss": loss, "accuracy": (logits[0].argmax(dim=1) == pids).float().mean()}
+        loss_of = partial(F.cross_entropy, label_smoothing=args.smoothing)
+        identity = over_branches(loss_of, [x.float() for x in logits], pids)
+        triplet = over_branches(hard_triplet_loss, features, pids)
+        terms = {"id": identity, "triplet": triplet, "accuracy": (logits[0].argmax(dim=1) == pids).float().mean()}
+        return terms | {"loss": args.id_weight * identity + args.triplet_weight * triplet}
 
-    def answers(self) -> dict[str, "TestResult"]:
+    def answers(self) -> dict[str, ReidTest]:
         args, data = self.args, self.data
         rerank = (args.rerank_k1, args.rerank_k2, args.rerank_lambda) if args.rerank else None
         protocols = protocols_of(data.name, data.tests, args.keep_same_camera, args.protocol_seed)
         return evaluate_reid(self.model, data, protocols, rerank=rerank, **self.loading)
 
-    def score(self, found: dict[str, "TestResult"]) -> tuple[dict, list[str], list[str]]:
+    def score(self, found: dict[str, ReidTest]) -> tuple[dict, list[str], list[str]]:
         flat, lines, unreadable = summary(found)
         side = side_line(self.model.config)
         return flat | {"sie": side}, [side, *lines] if side != "SIE off" else lines, unreadable
 
-    def report(self, found: dict[str, "TestResult"], numbers: dict, folder: Path, facts: dict) -> list[Path]:
-        """One page a test; VehicleID's shows its first draw."""
-        files = []
+    def report(self, found: dict[str, ReidTest], numbers: dict, folder: Path, facts: dict) -> list[Path]:
+        """One page a test, as it was before re-ranking."""
         facts |= {"SIE": side_line(self.model.config), "feature": f"{self.model.feature_dim} numbers"}
-        for test, (protocol, metrics, query, gallery) in found.items():
-            if protocol.rerank:
-                continue
-            if gallery is None:
-                kept, asked = draw_gallery(query.images.pids, protocol.seed, 0)
-                query, gallery = query.take(asked), query.take(kept)
-            told = ReidTest(protocol, metrics, *query[:2], *gallery[:2], self.data.pid_names)
-            files.append(folder / ("report.html" if test == "test" else f"report_{test}.html"))
-            write_reid_report(files[-1], facts, told, self.device)
+        files = []
+        for name, test in found.items():
+            if not test.protocol.rerank:
+                files.append(folder / ("report.html" if name == "test" else f"report_{name}.html"))
+                write_reid_report(files[-1], facts, test, self.data.pid_names, self.device)
         return files
 
 
@@ -120,31 +116,24 @@ def all_parts(data: ReidData) -> list[ReidImages]:
 
 def side_information(args, data: ReidData) -> dict:
     """Sizes of the tables of side information that flags and data ask for."""
-    sizes = {}
+    sizes, (camids, viewids) = {}, (np.concatenate([getattr(part, ids) for part in all_parts(data)]) for ids, _ in SIDE)
     if args.sie_camera:
         if not data.train.has_cameras():
             raise InputError(f"--sie_camera: {args.data_path} does not say which camera took what; drop it")
-        sizes["cameras"] = 1 + max(int(part.camids.max()) for part in all_parts(data))
+        sizes["cameras"] = 1 + int(camids.max())
     if args.sie_view:
         if not (data.train.viewids >= 0).any():
             hint = "; put keypoint_train.txt and keypoint_test.txt there" if data.name == "veri776" else ""
             raise InputError(f"--sie_view: {args.data_path} knows no viewpoints{hint}, or drop --sie_view")
-        unknown = any((part.viewids < 0).any() for part in all_parts(data))
-        known = 1 + max(int(part.viewids.max()) for part in all_parts(data))
-        sizes |= {"views": known + unknown, "unknown_view": bool(unknown)}
+        unknown = bool((viewids < 0).any())
+        sizes |= {"views": 1 + int(viewids.max()) + unknown, "unknown_view": unknown}
     return sizes
 
 
 def side_line(config: TransReIDConfig) -> str:
     """SIE in words: what numbers of different settings must not be compared without."""
-    used = [f"{count} {name}" for name, count in (("cameras", config.cameras), ("views", config.views)) if count]
+    used = [f"{getattr(config, what)} {what}" for _, what in SIDE if getattr(config, what)]
     return f"SIE on ({', '.join(used)}, weight {config.sie_weight:g})" if used else "SIE off"
-
-
-def reid_config(data: ReidData, config: TransReIDConfig) -> dict:
-    """What builds the model again, and whose cameras and views it knows, as plain values."""
-    names = {"camera_names": data.camera_names, "view_names": data.view_names}
-    return {"num_classes": data.classes, "reid": asdict(config), "set": data.name} | names
 
 
 def side_of(images: ReidImages) -> tuple[torch.Tensor, torch.Tensor]:
@@ -157,10 +146,8 @@ def renumber_cameras(data: ReidData, config: dict, file: str | Path) -> ReidData
     learned those of another set, or not all of these."""
     used = [(*side, names) for side, names in zip(SIDE, ("camera_names", "view_names")) if config["reid"][side[1]]]
     if used and data.name != config["set"]:
-        raise InputError(
-            f"{file} was trained with side information, the cameras or views of {config['set']}, and means "
-            f"nothing on {data.name}: train without --sie_camera and --sie_view to search across sets"
-        )
+        what = f"{file} was trained with side information, the cameras or views of {config['set']}, and means nothing"
+        raise InputError(f"{what} on {data.name}: train without --sie_camera and --sie_view to search across sets")
     maps = {}
     for ids, what, names in used:
         here, there = getattr(data, names) or [], config[names] or []
@@ -173,31 +160,10 @@ def renumber_cameras(data: ReidData, config: dict, file: str | Path) -> ReidData
     def renumbered(images: ReidImages | None) -> ReidImages | None:
         return images and replace(images, **{ids: numbers[getattr(images, ids)] for ids, numbers in maps.items()})
 
-    tests = {name: tuple(renumbered(part) for part in pair) for name, pair in data.tests.items()}
-    return replace(data, tests=tests)
+    return replace(data, tests={name: tuple(map(renumbered, pair)) for name, pair in data.tests.items()})
 
 
-class Features(NamedTuple):
-    """Images that could be read, [n, D] float32 of them on the CPU, and of the others `path<tab>reason`."""
-
-    images: ReidImages
-    values: torch.Tensor
-    unreadable: list[str]
-
-    def take(self, rows: np.ndarray) -> "Features":
-        return Features(self.images.take(rows), self.values[rows], self.unreadable)
-
-
-class TestResult(NamedTuple):
-    """One test of a set: its protocol, the numbers, and what they were made from."""
-
-    protocol: Protocol
-    metrics: dict[str, float]
-    query: Features
-    gallery: Features | None
-
-
-def extract_reid(model: TransReID, images: ReidImages, title: str, **loading) -> Features | None:
+def extract_reid(model: TransReID, images: ReidImages, title: str, **loading) -> ReidFeatures | None:
     """Features for search, [n, D], on rank 0; None elsewhere; see `predict`."""
     device, (camids, viewids) = model.base.pos_embed.device, side_of(images)
 
@@ -206,13 +172,13 @@ def extract_reid(model: TransReID, images: ReidImages, title: str, **loading) ->
 
     whole = WholeImages(images.paths, np.arange(len(images)), model.base.img_size)
     found = predict(encode, whole, device, title, **loading)
-    return found and Features(images.take(found.rows), found.values, found.unreadable)
+    return found and ReidFeatures(images.take(found.rows), found.values, found.unreadable)
 
 
 def evaluate_reid(
     model: TransReID, data: ReidData, protocols: dict[str, Protocol], *, rerank=None, columns=None, **loading
-):
-    """Every test of a set by its protocol, {name: TestResult} on rank 0; empty elsewhere.
+) -> dict[str, ReidTest]:
+    """Every test of a set by its protocol, by name, on rank 0; empty elsewhere.
 
     Args:
         rerank: (k1, k2, lambda): the re-ranked numbers come beside the others, as test "NAME reranked".
@@ -233,25 +199,24 @@ def evaluate_reid(
                 for ending, used in ("", protocol), (" reranked", replace(protocol, rerank=rerank)):
                     if used.rerank or not ending:
                         metrics = evaluate_features(used, *rows, device=model.base.pos_embed.device)
-                        results[f"{part} {test}{ending}".strip()] = TestResult(used, metrics, *sides)
+                        results[f"{part} {test}{ending}".strip()] = ReidTest(used, metrics, *sides)
         wait_for_main()
     return results
 
 
-def summary(results: dict[str, TestResult]) -> tuple[dict[str, float | str], list[str], list[str]]:
+def summary(results: dict[str, ReidTest]) -> tuple[dict[str, float | str], list[str], list[str]]:
     """Numbers by name: `mAP`, `R1` ... of a set's only test, else `800_mAP` ..., the protocol of each beside them; the
     same in percent in lines; `path<tab>reason` of images that could not be read."""
     flat, lines, unreadable = {}, [], set()
-    for test, result in results.items():
-        m, prefix = result.metrics, "".join(f"{word}_" for word in test.split() if word != "test")
-        flat |= {f"{prefix}{name}": value for name, value in m.items()}
-        if result.gallery:
-            flat[f"{prefix}gallery"] = len(result.gallery.images)
-        flat[f"{prefix}protocol"] = result.protocol.line()
+    for test, (protocol, m, *sides) in results.items():
+        told = m | ({"gallery": len(sides[1].images)} if sides[1] else {}) | {"protocol": protocol.line()}
+        prefix = "".join(f"{word}_" for word in test.split() if word != "test")
+        flat |= {f"{prefix}{name}": value for name, value in told.items()}
         spread = {name: f" +- {100 * m[f'{name}_std']:.2f}" for name in m if f"{name}_std" in m}
         numbers = [f"{x} {100 * m[x]:.2f}{spread.get(x, '')}" for x in ("mAP", "R1", "R5", "R10", "mINP")]
-        lost = m["queries_without_match"]
-        numbers.append(f"queries {m['queries']:g}{f'  ({lost:g} without a match are not scored)' if lost else ''}")
-        lines += [result.protocol.line(), f"  {'  '.join(numbers)}"]
-        unreadable.update(name for side in (result.query, result.gallery) if side for name in side.unreadable)
+        numbers.append(f"queries {m['queries']:g}")
+        if lost := m["queries_without_match"]:
+            numbers.append(f"({lost:g} without a match are not scored)")
+        lines += [protocol.line(), f"  {'  '.join(numbers)}"]
+        unreadable.update(name for side in sides if side for name in side.unreadable)
     return flat, lines, sorted(unreadable)

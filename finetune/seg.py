@@ -3,7 +3,6 @@
 import math
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,28 +10,20 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datasets.seg import PartsAugment, PartsData, PartsSplit, PartsTestItems, PartsTrainItems, at_size, read_parts
+from datasets.seg import PartsAugment, PartsData, PartsTestItems, PartsTrainItems, at_size, read_parts
 from datasets.tables import split_folder
 from engine_finetune import merged
 from finetune.task import Task
 from metrics.seg import confusion_matrix, segmentation_numbers
 from models_setr import SETR, SETRConfig, setr_loss, synchronized
 from models_vit import VisionTransformer
+from reports.page import percent
 from reports.seg import SegTest, write_seg_report
 from util.dist import get_rank, get_world_size, is_main_process
 from util.errors import InputError
 from util.optim import poly_lr
 from util.progress import Progress
 from util.stop import init_worker
-
-
-class PartsResult(NamedTuple):
-    """rows: [n] int64 of the images that could be read; each: [n, K, K] int64, their confusion matrices; unreadable:
-    `path<tab>reason` of the others."""
-
-    rows: np.ndarray
-    each: np.ndarray
-    unreadable: list[str]
 
 
 class Seg(Task):
@@ -42,21 +33,15 @@ class Seg(Task):
     shown = ("main", "accuracy")
     schedule = staticmethod(poly_lr)
 
-    @property
-    def split(self) -> str:
-        """The split that --seg_split means."""
-        if self.args.seg_split != "auto":
-            return self.args.seg_split
-        return "test" if split_folder(Path(self.args.data_path) / "images", "test").is_dir() else "val"
-
     def read(self, config: dict | None) -> PartsData:
-        path = self.args.data_path
+        path, self.split = self.args.data_path, self.args.seg_split
+        if self.split == "auto":
+            self.split = "test" if split_folder(Path(path) / "images", "test").is_dir() else "val"
         data = read_parts(path, (self.split,) if config else ("train", self.split))
         if config and list(data.space.names) != config["classes"]:
-            raise InputError(
-                f"{self.args.resume} knows the classes {', '.join(config['classes'])[:120]}, and {path} has "
-                f"{', '.join(data.space.names)[:120]}: give a set of the same classes"
-            )
+            there, here = (", ".join(names)[:120] for names in (config["classes"], data.space.names))
+            what = f"{self.args.resume} knows the classes {there}, and {path} has {here}"
+            raise InputError(f"{what}: give a set of the same classes")
         return data
 
     def describe(self, encoder: VisionTransformer) -> dict:
@@ -85,10 +70,10 @@ class Seg(Task):
     def loss(self, wrapped: nn.Module, batch: dict) -> dict[str, torch.Tensor]:
         return setr_loss(wrapped(batch["imgs"]), batch["masks"], self.args.aux_weight, self.args.smoothing)
 
-    def answers(self) -> PartsResult:
+    def answers(self) -> SegTest:
         return evaluate_parts(self.model, self.data, self.split, **self.loading)
 
-    def score(self, found: PartsResult) -> tuple[dict, list[str], list[str]]:
+    def score(self, found: SegTest) -> tuple[dict, list[str], list[str]]:
         """In percent, by class and over all; None for what cannot be told, since JSON knows no NaN."""
         space, gone = self.data.space, len(found.unreadable)
         numbers = segmentation_numbers(found.each.sum(axis=0), space.background)
@@ -98,28 +83,24 @@ class Seg(Task):
             "{} x {} px, by 2/3 of a side, logits averaged; one confusion matrix at the images' sizes, no flips, no "
             "multiple scales)".format(*self.model.base.img_size)
         )
-
-        def percent(value: float) -> str:
-            return "absent" if math.isnan(value) else f"{100 * value:.2f}"
-
-        each, flat = list(zip(space.names, numbers.iou.tolist(), numbers.acc.tolist())), dict(numbers.flat)
+        each, shown = list(zip(space.names, *numbers[:2])), partial(percent, missing="absent")
         lines = [protocol, f"  {'IoU':>7s} {'Acc':>7s}"]
-        lines += [f"  {percent(iou):>7s} {percent(acc):>7s}  {name}" for name, iou, acc in each]
-        lines.append("  " + "  ".join(f"{name} {percent(value)}" for name, value in flat.items()))
-        flat |= {f"IoU_{name}": iou for name, iou, _ in each} | {f"Acc_{name}": acc for name, _, acc in each}
+        lines += [f"  {shown(iou):>7s} {shown(acc):>7s}  {name}" for name, iou, acc in each]
+        lines.append("  " + "  ".join(f"{name} {shown(value)}" for name, value in numbers.flat.items()))
+        flat = numbers.flat | {f"IoU_{name}": float(iou) for name, iou, _ in each}
+        flat |= {f"Acc_{name}": float(acc) for name, _, acc in each}
         flat = {name: None if math.isnan(value) else value for name, value in flat.items()}
         return flat | {"images": len(found.rows), "unreadable": gone, "protocol": protocol}, lines, found.unreadable
 
-    def report(self, found: PartsResult, numbers: dict, folder: Path, facts: dict) -> list[Path]:
-        part, file = self.data.splits[self.split], folder / "report.html"
-        test = SegTest(self.data.space, part.images, found.rows, found.each, partial(self.look_at, part))
-        write_seg_report(file, numbers["protocol"], facts | {"model": self.model_line()}, test)
-        return [file]
+    def report(self, found: SegTest, numbers: dict, folder: Path, facts: dict) -> list[Path]:
+        facts |= {"model": self.model_line()}
+        write_seg_report(folder / "report.html", numbers["protocol"], facts, self.data.space, found, self.look_at)
+        return [folder / "report.html"]
 
     @torch.inference_mode()
-    def look_at(self, part: PartsSplit, row: int) -> tuple:
+    def look_at(self, row: int) -> tuple:
         """An image of the split, its truth and the model's answer, [h, w] uint8 classes at its size."""
-        picture, truth = part.open(row)
+        picture, truth = self.data.splits[self.split].open(row)
         size = model_size(picture.size, self.model.base.img_size)
         answer = predict_mask(self.model, at_size(picture, size).to(self.device), truth.shape, 16)
         return picture, truth, answer.cpu().numpy().astype(np.uint8)
@@ -146,11 +127,10 @@ def sliding_logits(model: SETR, imgs: torch.Tensor, batch_size: int) -> torch.Te
     total = torch.zeros(model.config.num_classes, high, wide, device=imgs.device)
     seen = torch.zeros(high, wide, device=imgs.device)
     for first in range(0, len(corners), batch_size):
-        part = corners[first : first + batch_size]
-        windows = torch.stack([imgs[:, y : y + crop[0], x : x + crop[1]] for y, x in part])
-        for (y, x), logits in zip(part, model.predict(windows)):
-            total[:, y : y + crop[0], x : x + crop[1]] += logits
-            seen[y : y + crop[0], x : x + crop[1]] += 1
+        part = [(..., slice(y, y + crop[0]), slice(x, x + crop[1])) for y, x in corners[first : first + batch_size]]
+        for window, logits in zip(part, model.predict(torch.stack([imgs[window] for window in part]))):
+            total[window] += logits
+            seen[window] += 1
     return total / seen
 
 
@@ -163,7 +143,7 @@ def predict_mask(model: SETR, imgs: torch.Tensor, size: tuple[int, int], batch_s
 
 
 @torch.inference_mode()
-def evaluate_parts(model: SETR, data: PartsData, split: str, batch_size: int, num_workers: int) -> PartsResult:
+def evaluate_parts(model: SETR, data: PartsData, split: str, batch_size: int, num_workers: int) -> SegTest:
     """Each image of a split at its own size, the same on every rank: the ranks share them out, each is computed once
     and alone, so that nothing is padded and the numbers are equal on any number of ranks."""
     part, classes, device = data.splits[split], len(data.space.names), model.base.pos_embed.device
@@ -173,19 +153,18 @@ def evaluate_parts(model: SETR, data: PartsData, split: str, batch_size: int, nu
     progress = Progress("test images", len(rows), shown=is_main_process())
     found: dict[int, np.ndarray | str | None] = {}  # None: the model has diverged, of which all ranks must hear
     for done, (row, imgs, masks, problem) in enumerate(loader, 1):
-        if problem:
-            found[int(row)] = f"{part.images.relative(int(row))}\t{problem}"
-        else:
+        found[row] = f"{part.images.relative(row)}\t{problem}"
+        if not problem:
             said, masks = predict_mask(model, imgs.to(device), masks.shape, batch_size), masks.to(device)
-            found[int(row)] = None if said is None else confusion_matrix(masks, said, classes).cpu().numpy()
+            found[row] = None if said is None else confusion_matrix(masks, said, classes).cpu().numpy()
         progress.update(done)
     progress.close()
     found = dict(sorted(merged(found).items()))
     if diverged := [row for row, value in found.items() if value is None]:
         example = part.images.relative(diverged[0])
         raise InputError(f"{len(diverged)} answers, e.g. for {example}, are not finite: the model has diverged")
-    read = {row: value for row, value in found.items() if not isinstance(value, str)}
     unreadable = [value for value in found.values() if isinstance(value, str)]
-    if not read:
+    if len(unreadable) == len(part):
         raise InputError(f"none of the {len(part)} test pairs can be read, e.g. {unreadable[0]}")
-    return PartsResult(np.array(list(read)), np.stack(list(read.values())), unreadable)
+    read = {row: value for row, value in found.items() if not isinstance(value, str)}
+    return SegTest(part.images, np.array(list(read)), np.stack(list(read.values())), unreadable)

@@ -45,11 +45,12 @@ class Task:
     kind = ""  # of its models, in their files
     shown: tuple[str, ...] = ("accuracy",)  # terms that a log line shows
     schedule = staticmethod(transreid_lr)  # (epoch, peak, first rate, last rate, epochs of warm-up, epochs)
+    alone: dict | None = None  # config of an encoder that nothing has trained; None: it has no answers to score
 
     def __init__(self, args, device: torch.device):
         self.args, self.device = args, device
         self.data = self.model = self.batches = self.dataset = self.optimizer = None
-        self.config, self.header = {}, []
+        self.config = {}
 
     def order(self) -> Sampler:
         args, ranks = self.args, (get_rank(), get_world_size())
@@ -86,36 +87,33 @@ class Task:
     def evaluate(self) -> dict:
         """All test images in float32 without TF32: numbers on rank 0, printed beside their protocol, and the page.
         Afterwards all ranks wait for rank 0."""
-        args, folder = self.args, Path(self.args.output_dir)
         try:
             with scoring(self.model):
                 found = self.answers()
-                if not is_main_process():
-                    return {}
-                numbers, lines, unreadable = self.score(found)
-                if unreadable:
-                    file, text = folder / "unreadable_test_images.txt", "".join(f"{line}\n" for line in unreadable)
-                    write_atomic(file, lambda opened: opened.write(text.encode(errors="surrogateescape")))
-                    lines.append(f"{len(unreadable)} test images cannot be read: {file} lists them")
-                print("\n".join(lines), flush=True)
-                weights = (args.resume or args.finetune) if args.eval else folder / "model.pth"
-                facts = {"set": args.data_path, "weights": weights, "seed": args.seed}
-                if args.before:
-                    facts["before and after"] = before_and_after(args.before, numbers)
-                    print(facts["before and after"])
-                if args.report:
-                    for file in self.report(found, numbers, folder, facts):
-                        print(f"report: {file}")
-                return numbers
+                return self.tell(found) if is_main_process() else {}
         finally:
             wait_for_main()
 
-
-def before_and_after(file: str, numbers: dict) -> str:
-    """The first three numbers that an earlier metrics.json has too, in percent."""
-    earlier = json.loads(Path(file).read_text())
-    shared = [name for name, value in numbers.items() if isinstance(value, float) and name in earlier][:3]
-    return ", ".join(f"{name} {100 * earlier[name]:.1f} before, {100 * numbers[name]:.1f} after" for name in shared)
+    def tell(self, found) -> dict:
+        """Score the answers on rank 0: print, list unreadable images, write the page."""
+        args, folder = self.args, Path(self.args.output_dir)
+        numbers, lines, unreadable = self.score(found)
+        if unreadable:
+            file, text = folder / "unreadable_test_images.txt", "".join(f"{line}\n" for line in unreadable)
+            write_atomic(file, lambda opened: opened.write(text.encode(errors="surrogateescape")))
+            lines.append(f"{len(unreadable)} test images cannot be read: {file} lists them")
+        print("\n".join(lines), flush=True)
+        weights = (args.resume or args.finetune) if args.eval else folder / "model.pth"
+        facts = {"set": args.data_path, "weights": weights, "seed": args.seed}
+        if args.before:  # the first three numbers that both have
+            earlier = json.loads(Path(args.before).read_text())
+            both = [name for name, value in numbers.items() if isinstance(value, float) and name in earlier][:3]
+            told = (f"{name} {100 * earlier[name]:.1f} before, {100 * numbers[name]:.1f} after" for name in both)
+            facts["before and after"] = ", ".join(told)
+            print(facts["before and after"])
+        for file in self.report(found, numbers, folder, facts) if args.report else ():
+            print(f"report: {file}")
+        return numbers
 
 
 def task_class(name: str) -> type[Task]:
@@ -137,8 +135,8 @@ def build_encoder(args) -> tuple[VisionTransformer, str]:
         report, args.weights_sha256 = f"{args.model} with random weights, seed {args.seed}", "random"
     if args.pixel_stats != "checkpoint":
         encoder.set_pixel_stats(*PIXEL_STATS[args.pixel_stats])
-    stats = [*encoder.pixel_mean.flatten().tolist(), *encoder.pixel_std.flatten().tolist()]
     encoder.grad_checkpoint = args.grad_checkpoint
+    stats = (*encoder.pixel_mean.flatten(), *encoder.pixel_std.flatten())
     return encoder.train(), report + "\n  pixels: mean {:.3g} {:.3g} {:.3g}, std {:.3g} {:.3g} {:.3g}".format(*stats)
 
 
@@ -159,7 +157,7 @@ def task_to_train(args, device: torch.device) -> Task:
     task.optimizer = build_finetune_optimizer(task.model, depth, args.opt, args.lr, args.weight_decay, **factors)
     task.dataset = task.items()
     epoch = f"  an epoch: {task.batches.batches_per_epoch} updates of {args.global_batch} images"
-    task.header = [*task.data_lines(), epoch, f"encoder: {report}", task.model_line()]
+    print_main(*task.data_lines(), epoch, f"encoder: {report}", task.model_line())
     return task
 
 
@@ -169,9 +167,11 @@ def task_to_score(args, device: torch.device) -> Task:
     if args.resume:
         found = load_model(args.resume, device)
         if found.task != args.task:
-            is_what = f"a {found.config['kind']}" if found.task else "no model of main_finetune.py"
-            raise InputError(f"{args.resume} is {is_what}: give the model.pth of a run with --task {args.task}")
+            what = f"a {found.config['kind']}" if found.task else "no model of main_finetune.py"
+            raise InputError(f"{args.resume} is {what}: give the model.pth of a run with --task {args.task}")
         task.config, task.data, task.model, report = found.config, task.read(found.config), found.model, found.report
+    elif task.alone is None:
+        raise InputError(f"--eval --finetune: an encoder has no answers for --task {args.task} before it is trained")
     else:
         task.config, task.data = task.alone, task.read(task.alone)
         encoder, report = build_encoder(args)

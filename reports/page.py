@@ -40,14 +40,6 @@ def html_of(content: object) -> Html:
     return Html(shown)
 
 
-def show_names(figure: Figure) -> Figure:
-    """Names in a figure's texts as matplotlib can draw them."""
-    for text in figure.findobj(Text):
-        if text.get_text() != printable(text.get_text()):
-            text.set_text(printable(text.get_text()))
-    return figure
-
-
 def join(between: object, parts) -> Html:
     return Html(html_of(between).join(map(html_of, parts)))
 
@@ -174,8 +166,10 @@ class Page:
         """A drawing of matplotlib as a part of the page, in its colours; several fit in a row."""
         if len(axes.get_legend_handles_labels()[1]) > 1:
             axes.legend()
+        for text in axes.figure.findobj(Text):
+            text.set_text(printable(text.get_text()))  # matplotlib cannot draw every name
         data, nothing = io.StringIO(), dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        show_names(axes.figure).savefig(data, format="svg", transparent=True, metadata=nothing)
+        axes.figure.savefig(data, format="svg", transparent=True, metadata=nothing)
         box, inside = re.search(r'<svg.*?(viewBox="[^"]*").*?>(.*)</svg>', data.getvalue(), re.S).groups()
         inside = re.sub(r' id="\w+_\d+"', "", inside).replace(INK, "currentColor")
         words = html_of(f"{title}: {caption}")  # for those who do not see it
@@ -191,12 +185,7 @@ class Page:
 
     def write(self, file: Path) -> None:
         """Write the page atomically."""
-        text = SHELL.substitute(
-            title=html_of(self.title),
-            intro=self.intro,
-            tiles=join("", (tag("div", name, tag("b", value)) for name, value in self.tiles.items())),
-            facts=facts_table(self.facts),
-            links=join("", self.links),
-            sections=join("\n", self.body),
-        )
+        tiles = join("", (tag("div", name, tag("b", value)) for name, value in self.tiles.items()))
+        shown = {"title": html_of(self.title), "intro": self.intro, "tiles": tiles, "facts": facts_table(self.facts)}
+        text = SHELL.substitute(shown, links=join("", self.links), sections=join("\n", self.body))
         write_atomic(file, lambda opened: opened.write(text.encode("utf-8", "backslashreplace")))

@@ -3,8 +3,8 @@ and numbered."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -17,35 +17,38 @@ from reports.page import Html, Page, confusion_table, image, percent, tag, worst
 
 SIDE, SHOWN = 320, 12  # px, longer side of the embedded pictures; images a section
 COLOURS = (255 * np.array(colormaps["tab20"].colors)).astype(np.uint8)  # of class 1, 2 ...; then from the first again
+Look = Callable[[int], tuple[Image.Image, np.ndarray, np.ndarray]]
 
 
-@dataclass(frozen=True)
-class SegTest:
-    """What was scored.
+class SegTest(NamedTuple):
+    """What was scored. rows: [n] int64 of the `images` that could be read; each: [n, K, K] int64, their confusion
+    matrices, row: truth, column: answer; unreadable: `path<tab>reason` of the others."""
 
-    space: the classes: `name`, `names`, whether the first is `background`. rows: [n] int64 of the images that could
-    be read; each: [n, K, K] int64, their confusion matrices, row: truth, column: answer. look: row -> the picture, its
-    truth and the model's answer, [h, w] uint8 classes at its size; raises Unreadable.
-    """
-
-    space: object
     images: PathList
     rows: np.ndarray
     each: np.ndarray
-    look: Callable[[int], tuple[Image.Image, np.ndarray, np.ndarray]]
+    unreadable: list[str]
 
 
-def write_seg_report(file: Path, protocol: str, facts: dict, test: SegTest) -> None:
-    """Write the page; images that are shown are computed again. protocol: what the numbers belong to."""
-    space, confusion = test.space, test.each.sum(axis=0)
+def write_seg_report(file: Path, protocol: str, facts: dict, space, test: SegTest, look: Look) -> None:
+    """Write the page; images that are shown are computed again.
+
+    Args:
+        protocol: what the numbers belong to.
+        space: the classes: `name`, `names`, whether the first is `background`.
+        look: row -> the picture, its truth and the model's answer, [h, w] uint8 classes at its size; raises Unreadable.
+    """
+    confusion = test.each.sum(axis=0)
     numbers = segmentation_numbers(confusion, space.background)
     tiles = {name.replace("_", " "): percent(value, " %", "absent") for name, value in numbers.flat.items()}
     page = Page(f"Part segmentation: {space.name}", protocol, tiles, facts)
     page.section("Classes", "With their numbers in the pictures. Black there: no label, not counted.")
     rows, true, images = [], confusion.sum(axis=1), (test.each.sum(axis=2) > 0).sum(axis=0)
     for k in np.argsort(numbers.iou, kind="stable").tolist():
+        number = k + (not space.background)
+        colour = "{},{},{}".format(*COLOURS[(number - 1) % len(COLOURS)]) if number else "255,255,255"
+        sign = tag("span", number, kind="key", style=f"background:rgb({colour});color:#000")
         shares = numbers.iou[k], numbers.acc[k], true[k] / max(true.sum(), 1)
-        sign = key(k + (not space.background))
         rows.append([sign, space.names[k], *(percent(x, " %", "absent") for x in shares), f"{images[k]:,}"])
     page.add(worst_table(["", "class", "IoU", "accuracy", "of the pixels", "images"], rows))
     page.section("What is taken for what", "Of the pixels of each class (row), by answer (column).")
@@ -56,15 +59,9 @@ def write_seg_report(file: Path, protocol: str, facts: dict, test: SegTest) -> N
     worst, drawn = np.argsort(scores, kind="stable"), np.random.default_rng(0).permutation(len(scores))
     for title, places in ("Worst images, by the mean IoU of their parts", worst), ("Random images", drawn):
         page.section(title)
-        articles = (article(test, place, scores[place]) for place in places[:SHOWN].tolist())
+        articles = (article(test, place, scores[place], look, space.background) for place in places[:SHOWN].tolist())
         page.add(tag("div", *articles, kind="row"))
     page.write(file)
-
-
-def key(number: int) -> Html:
-    """The sign of a class in the table: its number on its colour."""
-    colour = "{},{},{}".format(*COLOURS[(number - 1) % len(COLOURS)]) if number else "255,255,255"
-    return tag("span", number, kind="key", style=f"background:rgb({colour});color:#000")
 
 
 def overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
@@ -85,21 +82,19 @@ def overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
     return result
 
 
-def article(test: SegTest, place: int, score: float) -> Html:
+def article(test: SegTest, place: int, score: float, look: Look, background: bool) -> Html:
     """Image, truth and answer side by side; or the reason why not."""
     row = int(test.rows[place])
     name = test.images.relative(row)
     try:
-        picture, *masks = test.look(row)
+        picture, *masks = look(row)
     except Unreadable as error:
         return tag("article", tag("h3", name), tag("p", str(error)))
     size = tuple(max(1, round(side * SIDE / max(picture.size))) for side in picture.size)
     shown = {"image": (small := picture.resize(size, Image.Resampling.BICUBIC))}
     for title, values in zip(("truth", "answer"), masks):
-        if not test.space.background:  # numbers begin with 1
+        if not background:  # numbers begin with 1
             values = np.where(values == IGNORE, IGNORE, values + 1).astype(np.uint8)
         shown[title] = overlay(small, np.asarray(Image.fromarray(values).resize(size, Image.Resampling.NEAREST)))
-    figures = (
-        tag("figure", image(x, title, SIDE), tag("figcaption", title), kind="part") for title, x in shown.items()
-    )
+    figures = [tag("figure", image(x, of, SIDE), tag("figcaption", of), kind="part") for of, x in shown.items()]
     return tag("article", tag("h3", name, tag("span", percent(score, " %"))), tag("div", *figures, kind="row parts"))

@@ -93,7 +93,7 @@ def test_the_files_of_a_run(trained, veri, teacher_files):
     for name in ("Worst attributes", "Confusions", "constant", "type: sedan", "<svg", "data:image/jpeg"):
         assert name in page
     found = load_model(output / "model.pth")
-    model, known = found.model, AttributeStats.from_config(found.config)
+    model, known = found.model, AttributeStats(found.config)
     clip, tokenizer, _ = load_clip(*map(str, teacher_files))
     assert torch.equal(model.attr_vectors, encode_texts(clip, tokenizer, [sentence(a) for a in known.attributes]))
     assert known.constant.sum() >= 1 and known.rates == pytest.approx(data.train.rates())

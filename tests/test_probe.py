@@ -22,12 +22,11 @@ from datasets.path_list import PathList, list_images
 from datasets.samplers import EpochBatches
 from datasets.transforms import random_crop_box, sample_rng, whole_image
 from engine_extract import extract_batches
-from engine_linprobe import build_head, crop_batches, stored_batches, train_heads
+from engine_linprobe import build_head, crop_batches, load_read_outs, stored_batches, train_heads
 from metrics import probe
 from metrics.fgvc import class_scores
 from metrics.probe import class_mean_predict, draw_shots, knn_predict, topk_accuracy
 from models_mae import MODELS
-from models_probe import load_read_outs
 from models_vit import VisionTransformer, load_encoder
 from reports.run import mean_attribute_accuracy, score_table
 from tools import report

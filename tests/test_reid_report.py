@@ -12,7 +12,7 @@ from datasets.path_list import PathList
 from datasets.reid import ReidImages
 from metrics.reid import FeatureSet, Protocol, ShownQueries, cosine_blocks, evaluate, rank_blocks
 from reports.page import Page, Pictures, cards, confusion_table, new_axes, table, worst_table
-from reports.reid import ReidTest, write_reid_report
+from reports.reid import ReidFeatures, ReidTest, write_reid_report
 
 NAMES = [f"car <{i}>" for i in range(7)]
 WITH, WITHOUT = Protocol("table", True), Protocol("table", False)
@@ -78,10 +78,11 @@ def feature_sets(query, x, gallery, y):
     return [FeatureSet(values, images.pids, images.camids) for images, values in ((query, x), (gallery, y))]
 
 
-def write(tmp_path, protocol, case, **more):
+def write(tmp_path, protocol, case):
     metrics = evaluate(protocol, *feature_sets(*case))
     file = tmp_path / "page.html"
-    write_reid_report(file, {"weights": "<w>&.pth"}, ReidTest(protocol, metrics, *case, NAMES), **more)
+    query, gallery = (ReidFeatures(*case[i : i + 2], []) for i in (0, 2))
+    write_reid_report(file, {"weights": "<w>&.pth"}, ReidTest(protocol, metrics, query, gallery), NAMES)
     return file.read_text(encoding="utf-8")
 
 

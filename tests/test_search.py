@@ -4,8 +4,8 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +16,6 @@ from PIL import Image
 import engine_extract
 from datasets.images import open_rgb
 from datasets.transforms import whole_image
-from finetune.reid import reid_config
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer
 from tools import pack, search
@@ -235,8 +234,8 @@ def test_a_stopped_index_goes_on(encoders, gallery, tmp_path, monkeypatch):
 
 def save_reid(file: Path, **config) -> TransReID:
     encoder, config = tiny(3), TransReIDConfig(**config)
-    data = SimpleNamespace(classes=5, name="veri776", camera_names=None, view_names=None)
-    description = {"kind": "test", "task": "reid", **encoder.settings(), **reid_config(data, config)}
+    known = {"num_classes": 5, "reid": asdict(config), "set": "veri776", "camera_names": None, "view_names": None}
+    description = {"kind": "test", "task": "reid", **encoder.settings(), **known}
     model = TransReID(encoder, 5, config).eval()
     torch.save({"model": model.state_dict(), "config": description}, file)
     return model

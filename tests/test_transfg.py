@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from metrics.fgvc import class_scores, rank_of_truth
-from models_transfg import TransFG, TransFGConfig, class_token_row, contrastive_loss
+from models_transfg import TransFG, class_token_row, contrastive_loss
 from models_vit import VisionTransformer
 from util.errors import InputError
 
@@ -58,7 +58,7 @@ def test_the_class_tokens_row_is_that_of_the_full_product(rows_at_once):
 
 
 def test_the_model_selects_what_the_full_product_says():
-    model = TransFG(sharp(drop_path=0.3), 5, TransFGConfig()).eval()
+    model = TransFG(sharp(drop_path=0.3), 5).eval()
     feature, ids = model.features(IMAGES)
     product, x = full_product(model.base)
     best = product[:, :, 0, 1:].argmax(dim=-1)  # [N, heads]
@@ -71,23 +71,23 @@ def test_the_model_selects_what_the_full_product_says():
 def test_what_is_fresh_and_what_is_the_encoders():
     encoder = sharp()
     last, norm = encoder.blocks[-1], encoder.norm
-    model = TransFG(encoder, 5, TransFGConfig())
+    model = TransFG(encoder, 5)
     assert len(model.base.blocks) == 3 and model.part_norm is norm and last is not model.part_layer
     assert not torch.equal(model.part_layer.attn.qkv.weight, last.attn.qkv.weight)
     assert (model.part_layer.norm1.weight == 1).all() and (model.part_layer.mlp.fc1.bias == 0).all()
     assert model.base.pos_embed.requires_grad and model.head.weight.shape == (5, 48)
-    plain = TransFG(sharp(), 5, TransFGConfig(parts=False)).eval()
+    plain = TransFG(sharp(), 5, parts=False).eval()
     logits, feature = plain(IMAGES)
     assert torch.equal(feature, plain.base.forward_features(IMAGES)[:, 0])
     assert torch.equal(logits, plain.head(feature)) and plain.features(IMAGES)[1] is None
     with pytest.raises(InputError, match="two blocks or more"):
-        TransFG(sharp(depth=1), 5, TransFGConfig())
+        TransFG(sharp(depth=1), 5)
 
 
 def test_gradients_reach_everything_and_checkpoints_change_nothing():
     grads = []
     for checkpointed in (False, True):
-        model = TransFG(sharp(), 5, TransFGConfig())
+        model = TransFG(sharp(), 5)
         model.base.grad_checkpoint = checkpointed
         logits, feature = model(IMAGES)
         (logits.square().sum() + contrastive_loss(feature, torch.tensor([0, 1, 1]))).backward()
@@ -97,7 +97,7 @@ def test_gradients_reach_everything_and_checkpoints_change_nothing():
 
 
 def test_selection_under_autocast_sums_in_float32():
-    model = TransFG(sharp(), 5, TransFGConfig()).eval()
+    model = TransFG(sharp(), 5).eval()
     with torch.autocast("cpu", torch.bfloat16):
         row = class_token_row(model.base.blocks, inputs_of(model.base)[0])
     assert row.dtype == torch.float32

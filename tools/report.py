@@ -50,8 +50,7 @@ from main_linprobe import probe_features
 from metrics.probe import knn_predict, topk_accuracy
 from models_mae import MODELS, count_kept, load_autoencoder
 from models_vit import load_encoder
-from reports.panels import draw_reconstructions
-from reports.run import write_run_report
+from reports.run import draw_reconstructions, write_run_report
 from tools.search import open_queries
 from util.errors import InputError
 from util.fetch import fetch
