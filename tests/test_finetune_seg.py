@@ -602,7 +602,6 @@ def test_every_image_is_scored_once(parts):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--eval", "--eval --finetune: an encoder has no answers for --task seg"),
         ("--aux_weight -1", "--aux_weight -1.0: must be in"),
         ("--batch_size 64", "21 training images do not fill one batch of 64"),
         ("--data_path nowhere", "--data_path nowhere is no folder"),
@@ -618,6 +617,9 @@ def test_eval_takes_no_flag_that_would_change_the_model(small, parts, trained, t
     write_classes(tmp_path / "other")
     write_pair(tmp_path / "other", "val", "a", [[0, 1]])
     model = trained[0] / "model.pth"
+    words = f"--task seg --eval --finetune {small[3]} --data_path {parts} --output_dir {tmp_path / 'o'}".split()
+    with pytest.raises(InputError, match="--eval --finetune: an encoder has no answers for --task seg"):
+        run_finetune([*words, *CPU])
     for file, data, flags, message in (
         (model, parts, "--decoder naive", "--decoder would change the model"),
         (model, parts, "--input_size 64", "--input_size would change the model"),
