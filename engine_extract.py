@@ -1,6 +1,5 @@
 """Images through a frozen encoder: embeddings in input order, in memory or as a resumable file."""
 
-import contextlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -9,11 +8,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from datasets.items import WholeImages
-from util.dist import is_main_process
+from util.cli import Progress
+from util.dist import Parts, init_worker, is_main_process, run_lock
 from util.files import read_array, read_json, write_atomic, write_json
-from util.parallel import Parts
-from util.progress import Progress
-from util.stop import init_worker, run_lock
 
 PART_IMAGES = 4096
 Encode = Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]]
@@ -68,7 +65,7 @@ def extract_to_file(
         (shape, {index: problem}) on rank 0, None elsewhere.
     """
     folder = output.with_name(output.name + ".parts")
-    with run_lock(folder) if is_main_process() else contextlib.nullcontext():
+    with run_lock(folder):
         parts = Parts(folder, job, "unfinished extraction", len(images), PART_IMAGES, ".npy")
         progress = Progress("images", parts.items_to_do(), shown=is_main_process())
         for start in parts.todo:

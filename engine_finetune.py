@@ -10,10 +10,10 @@ from torch.utils.data import Subset
 
 from datasets.items import WholeImages
 from engine_extract import extract_features
+from util.cli import Progress
 from util.dist import get_rank, get_world_size, is_main_process
 from util.errors import InputError
 from util.loop import Run, StepWatch, apply_update, to_device
-from util.progress import Progress
 
 # said of updates that are not finite: what makes training steadier
 STEADIER = "lower --lr or set --clip_grad 1 (name them after --allow_change), or use --amp none"
@@ -29,11 +29,8 @@ class FinetuneRun(Run):
 def train_one_epoch(run: FinetuneRun, args) -> None:
     """Train the rest of `run.epoch`, one update a batch.
 
-    Args:
-        run: changed in place, always from one complete update to the next.
-        args: reads seed, clip_grad, epochs, print_freq, max_bad_steps, max_bad_ratio.
-    Raises:
-        InputError: too many unreadable images, or too many non-finite updates in a row.
+    `run` is changed in place, always from one complete update to the next. Raises InputError: too many unreadable
+    images, or too many non-finite updates in a row.
     """
     task, batches = run.task, run.loader.batch_sampler
     batches.set_epoch(run.epoch, run.batches_done)
@@ -74,12 +71,9 @@ class Predictions:
 
 
 def predict(
-    encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    images: WholeImages,
-    device: torch.device,
-    title: str,
+    encode: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], images: WholeImages, device: torch.device, title: str,
     **loading,
-) -> Predictions | None:
+) -> Predictions | None:  # fmt: skip
     """Answers for all images of a list on rank 0; None elsewhere.
 
     The ranks share out whole batches of one fixed cut of the list, without padding or repeating: every image is

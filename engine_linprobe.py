@@ -19,10 +19,10 @@ from datasets.samplers import EpochBatches
 from models_mae import MODELS, MaskedAutoencoderViT
 from models_vit import VisionTransformer, load_encoder
 from util.checkpoint import HEAD_KEYS, load_weights, read_checkpoint
+from util.cli import Progress
+from util.dist import init_worker
 from util.errors import InputError
 from util.optim import LARS, cosine_lr, set_lr
-from util.progress import Progress
-from util.stop import init_worker
 
 Batches = Iterator[tuple[np.ndarray, dict[str, torch.Tensor]]]  # (numbers of the images [B], {read-out: [B, D]})
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from util.loop import Run, StepWatch, apply_update, to_device
-from util.optim import cosine_lr, ramp, set_lr
+from util.optim import cosine_lr, set_lr
 
 # said of updates that are not finite: what makes training steadier
 STEADIER = "lower --blr or set --clip_grad 1 (name lr or clip_grad after --allow_change), or use --amp none"
@@ -25,11 +25,8 @@ class PretrainRun(Run):
 def train_one_epoch(run: PretrainRun, args) -> None:
     """Train the rest of `run.epoch` on pixel + ramp * (sim_weight * sim + kl_weight * kl) (MAE, Sec. 3, A.1; CGD-MAE).
 
-    Args:
-        run: changed in place, always from one complete update to the next.
-        args: reads accum_iter, micro_batch, mask_ratio, lr, min_lr, warmup_epochs, epochs, weights, clip_grad.
-    Raises:
-        InputError: too many unreadable images, or too many non-finite updates in a row.
+    `run` is changed in place, always from one complete update to the next. Raises InputError: too many unreadable
+    images, or too many non-finite updates in a row.
     """
     batches = run.loader.batch_sampler
     batches.set_epoch(run.epoch, run.batches_done)
@@ -43,7 +40,8 @@ def train_one_epoch(run: PretrainRun, args) -> None:
                 epoch = run.epoch + first / steps
                 lr = cosine_lr(epoch, args.lr, args.min_lr, args.warmup_epochs, args.epochs)
                 set_lr(run.optimizer, lr)
-                weights = {name: weight * ramp(epoch, args.warmup_epochs) for name, weight in args.weights.items()}
+                ramp = min(1.0, epoch / args.warmup_epochs) if args.warmup_epochs else 1.0
+                weights = {name: weight * ramp for name, weight in args.weights.items()}
                 update_terms, problems = [], []
 
             problems += [problem for problem in batch.pop("problem") if problem]
@@ -55,18 +53,15 @@ def train_one_epoch(run: PretrainRun, args) -> None:
 
 
 def forward_backward(run: PretrainRun, batch: dict, args, weights: dict, share: float, is_last: bool) -> dict:
-    """One batch through teacher and student and back, in pieces of at most `args.micro_batch` images.
+    """One batch through teacher and student and back, in micro-batches of at most `args.micro_batch` images -> its
+    terms and their weighted sum `loss`, detached float32.
 
     Gradients and terms are those of the whole batch, since every term is a mean over images. They are exchanged between
-    ranks with the last piece of an update.
-
-    Returns:
-        The batch's terms and their weighted sum `loss`, detached float32.
+    ranks with the last micro-batch of an update.
     """
-    total = len(batch["imgs"])
-    pieces = {name: tensor.split(args.micro_batch) for name, tensor in batch.items()}
-    collected, done = {}, 0
-    for piece in ({name: split[i] for name, split in pieces.items()} for i in range(len(pieces["imgs"]))):
+    total, collected, done = len(batch["imgs"]), {}, 0
+    for tensors in zip(*(tensor.split(args.micro_batch) for tensor in batch.values())):
+        piece = dict(zip(batch, tensors))
         imgs, teacher_embed = piece["imgs"], piece.get("teacher_embed")
         done += len(imgs)
         exchange = run.model is run.bare or (is_last and done == total)

@@ -33,15 +33,13 @@ from torch.utils.tensorboard import SummaryWriter
 
 from engine_finetune import FinetuneRun, train_one_epoch
 from finetune.task import task_to_score, task_to_train
-from util.dist import get_world_size, is_main_process, launch, print_main, wrap_ddp
+from util.dist import get_world_size, init_worker, is_main_process, launch, print_main, wrap_ddp
 from util.errors import InputError
 from util.fetch import fetch, known
 from util.files import write_json
-from util.loop import epoch_line, epoch_record, next_epoch
-from util.parallel import default_workers
-from util.precision import machine_facts, pick_precision
+from util.loop import StopGuard, end_epoch, epoch_record
+from util.precision import default_workers, machine_facts, pick_precision
 from util.run_files import RunFiles, previous_settings, refuse_used_folder
-from util.stop import StopGuard, init_worker
 
 # with `fixed_flags`, what makes a continuation another run; --allow_change NAME lets one through
 FIXED_ON_RESUME = "task finetune weights_sha256 images_sha num_classes text_vectors global_batch seed".split()
@@ -92,9 +90,9 @@ def train(args, device: torch.device) -> dict:
     with run.guard:
         while run.epoch < args.epochs:
             train_one_epoch(run, args)
-            finish_epoch(run, args, writer)
+            end_epoch(run, epoch_record(run, args), ["loss", *run.task.shown], writer)
     if is_main_process():
-        run.files.export_model(run.bare)
+        run.files.export("model", run.bare)
         print(f"{run.output_dir / 'model.pth'} holds the model; scoring it", flush=True)
         writer.close()
     scored = run.task.evaluate()
@@ -135,20 +133,6 @@ def build_run(args, device: torch.device) -> FinetuneRun:
         f"start: {decision}",
     )
     return run
-
-
-def finish_epoch(run: FinetuneRun, args, writer) -> None:
-    """Log the epoch, move on to the next and save."""
-    record = epoch_record(run, args.global_batch, run.batches_done)
-    run.files.log(record)  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
-    next_epoch(run)
-    if is_main_process():
-        for name, value in record.items():
-            writer.add_scalar(name, value, run.epoch)
-        if run.epoch % args.save_freq == 0 or run.epoch == args.epochs:
-            run.files.save_epoch(run)
-        run.files.save(run)
-        print(epoch_line(record, ["loss", *run.task.shown]), flush=True)
 
 
 if __name__ == "__main__":

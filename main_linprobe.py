@@ -10,8 +10,7 @@ import os
 from pathlib import Path
 
 from util.cli import Parser, check_numbers, parse_input_size, run_tool
-from util.errors import InputError
-from util.names import REID_FORMATS
+from util.errors import REID_FORMATS, InputError
 
 
 def get_args_parser() -> argparse.ArgumentParser:
@@ -90,11 +89,11 @@ from metrics.fgvc import class_scores
 from metrics.probe import class_mean_predict, draw_shots, knn_predict, linear_predict, topk_accuracy
 from metrics.reid import FeatureSet, evaluate, protocols_of
 from reports.run import Scores, mean_attribute_accuracy, score_table
+from util.cli import Progress
 from util.dist import pick_device
 from util.fetch import fetch
 from util.files import make_folder
 from util.precision import scoring
-from util.progress import Progress
 
 
 def main(args) -> dict[str, float | str]:

@@ -11,7 +11,7 @@ import argparse
 from pathlib import Path
 
 from util.cli import Parser, add_run_flags, add_teacher_flags, check_numbers, parse_input_size, run_tool
-from util.names import CONTEXTS, ENCODER_SIZES, MAE_MODELS
+from util.errors import CONTEXTS, ENCODER_SIZES, MAE_MODELS
 
 CLIP_MODEL = "ViT-L-14"
 
@@ -28,13 +28,11 @@ def get_args_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--batch_size", default=64, type=int, help="images per process and batch (default 64)")
-    add("--micro_batch", default=None, type=int,
-        help="images in memory at once, same result (default: --batch_size on CUDA, at most 32 on CPU)")
+    add("--micro_batch", default=None, type=int, help="images in memory at once, same result (default all; CPU: 32)")
     add("--accum_iter", default=1, type=int, help="batches per update (default 1)")
     add("--epochs", default=400, type=int, help="length of the schedule in epochs (default 400)")
     add("--start_epoch", default=0, type=int, help="first epoch of a fresh run (default 0)")
-    add("--warmup_epochs", default=None, type=float,
-        help="warm-up of learning rate and distillation, in epochs (default: a tenth of --epochs, at most 40)")
+    add("--warmup_epochs", default=None, type=float, help="of lr and distillation (default: --epochs / 10, at most 40)")
     add("--lr", default=None, type=float, help="learning rate (default: from --blr)")
     add("--blr", default=1e-3, type=float, help="lr = blr * effective batch / 256 (default 1e-3)")
     add("--min_lr", default=0.0, type=float, help="learning rate at the end (default 0)")
@@ -49,22 +47,19 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--kl_tau", default=None, type=float, help="temperature of both softmaxes (default: the teacher's own)")
     add("--distill_hidden", default=0, type=int, help="width of a hidden layer in the projection (default 0: none)")
     add_teacher_flags(add)
-    add("--text_bank", default=None, help="texts .txt or .jsonl, or encoded: .safetensors or a folder of "
-        "main_describe.py (default: built-in vocabulary)")
+    add("--text_bank", default=None,
+        help="texts .txt .jsonl, or encoded .safetensors or folder of main_describe.py (default: built-in vocabulary)")
     add("--teacher_cache", default=None, help="folder of tools.reinforce, in place of a teacher (default none)")
-    add("--teacher_view", default="crop", choices=("crop", "full"),
-        help="what the teacher sees: the student's crop or the whole image (default crop)")
+    add("--teacher_view", default="crop", choices=("crop", "full"), help="student's crop or whole image (default crop)")
 
     add = parser.add_argument_group("data").add_argument
-    add("--data_path", default="data/automobile1m",
-        help="folder or manifest .csv .tsv .jsonl .txt (default data/automobile1m)")
+    add("--data_path", default="data/automobile1m", help="folder or manifest .csv .jsonl (default data/automobile1m)")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all rows)")
     add("--crop_min", default=0.2, type=float, help="smallest crop, fraction of area (default 0.2)")
     add("--max_bad_ratio", default=0.01, type=float, help="stop above this share of unreadable images (default 0.01)")
     add_run_flags(parser, output_dir="./output_dir")
     add = parser.add_argument_group("only here").add_argument
-    add("--init", default="", help="weights to start a new run from: .pth, .safetensors, a name of "
-        "`python -m tools.checkpoint list`, or an address (default: random)")
+    add("--init", default="", help="start from: file, address, name of `tools.checkpoint list` (default none)")
     add("--vis_epochs", default=20, type=int, help="epochs between reconstructions, 0 for none (default 20)")
     # fmt: on
     return parser
@@ -73,7 +68,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
-import datetime
 import hashlib
 import math
 import time
@@ -91,16 +85,15 @@ from models_mae import MODELS, count_kept
 from models_teacher import FrozenTeacher, build_bank, load_teacher, teacher_name
 from models_vit import patch_grid
 from reports.run import save_panels
-from util.dist import get_rank, get_world_size, is_main_process, launch, print_main, wrap_ddp
+from util.checkpoint import load_weights, read_checkpoint
+from util.dist import get_rank, get_world_size, init_worker, is_main_process, launch, print_main, wrap_ddp
 from util.errors import InputError
 from util.fetch import fetch
 from util.files import write_json
-from util.loop import epoch_line, epoch_record, next_epoch
+from util.loop import StopGuard, end_epoch, epoch_record
 from util.optim import build_adamw
-from util.parallel import default_workers
-from util.precision import machine_facts, pick_precision
-from util.run_files import RunFiles, initialise_from, previous_settings, refuse_used_folder
-from util.stop import StopGuard, init_worker
+from util.precision import default_workers, machine_facts, pick_precision
+from util.run_files import RunFiles, previous_settings, refuse_used_folder
 
 FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAME lets one through
     "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha images_sha "
@@ -114,30 +107,23 @@ def check_args(args) -> None:
     args.img_size = parse_input_size(args.input_size)
     rows, columns = patch_grid(args.img_size, ENCODER_SIZES[MAE_MODELS[args.model]][3])
     count_kept(rows * columns, args.mask_ratio)
+    not_negative = "lr blr min_lr warmup_epochs weight_decay clip_grad sim_weight kl_weight max_bad_ratio vis_epochs"
     check_numbers(
-        args,
-        at_least_one="batch_size accum_iter epochs micro_batch",
-        not_negative="lr blr min_lr warmup_epochs weight_decay clip_grad sim_weight kl_weight max_bad_ratio vis_epochs "
-        "start_epoch distill_hidden",
-        positive="kl_tau",
-    )
+        args, at_least_one="batch_size accum_iter epochs micro_batch", positive="kl_tau",
+        not_negative=f"{not_negative} start_epoch distill_hidden",
+    )  # fmt: skip
     if args.warmup_epochs is None:
         args.warmup_epochs = previous_settings(args).get("warmup_epochs", min(40, args.epochs / 10))
-    weights = {} if args.no_distill else {"sim": args.sim_weight, "kl": args.kl_weight}
-    args.weights = {name: weight for name, weight in weights.items() if weight}
+    weights = {"sim": args.sim_weight, "kl": args.kl_weight}
+    args.weights = {name: weight for name, weight in weights.items() if weight and not args.no_distill}
     if not 0 < args.crop_min <= 1:
         raise InputError(f"--crop_min {args.crop_min}: must be in (0, 1]")
     if args.warmup_epochs > args.epochs:
-        raise InputError(
-            f"--warmup_epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}: the learning rate would "
-            f"never reach its value; use --warmup_epochs {max(args.epochs // 10, 1)}"
-        )
+        raise InputError(f"--warmup_epochs {args.warmup_epochs:g} is longer than --epochs {args.epochs}: lower it")
     if args.start_epoch >= args.epochs:
         raise InputError(f"--start_epoch {args.start_epoch} leaves nothing of --epochs {args.epochs}")
     if args.resume and (args.init or args.start_epoch):
-        raise InputError(
-            "--resume goes on with a run, --init and --start_epoch are for new ones: give only one of them"
-        )
+        raise InputError("--resume goes on with a run, --init and --start_epoch start one: give only one of them")
     if args.no_distill and (args.text_bank or args.teacher_cache):
         raise InputError("--text_bank and --teacher_cache have no use with --no_distill: drop one of them")
     if not args.no_distill and not args.weights:
@@ -150,24 +136,18 @@ def resolve(args, paths) -> dict:
     global_batch = args.batch_size * world
     batches = images // global_batch
     if batches < 1:
-        raise InputError(
-            f"{images} images do not fill one batch of {global_batch} (--batch_size {args.batch_size} x {world} "
-            f"processes): lower --batch_size to at most {max(images // world, 1)}"
-        )
+        cure = f"lower --batch_size to at most {max(images // world, 1)}"
+        raise InputError(f"{images} images do not fill one batch of {global_batch} on {world} processes: {cure}")
     if args.accum_iter > batches:
-        raise InputError(
-            f"--accum_iter {args.accum_iter} would never reach its effective batch, an epoch has {batches} batches "
-            f"({images} images, {global_batch} a batch): use --accum_iter {batches} or less"
-        )
+        words = f"an epoch of {images} images has {batches} batches: use --accum_iter {batches} or less"
+        raise InputError(f"--accum_iter {args.accum_iter} would never reach its effective batch, {words}")
     args.effective_batch = global_batch * args.accum_iter
-    if args.lr is None:
-        args.lr = args.blr * args.effective_batch / 256
+    args.lr = args.blr * args.effective_batch / 256 if args.lr is None else args.lr
     if not math.isfinite(args.lr):
         raise InputError(f"--blr {args.blr:g} times the batch is no number any more: lower it")
     if args.micro_batch is None:
         args.micro_batch = args.batch_size if args.device == "cuda" else min(args.batch_size, 32)
-    if args.num_workers is None:
-        args.num_workers = default_workers()
+    args.num_workers = default_workers() if args.num_workers is None else args.num_workers
     facts = {name: list(value) if isinstance(value, tuple) else value for name, value in vars(args).items()}
     facts |= {"world_size": world, "global_batch": global_batch, "images": images, "images_sha": paths.sha256()}
     return facts | {"updates_per_epoch": -(-batches // args.accum_iter)}
@@ -177,21 +157,18 @@ def header(args, facts: dict) -> list[str]:
     """What this run is going to do, before it does it."""
     is_scaled = args.lr == args.blr * args.effective_batch / 256
     origin = f" = blr {args.blr:g} x {args.effective_batch} / 256" if is_scaled else " (--lr)"
-    updates = facts["updates_per_epoch"]
+    updates, batch = facts["updates_per_epoch"], f"{args.batch_size} x {facts['world_size']} processes"
     lines = [
-        f"effective batch: {args.effective_batch} = {args.batch_size} x {facts['world_size']} processes x "
-        f"{args.accum_iter} accumulated; lr {args.lr:.4g}{origin}",
+        f"effective batch: {args.effective_batch} = {batch} x {args.accum_iter} accumulated; lr {args.lr:.4g}{origin}",
         f"images: {facts['images']} in {args.data_path}; {updates} updates an epoch, {updates * args.epochs} in "
         f"{args.epochs} epochs, {args.warmup_epochs:g} of warm-up",
         f"teacher: {facts['teacher']}",
     ]
-    if not args.no_distill:
-        lines += [
-            f"text bank: {facts['text_bank_used']}{'' if args.kl_weight else ', logged only: --kl_weight is 0'}",
-            f"distillation: context {args.context}, sim x {args.sim_weight:g}, kl x {args.kl_weight:g} at tau "
-            f"{facts['tau']:.4g}, the teacher sees the {args.teacher_view}",
-        ]
-    return lines
+    if args.no_distill:
+        return lines
+    weights = f"sim x {args.sim_weight:g}, kl x {args.kl_weight:g} at tau {facts['tau']:.4g}"
+    bank = f"text bank: {facts['text_bank_used']}{'' if args.kl_weight else ', logged only: --kl_weight is 0'}"
+    return [*lines, bank, f"distillation: context {args.context}, {weights}, the teacher sees the {args.teacher_view}"]
 
 
 def main(args) -> dict[str, float]:
@@ -211,8 +188,7 @@ def train(args, device: torch.device) -> dict[str, float]:
         files.start(run.epoch)
         if run.text_bank:
             save_bank(run.output_dir / "text_bank.safetensors", *run.text_bank)
-        # epoch e is drawn at 1000 (e + 1): the finished ones stay
-        writer = SummaryWriter(args.log_dir or run.output_dir, purge_step=run.epoch * 1000 + 1)
+        writer = SummaryWriter(args.log_dir or run.output_dir, purge_step=run.epoch * 1000 + 1)  # finished epochs stay
     run.guard = StopGuard(lambda: files.save(run), is_main_process())
     record = files.last_record()  # of a run that is resumed and finished already
     with run.guard:
@@ -221,11 +197,10 @@ def train(args, device: torch.device) -> dict[str, float]:
             record = finish_epoch(run, args, writer)
     if not is_main_process():
         return {}
-    files.export_encoder(run.bare)
+    files.export("encoder", run.bare)
     write_json(run.output_dir / "metrics.json", record)
     writer.close()
-    took = datetime.timedelta(seconds=int(time.time() - started))
-    print(f"done in {took}: {run.output_dir / 'encoder.pth'} holds the encoder")
+    print(f"done in {time.time() - started:.0f} s: {run.output_dir / 'encoder.pth'} holds the encoder")
     return record
 
 
@@ -234,7 +209,7 @@ def build_run(args, device: torch.device) -> PretrainRun:
     amp_dtype, precision = pick_precision(args.amp, device, previous_settings(args).get("precision", ""))
     facts, paths = check_files(args)
     cache = TeacherCache(args.teacher_cache) if args.teacher_cache else None
-    if cache:
+    if cache:  # its embeddings are of these crops of these images, or of none here
         wanted = {name: facts[name] for name in ("teacher_view", "seed", "crop_min", "images_sha")}
         cache.check(wanted | {"input_size": facts["img_size"]})
     teacher, distill, known, text_bank = build_teacher(args, device, amp_dtype, cache)
@@ -242,29 +217,26 @@ def build_run(args, device: torch.device) -> PretrainRun:
     facts["crop_views"] = 0 if cache is None or cache.is_full else cache.num_views  # 0: new crops each epoch
     print_main(*header(args, facts))
 
-    torch.manual_seed(args.seed)
+    torch.manual_seed(args.seed)  # here: building a teacher has drawn random numbers, and one seed means one model
     bare = MODELS[args.model](img_size=args.img_size, norm_pix_loss=args.norm_pix_loss, distill=distill)
     bare.grad_checkpoint = args.grad_checkpoint
     if args.init:
-        print_main(f"weights from {args.init}:\n{initialise_from(bare, args.init)}")
+        report = load_weights(bare, read_checkpoint(args.init)["model"], args.init, needed="encoder")
+        print_main(f"weights from {args.init}:\n{report}")
     bare.to(device)
     settings = {name: facts[name] for name in ("model", "norm_pix_loss", "mask_ratio")}
     config = {"kind": "CGD-MAE encoder"} | settings | bare.settings()
     files = RunFiles(args, facts, config, FIXED_ON_RESUME, "--init")
-    full_view = teacher.size if teacher and args.teacher_view == "full" else None
-    dataset = PretrainDataset(
-        paths, args.img_size, bare.num_patches, seed=args.seed, min_area=args.crop_min, teacher_size=full_view,
-        teacher_cache=cache,
-    )  # fmt: skip
+    how = {"seed": args.seed, "min_area": args.crop_min, "teacher_cache": cache}
+    how["teacher_size"] = teacher.size if teacher and args.teacher_view == "full" else None
+    dataset = PretrainDataset(paths, args.img_size, bare.num_patches, **how)
     batches = EpochBatches(len(paths), args.batch_size, get_rank(), get_world_size(), args.seed)
     loader = build_loader(dataset, batches, args.num_workers, args.pin_mem and device.type == "cuda", init_worker)
     optimizer = build_adamw(bare, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
-    run = PretrainRun(
-        bare, bare, optimizer, scaler, loader, device, amp_dtype, files, epoch=args.start_epoch, teacher=teacher,
-        text_bank=text_bank,
-    )  # fmt: skip
-    decision = files.resume(run, args.resume, args.allow_change)
+    more = {"epoch": args.start_epoch, "teacher": teacher, "text_bank": text_bank}
+    run = PretrainRun(bare, bare, optimizer, scaler, loader, device, amp_dtype, files, **more)
+    decision = files.resume(run, args.resume, args.allow_change)  # before DDP, which sends rank 0's weights to all
     if args.compile:
         for block in [*bare.blocks, *bare.decoder_blocks]:
             block.compile()  # one compilation serves all blocks of a shape: seconds, not minutes
@@ -281,8 +253,7 @@ def check_files(args) -> tuple[dict, PathList]:
     """(facts, images) after all that flags name was found, before a teacher is fetched."""
     paths = list_images(args.data_path, args.split)
     facts = resolve(args, paths)
-    if args.init:
-        args.init = str(fetch(args.init))
+    args.init = str(fetch(args.init)) if args.init else ""
     for name, given in (("resume", args.resume), ("text_bank", args.text_bank)):
         if given and given != "auto" and not Path(given).exists():
             raise InputError(f"--{name} {given} does not exist: give a file that is there")
@@ -292,18 +263,15 @@ def check_files(args) -> tuple[dict, PathList]:
 
 
 def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | None):
-    """-> (teacher, keyword arguments of the distillation head, facts, what `save_bank` wants); for MAE None but for the
-    facts, and no teacher but a head where a cache stands in for it."""
+    """-> (teacher or None, keyword arguments of the distillation head or None, facts, what `save_bank` wants)."""
     if args.no_distill:
         return None, None, {"teacher": "none (plain MAE)"}, None
     teacher = None
     if cache:
         identity = cache.identity
         if args.clip_model != CLIP_MODEL and teacher_name(args.clip_model) != identity.model:
-            raise InputError(
-                f"--clip_model {args.clip_model}: the --teacher_cache {args.teacher_cache} was made by "
-                f"{identity.model}: drop the flag, or build another cache with python -m tools.reinforce"
-            )
+            words = f"{args.teacher_cache} was made by {identity.model}: drop it, or make another by tools.reinforce"
+            raise InputError(f"--clip_model {args.clip_model}: the --teacher_cache {words}")
         bank, texts, source = cache.bank(args.text_bank)
     else:
         clip, tokenizer, identity = load_teacher(args)
@@ -312,8 +280,7 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
         dtype = amp_dtype if device.type == "cuda" and amp_dtype else torch.float32
         teacher = FrozenTeacher(clip, identity, dtype).to(device)
     tau = args.kl_tau or identity.tau
-    # what a continuation must share: the texts where they are encoded at each start, which on another device gives
-    # other last bits; the numbers themselves where a file brings them
+    # what a continuation must share: texts, whose embeddings differ by device in last bits; else the numbers of a file
     is_file = cache or (args.text_bank and is_encoded(Path(args.text_bank)))
     sha = hashlib.sha256(bank.numpy().tobytes()).hexdigest() if is_file else hash_texts(texts)
     named = f"{identity.model} {identity.weights_sha256[:16]}"
@@ -324,25 +291,16 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
 
 def finish_epoch(run: PretrainRun, args, writer) -> dict[str, float]:
     """Log the epoch, move on to the next and save."""
-    record = epoch_record(run, run.files.args["global_batch"], run.files.args["updates_per_epoch"])
+    record, finished = epoch_record(run, args), run.epoch
     losses = {f"train_{name}": f"train_loss_{name}" for name in ("pixel", "sim", "kl")}
     record = {losses.get(name, name): value for name, value in record.items()}
     if "train_loss_sim" in record:
         record["train_cos"] = 1 - record["train_loss_sim"]
         record |= {f"train_{name}": value for name, value in trivial_distillation(*run.meter.read()).items()}
-    finished, is_last = run.epoch, run.epoch + 1 == args.epochs
-    run.files.log(record)  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
-    next_epoch(run)
-    if is_main_process():
-        for name, value in record.items():
-            writer.add_scalar(name, value, run.epoch * 1000)
-        if args.vis_epochs and (is_last or run.epoch % args.vis_epochs == 0):
-            panel = save_panels(run.bare, run.loader.dataset, run, finished, args.mask_ratio)
-            writer.add_image("reconstruction", panel, run.epoch * 1000, dataformats="HWC")
-        if finished % args.save_freq == 0 or is_last:
-            run.files.save_epoch(run)
-        run.files.save(run)
-        print(epoch_line(record, ["loss", "pixel", "cos", "kl"]), flush=True)
+    end_epoch(run, record, ["loss", "pixel", "cos", "kl"], writer, scale=1000)
+    if is_main_process() and args.vis_epochs and (run.epoch == args.epochs or run.epoch % args.vis_epochs == 0):
+        panel = save_panels(run.bare, run.loader.dataset, run, finished, args.mask_ratio)
+        writer.add_image("reconstruction", panel, run.epoch * 1000, dataformats="HWC")
     return record
 
 

@@ -13,8 +13,7 @@ from torch import nn
 
 from models_vit import LayerNorm, VisionTransformer, build_blocks, run_blocks
 from util.checkpoint import encoder_state, load_weights, read_checkpoint
-from util.errors import InputError
-from util.names import CONTEXTS, DECODER_SIZES, ENCODER_SIZES, MAE_MODELS
+from util.errors import CONTEXTS, DECODER_SIZES, ENCODER_SIZES, MAE_MODELS, InputError
 from util.pos_embed import sincos_pos_embed
 from util.pretrained import read_config
 

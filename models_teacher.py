@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import json
 import logging
 import re
 from pathlib import Path
@@ -19,6 +18,7 @@ from datasets.transforms import WholeView
 from util.checkpoint import check_archive, not_finite, read_checkpoint, weights_sha256
 from util.dist import print_main
 from util.errors import InputError
+from util.files import read_json
 
 CONFIG = "open_clip_config.json"
 PREPROCESS = ("mean", "std", "interpolation", "resize_mode", "fill_color")
@@ -67,7 +67,7 @@ def load_clip(
     clip_model: str, clip_pretrained: str, mean: list[float] | None = None, std: list[float] | None = None,
     resize: str | None = None,
 ) -> tuple[nn.Module, object, TeacherIdentity]:  # fmt: skip
-    """Load an open_clip model with both towers, on the CPU in float32.
+    """Load an open_clip model with both towers, on the CPU in float32 -> (model, tokenizer, identity).
 
     Args:
         clip_model: an open_clip model name; a folder with open_clip_config.json (also as local-dir:FOLDER), or that
@@ -76,8 +76,6 @@ def load_clip(
             reads or big_vision's .npz (then no network call is made); a folder's and a hub's own weights for a tag.
         mean, std: of the pixels, where neither the file's config nor the tags of its architecture say them.
         resize: how whole pictures are brought to its size (`WholeView`), default as its own preprocessing does.
-    Returns:
-        (model, tokenizer, identity).
     """
     name, own, words = _find_config(clip_model)
     weights, tag = _find_weights(name, words, clip_pretrained)
@@ -88,11 +86,9 @@ def load_clip(
     if std and not min(std) > 0:
         raise InputError(f"--clip_std {' '.join(map(str, std))}: give three positive numbers")
     if "mean" not in preprocess or "std" not in preprocess:
+        cure = "give --clip_mean and --clip_std, or a tag as --clip_pretrained"
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise InputError(
-            f"{weights} does not say mean and standard deviation of its pixels, and {source}: give --clip_mean and "
-            f"--clip_std, or one of the tags as --clip_pretrained ({tags})"
-        )
+        raise InputError(f"{weights} does not say mean and std of its pixels, and {source}: {cure} ({tags})")
     is_quick = bool(tag.get("quick_gelu") or content.get("quick_gelu"))  # plain names build GELU
     if not tag:
         stats = "mean {:.3g} {:.3g} {:.3g}, std {:.3g} {:.3g} {:.3g}".format(*preprocess["mean"], *preprocess["std"])
@@ -120,33 +116,24 @@ def check_tokens(tokenizer, texts: list[str], context_length: int) -> int:
         counts = [len(tokenizer.encode(text)) + 2 for text in texts]
     else:
         counts = [len(tokenizer.tokenizer(text)["input_ids"]) for text in texts]
-    over = [i for i, count in enumerate(counts) if count > context_length]
-    if over:
-        raise InputError(
-            f"the text '{texts[over[0]]}' has {counts[over[0]]} tokens where the teacher reads {context_length} "
-            f"({len(over)} of {len(texts)} texts are too long): shorten the template or the value"
-        )
+    if over := [i for i, count in enumerate(counts) if count > context_length]:
+        words = f"'{texts[over[0]]}' has {counts[over[0]]} tokens where the teacher reads {context_length}"
+        share = f"{len(over)} of {len(texts)} texts are too long"
+        raise InputError(f"the text {words} ({share}): shorten the template or the value")
     return max(counts)
 
 
 @torch.no_grad()
 def encode_texts(clip: nn.Module, tokenizer, texts: list[str], batch_size: int = 256):
     """Texts -> [T, D_t] float32 on the model's device, unit rows."""
-    device = clip.logit_scale.device
-    rows = [
-        F.normalize(clip.encode_text(tokenizer(texts[i : i + batch_size]).to(device)).float(), dim=1)
-        for i in range(0, len(texts), batch_size)
-    ]
-    return torch.cat(rows)
+    batches = (texts[i : i + batch_size] for i in range(0, len(texts), batch_size))
+    rows = [clip.encode_text(tokenizer(batch).to(clip.logit_scale.device)).float() for batch in batches]
+    return F.normalize(torch.cat(rows), dim=1)
 
 
 def build_bank(text_bank: str | None, clip, tokenizer, identity: TeacherIdentity):
     """The bank U of the distillation: of texts (.txt, .jsonl, None: the built-in vocabulary), or encoded already
-    (.safetensors, a folder of main_describe.py).
-
-    Returns:
-        (embeddings [T, D_t] float32 CPU unit rows, texts, one line that says what it is).
-    """
+    (.safetensors, a folder of main_describe.py) -> (embeddings [T, D_t] float32 CPU unit rows, texts, what it is)."""
     if text_bank is None:
         texts, source = built_in_texts(), "built-in vehicle vocabulary"
     else:
@@ -187,10 +174,8 @@ def _find_config(clip_model: str) -> tuple[str, dict, str]:
     if path.suffix != ".json":
         if open_clip.get_model_config(built_in) is None:
             near = [known for known in open_clip.list_models() if known[:5] == built_in[:5]][:8]
-            raise InputError(
-                f"--clip_model {clip_model} is unknown to open_clip {open_clip.__version__}; "
-                f"similar: {', '.join(near) or 'none'} (all: open_clip.list_models())"
-            )
+            words = f"similar: {', '.join(near) or 'none'} (all: open_clip.list_models())"
+            raise InputError(f"--clip_model {clip_model} is unknown to open_clip {open_clip.__version__}; {words}")
         return built_in, {}, built_in
     config = _read_config(path)
     if path.name == CONFIG and "model_cfg" in config:
@@ -206,10 +191,7 @@ def _read_config(file: Path) -> dict:
         raise InputError(
             f"--clip_model {file} does not exist: give an open_clip JSON config, or a folder with {CONFIG}"
         )
-    try:
-        return dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"{file} is no JSON config ({error}): fetch it again") from error
+    return read_json(file, "fetch it again")
 
 
 def _find_weights(name: str, words: str, clip_pretrained: str) -> tuple[Path, dict]:
@@ -229,19 +211,17 @@ def _find_weights(name: str, words: str, clip_pretrained: str) -> tuple[Path, di
             raise InputError(f"{folder} holds no weights beside its {CONFIG}: give them as --clip_pretrained FILE")
     config = open_clip.get_pretrained_cfg(name, clip_pretrained)
     if not config:
-        tags = open_clip.list_pretrained_tags_by_model(name)
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none, so give a weight file"
         raise InputError(
-            f"--clip_pretrained {clip_pretrained} is neither a file nor a tag of {name}: its tags are "
-            f"{', '.join(tags) or 'none, so give a weight file'}"
+            f"--clip_pretrained {clip_pretrained} is neither a file nor a tag of {name}: its tags are {tags}"
         )
     wanted = config.get("hf_hub") or config.get("url")
     try:
         return Path(open_clip.download_pretrained(config)), config
     except Exception as error:
-        raise InputError(
-            f"teacher weights not available: looked for {wanted} (tag {clip_pretrained} of {name}) in "
-            f"the local caches and on the network ({type(error).__name__}). " + _three_ways(name, clip_pretrained)
-        ) from error
+        words = f"looked for {wanted} (tag {clip_pretrained} of {name}) in the local caches and on the network"
+        ways = _three_ways(name, clip_pretrained)
+        raise InputError(f"teacher weights not available: {words} ({type(error).__name__}). {ways}") from error
 
 
 def _preprocessing(name: str, own: dict, tag: dict, weights: Path, content: dict) -> tuple[dict, str]:
@@ -271,11 +251,11 @@ def _load_weights(model: nn.Module, weights: Path, content: dict) -> None:
     state = convert_state_dict(model, state)
     if "positional_embedding" in state and not hasattr(model, "positional_embedding"):
         state = convert_to_custom_text_state_dict(state)
-    for name in ("logit_scale", "logit_bias"):  # a number in some, a vector in others
-        if state.get(name) is not None and getattr(model, name, None) is not None:
+    if getattr(model, "logit_bias", None) is not None:
+        state.setdefault("logit_bias", torch.zeros_like(state["logit_scale"]))
+    for name in {"logit_scale", "logit_bias"} & state.keys():  # a number in some, a vector in others
+        if getattr(model, name, None) is not None:
             state[name] = state[name].reshape(getattr(model, name).shape)
-    if "logit_bias" not in state and getattr(model, "logit_bias", None) is not None:
-        state["logit_bias"] = torch.zeros_like(state["logit_scale"])
     state.pop("text.transformer.embeddings.position_ids", None)  # of older transformers
     resize_pos_embed(state, model)
     resize_text_pos_embed(state, model)
@@ -306,15 +286,14 @@ def _three_ways(name: str, tag: str) -> str:
     # of weights in a file nobody knows with which activation they were trained: the name says it
     is_quick = (open_clip.get_pretrained_cfg(name, tag) or {}).get("quick_gelu") and not name.endswith("-quickgelu")
     return (
-        'Three ways to supply them: (1) with a network, run once: python -c "import open_clip; open_clip.create_model('
-        f"'{name}', pretrained='{tag}')\"; (2) copy that machine's ~/.cache/huggingface and ~/.cache/clip to this one; "
+        f"Three ways to supply them: (1) run python -c \"import open_clip; open_clip.create_model('{name}', "
+        f"pretrained='{tag}')\" where there is a network; (2) copy its ~/.cache/huggingface and ~/.cache/clip to here; "
         f"(3) --clip_model {name}{'-quickgelu' * bool(is_quick)} --clip_pretrained /path/to/weights.safetensors"
     )
 
 
 def _hash_weights(model: nn.Module) -> str:
-    """sha256 over names and float32 values, QuickGELU or not, and the preprocessing: the same for every file
-    format of the same weights, another where the same weights would answer otherwise."""
+    """sha256 over names and float32 values, QuickGELU or not, and the preprocessing, whatever the file format."""
     preprocess = open_clip.get_model_preprocess_cfg(model)
     settings = {name: [float(value) for value in preprocess[name]] for name in ("mean", "std")}
     settings |= {"size": _as_pair(preprocess["size"]), "resize": [preprocess[name] for name in PREPROCESS[2:]]}

@@ -23,9 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from datasets.images import Unreadable, is_turned, open_rgb, to_rgb
 from datasets.transforms import whole_image
 from util.dist import get_rank, get_world_size, pick_device
-from util.errors import InputError
+from util.errors import ENCODER_SIZES, InputError
 from util.fetch import fetch
-from util.names import ENCODER_SIZES
 from util.pos_embed import resize_pos_embed, sincos_pos_embed
 from util.precision import scoring
 from util.pretrained import Pretrained, load_pretrained, read_pretrained
@@ -38,8 +37,7 @@ LayerNorm = partial(nn.LayerNorm, eps=1e-6)
 
 
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, grad_checkpoint: bool) -> torch.Tensor:
-    """[N, T, D] through all blocks; with `grad_checkpoint` the backward pass computes each block again
-    instead of keeping its activations (Chen et al., 2016)."""
+    """[N, T, D] through all blocks; `grad_checkpoint`: the backward pass computes each again (Chen et al., 2016)."""
     for block in blocks:
         x = checkpoint(block, x, use_reentrant=False) if grad_checkpoint and x.requires_grad else block(x)
     return x
@@ -48,20 +46,15 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, grad_checkpoint: bool) ->
 def patch_grid(img_size: tuple[int, int], patch_size: int, stride: int | None = None) -> tuple[int, int]:
     """(rows, columns) of patches that begin every `stride` px, by default one beside the other."""
     height, width = img_size
-    if stride in (None, patch_size):
-        for side, name in ((height, "height"), (width, "width")):
-            if side <= 0 or side % patch_size:
-                below = max(side // patch_size, 1) * patch_size
-                raise InputError(
-                    f"input {name} {side} px is not a multiple of the patch size {patch_size}: "
-                    f"use --input_size {below} or {below + patch_size}"
-                )
-        return height // patch_size, width // patch_size
-    if not 0 < stride < patch_size or min(img_size) < patch_size:
-        raise InputError(
-            f"--stride {stride} at {height} x {width} px: give a stride from 1 to the patch size "
-            f"{patch_size}, and images no smaller than a patch"
-        )
+    stride = stride or patch_size
+    for side, name in ((height, "height"), (width, "width")) if stride == patch_size else ():
+        if side <= 0 or side % patch_size:
+            below = max(side // patch_size, 1) * patch_size
+            cure = f"use --input_size {below} or {below + patch_size}"
+            raise InputError(f"input {name} {side} px is not a multiple of the patch size {patch_size}: {cure}")
+    if not 0 < stride <= patch_size or min(img_size) < patch_size:
+        cure = f"give a stride from 1 to the patch size {patch_size}, and images no smaller than a patch"
+        raise InputError(f"--stride {stride} at {height} x {width} px: {cure}")
     return (height - patch_size) // stride + 1, (width - patch_size) // stride + 1
 
 
@@ -111,22 +104,11 @@ class VisionTransformer(nn.Module):
     """
 
     def __init__(
-        self,
-        img_size: tuple[int, int] = (224, 224),
-        patch_size: int = 16,
-        embed_dim: int = 768,
-        depth: int = 12,
-        num_heads: int = 12,
-        *,
-        mean: tuple[float, ...] = IMAGENET_MEAN,
-        std: tuple[float, ...] = IMAGENET_STD,
-        drop_path: float = 0.0,
-        stride: int | None = None,
-        pre_norm: bool = False,
-        quick_gelu: bool = False,
-        fc_norm: bool = False,
-        initialize: bool = True,
-    ):
+        self, img_size: tuple[int, int] = (224, 224), patch_size: int = 16, embed_dim: int = 768, depth: int = 12,
+        num_heads: int = 12, *, mean: tuple[float, ...] = IMAGENET_MEAN, std: tuple[float, ...] = IMAGENET_STD,
+        drop_path: float = 0.0, stride: int | None = None, pre_norm: bool = False, quick_gelu: bool = False,
+        fc_norm: bool = False, initialize: bool = True,
+    ):  # fmt: skip
         super().__init__()
         self.img_size, self.patch_size, self.embed_dim = tuple(img_size), patch_size, embed_dim
         self.stride = stride or patch_size
@@ -177,9 +159,7 @@ class VisionTransformer(nn.Module):
 
     def normalize(self, imgs: torch.Tensor) -> torch.Tensor:
         """uint8 [N, 3, H, W] in 0..255 -> float32 normalised; float input is taken as normalised."""
-        if imgs.dtype != torch.uint8:
-            return imgs
-        return (imgs.float() / 255 - self.pixel_mean) / self.pixel_std
+        return (imgs.float() / 255 - self.pixel_mean) / self.pixel_std if imgs.dtype == torch.uint8 else imgs
 
     def embed(self, imgs: torch.Tensor) -> torch.Tensor:
         """[N, 3, H, W] uint8 or normalised float -> [N, 1 + L, D] tokens with their positions."""
@@ -197,17 +177,14 @@ class VisionTransformer(nn.Module):
         return {"cls": self.fc_norm(x[:, 0]), "mean": self.fc_norm(x[:, 1:].mean(dim=1)), "tokens": x[:, 1:]}
 
     @torch.inference_mode()
-    def embed_images(
-        self, images, batch_size: int = 64, read_outs: tuple[str, ...] = FEATURES
-    ) -> dict[str, torch.Tensor]:
+    def embed_images(self, images, batch_size=64, read_outs: tuple[str, ...] = FEATURES) -> dict[str, torch.Tensor]:
         """Pictures -> their features: taken whole, resized by an antialiased bicubic filter, nothing masked, float32.
 
         Args:
             images: one or more Pillow images of any mode, files, or [3, H, W] uint8 tensors, also mixed and
                 of different sizes; or a batch [N, 3, H, W] uint8.
-            read_outs: which features; "tokens" of many pictures need much memory.
         Returns:
-            {"cls": [N, D], "mean": [N, D] of the patch tokens, "tokens": [N, L, D]} on the CPU.
+            those of `read_outs`: {"cls": [N, D], "mean": [N, D] of the patch tokens, "tokens": [N, L, D]} on the CPU.
         """
         if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 0) == 3:
             images = [images]
@@ -306,8 +283,7 @@ def encoder_from(
 
 def _source_grid(config: dict, patches: int, patch: int, asked: tuple | None, stride: int | None, file) -> tuple:
     """((H, W) in px, (rows, columns)) that a position table was made for: what the file's config says, the grid that
-    was asked for if it has as many patches, or a square; InputError where none fits, or both a square and the grid
-    without overlap of the pixels that were asked for."""
+    was asked for if it has as many patches, or a square; InputError where none or two fit."""
     if size := config.get("img_size"):
         return tuple(size), patch_grid(tuple(size), patch, config.get("stride"))
     side = round(patches**0.5)
@@ -323,10 +299,6 @@ def _source_grid(config: dict, patches: int, patch: int, asked: tuple | None, st
         return square[0]
     fits = "which fits {} x {} and {} x {}".format(*square[0][1], *square[1][1]) if square else "which is no square"
     if round((patches + 1) ** 0.5) ** 2 == patches + 1:
-        fits += (
-            f" ({patches + 1} without a row for the class token would be one, as flexivit's, which has no place here)"
-        )
-    raise InputError(
-        f"{file} has a position table for {patches} patches, {fits}, and does not say for which grid: give the "
-        "--input_size (and --stride) of its training, or convert it with them (tools.checkpoint convert)"
-    )
+        fits += f" ({patches + 1} without a row for the class token would be, as flexivit's: no place for that here)"
+    cure = "give --input_size (and --stride) of its training, or convert it with them (tools.checkpoint convert)"
+    raise InputError(f"{file} has a position table for {patches} patches, {fits}, and does not say its grid: {cure}")

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from util.cli import Parser, parse_input_size, run_tool
-from util.names import MAE_MODELS
+from util.errors import MAE_MODELS
 
 SIZES = {  # queries, gallery, identities, cameras
     "small": (60, 400, 20, 4),

@@ -19,11 +19,10 @@ from PIL import Image
 from datasets.images import open_rgb, read_bytes
 from datasets.path_list import PackedImages, PathList, check_first_exist, list_images, printable
 from datasets.tables import cell, iterate_table
-from util.dist import is_main_process, print_main
+from util.cli import Progress
+from util.dist import Parts, is_main_process, map_in_order, print_main, shared, worker_pool
 from util.errors import InputError
 from util.files import read_arrays, write_atomic
-from util.parallel import Parts, map_in_order, shared, worker_pool
-from util.progress import Progress
 
 TEST_SPLITS = ("val", "dev", "test", "query", "gallery", "probe")  # beginnings of a split's name
 COLUMNS = {"identity": "pid", "camera": "camid", "box": "box"}  # what a manifest may say of an image: default column

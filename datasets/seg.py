@@ -22,9 +22,9 @@ from datasets.items import TrainItems
 from datasets.path_list import PathList, list_images
 from datasets.tables import split_folder
 from datasets.transforms import IGNORE, PartsAugment, to_tensor
+from util.cli import Progress
 from util.dist import is_main_process
 from util.errors import InputError
-from util.progress import Progress
 
 BACKGROUND_ID = 40  # in the masks of PartImageNet's release "_Seg"
 PARTS = {  # of PartImageNet (He et al., ECCV 2022, arXiv 2112.00933), as published: "Tier" is its spelling of tyre

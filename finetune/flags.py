@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.cli import check_numbers, parse_input_size
-from util.errors import InputError
-from util.names import ENCODER_MODELS, REID_FORMATS
+from util.errors import ENCODER_MODELS, REID_FORMATS, InputError
 
 
 class Flag:

@@ -19,11 +19,10 @@ from models_setr import SETR, SETRConfig, setr_loss, synchronized
 from models_vit import VisionTransformer
 from reports.page import percent
 from reports.seg import SegTest, write_seg_report
-from util.dist import get_rank, get_world_size, is_main_process
+from util.cli import Progress
+from util.dist import get_rank, get_world_size, init_worker, is_main_process
 from util.errors import InputError
 from util.optim import poly_lr
-from util.progress import Progress
-from util.stop import init_worker
 
 
 class Seg(Task):

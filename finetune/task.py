@@ -15,10 +15,9 @@ from finetune.flags import TASKS
 from models_vit import CLIP_STATS, IMAGENET_MEAN, IMAGENET_STD, VisionTransformer, encoder_from, load_encoder
 from util.checkpoint import load_weights, read_checkpoint, weights_sha256
 from util.dist import get_rank, get_world_size, is_main_process, print_main, wait_for_main
-from util.errors import InputError
+from util.errors import ENCODER_MODELS, ENCODER_SIZES, InputError
 from util.fetch import fetch
 from util.files import write_atomic
-from util.names import ENCODER_MODELS, ENCODER_SIZES
 from util.optim import build_finetune_optimizer, transreid_lr
 from util.precision import scoring
 from util.pretrained import read_config, recognise

@@ -15,7 +15,6 @@ from models_mae import MODELS
 from util.checkpoint import encoder_state, load_weights, read_checkpoint, weights_sha256, write_safetensors, write_torch
 from util.errors import InputError
 from util.files import write_atomic
-from util.run_files import initialise_from
 
 TINY = MODELS["mae_vit_tiny_patch16"]
 
@@ -130,11 +129,11 @@ def test_facebook_files_full_and_encoder_only(tmp_path, state):
     other = TINY(img_size=(32, 32))
     torch.save({"model": state}, tmp_path / "full.pth")
     torch.save({"model": encoder_state(state)}, tmp_path / "encoder.pth")
-    report = initialise_from(other, tmp_path / "full.pth")
+    report = load_weights(other, read_checkpoint(tmp_path / "full.pth")["model"], "full.pth", needed="encoder")
     assert "loaded    254 tensors" in report
     assert all(torch.equal(other.state_dict()[k], state[k]) for k in state)
     another = TINY(img_size=(64, 48))  # fixed tables follow the input size
-    report = initialise_from(another, tmp_path / "encoder.pth")
+    report = load_weights(another, read_checkpoint(tmp_path / "encoder.pth")["model"], "encoder.pth", needed="encoder")
     assert "loaded    149 tensors" in report and another.pos_embed.shape[1] == 13
     assert torch.equal(another.blocks[3].mlp.fc1.weight, state["blocks.3.mlp.fc1.weight"])
 

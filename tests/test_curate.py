@@ -34,8 +34,8 @@ from curation.stages import Stages
 from datasets.path_list import list_images
 from demo.pool import POOL
 from tools import pack
+from util.dist import Parts
 from util.errors import InputError
-from util.parallel import Parts
 
 CPU = torch.device("cpu")
 COLUMNS = {"identity": "pid", "camera": "camid", "box": "box"}
@@ -282,10 +282,11 @@ def test_a_stage_that_failed_or_was_done_again_redoes_what_follows(tmp_path):
 
 
 def test_ranks_that_look_at_different_moments_leave_no_part_out(tmp_path, monkeypatch):
-    monkeypatch.setattr("util.parallel.get_world_size", lambda: 2)
+    monkeypatch.setattr("util.dist.barrier", lambda: None)
+    monkeypatch.setattr("util.dist.get_world_size", lambda: 2)
     done = set()
     for rank in (0, 1):
-        monkeypatch.setattr("util.parallel.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("util.dist.get_rank", lambda rank=rank: rank)
         parts = Parts(tmp_path / "p", {"job": 1}, "work", 50, 10, ".txt")
         done |= set(parts.todo)
         if rank == 0:  # rank 1 comes when this one has begun

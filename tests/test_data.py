@@ -19,8 +19,8 @@ from datasets.items import PretrainDataset, build_loader
 from datasets.path_list import PathList, list_images
 from datasets.samplers import EpochBatches, pk_batches
 from datasets.transforms import CROP_STREAM, crop_resize, jpeg_reduction, random_crop_box, sample_rng, whole_image
+from util.dist import init_worker
 from util.errors import InputError
-from util.stop import init_worker
 
 
 def test_path_list_gives_back_what_it_was_given(tmp_path):

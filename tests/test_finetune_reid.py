@@ -105,10 +105,10 @@ def test_a_stop_in_the_middle_of_an_update_keeps_the_buffers_of_the_last(veri, t
     changed = [name for name, value in run.bare.named_buffers() if not torch.equal(value, before[name])]
     assert {"bottleneck.0.running_mean", "bottleneck.4.num_batches_tracked"} <= set(changed)
     assert all(torch.equal(state[name], before[name]) for name in changed)
-    run.buffers.commit(torch.tensor(False))
+    run.commit_buffers(torch.tensor(False))
     assert all(torch.equal(value, before[name]) for name, value in run.bare.named_buffers())
     run.task.loss(run.model, batch)
-    run.buffers.commit(torch.tensor(True))
+    run.commit_buffers(torch.tensor(True))
     state, now = saved(), dict(run.bare.named_buffers())
     assert all(torch.equal(state[name], now[name]) and not torch.equal(now[name], before[name]) for name in changed)
 
@@ -426,7 +426,7 @@ def test_transreids_loader_takes_our_encoder(tmp_path):
     distill = {"context": "attention", "bank": torch.randn(4, 8), "tau": 0.07, "hidden": 0}
     mae = MODELS["mae_vit_tiny_patch16"](img_size=(32, 32), distill=distill)
     args = SimpleNamespace(output_dir=tmp_path, save_minutes=1, keep_checkpoints=1, resume="")
-    RunFiles(args, {}, {}, [], "--init").export_encoder(mae)
+    RunFiles(args, {}, {}, [], "--init").export("encoder", mae)
     content = torch.load(tmp_path / "encoder.pth", weights_only=True)
     assert list(content) == ["model"] and len(content["model"]) == 150
     encoder = VisionTransformer((32, 32), 16, 192, 12, 3)

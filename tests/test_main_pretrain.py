@@ -318,14 +318,14 @@ def test_nothing_of_an_outage_is_in_the_weights(tmp_path, monkeypatch):
 
 
 def test_weights_that_are_not_finite_replace_nothing(pictures, tmp_path, monkeypatch):
-    out, ended = tmp_path / "run", main_pretrain.next_epoch
+    out, end = tmp_path / "run", main_pretrain.end_epoch
 
-    def poisoned(run):
-        ended(run)
-        if run.epoch == 2:
+    def poisoned(run, *args, **kwargs):
+        if run.epoch == 1:
             run.bare.norm.weight.data[3] = math.nan
+        return end(run, *args, **kwargs)
 
-    monkeypatch.setattr(main_pretrain, "next_epoch", poisoned)
+    monkeypatch.setattr(main_pretrain, "end_epoch", poisoned)
     with pytest.raises(InputError, match="is not written: 1 tensors of the model are not finite, first norm.weight"):
         run_main(small_flags(pictures, out, "--no_distill"))
     assert not (out / "encoder.pth").exists()

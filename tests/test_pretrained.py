@@ -182,9 +182,9 @@ def test_other_kinds_of_vit_are_refused_in_true_words(tmp_path, mae, name):
     ({"pos_embed": torch.zeros(1, 70_001, 192)}, "70,001 positions"),
     ({"norm.bias": torch.full((192,), torch.inf)}, "not finite in 1 tensors, first norm.bias"),
     ({"norm.bias": torch.zeros(192, device="meta")}, "device meta"),
-    ({"norm.bias": torch.zeros(192).to_sparse()}, "norm.bias as a tensor that is sparse_coo"),
+    ({"norm.bias": torch.zeros(192).to_sparse()}, "norm.bias as a tensor that is torch.sparse_coo"),
     ({"config": {"depth": 10**9}}, "depth 1000000000 in its config"),
-    ({"config": {"img_size": [10**9, 10**9]}}, "height 1000000000 in its config"),
+    ({"config": {"img_size": [10**9, 10**9]}}, "img_size 1000000000 in its config"),
     ({"config": {"img_size": "large"}}, "img_size large"), ({"config": {"mean": [0.5]}}, "mean .0.5. in its config"),
 ])  # fmt: skip
 def test_sizes_and_tensors_that_nobody_has_are_refused_before_they_cost_memory(tmp_path, mae, what, message):

@@ -17,7 +17,7 @@ import main_finetune
 import main_pretrain
 from demo.pool import POOL
 from tools import checkpoint
-from util import parallel
+from util import dist
 
 NAMED = r"`([\w/]+\.py): ([\w.]+)`"
 SECTIONS = (ROOT / "docs" / "WALKS.md").read_text().split("\n## ")
@@ -57,7 +57,7 @@ def make_run(name, tmp_path, pictures, teacher_files, monkeypatch):
         words += " --target_size 20 --min_side 20 --levels 8 3 --resampling 1 --num_workers 0 --device cpu"
         program, words = main_curate, f"{words} --near_cosine 0.9999 --leak_cosine 0.9999".split()
         monkeypatch.setattr("curation.index.worker_pool", lambda workers, for_all: InProcess())
-        monkeypatch.setattr(parallel, "_shared", (main_curate.open_sources([words[1]], [words[3]], {}), 0.0))
+        monkeypatch.setattr(dist, "_shared", (main_curate.open_sources([words[1]], [words[3]], {}), 0.0))
     if name == "checkpoint":
         program, words = checkpoint, f"convert {timm_file} --to mae --output {tmp_path}/mae.pth".split()
     args = program.get_args_parser().parse_args(words)

@@ -18,8 +18,7 @@ import zipfile
 from pathlib import Path
 
 from util.cli import Parser, parse_input_size, run_tool
-from util.errors import InputError
-from util.names import FORMATS
+from util.errors import FORMATS, InputError
 
 RELEASED = ("encoder.safetensors", "encoder.pth", "full.pth")
 # what of a run's settings the card shows; paths of the machine it ran on are not among them

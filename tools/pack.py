@@ -50,10 +50,10 @@ from datasets import images
 from datasets.images import IMAGE_ENDINGS, Unreadable
 from datasets.path_list import PACK_HEADER, PathList, list_images, printable, shard_file
 from datasets.transforms import jpeg_reduction
+from util.cli import Progress
+from util.dist import claim, map_in_order, worker_pool
 from util.errors import InputError
 from util.files import write_atomic, write_json
-from util.parallel import claim, map_in_order, worker_pool
-from util.progress import Progress
 
 
 def main(args) -> dict:

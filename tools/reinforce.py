@@ -50,13 +50,11 @@ from datasets.path_list import list_images, printable
 from datasets.teacher_cache import HEADER, SHARD_IMAGES, read_shard, shard_file, shards, write_shard
 from datasets.text_bank import VOCABULARY, save_bank
 from models_teacher import FrozenTeacher, build_bank, load_teacher
-from util.dist import get_rank, get_world_size, launch, print_main
+from util.cli import Progress
+from util.dist import claim, get_rank, get_world_size, init_worker, launch, print_main
 from util.errors import InputError
 from util.files import file_sha256
-from util.parallel import claim
 from util.precision import pick_precision
-from util.progress import Progress
-from util.stop import init_worker
 
 
 def main(args) -> dict:

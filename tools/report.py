@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from util.cli import Parser, check_numbers, run_tool
-from util.names import MAE_MODELS
+from util.errors import MAE_MODELS
 
 
 def get_args_parser() -> argparse.ArgumentParser:

@@ -56,13 +56,12 @@ from engine_extract import extract_features, extract_to_file
 from finetune.task import load_model
 from reports.page import FONT
 from util.checkpoint import weights_sha256
-from util.dist import barrier, is_main_process, launch, print_main
+from util.cli import Progress
+from util.dist import barrier, claim, is_main_process, launch, print_main
 from util.errors import InputError
 from util.fetch import fetch
 from util.files import read_array, write_atomic, write_json
-from util.parallel import claim
 from util.precision import pick_precision
-from util.progress import Progress
 
 Images = PathList | PackedImages
 

@@ -39,10 +39,10 @@ from datasets.images import Unreadable, open_rgb
 from datasets.tables import iterate_table
 from datasets.transforms import CROP_STREAM, crop_resize, random_crop_box, sample_rng
 from util.checkpoint import write_safetensors
+from util.cli import Progress
 from util.dist import pick_device
 from util.files import write_atomic, write_json
 from util.optim import cosine_lr, set_lr
-from util.progress import Progress
 
 SIDE = 64  # px
 CONFIG = {

@@ -20,17 +20,10 @@ from util.files import BLOCK_BYTES, write_atomic
 # where others keep their weights, the first that is there; DINO's teacher is what it evaluates, DeepSpeed has "module"
 CONTAINERS = ("model", "state_dict", "teacher", "module", "state_dicts", "model_state_dict", "model_ema")
 # what torch and numpy say of a file with other objects than tensors and plain values
-FORBIDDEN = (
-    "unsupported global", "unsupported class", "unrecognized function", "can only build", "object arrays cannot"
-)  # fmt: skip
+FORBIDDEN = ("unsupported global", "unsupported class", "unrecognized function", "can only build", "object arrays can")
 POSITION_TABLES = ("pos_embed", "decoder_pos_embed")
 DECODER_KEYS = ("mask_token", "decoder_")
 HEAD_KEYS = ("distill_head.",)
-STORAGES = {  # of TorchScript archives
-    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16, "LongStorage": torch.int64, "IntStorage": torch.int32,
-    "ShortStorage": torch.int16, "CharStorage": torch.int8, "ByteStorage": torch.uint8, "BoolStorage": torch.bool,
-}  # fmt: skip
 _NUMPY = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.zeros(0).__reduce__()[0]}
 PLAIN = [  # that only hold values: MAE's `args`, paths in it, numpy's numbers under the names of its versions 1 and 2
     argparse.Namespace, pathlib.PosixPath, np.dtype, np.ndarray, *{type(np.dtype(c)) for c in np.typecodes["All"]},
@@ -76,14 +69,18 @@ def read_checkpoint(file: str | Path) -> dict:
     file = Path(file)
     if not file.is_file():
         raise InputError(f"checkpoint {file} does not exist")
-    if file.suffix == ".onnx":
-        raise InputError(f"{file} is ONNX, whose weights are not read back: give the file that it was made from")
     try:
         content = _read(file)
     except InputError:
         raise
     except Exception as error:  # of a damaged file readers raise nearly anything
-        raise InputError(_why_unreadable(file, error)) from error
+        reason = " ".join(str(error).split())
+        if any(words in reason.lower() for words in FORBIDDEN):
+            cure = "where you trust it, load it once and torch.save({'model': checkpoint['model']}, FILE)"
+            raise InputError(f"{file} holds Python objects, which could run code, and is refused: {cure}") from error
+        reason = reason.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip()[:200]
+        words = f"({file.stat().st_size:,} bytes) is truncated or damaged, or no checkpoint ({reason})"
+        raise InputError(f"{file} {words}: fetch or copy it again") from error
     if not isinstance(content, dict):
         raise InputError(f"checkpoint {file} holds a {type(content).__name__}, not a dict of weights")
     if content and all(isinstance(v, torch.Tensor) for v in content.values()):
@@ -91,9 +88,14 @@ def read_checkpoint(file: str | Path) -> dict:
     inside = [k for k, v in content.items() if isinstance(v, dict) and any(torch.is_tensor(x) for x in v.values())]
     name = next((name for name in CONTAINERS if name in inside), inside[0] if len(inside) == 1 else None)
     if name is None:
-        keys = ", ".join(map(str, list(content)[:8]))
-        raise InputError(f"checkpoint {file} has no entry 'model': it has {keys or 'nothing'}")
-    _check_tensors(file, content[name])
+        raise InputError(f"checkpoint {file} has no entry 'model': it has {', '.join(map(str, list(content)[:8]))}")
+    for key, value in ((key, value) for key, value in content[name].items() if torch.is_tensor(value)):
+        kind = "quantised" if value.is_quantized else "empty (device meta)" if value.is_meta else value.layout
+        if kind is not torch.strided:
+            raise InputError(f"{file} holds {key} as a tensor that is {kind}: save it as a dense one")
+        if value.numel() > (count := value.untyped_storage().nbytes() // value.element_size()):
+            words = f"{tuple(value.shape)}, {value.numel():,} numbers of which only {count:,} are in the file"
+            raise InputError(f"{file} holds {key} as {words}: it is refused")
     return content | {"model": content[name]}
 
 
@@ -111,8 +113,7 @@ def _read(file: Path):
 
 
 def check_archive(file: Path) -> str | None:
-    """Look at sizes and checksums of a zip file (.pth, .npz), which torch.load does not; return the folder inside a
-    TorchScript archive, else None."""
+    """Check sizes and checksums of a zip file (.pth, .npz) -> the folder inside a TorchScript archive, else None."""
     if not zipfile.is_zipfile(file):
         return None
     with zipfile.ZipFile(file) as archive:
@@ -142,22 +143,19 @@ class _TorchScript(pickle.Unpickler):
         if module.startswith("__torch__"):
             self.classes.add(name)
             return self.Module
-        if module == "torch" and name in STORAGES:
-            return STORAGES[name]
         if module == "torch.jit._pickle":  # its lists and their types
             return lambda value, *_: value
-        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")):
-            return self._tensor if name == "_rebuild_tensor_v2" else dict
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name)._dtype
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda storage, offset, size, stride, *_: torch.as_strided(storage, size, stride, offset)
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
         raise pickle.UnpicklingError(f"unsupported global {module}.{name}")
 
     def persistent_load(self, saved):
-        _, dtype, key, *_ = saved
-        data = bytearray(self.archive.read(f"{self.root}data/{key}"))
-        return torch.frombuffer(data, dtype=dtype) if data else torch.empty(0, dtype=dtype)
-
-    @staticmethod
-    def _tensor(storage, offset, size, stride, *_):
-        return torch.as_strided(storage, size, stride, offset)
+        data = bytearray(self.archive.read(f"{self.root}data/{saved[2]}"))
+        return torch.frombuffer(data, dtype=saved[1]) if data else torch.empty(0, dtype=saved[1])
 
     def content(self) -> dict:
         def walk(module, prefix=""):
@@ -167,38 +165,8 @@ class _TorchScript(pickle.Unpickler):
                 elif isinstance(value, torch.Tensor):
                     yield f"{prefix}{name}", value
 
-        return {
-            "model": dict(walk(self.load())),
-            "quick_gelu": any(name.endswith("QuickGELU") for name in self.classes),
-        }
-
-
-def _check_tensors(file: Path, state: dict) -> None:
-    """Refuse tensors that are not plain arrays of their own size."""
-    for name, value in ((name, value) for name, value in state.items() if torch.is_tensor(value)):
-        kind = "quantised" if value.is_quantized else str(value.layout).removeprefix("torch.")
-        if value.is_meta or kind != "strided":
-            kind = "an empty one (device meta)" if value.is_meta else kind
-            raise InputError(f"{file} holds {name} as a tensor that is {kind}: save it as a dense one")
-        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-            raise InputError(
-                f"{file} holds {name} as {tuple(value.shape)}, {value.numel():,} numbers of which only "
-                f"{value.untyped_storage().nbytes() // value.element_size():,} are in the file: it is refused"
-            )
-
-
-def _why_unreadable(file: Path, error: Exception) -> str:
-    reason = " ".join(str(error).split())
-    if any(words in reason.lower() for words in FORBIDDEN):
-        return (
-            f"checkpoint {file} holds Python objects, which could run code, and is refused: load it once where you "
-            "trust it and save its weights alone, torch.save({'model': checkpoint['model']}, FILE)"
-        )
-    reason = reason.split("WeightsUnpickler error:")[-1].split("Check the documentation")[0].strip()
-    return (
-        f"checkpoint {file} ({file.stat().st_size:,} bytes) is truncated or damaged, or no checkpoint "
-        f"({reason[:200] or 'no end'}): fetch or copy it again"
-    )
+        tensors = dict(walk(self.load()))
+        return {"model": tensors, "quick_gelu": any(name.endswith("QuickGELU") for name in self.classes)}
 
 
 def read_safetensors_header(file: str | Path) -> dict[str, str]:
@@ -219,45 +187,35 @@ def not_finite(state: dict) -> list[str]:
 
 
 def load_weights(model: torch.nn.Module, state: dict, file, *, needed: str, **more) -> str:
-    """Copy weights by name and say what matched.
+    """Copy weights by name -> a table of one line a part: loaded / new (kept at its initial value) / more / ignored.
 
     Args:
-        model: receives the weights.
         state: tensors by name, from `read_checkpoint(file)["model"]`.
         needed: "encoder": every encoder tensor must be there, decoder and distillation head may be
             missing; "all": nothing of the MAE may be missing; "95%": of the tensors, and every block whole.
         more: rows of the table that the caller knows.
-    Returns:
-        A table of one line a part: loaded / new (kept at its initial value) / more / ignored.
     """
     own = model.state_dict()
     # position tables of MAE are fixed and follow from the input size: another size keeps its own
     fixed = POSITION_TABLES if needed != "95%" else ()
     state = {k: v for k, v in state.items() if k not in fixed or v.shape == own.get(k, v).shape}
     head = {k for k in own if k.startswith(HEAD_KEYS)}
-    wrong_shape = [k for k in own if k in state and state[k].shape != own[k].shape]
-    if fatal := [k for k in wrong_shape if k not in head]:
-        k = fatal[0]
-        raise InputError(
-            f"{file} holds another architecture: {k} is {tuple(state[k].shape)}, the model wants "
-            f"{tuple(own[k].shape)} ({len(fatal)} tensors differ); check --model and --input_size"
-        )
+    wrong = [k for k in own if k in state and state[k].shape != own[k].shape]
+    if fatal := [k for k in wrong if k not in head]:
+        k, count = fatal[0], f"({len(fatal)} tensors differ); check --model and --input_size"
+        words = f"{k} is {tuple(state[k].shape)}, the model wants {tuple(own[k].shape)} {count}"
+        raise InputError(f"{file} holds another architecture: {words}")
     optional = {*fixed, *head, *(set(own) - set(encoder_state(own)) if needed == "encoder" else ())}
     missing = [k for k in own if k not in state and k not in optional]
     if needed == "95%" and len(missing) <= 0.05 * len(own):
         missing = [k for k in missing if k.startswith("blocks.")]  # random in part, it would spoil the features
     if missing:
-        raise InputError(
-            f"{file} lacks {len(missing)} of the {len(own)} tensors this model needs, first "
-            f"{missing[0]}; it holds {', '.join(list(state)[:3])}, ...: is it a file of this "
-            "architecture?"
-        )
-    loaded = {k: v for k, v in state.items() if k in own and k not in wrong_shape}
+        lacks = f"lacks {len(missing)} of the {len(own)} tensors this model needs, first {missing[0]}"
+        raise InputError(f"{file} {lacks}; it holds {', '.join(list(state)[:3])}, ...: is it of this architecture?")
+    loaded = {k: v for k, v in state.items() if k in own and k not in wrong}
     if bad := not_finite(loaded):
-        raise InputError(
-            f"{file} holds numbers that are not finite in {len(bad)} tensors, first {bad[0]}: the training diverged or "
-            "the file is damaged; give an earlier checkpoint"
-        )
+        words = f"numbers that are not finite in {len(bad)} tensors, first {bad[0]}"
+        raise InputError(f"{file} holds {words}: the training diverged or it is damaged; give an earlier checkpoint")
     model.load_state_dict(loaded, strict=False)
     rows = {"loaded": loaded, "new": [k for k in own if k not in loaded], **more}
     rows.setdefault("ignored", [k for k in state if k not in own])

@@ -1,51 +1,19 @@
-"""The one exception for input a user can cure; `main_*` and tools print it without a traceback."""
-
-import contextlib
-import os
-import sys
-from collections.abc import Callable
+"""What programs need before torch is there: the error that a user can cure, and the names that flags offer."""
 
 AWAY = "the file system is away"  # of a picture that could not be read for that reason
+# width, depth, heads, patch size; tiny and small as in DeiT, the others as in MAE
+ENCODER_SIZES = {
+    "tiny": (192, 12, 3, 16), "small": (384, 12, 6, 16), "base": (768, 12, 12, 16), "large": (1024, 24, 16, 16),
+    "huge": (1280, 32, 16, 14),
+}  # fmt: skip
+# width, blocks and heads of the decoder; tiny and small keep base's 2/3 width and head size 32
+DECODER_SIZES = {"tiny": (128, 8, 4), "small": (256, 8, 8)} | dict.fromkeys(("base", "large", "huge"), (512, 8, 16))
+MAE_MODELS = {f"mae_vit_{size}_patch{sizes[3]}": size for size, sizes in ENCODER_SIZES.items()}
+ENCODER_MODELS = {name.removeprefix("mae_"): size for name, size in MAE_MODELS.items()}
+CONTEXTS = ("attention", "cls", "mean", "decoder")
+FORMATS = ("mae", "timm", "hf", "transreid", "transfg", "setr", "safetensors", "onnx")  # that `convert` writes
+REID_FORMATS = ("auto", "veri776", "vehicleid", "veriwild", "table")  # auto: by the files that are there
 
 
 class InputError(ValueError):
-    """Wrong path, value or file: the message names it and says what to do."""
-
-
-class Output:
-    """A standard stream whose own trouble (nobody reads the pipe, a full disk, a name it cannot show) fails no run."""
-
-    def __init__(self, stream):
-        self._stream = stream
-        with contextlib.suppress(AttributeError):
-            stream.reconfigure(errors="backslashreplace")
-
-    def __getattr__(self, name: str):
-        return getattr(self._stream, name)
-
-    def write(self, text: str) -> int:
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._stream.flush()
-        except BrokenPipeError:  # for good: what is left must not trouble the interpreter at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
-        except (OSError, ValueError):
-            pass
-
-
-def run_or_explain(main: Callable[[], object]) -> None:
-    """Run a command-line entry; an InputError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
-    sys.stdout, sys.stderr = (s if isinstance(s, Output) else Output(s) for s in (sys.stdout, sys.stderr))
-    try:
-        main()
-    except InputError as error:
-        sys.stdout.flush()
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr, flush=True)
-        sys.exit(130)
+    """Wrong path, value or file: the message names it and says what to do. Programs print it without a traceback."""

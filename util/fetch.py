@@ -8,7 +8,6 @@ fetch("vit-mae-base/")                                    a folder of Hugging Fa
 """
 
 import difflib
-import fcntl
 import hashlib
 import http.client
 import json
@@ -19,6 +18,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from util.errors import InputError
@@ -29,14 +29,22 @@ CACHE = Path("~/.cache/cgd_mae")
 LARGEST_BYTES = 32 << 30
 
 
-class _Safe(urllib.request.HTTPRedirectHandler):
-    """Follows redirects from https to https alone; with `allow_http` also to http."""
+class _Redirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to https alone; with `allow_http` also to http."""
+
+    def __init__(self, allow_http: bool):
+        self.allowed = ("https://", "http://") if allow_http else ("https://",)
+
+    def check(self, url: str) -> str:
+        """The address without what follows a ?, which may be a key."""
+        if not url.startswith(self.allowed):
+            words = "is not https; --allow_http of tools.checkpoint download takes http, too"
+            raise ValueError(f"{url.partition('?')[0]} {words}")
+        return url.partition("?")[0]
 
     def redirect_request(self, request, answer, code, message, headers, url):
-        _check_scheme(url, request.allow_http)
-        followed = super().redirect_request(request, answer, code, message, headers, url)
-        followed.allow_http = request.allow_http
-        return followed
+        self.check(url)
+        return super().redirect_request(request, answer, code, message, headers, url)
 
 
 def fetch(source: str | Path, cache: str | Path | None = None, allow_http: bool = False) -> Path:
@@ -45,7 +53,6 @@ def fetch(source: str | Path, cache: str | Path | None = None, allow_http: bool 
     Args:
         source: see the top of this file. A local file wins over a registry name of the same spelling.
         cache: folder of the downloads, default ~/.cache/cgd_mae; hf:// has huggingface_hub's own.
-        allow_http: also take what comes unencrypted.
     """
     text = re.sub(r"^(https?|hf):/(?=[^/])", r"\1://", str(source))  # a Path has swallowed one slash
     local, rows = os.path.expanduser(text), known()
@@ -63,17 +70,13 @@ def fetch(source: str | Path, cache: str | Path | None = None, allow_http: bool 
         if fragment and not wanted:
             raise InputError(f"{text} with the hash {fragment}: give sha256= or md5= and 6 or more of its digits")
         return _from_web(url, {wanted[1]: wanted[2]} if wanted else {}, cache, allow_http)
-    nearest = difflib.get_close_matches(text, rows, n=1)
-    raise InputError(
-        f"checkpoint {text or repr(text)} does not exist as a file, and no released one has this name"
-        + (f": did you mean {nearest[0]}?" if nearest else ".")
-        + f" Known names: {', '.join(rows)}; else give a file, https://HOST/FILE or hf://ORG/REPO/FILE"
-    )
+    near = "".join(f"; did you mean {name}?" for name in difflib.get_close_matches(text, rows, n=1))
+    names = f"known names: {', '.join(rows)}; else give a file, https://HOST/FILE or hf://ORG/REPO/FILE"
+    raise InputError(f"checkpoint {text or repr(text)} does not exist, as a file or a released name{near} ({names})")
 
 
 def known() -> dict[str, dict]:
-    """The registry: name -> {url, what, kind (encoder or full), model, licence}, and md5 or sha256 (a prefix)
-    where one was published."""
+    """The registry: name -> {url, what, kind (encoder or full), model, licence}, and a prefix of md5 or sha256."""
     return json.loads(REGISTRY.read_text())
 
 
@@ -96,32 +99,20 @@ def _from_web(url: str, wanted: dict[str, str], cache, allow_http: bool) -> Path
     if not file.is_file():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with open(folder / ".lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)  # one process downloads, the others wait for it
+            with FileLock(folder / ".lock"):  # one process downloads, the others wait for it
                 if not file.is_file():
-                    _download(url, file, wanted, allow_http)
+                    _download(url, file, wanted, _Redirects(allow_http))
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise InputError(
-                f"cannot download {url} to {folder} ({error}): check the address, the network and the disk, or "
-                "download it yourself and give its path"
-            ) from error
+            cure = "check the address, the network and the disk, or download it yourself and give its path"
+            raise InputError(f"cannot download {url} to {folder} ({error}): {cure}") from error
     return file
 
 
-def _check_scheme(url: str, allow_http: bool) -> None:
-    if urlsplit(url).scheme not in ("https", *["http"] * allow_http):
-        raise ValueError(
-            f"{url.partition('?')[0]} is not https; --allow_http of tools.checkpoint download takes http, too"
-        )
-
-
-def _download(url: str, file: Path, wanted: dict[str, str], allow_http: bool) -> None:
-    part, written = file.with_name(f"{file.name}.partial"), 0
-    _check_scheme(url, allow_http)
-    print(f"downloading {url.partition('?')[0]}", flush=True)  # what follows a ? may be a key
+def _download(url: str, file: Path, wanted: dict[str, str], redirects: "_Redirects") -> None:
+    part, shown = file.with_name(f"{file.name}.partial"), redirects.check(url)
+    print(f"downloading {shown}", flush=True)
     request = urllib.request.Request(url, headers={"User-Agent": "cgd-mae"})
-    request.allow_http = allow_http
-    with urllib.request.build_opener(_Safe).open(request, timeout=60) as answer:
+    with urllib.request.build_opener(redirects).open(request, timeout=60) as answer:
         if answer.headers.get_content_type() == "text/html":
             raise ValueError("it is a web page")
         length = int(answer.headers["Content-Length"] or 0)
@@ -130,12 +121,11 @@ def _download(url: str, file: Path, wanted: dict[str, str], allow_http: bool) ->
             raise ValueError(f"it says {length:,} bytes: too many for this disk, or none and no #sha256= to know it by")
         with open(part, "wb") as opened, tqdm(total=length or None, unit="B", unit_scale=True) as progress:
             while block := answer.read(BLOCK_BYTES):
-                written += opened.write(block)
-                progress.update(len(block))
-                if written > limit:
+                progress.update(opened.write(block))
+                if opened.tell() > limit:
                     raise ValueError(f"more than {limit:,} bytes arrived")
-    if length and written != length:
-        raise OSError(f"cut at {written:,} of {length:,} bytes")
+    if length and part.stat().st_size != length:
+        raise OSError(f"cut at {part.stat().st_size:,} of {length:,} bytes")
     digests = file_digests(part, ("sha256", "md5"))
     for kind, prefix in wanted.items():
         if not digests[kind].startswith(prefix):

@@ -53,14 +53,13 @@ def write_json(file: str | Path, value) -> None:
 
 
 def read_json(file: str | Path, cure: str) -> dict:
-    """An object of a file that this project wrote; InputError with what to do where it is damaged."""
+    """The object in a file of JSON; InputError with what to do where it is damaged."""
     try:
-        value = json.loads(Path(file).read_text(encoding="utf-8"))
+        if isinstance(value := json.loads(Path(file).read_text(encoding="utf-8")), dict):
+            return value
+        raise ValueError("it holds no JSON object")
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{file} is damaged ({error}): {cure}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{file} is damaged (it holds no JSON object): {cure}")
-    return value
 
 
 def fits(value, shape) -> bool:

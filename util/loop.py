@@ -1,9 +1,15 @@
-"""What every training loop shares: the state of a run, the update of its weights, and the watch over it."""
+"""What every training loop shares: the state of a run, updates of its weights, the watch over it, its end by a signal.
+
+A batch is what the loader gives on each rank; an update follows `accum_iter` of them.
+"""
 
 import contextlib
 import json
 import math
+import os
 import resource
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -12,12 +18,70 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from util.cli import Progress
 from util.dist import all_reduce_mean, get_world_size, is_main_process
 from util.errors import AWAY, InputError
 from util.precision import LEAST_SCALE
-from util.progress import Progress
 from util.run_files import RunFiles
-from util.stop import StopGuard
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Stopped(BaseException):
+    """Raised in the main thread by the first of `SIGNALS`, as Python does with Ctrl-C."""
+
+
+class StopGuard:
+    """Saves the state of the last update when the process is told to stop, or when it fails, by `save`, which says what
+    it has saved, where `is_main`.
+
+    A signal raises `Stopped` in whatever line the main thread is at, so that the update in flight is thrown away: on a
+    slow machine it can take longer than the launcher's patience (30 s under torchrun). Only `committing` is never cut.
+    """
+
+    def __init__(self, save: Callable[[], str], is_main: bool):
+        self._save, self._is_main, self._received = save, is_main, 0
+        self._busy = self._torn = False  # inside `committing`; an exception left an update half done
+
+    @contextlib.contextmanager
+    def committing(self) -> Iterator[None]:
+        """Around the optimiser step and the counters that belong to it."""
+        ignore_worker_deaths()
+        self._busy = self._torn = True
+        yield
+        self._busy = self._torn = False
+        if self._received:
+            raise Stopped
+
+    def _hear(self, number: int, _frame) -> None:
+        first, self._received = not self._received, self._received or number
+        if first and not self._busy:
+            raise Stopped
+
+    def __enter__(self):
+        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup stays so
+        self._old = {number: signal.signal(number, self._hear) for number in wanted}
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        ignore_worker_deaths()  # a signal to the whole group ends the workers while the state is saved
+        self._busy = True  # from here on a signal is noted only
+        if error is not None and self._is_main and not self._torn:
+            said = self._save()
+            more = "" if "--resume" in sys.argv else " --resume auto"
+            print(f"\nsaved {said}; go on with: {shlex.join(sys.argv)}{more}", flush=True)
+        if self._received:
+            if not self._is_main:
+                time.sleep(2)  # rank 0 should see its own signal before it sees a peer vanish
+            os._exit(128 + self._received)  # errors of dying peers do not matter now
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+        return False
+
+
+def ignore_worker_deaths() -> None:
+    """Take back torch's handler, which raises in any line when a data worker dies; the loader finds it in seconds."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
 
 
 class Meter:
@@ -27,7 +91,7 @@ class Meter:
         self.sums: dict[str, torch.Tensor] = {}  # "count": of updates
 
     def update(self, terms: dict[str, torch.Tensor], ok: torch.Tensor) -> None:
-        """Add one update's terms; `ok` is a bool scalar on the device, False adds nothing."""
+        """Add one update's terms, nothing where `ok` (a bool scalar on the device) is False."""
         for name, value in {**terms, "count": ok}.items():
             self.sums[name] = self.sums.get(name, 0.0) + torch.where(ok, value.double(), 0.0)
 
@@ -37,40 +101,13 @@ class Meter:
         return int(sums.pop("count", 0)), sums
 
 
-def peak_gigabytes(device: torch.device) -> float:
-    """Peak memory of this process so far: of the device on CUDA, else resident."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
-
-
-class CommittedBuffers:
-    """Buffers that change in the forward pass (BatchNorm's statistics, centres) as of the last update: what a
-    checkpoint holds beside weights of that update, and where a skipped update returns to."""
-
-    def __init__(self, model: nn.Module):
-        names = model.state_dict().keys() - {name for name, _ in model.named_parameters()}
-        self.live = {name: buffer for name, buffer in model.named_buffers() if name in names}
-        self.take()
-
-    def take(self) -> None:
-        """What the buffers are now is the last update's: after loading."""
-        self.saved = {name: buffer.detach().clone() for name, buffer in self.live.items()}
-
-    @torch.no_grad()
-    def commit(self, ok: torch.Tensor) -> None:
-        """`ok` is a bool scalar on the device: keep what the forward pass has made of them, or go back."""
-        for name, buffer in self.live.items():
-            self.saved[name] = torch.where(ok, buffer, self.saved[name])
-            buffer.copy_(self.saved[name])
-
-
 @dataclass
 class Run:
-    """What one run holds; `epoch` and `batches_done` say which updates are in the weights.
+    """What one run holds. bare: the model, as it is saved. model: what the loop calls, bare or bare in DDP. scaler: for
+    fp16 only. amp_dtype: None for float32. epoch, batches_done (of it): which updates are in the weights.
 
-    bare: the model, as it is saved. model: what the loop calls, bare or bare in DDP. scaler: for fp16 only.
-    amp_dtype: None for float32. batches_done: global micro-batches of `epoch` that are in the weights.
+    `saved_buffers`: what the forward pass changes (BatchNorm's statistics, centres) as of the last update: what a
+    checkpoint holds beside its weights, and where a skipped update returns to.
     """
 
     bare: nn.Module
@@ -89,11 +126,19 @@ class Run:
     seconds: dict[str, float] = field(default_factory=lambda: {"total": 0.0, "data": 0.0})
 
     def __post_init__(self):
-        self.buffers = CommittedBuffers(self.bare)
-        self.output_dir = self.files.output_dir
+        self.output_dir, names = self.files.output_dir, self.bare.state_dict().keys()
+        self.buffers = {name: buffer for name, buffer in self.bare.named_buffers() if name in names}
+        self.take_buffers()
+
+    def take_buffers(self) -> None:
+        self.saved_buffers = {name: buffer.detach().clone() for name, buffer in self.buffers.items()}
+
+    def commit_buffers(self, ok: torch.Tensor) -> None:
+        for name, buffer in self.buffers.items():
+            self.saved_buffers[name] = torch.where(ok, buffer, self.saved_buffers[name])
+            buffer.copy_(self.saved_buffers[name])
 
     def committing(self):
-        """Around a change of weights and counters, which no signal may cut."""
         return self.guard.committing() if self.guard else contextlib.nullcontext()
 
     def autocast(self):
@@ -109,17 +154,15 @@ def to_device(batch: dict, device: torch.device, host: tuple[str, ...] = ("probl
 
 
 def apply_update(run: Run, args, update_terms: list[dict], problems: list[str], watch: "StepWatch", lr: float) -> None:
-    """Average over micro-batches and ranks, then step; an update that is not finite, or for which too many images of
-    the epoch could not be read, is skipped: decided on the device from numbers that all ranks share, so nobody waits
-    for the host and no rank can decide otherwise."""
+    """Average over batches and ranks, then step; an update that is not finite, or for which too many images could
+    not be read, is skipped: decided on the device from numbers that all ranks share, so nobody waits for the host."""
     terms = {k: torch.stack([t[k] for t in update_terms]).mean(dim=0) for k in update_terms[0]}
     if run.scaler:
         run.scaler.unscale_(run.optimizer)
     parameters = [p for group in run.optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    terms["grad_norm"] = grad_norm.float()
     bad_images = math.inf if any(AWAY in problem for problem in problems) else float(len(problems))
-    terms["bad_images"] = torch.full((), bad_images, device=run.device)  # without a copy
+    terms |= {"grad_norm": grad_norm.float(), "bad_images": torch.full((), bad_images, device=run.device)}
     flat = all_reduce_mean(torch.cat([v.reshape(-1) for v in terms.values()]))
     terms = dict(zip(terms, flat.split([v.numel() for v in terms.values()])))
     watch.bad_images += terms["bad_images"] * get_world_size()
@@ -139,15 +182,13 @@ def apply_update(run: Run, args, update_terms: list[dict], problems: list[str], 
             run.scaler.update()
         run.meter.update(terms, ok)
         run.batches_done = watch.seen
-        run.buffers.commit(ok)
+        run.commit_buffers(ok)
     watch.look()
 
 
 class StepWatch:
-    """Everything the host looks at between updates: log lines, bad images, bad steps, saving.
-
-    shown: means of terms -> what a log line says beside the loss. steadier: what to do about non-finite updates.
-    """
+    """What the host looks at between updates: log lines, bad images, bad steps, saving. shown: means of terms -> what a
+    log line says beside the loss. steadier: what to do about non-finite updates."""
 
     def __init__(self, run: Run, args, shown: Callable[[dict[str, float]], list[str]], steadier: str):
         self.run, self.args, self.shown, self.steadier = run, args, shown, steadier
@@ -159,8 +200,7 @@ class StepWatch:
         self.bad_images = torch.zeros(1, device=run.device)  # of this epoch, by this process, on all ranks
         self.bad_limit = args.max_bad_ratio * self.batches.num_images
         self.problems: list[str] = []
-        self.at_look, self.seen_at_look = dict(run.seconds), run.batches_done + 1
-        self.looks = 0
+        self.at_look, self.seen_at_look, self.has_looked = dict(run.seconds), run.batches_done + 1, False
 
     def batches_of(self, loader) -> Iterator[dict]:
         """The loader's batches, the time they take counted."""
@@ -184,28 +224,28 @@ class StepWatch:
         self.problems += problems
 
     def look(self) -> None:
-        """Look every `print_freq` updates, and at the first and last of an epoch."""
-        if self.looks and self.seen < self.bar.total and len(self.pending) < self.args.print_freq:
+        """At the first and last update of an epoch, and every `print_freq` of them."""
+        if self.has_looked and self.seen < self.bar.total and len(self.pending) < self.args.print_freq:
             return
         if self.problems:
-            first, self.problems = self.problems[0], []
-            self.bar.print(f"unreadable, another image stands in: {first}")
+            self.bar.print(f"unreadable, another image stands in: {self.problems[0]}")
         lr, good = self.pending[-1][1], self._settle()
         if good:
             values = {name: sum(terms[name] for terms in good) / len(good) for name in good[0]}
             total, data = (self.run.seconds[name] - self.at_look[name] for name in ("total", "data"))
-            images = (self.seen - self.seen_at_look) * self.batches.batch_size * get_world_size()
+            images = (self.seen - self.seen_at_look) * self.batches.size
             # of the first batch the time is still being counted
             speed = [f"{images / total:.3g} img/s", f"data wait {data / total:.0%}"] if total else []
             parts = [f"lr {lr:.3g}", f"loss {values['loss']:.4f}", *self.shown(values), *speed]
             self.bar.update(self.seen, "  ".join(parts))
-        self.at_look, self.seen_at_look = dict(self.run.seconds), self.seen
-        self.looks += 1
-        self.run.files.save_if_due(self.run)
+        self.problems, self.at_look, self.seen_at_look, self.has_looked = [], dict(self.run.seconds), self.seen, True
+        files = self.run.files
+        if is_main_process() and time.monotonic() - files.saved_at >= 60 * self.args.save_minutes:
+            files.save(self.run)
 
     def _settle(self) -> list[dict[str, float]]:
         """Read what the device has decided -> the terms of the updates that were made; InputError where too many images
-        could not be read (`batches_done` is then where the last update ended) or too many updates were not finite."""
+        could not be read (`batches_done` is then that of the last update) or too many updates were not finite."""
         run, (pending, self.pending), good = self.run, (self.pending, []), []
         rows = torch.stack([row for *_, row in pending]).tolist() if pending else []
         for (seen, lr, names, _), (ok, bad_images, *values) in zip(pending, rows):
@@ -219,10 +259,10 @@ class StepWatch:
             elif is_main_process():
                 self._report_bad_step(first, seen, lr, terms)
             if run.bad_steps_in_row >= self.args.max_bad_steps:
-                raise InputError(
-                    f"{run.bad_steps_in_row} updates in a row had a non-finite loss or gradient and were skipped; they "
-                    f"are in {run.output_dir / 'bad_steps.jsonl'}, not in the weights: {self.steadier}; --resume auto"
+                words = (
+                    f"are skipped and listed in {run.output_dir / 'bad_steps.jsonl'}: {self.steadier}; --resume auto"
                 )
+                raise InputError(f"{run.bad_steps_in_row} updates in a row with a non-finite loss or gradient {words}")
         if run.scaler and run.scaler.get_scale() < LEAST_SCALE:
             raise InputError(f"fp16 finds no loss scale with finite gradients: {self.steadier}, then --resume auto")
         return good
@@ -231,10 +271,8 @@ class StepWatch:
         listed = f"they are listed in {self.run.output_dir / 'bad_images.txt'}, the update is not in the weights"
         if math.isinf(bad):
             return f"images could not be read because {AWAY} ({listed}): make it answer, then --resume auto"
-        return (
-            f"{bad:.0f} of {self.batches.num_images} images could not be read in this epoch (limit "
-            f"{self.args.max_bad_ratio:.2%}; {listed}): repair or remove them, or raise --max_bad_ratio; --resume auto"
-        )
+        share = f"{bad:.0f} of {self.batches.num_images} images could not be read (limit {self.args.max_bad_ratio:.2%}"
+        return f"{share}; {listed}): repair or remove them, or raise --max_bad_ratio; --resume auto"
 
     def _report_bad_step(self, first: int, seen: int, lr: float, terms: dict[str, float]) -> None:
         name_of, epoch = self.run.loader.dataset.paths.relative, self.run.epoch
@@ -243,57 +281,51 @@ class StepWatch:
         record["terms"] = {name: repr(value) for name, value in terms.items()}
         with open(self.run.output_dir / "bad_steps.jsonl", "a") as opened:
             opened.write(json.dumps(record) + "\n")
-        bad = [name for name, value in terms.items() if not math.isfinite(value)]
-        self.bar.print(f"update {seen} skipped: {', '.join(bad)} not finite")
+        bad = ", ".join(name for name, value in terms.items() if not math.isfinite(value))
+        self.bar.print(f"update {seen} skipped: {bad} not finite")
 
     def __enter__(self) -> "StepWatch":
         return self
 
     def __exit__(self, *_) -> None:
-        """Also after an error or a signal: what is saved must not count updates that were not made."""
-        with contextlib.suppress(InputError):
+        with contextlib.suppress(InputError):  # what is saved must not count updates that were not made
             self._settle()
         self.bar.close()
 
 
-def epoch_record(run: Run, global_batch: int, updates: int) -> dict[str, float]:
+def epoch_record(run: Run, args) -> dict[str, float]:
     """The numbers of the epoch that has ended, for log.txt: means of the terms, speed, what was skipped."""
     count, sums = run.meter.read()
     values = {name: (total / count).item() for name, total in sums.items() if count and total.numel() == 1}
     bad_images = round(values.pop("bad_images", 0) * count * get_world_size())
     group, seconds = run.optimizer.param_groups[0], max(run.seconds["total"], 1e-9)
-    return {
-        "train_lr": group["lr"] / group.get("lr_scale", 1.0),
-        "train_loss": values.pop("loss", float("nan")),
-        **{f"train_{name}": value for name, value in values.items()},
-        "images_per_s": global_batch * run.batches_done / seconds,
-        "data_wait": run.seconds["data"] / seconds,
-        "bad_images": bad_images,
-        "skipped_updates": updates - count,
-        "peak_gigabytes": peak_gigabytes(run.device),
-        "epoch": run.epoch,
-    }
+    images = run.batches_done * run.loader.batch_sampler.size
+    on_cuda = run.device.type == "cuda"  # elsewhere resident memory of the process, in kB
+    peak = torch.cuda.max_memory_allocated() if on_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    record = {"train_lr": group["lr"] / group.get("lr_scale", 1.0), "train_loss": values.pop("loss", math.nan)}
+    record |= {f"train_{name}": value for name, value in values.items()}
+    record |= {"images_per_s": images / seconds, "data_wait": run.seconds["data"] / seconds, "bad_images": bad_images}
+    skipped = -(-run.batches_done // args.accum_iter) - count
+    return record | {"skipped_updates": skipped, "peak_gigabytes": peak / 1e9, "epoch": run.epoch}
 
 
-def epoch_line(record: dict[str, float], names: list[str]) -> str:
-    """An epoch in a line: the named means, each beside what a constant answer reaches, and what went wrong."""
-    parts = []
-    for name in dict.fromkeys(names):
-        value, trivial = (
-            record.get(f"train_loss_{name}", record.get(f"train_{name}")),
-            record.get(f"train_{name}_baseline"),
-        )
-        if value is not None:
-            parts.append(f"{name} {value:.4f}" + (f" (constant {trivial:.4f})" if trivial is not None else ""))
-    parts.append(f"{record['images_per_s']:.3g} img/s")
-    for name, words in (("bad_images", "images unreadable"), ("skipped_updates", "updates skipped")):
-        parts += [f"{record[name]} {words}"] if record[name] else []
-    return f"epoch {record['epoch']} done: {', '.join(parts)}"
-
-
-def next_epoch(run: Run) -> None:
-    """The epoch is done: count on."""
+def end_epoch(run: Run, record: dict[str, float], names: list[str], writer, scale: int = 1) -> None:
+    """Log the epoch, count on and save. names: of the means that its line shows, each beside what a constant answer
+    reaches. writer: TensorBoard's on rank 0, where epoch e is drawn at `scale` (e + 1)."""
+    run.files.log(record)  # before the epoch counts as done: a resumed run drops lines of epochs it repeats
     with run.committing():
         run.epoch, run.batches_done = run.epoch + 1, 0
-        run.meter = Meter()
-        run.seconds = {"total": 0.0, "data": 0.0}
+        run.meter, run.seconds = Meter(), {"total": 0.0, "data": 0.0}
+    if not is_main_process():
+        return
+    for name, value in record.items():
+        writer.add_scalar(name, value, run.epoch * scale)
+    run.files.save_epoch(run)
+    parts = []
+    for name in dict.fromkeys(names):
+        value, trivial = record.get(f"train_loss_{name}", record.get(f"train_{name}")), f"train_{name}_baseline"
+        if value is not None:
+            parts.append(f"{name} {value:.4f}" + (f" (constant {record[trivial]:.4f})" if trivial in record else ""))
+    parts.append(f"{record['images_per_s']:.3g} img/s")
+    parts += [f"{record[name]} {name.replace('_', ' ')}" for name in ("bad_images", "skipped_updates") if record[name]]
+    print(f"epoch {record['epoch']} done: {', '.join(parts)}", flush=True)

@@ -8,17 +8,14 @@ from torch import nn
 
 
 def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """MAE's two groups in MAE's order: [0] no decay (1-D or bias), [1] decay (the rest).
+    """MAE's two groups in MAE's order: [0] no decay (1-D or bias), [1] decay (the rest; also cls_token and mask_token).
 
     Always two groups, also at weight_decay 0, so that optimiser states stay exchangeable.
-    cls_token and mask_token are 3-D and therefore decayed, as in MAE.
     """
-    no_decay, decay = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_plain = parameter.ndim <= 1 or name.endswith(".bias")
-            (no_decay if is_plain else decay).append(parameter)
-    return [{"params": no_decay, "weight_decay": 0.0}, {"params": decay, "weight_decay": weight_decay}]
+    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    plain = {name for name, parameter in named.items() if parameter.ndim <= 1 or name.endswith(".bias")}
+    decayed = {"params": [p for name, p in named.items() if name not in plain], "weight_decay": weight_decay}
+    return [{"params": [p for name, p in named.items() if name in plain], "weight_decay": 0.0}, decayed]
 
 
 def build_adamw(model: nn.Module, lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -38,16 +35,9 @@ def layer_number(name: str, depth: int) -> int:
 
 
 def build_finetune_optimizer(
-    model: nn.Module,
-    depth: int,
-    opt: str,
-    lr: float,
-    weight_decay: float,
-    *,
-    layer_decay: float = 1.0,
-    bias_lr_factor: float = 1.0,
-    head_lr_factor: float = 1.0,
-) -> torch.optim.Optimizer:
+    model: nn.Module, depth: int, opt: str, lr: float, weight_decay: float, *, layer_decay: float = 1.0,
+    bias_lr_factor: float = 1.0, head_lr_factor: float = 1.0,
+) -> torch.optim.Optimizer:  # fmt: skip
     """SGD with momentum 0.9 (decay on everything, as in TransReID), or AdamW (betas 0.9, 0.999; no decay on 1-D
     tensors, class token and position table). Fused: skips the update where `found_inf` is set.
 
@@ -129,11 +119,6 @@ def poly_lr(epoch: float, lr: float, warmup_lr: float, min_lr: float, warmup: fl
         return warmup_lr + (lr - warmup_lr) * epoch / warmup
     left = 1 - min((epoch - warmup) / max(epochs - warmup, 1e-12), 1)
     return min_lr + (lr - min_lr) * left**0.9
-
-
-def ramp(epoch: float, warmup_epochs: float) -> float:
-    """0 -> 1 linearly over the warm-up, then 1; scales the distillation weights."""
-    return min(1.0, epoch / warmup_epochs) if warmup_epochs > 0 else 1.0
 
 
 def set_lr(optimizer, lr: float) -> None:

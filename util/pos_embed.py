@@ -16,29 +16,21 @@ def sincos_pos_embed(embed_dim: int, grid_size: tuple[int, int]) -> torch.Tensor
     Returns:
         [1 + rows * columns, D] float32; computed in float64.
     """
-    if embed_dim % 4:
-        raise ValueError(f"embed_dim {embed_dim} must be a multiple of 4 for a 2-D position table")
     (rows, columns), quarter = grid_size, embed_dim // 4
     omega = 10000.0 ** (-np.arange(quarter, dtype=np.float64) / quarter)
     column_angle = np.tile(np.arange(columns), rows)[:, None] * omega  # [L, D/4]
     row_angle = np.repeat(np.arange(rows), columns)[:, None] * omega  # [L, D/4]
     table = np.concatenate([np.sin(column_angle), np.cos(column_angle), np.sin(row_angle), np.cos(row_angle)], axis=1)
-    table = np.concatenate([np.zeros((1, embed_dim)), table])
-    return torch.from_numpy(table).float()
+    return torch.from_numpy(np.concatenate([np.zeros((1, embed_dim)), table])).float()
 
 
-def resize_pos_embed(
-    pos_embed: torch.Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int], mode: str = "bicubic"
-) -> torch.Tensor:
-    """Position table [1, 1 + L, D] moved to another grid of patches; class row untouched.
+def resize_pos_embed(pos_embed: torch.Tensor, old_grid: tuple, new_grid: tuple, mode: str = "bicubic") -> torch.Tensor:
+    """Position table [1, 1 + L, D] of `old_grid` (rows, columns) for another one; class row untouched.
 
     mode: bicubic as in MAE's fine-tuning, or bilinear as in TransReID.
     """
-    rows, columns = old_grid
-    if pos_embed.shape[1] != 1 + rows * columns:
-        raise ValueError(f"pos_embed has {pos_embed.shape[1]} rows, grid {old_grid} needs one a patch")
     if tuple(old_grid) == tuple(new_grid):
         return pos_embed
-    grid = pos_embed[:, 1:].reshape(1, rows, columns, -1).permute(0, 3, 1, 2)  # [1, D, rows, columns]
+    grid = pos_embed[:, 1:].unflatten(1, old_grid).permute(0, 3, 1, 2)  # [1, D, rows, columns]
     grid = F.interpolate(grid.float(), tuple(new_grid), mode=mode, align_corners=False)
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2)], dim=1)
