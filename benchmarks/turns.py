@@ -20,8 +20,9 @@ import torch
 Turn = Callable[[], dict]  # does the work once; {"seconds": ..., what came out of it}
 
 
-def timed(work: Callable, judge: Callable = lambda _: {}, count: int = 1, clock: Callable = time.perf_counter) -> Turn:
+def timed(work: Callable, judge: Callable = lambda _: {}, count: int = 1, cpu: bool = False) -> Turn:
     """A turn is one `work()`, which does something `count` times; `judge` makes numbers of what it returns."""
+    clock = time.process_time if cpu else time.perf_counter
 
     def turn() -> dict:
         started = clock()
@@ -44,9 +45,8 @@ def train(model: torch.nn.Module, args: dict) -> Turn:
     device, dtype = torch.device(args["device"]), getattr(torch, args["precision"])
     model = model.to(device).train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, weight_decay=0.05)
-    generator = torch.Generator().manual_seed(1)
-    shape = (args["batch_size"], 3, *args["input_size"])
-    imgs = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator).to(device)
+    generator, size = torch.Generator().manual_seed(1), (args["batch_size"], 3, *args["input_size"])
+    imgs = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator).to(device)
     noise = torch.rand(args["batch_size"], args["patches"], generator=generator).to(device)
 
     def steps() -> float:
@@ -73,33 +73,29 @@ def read_images(args: dict) -> Turn:
     torch.set_num_threads(1)
     size, count = tuple(args["input_size"]), args["images"]
     images = PretrainDataset(list_images(args["data_path"]), size, size[0] * size[1] // 256, seed=0, min_area=0.2)
-    return timed(lambda: [images[0, index] for index in range(count)], count=count, clock=time.process_time)
+    return timed(lambda: [images[0, index] for index in range(count)], count=count, cpu=True)
 
 
 def make_features(queries: int, gallery: int, identities: int, cameras: int, dim: int) -> tuple:
-    """(query, gallery [*, dim] float32, pids and camids of both); identities overlap. One camera: no camids."""
+    """(query, gallery [*, dim] float32, pids and camids of both); identities overlap."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((identities, dim), dtype=np.float32)
     pids = np.arange(queries) % identities, rng.permutation(np.arange(gallery) % identities)
     noise = (3 * rng.standard_normal((len(ids), dim), dtype=np.float32) for ids in pids)
     features = [torch.from_numpy(centres[ids] + more) for ids, more in zip(pids, noise)]
-    camids = rng.integers(0, cameras, queries), rng.integers(0, cameras, gallery)
-    return *features, *pids, *(camids if cameras > 1 else (None, None))
+    return *features, *pids, rng.integers(0, cameras, queries), rng.integers(0, cameras, gallery)
 
 
 def rank_features(args: dict) -> Turn:
     """From features to mAP and R1."""
-    try:
-        from metrics.reid import cosine_blocks, rank_blocks, scores
-    except ImportError:  # where it was in 03f0466
-        from util.metrics import cosine_blocks, rank_blocks, scores
+    from metrics.reid import cosine_blocks, rank_blocks, scores
 
     query, gallery, *labels = make_features(*args["sizes"])
-    device = torch.device(args["device"])
-    return timed(
-        lambda: scores(rank_blocks(cosine_blocks(query, gallery, device), *labels)),
-        lambda found: {k: found[k] for k in ("mAP", "R1")},
-    )
+
+    def rank() -> dict:
+        return scores(rank_blocks(cosine_blocks(query, gallery, torch.device(args["device"])), *labels))
+
+    return timed(rank, lambda found: {"mAP": found["mAP"], "R1": found["R1"]})
 
 
 def mixture(args: dict) -> np.ndarray:
@@ -152,42 +148,27 @@ def other_checkout(folder: str, what: Callable[[dict], Turn], args: dict) -> Tur
 
 def take_turns(variants: dict[str, Turn], what: Callable[[dict], Turn], work: dict, args) -> dict:
     """Each variant, ours and the other checkout's `what(work)` once to warm up, then in turns, so that a machine that
-    is slow for a while is slow for all.
-
-    Returns:
-        The machine and versions, and a row a variant: median seconds, their spread, how many times as fast as the
-        first variant it is (median over the rounds), and what its first turn gave.
-    """
+    is slow for a while is slow for all -> machine, versions, and a row a variant: what its first turn gave, median
+    seconds, their spread, how many times as fast as the first variant it is (median over the rounds)."""
     variants = {**variants, "ours": what(work)}
-    if args.against:
-        variants["against"] = other_checkout(args.against, what, work)
-    first = {name: turn() for name, turn in variants.items()}
-    seconds = {name: [] for name in variants}
-    for _ in range(args.rounds):
-        for name, turn in variants.items():
-            seconds[name].append(turn()["seconds"])
-    rows = {}
-    reference = seconds[next(iter(variants))]
-    for name, own in seconds.items():
-        median = statistics.median(own)
-        ratio = statistics.median(theirs / ours for theirs, ours in zip(reference, own))
-        rows[name] = first[name] | {"seconds": median, "spread": (max(own) - min(own)) / median, "times_as_fast": ratio}
-        values = "".join(f"  {key} {value:.6g}" for key, value in rows[name].items() if key != "seconds")
-        print(f"{name:16s} {median:10.4g} s{values}", flush=True)
+    variants |= {"against": other_checkout(args.against, what, work)} if args.against else {}
+    rows = {name: turn() for name, turn in variants.items()}
+    seconds = [{name: turn()["seconds"] for name, turn in variants.items()} for _ in range(args.rounds)]
+    for name, row in rows.items():
+        own = [found[name] for found in seconds]
+        row["seconds"] = statistics.median(own)
+        row["spread"] = (max(own) - min(own)) / row["seconds"]
+        row["times_as_fast"] = statistics.median(found[next(iter(rows))] / found[name] for found in seconds)
+        values = "".join(f"  {key} {value:.6g}" for key, value in row.items() if key != "seconds")
+        print(f"{name:16s} {row['seconds']:10.4g} s{values}", flush=True)
     names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
-    cpu = names[0] if names else platform.machine()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    machine = f"{os.cpu_count()} x {cpu}, {torch.get_num_threads()} threads, {gpu}"
-    versions = {"torch": torch.__version__, "numpy": np.__version__, "python": platform.python_version()}
-    return {"machine": machine, **versions, "rounds": args.rounds, **work, "rows": rows}
+    machine = f"{os.cpu_count()} x {[*names, platform.machine()][0]}, {torch.get_num_threads()} threads, {gpu}"
+    return {"machine": machine, "torch": torch.__version__, "numpy": np.__version__, **work, "rows": rows}
 
 
-def serve(turn: Turn) -> None:
-    """In the process of `other_checkout`: a turn for each line on stdin, its numbers as a line on stdout."""
+if __name__ == "__main__":  # of `other_checkout`: a turn for each line on stdin, its numbers as a line on stdout
     answers, sys.stdout = sys.stdout, sys.stderr
+    served = globals()[sys.argv[1]](json.loads(sys.argv[2]))
     for _ in sys.stdin:
-        print(json.dumps(turn()), file=answers, flush=True)
-
-
-if __name__ == "__main__":
-    serve(globals()[sys.argv[1]](json.loads(sys.argv[2])))
+        print(json.dumps(served()), file=answers, flush=True)
