@@ -113,15 +113,13 @@ def inspect_file(file: str | Path) -> dict:
     state = {k: v for k, v in content["model"].items() if isinstance(v, torch.Tensor)}
     header = read_safetensors_header(file) if file.suffix == ".safetensors" else {}
     args, epoch = content.get("args") or {}, content.get("epoch")
-    parts: dict[str, list[int]] = {}  # tensors and parameters
-    for key, value in state.items():
-        tensors, parameters = parts.get(key.split(".")[0], (0, 0))
-        parts[key.split(".")[0]] = [tensors + 1, parameters + value.numel()]
+    numbers = [(key.split(".")[0], value.numel()) for key, value in state.items()]
+    parts = {part: [n for name, n in numbers if name == part] for part in dict.fromkeys(name for name, _ in numbers)}
     facts |= {
         "kind": "checkpoint of a run, " * ("optimizer" in content) + kind_of(file, content),
         "tensors": len(state),
-        "parameters": sum(v.numel() for v in state.values()),
-        "parts": parts,
+        "parameters": sum(n for _, n in numbers),
+        "parts": {part: [len(found), sum(found)] for part, found in parts.items()},  # tensors and parameters
         "dtypes": sorted({str(v.dtype).removeprefix("torch.") for v in state.values()}),
         "not_finite": not_finite(state)[:5],
         "finished_epochs": epoch + 1 if isinstance(epoch, int) else None,
@@ -139,10 +137,7 @@ def kind_of(file: Path, content: dict) -> str:
     except InputError as error:
         return read_config(file, content).get("kind") or f"not an encoder: {error}"
     width, _, patch, _ = found.state["patch_embed.proj.weight"].shape
-    depth, decoder_depth = (
-        len({k.split(".")[1] for k in state if k.startswith(name)})
-        for state, name in ((found.state, "blocks."), (found.decoder, "decoder_blocks."))
-    )
+    depth, decoder_depth = (sum(k.endswith(".norm1.weight") for k in state) for state in (found.state, found.decoder))
     positions = found.state["pos_embed"].shape[1] - 1
     kind = f"{found.origin}: ViT {width} wide, {depth} blocks, patches of {patch} px, {positions} positions"
     if found.decoder:

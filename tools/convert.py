@@ -27,6 +27,7 @@ from util.pretrained import Pretrained, read_pretrained, recognise, under_others
 
 ONE_FILE_BYTES = 1 << 30  # more goes to NAME.onnx.data beside it: ONNX files end at 2 GiB
 TOLERANCE = 1e-3  # |onnx - torch| / |torch| of a feature
+PIXELS = "mean {:.4g} {:.4g} {:.4g}, std {:.4g} {:.4g} {:.4g}"
 SETR_CROP = (512, 512)
 # the name under which SETR looks for its weights in $TORCH_HOME/hub/checkpoints, by its config's model_name
 SETR_NAMES = (
@@ -48,7 +49,7 @@ class Source:
 
     def __post_init__(self):
         self.settings = self.encoder.settings()
-        self.pixels = "pixels: mean {}, std {}".format(*(_stats(self.settings[name]) for name in ("mean", "std")))
+        self.pixels = "pixels: " + PIXELS.format(*self.settings["mean"], *self.settings["std"])
         sizes = tuple(self.settings[name] for name in ("embed_dim", "depth", "num_heads"))
         self.size_name = next((name for name, row in ENCODER_SIZES.items() if row[:3] == sizes), "")
 
@@ -149,7 +150,7 @@ def to_timm(source: Source, output: Path) -> tuple[dict, str, str]:
     remark = source.pixels
     if (tuple(default.mean), tuple(default.std)) != (stats["mean"], stats["std"]):
         more["pretrained_cfg_overlay"] = stats
-        remark += f"; timm's default for {name} is mean {_stats(default.mean)}, std {_stats(default.std)}"
+        remark += f"; timm's default for {name} is {PIXELS.format(*default.mean, *default.std)}"
     if pre_norm and not quick:
         remark += "; of OpenAI's own weights the model is the one with clip_quickgelu in its name"
     arguments = {"num_classes": 0, "checkpoint_path": str(output)} | more
@@ -234,10 +235,6 @@ def to_safetensors(source: Source, output: Path) -> tuple[dict, str, str]:
     return source.state, f"encoder = models_vit.load_encoder('{output}')", source.pixels
 
 
-def _stats(values) -> str:
-    return " ".join(f"{value:.4g}" for value in values)
-
-
 TARGETS = {  # its writer, suffixes of the output; a folder for hf
     "mae": (to_mae, ".pth"), "timm": (to_timm, ".pth", ".safetensors"), "hf": (to_hf,), "transfg": (to_transfg, ".npz"),
     "setr": (to_setr, ".pth"), "transreid": (to_transreid, ".pth"), "safetensors": (to_safetensors, ".safetensors"),
@@ -245,17 +242,15 @@ TARGETS = {  # its writer, suffixes of the output; a folder for hf
 
 
 class _Features(nn.Module):
-    """images -> cls, mean, tokens of an encoder, or the embedding of a model that may want ids of cameras and views."""
+    """images -> cls, mean, tokens of an encoder, or the embedding of a model that may want `ids` of camera and view."""
 
-    def __init__(self, model: nn.Module, sides: dict[str, int] | None):
+    def __init__(self, model: nn.Module, ids: list[str]):
         super().__init__()
-        self.model, self.sides = model, sides
+        self.model, self.ids = model, ids
 
     def forward(self, images, *ids):
-        if self.sides is None:
-            return tuple(self.model.encode(images)[name] for name in FEATURES)
-        given = iter(ids)
-        return (self.model.encode(images, *(next(given) if count else None for count in self.sides.values())),)
+        found = self.model.encode(images, **dict(zip(self.ids, ids)))
+        return tuple(found[name] for name in FEATURES) if isinstance(found, dict) else (found,)
 
 
 def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int] | None = None) -> dict:
@@ -277,24 +272,29 @@ def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int
     if output.suffix != ".onnx":
         raise InputError(f"--output {output}: give a file name that ends in .onnx")
     found = load_model(file, img_size=input_size)
-    kind, base, sides, outputs = found.config.get("kind", "encoder"), found.model, None, FEATURES
+    kind, base, ids, outputs = found.config.get("kind", "encoder"), found.model, [], FEATURES
     if found.task == "reid":
-        base, settings, outputs = base.base, base.config, ("embedding",)
-        sides = {"camids": settings.cameras, "viewids": settings.views}
+        base, outputs, known = base.base, ("embedding",), base.config
+        ids = [name for name, count in (("camids", known.cameras), ("viewids", known.views)) if count]
     elif found.task:
         raise InputError(f"{file} is a {kind}: only encoders and models of --task reid go to ONNX")
-    model, (height, width) = _Features(found.model, sides).eval(), base.img_size
+    model, (height, width) = _Features(found.model, ids).eval(), base.img_size
     generator = torch.Generator().manual_seed(0)
     inputs = {"images": torch.randint(0, 256, (5, 3, height, width), dtype=torch.uint8, generator=generator)}
-    inputs |= {name: torch.zeros(5, dtype=torch.int64) for name, count in (sides or {}).items() if count}
-    program = _program(model, inputs, outputs)
+    inputs |= {name: torch.zeros(5, dtype=torch.int64) for name in ids}
+    batch = {0: torch.export.Dim("batch", min=1)}
+    shapes: dict = {"images": batch} | ({"ids": (batch,) * len(ids)} if ids else {})
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        program = torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
+        names = {"input_names": list(inputs), "output_names": list(outputs)}
+        program = torch.onnx.export(program, **names, dynamo=True, verbose=False)
     external = sum(p.numel() * 4 for p in model.parameters()) > ONE_FILE_BYTES
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as folder:
         written = Path(folder) / output.name
         program.save(written, external_data=external)
-        session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
-        largest = _largest_difference(model, session, inputs)
+        largest = _largest_difference(model, onnxruntime.InferenceSession(written), inputs)
         if not largest < TOLERANCE:  # also NaN
             raise InputError(
                 f"{file} gives other features under onnxruntime {onnxruntime.__version__} (relative difference "
@@ -308,16 +308,6 @@ def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int
         for part in sorted(Path(folder).iterdir(), reverse=True):  # the weights first, then what needs them
             os.replace(part, output.with_name(part.name))
     return {"outputs": list(outputs), "largest_difference": largest, "bytes": output.stat().st_size}
-
-
-def _program(model: nn.Module, inputs: dict, outputs: tuple) -> torch.onnx.ONNXProgram:
-    batch = {0: torch.export.Dim("batch", min=1)}
-    shapes: dict = {"images": batch} | ({"ids": (batch,) * (len(inputs) - 1)} if len(inputs) > 1 else {})
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        exported = torch.export.export(model, tuple(inputs.values()), dynamic_shapes=shapes, strict=False)
-        names = {"input_names": list(inputs), "output_names": list(outputs)}
-        return torch.onnx.export(exported, **names, dynamo=True, verbose=False)
 
 
 @torch.inference_mode()

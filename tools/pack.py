@@ -154,34 +154,28 @@ def images_of_samples(archive: tarfile.TarFile, others: Counter) -> Iterator[tup
 
 def encode_chunk(chunk, short_side: int, quality: int) -> list[tuple[str, bytes, str]]:
     """[(name, file or encoded bytes)] -> [(name, JPEG or b"", how: "copied", "encoded" or the problem)]."""
-    rows = []
-    for name, source in chunk:
-        try:
-            data = images.read_bytes(source) if isinstance(source, Path) else source
-            rows.append((name, *encode_image(data, short_side, quality)))
-        except Unreadable as error:
-            rows.append((name, b"", str(error)))
-    return rows
+    return [(name, *encode_image(source, short_side, quality)) for name, source in chunk]
 
 
-def encode_image(data: bytes, short_side: int, quality: int) -> tuple[bytes, str]:
-    """Encoded image -> (upright RGB or grey JPEG with at most `short_side` px on its shorter side, how)."""
-    image = images.open_image(io.BytesIO(data), decode=False)
-    with images.decoding():
-        is_plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not images.is_turned(image)
-        if is_plain and min(image.size) <= short_side:
-            image.load()  # a truncated file must not get into the set
-            return data, "copied"
-    image = images.open_upright(io.BytesIO(data))
-    image = images.decode_rgb(image, jpeg_reduction((0, 0, *image.size), (short_side, short_side), oversampling=2))
-    scale = short_side / min(image.size)
-    if scale < 1:
-        size = tuple(max(round(side * scale), 1) for side in image.size)
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    encoded = io.BytesIO()
-    with images.decoding():  # a JPEG has at most 65,535 px a side
-        image.save(encoded, "JPEG", quality=quality)
-    return encoded.getvalue(), "encoded"
+def encode_image(source: Path | bytes, short_side: int, quality: int) -> tuple[bytes, str]:
+    """-> (upright RGB or grey JPEG with at most `short_side` px on its shorter side, how), or (b"", the problem)."""
+    try:
+        data, encoded = images.read_bytes(source) if isinstance(source, Path) else source, io.BytesIO()
+        image = images.open_image(io.BytesIO(data), decode=False)
+        with images.decoding():
+            is_plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not images.is_turned(image)
+            if is_plain and min(image.size) <= short_side:
+                image.load()  # a truncated file must not get into the set
+                return data, "copied"
+        image = images.open_upright(io.BytesIO(data))
+        image = images.decode_rgb(image, jpeg_reduction((0, 0, *image.size), (short_side, short_side), oversampling=2))
+        scale = min(short_side / min(image.size), 1)
+        image = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.BICUBIC)
+        with images.decoding():  # a JPEG has at most 65,535 px a side
+            image.save(encoded, "JPEG", quality=quality)
+        return encoded.getvalue(), "encoded"
+    except Unreadable as error:
+        return b"", str(error)
 
 
 def write_shard(folder: Path, shard: int, rows: Iterable[tuple[str, bytes, str]]) -> None:
@@ -216,8 +210,8 @@ def finish(folder: Path, shards: int) -> dict:
     write_atomic(folder / "name_ends.npy", lambda f: np.save(f, names.ends))
     write_atomic(folder / "names.npy", lambda f: np.save(f, names.bytes))
     totals = {how: sum(part[how] for part in about) for how in ("copied", "encoded")}
-    size = sum(file.stat().st_size for file in files)
-    return {"images": len(names), **totals, "unreadable": len(problems), "bytes": size}
+    totals |= {"unreadable": len(problems), "bytes": sum(file.stat().st_size for file in files)}
+    return {"images": len(names)} | totals
 
 
 if __name__ == "__main__":

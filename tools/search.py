@@ -197,13 +197,12 @@ def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, galler
     lists = []
     for name, values, found in zip(names, *search_rows(features, rows, args.topk + args.exclude_self)):
         hits, place = [], os.path.realpath(name)
-        for row, cosine in zip(found.tolist(), values.tolist()):
+        for row, cosine in zip(found[values > -np.inf].tolist(), values.tolist()):
             path = image_name(gallery, row)
             same_file = os.path.realpath(path) == place
-            if cosine > -np.inf and len(hits) < args.topk and not (same_file and args.exclude_self):
-                hit = {"row": row, "path": path, "cosine": cosine, "same_file": same_file, "rank": len(hits) + 1}
-                hits.append(hit)
-        lists.append(hits)
+            if not (same_file and args.exclude_self):
+                hits.append({"row": row, "path": path, "cosine": cosine, "same_file": same_file, "rank": len(hits) + 1})
+        lists.append(hits[: args.topk])
     return lists
 
 
