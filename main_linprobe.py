@@ -32,8 +32,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--shots", nargs="+", default=[1, 5, 10], type=int, help="fewshot: images a class (default 1 5 10)")
     add("--draws", default=10, type=int, help="fewshot: how often they are drawn (default 10)")
     add = parser.add_argument_group("MAE's recipe (--protocol mae)").add_argument
-    add("--views", default="stored", choices=("stored", "crop"), help="stored: features of the whole images, once; "
-        "crop: new crops through the encoder each epoch, as in MAE (default stored)")
+    add("--views", default="stored", choices=("stored", "crop"), help="whole images once, or crops (default stored)")
     add("--epochs", default=90, type=int, help="length of the schedule in epochs (default 90)")
     add("--warmup_epochs", default=10.0, type=float, help="epochs of linear warm-up (default 10)")
     add("--blr", default=0.1, type=float, help="learning rate for a batch of 256 (default 0.1)")
@@ -127,11 +126,10 @@ def judge_search(args, data, read_outs: ReadOuts, loading: dict) -> tuple[dict, 
     flat, _, unreadable = summary(results)
     facts, scores = {"unreadable": len(unreadable)} | {f"reid_{name}": value for name, value in flat.items()}, {}
     for key, (rule, metrics, *sides) in results.items():
-        rng = np.random.default_rng(args.seed)
-        parts = [(rng.standard_normal((len(side.images), 16), np.float32), side.images) for side in sides if side]
-        noise = evaluate(rule, *(FeatureSet.of(torch.from_numpy(values), images) for values, images in parts))
+        draw, sets = np.random.default_rng(args.seed).standard_normal, [side.images for side in sides if side]
+        noise = [FeatureSet.of(torch.from_numpy(draw((len(images), 16), np.float32)), images) for images in sets]
         read_out, test = key.split(" ", 1)
-        for protocol, numbers in (("reid", metrics), ("random", noise)):
+        for protocol, numbers in (("reid", metrics), ("random", evaluate(rule, *noise))):
             for metric in ("mAP", "R1", "R5"):
                 scores[protocol, read_out, "" if test == "test" else test, metric] = numbers[metric]
     return facts, scores

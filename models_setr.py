@@ -21,8 +21,7 @@ CHANNELS, MLA_CHANNELS = 256, 128
 
 
 class SETRConfig(NamedTuple):
-    """decoder: naive, pup (progressive upsampling) or mla (multi-level aggregation). aux: auxiliary heads, used by the
-    loss alone."""
+    """decoder: naive, pup (progressive upsampling), mla (multi-level aggregation). aux: heads for the loss alone."""
 
     num_classes: int
     decoder: str = "pup"

@@ -17,16 +17,6 @@ from util.errors import InputError
 ROWS_AT_ONCE = 64  # of an attention matrix in memory: fastest, for one image and for eight
 
 
-def queries_and_keys(block: Block, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[N, T, D] tokens as they enter a block -> its queries, already divided by sqrt(d), and keys, both
-    [N, h, T, d]. A third less work than the block's own projection, which also makes values."""
-    attn = block.attn
-    N, T, D = x.shape
-    weight, bias = attn.qkv.weight[: 2 * D], attn.qkv.bias[: 2 * D]
-    q, k = F.linear(block.norm1(x), weight, bias).view(N, T, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
-    return attn.q_norm(q) * attn.scale, attn.k_norm(k)
-
-
 @torch.no_grad()
 def class_token_row(
     blocks: Sequence[Block], inputs: Sequence[torch.Tensor], rows_at_once: int = ROWS_AT_ONCE
@@ -44,7 +34,10 @@ def class_token_row(
     """
     row = None
     for block, x in zip(reversed(blocks), reversed(inputs)):
-        q, k = queries_and_keys(block, x)
+        attn, (N, T, D) = block.attn, x.shape
+        weight, bias = attn.qkv.weight[: 2 * D], attn.qkv.bias[: 2 * D]  # no values: a third less work
+        q, k = F.linear(block.norm1(x), weight, bias).view(N, T, 2, attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k = attn.q_norm(q) * attn.scale, attn.k_norm(k)  # [N, h, T, d]
         with torch.autocast(x.device.type, enabled=False):
             q, k = q.float(), k.float().transpose(-2, -1)
             if row is None:  # e_0 A_n is a row of A_n

@@ -36,9 +36,8 @@ class TransReIDConfig:
 
 
 def jigsaw_order(num_patches: int, shift: int, groups: int) -> torch.Tensor:
-    """[num_patches or a little more] int64: patches before they are cut into parts, rolled by `shift` - 1, then
-    dealt from `groups` equal runs in turn, a0, b0, a1, b1 ...; where they do not go in evenly, the last but one
-    is repeated."""
+    """[num_patches or a little more] int64: patches before they are cut into parts, rolled by `shift` - 1, then dealt
+    from `groups` equal runs in turn, a0, b0, a1 ...; where they do not go in evenly, the last but one is repeated."""
     order = torch.arange(num_patches).roll(1 - shift)
     order = torch.cat([order, order[-2].repeat(-num_patches % groups)])
     return order.view(groups, -1).t().flatten()
@@ -104,7 +103,6 @@ class TransReID(nn.Module):
 
     @property
     def feature_dim(self) -> int:
-        """Width of what `encode` returns."""
         return self.base.embed_dim * len(self.bottleneck)
 
     def side_ids(self, camids: torch.Tensor, viewids: torch.Tensor, device: torch.device) -> tuple:
@@ -157,7 +155,6 @@ def hard_triplet_loss(features: torch.Tensor, pids: torch.Tensor) -> torch.Tenso
 
 
 def over_branches(loss, outputs: list[torch.Tensor], pids: torch.Tensor) -> torch.Tensor:
-    """TransReID's sum over branches, as its code has it: the global one counts as much as the mean of the
-    local ones."""
+    """TransReID's sum over branches, as in its code: the global one counts as much as the mean of the local ones."""
     first, *local = [loss(output, pids) for output in outputs]
     return (first + torch.stack(local).mean()) / 2 if local else first

@@ -13,10 +13,8 @@ from util.dist import gather_rows
 
 
 class AttributeClassifiers(nn.Module):
-    """A classifiers of one output each, computed at once: logit_a = w_a . x_a + b_a.
-
-    weight: [A, D], bias: [A], drawn as those of `nn.Linear`: uniform up to 1 / sqrt(D).
-    """
+    """A classifiers of one output each, computed at once: logit_a = w_a . x_a + b_a; weight [A, D] and bias [A] are
+    drawn as those of `nn.Linear`, uniform up to 1 / sqrt(D)."""
 
     def __init__(self, dim: int, num_attributes: int):
         super().__init__()

@@ -118,8 +118,12 @@ class Attr(Task):
         told = [f"{name} {100 * metrics[name]:.2f} [{100 * metrics[f'constant_{name}']:.2f}]" for name in names]
         metrics |= {"images": len(probs), "protocol": f"{self.data.name}{less} ({rule})"}
         metrics["text_vectors"] = self.config["text_vectors"]
-        self.rows = attribute_rows(probs, labels, stats.names, stats.rates, threshold)
-        write_rows(Path(self.args.output_dir) / "attributes.csv", self.rows)
+        self.rows = rows = attribute_rows(probs, labels, stats.names, stats.rates, threshold)
+        text = io.StringIO(newline="")  # an empty cell: not defined
+        cells = [["" if x != x else f"{x:.6g}" if isinstance(x, float) else x for x in row.values()] for row in rows]
+        csv.writer(text, lineterminator="\n").writerows([rows[0], *cells])
+        file = Path(self.args.output_dir) / "attributes.csv"
+        write_atomic(file, lambda opened: opened.write(text.getvalue().encode()))
         lines = [metrics["protocol"], f"  text vectors: {metrics['text_vectors']}"]
         return metrics, [*lines, f"  {'  '.join(told)}  [constant answer]"], found.unreadable
 
@@ -140,14 +144,6 @@ def all_metrics(probs: np.ndarray, labels: np.ndarray, stats: AttributeStats, th
     return {name: value for name, value in metrics.items() if not math.isnan(value)}
 
 
-def write_rows(file: Path, rows: list[dict]) -> None:
-    """The table of the attributes as CSV; an empty cell: not defined."""
-    text = io.StringIO(newline="")
-    cells = [["" if x != x else f"{x:.6g}" if isinstance(x, float) else x for x in row.values()] for row in rows]
-    csv.writer(text, lineterminator="\n").writerows([rows[0], *cells])
-    write_atomic(file, lambda opened: opened.write(text.getvalue().encode()))
-
-
 def sentence(attribute: Attribute) -> str:
     """("colour", "yellow") -> "a photo of a yellow vehicle."."""
     column, value = (text.replace("_", " ").strip() for text in attribute)
@@ -156,13 +152,12 @@ def sentence(attribute: Attribute) -> str:
 
 
 def text_vectors(args, attributes: tuple[Attribute, ...], dim: int) -> tuple[torch.Tensor, str]:
-    """The vectors that the flags ask for, [A, D_t] float32 on the CPU (random ones as wide as the encoder, `dim`), and
-    where they come from: it belongs beside every number, as other vectors give other numbers."""
+    """The vectors that the flags ask for, [A, D_t] float32 on the CPU (random: as wide as the encoder, `dim`, by the
+    run's seed), and where they come from: it belongs beside every number, as other vectors give other numbers."""
     if args.attr_vectors:
         return vectors_of_file(Path(args.attr_vectors), len(attributes))
     if args.clip_pretrained:
         return vectors_of_clip(args.clip_model, args.clip_pretrained, [sentence(a) for a in attributes])
-    # their seed is the run's: not in the name, which is part of a recipe
     return orthogonal_vectors(len(attributes), dim, args.seed), "random orthogonal: no text"
 
 

@@ -110,7 +110,7 @@ class Reid(Task):
 
 
 def all_parts(data: ReidData) -> list[ReidImages]:
-    """The images of train, then of the tests."""
+    """Train, then the tests."""
     return [data.train, *(part for test in data.tests.values() for part in test if part)]
 
 
@@ -193,13 +193,13 @@ def evaluate_reid(
             gone, protocol = sum(len(side.unreadable) for side in found if side), protocols[test]
             if gone:  # then it is another test, and says so
                 protocol = replace(protocol, name=f"{protocol.name}/{gone}-unreadable-left-out")
+            rules = {"": protocol} | ({" reranked": replace(protocol, rerank=rerank)} if rerank else {})
             for part, cut in (columns or {"": slice(None)}).items():
                 sides = [side and side._replace(values=side.values[:, cut]) for side in found]
                 rows = [FeatureSet.of(side.values, side.images) for side in sides if side]
-                for ending, used in ("", protocol), (" reranked", replace(protocol, rerank=rerank)):
-                    if used.rerank or not ending:
-                        metrics = evaluate_features(used, *rows, device=model.base.pos_embed.device)
-                        results[f"{part} {test}{ending}".strip()] = ReidTest(used, metrics, *sides)
+                for ending, rule in rules.items():
+                    metrics = evaluate_features(rule, *rows, device=model.base.pos_embed.device)
+                    results[f"{part} {test}{ending}".strip()] = ReidTest(rule, metrics, *sides)
         wait_for_main()
     return results
 

@@ -55,9 +55,8 @@ class Seg(Task):
         self.model = synchronized(self.model, self.device)
 
     def items(self) -> PartsTrainItems:
-        """Padding has the mean colour, which is zero after normalisation."""
         args, data = self.args, self.data
-        fill = tuple(round(255 * value) for value in self.model.base.pixel_mean.flatten().tolist())
+        fill = tuple(round(255 * x) for x in self.model.base.pixel_mean.flatten().tolist())  # 0 once it is normalised
         augment = PartsAugment(args.img_size, fill, tuple(args.resize_range), distort=args.distort)
         return PartsTrainItems(data.train, augment, args.seed)
 

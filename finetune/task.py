@@ -182,12 +182,11 @@ def task_to_score(args, device: torch.device) -> Task:
 
 
 class Trained(NamedTuple):
-    """A model from a file, in eval mode. task: what it was trained for, "" for a plain encoder. config: what builds it
-    again, and the names that it has learned. report: what was loaded."""
+    """A model from a file, in eval mode, and what was loaded."""
 
-    task: str
+    task: str  # what it was trained for, "" for a plain encoder
     model: nn.Module
-    config: dict
+    config: dict  # what builds it again, and the names that it has learned
     report: str
 
 

@@ -97,7 +97,6 @@ class Pictures:
 
 
 def cards(items: list[Html], kind: str = "") -> Html:
-    """Pictures side by side."""
     return tag("ol", *items, kind=kind) if items else tag("p", "None.")
 
 
@@ -120,7 +119,6 @@ def worst_table(head: list, rows: list[list], shown: int = 15) -> Html:
 
 
 def facts_table(values: dict[str, object]) -> Html:
-    """A row a value."""
     return table([], [[tag("th", name), value] for name, value in values.items()], "facts")
 
 
@@ -154,7 +152,6 @@ class Page:
         self.links, self.body = [], []
 
     def section(self, title: str, *words: object) -> None:
-        """Begin a section, with a paragraph of words."""
         name = re.sub(r"\W+", "-", title.lower()).strip("-")
         self.links.append(tag("a", title, href=f"#{name}"))
         self.add(tag("h2", title, id=name), tag("p", *words) if words else "")
@@ -184,7 +181,6 @@ class Page:
         self.figure(title, axes, f"A right one among the first {some}.")
 
     def write(self, file: Path) -> None:
-        """Write the page atomically."""
         tiles = join("", (tag("div", name, tag("b", value)) for name, value in self.tiles.items()))
         shown = {"title": html_of(self.title), "intro": self.intro, "tiles": tiles, "facts": facts_table(self.facts)}
         text = SHELL.substitute(shown, links=join("", self.links), sections=join("\n", self.body))

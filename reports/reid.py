@@ -48,7 +48,12 @@ def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, pid_
     query, gallery = (FeatureSet.of(values, images) for images, values in sides)
     ranking = ShownQueries(protocol, query, gallery, SHOWN, 0, device)
     articles = Articles(ranking, *(images for images, _ in sides), pid_names)
-    page = Page(f"Re-identification: {protocol.name}", protocol.line(), tiles(test.metrics), facts)
+    tiles = {}
+    for name, value in test.metrics.items():
+        spread = f" ± {100 * test.metrics[f'{name}_std']:.2f}" if f"{name}_std" in test.metrics else ""
+        shown = f"{value:,.6g}" if name.startswith("queries") else f"{100 * value:.2f} %{spread}"
+        tiles |= {} if name.endswith("_std") else {name.replace("_", " "): shown}
+    page = Page(f"Re-identification: {protocol.name}", protocol.line(), tiles, facts)
     ap = ranking.ap[~np.isnan(ranking.ap)]
     page.section(
         "Ranking",
@@ -97,13 +102,3 @@ class Articles:
 
     def card(self, images: ReidImages, row: int, alt: str, *words: object, kind: str = "") -> Html:
         return self.pictures.card(images.paths[row], images.paths.relative(row), *words, kind=kind, alt=alt)
-
-
-def tiles(metrics: dict[str, float]) -> dict[str, str]:
-    """The numbers as text; those of [0, 1] in %, a standard deviation beside its mean."""
-    found = {}
-    for name, value in metrics.items():
-        spread = f" ± {100 * metrics[f'{name}_std']:.2f}" if f"{name}_std" in metrics else ""
-        shown = f"{value:,.6g}" if name.startswith("queries") else f"{100 * value:.2f} %{spread}"
-        found |= {} if name.endswith("_std") else {name.replace("_", " "): shown}
-    return found

@@ -14,8 +14,7 @@ from datasets.transforms import mask_noise, whole_image
 from reports.page import FONT, Page, facts_table, image, new_axes
 
 TITLES = ("input", "masked", "reconstruction", "reconstruction + visible")
-SHOWN = ("balanced", "mA", "mAP", "top1", "R1")  # of the metrics, in the table
-TRIVIAL = ("majority", "random")
+SHOWN, TRIVIAL = ("balanced", "mA", "mAP", "top1", "R1"), ("majority", "random")  # metrics, protocols in the table
 COLUMNS_SHOWN, ATTRIBUTES = 6, "attributes"
 CURVES = {  # title: (what is learned, what it is called, its trivial answer, what that is)
     "Masked pixels": ("train_loss_pixel", "pixel loss", "train_pixel_baseline", "every patch = its mean"),
@@ -50,9 +49,9 @@ def draw_reconstructions(model, imgs: torch.Tensor, mask_ratio: float, seed: int
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, 11)
     for column, name in enumerate(TITLES):
         draw.text((4 + column * width, 3), name, fill="black", font=font)
-    caption = f"{title}; {mask_ratio:.0%} masked"
+    caption = printable(f"{title}; {mask_ratio:.0%} masked")
     caption += "; colours use the true mean and deviation of each patch (norm_pix_loss)" * model.norm_pix_loss
-    draw.text((4, sheet.height - 17), printable(caption), fill="black", font=font)
+    draw.text((4, sheet.height - 17), caption, fill="black", font=font)
     return sheet, columns
 
 

@@ -17,7 +17,6 @@ from reports.page import Html, Page, confusion_table, image, percent, tag, worst
 
 SIDE, SHOWN = 320, 12  # px, longer side of the embedded pictures; images a section
 COLOURS = (255 * np.array(colormaps["tab20"].colors)).astype(np.uint8)  # of class 1, 2 ...; then from the first again
-Look = Callable[[int], tuple[Image.Image, np.ndarray, np.ndarray]]
 
 
 class SegTest(NamedTuple):
@@ -30,14 +29,10 @@ class SegTest(NamedTuple):
     unreadable: list[str]
 
 
-def write_seg_report(file: Path, protocol: str, facts: dict, space, test: SegTest, look: Look) -> None:
-    """Write the page; images that are shown are computed again.
-
-    Args:
-        protocol: what the numbers belong to.
-        space: the classes: `name`, `names`, whether the first is `background`.
-        look: row -> the picture, its truth and the model's answer, [h, w] uint8 classes at its size; raises Unreadable.
-    """
+def write_seg_report(file: Path, protocol: str, facts: dict, space, test: SegTest, look: Callable) -> None:
+    """Write the page; images that are shown are computed again. protocol: what the numbers belong to. space: the
+    classes: `name`, `names`, whether the first is `background`. look: row -> the picture, its truth and the model's
+    answer, [h, w] uint8 classes at its size; raises Unreadable."""
     confusion = test.each.sum(axis=0)
     numbers = segmentation_numbers(confusion, space.background)
     tiles = {name.replace("_", " "): percent(value, " %", "absent") for name, value in numbers.flat.items()}
@@ -82,10 +77,9 @@ def overlay(picture: Image.Image, mask: np.ndarray) -> Image.Image:
     return result
 
 
-def article(test: SegTest, place: int, score: float, look: Look, background: bool) -> Html:
+def article(test: SegTest, place: int, score: float, look: Callable, background: bool) -> Html:
     """Image, truth and answer side by side; or the reason why not."""
-    row = int(test.rows[place])
-    name = test.images.relative(row)
+    name = test.images.relative(row := int(test.rows[place]))
     try:
         picture, *masks = look(row)
     except Unreadable as error:
