@@ -78,8 +78,7 @@ from torch.utils.tensorboard import SummaryWriter
 from datasets.items import PretrainDataset, build_loader
 from datasets.path_list import PathList, list_images
 from datasets.samplers import EpochBatches
-from datasets.teacher_cache import TeacherCache
-from datasets.text_bank import hash_texts, is_encoded, read_texts, save_bank
+from datasets.teacher import TeacherCache, hash_texts, is_encoded, read_texts, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch, trivial_distillation
 from models_mae import MODELS, count_kept
 from models_teacher import FrozenTeacher, build_bank, load_teacher, teacher_name

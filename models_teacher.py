@@ -13,7 +13,7 @@ from open_clip.convert import convert_state_dict
 from open_clip.model import convert_to_custom_text_state_dict, resize_pos_embed, resize_text_pos_embed
 from torch import nn
 
-from datasets.text_bank import TeacherIdentity, built_in_texts, is_encoded, read_encoded, read_texts
+from datasets.teacher import TeacherIdentity, built_in_texts, is_encoded, read_encoded, read_texts
 from datasets.transforms import WholeView
 from util.checkpoint import check_archive, not_finite, read_checkpoint, weights_sha256
 from util.dist import print_main

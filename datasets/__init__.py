@@ -1,1 +1,1 @@
-"""Data sets: readers, transforms and the demo picture renderer."""
+"""Data sets: readers, transforms, samplers."""

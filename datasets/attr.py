@@ -1,6 +1,7 @@
 """Images with attributes: VeRi-776's colours and types from its XML, or any table whose header names them."""
 
 import codecs
+import os
 import re
 import xml.etree.ElementTree as ET
 from collections.abc import Iterator, Sequence
@@ -51,7 +52,7 @@ class AttributeImages(Labelled):
 
 @dataclass(frozen=True)
 class AttributeData:
-    """One set. name: veri776 or table. notes: what was found, one sentence each, for the run's header."""
+    """name: veri776 or table. notes: what was found, one sentence each, for the run's header."""
 
     name: str
     attributes: tuple[Attribute, ...]
@@ -68,20 +69,16 @@ def read_attribute_set(
     path: str | Path, format: str = "auto", *, binary: list[str] | None = None, categorical: list[str] | None = None,
     test_split: str = "test", known: tuple[Attribute, ...] | None = None, need_train: bool = True,
 ) -> AttributeData:  # fmt: skip
-    """Read a set and check it.
+    """Read a set and check it: the folder of VeRi-776, or a table (.csv .tsv .jsonl).
 
     Args:
-        path: folder of VeRi-776, or a table (.csv .tsv .jsonl).
-        format: veri776, table, or auto: a folder is VeRi-776.
+        format: veri776, table, or auto: a folder is VeRi-776. test_split: value of the column split that is tested on.
         binary: columns of 0 and 1 of a table; None: all but path, split and the `categorical` ones.
         categorical: columns of words of a table; each value becomes an attribute, in sorted order.
-        test_split: value of the column split that is tested on.
         known: the attributes of a trained model; then only these, in their order.
         need_train: False: the part to train on may be missing.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"--data_path {path} does not exist: give the folder of VeRi-776, or a table")
     if format == "veri776" or (format == "auto" and path.is_dir()):
         if binary or categorical:
             raise InputError(f"{path} is VeRi-776; --attr_columns and --attr_categories name columns of a table")
@@ -103,31 +100,28 @@ def read_attribute_set(
 
 
 def _read_veri(root: Path, need_train: bool) -> AttributeData:
-    notes, parts, vehicles = [], [], []
+    notes, parts = [], []
     for split in ("train", "test"):
         file, folder = root / f"{split}_label.xml", root / f"image_{split}"
         if not file.is_file() and (split == "test" or need_train):
             raise InputError(f"{file} is missing: give the folder of VeRi-776, or a table")
         items = list(veri_items(file)) if file.is_file() else []
-        vehicles.append({vehicle for *_, vehicle in items} - {None})
         for key, place in (("colorID", 1), ("typeID", 2)):
             if unknown := sum(not item[place] for item in items):
                 notes.append(f"{unknown:,} items of {file.name} have no {key} that is known (0, -1 or none)")
-        rows = [(f"{folder.name}/{name}", colour, body) for name, colour, body, _ in items]
+        rows = [(f"{folder.name}/{name}", *words) for name, *words in items]
         parts.append(_images(file, rows, ["colour", "type"], VERI))
-        here = {entry.name for entry in folder.iterdir()} if items and folder.is_dir() else set()
+        here = set(os.listdir(folder)) if folder.is_dir() else set()
         if missing := [name for name, *_ in items if name not in here]:
-            listed = f"{len(missing):,} of the {len(items):,} images of {file}"
-            notes.append(f"{listed} are not in {folder}, e.g. {missing[0]}")
-    if both := set.intersection(*vehicles):
-        notes.append(f"{len(both)} vehicles are in both splits, e.g. {min(both)}")
+            what = f"{len(missing):,} of the {len(items):,} images of {file}"
+            notes.append(f"{what} are not in {folder}, e.g. {missing[0]}")
     counts = {split: len(images) for split, images in zip(("train", "test"), parts) if len(images)}
     return AttributeData("veri776", VERI, *parts, [*notes, published_note(counts, "veri776")])
 
 
-def veri_items(file: Path) -> Iterator[tuple[str, str, str, str | None]]:
-    """(image, colour, type, vehicle) of the items of one of VeRi-776's label files, '' where the set does not know.
-    Decoded by mark, declaration, or as GB18030, whose subset gb2312 ElementTree refuses."""
+def veri_items(file: Path) -> Iterator[tuple[str, str, str]]:
+    """(image, colour, type) of the items of one of VeRi-776's label files, '' where the set does not know. Decoded by
+    mark, declaration, or as GB18030, whose subset gb2312 ElementTree refuses."""
     try:
         data = file.read_bytes()
         try:
@@ -149,7 +143,7 @@ def veri_items(file: Path) -> Iterator[tuple[str, str, str, str | None]]:
             if code and (not re.fullmatch("[0-9]{1,3}", code) or int(code) > len(words)):
                 raise InputError(f"{file}: {name} has {key} '{code[:40]}', known are 1 to {len(words)}")
             found.append(words[int(code) - 1] if code else "")
-        yield name, *found, item.get("vehicleID")
+        yield name, *found
     if not names:
         raise InputError(f"{file} holds no <Item>: copy it again")
 
@@ -172,13 +166,11 @@ def _read_table(
         rows.setdefault(cell(row, "split"), []).append((row["path"], *(cell(row, name) for name in columns)))
     for name in ("train", test_split) if need_train else (test_split,):
         if name not in rows:
-            found = ", ".join(f"'{split}'" for split in rows)
-            flag = "" if name == "train" else "; choose one with --attr_split"
-            raise InputError(f"{file} has no row with split '{name}': it has {found}{flag}")
+            has = ", ".join(f"'{split}'" for split in rows) + "; choose one with --attr_split" * (name != "train")
+            raise InputError(f"{file} has no row with split '{name}': it has {has}")
     train, test, notes = rows.pop("train", []), rows.pop(test_split), []
-    if rows:
-        told = ", ".join(f"{len(part):,} of split '{split}'" for split, part in rows.items())
-        notes.append(f"rows that are not used: {told}")
+    if unused := ", ".join(f"{len(part):,} of split '{split}'" for split, part in rows.items()):
+        notes.append(f"rows that are not used: {unused}")
     if both := {path for path, *_ in train} & {path for path, *_ in test}:
         notes.append(f"{len(both):,} images are in train and in {test_split}, e.g. {printable(min(both))}")
     attributes = known or [Attribute(name) for name in binary or ()]
@@ -207,9 +199,9 @@ def _images(file: Path, rows: Rows, columns: list[str], attributes: Sequence[Att
                 labels[number, [*words.values()]] = 0
                 labels[number, words[text]] = 1
             elif text:
-                hint = f"and the model knows {', '.join([*words][:8])}: correct it, or drop the row"
-                if "" in words:
-                    hint = "not 0, 1 or nothing: --attr_columns names columns of 0 and 1, --attr_categories of words"
+                hint = "not 0, 1 or nothing: --attr_columns names columns of 0 and 1, --attr_categories of words"
+                if "" not in words:
+                    hint = f"and the model knows {', '.join([*words][:8])}: correct it, or drop the row"
                 raise InputError(f"{file}: {printable(path)} has {column} '{text[:40]}', {hint}")
     return AttributeImages(PathList(file.parent, (path for path, *_ in rows)), labels)
 
@@ -218,7 +210,7 @@ def _describe(data: AttributeData) -> Iterator[str]:
     """Counts, and attributes that a split never shows."""
     parts = {"train": data.train, "test": data.test}
     true = {split: (images.labels == 1).sum(axis=0).tolist() for split, images in parts.items()}
-    yield f"images: {', '.join(f'{split} {len(images):,}' for split, images in parts.items())}"
+    yield f"images: train {len(data.train):,}, test {len(data.test):,}"
     each = [f"{a.name} {n:,} | {m:,}" for a, n, m in zip(data.attributes, *true.values())]
     more = f", and {len(each) - 40} more" if len(each) > 40 else ""
     yield f"{len(each)} attributes, true images train | test: {', '.join(each[:40])}{more}"
@@ -228,5 +220,3 @@ def _describe(data: AttributeData) -> Iterator[str]:
             yield f"{len(absent)} attributes are never true in {split}: {', '.join(absent[:10])}"
         if unknown := int((images.labels < 0).sum()):
             yield f"{unknown:,} labels of {split} are unknown: no loss, not scored"
-        if without := int((~(images.labels == 1).any(axis=1)).sum()):
-            yield f"{without:,} images of {split} have no true attribute: their accuracy and F1 are 0"

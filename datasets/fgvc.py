@@ -12,7 +12,7 @@ import numpy as np
 
 from datasets.images import read_bytes
 from datasets.items import Labelled
-from datasets.path_list import PathList, list_images
+from datasets.path_list import PathList, list_folder
 from datasets.tables import PUBLISHED, cell, iterate_table, published_note, split_folder
 from util.errors import InputError
 
@@ -29,8 +29,7 @@ class FgvcImages(Labelled):
 
 @dataclass(frozen=True)
 class FgvcData:
-    """name: which kind of set. train is empty where it was not asked for. classes: names by label. notes:
-    what to print about it."""
+    """name: which kind of set. train: empty where it was not asked for. classes: by label. notes: for the header."""
 
     name: str
     train: FgvcImages
@@ -44,14 +43,12 @@ class FgvcData:
 
 
 def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bool = True) -> FgvcData:
-    """A set by what lies at `data_path`:
+    """A set by what lies at `data_path`; need_train: whether the training split must be there.
 
     - a folder, or its `car/` or `stanford_cars/`, with `devkit/cars_train_annos.mat` and
       `cars_test_annos_withlabels.mat`, or with `cars_annos.mat`: StanfordCars;
     - any other folder: `train/CLASS/...` and `test/CLASS/...` or `val/CLASS/...`;
     - a table (.csv, .tsv, .jsonl) with `path`, `split` (train, and test or val) and `label_column`.
-
-    need_train: whether the training split must be there.
     """
     data_path = Path(data_path)
     for folder in (data_path, data_path / "car", data_path / "stanford_cars"):
@@ -64,10 +61,9 @@ def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bo
         notes.append(f"{found.unlabelled} rows have no '{label_column}' and are left out")
     if unused := len(found.labels) - sum(map(len, found.splits.values())) - found.unlabelled:
         notes.append(f"{unused} rows of other splits than train and {test} are not used")
-    every = FgvcImages(found.paths, found.labels)
-    train = every.take(found.splits["train"][: None if need_train else 0])
-    name = "folder" if data_path.is_dir() else "table"
-    return _with_notes(FgvcData(name, train, every.take(found.splits[test]), found.classes, notes))
+    every, name = FgvcImages(found.paths, found.labels), "folder" if data_path.is_dir() else "table"
+    train, test = every.take(found.splits["train"][: None if need_train else 0]), every.take(found.splits[test])
+    return _with_notes(FgvcData(name, train, test, found.classes, notes))
 
 
 def _with_notes(data: FgvcData) -> FgvcData:
@@ -77,10 +73,10 @@ def _with_notes(data: FgvcData) -> FgvcData:
     if data.name in PUBLISHED:
         notes[0] += "; " + published_note({what: count for what, count in counts.items() if count}, data.name)
     for what, part in (("training", data.train), ("test", data.test)):
-        absent = np.setdiff1d(np.arange(len(data.classes)), part.labels)
-        if len(absent) and len(part):
-            first = ", ".join(data.classes[i] for i in absent[:3]) + (" ..." if len(absent) > 3 else "")
-            notes.append(f"{len(absent)} classes have no {what} image: {first}")
+        absent = [data.classes[i] for i in np.setdiff1d(np.arange(len(data.classes)), part.labels)]
+        if absent and len(part):
+            more = " ..." * (len(absent) > 3)
+            notes.append(f"{len(absent)} classes have no {what} image: {', '.join(absent[:3])}{more}")
     return replace(data, notes=notes)
 
 
@@ -117,10 +113,10 @@ def _read_cars(folder: Path, need_train: bool) -> FgvcData:
             raise InputError(f"{meta}: field 'test' must be 0 (train) or 1 (test), both of them present")
         for name, label, is_test in found:
             rows["test" if is_test else "train"].append((name, label))
-    parts = (
-        FgvcImages(PathList(folder, (name for name, _ in part)), np.array([label - 1 for _, label in part], np.int64))
-        for part in rows.values()
-    )
+    parts = []
+    for part in rows.values():
+        names, labels = zip(*part) if part else ((), ())
+        parts.append(FgvcImages(PathList(folder, names), np.array(labels, np.int64) - 1))
     return FgvcData("StanfordCars", *parts, classes, [])
 
 
@@ -150,8 +146,8 @@ def _annotations(file: Path, fields: dict[str, type], folder: Path, count: int) 
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Images, their class numbers [n] int64 (into `classes`; -1: none given) and the rows of each split that
-    have one; unlabelled: how many of train and val have none and are left out."""
+    """labels: [n] int64 numbers of `classes`; -1: none. splits: rows of each that have a class; unlabelled: how many
+    have none and are left out."""
 
     paths: PathList
     labels: np.ndarray
@@ -163,22 +159,15 @@ class LabelledImages:
 def list_labelled(
     data_path: str | Path, label_column: str = "label", held_out: tuple[str, ...] = ("val",), need_train: bool = True
 ) -> LabelledImages:
-    """Read a table (.csv, .tsv, .jsonl with `path`, `split` and `label_column`) or a folder with
-    `train/CLASS/...` and `val/CLASS/...`.
-
-    Args:
-        held_out: names of the split to test on; the first that is there is read.
-        need_train: whether a split `train` must be there.
-    """
+    """A table (.csv, .tsv, .jsonl with `path`, `split` and `label_column`) or a folder with `train/CLASS/...` and
+    `val/CLASS/...`. held_out: names of the split to test on; the first that is there is read."""
     data_path = Path(data_path)
     if data_path.is_dir():
         rows, root = list(_folder_rows(data_path, held_out, need_train)), data_path
-    elif data_path.exists():
+    else:
         needed, advice = ("split", label_column), "; --label_column chooses the labels"
         listed, root = iterate_table(data_path, needed, advice), data_path.parent
         rows = [(row["path"], cell(row, "split"), cell(row, label_column)) for row in listed]
-    else:
-        raise InputError(f"--data_path {data_path} does not exist: give a folder or a table")
     paths, split, named = zip(*rows)
     classes, split = sorted(set(named) - {""}), np.array(split)
     if len(classes) < 2:
@@ -201,7 +190,7 @@ def _folder_rows(folder: Path, held_out: tuple[str, ...], need_train: bool) -> I
     for split in ("train", test):
         place = split_folder(folder, split)
         if place.is_dir():
-            paths = list_images(place)
+            paths = list_folder(place)
             for relative in (Path(paths.relative(index)) for index in range(len(paths))):
                 if len(relative.parts) < 2:
                     raise InputError(f"{place / relative} lies in no class folder")
@@ -211,8 +200,7 @@ def _folder_rows(folder: Path, held_out: tuple[str, ...], need_train: bool) -> I
 
 
 def read_cell_strings(file: str | Path, variable: str) -> list[str | None]:
-    """The strings of one cell array of a MATLAB file in column-major order, None for empty cells. A file with only one
-    cell array is read whatever its name."""
+    """A cell array of a MATLAB file in column-major order, None for what is no text; an only one whatever its name."""
     arrays = _load_mat(file)
     cells = [name for name, value in arrays.items() if value.dtype == object and value.dtype.names is None]
     if variable not in cells and len(cells) != 1:
@@ -222,8 +210,7 @@ def read_cell_strings(file: str | Path, variable: str) -> list[str | None]:
 
 
 def read_struct_array(file: str | Path, variable: str) -> list[dict]:
-    """One struct array of a MATLAB file: the fields of each element, a text as str, a single number as int or float,
-    all else (matrices, empty fields) as None."""
+    """The fields of each element of a MATLAB file's struct array: a text, a number, or None (matrices, empty)."""
     found = _load_mat(file).get(variable)
     if found is None or found.dtype.names is None:
         raise InputError(f"{file} has no struct array '{variable}'")

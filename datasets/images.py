@@ -29,7 +29,7 @@ LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, 
 
 
 class Unreadable(ValueError):
-    """A file that is missing, damaged or no picture; the text says why, the same for the same file."""
+    """A file is missing, damaged or no picture; the text says why, the same for the same file."""
 
 
 class Outage:

@@ -12,18 +12,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from datasets import transforms
 from datasets.images import Unreadable, decode_rgb, open_rgb, open_upright
 from datasets.path_list import PathList
-from datasets.transforms import (
-    AUGMENT_STREAM,
-    CROP_STREAM,
-    crop_resize,
-    jpeg_reduction,
-    mask_noise,
-    random_crop_box,
-    sample_rng,
-    whole_image,
-)  # fmt: skip
 
 REPLACEMENT_TRIES = 20
 
@@ -46,11 +37,9 @@ class PretrainDataset(Dataset):
     """Items are asked for as (epoch, index), so that nothing depends on workers or history.
 
     Args:
-        input_size: (H, W) of the crop in pixels. num_patches: L, length of the mask noise.
-        seed: of crops and masks. min_area: smallest crop as a fraction of the image area.
-        clip_crops: the `clip` of `random_crop_box`.
-        teacher_size: (H, W) in pixels of an extra whole-image view for the teacher, or None.
-        teacher_cache: stored teacher embeddings, or None.
+        input_size: (H, W) of the crop in px. num_patches: L, length of the mask noise. seed: of crops and masks.
+        min_area, clip_crops: of `random_crop_box`. teacher_size: (H, W) in px of an extra whole-image view for the
+        teacher, or None. teacher_cache: stored teacher embeddings, or None.
     """
 
     def __init__(
@@ -65,37 +54,39 @@ class PretrainDataset(Dataset):
         return len(self.paths)
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
-        """(epoch, index) -> dict: `imgs` [3, H, W] uint8, `noise` [L] float32, `problem` str ('' if the file was
-        readable; else what was wrong, and the next readable image stands in), and `teacher_imgs` [3, H, W] uint8 or
-        `teacher_embed` [D_t] float16 where asked for."""
+        """(epoch, index) -> dict: `imgs` [3, H, W] uint8, `noise` [L] float32, `problem` ('', or what was wrong with
+        the file: then the next readable image stands in), `teacher_imgs` [3, H, W] uint8 or `teacher_embed` [D_t]
+        float16 where asked for."""
         epoch, index = item
         others = range(index + 1, index + REPLACEMENT_TRIES)
         shown, _, problem = read_or_next(self.paths, partial(self._view, epoch), index, others)
-        noise = torch.from_numpy(mask_noise(self.seed, epoch, index, self.num_patches))
+        noise = torch.from_numpy(transforms.mask_noise(self.seed, epoch, index, self.num_patches))
         return (shown or self._blank()) | {"noise": noise, "problem": problem}
 
     def _view(self, epoch: int, index: int) -> dict[str, torch.Tensor]:
         """What an epoch shows of an image: a crop, drawn before its pixels are decoded, no larger than it needs."""
         image = open_upright(self.paths[index])
         full_size, view = image.size, self.teacher_cache.view_of(epoch) if self.teacher_cache else epoch
-        box, flip = random_crop_box(sample_rng(self.seed, view, index, CROP_STREAM), *full_size, *self.crop_rule)
-        factor = jpeg_reduction(box, self.input_size)
+        rng = transforms.sample_rng(self.seed, view, index, transforms.CROP_STREAM)
+        box, flip = transforms.random_crop_box(rng, *full_size, *self.crop_rule)
+        factor = transforms.jpeg_reduction(box, self.input_size)
         if self.teacher_size is not None:
-            factor = min(factor, jpeg_reduction((0, 0, *full_size), self.teacher_size))
+            factor = min(factor, transforms.jpeg_reduction((0, 0, *full_size), self.teacher_size))
         image = decode_rgb(image, factor)
-        shown = {"imgs": crop_resize(image, box, self.input_size, flip, full_size)}
+        shown = {"imgs": transforms.crop_resize(image, box, self.input_size, flip, full_size)}
         if self.teacher_size is not None:
-            shown["teacher_imgs"] = whole_image(image, self.teacher_size)
+            shown["teacher_imgs"] = transforms.whole_image(image, self.teacher_size)
         if self.teacher_cache:
             shown["teacher_embed"] = self.teacher_cache.read(epoch, index)
         return shown
 
     def _blank(self) -> dict[str, torch.Tensor]:
         """Grey, where no image can be read."""
-        sizes = {"imgs": self.input_size} | ({"teacher_imgs": self.teacher_size} if self.teacher_size else {})
-        blank = {name: torch.full((3, *size), 128, dtype=torch.uint8) for name, size in sizes.items()}
+        blank = {"imgs": torch.full((3, *self.input_size), 128, dtype=torch.uint8)}
+        if self.teacher_size is not None:
+            blank["teacher_imgs"] = torch.full((3, *self.teacher_size), 128, dtype=torch.uint8)
         if self.teacher_cache:
-            blank["teacher_embed"] = torch.zeros(self.teacher_cache.identity.embed_dim, dtype=torch.float16)
+            blank["teacher_embed"] = torch.zeros(self.teacher_cache.identity.embed_dim).half()
         return blank
 
 
@@ -107,11 +98,8 @@ def build_loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool, 
 
 class TrainItems(Dataset, ABC):
     """Item (epoch, index) -> image `index` as the epoch shows it, with its targets; (epoch, slot, index) where an
-    image may fill several slots of an epoch. A function of (seed, epoch, slot or index).
-
-    Args:
-        size: (H, W) in px that the augmentation starts from. seed: of the augmentation.
-    """
+    image may fill several slots of an epoch. A function of (seed, epoch, slot or index). size: (H, W) in px that the
+    augmentation starts from."""
 
     def __init__(self, paths: PathList, size: tuple[int, int], seed: int):
         self.paths, self.size, self.seed = paths, size, seed
@@ -123,7 +111,7 @@ class TrainItems(Dataset, ABC):
     def read(self, index: int):
         """Image `index`, decoded; raises `Unreadable`."""
         image = open_upright(self.paths[index])
-        return decode_rgb(image, jpeg_reduction((0, 0, *image.size), self.size))
+        return decode_rgb(image, transforms.jpeg_reduction((0, 0, *image.size), self.size))
 
     def blank(self):
         """What stands in where no image can be read."""
@@ -139,14 +127,14 @@ class TrainItems(Dataset, ABC):
     def __getitem__(self, item: tuple[int, ...]) -> dict:
         """-> `sample`, and `problem`: '' or what was wrong with the file, in place of which another stands."""
         epoch, place, index = item[0], item[1], item[-1]
-        rng = sample_rng(self.seed, epoch, place, AUGMENT_STREAM)
+        rng = transforms.sample_rng(self.seed, epoch, place, transforms.AUGMENT_STREAM)
         content, used, problem = read_or_next(self.paths, self.read, index, self.stand_ins(index))
         return self.sample(self.blank() if content is None else content, used, rng) | {"problem": problem}
 
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images, and what is known of each: the other fields, arrays [n, ...], where there are any; -1: unknown."""
+    """Images, and what is known of each: the other fields, arrays [n, ...] or None; -1: unknown."""
 
     paths: PathList
 
@@ -154,8 +142,8 @@ class Labelled:
         return len(self.paths)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        found = {field.name: getattr(self, field.name) for field in fields(self)[1:]}
-        return {name: values for name, values in found.items() if values is not None}
+        found = ((field.name, getattr(self, field.name)) for field in fields(self)[1:])
+        return {name: values for name, values in found if values is not None}
 
     def take(self, rows: np.ndarray):
         """Some of the images, in the order of `rows`."""
@@ -183,12 +171,8 @@ class LabelledItems(TrainItems):
 
 
 class WholeImages(Dataset):
-    """Item i -> ([3, H, W] uint8 of the whole picture, index, problem: '' or why it is black).
-
-    Args:
-        paths: image files by number: a PathList, PackedImages, or anything like them.
-        boxes: [len(paths), 4] int32 (left, upper, right, lower) in px to cut out; an empty box is the whole picture.
-    """
+    """Item i -> ([3, H, W] uint8 of the whole picture, index, problem: '' or why it is black). paths: a PathList, or
+    anything like it. boxes: [len(paths), 4] int32 (left, upper, right, lower) in px to cut out; empty: the whole."""
 
     def __init__(self, paths, indices: np.ndarray, size: tuple[int, int], boxes: np.ndarray | None = None):
         self.paths, self.indices, self.size, self.boxes = paths, indices, size, boxes
@@ -204,7 +188,7 @@ class WholeImages(Dataset):
             return torch.zeros(3, *self.size, dtype=torch.uint8), index, str(error)
         if self.boxes is not None and self.boxes[index, 2] > 0:
             image = image.crop(tuple(self.boxes[index].tolist()))
-        return whole_image(image, self.size), index, ""
+        return transforms.whole_image(image, self.size), index, ""
 
 
 class CenterCrops(WholeImages):

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from datasets.images import IMAGE_ENDINGS, Unreadable
-from datasets.tables import TABLE_ENDINGS, iterate_table, split_folder, split_name
+from datasets.tables import iterate_table, split_folder, split_name
 from util.dist import print_main
 from util.errors import InputError
 from util.files import read_array, read_json
@@ -60,13 +60,10 @@ class PathList:
 
 
 class PackedImages(PathList):
-    """The images of a packed set by the names they had.
+    """The images of a packed set by the names they had; InputError where it is unfinished or damaged.
 
     Files: `pack.json` (what it was made from), `shard<k>.bin` (encoded images, one after another), `shard<k>.npy`
     ([n, 3] int64: offset and length in bytes, CRC-32), `names.npy` (uint8, the names) and `name_ends.npy` (int64).
-
-    Raises:
-        InputError: unfinished, or a shard of another size than its index says.
     """
 
     def __init__(self, folder: str | Path):
@@ -111,28 +108,19 @@ def shard_file(folder: Path, shard: int) -> Path:
 
 
 def list_images(data_path: str | Path, split: str | None = None) -> PathList:
-    """All images of a folder (recursively; its `train/` if there is one), a manifest, a packed or curated set.
-
-    Args:
-        data_path: a folder, or a .csv/.tsv (column `path`), .jsonl (key `path`) or .txt (one a line) whose paths are
-            absolute or relative to the file.
-        split: keep the rows whose column `split` has this value (manifests with columns only).
-    Raises:
-        InputError: nothing there, no image, no such column or split.
-    """
+    """All images of a folder (recursively; its `train/` if there is one), a packed or curated set, or a manifest: a
+    .csv/.tsv (column `path`), .jsonl (key `path`) or .txt (one a line), paths absolute or relative to the file. split:
+    keep the rows whose column `split` has this value (manifests with columns only)."""
     data_path = Path(data_path)
-    if not data_path.exists():
-        endings = ", ".join(TABLE_ENDINGS)
-        raise InputError(f"--data_path {data_path} does not exist: give a folder of images or a manifest ({endings})")
     if (data_path / "curation.json").is_file() and (data_path / "manifest.csv").is_file():  # of main_curate.py
         data_path = data_path / "manifest.csv"
     if data_path.is_dir():
         if split is not None:
-            raise InputError(
-                f"--split {split} needs a manifest with a column 'split', but --data_path {data_path} is a folder or a "
-                "packed set: point --data_path at the sub-folder, or pack this split alone (tools.pack --split)"
-            )
-        return PackedImages(data_path) if (data_path / PACK_HEADER).is_file() else _list_folder(data_path)
+            what = f"needs a manifest with a column 'split', but --data_path {data_path} is a folder or a packed set"
+            raise InputError(f"--split {split} {what}: give the sub-folder, or pack this split alone")
+        train = split_folder(data_path, "train")
+        is_packed = (data_path / PACK_HEADER).is_file()
+        return PackedImages(data_path) if is_packed else list_folder(train if train.is_dir() else data_path)
     found: set[str | None] = set()
 
     def chosen() -> Iterator[str]:
@@ -157,9 +145,8 @@ def check_first_exist(paths: PathList, manifest: Path) -> None:
         raise InputError(f"{what}: paths in a manifest are relative to the manifest's own folder")
 
 
-def _list_folder(folder: Path) -> PathList:
-    root = split_folder(folder, "train")
-    root = root if root.is_dir() else folder
+def list_folder(root: Path) -> PathList:
+    """All images below a folder; says what it passed over."""
     found, passed = walk_images(root)
     seen = ", ".join(f"{what} ({count:,})" for what, count in passed.most_common(12))
     if not found:
@@ -171,9 +158,8 @@ def _list_folder(folder: Path) -> PathList:
 
 
 def walk_images(root: Path) -> tuple[list[str], Counter[str]]:
-    """(pictures below a folder, relative to it; how much of what was passed over: files by ending, hidden files and
-    folders, what is no regular file, folders that cannot be read). A folder is read once, by its real path: links to
-    folders come last."""
+    """(pictures below a folder, relative to it; how much of what was passed over). A folder is read once, by its real
+    path: links to folders come last."""
     found: list[str] = []
     passed: Counter[str] = Counter()
     todo, links = [("", os.path.realpath(root))], deque()

@@ -1,8 +1,5 @@
-"""Re-identification sets in their published layouts, or anyone's own as one table: who, seen by which camera.
-
-Layouts: VeRi-776, VehicleID V1.0, VERI-Wild (old and new lists), and a table with the columns path, pid,
-split (train, query, gallery) and, where known, camid and viewid.
-"""
+"""Re-identification sets, who was seen by which camera: VeRi-776, VehicleID V1.0, VERI-Wild (old and new lists), and a
+table with the columns path, pid, split (train, query, gallery) and, where known, camid and viewid."""
 
 import os
 import re
@@ -37,9 +34,6 @@ class ReidImages(Labelled):
     viewids: np.ndarray
     files: np.ndarray | None = None
 
-    def has_cameras(self) -> bool:
-        return bool((self.camids >= 0).all())
-
 
 class ReidTrainImages(LabelledItems):
     """Item (epoch, slot, index) -> imgs [3, H, W] uint8, erase [5] int64, pids, camids, viewids int64 scalars, problem
@@ -70,18 +64,13 @@ class ReidData:
 
 
 def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -> ReidData:
-    """Read a set and check it: images that are there, tests that can be answered.
-
-    Args:
-        path: folder of a published set, or a table (.csv .tsv .jsonl).
-        format: veri776, vehicleid, veriwild, table, or auto: by the files that are there.
-        need_train: False: the part to train on may be missing.
-    """
+    """Read a set and check it: images that are there, tests that can be answered. path: folder of a published set, or a
+    table (.csv .tsv .jsonl). format: veri776, vehicleid, veriwild, table, or auto: by the files that are there.
+    need_train: False: the part to train on may be missing."""
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"--data_path {path} does not exist: give the folder of a set, or a table")
     if format == "auto":
-        format = "table" if path.is_file() else next((SIGNS[sign] for sign in SIGNS if (path / sign).exists()), "none")
+        found = next((SIGNS[sign] for sign in SIGNS if (path / sign).exists()), "none")
+        format = found if path.is_dir() else "table"
     if format == "none":
         known_signs = ", ".join(f"{name} {sign}" for sign, name in SIGNS.items())
         raise InputError(f"{path} has no layout that is known ({known_signs}): give a table with path, pid, split")
@@ -96,8 +85,7 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
         check_first_exist(images.paths, images.paths.root)
     counts = {name: len(images) for name, images in parts.items()} | {"train identities": data.classes}
     notes = [*data.notes, ", ".join(f"{name} {count:,}" for name, count in counts.items())]
-    if data.name in PUBLISHED:
-        notes.append(published_note(counts, data.name))
+    notes += [published_note(counts, data.name)] if data.name in PUBLISHED else []
     data = replace(data, tests={name: _number_files(*pair) for name, pair in data.tests.items()})
     for name, (query, gallery) in data.tests.items():
         notes += [f"test {name}: {note}" for note in _check_test(name, data, query, gallery)]
@@ -116,9 +104,8 @@ def _build(name: str, root: Path, train: list[Row], tests: dict[str, tuple[list[
     def usable(rows: list[Row], in_gallery: bool = False) -> Iterator[Row]:
         """Without images of no vehicle; Market-1501's 0000 is no vehicle either, but a distractor in the gallery."""
         for row in rows:
-            what = JUNK[0] if not row[1] else ""
-            if row[1] and not row[1].strip("0") and re.match(r"0+_c\d", Path(row[0]).name):
-                what = JUNK[1 + in_gallery]
+            is_0000 = not row[1].strip("0") and re.match(r"0+_c\d", Path(row[0]).name)
+            what = JUNK[0] if not row[1] else JUNK[1 + in_gallery] if is_0000 else ""
             counts[what] += 1
             if what in ("", JUNK[2]):
                 yield row
@@ -205,8 +192,8 @@ def read_veriwild(root: Path, need_train: bool) -> ReidData:
     if info.is_file():
         lines = [row["path"] for row in iterate_table(info)]
         is_header = not re.search(r";\s*\d+\b", lines[0])
-        pattern = r"(?:.*/)?([^/;]+);\s*(\d{1,9})\b.*"
-        cameras = dict(_lines(info, pattern, "'id/image;camera;...'", lines[is_header:]))
+        pattern, example = r"(?:.*/)?([^/;]+);\s*(\d{1,9})\b.*", "'id/image;camera;...'"
+        cameras = dict(_lines(info, pattern, example, lines[is_header:]))
 
     def rows(*names: str) -> list[Row]:
         """Of the first of these lists that is there."""
@@ -219,8 +206,7 @@ def read_veriwild(root: Path, need_train: bool) -> ReidData:
             found.append((f"images/{image}.jpg", vehicle, int(camera), UNKNOWN))
         return found
 
-    tests: dict[str, tuple[list[Row], list[Row]]] = {}
-    notes = []
+    tests, notes, lists = {}, [], ("train_list_start0.txt", "train_list.txt")
     for size in ("3000", "5000", "10000"):
         if any(folder.glob(f"test_{size}*")):
             query = rows(f"test_{size}_id_query.txt", f"test_{size}_query.txt")
@@ -230,36 +216,31 @@ def read_veriwild(root: Path, need_train: bool) -> ReidData:
                 notes.append(f"test {size}: {gone} images of the test list are queries and left its gallery")
     if not tests:
         raise InputError(f"{folder} has no test_3000, test_5000 or test_10000 list: unpack VERI-Wild again")
-    lists = ("train_list_start0.txt", "train_list.txt")
     has_train = need_train or any((folder / name).is_file() for name in lists)
     return _build("veriwild", root, rows(*lists) if has_train else [], tests, notes)
 
 
 def read_table(file: Path, need_train: bool = True) -> ReidData:
     """Columns path, pid, split (train, query, gallery), and camid and viewid where they are known."""
-    listed: dict[str, list[tuple[str, ...]]] = {"train": [], "query": [], "gallery": []}
+    parts: dict[str, list[tuple[str, ...]]] = {"train": [], "query": [], "gallery": []}
     needed = ("path", "pid", "split")
     for count, row in enumerate(iterate_table(file, needed, ": a table for --task reid has path, pid, split"), 1):
-        texts = [cell(row, column) for column in (*needed, "camid", "viewid")]
-        if texts[2].lower() not in listed:
-            raise InputError(f"{file}, row {count}: split '{texts[2]}' is none of {', '.join(listed)}")
-        listed[texts[2].lower()].append((*texts[:2], *texts[3:]))
-    rows = [row for part in listed.values() for row in part]
+        path, pid, split, *sides = (cell(row, column) for column in (*needed, "camid", "viewid"))
+        if split.lower() not in parts:
+            raise InputError(f"{file}, row {count}: split '{split}' is none of {', '.join(parts)}")
+        parts[split.lower()].append((path, pid, *sides))
+    if empty := [split for split in ("query", "gallery") if not parts[split]]:
+        raise InputError(f"{file} has no row with split '{empty[0]}': a test needs query and gallery")
+    rows = [row for part in parts.values() for row in part]
     # numbered in sorted order: the order of the rows must not matter to a model that has learned the numbers
-    cameras, views = (
-        {name: i for i, name in enumerate(sorted({row[k] for row in rows} - {""}, key=_by_number))} for k in (2, 3)
-    )
-    if cameras and (blank := sum(not row[2] for row in rows if row[1])):
+    names = [sorted({row[place] for row in rows} - {""}, key=_by_number) for place in (2, 3)]
+    if names[0] and (blank := sum(not row[2] for row in rows if row[1])):
         raise InputError(f"{file}: {blank} of {len(rows)} rows have no camid; fill it in, or drop the column")
-    for split in ("query", "gallery"):
-        if not listed[split]:
-            raise InputError(f"{file} has no row with split '{split}': a test needs query and gallery")
-    train, *test = (
-        [(p, pid, cameras.get(c, UNKNOWN), views.get(v, UNKNOWN)) for p, pid, c, v in part] for part in listed.values()
-    )
-    notes = [] if cameras else ["no cameras: the same-camera filter and the camera embedding are off"]
+    cameras, views = ({"": UNKNOWN} | {name: i for i, name in enumerate(listed)} for listed in names)
+    train, *test = ([(path, pid, cameras[c], views[v]) for path, pid, c, v in part] for part in parts.values())
+    notes = [] if names[0] else ["no cameras: the same-camera filter and the camera embedding are off"]
     data = _build("table", file.parent, train, {"test": tuple(test)}, notes)
-    return replace(data, camera_names=list(cameras) or None, view_names=list(views) or None)
+    return replace(data, camera_names=names[0] or None, view_names=names[1] or None)
 
 
 READERS = {"veri776": read_veri, "vehicleid": read_vehicleid, "veriwild": read_veriwild, "table": read_table}
@@ -280,15 +261,12 @@ def _number_files(query: ReidImages, gallery: ReidImages | None) -> tuple[ReidIm
 def _check_test(name: str, data: ReidData, query: ReidImages, gallery: ReidImages | None) -> Iterator[str]:
     """Say what a test's numbers cannot tell: identities that are trained on, queries that nothing can answer;
     InputError where that is all of them."""
-    shared = np.intersect1d(query.pids, np.arange(data.classes))
-    if len(shared):
+    if len(shared := np.intersect1d(query.pids, np.arange(data.classes))):
         yield f"{len(shared)} of its identities are trained on, e.g. {data.pid_names[shared[0]]}"
     if gallery is None:
-        alone = int((np.unique(query.pids, return_counts=True)[1] < 2).sum())
-        twice = len(query) - len(np.unique(query.files))
-        if alone:
+        if alone := int((np.unique(query.pids, return_counts=True)[1] < 2).sum()):
             yield f"{alone} identities have one image and can only be distractors"
-        if twice:
+        if twice := len(query) - len(np.unique(query.files)):
             yield f"{twice} images are there a second time: where one is a query, the other does not count"
         return
     if both := int(np.isin(query.files, gallery.files).sum()):

@@ -10,8 +10,8 @@ from util.errors import InputError
 
 
 class Batches(Sampler):
-    """One rank's part of the batches of an epoch: all ranks draw the same rows [batches, batch_size * world] of image
-    numbers, and rank r takes the r-th part of each."""
+    """One rank's part of the batches of an epoch: all ranks draw the same rows [batches, batch_size * world] int64 of
+    image numbers, and rank r takes the r-th part of each."""
 
     with_slots = False  # items are (epoch, index), or (epoch, slot, index): `slot` is a place of the epoch
 
@@ -20,8 +20,7 @@ class Batches(Sampler):
         self.set_epoch(0)
 
     @abstractmethod
-    def draw(self, epoch: int) -> np.ndarray:
-        """[batches, batch_size * world] int64."""
+    def draw(self, epoch: int) -> np.ndarray: ...
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Next iteration: this epoch, from global batch `start` on."""
@@ -65,8 +64,8 @@ class EpochBatches(Batches):
 
 
 class PKBatches(Batches):
-    """Batches of P vehicles x K images (`pk_batches`), with slots, so that an image that fills two places is not twice
-    the same. Epochs may differ by a batch. pids: [n] int64; num_instances: K."""
+    """Batches of P vehicles x K images (`pk_batches`), with slots: an image that fills two places is not twice the
+    same. Epochs may differ by a batch. pids: [n] int64; num_instances: K."""
 
     with_slots = True
 
@@ -91,9 +90,7 @@ def pk_batches(pids: np.ndarray, P: int, K: int, seed: int, epoch: int) -> np.nd
 
     The images of each vehicle are shuffled and cut into groups of K; of a vehicle with fewer, K are drawn with
     replacement, so that some may be missing; what is left over of a longer one waits for another epoch. Then batch
-    after batch takes one group of each of P vehicles, drawn among those that still have one, until fewer than P do. No
-    vehicle is twice in a batch.
-    """
+    after batch takes one group of each of P vehicles, drawn among those that still have one, until fewer than P do."""
     if P < 2 or K < 2:
         raise InputError(f"{P} vehicles x {K} images: a triplet needs at least 2 of both")
     order = np.argsort(pids, kind="stable")

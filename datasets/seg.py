@@ -1,10 +1,9 @@
-"""Images with a mask of parts: one folder layout, named label spaces, everything looked at before training.
+"""Images with a mask of parts, everything looked at before training.
 
-    SET/images/{train,val,test}/NAME.jpg         any image ending, sub-folders allowed
-    SET/annotations/{train,val,test}/NAME.png    one byte a pixel (mode L or P): the value of its class
-    SET/classes.json                             {"classes": ["background", "door", ...], "ignore": 255}
-
-`classes` names the values 0, 1, ...; or it is a dict {"40": "background", "24": "Car Body", ...}.
+SET/images/{train,val,test}/NAME.jpg         any image ending, sub-folders allowed
+SET/annotations/{train,val,test}/NAME.png    one byte a pixel (mode L or P): the value of its class
+SET/classes.json                             {"classes": ["background", "door", ...], "ignore": 255}, names of the
+                                             values 0, 1, ...; or {"40": "background", "24": "Car Body", ...}
 """
 
 import hashlib
@@ -19,11 +18,10 @@ from torch.utils.data import Dataset
 
 from datasets.images import Unreadable, is_turned, open_image, open_rgb, to_rgb
 from datasets.items import TrainItems
-from datasets.path_list import PathList, list_images
+from datasets.path_list import PathList, list_folder
 from datasets.tables import split_folder
 from datasets.transforms import IGNORE, PartsAugment, to_tensor
-from util.cli import Progress
-from util.dist import is_main_process
+from util.dist import print_main
 from util.errors import InputError
 
 BACKGROUND_ID = 40  # in the masks of PartImageNet's release "_Seg"
@@ -35,14 +33,10 @@ PARTS = {  # of PartImageNet (He et al., ECCV 2022, arXiv 2112.00933), as publis
         33: "Aeroplane Head", 34: "Aeroplane Body", 35: "Aeroplane Engine", 36: "Aeroplane Wing", 37: "Aeroplane Tail",
     },
 }  # fmt: skip
-KINDS = {  # label spaces: whose parts they hold; everything else is background
-    "car_parts": ("Car",),
-    "car_bicycle": ("Car", "Bicycle"),
-    "vehicle_parts": ("Car", "Bicycle", "Boat", "Aeroplane"),
-}
+# label spaces: whose parts they hold; everything else is background
+KINDS = {"car_parts": ("Car",), "car_bicycle": ("Car", "Bicycle"), "vehicle_parts": tuple(PARTS)}
 SPLITS = ("train", "val", "test")
 UNKNOWN = 254  # target of values that classes.json does not name
-MASK_MODES = ("L", "P", "1")
 SIZES = "the image is {} x {} px, its mask {} x {}"
 
 
@@ -53,8 +47,8 @@ def part_names(space: str) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class LabelSpace:
-    """name: own, or of `KINDS`, whose parts they are. names: of the classes; target t is names[t]. background: whether
-    class 0 is that. table: [256] uint8, value of a mask's pixel -> target."""
+    """name: own, or of `KINDS`. names: of the classes; target t is names[t]. background: whether class 0 is that.
+    table: [256] uint8, value of a mask's pixel -> target."""
 
     name: str
     names: tuple[str, ...]
@@ -104,8 +98,8 @@ class PartsData:
 
 
 def read_parts(data_path: str | Path, splits: tuple[str, ...]) -> PartsData:
-    """Read and check the `splits` of a set. Every mask is opened once: sizes must be those of the images, values those
-    of classes.json."""
+    """Read the `splits` of a set; every mask is opened once: sizes must be those of the images, values those of
+    classes.json."""
     root = Path(data_path)
     if not root.is_dir():
         raise InputError(f"--data_path {root} is no folder: give one with images/, annotations/, classes.json")
@@ -151,35 +145,32 @@ def list_pairs(root: Path, split: str, notes: list[str]) -> tuple[PathList, Path
         if not folder.is_dir():
             found = ", ".join(name for name in SPLITS if split_folder(root / "images", name).is_dir()) or "none"
             raise InputError(f"{folder} is missing: give images/SPLIT and annotations/SPLIT (splits found: {found})")
-    listed = list_images(image_root)
+    listed = list_folder(image_root)
     images: dict[str, str] = {}
     for relative in map(listed.relative, range(len(listed))):
         key = str(Path(relative).with_suffix(""))
-        if key in images:
+        if images.setdefault(key, relative) != relative:
             raise InputError(f"{image_root}: one mask cannot serve two images: rename {images[key]} or {relative}")
-        images[key] = relative
     masks = {str(f.relative_to(mask_root).with_suffix("")) for f in mask_root.rglob("*.png")}
     if lacking := [key for key in images if key not in masks]:
-        first = mask_root / f"{lacking[0]}.png"
         what = f"{len(lacking)} of {len(images)} images under {image_root} have no mask"
-        raise InputError(f"{what}: first {first} is gone")
+        raise InputError(f"{what}: first {mask_root / lacking[0]}.png is gone")
     if without := len(masks - set(images)):
         notes.append(f"{split}: {without} masks have no image and are not used")
     return listed, PathList(mask_root, (f"{key}.png" for key in images))
 
 
 def open_mask(file: str | Path) -> np.ndarray:
-    """[H, W] uint8: the values of a mask; palettes are not looked at. Raises `Unreadable`: no picture, or one
-    with more than a byte a pixel."""
+    """[H, W] uint8: the values of a mask; palettes are not looked at. Raises `Unreadable`, also for colours."""
     image = open_image(file)
-    if image.mode not in MASK_MODES:
+    if image.mode not in ("L", "P", "1"):
         raise Unreadable(f"its mode is {image.mode}: a mask holds one class a pixel, mode L or P")
     return np.array(image, dtype=np.uint8)
 
 
 def open_pair(image_file: Path, mask_file: Path) -> tuple[Image.Image, np.ndarray]:
     """RGB picture and [H, W] uint8 values of its mask, of one size. A photo that EXIF turns is taken as the mask was
-    drawn: upright, or as it is stored. Raises `Unreadable`: either cannot be read, or their sizes differ."""
+    drawn: upright, or as it is stored. Raises `Unreadable`, also where their sizes differ."""
     mask, picture = open_mask(mask_file), open_rgb(image_file)
     if picture.size != mask.shape[::-1]:
         stored = open_image(image_file)
@@ -206,16 +197,13 @@ def _count_pixels(image_file: Path, mask_file: Path, space: LabelSpace) -> np.nd
 
 
 def _scan(images: PathList, masks: PathList, space: LabelSpace, split: str) -> PartsSplit:
-    """Open every mask of a split; which images have what."""
     counts, problem = np.zeros((len(images), len(space.names) + 1), np.int64), ""
-    progress = Progress(f"masks of {split}", len(images), shown=is_main_process() and len(images) > 500)
+    print_main(f"looking at {len(images):,} masks of {split}")
     for row in range(len(images)):
         try:
             counts[row] = _count_pixels(images[row], masks[row], space)
         except Unreadable as error:
             problem = problem or f"{masks[row]}: {error}"
-        progress.update(row + 1)
-    progress.close()
     if not counts.any():
         raise InputError(f"none of the {len(images)} pairs of {split} can be read, first {problem}")
     pixels = counts.sum(axis=0)
@@ -232,11 +220,10 @@ def _count_notes(counts: np.ndarray, space: LabelSpace, split: str) -> list[str]
     """How many pixels and images a split has of each class."""
     pixels, shown, unreadable = counts.sum(axis=0), (counts > 0).sum(axis=0), (~counts.any(axis=1)).sum()
     lines = [f"{split}: {len(counts)} images; of their pixels, and in how many images:"]
-    for name, count, images in zip((*space.names, "without a label (not counted)"), pixels.tolist(), shown.tolist()):
+    names = (*space.names, "without a label (not counted)") if pixels[-1] else space.names
+    for name, count, images in zip(names, pixels.tolist(), shown.tolist()):
         share = f"{count / pixels.sum():8.3%}" if count else "  absent"
         lines.append(f"  {share} {images:6d}  {name}")
-    if not pixels[-1]:
-        lines.pop()
     return lines + [f"  {unreadable} pairs cannot be read"] * bool(unreadable)
 
 
@@ -256,14 +243,12 @@ class PartsTrainItems(TrainItems):
         return self.augment(*content, rng)
 
     def blank(self) -> tuple[Image.Image, np.ndarray]:
-        """Grey, and nothing in it has a label."""
-        return super().blank(), np.full(self.size, IGNORE, dtype=np.uint8)
+        return super().blank(), np.full(self.size, IGNORE, dtype=np.uint8)  # nothing in it has a label
 
 
 class PartsTestItems(Dataset):
     """Item i -> (row, imgs [3, h, w] uint8, masks [H, W] uint8 at the original size, problem: '' or why the two are
-    empty). rows: of the split, those that this rank scores. resized: (width, height) of an image -> what the
-    model is shown."""
+    empty). rows: of the split, those of this rank. resized: (width, height) of an image -> what the model is shown."""
 
     def __init__(self, part: PartsSplit, rows: list[int], resized):
         self.part, self.rows, self.resized = part, rows, resized

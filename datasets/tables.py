@@ -13,9 +13,7 @@ TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".txt")
 COLUMNS = ("path", "pid", "split", "camid", "viewid", "label")
 PUBLISHED = {  # images, identities and classes as published; another count is said, not refused
     "veri776": {"train": 37_778, "train identities": 575, "query": 1678, "gallery": 11_579, "test": 11_579},
-    "vehicleid": {
-        "train": 113_346, "train identities": 13_164, "test_800": 6493, "test_1600": 13_377, "test_2400": 19_777,
-    },
+    "vehicleid": {"train": 113346, "train identities": 13164, "test_800": 6493, "test_1600": 13377, "test_2400": 19777},
     "veriwild": {
         "train": 277_797, "train identities": 30_671, "query_3000": 3000, "gallery_3000": 38_861,
         "query_5000": 5000, "gallery_5000": 64_389, "query_10000": 10_000, "gallery_10000": 128_517,
@@ -25,17 +23,12 @@ PUBLISHED = {  # images, identities and classes as published; another count is s
 
 
 def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = "", key: str = "path") -> Iterator:
-    """The rows of a table as dicts, one at a time: a million rows are never in memory together. All have a `key`. Names
-    of columns and of splits are taken as they are meant, see `_names` and `split_name`.
-
-    Args:
-        needed: columns that must be there, besides `key`. advice: what to say where one is not. key: "" for none.
-    Raises:
-        InputError: unknown ending, no such column, a broken or empty row, no rows.
-    """
+    """The rows of a table as dicts, one at a time: a million rows are never in memory together. All have a `key` ("":
+    none). Names of columns and of splits are taken as they are meant, see `_names` and `split_name`. needed: columns
+    that must be there too. advice: what to say where one is not."""
     file, count, seen, names = Path(file), 0, None, []
     if not file.exists():
-        raise InputError(f"{file} is missing: give a file that is there")
+        raise InputError(f"{file} does not exist: give a folder, or a table that is there")
     if file.suffix.lower() not in TABLE_ENDINGS or not file.is_file():
         raise InputError(f"{file} is neither a folder nor a manifest: manifests end in {', '.join(TABLE_ENDINGS)}")
     try:
@@ -94,8 +87,7 @@ def _json_row(file: Path, number: int, text: str) -> dict:
 
 
 def _names(file: Path, header: Iterable[str], needed: tuple[str, ...]) -> list[str]:
-    """The names of a table's columns without spaces and quotes around them; those that are asked for whatever their
-    capitals."""
+    """The columns without spaces and quotes around their names; those that are asked for whatever their capitals."""
     meant = {name.lower(): name for name in (*COLUMNS, *needed)}
     names = [name.strip(" \t\r\n\ufeff\"'") for name in header]
     names = [name if name in needed else meant.get(name.lower(), name) for name in names]

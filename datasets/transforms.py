@@ -11,9 +11,10 @@ from PIL import Image
 CROP_STREAM, MASK_STREAM, AUGMENT_STREAM = 0, 1, 2  # independent random streams of one (seed, epoch, index)
 TRIES = 10
 IGNORE = 255  # target of pixels without a label
+Rng = np.random.Generator
 
 
-def sample_rng(seed: int, epoch: int, index: int, stream: int) -> np.random.Generator:
+def sample_rng(seed: int, epoch: int, index: int, stream: int) -> Rng:
     """The random numbers of one image in one epoch (a counter-based generator, Philox)."""
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, stream, index]))
 
@@ -23,15 +24,12 @@ def mask_noise(seed: int, epoch: int, index: int, num_patches: int) -> np.ndarra
     return sample_rng(seed, epoch, index, MASK_STREAM).random(num_patches, dtype=np.float32)
 
 
-def random_crop_box(
-    rng: np.random.Generator, width: int, height: int, min_area: float, clip: bool = False
-) -> tuple[tuple, bool]:
+def random_crop_box(rng: Rng, width: int, height: int, min_area: float, clip: bool = False) -> tuple[tuple, bool]:
     """MAE's random-resized-crop box (left, upper, right, lower) in px, and whether to flip: area uniform in
     [min_area, 1] of the image, aspect log-uniform in [3/4, 4/3], ten tries, then the largest central crop of allowed
     aspect (torchvision's RandomResizedCrop rule). clip: MAE's rule for its probe, the first try with its sides clipped.
     """
-    draws = rng.random((TRIES, 4))
-    flip = bool(rng.random() < 0.5)
+    draws, flip = rng.random((TRIES, 4)), bool(rng.random() < 0.5)
     low, high = math.log(3 / 4), math.log(4 / 3)
     for area_draw, aspect_draw, x_draw, y_draw in draws.tolist():
         area = width * height * (min_area + (1 - min_area) * area_draw)
@@ -55,9 +53,7 @@ def jpeg_reduction(box: tuple[int, int, int, int], size: tuple[int, int], oversa
     return max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
 
 
-def crop_resize(
-    image: Image.Image, box: tuple, size: tuple[int, int], flip: bool, full_size: tuple[int, int] | None = None
-) -> torch.Tensor:
+def crop_resize(image: Image.Image, box: tuple, size: tuple[int, int], flip: bool, full_size=None) -> torch.Tensor:
     """Box of an RGB image, bicubic with antialiasing to (H, W) -> [3, H, W] uint8; `box` (left, upper, right, lower)
     in px of the picture of `full_size`, (width, height), from which `image` was perhaps decoded smaller."""
     if full_size in (None, image.size):  # torch's uint8 kernel rounds like Pillow's and takes a third of its time
@@ -93,8 +89,7 @@ def whole_image(image: Image.Image, size: tuple[int, int]) -> torch.Tensor:
         ratio = (min if size.resize_mode == "shortest" else max)(h / height, w / width)
         w, h = round(w / ratio), round(h / ratio)
     canvas = Image.new("RGB", (width, height), (size.fill,) * 3)
-    gaps = (width - w, height - h)
-    corner = tuple(gap // 2 if gap > 0 else -round(-gap / 2) for gap in gaps)
+    corner = tuple(gap // 2 if gap > 0 else -round(-gap / 2) for gap in (width - w, height - h))
     canvas.paste(image.resize((w, h), getattr(Image.Resampling, size.interpolation.upper())), corner)
     return to_tensor(canvas)
 
@@ -104,48 +99,42 @@ def to_tensor(image: Image.Image | np.ndarray) -> torch.Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
-def random_place(rng: np.random.Generator, whole: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
+def random_place(rng: Rng, whole: tuple[int, int], size: tuple[int, int]) -> tuple[slice, slice]:
     """Rows and columns of a part of (h, w): (H, W) px, or as many as there are; all places alike."""
-    place = []
-    for length, side in zip(whole, size):
-        start = int(rng.integers(max(length - side, 0) + 1))
-        place.append(slice(start, min(start + side, length)))
-    return tuple(place)
+    starts = [int(rng.integers(max(length - side, 0) + 1)) for length, side in zip(whole, size)]
+    return tuple(slice(start, min(start + side, length)) for start, side, length in zip(starts, size, whole))
 
 
 @dataclass(frozen=True)
 class PadCropErase:
-    """Resize to `size` (H, W), mirror with chance `flip`, pad by `pad` black px and crop: the recipe of
-    re-identification (Luo et al., 2019, Sec. 2). Erasing, with chance `erase`, follows on the device, after
-    normalisation, since its noise is normal there (Zhong et al., 2020, arXiv 1708.04896)."""
+    """Resize to `size` (H, W), mirror with chance `flip`, pad by `pad` black px and crop (Luo et al., 2019, Sec. 2).
+    Erasing, with chance `erase`, follows on the device, after normalisation, since its noise is normal there (Zhong et
+    al., 2020, arXiv 1708.04896)."""
 
     size: tuple[int, int]
     flip: float = 0.5
     pad: int = 10
     erase: float = 0.5
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: Image.Image, rng: Rng) -> dict[str, torch.Tensor]:
         """An RGB picture -> `imgs` [3, H, W] uint8 and `erase` [5] int64 for `erase_boxes`."""
-        imgs = whole_image(image, self.size)
-        if rng.random() < self.flip:
-            imgs = imgs.flip(2)
-        imgs = F.pad(imgs, (self.pad,) * 4)
+        imgs = F.pad(whole_image(image, self.size), (self.pad,) * 4)
+        imgs = imgs.flip(2) if rng.random() < self.flip else imgs
         rows, columns = random_place(rng, imgs.shape[1:], self.size)
         erase = erase_box(rng, self.size) if rng.random() < self.erase else (0, 0, 0, 0)
         seed = int(rng.integers(1 << 62))
         return {"imgs": imgs[:, rows, columns].contiguous(), "erase": torch.tensor([*erase, seed])}
 
 
-def erase_box(rng: np.random.Generator, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def erase_box(rng: Rng, size: tuple[int, int]) -> tuple[int, int, int, int]:
     """(top, left, height, width) in px: area uniform in [0.02, 1/3] of the image, height / width log-uniform in
     [0.3, 1 / 0.3], ten tries; height 0: none fitted."""
-    height, width = size
     for _ in range(TRIES):
-        pixels = rng.uniform(0.02, 1 / 3) * height * width
+        pixels = rng.uniform(0.02, 1 / 3) * size[0] * size[1]
         ratio = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
         h, w = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
-        if 0 < h < height and 0 < w < width:
-            return int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1)), h, w
+        if 0 < h < size[0] and 0 < w < size[1]:
+            return int(rng.integers(size[0] - h + 1)), int(rng.integers(size[1] - w + 1)), h, w
     return 0, 0, 0, 0
 
 
@@ -168,24 +157,19 @@ class CropFlipAugment:
     resize: tuple[int, int]
     auto_augment: bool = True
 
-    def __call__(self, image: Image.Image, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: Image.Image, rng: Rng) -> dict[str, torch.Tensor]:
         """An RGB picture -> `imgs` [3, H, W] uint8."""
         rows, columns = random_place(rng, self.resize, self.size)
         imgs = whole_image(image, self.resize)[:, rows, columns]
-        if rng.random() < 0.5:
-            imgs = imgs.flip(2)
-        return {"imgs": auto_augment(imgs, rng) if self.auto_augment else imgs.contiguous()}
+        imgs = imgs.flip(2) if rng.random() < 0.5 else imgs
+        if not self.auto_augment:
+            return {"imgs": imgs.contiguous()}
+        from torchvision.transforms import AutoAugment  # here and not above: it takes a second to import
 
-
-def auto_augment(imgs: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
-    """One of AutoAugment's 25 sub-policies for ImageNet on [3, H, W] uint8, chosen by `rng`: torchvision
-    draws from torch's global generator, which is set for this image and put back."""
-    from torchvision.transforms import AutoAugment  # here and not above: it takes a second to import
-
-    picture = Image.fromarray(imgs.permute(1, 2, 0).numpy())
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(rng.integers(1 << 62)))
-        return to_tensor(AutoAugment(fill=[128, 128, 128])(picture))  # grey, as the policy's authors have it
+        picture = Image.fromarray(imgs.permute(1, 2, 0).numpy())
+        with torch.random.fork_rng(devices=[]):  # torchvision draws from torch's global generator: it is put back
+            torch.manual_seed(int(rng.integers(1 << 62)))
+            return {"imgs": to_tensor(AutoAugment(fill=[128, 128, 128])(picture))}  # grey, as the authors have it
 
 
 @dataclass(frozen=True)
@@ -198,10 +182,9 @@ class PartsAugment:
     ratio: tuple[float, float] = (0.5, 2.0)
     distort: bool = True
 
-    def __call__(self, image: Image.Image, mask: np.ndarray, rng: np.random.Generator) -> dict[str, torch.Tensor]:
+    def __call__(self, image: Image.Image, mask: np.ndarray, rng: Rng) -> dict[str, torch.Tensor]:
         """An RGB picture and its mask, [h, w] uint8 of targets -> `imgs` [3, H, W], `masks` [H, W] uint8."""
-        short, long = sorted(image.size)
-        side = min(self.size)
+        (short, long), side = sorted(image.size), min(self.size)
         factor = min(4 * side / long, side / short)  # SETR's 2048 x 512: the long side is at most 4 times the crop
         factor *= rng.uniform(*self.ratio)
         width, height = (max(1, round(factor * length)) for length in image.size)
@@ -214,10 +197,11 @@ class PartsAugment:
         if rng.random() < 0.5:
             image, mask = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), mask[:, ::-1]
         pixels = distort_colours(image, rng) if self.distort else np.asarray(image)
-        imgs, masks = padded(pixels, (*self.size, 3), self.fill), padded(mask, self.size, IGNORE)
+        imgs, masks = np.full((*self.size, 3), self.fill, np.uint8), np.full(self.size, IGNORE, np.uint8)
+        imgs[: mask.shape[0], : mask.shape[1]], masks[: mask.shape[0], : mask.shape[1]] = pixels, mask
         return {"imgs": to_tensor(imgs), "masks": torch.from_numpy(masks)}
 
-    def place(self, mask: np.ndarray, rng: np.random.Generator) -> tuple[slice, slice]:
+    def place(self, mask: np.ndarray, rng: Rng) -> tuple[slice, slice]:
         """Of ten draws the first in which no class has more than 75% of the labelled pixels, else the last."""
         for _ in range(TRIES):
             place = random_place(rng, mask.shape, self.size)
@@ -227,14 +211,7 @@ class PartsAugment:
         return place
 
 
-def padded(pixels: np.ndarray, shape: tuple[int, ...], fill) -> np.ndarray:
-    """uint8 pixels in the upper left corner of an array of this shape."""
-    whole = np.full(shape, fill, dtype=np.uint8)
-    whole[: pixels.shape[0], : pixels.shape[1]] = pixels
-    return whole
-
-
-def distort_colours(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+def distort_colours(image: Image.Image, rng: Rng) -> np.ndarray:
     """Photometric distortion of an RGB picture -> [h, w, 3] uint8 (Liu et al., 2016, "SSD", Sec. 3.6 of its code): each
     with a chance of one half, brightness + [-32, 32], contrast x [0.5, 1.5] (before or after the colours), saturation
     x [0.5, 1.5], hue + [-36, 36] degrees."""

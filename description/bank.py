@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from datasets.items import WholeImages
 from datasets.path_list import printable
-from datasets.text_bank import TeacherIdentity, check_unit, hash_texts, read_encoded, save_bank
+from datasets.teacher import TeacherIdentity, check_unit, hash_texts, read_encoded, save_bank
 from description.texts import Templates, Text, cap, wordings_of
 from engine_extract import extract_to_file
 from models_teacher import FrozenTeacher, check_tokens, encode_texts

@@ -99,7 +99,7 @@ def _name_columns(file: Path, header: tuple[str, ...], columns: dict[str, str], 
 
 def read_veri(path: Path) -> Rows:
     """VeRi-776: items of `train_label.xml` with colorID and typeID (1-based)."""
-    for _, colour, body, _ in veri_items(path / "train_label.xml" if path.is_dir() else path):
+    for _, colour, body in veri_items(path / "train_label.xml" if path.is_dir() else path):
         yield {slot: word for slot, word in (("colour", colour), ("body", body)) if word}
 
 

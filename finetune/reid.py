@@ -118,7 +118,7 @@ def side_information(args, data: ReidData) -> dict:
     """Sizes of the tables of side information that flags and data ask for."""
     sizes, (camids, viewids) = {}, (np.concatenate([getattr(part, ids) for part in all_parts(data)]) for ids, _ in SIDE)
     if args.sie_camera:
-        if not data.train.has_cameras():
+        if (data.train.camids < 0).any():
             raise InputError(f"--sie_camera: {args.data_path} does not say which camera took what; drop it")
         sizes["cameras"] = 1 + int(camids.max())
     if args.sie_view:

@@ -20,7 +20,7 @@ from conftest import CLIP_CONFIG, ROOT, parse, read_log, small_flags, write_pict
 import main_describe
 import main_pretrain
 from datasets.path_list import printable
-from datasets.text_bank import hash_bank, read_encoded, save_bank
+from datasets.teacher import hash_bank, read_encoded, save_bank
 from description.bank import bank_statistics, ground, near_duplicates
 from description.readers import read_attributes
 from description.texts import (

@@ -177,7 +177,7 @@ def test_broken_sets_have_one_sentence(veri, vehicleid, tmp_path):
     with pytest.raises(InputError, match="line 1 is '0000001 5 6', not like 'name id'"):
         read_reid(vehicleid, "vehicleid")
     (vehicleid / "train_test_split" / "train_list.txt").unlink()
-    with pytest.raises(InputError, match="train_list.txt is missing"):
+    with pytest.raises(InputError, match="train_list.txt does not exist"):
         read_reid(vehicleid, "vehicleid")
     folder = tmp_path / "wild" / "train_test_split"
     lines(folder / "vehicle_info.txt", "00001/000001;3;t;m;t;c")

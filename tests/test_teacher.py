@@ -18,8 +18,7 @@ import main_pretrain
 import models_teacher
 from datasets.items import PretrainDataset
 from datasets.path_list import list_images
-from datasets.teacher_cache import TeacherCache
-from datasets.text_bank import read_encoded, save_bank
+from datasets.teacher import TeacherCache, read_encoded, save_bank
 from datasets.transforms import whole_image
 from models_teacher import FrozenTeacher, build_bank, encode_texts, load_clip
 from tools import reinforce

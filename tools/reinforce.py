@@ -47,8 +47,7 @@ from torch.utils.data import DataLoader
 
 from datasets.items import PretrainDataset
 from datasets.path_list import list_images, printable
-from datasets.teacher_cache import HEADER, SHARD_IMAGES, read_shard, shard_file, shards, write_shard
-from datasets.text_bank import VOCABULARY, save_bank
+from datasets.teacher import HEADER, SHARD_IMAGES, VOCABULARY, read_shard, save_bank, shard_file, shards, write_shard
 from models_teacher import FrozenTeacher, build_bank, load_teacher
 from util.cli import Progress
 from util.dist import claim, get_rank, get_world_size, init_worker, launch, print_main
