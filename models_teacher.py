@@ -26,14 +26,13 @@ OPENAI_FACTS = ("input_resolution", "context_length", "vocab_size")  # numbers b
 
 
 class FrozenTeacher(nn.Module):
-    """The image side of an open_clip model; never trained, never in a checkpoint. `dtype`: of weights and activations;
-    the embeddings come out as float32."""
+    """The image side of an open_clip model; never trained, never in a checkpoint. dtype: of weights and activations."""
 
     def __init__(self, clip: nn.Module, identity: TeacherIdentity, dtype: torch.dtype):
         super().__init__()
         preprocess = open_clip.get_model_preprocess_cfg(clip)
         self.identity, self.dtype = identity, dtype
-        more = (preprocess["resize_mode"], preprocess["interpolation"], preprocess["fill_color"])
+        more = (preprocess[name] for name in ("resize_mode", "interpolation", "fill_color"))
         self.size = WholeView(_as_pair(preprocess["size"]), *more)  # for `datasets.transforms.whole_image`
         self.clip = copy.copy(clip)  # its own `encode_image`, without the text tower
         self.clip._modules, self.clip._parameters = {"visual": clip.visual}, {}
@@ -43,8 +42,7 @@ class FrozenTeacher(nn.Module):
             self.register_buffer(name, values, persistent=False)
 
     def train(self, mode: bool = True):
-        """Stays in evaluation mode: dropout and batch statistics are part of the frozen function."""
-        return super().train(False)
+        return super().train(False)  # dropout and batch statistics are part of the frozen function
 
     @torch.no_grad()
     def forward(self, imgs: torch.Tensor) -> torch.Tensor:
@@ -72,14 +70,13 @@ def load_clip(
     Args:
         clip_model: an open_clip model name; a folder with open_clip_config.json (also as local-dir:FOLDER), or that
             file; hf-hub:ORG/NAME or ORG/NAME; the path of another JSON config.
-        clip_pretrained: a tag (may be downloaded by open_clip) or a weight file, of any kind that `read_checkpoint`
-            reads or big_vision's .npz (then no network call is made); a folder's and a hub's own weights for a tag.
-        mean, std: of the pixels, where neither the file's config nor the tags of its architecture say them.
+        clip_pretrained: a tag (may be downloaded by open_clip) or a weight file, as `read_checkpoint` reads or
+            big_vision's .npz (then no network call is made); a folder's and a hub's own weights for a tag.
+        mean, std: of the pixels, where neither a config nor the tags of the architecture say them.
         resize: how whole pictures are brought to its size (`WholeView`), default as its own preprocessing does.
     """
     name, own, words = _find_config(clip_model)
     weights, tag = _find_weights(name, words, clip_pretrained)
-    # big_vision's .npz is left to open_clip
     content = {"": check_archive(weights)} if weights.suffix == ".npz" else read_checkpoint(weights)
     preprocess, source = _preprocessing(name, own, tag, weights, content)
     preprocess |= {k: v for k, v in {"mean": mean, "std": std, "resize_mode": resize}.items() if v}
@@ -87,8 +84,7 @@ def load_clip(
         raise InputError(f"--clip_std {' '.join(map(str, std))}: give three positive numbers")
     if "mean" not in preprocess or "std" not in preprocess:
         cure = "give --clip_mean and --clip_std, or a tag as --clip_pretrained"
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(name))
-        raise InputError(f"{weights} does not say mean and std of its pixels, and {source}: {cure} ({tags})")
+        raise InputError(f"{weights} does not say mean and std of its pixels, and {source}: {cure}")
     is_quick = bool(tag.get("quick_gelu") or content.get("quick_gelu"))  # plain names build GELU
     if not tag:
         stats = "mean {:.3g} {:.3g} {:.3g}, std {:.3g} {:.3g} {:.3g}".format(*preprocess["mean"], *preprocess["std"])
@@ -103,10 +99,8 @@ def load_clip(
     with _explained(f"the tokenizer of --clip_model {clip_model} cannot be had"):
         tokenizer = open_clip.get_tokenizer(words)
     model.eval().requires_grad_(False)
-    size = _as_pair(open_clip.get_model_preprocess_cfg(model)["size"])
-    with torch.no_grad():
-        width = model.encode_image(torch.zeros(1, 3, *size)).shape[1]
-    tau = 1 / model.logit_scale.exp().item()
+    size, tau = _as_pair(open_clip.get_model_preprocess_cfg(model)["size"]), 1 / model.logit_scale.exp().item()
+    width = model.encode_image(torch.zeros(1, 3, *size)).shape[1]
     return model, tokenizer, TeacherIdentity(teacher_name(clip_model), _hash_weights(model), width, tau)
 
 
@@ -118,8 +112,7 @@ def check_tokens(tokenizer, texts: list[str], context_length: int) -> int:
         counts = [len(tokenizer.tokenizer(text)["input_ids"]) for text in texts]
     if over := [i for i, count in enumerate(counts) if count > context_length]:
         words = f"'{texts[over[0]]}' has {counts[over[0]]} tokens where the teacher reads {context_length}"
-        share = f"{len(over)} of {len(texts)} texts are too long"
-        raise InputError(f"the text {words} ({share}): shorten the template or the value")
+        raise InputError(f"the text {words} ({len(over)} of {len(texts)} are too long): shorten template or value")
     return max(counts)
 
 
@@ -136,15 +129,14 @@ def build_bank(text_bank: str | None, clip, tokenizer, identity: TeacherIdentity
     (.safetensors, a folder of main_describe.py) -> (embeddings [T, D_t] float32 CPU unit rows, texts, what it is)."""
     if text_bank is None:
         texts, source = built_in_texts(), "built-in vehicle vocabulary"
+    elif not (file := Path(text_bank)).exists():
+        raise InputError(f"--text_bank {file} does not exist: give texts, one a line (.txt)")
+    elif is_encoded(file):
+        return read_encoded(file, identity)
+    elif file.suffix not in (".txt", ".jsonl"):
+        raise InputError(f"--text_bank {file}: give .txt, .jsonl, .safetensors or a folder of main_describe.py")
     else:
-        file, source = Path(text_bank), str(text_bank)
-        if not file.exists():
-            raise InputError(f"--text_bank {file} does not exist: give texts, one a line (.txt)")
-        if is_encoded(file):
-            return read_encoded(file, identity)
-        if file.suffix not in (".txt", ".jsonl"):
-            raise InputError(f"--text_bank {file}: give .txt, .jsonl, .safetensors or a folder of main_describe.py")
-        texts = read_texts(file)
+        texts, source = read_texts(file), str(file)
         check_tokens(tokenizer, texts, getattr(tokenizer, "context_length", None) or clip.context_length)
     embeddings = encode_texts(clip, tokenizer, texts).cpu()
     return embeddings, texts, f"{len(texts)} texts of {source}"
@@ -188,9 +180,7 @@ def _find_config(clip_model: str) -> tuple[str, dict, str]:
 
 def _read_config(file: Path) -> dict:
     if not file.is_file():
-        raise InputError(
-            f"--clip_model {file} does not exist: give an open_clip JSON config, or a folder with {CONFIG}"
-        )
+        raise InputError(f"--clip_model {file} does not exist: give an open_clip config, or a folder with {CONFIG}")
     return read_json(file, "fetch it again")
 
 
@@ -212,27 +202,22 @@ def _find_weights(name: str, words: str, clip_pretrained: str) -> tuple[Path, di
     config = open_clip.get_pretrained_cfg(name, clip_pretrained)
     if not config:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(name)) or "none, so give a weight file"
-        raise InputError(
-            f"--clip_pretrained {clip_pretrained} is neither a file nor a tag of {name}: its tags are {tags}"
-        )
-    wanted = config.get("hf_hub") or config.get("url")
+        raise InputError(f"--clip_pretrained {clip_pretrained} is neither a file nor a tag of {name}, which has {tags}")
     try:
         return Path(open_clip.download_pretrained(config)), config
     except Exception as error:
-        words = f"looked for {wanted} (tag {clip_pretrained} of {name}) in the local caches and on the network"
+        words = f"{config.get('hf_hub') or config.get('url')} is neither in the local caches nor on the network"
         ways = _three_ways(name, clip_pretrained)
         raise InputError(f"teacher weights not available: {words} ({type(error).__name__}). {ways}") from error
 
 
 def _preprocessing(name: str, own: dict, tag: dict, weights: Path, content: dict) -> tuple[dict, str]:
     """(what is known of the weights' mean, std, interpolation and resize_mode, where it stands)."""
-    known = ({k: v for k, v in (cfg or {}).items() if k in PREPROCESS and v is not None} for cfg in (own, tag))
-    for config, source in zip(known, (f"its {CONFIG}", "its tag")):
-        if "mean" in config:
-            return config, source
-    if (beside := weights.with_name(CONFIG)).is_file():
-        config = _read_config(beside).get("preprocess_cfg", {})
-        return {k: v for k, v in config.items() if k in PREPROCESS}, str(beside)
+    beside = weights.with_name(CONFIG)
+    own_too = _read_config(beside).get("preprocess_cfg", {}) if beside.is_file() else {}
+    for config, source in ((own, f"its {CONFIG}"), (tag, "its tag"), (own_too, str(beside))):
+        if "mean" in (found := {k: v for k, v in config.items() if k in PREPROCESS and v is not None}):
+            return found, source
     default = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
     if content.get("quick_gelu"):
         return default, "an archive with OpenAI's GELU"
@@ -244,8 +229,8 @@ def _preprocessing(name: str, own: dict, tag: dict, weights: Path, content: dict
 
 
 def _load_weights(model: nn.Module, weights: Path, content: dict) -> None:
-    """What `open_clip.load_checkpoint` does, of tensors that are read already; big_vision's .npz is left to it."""
-    if weights.suffix == ".npz":
+    """What `open_clip.load_checkpoint` does, of tensors that are read already."""
+    if weights.suffix == ".npz":  # big_vision's
         return open_clip.load_checkpoint(model, weights)
     state = {k.removeprefix("module."): v for k, v in content["model"].items() if k not in OPENAI_FACTS}
     state = convert_state_dict(model, state)

@@ -100,7 +100,7 @@ class VisionTransformer(nn.Module):
         drop_path, quick_gelu: see `build_blocks`. pre_norm: a norm before the first block, as in CLIP's image tower.
         fc_norm: the final norm comes after the mean over patches, as in MAE's fine-tuning with --global_pool.
         stride: px from patch to patch; less than `patch_size`: they overlap (None: `patch_size`).
-        initialize: draw MAE's initial weights; a subclass with more modules calls `initialize_weights` itself.
+        initialize: draw MAE's initial weights; a subclass with more modules does it itself.
     """
 
     def __init__(
@@ -130,9 +130,8 @@ class VisionTransformer(nn.Module):
         self.norm_pre = LayerNorm(embed_dim) if pre_norm else nn.Identity()
         self.norm = nn.Identity() if fc_norm else LayerNorm(embed_dim)
         self.fc_norm = LayerNorm(embed_dim) if fc_norm else nn.Identity()
-        if pre_norm:  # CLIP's norms add another epsilon
-            for norm in (module for module in self.modules() if isinstance(module, nn.LayerNorm)):
-                norm.eps = 1e-5
+        for norm in (module for module in self.modules() if pre_norm and isinstance(module, nn.LayerNorm)):
+            norm.eps = 1e-5  # CLIP's
         for name, values in (("pixel_mean", mean), ("pixel_std", std)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
         if initialize:
@@ -186,8 +185,7 @@ class VisionTransformer(nn.Module):
         Returns:
             those of `read_outs`: {"cls": [N, D], "mean": [N, D] of the patch tokens, "tokens": [N, L, D]} on the CPU.
         """
-        if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 0) == 3:
-            images = [images]
+        images = [images] if isinstance(images, (Image.Image, str, Path)) or getattr(images, "ndim", 0) == 3 else images
         if not len(images):
             raise InputError("embed_images was given no picture: give at least one")
         collected: dict[str, list[torch.Tensor]] = {name: [] for name in read_outs}
@@ -238,8 +236,7 @@ def load_encoder(
 
     Args:
         source: a file, a name of util/registry.json, https://..., or hf://ORG/REPO/FILE.
-        img_size: (H, W) in px, default the file's.
-        device: a torch device, or "auto": CUDA where there is one.
+        img_size: (H, W) in px, default the file's. device: a torch device, or "auto": CUDA where there is one.
         more: stride, drop_path, quick_gelu (see `VisionTransformer`), pos_resize (see `resize_pos_embed`);
             fc_norm=False makes a final norm after the mean one of each token.
     """
@@ -265,8 +262,8 @@ def encoder_from(
         state = {re.sub(r"^fc_norm\.", "norm.", name): value for name, value in state.items()}
     mean, std = CLIP_STATS if found.origin == "CLIP" else (IMAGENET_MEAN, IMAGENET_STD)
     depth = 1 + max(int(k.split(".")[1]) for k in state if k.startswith("blocks."))
-    patches = state["pos_embed"].shape[1] - 1
-    own_size, own_grid = _source_grid(config, patches, patch_size, img_size, more.get("stride"), file)
+    table = state["pos_embed"]
+    own_size, own_grid = _source_grid(config, table.shape[1] - 1, patch_size, img_size, more.get("stride"), file)
     more["quick_gelu"] = more.get("quick_gelu") or config.get("quick_gelu", False)
     model = VisionTransformer(
         tuple(img_size or own_size), patch_size, width, depth, heads, mean=tuple(config.get("mean", mean)),
@@ -274,7 +271,7 @@ def encoder_from(
         fc_norm="fc_norm.weight" in state and "norm.weight" not in state, **more,
     )  # fmt: skip
     resized = [] if own_grid == model.grid_size else ["pos_embed"]
-    table = resize_pos_embed(state["pos_embed"], own_grid, model.grid_size, pos_resize)
+    table = resize_pos_embed(table, own_grid, model.grid_size, pos_resize)
     model.report = load_pretrained(model, replace(found, state=state | {"pos_embed": table}), file, resized)
     if resized:
         model.report += "\n  pos_embed from {} x {} to {} x {}, {}".format(*own_grid, *model.grid_size, pos_resize)
