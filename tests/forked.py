@@ -17,13 +17,11 @@ from pathlib import Path
 PRELOAD = ["torch", "torchvision", "timm", "open_clip", "torch.utils.tensorboard", "matplotlib.pyplot"]
 
 
-def _child(words: list[str], env: dict[str, str], out: str, err: str) -> None:
+def _child(words: list[str], env: dict[str, str], files: tuple[str, str]) -> None:
     """Become `python WORDS` with this environment and these files as output."""
-    for number, file in ((1, out), (2, err)):
-        opened = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(opened, number)
-    sys.stdout = os.fdopen(1, "w", buffering=1)
-    sys.stderr = os.fdopen(2, "w", buffering=1)
+    for number, file in enumerate(files, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
     os.environ.clear()
     os.environ.update(env)
     import torch
@@ -31,11 +29,10 @@ def _child(words: list[str], env: dict[str, str], out: str, err: str) -> None:
     torch.set_num_threads(1)
     os.chdir(Path(__file__).resolve().parent.parent)
     try:
+        sys.argv = words[words[0] == "-m" :]
         if words[0] == "-m":
-            sys.argv = words[1:]
             runpy.run_module(words[1], run_name="__main__", alter_sys=True)
         else:
-            sys.argv = words
             sys.path.insert(0, str(Path(words[0]).resolve().parent))
             runpy.run_path(words[0], run_name="__main__")
     finally:
@@ -44,35 +41,28 @@ def _child(words: list[str], env: dict[str, str], out: str, err: str) -> None:
 
 
 def run(words: list[str], processes: int, timeout: float) -> subprocess.CompletedProcess:
-    """Run `python WORDS`, on several ranks where `processes` is above 1; the output of the ranks is joined."""
+    """Run `python WORDS`, on several ranks where `processes` is above 1; the output of the ranks is joined. Where one
+    fails the others get five seconds, as under the launcher."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOAD)
-    with socket.socket() as free, tempfile.TemporaryDirectory() as folder:
+    with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-        free.close()
-        children = []
-        for rank in range(processes):
-            env = dict(os.environ) | {"OMP_NUM_THREADS": "1"}
+        port = str(free.getsockname()[1])
+    with tempfile.TemporaryDirectory() as folder:
+        files, children, end = (f"{folder}/out", f"{folder}/err"), [], time.monotonic() + timeout
+        for rank in map(str, range(processes)):
+            env = os.environ | {"OMP_NUM_THREADS": "1"}
             if processes > 1:
-                env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
-                env |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-            files = [f"{folder}/{name}" for name in ("out", "err")]
-            children.append(context.Process(target=_child, args=(words, env, *files)))
+                env |= {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(processes)}
+                env |= {"LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            children.append(context.Process(target=_child, args=(words, dict(env), files)))
             children[-1].start()
-        _wait(children, timeout)
-        texts = [Path(folder, name).read_text() if Path(folder, name).exists() else "" for name in ("out", "err")]
+        while any(child.is_alive() for child in children):
+            if any(child.exitcode for child in children):
+                end = min(end, time.monotonic() + 5)
+            for child in children if time.monotonic() > end else ():
+                child.kill()
+            time.sleep(0.02)
+        texts = [Path(file).read_text() if Path(file).exists() else "" for file in files]
     code = next((child.exitcode for child in children if child.exitcode), 0)
     return subprocess.CompletedProcess(words, code, *texts)
-
-
-def _wait(children: list, timeout: float) -> None:
-    """Until all have ended; where one fails the others get five seconds, as under the launcher."""
-    end = time.monotonic() + timeout
-    while any(child.is_alive() for child in children):
-        if any(child.exitcode for child in children):
-            end = min(end, time.monotonic() + 5)
-        if time.monotonic() > end:
-            for child in children:
-                child.kill()
-        time.sleep(0.02)

@@ -55,9 +55,9 @@ def server(monkeypatch):
     started.location, started.length = "", str(len(CONTENT))
     started.url = f"http://127.0.0.1:{started.server_port}/weights.pth"
     threading.Thread(target=started.serve_forever, args=(0.01,), daemon=True).start()
+    started.stop = lambda: (started.shutdown(), started.server_close())
     yield started
-    started.shutdown()
-    started.server_close()
+    started.stop()
 
 
 @pytest.fixture
@@ -93,8 +93,7 @@ def test_a_download_is_recorded_and_needs_no_server_again(server, tmp_path, frag
     assert len(set(files)) == 1 and files[0].read_bytes() == CONTENT and server.gets == 1
     assert left_in(tmp_path) == ["weights.pth", "weights.pth.sha256"]
     assert subprocess.run(["sha256sum", "-c", f"{files[0]}.sha256"], cwd=files[0].parent).returncode == 0
-    server.shutdown()
-    server.server_close()
+    server.stop()
     assert fetch(server.url + fragment, tmp_path) == files[0]
 
 
@@ -104,13 +103,11 @@ def test_a_wrong_hash_is_refused_and_not_used_later(server, tmp_path, monkeypatc
     cache = tmp_path / "cache"
     assert fetch("good", cache).read_bytes() == CONTENT
     for source in ("bad", "bad", f"{server.url}#sha256=0000000"):  # also not from the cache
-        message = refused(source, cache)
-        assert (MD5 in message and "abcdef" in message) or (SHA256 in message and "0000000" in message)
-    assert left_in(cache).count("weights.pth") == 1
-    gets = server.gets
+        assert re.search(f"{MD5}, not abcdef|{SHA256}, not 0000000", refused(source, cache))
+    assert left_in(cache).count("weights.pth") == 1 and server.gets == 4
     for fragment in ("sha256=12345", "sha256=xyzxyzxyz", "crc=12345678", "readme"):  # said before the download
         assert "6 or more of its digits" in refused(f"{server.url}#{fragment}", tmp_path)
-    assert server.gets == gets
+    assert server.gets == 4
 
 
 def test_answers_that_are_no_file(server, tmp_path):
@@ -121,12 +118,10 @@ def test_answers_that_are_no_file(server, tmp_path):
     assert fetch(server.url, tmp_path / "cut").read_bytes() == CONTENT
     assert "404" in refused(server.url.replace("weights", "absent"), tmp_path)
     (tmp_path / "file").write_text("")
-    message = refused(server.url, tmp_path / "file" / "cache")
-    assert "Not a directory" in message and "give its path" in message
+    assert re.search("Not a directory.* give its path", refused(server.url, tmp_path / "file" / "cache"))
     server.content_type = "text/html; charset=utf-8"
     assert "is a web page" in refused(server.url, tmp_path)
-    server.shutdown()
-    server.server_close()
+    server.stop()
     assert "refused" in refused(server.url, tmp_path)
 
 
@@ -168,7 +163,7 @@ def test_a_local_file_is_returned_untouched(tmp_path, monkeypatch, no_network):
 
 def test_sources_that_are_nothing(tmp_path, monkeypatch, no_network):
     message = refused("mae_vit_bas", tmp_path)
-    assert "mae_vit_bas does not exist" in message and "did you mean mae_vit_base" in message
+    assert re.search("mae_vit_bas does not exist.* did you mean mae_vit_base", message)
     assert all(name in message for name in known())
     for source in ("s3://bucket/encoder.pth", "file:///encoder.pth", "/no/such/file.pth", ""):
         message = refused(source)
@@ -192,8 +187,7 @@ def test_hugging_face(tmp_path, monkeypatch):
     assert fetch(Path("hf://org/repo/encoder.safetensors")) == file
     assert fetch("hf://org/repo@v1/folder/encoder.safetensors") == file
     assert calls == [("org/repo", "encoder.safetensors", None), ("org/repo", "folder/encoder.safetensors", "v1")]
-    message = refused("hf://org/gated/encoder.safetensors")
-    assert "403 ask for access" in message and "hf auth login" in message
+    assert re.search("hf auth login.* 403 ask for access", refused("hf://org/gated/encoder.safetensors"))
     for source in ("hf://", "hf://org/repo", "hf://org/repo/", "hf:///repo/file"):
         assert "hf://ORG/REPO/FILE" in refused(source)
 

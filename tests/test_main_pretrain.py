@@ -57,23 +57,18 @@ def assert_equal(a: dict, b: dict) -> None:
 def test_run_with_distillation(pictures, teacher, tmp_path):
     out = tmp_path / "run"
     record = run_main(small_flags(pictures, out, *teacher, "--vis_epochs", "1"))
-    log = read_log(out)
-    assert json.loads((out / "metrics.json").read_text()) == record == log[-1]
-    assert [row["epoch"] for row in log] == [0, 1]
-    wanted = "train_loss train_lr train_loss_pixel train_loss_sim train_loss_kl train_cos train_cos_baseline"
-    wanted += " train_kl_baseline train_pixel_baseline train_grad_norm images_per_s data_wait bad_images"
-    assert set(wanted.split()) <= set(log[0])
-    assert all(math.isfinite(v) for row in log for v in row.values())
+    log, wanted = read_log(out), "pixel_baseline kl_baseline cos_baseline loss_pixel loss_sim loss_kl lr grad_norm"
+    assert json.loads((out / "metrics.json").read_text()) == record == log[1]
+    assert {f"train_{name}" for name in wanted.split()} | {"images_per_s", "data_wait", "bad_images"} <= set(log[0])
+    assert [row["epoch"] for row in log] == [0, 1] and all(math.isfinite(v) for row in log for v in row.values())
     # a random untrained teacher answers nearly the same for every picture
     assert 0.5 < log[0]["train_cos_baseline"] < 1 and 0 < log[0]["train_kl_baseline"] < 0.5
     names = "checkpoint-1.pth encoder.safetensors args.json env.json text_bank.safetensors panels/epoch_0001.png"
     assert all((out / name).is_file() for name in names.split())
-    encoder = torch.load(out / "encoder.pth", weights_only=True)
+    encoder, content = (torch.load(out / f"{n}.pth", weights_only=True) for n in ("encoder", "checkpoint-last"))
     assert set(encoder) == {"model"} and len(encoder["model"]) == 150
-    content = torch.load(out / "checkpoint-last.pth", weights_only=True)
-    assert {"model", "optimizer", "epoch", "scaler", "args"} <= set(content)
-    assert content["epoch"] == 1 and isinstance(content["args"], dict)
-    assert any(k.startswith("distill_head.") for k in content["model"])
+    assert {"model", "optimizer", "epoch", "scaler", "args"} <= set(content) and content["epoch"] == 1
+    assert isinstance(content["args"], dict) and any(k.startswith("distill_head.") for k in content["model"])
 
 
 def test_trivial_baselines_of_known_answers():
@@ -147,12 +142,14 @@ main_pretrain.main(main_pretrain.get_args_parser().parse_args())
 
 @pytest.mark.parametrize("processes, at", [(1, 7), (2, 9)])
 def test_resume_after_kill_is_exact(pictures, teacher, tmp_path, processes, at):
-    """Killed in the second epoch: at the first batch of an update (7), in the middle of one (9)."""
-    more = [*teacher, *f"--accum_iter 2 --save_minutes 0 --batch_size {8 // processes}".split()]
+    """Killed in the second epoch: at the first batch of an update (7), in the middle of one (9). Data workers that are
+    left at the end are no news; the last line is the numbers."""
+    more = [*teacher, *f"--accum_iter 2 --save_minutes 0 --num_workers 1 --batch_size {8 // processes}".split()]
     straight, killed, script = tmp_path / "straight", tmp_path / "killed", tmp_path / "killed.py"
     script.write_text(KILLED)
     done = run_command(command("main_pretrain.py", *small_flags(pictures, straight, *more), processes=processes))
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and "Exception" not in done.stderr and "Traceback" not in done.stderr, done.stderr
+    assert json.loads(done.stdout.splitlines()[-1])["epoch"] == 1
     words = small_flags(pictures, killed, *more, "--resume", "auto")
     done = run_command(command(str(script), str(at), "00,01", *words, processes=processes))
     assert done.returncode == -signal.SIGKILL
@@ -178,14 +175,6 @@ def test_torchrun_starts_a_killed_rank_again(pictures, tmp_path):
     done = subprocess.run(launcher, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "checkpoint-last.pth at epoch 1, batch 1" in done.stdout and len(read_log(tmp_path / "run")) == 2
-
-
-def test_ends_quietly(pictures, tmp_path):
-    """Data workers that are left at the end are no news; the last line is the numbers."""
-    flags = small_flags(pictures, tmp_path / "run", "--no_distill", "--num_workers", "2", "--epochs", "1")
-    done = run_command(command("main_pretrain.py", *flags))
-    assert done.returncode == 0 and "Exception" not in done.stderr and "Traceback" not in done.stderr
-    assert json.loads(done.stdout.splitlines()[-1])["epoch"] == 0
 
 
 @pytest.mark.parametrize("processes, number", [(1, signal.SIGTERM), (2, signal.SIGINT)])
@@ -261,8 +250,8 @@ def test_fp16_without_a_loss_scale_stops(pictures, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="fp16 finds no loss scale"):
         run_main(flags)
     monkeypatch.undo()  # what made them so is gone: the run goes on
-    run_main([*flags, "--resume", "auto", "--epochs", "8", "--allow_change", "epochs"])
-    assert [row["skipped_updates"] < 5 for row in read_log(tmp_path / "run")][-1]
+    record = run_main([*flags, "--resume", "auto", "--epochs", "8", "--allow_change", "epochs"])
+    assert record["skipped_updates"] < 5
 
 
 def test_unreadable_images_are_replaced_counted_and_limited(tmp_path):

@@ -20,31 +20,22 @@ assert not own & {name.split(".")[0] for name in sys.modules}
 """
 
 
-@pytest.fixture
-def elsewhere(tmp_path) -> Path:
-    """A folder of another project whose modules have names of ours; the installed package is a link."""
-    for name in ("datasets", "util"):
-        (tmp_path / f"{name}.py").write_text('WHOSE = "another\'s"\n')
-    (tmp_path / "cgd_mae").symlink_to(ROOT / "cgd_mae")
-    return tmp_path
-
-
 def run(folder: Path, *words: str) -> subprocess.CompletedProcess:
+    """From a folder of another project whose modules have names of ours; the installed package is a link."""
+    for name in ("datasets", "util") if words[0] in ("-m", "-c") else ():
+        (folder / f"{name}.py").write_text('WHOSE = "another\'s"\n')
+    (folder / "cgd_mae").symlink_to(ROOT / "cgd_mae")
     return subprocess.run([sys.executable, *words], cwd=folder, capture_output=True, text=True, timeout=300)
 
 
-def test_names_of_ours_shadow_no_others(elsewhere):
-    done = run(elsewhere, "-c", CODE, str(ROOT / "datasets" / "images.py"))
+def test_names_of_ours_shadow_no_others(tmp_path):
+    done = run(tmp_path, "-c", CODE, str(ROOT / "datasets" / "images.py"))
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
-    "words", [["-m", "cgd_mae.tools.search"], ["-m", "cgd_mae.main_linprobe"], [f"{ROOT}/main_linprobe.py"]]
-)
-def test_programs_run_from_another_folder(elsewhere, words):
-    if words[0] != "-m":
-        (elsewhere / "datasets.py").unlink()
-    done = run(elsewhere, *words, "--checkpoint", "no.pth", "--topc", "1")
+@pytest.mark.parametrize("words", ["-m cgd_mae.tools.search", f"{ROOT}/main_linprobe.py"])
+def test_programs_run_from_another_folder(tmp_path, words):
+    done = run(tmp_path, *words.split(), "--checkpoint", "no.pth", "--topc", "1")
     assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 

@@ -10,17 +10,14 @@ from benchmarks import run
 from util.errors import InputError
 
 
-def run_main(flags):
-    return main_pretrain.main(parse(main_pretrain.get_args_parser(), flags))
-
-
 def test_a_batch_that_does_not_fit_names_the_cure(pictures, tmp_path, monkeypatch):
     def no_memory(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(models_mae.MaskedAutoencoderViT, "forward", no_memory)
     with pytest.raises(InputError, match="does not fit into the memory of cpu: .*--micro_batch"):
-        run_main(small_flags(pictures, tmp_path / "run", "--no_distill"))
+        flags = small_flags(pictures, tmp_path / "run", "--no_distill")
+        main_pretrain.main(parse(main_pretrain.get_args_parser(), flags))
 
 
 BENCHMARKS = {

@@ -60,12 +60,9 @@ def weights_sha256(state: dict[str, torch.Tensor] | str | Path, settings: dict |
 def read_checkpoint(file: str | Path) -> dict:
     """Load a .pth, .safetensors, .npz or TorchScript archive to the CPU, tensors and plain values only.
 
-    Returns:
-        The file's dict; a bare state dict comes as {"model": state dict}, and so do those of `CONTAINERS` and of the
-        only entry that holds tensors. Of a TorchScript archive also "quick_gelu", whether it has OpenAI's GELU.
-    Raises:
-        InputError: missing, truncated, holding Python objects, unpacking to far more than it is, or no dict of tensors.
-    """
+    Returns the file's dict; a bare state dict comes as {"model": state dict}, and so do those of `CONTAINERS` and of
+    the only entry that holds tensors. Of a TorchScript archive also "quick_gelu", whether it has OpenAI's GELU.
+    InputError: missing, truncated, holding Python objects, unpacking to far more than it is, or no dict of tensors."""
     file = Path(file)
     if not file.is_file():
         raise InputError(f"checkpoint {file} does not exist")

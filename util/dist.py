@@ -85,11 +85,6 @@ def init_distributed(device: torch.device, timeout_s: float) -> None:
         raise InputError(f"rank {rank} of {world} ({device}) {waited} ({reason}): {cure}") from error
 
 
-def end_distributed() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
 def all_reduce_mean(x: torch.Tensor) -> torch.Tensor:
     """Mean of x over ranks, in place; x is float on the group's device."""
     if get_world_size() > 1:
@@ -198,7 +193,8 @@ def launch(device: str, folder: str | Path | None, job: Callable, timeout_s: flo
         cure = "--micro_batch (pre-training) or --grad_checkpoint, which change no result, or a smaller --batch_size"
         raise InputError(f"a batch does not fit into the memory of {bound}: use {cure}") from error
     finally:
-        end_distributed()
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def worker_pool(workers: int, for_all: object = None) -> ProcessPoolExecutor:

@@ -48,12 +48,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def fetch(source: str | Path, cache: str | Path | None = None, allow_http: bool = False) -> Path:
-    """The file behind a path, a registry name or an address; no network call where it is here already.
-
-    Args:
-        source: see the top of this file. A local file wins over a registry name of the same spelling.
-        cache: folder of the downloads, default ~/.cache/cgd_mae; hf:// has huggingface_hub's own.
-    """
+    """The file behind a path, a registry name or an address; no network call where it is here already. A local file
+    wins over a registry name. cache: folder of the downloads, default ~/.cache/cgd_mae; hf:// has huggingface_hub's
+    own."""
     text = re.sub(r"^(https?|hf):/(?=[^/])", r"\1://", str(source))  # a Path has swallowed one slash
     local, rows = os.path.expanduser(text), known()
     if os.path.exists(local):

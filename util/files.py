@@ -17,11 +17,8 @@ BLOCK_BYTES = 1 << 24
 
 
 def write_atomic(file: str | Path, write) -> None:
-    """`write(binary file)` under a temporary name, then fsync and rename: whole or not at all.
-
-    Raises:
-        InputError: the disk is full or the folder not writable; an older file stays as it was.
-    """
+    """`write(binary file)` under a temporary name, then fsync and rename: whole or not at all. InputError: the disk is
+    full or the folder not writable; an older file stays as it was."""
     file = Path(file)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:

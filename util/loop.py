@@ -1,7 +1,5 @@
 """What every training loop shares: the state of a run, updates of its weights, the watch over it, its end by a signal.
-
-A batch is what the loader gives on each rank; an update follows `accum_iter` of them.
-"""
+A batch is what the loader gives on each rank; an update follows `accum_iter` of them."""
 
 import contextlib
 import json
@@ -32,12 +30,9 @@ class Stopped(BaseException):
 
 
 class StopGuard:
-    """Saves the state of the last update when the process is told to stop, or when it fails, by `save`, which says what
-    it has saved, where `is_main`.
-
-    A signal raises `Stopped` in whatever line the main thread is at, so that the update in flight is thrown away: on a
-    slow machine it can take longer than the launcher's patience (30 s under torchrun). Only `committing` is never cut.
-    """
+    """Where `is_main`, saves the last update's state (`save` says what it has saved) when the process is told to stop
+    or fails. A signal raises `Stopped` in whatever line the main thread is at, so that the update in flight is thrown
+    away: it can take longer than the launcher's patience (30 s under torchrun). Only `committing` is never cut."""
 
     def __init__(self, save: Callable[[], str], is_main: bool):
         self._save, self._is_main, self._received = save, is_main, 0
@@ -105,10 +100,8 @@ class Meter:
 class Run:
     """What one run holds. bare: the model, as it is saved. model: what the loop calls, bare or bare in DDP. scaler: for
     fp16 only. amp_dtype: None for float32. epoch, batches_done (of it): which updates are in the weights.
-
-    `saved_buffers`: what the forward pass changes (BatchNorm's statistics, centres) as of the last update: what a
-    checkpoint holds beside its weights, and where a skipped update returns to.
-    """
+    saved_buffers: what the forward pass changes (BatchNorm's statistics, centres) as of the last update, where a
+    skipped one returns to."""
 
     bare: nn.Module
     model: nn.Module

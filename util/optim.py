@@ -8,10 +8,8 @@ from torch import nn
 
 
 def adamw_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """MAE's two groups in MAE's order: [0] no decay (1-D or bias), [1] decay (the rest; also cls_token and mask_token).
-
-    Always two groups, also at weight_decay 0, so that optimiser states stay exchangeable.
-    """
+    """MAE's two groups in MAE's order: [0] no decay (1-D or bias), [1] decay (the rest; also cls_token and mask_token),
+    also at weight_decay 0, so that optimiser states stay exchangeable."""
     named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     plain = {name for name, parameter in named.items() if parameter.ndim <= 1 or name.endswith(".bias")}
     decayed = {"params": [p for name, p in named.items() if name not in plain], "weight_decay": weight_decay}
@@ -38,14 +36,13 @@ def build_finetune_optimizer(
     model: nn.Module, depth: int, opt: str, lr: float, weight_decay: float, *, layer_decay: float = 1.0,
     bias_lr_factor: float = 1.0, head_lr_factor: float = 1.0,
 ) -> torch.optim.Optimizer:  # fmt: skip
-    """SGD with momentum 0.9 (decay on everything, as in TransReID), or AdamW (betas 0.9, 0.999; no decay on 1-D
+    """sgd with momentum 0.9 (decay on everything, as in TransReID), or adamw (betas 0.9, 0.999; no decay on 1-D
     tensors, class token and position table). Fused: skips the update where `found_inf` is set.
 
     Args:
-        depth: blocks of the encoder. opt: sgd or adamw.
-        layer_decay: learning rates shrink by this factor from each layer to the one below it: a group's `lr_scale`.
+        layer_decay: learning rates shrink by this factor from each of `depth` layers to the one below it: `lr_scale`.
         bias_lr_factor, head_lr_factor: of the peak rates of biases, and of what is not the encoder's (`model.backbone`,
-            default `base.`): a group's `peak_scale`. As in TransReID and SETR, first and last rate are those of all.
+            default `base.`): `peak_scale`. As in TransReID and SETR, first and last rate are those of all.
     """
     backbone = getattr(model, "backbone", "base.")
     groups: dict[tuple[float, float, float], list[nn.Parameter]] = {}

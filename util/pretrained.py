@@ -1,8 +1,7 @@
 """Any published ViT file -> the encoder's tensors under MAE's names, and MAE's names -> those of others.
 
-Recognised: CGD-MAE and MAE (encoder or whole), VehicleMAE, timm and DeiT, DINO and iBOT, MoCo v3, the image tower of
-CLIP (OpenAI's and open_clip's names), TransReID (ours and the original), Hugging Face's ViT and ViTMAE (a file or its
-folder), Google's ViT (.npz).
+Recognised: CGD-MAE and MAE (encoder or whole), VehicleMAE, timm and DeiT, DINO and iBOT, MoCo v3, CLIP's image tower,
+TransReID (ours and the original), Hugging Face's ViT and ViTMAE (a file or its folder), Google's ViT (.npz).
 """
 
 import json
