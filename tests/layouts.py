@@ -14,7 +14,7 @@ from demo import reid as demo_reid
 from demo.draw import BODIES, MAKES, draw_vehicle, render
 from demo.scene import VIEWS, Scene, circle, demo_rng
 
-# VeRi-776 with its attributes, VehicleID and VERI-Wild
+# VeRi-776 with its attributes, and VehicleID
 
 VERI_COLOURS = ("yellow", "orange", "green", "gray", "red", "blue", "white", "golden", "brown", "black")
 VERI_TYPES = ("sedan", "suv", "van", "hatchback", "mpv", "pickup", "bus", "truck", "estate")
@@ -27,8 +27,8 @@ VERI_VIEWS = {  # VeRi's view seen from the left and from the right; 0 front, 1 
 picture_of = functools.cache(render)  # a picture that several layouts show is drawn once
 
 
-def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_per_id=7, size=16, style="old", **more):
-    """veri776 (as demo.reid, and its label files), vehicleid or veriwild (in the styles old, old_headless and new)."""
+def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_per_id=7, size=16, **more):
+    """veri776 (as demo.reid, and its label files) or vehicleid, whose every fourth test vehicle has two pictures."""
     if layout == "veri776":
         sizes = {"train_ids": train_ids, "test_ids": test_ids, "images_per_id": images_per_id, "size": size}
         demo_reid.VERI.write(folder, **sizes, **more)
@@ -42,19 +42,17 @@ def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_p
         return
     rows = demo_reid.plan(train_ids, test_ids, images_per_id, 0)
     tests = sorted({row["number"] for row in rows if row["split"] != "train"})
-    if layout == "vehicleid":  # every fourth test vehicle has two pictures
-        rows = [row for row in rows if row["number"] not in tests[3::4] or row["shot"] < 2]
-    else:  # every fifth training vehicle has one picture; one picture of a test vehicle is the query
-        single = sorted({row["number"] for row in rows if row["split"] == "train"})[4::5]
-        rows = [row for row in rows if row["number"] not in single or row["shot"] == 0]
+    rows = [row for row in rows if row["number"] not in tests[3::4] or row["shot"] < 2]
     for count, row in enumerate(rows, 1):
-        row["is_query"] = row["split"] != "train" and row["shot"] == images_per_id - 1
-        is_wild = layout == "veriwild"
-        row["path"] = f"images/{row['number']:05}/{count:06}.jpg" if is_wild else f"image/{count:07}.jpg"
-        file = folder / row["path"]
-        file.parent.mkdir(parents=True, exist_ok=True)
-        picture_of(0, row["pid"], row["camid"], row["viewid"], row["shot"], size).save(file)
-    (_write_wild if layout == "veriwild" else _write_vehicleid)(folder, rows, tests, style)
+        row["path"] = f"image/{count:07}.jpg"
+        (folder / "image").mkdir(parents=True, exist_ok=True)
+        picture_of(0, row["pid"], row["camid"], row["viewid"], row["shot"], size).save(folder / row["path"])
+    half, most = len(tests) // 2, 3 * len(tests) // 4  # no test holds another
+    chosen = {"test_list_800": [tests[-1], *tests[: half - 1]], "test_list_1600": tests[-most:]}
+    chosen |= {"test_list_2400": tests[:-1], "train_list": {row["number"] for row in rows} - set(tests)}
+    for name, numbers in chosen.items():
+        listed = (f"{Path(row['path']).stem} {row['number']}" for row in rows if row["number"] in numbers)
+        write_lines(folder / "train_test_split" / f"{name}.txt", listed)
 
 
 def veri_view(row: dict, seed: int = 0) -> int:
@@ -77,37 +75,6 @@ def veri_labels(root: str, rows: list[dict]) -> str:
             f'colorID="{VERI_COLOURS.index(colour) + 1}" typeID="{VERI_TYPES.index(body) + 1}"/>'
         )
     return "\n".join([*lines, "</Items>", f"</{root}>"]) + "\n"
-
-
-def _write_vehicleid(folder: Path, rows: list[dict], tests: list[int], style: str) -> None:
-    """No test holds another."""
-    half, most = len(tests) // 2, 3 * len(tests) // 4
-    chosen = {"test_list_800": [tests[-1], *tests[: half - 1]], "test_list_1600": tests[-most:]}
-    chosen |= {"test_list_2400": tests[:-1], "train_list": {row["number"] for row in rows} - set(tests)}
-    for name, numbers in chosen.items():
-        listed = (f"{Path(row['path']).stem} {row['number']}" for row in rows if row["number"] in numbers)
-        write_lines(folder / "train_test_split" / f"{name}.txt", listed)
-
-
-def _write_wild(folder: Path, rows: list[dict], tests: list[int], style: str) -> None:
-    """Old: cameras in vehicle_info.txt alone, whose header may be missing. New: also in the lists, where training
-    vehicles count from 0, and test lists hold their queries as well."""
-    split, new = folder / "train_test_split", style == "new"
-    classes = {number: i for i, number in enumerate(sorted({row["number"] for row in rows} - set(tests)))}
-
-    def entry(row: dict) -> str:
-        pid = classes.get(row["number"], row["number"])
-        image = row["path"].removeprefix("images/").removesuffix(".jpg")
-        return f"{image}.jpg {pid} {row['camera']}" if new else image
-
-    header = [] if style == "old_headless" else ["id/image;Camera ID;Time;Model;Type;Color"]
-    info = (f"{row['path'][7:-4]};{row['camera']};2018-03-01;{row['make']};{row['body']};x" for row in rows)
-    write_lines(split / "vehicle_info.txt", [*header, *info])
-    write_lines(split / f"train_list{'_start0' if new else ''}.txt", (entry(r) for r in rows if r["split"] == "train"))
-    for size, count in (("3000", len(tests) // 2), ("5000", 3 * len(tests) // 4), ("10000", len(tests))):
-        listed, name = [row for row in rows if row["number"] in tests[:count]], f"test_{size}" + "_id" * new
-        write_lines(split / f"{name}_query.txt", (entry(row) for row in listed if row["is_query"]))
-        write_lines(split / f"{name}.txt", (entry(row) for row in listed if new or not row["is_query"]))
 
 
 # StanfordCars

@@ -23,29 +23,10 @@ from datasets.path_list import printable
 from datasets.teacher import hash_bank, read_encoded, save_bank
 from description.bank import bank_statistics, ground, near_duplicates
 from description.readers import read_attributes
-from description.texts import (
-    Templates,
-    Text,
-    canonical_row,
-    cap,
-    fill,
-    invisible_reason,
-    read_templates,
-    split_class_name,
-    with_articles,
-)  # fmt: skip
+from description.texts import Templates, Text, canonical_row, cap, fill, invisible_reason, read_templates, with_articles
 from main_describe import TEMPLATES
 from models_teacher import build_bank, encode_texts, load_clip
 from util.errors import InputError
-
-
-def write_cells(file, **cells: list[str]):
-    """A .mat file of cell arrays."""
-    from scipy.io import savemat  # here: only these need it
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    savemat(file, {name: np.array(texts, dtype=object)[:, None] for name, texts in cells.items()}, do_compression=True)
-    return file
 
 
 def write(file, content):
@@ -58,24 +39,27 @@ def rows_of(*rows: dict[str, str]) -> Counter:
     return Counter(tuple(sorted(canonical_row(row).items())) for row in rows)
 
 
-# ---- canonical words and templates
+# canonical words and templates
 
 
-@pytest.mark.parametrize(
-    "raw, canonical",
-    [
-        ({"colour": "GRAY", "body": "Saloon"}, {"colour": "grey", "body": "sedan"}),
-        ({"make": "FIAT", "model": "fiat 500", "year": "2012.0"}, {"make": "Fiat", "model": "500", "year": "2012", "decade": "2010s"}),  # noqa: E501
-        ({"make": "vw", "model": "VW Golf Hatchback", "body": "hatchback"}, {"make": "Volkswagen", "model": "Golf", "body": "hatchback"}),  # noqa: E501
-        ({"body": "other", "colour": "7", "year": "12"}, {}),
-        ({"view": "315", "doors": "2"}, {"view": "the front corner", "doors": "two-door"}),
-        ({"view": "0", "colour": "Seafoam"}, {"view": "the front", "colour": "seafoam"}),
-        ({"class_name": "Aston Martin V8 Vantage Convertible 2012"}, {"make": "Aston Martin", "model": "V8 Vantage", "body": "convertible", "year": "2012", "decade": "2010s"}),  # noqa: E501
-        ({"class_name": "Bentley Continental Supersports Conv. Convertible 2012"}, {"make": "Bentley", "model": "Continental Supersports", "body": "convertible", "year": "2012", "decade": "2010s"}),  # noqa: E501
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("raw, canonical", [
+    ({"colour": "GRAY", "body": "Saloon"}, {"colour": "grey", "body": "sedan"}),
+    ({"make": "FIAT", "model": "fiat 500", "year": "2012.0"},
+     {"make": "Fiat", "model": "500", "year": "2012", "decade": "2010s"}),
+    ({"make": "vw", "model": "VW Golf Hatchback", "body": "hatchback"},
+     {"make": "Volkswagen", "model": "Golf", "body": "hatchback"}),
+    ({"body": "other", "colour": "7", "year": "12", "make": "12", "scene": "3", "doors": "4/5"}, {}),
+    ({"view": "315", "doors": "2"}, {"view": "the front corner", "doors": "two-door"}),
+    ({"view": "0", "colour": "Seafoam"}, {"view": "the front", "colour": "seafoam"}),
+    ({"class_name": "Bentley Continental Supersports Conv. Convertible 2012"},
+     {"make": "Bentley", "model": "Continental Supersports", "body": "convertible", "year": "2012", "decade": "2010s"}),
+    ({"class_name": "Aston Martin V8 Vantage"}, {"make": "Aston Martin", "model": "V8 Vantage"}),
+    ({"class_name": "truck"}, {"body": "truck"}),
+    ({"class_name": "Land Rover Discovery Sport"}, {"make": "Land Rover", "model": "Discovery Sport"}),
+])  # fmt: skip
 def test_canonical_values(raw, canonical):
-    assert canonical_row(raw) == canonical
+    assert canonical_row(raw, unknown := Counter()) == canonical
+    assert canonical or {slot for slot, _ in unknown} == raw.keys() - {"body"}  # codes that nobody has explained
 
 
 def test_articles_follow_the_sound():
@@ -86,50 +70,34 @@ def test_articles_follow_the_sound():
 
 
 def test_only_combinations_of_the_rows():
-    rows = rows_of(
-        {"make": "Audi", "model": "TTS Coupe", "body": "coupe", "colour": "red"},
-        {"make": "Audi", "model": "TTS Coupe", "body": "coupe", "colour": "red"},
-        {"make": "Ram", "model": "Pickup 3500", "body": "pickup", "length": "4850"},
-        {"make": "Kia", "body": "convertible"},
-    )
+    audi = {"make": "Audi", "model": "TTS Coupe", "body": "coupe", "colour": "red"}
+    ram = {"make": "Ram", "model": "Pickup 3500", "body": "pickup", "length": "4850"}
+    rows = rows_of(audi, audi, ram, {"make": "Kia", "body": "convertible"})
     phrases = ["a {make} {model} {body}", "a {colour} {make}", "a {body} of {length} mm", "a {scene} {year} {make}"]
-    own = {"phrase": "a {body} with {part}", "words": ["part"]}
-    templates = Templates(
-        [{"phrase": p} for p in phrases] + [own, {"phrase": "a {body}", "unless": ["model"]}],
-        ["a photo of {phrase}."],
-        {"part": ["a sun roof", "an open door"]},
-        [{"body": "convertible", "part": "a sun roof"}],
-    )
+    phrases = [{"phrase": p} for p in phrases] + [{"phrase": "a {body} with {part}", "words": ["part"]}]
+    odd = [{"body": "convertible", "part": "a sun roof"}]
+    parts = {"part": ["a sun roof", "an open door"]}
+    templates = Templates([*phrases, {"phrase": "a {body}", "unless": ["model"]}], ["a photo of {phrase}."], parts, odd)
     texts = fill(templates, rows)
-    assert {t.text: t.count for t in texts} == {
-        "a photo of an Audi TTS coupe.": 2,
-        "a photo of a red Audi.": 2,
-        "a photo of a pickup truck of 4850 mm.": 1,
-        "a photo of a coupe with a sun roof.": 0,
-        "a photo of a coupe with an open door.": 0,
-        "a photo of a pickup truck with a sun roof.": 0,
-        "a photo of a pickup truck with an open door.": 0,
-        "a photo of a convertible with an open door.": 0,
-        "a photo of a convertible.": 1,
-    }  # no "Ram Pickup 3500 pickup truck"
+    assert {t.text[11:-1]: t.count for t in texts} == {
+        "an Audi TTS coupe": 2, "a red Audi": 2, "a pickup truck of 4850 mm": 1, "a convertible": 1,
+        "a coupe with a sun roof": 0, "a coupe with an open door": 0, "a pickup truck with a sun roof": 0,
+        "a pickup truck with an open door": 0, "a convertible with an open door": 0,
+    }  # fmt: skip  # no "Ram Pickup 3500 pickup truck"
     assert [t.text for t in texts if invisible_reason(t)] == ["a photo of a pickup truck of 4850 mm."]
     assert all("with" not in t.text for t in fill(templates, rows, use_words=False))
 
 
-@pytest.mark.parametrize(
-    "text, hidden",
-    [*dict.fromkeys(["a car of 150 hp", "a 4,850 mm long van", "a car for $20,000", "a 2.0 litre sedan"], True).items(),
-     *dict.fromkeys(["a 2012 Mazda 3", "a Mercedes-Benz C 200", "an Audi 100 sedan", "a Volvo 240"], False).items()],
-)  # fmt: skip
-def test_measures_are_invisible(text, hidden):
-    assert (invisible_reason(Text(text, text, "", "", {}, 1)) is not None) == hidden
+def test_measures_are_invisible():
+    for text in ("a car of 150 hp", "a 4,850 mm long van", "a car for $20,000", "a 2.0 litre sedan"):
+        assert invisible_reason(Text(text, text, "", "", {}, 1))
+    for text in ("a 2012 Mazda 3", "a Mercedes-Benz C 200", "an Audi 100 sedan", "a Volvo 240"):
+        assert not invisible_reason(Text(text, text, "", "", {}, 1))
 
 
 def test_default_templates_read_well():
-    rows = rows_of(
-        {"class_name": "Audi TTS Coupe 2012", "colour": "red"}, {"class_name": "Ford F-150 Regular Cab 2012"}
-    )
-    texts = [t.text for t in fill(read_templates(TEMPLATES), rows)]
+    rows = ({"class_name": "Audi TTS Coupe 2012", "colour": "red"}, {"class_name": "Ford F-150 Regular Cab 2012"})
+    texts = [t.text for t in fill(read_templates(TEMPLATES), rows_of(*rows))]
     assert "a photo of a red Audi coupe." in texts and "a photo of a 2012 Ford F-150 Regular Cab." in texts
     for text in texts:
         words = text.rstrip(".").lower().split()
@@ -139,16 +107,22 @@ def test_default_templates_read_well():
 def test_caps_keep_the_frequent_and_the_rare_kinds():
     texts = [Text(f"t{i}", "", "make", "", {"make": "Audi"}, i) for i in range(6)]
     texts += [Text("body", "", "body", "", {}, 0)]
-    assert set(cap(texts, 0, 2)) == {0, 1, 2, 3}
-    assert set(cap(texts, 3, 0)) == {0, 1, 2, 3}  # the only text of its kind stays
-    assert cap(texts, 0, 0) == {}
+    assert [set(cap(texts, *most)) for most in ((0, 2), (3, 0), (0, 0))] == [{0, 1, 2, 3}, {0, 1, 2, 3}, set()]
 
 
-# ---- readers
+# readers
 
 
 def read_all(path, **more):
     return list(read_attributes(path, **more))
+
+
+def write_cells(file, **cells: list[str]):
+    """A .mat file of cell arrays."""
+    from scipy.io import savemat  # here: only these need it
+
+    file.parent.mkdir(parents=True, exist_ok=True)
+    savemat(file, {name: np.array(texts, dtype=object)[:, None] for name, texts in cells.items()}, do_compression=True)
 
 
 def test_veri(tmp_path):
@@ -157,45 +131,30 @@ def test_veri(tmp_path):
     head = '<?xml version="1.0" encoding="gb2312"?>\n<TrainingImages Version="1.0">\n<Items number="2">\n'
     write(tmp_path / "train_label.xml", head + items + "</Items>\n</TrainingImages>\n")
     assert read_all(tmp_path) == [{"colour": "red", "body": "hatchback"}, {"colour": "black", "body": "station wagon"}]
-    write(tmp_path / "train_label.xml", head + items.replace('"9"', '"12"') + "</Items></TrainingImages>")
-    with pytest.raises(InputError, match="b.jpg has typeID '12', known are 1 to 9"):
-        read_all(tmp_path)
-    write(tmp_path / "train_label.xml", head.split("\n", 1)[1] + "<Item\n")
-    with pytest.raises(InputError, match="cannot be read as XML .*line [34]"):
-        read_all(tmp_path)
 
 
 def test_compcars(tmp_path):
-    write(tmp_path / "misc/attributes.txt", "model_id maximum_speed displacement door_number seat_number type\n1 235 1.8 4 5 3\n3 0 0.0 5 5 2\n")  # fmt: skip  # noqa: E501
-    write_cells(
-        tmp_path / "misc/make_model_name.mat", make_names=["Audi", "BMW"], model_names=["Audi A4L", "", "BMW X5"]
-    )
+    header = "model_id maximum_speed displacement door_number seat_number type\n"
+    write(tmp_path / "misc/attributes.txt", header + "1 235 1.8 4 5 3\n3 0 0.0 5 5 2\n")
+    models = ["Audi A4L", "", "BMW X5"]
+    write_cells(tmp_path / "misc/make_model_name.mat", make_names=["Audi", "BMW"], model_names=models)
     write_cells(tmp_path / "misc/car_type.mat", types=["MPV", "SUV", "sedan"])
     first = canonical_row(read_all(tmp_path)[0])
-    assert {k: first[k] for k in ("model", "body", "doors")} == {
-        "model": "Audi A4L",
-        "body": "sedan",
-        "doors": "four-door",
-    }
+    assert [first[k] for k in ("model", "body", "doors")] == ["Audi A4L", "sedan", "four-door"]
     write(tmp_path / "label/2/3/2014/x.txt", "4\n1\n1 1 9 9\n")
     write(tmp_path / "label/2/3/2014/y.txt", "-1\n1\n1 1 9 9\n")
-    rows = [canonical_row(row) for row in read_all(tmp_path)]
-    assert len(rows) == 2 and rows[0]["view"] == "the front corner" and "view" not in rows[1]
-    assert rows[1] | {"maximum_speed": "", "displacement": ""} == {
-        "make": "BMW", "model": "X5", "body": "SUV", "year": "2014", "decade": "2010s", "doors": "five-door",
-        "seats": "5", "maximum_speed": "", "displacement": "",
-    }  # fmt: skip
+    seen, unseen = (canonical_row(row) for row in read_all(tmp_path))
+    assert seen["view"] == "the front corner" and "view" not in unseen
+    known = {"make": "BMW", "model": "X5", "body": "SUV", "year": "2014", "decade": "2010s", "doors": "five-door"}
+    assert known.items() <= unseen.items() and unseen["seats"] == "5"
 
 
-def test_stanford(tmp_path):
-    write_cells(tmp_path / "devkit/cars_meta.mat", class_names=["AM General Hummer SUV 2000", "Audi TTS Coupe 2012"])
-    names = [row["class_name"] for row in read_all(tmp_path)]
-    assert names == ["AM General Hummer SUV 2000", "Audi TTS Coupe 2012"]
+def test_stanford_and_tables(tmp_path):
+    names = ["AM General Hummer SUV 2000", "Audi TTS Coupe 2012"]
+    write_cells(tmp_path / "devkit/cars_meta.mat", class_names=names)
+    listed = write(tmp_path / "names.txt", "\n".join(names) + "\n\n")
+    assert read_all(tmp_path) == read_all(listed) == [{"class_name": name} for name in names]
     assert canonical_row({"class_name": names[0]})["make"] == "AM General"
-    assert read_all(write(tmp_path / "names.txt", "\n".join(names) + "\n\n")) == [{"class_name": n} for n in names]
-
-
-def test_tables(tmp_path):
     table = write(tmp_path / "a.csv", "path,split,Brand,Lack,kW\nx,train,audi,rot,90\ny,val,kia,weiss,80\n")
     assert read_all(table, columns={"colour": "Lack"}, split="train") == [{"make": "audi", "colour": "rot"}]
     lines = write(tmp_path / "a.jsonl", '{"make": "Audi", "year": 2012}\n{"colour": "red", "make": null}\n')
@@ -204,100 +163,59 @@ def test_tables(tmp_path):
     assert read_all(both) == [{"make": "Audi"}]
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("a.csv", "color,colour\nx,y\n", "'color' and 'colour' both hold the colour"),
-        ("a.csv", "path,split\nx,y\n", "no usable column"),
-        ("a.csv", "make,model\nAudi,A4\nAudi\n", "line 3 has another number of fields"),
-        ("a.csv", "make\n", "it has no row"),
-        ("a.csv", b"make\nCitro\xebn\n", "is not UTF-8"),
-        ("a.jsonl", '{"make": "x"}\n{"make"\n', "line 2 is not JSON"),
-        ("a.jsonl", "[1]\n", "line 1 is not a JSON object"),
-        ("a.jsonl", '{"wheels": 4}\n', "no usable column"),
-        ("a.pdf", "x", "end in .csv"),
-    ],
-)
+@pytest.mark.parametrize("name, content, message", [
+    ("a.csv", "color,colour\nx,y\n", "'color' and 'colour' both hold the colour"),
+    ("a.csv", "path,split\nx,y\n", "no usable column"),
+    ("a.csv", "make,model\nAudi,A4\nAudi\n", "line 3 has another number of fields"),
+    ("a.csv", b"make\nCitro\xebn\n", "is not UTF-8"),
+    ("a.jsonl", '{"make": "x"}\n{"make"\n', "line 2 is not JSON"),
+    ("a.jsonl", '{"wheels": 4}\n', "no usable column"),
+    ("a.pdf", "x", "end in .csv"),
+])  # fmt: skip
 def test_broken_tables(tmp_path, name, content, message):
     with pytest.raises(InputError, match=message):
         read_all(write(tmp_path / name, content))
 
 
-@pytest.mark.parametrize(
-    "name, content, message",
-    [
-        ("t.txt", "a photo of a {corolla}.\n", "unknown placeholder {corolla}"),
-        ("t.txt", "a photo of a car.\n", "needs slots in braces"),
-        ("t.txt", "a {make car\n", "needs slots in braces"),
-        ("t.txt", "a {make} car", "the attributes give 1 texts and a bank needs 2"),
-        ("t.json", '{"templates":\n[}', "line 2 column 2"),
-        ("t.json", '{"texts": []}', "is not made like"),
-        ("t.json", '{"templates": [{"phrase": "a {part}", "words": ["part"]}]}', "asks for words of 'part'"),
-    ],
-)
-def test_broken_templates(tmp_path, capsys, name, content, message):
-    table = write(tmp_path / "a.csv", "make\nAudi\n")
-    flags = f"--attributes {table} --templates {write(tmp_path / name, content)}"
-    with pytest.raises(InputError, match=message.replace("{", r"\{")):
-        run_describe(flags, tmp_path / "o")
-
-
-# ---- grounding
-
-
-def rule(**changes) -> SimpleNamespace:
-    known = {"topk": 5, "n_min": 3, "hub_share": 0.02, "margin": 0.01}
-    return SimpleNamespace(**known | changes)
+# grounding
 
 
 def units(*shape, seed=0):
     return F.normalize(torch.randn(*shape, generator=torch.Generator().manual_seed(seed)), dim=-1)
 
 
-def plain_grounding(V, U, g, kinds, tau, topk, n_min, hub_share, margin):
+def plain_grounding(V, U, g, kinds, tau, rule):
     """The rule once more, with loops over single numbers."""
-    N, T = len(V), len(U)
-    S = [[float(sum(a * b for a, b in zip(V[i], U[j]))) for j in range(T)] for i in range(N)]
-    shift = [0.0] * T
-    for j in range(T):
-        column = [S[i][j] for i in range(N)]
-        shift[j] = tau * math.log(sum(math.exp(s / tau) for s in column))
-    near, corrected, gaps = [0] * T, [0] * T, [[] for _ in range(T)]
+    (N, T), S = (len(V), len(U)), [[float(v @ u) for u in U] for v in V]
+    shift = [tau * math.log(sum(math.exp(S[i][j] / tau) for i in range(N))) for j in range(T)]
+    near, corrected, gaps, reasons = [0] * T, [0] * T, [[] for _ in range(T)], []
     for i in range(N):
-        generic = float(sum(a * b for a, b in zip(V[i], g)))
         for kind in set(kinds):
             members = [j for j in range(T) if kinds[j] == kind]
-            k = min(topk, math.ceil(len(members) / 10))
+            k = min(rule.topk, math.ceil(len(members) / 10))
             for j in sorted(members, key=lambda j: -S[i][j])[:k]:
                 near[j] += 1
-                gaps[j].append(S[i][j] - generic)
+                gaps[j].append(S[i][j] - float(V[i] @ g))
             for j in sorted(members, key=lambda j: -(S[i][j] - shift[j]))[:k]:
                 corrected[j] += 1
-    reasons = []
     for j in range(T):
         size = kinds.count(kinds[j])
-        limit = max(hub_share, 5 * min(topk, math.ceil(size / 10)) / size)
-        if near[j] < n_min:
-            reasons.append("ungrounded")
-        elif corrected[j] > limit * N:
-            reasons.append("hub")
-        else:
-            reasons.append("" if sum(gaps[j]) / len(gaps[j]) >= margin else "generic")
+        limit = max(rule.hub_share, 5 * min(rule.topk, math.ceil(size / 10)) / size)
+        good = near[j] and sum(gaps[j]) / near[j] >= rule.margin
+        hub = "hub" if corrected[j] > limit * N else "" if good else "generic"
+        reasons.append("ungrounded" if near[j] < rule.n_min else hub)
     return near, corrected, reasons
 
 
-def test_grounding_equals_plain_loops(monkeypatch):
+@pytest.mark.parametrize("block", [5, 1024])
+def test_grounding_equals_plain_loops(monkeypatch, block):
+    monkeypatch.setattr("description.bank.BLOCK", block)
     V, U, g = units(37, 6), units(45, 6, seed=1), units(6, seed=2)
     U[3] = F.normalize(V.mean(dim=0), dim=0)  # near to all images
-    kinds = [0] * 30 + [1] * 12 + [2] * 3
-    tau, settings = 0.1, {"topk": 3, "n_min": 3, "hub_share": 0.1, "margin": 0.3}
-    expected = plain_grounding(
-        V.numpy().astype(float), U.numpy().astype(float), g.numpy().astype(float), kinds, tau, **settings
-    )
-    for block in (5, 1024):
-        monkeypatch.setattr("description.bank.BLOCK", block)
-        found = ground(V, U, g, torch.tensor(kinds), tau, SimpleNamespace(**settings))
-        assert (found.usage.tolist(), found.corrected.tolist(), found.reasons) == expected
+    kinds, rule = [0] * 30 + [1] * 12 + [2] * 3, SimpleNamespace(topk=3, n_min=3, hub_share=0.1, margin=0.3)
+    expected = plain_grounding(*(x.numpy().astype(float) for x in (V, U, g)), kinds, 0.1, rule)
+    found = ground(V, U, g, torch.tensor(kinds), 0.1, rule)
+    assert (found.usage.tolist(), found.corrected.tolist(), found.reasons) == expected
     assert {"", "ungrounded", "generic"} <= set(expected[2])
     assert torch.equal(found.best_images[:, 0], (U @ V.T).argmax(dim=1))
 
@@ -306,37 +224,32 @@ def test_a_hub_is_found():
     """Nineteen texts of random directions and one that is as near to all images: few have a nearer one."""
     images = torch.cat([torch.full((300, 1), 0.5), 0.75**0.5 * units(300, 31, seed=3)], dim=1)
     texts = torch.cat([F.pad(units(19, 31, seed=4), (1, 0)), torch.eye(32)[:1]])
-    found = ground(images, texts, -texts[19], torch.zeros(20, dtype=torch.int64), 0.01, rule(topk=1))
+    rule = SimpleNamespace(topk=1, n_min=3, hub_share=0.02, margin=0.01)
+    found = ground(images, texts, -texts[19], torch.zeros(20, dtype=torch.int64), 0.01, rule)
     assert found.reasons[19] == "hub" and found.corrected[19] > 200 and "hub" not in found.reasons[:19]
 
 
-def test_near_duplicates_equal_brute_force():
+@pytest.mark.parametrize("block", [3, 512])
+def test_near_duplicates_equal_brute_force(block):
     base = units(40, 5, seed=5)
     texts = F.normalize(torch.cat([base, base + 0.05 * units(40, 5, seed=6), base[:7]]), dim=1)
-    lengths = [20 + (7 * i) % 11 for i in range(len(texts))]
-    kept, expected = [], {}
+    lengths, kept = [20 + (7 * i) % 11 for i in range(len(texts))], []
     for i in sorted(range(len(texts)), key=lambda i: (lengths[i], i)):
-        cosines = [float(texts[i] @ texts[j]) for j in kept]
-        if cosines and max(cosines) > 0.98:
-            expected[i] = None
-        else:
+        if not any(texts[i] @ texts[j] > 0.98 for j in kept):
             kept.append(i)
-    for block in (3, 512):
-        found = near_duplicates(texts, lengths, 0.98, block)
-        assert set(found) == set(expected) and len(found) >= 40
-        for i, j in found.items():
-            assert j in kept and texts[i] @ texts[j] > 0.98 and (lengths[j], j) < (lengths[i], i)
+    found = near_duplicates(texts, lengths, 0.98, block)
+    assert set(found) == set(range(len(texts))) - set(kept) and len(found) >= 40
+    for i, j in found.items():
+        assert j in kept and texts[i] @ texts[j] > 0.98 and (lengths[j], j) < (lengths[i], i)
 
 
 def test_bank_statistics(monkeypatch):
     monkeypatch.setattr("description.bank.BLOCK", 7)
-    V, U = units(50, 8, seed=7), units(20, 8, seed=8)
-    kept = torch.arange(20) % 3 > 0
-    S = (V @ U.T).double().numpy()
+    V, U, kept = units(50, 8, seed=7), units(20, 8, seed=8), torch.arange(20) % 3 > 0
+    S, count = (V @ U.T).double().numpy(), int(kept.sum())
     p = np.exp(S[:, kept.numpy()] / 0.1)
     p /= p.sum(axis=1, keepdims=True)
-    count = int(kept.sum())
-    share = np.bincount(p.argmax(axis=1), minlength=count) / 50
+    share = np.bincount(p.argmax(axis=1)) / 50
     share = share[share > 0]
     found = bank_statistics(V, U, kept, 0.1)
     assert found["coverage"] == np.mean([bool(kept[j]) for j in S.argmax(axis=1)])
@@ -344,7 +257,7 @@ def test_bank_statistics(monkeypatch):
     assert found["usage_entropy"] == pytest.approx(-(share * np.log(share)).sum() / math.log(count), abs=1e-6)
 
 
-# ---- the whole
+# the whole
 
 
 def run_describe(flags: str, output) -> dict:
@@ -353,24 +266,19 @@ def run_describe(flags: str, output) -> dict:
 
 @pytest.fixture(scope="module")
 def made(teacher_files, tmp_path_factory):
-    """(flags without --output, output of a finished run, its printed numbers)."""
+    """(flags of the teacher, all flags without --output, output of a finished run, its numbers and what it printed)."""
     folder = tmp_path_factory.mktemp("describe")
     pictures = write_pictures(folder / "pictures", 30)
     (pictures / "broken.png").write_bytes(b"no picture")
-    table = write(
-        folder / "a.csv", "make,model,body,color,price\nAudi,TT Coupe,coupe,Red,9\nKia,Rio,hatchback,gray,5\n"
-    )
-    flags = (
-        f"--attributes {table} --images {pictures} --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]}"  # noqa: E501
-    )
-    flags += " --device cpu --num_workers 0 --n_min 1 --margin -2 --dedup_cos 0.9999"
+    rows = "make,model,body,color,price\nAudi,TT Coupe,coupe,Red,9\nKia,Rio,hatchback,gray,5\n"
+    teacher = " --clip_model {} --clip_pretrained {} --device cpu".format(*teacher_files)
+    flags = f"--attributes {write(folder / 'a.csv', rows)}{teacher} --dedup_cos 0.9999"
+    grounded = f"{flags} --images {pictures} --num_workers 0 --n_min 1 --margin -2"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        numbers = run_describe(flags, folder / "out")
-    return flags, folder / "out", numbers, printed.getvalue()
-
-
-def without_images(flags: str) -> str:
-    return flags.split(" --images")[0] + " --clip" + flags.split("--clip", 1)[1]
+        numbers = run_describe(grounded, folder / "out")
+    return SimpleNamespace(
+        teacher=teacher, flags=flags, grounded=grounded, out=folder / "out", numbers=numbers, said=printed.getvalue()
+    )
 
 
 def lines_of(file):
@@ -378,153 +286,99 @@ def lines_of(file):
 
 
 def test_files_of_a_run(made, teacher_files):
-    _, out, numbers, printed = made
-    assert numbers["images"] == 30 and numbers["unreadable"] == 1 and "broken.png" in printed
-    kept, removed = lines_of(out / "texts.jsonl"), lines_of(out / "removed.jsonl")
-    assert len(kept) == numbers["kept"] > 20
-    assert len(kept) + len(removed) == numbers["candidates"]
+    numbers, kept, removed = made.numbers, *(lines_of(made.out / f"{name}.jsonl") for name in ("texts", "removed"))
+    assert numbers["images"] == 30 and numbers["unreadable"] == 1 and "broken.png" in made.said
+    assert len(kept) == numbers["kept"] > 20 and len(kept) + len(removed) == numbers["candidates"]
     by_reason = Counter(row["reason"] for row in removed)
     assert by_reason == {k.removeprefix("removed_"): v for k, v in numbers.items() if k.startswith("removed_")}
     assert not any("price" in row["text"] for row in kept) and numbers["invisible_columns"] == ["price"]
-    model, tokenizer, identity = load_clip(*map(str, teacher_files))
-    bank, texts, source = build_bank(str(out), model, tokenizer, identity)
+    teacher = load_clip(*map(str, teacher_files))
+    bank, texts, source = build_bank(str(made.out), *teacher)
     assert texts == [row["text"] for row in kept] and f"{len(kept)} encoded texts" in source
-    again, _, _ = build_bank(str(out / "texts.jsonl"), model, tokenizer, identity)
+    again, _, _ = build_bank(str(made.out / "texts.jsonl"), *teacher)
     assert torch.allclose(bank, again, atol=1e-5)
-    page = (out / "report.html").read_text()
+    page = (made.out / "report.html").read_text()
     assert "data:image/jpeg;base64," in page and "http:" not in page
     assert all(row["text"] in page for row in kept) and page.count("<tr>") > len(kept) + len(removed)
 
 
-def test_second_run_computes_nothing_again(made, tmp_path, monkeypatch, capsys):
-    flags, out, first, _ = made
-
-    def refuse(*_, **__):
-        raise AssertionError("embedded again")
-
-    before = (out / "bank.npy").read_bytes()
-    monkeypatch.setattr("description.bank.extract_to_file", refuse)
-    monkeypatch.setattr("description.bank.encode_texts", lambda *a: refuse() if len(a[2]) > 1 else encode_texts(*a))
-    second = run_describe(flags, out)
-    assert {**second, "seconds": 0} == {**first, "seconds": 0} and (out / "bank.npy").read_bytes() == before
-    assert "broken.png" in capsys.readouterr().out
+def test_second_run_computes_nothing_again(made, monkeypatch, capsys):
+    before = (made.out / "bank.npy").read_bytes()
+    monkeypatch.setattr("description.bank.extract_to_file", None)
+    monkeypatch.setattr("description.bank.encode_texts", lambda *a: encode_texts(*a) if len(a[2]) == 1 else None)
+    second = run_describe(made.grounded, made.out)
+    assert second | {"seconds": 0} == made.numbers | {"seconds": 0} and "broken.png" in capsys.readouterr().out
+    assert (made.out / "bank.npy").read_bytes() == before
 
 
-def test_ensemble_and_limits(made, tmp_path):
-    flags, _, _, _ = made
+def test_flags_on_texts(made, tmp_path):
     with pytest.raises(InputError, match="0 texts are left and a bank needs 2"):
-        run_describe(flags.replace("--margin -2", "--margin 2") + " --rows_only", tmp_path / "none")
-    flags = without_images(flags)
-    numbers = run_describe(flags + " --rows_only --ensemble --max_per_make 3", tmp_path / "e")
+        run_describe(made.grounded.replace("--margin -2", "--margin 2") + " --rows_only", tmp_path / "none")
+    numbers = run_describe(made.flags + " --rows_only --ensemble --max_per_make 3", tmp_path / "e")
     kept = lines_of(tmp_path / "e" / "texts.jsonl")
     assert all(len(row["wordings"]) == 5 and row["text"] == row["wordings"][0] for row in kept)
     makes = Counter(row["attrs"]["make"] for row in kept if "make" in row["attrs"])
     assert "coverage" not in numbers and max(makes.values()) == 3
     assert json.loads((tmp_path / "e" / "bank.json").read_text())["ensemble"] is True
-
-
-def test_too_many_tokens_are_named(made, tmp_path):
-    flags = made[0] + f" --templates {write(tmp_path / 't.txt', 'a {make} ' + 'very ' * 20 + '{body}')}"
+    long = write(tmp_path / "long.txt", "a {make} " + "very " * 20 + "{body}")
     with pytest.raises(InputError, match=r"'an Audi very very.* has 2\d tokens where the teacher reads 16 \(2 of 3"):
-        run_describe(flags, tmp_path / "o")
-
-
-def test_invisible_on_request(made, tmp_path):
-    templates = write(tmp_path / "t.txt", "a {body} for {price}\na {body}\na {make}\n")
-    flags = without_images(made[0]) + f" --templates {templates}"
+        run_describe(f"{made.flags} --templates {long}", tmp_path / "o")
+    priced = write(tmp_path / "t.txt", "a {body} for {price}\na {body}\na {make}")
+    flags = f"{made.flags} --templates {priced}"
     assert run_describe(flags, tmp_path / "o")["removed_invisible"] == 2
     assert run_describe(flags + " --keep_invisible", tmp_path / "o")["kept"] == 6
 
 
-def test_folder_banks_are_checked(made, teacher_files, tmp_path):
-    _, out, _, _ = made
-    identity = load_clip(*map(str, teacher_files))[2]
-    stranger = identity.__class__("other", "0" * 64, identity.embed_dim, 0.07)
+@pytest.mark.parametrize("name, content, message", [
+    ("bank.json", b"{", "copy is no text bank, or incomplete"),
+    ("texts.jsonl", b'{"text": "a"}\n{"text": "b"}\n', "have changed since"),
+    ("bank.npy", lambda data: data[:-4], "copy is no text bank, or incomplete"),
+    ("bank.npy", lambda data: data[:-1] + bytes([data[-1] ^ 64]), "not those that its header describes"),
+])  # fmt: skip
+def test_folder_banks_are_checked(made, teacher_files, tmp_path, name, content, message):
+    identity, copy = load_clip(*map(str, teacher_files))[2], tmp_path / "copy"
     with pytest.raises(InputError, match="made by teacher MiniClip-test with weights"):
-        read_encoded(out, stranger)
-    damages = {
-        "bank.json": (b"{", "bank_json is no text bank, or incomplete"),
-        "texts.jsonl": (b'{"text": "a"}\n{"text": "b"}\n', "have changed since"),
-        "bank.npy": ((out / "bank.npy").read_bytes()[:-4], "bank_npy is no text bank, or incomplete"),
-    }
-    for name, (content, message) in damages.items():
-        copy = tmp_path / name.replace(".", "_")
-        for file in ("bank.json", "bank.npy", "texts.jsonl"):
-            write(copy / file, content if file == name else (out / file).read_bytes())
-        with pytest.raises(InputError, match=message):
-            read_encoded(copy, identity)
-        (copy / name).unlink()
-        with pytest.raises(InputError, match=f"incomplete .*{name}"):
-            read_encoded(copy, identity)
-    other = np.load(out / "bank.npy")
-    np.save(tmp_path / "bank_npy" / "bank.npy", -other)
-    with pytest.raises(InputError, match="not those that its header describes"):
-        read_encoded(tmp_path / "bank_npy", identity)
+        read_encoded(made.out, identity.__class__("other", "0" * 64, identity.embed_dim, 0.07))
+    for file in ("bank.json", "bank.npy", "texts.jsonl"):
+        write(copy / file, (made.out / file).read_bytes())
+    (copy / name).write_bytes(content((copy / name).read_bytes()) if callable(content) else content)
+    with pytest.raises(InputError, match=message):
+        read_encoded(copy, identity)
+    (copy / name).unlink()
+    with pytest.raises(InputError, match=f"incomplete .*{name}"):
+        read_encoded(copy, identity)
 
 
 def test_another_teacher_encodes_again(made, tmp_path):
     config = write(tmp_path / "OtherClip-test.json", json.dumps(CLIP_CONFIG))
     open_clip.add_model_config(config)
     torch.save(open_clip.create_model("OtherClip-test").state_dict(), tmp_path / "other.pt")
-    other = without_images(made[0]).split("--clip")[0] + f"--clip_model {config} --clip_pretrained {tmp_path}/other.pt"
-    folder = Path(shutil.copytree(made[1], tmp_path / "out"))
-    run_describe(other + " --device cpu", folder)
+    folder = Path(shutil.copytree(made.out, tmp_path / "out"))
+    run_describe(f"{made.flags} --clip_model {config} --clip_pretrained {tmp_path}/other.pt", folder)
     assert len(list((folder / "embeddings").glob("texts-*.safetensors"))) == 2
     assert json.loads((folder / "bank.json").read_text())["teacher"]["model"] == "OtherClip-test"
 
 
-def test_pretraining_takes_the_folder(made, pictures, teacher_files, tmp_path):
-    teacher = f"--clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --text_bank {made[1]}"
-    flags = small_flags(pictures, tmp_path / "run", *teacher.split(), "--epochs", "1")
+def test_pretraining_takes_the_folder(made, pictures, tmp_path):
+    teacher = made.teacher.replace("--device cpu", "").split()
+    flags = small_flags(pictures, tmp_path / "run", *teacher, "--text_bank", str(made.out), "--epochs", "1")
     main_pretrain.main(parse(main_pretrain.get_args_parser(), flags))
     assert math.isfinite(read_log(tmp_path / "run")[0]["train_loss_kl"])
 
 
-@pytest.mark.parametrize(
-    "flags, message",
-    [
-        ("--attributes no.csv", "no.csv does not exist"),
-        ("--attributes . --column tyre=x", "write SLOT=NAME"),
-        ("--attributes . --n_min 0", "--n_min 0: must be at least 1"),
-        ("--attributes . --dedup_cos 2", "--dedup_cos 2.0: must be above 0"),
-        (f"--attributes {ROOT / 'datasets'}", "none of train_label.xml, .* is in this folder"),
-    ],
-)
-def test_wrong_flags(tmp_path, flags, message):
-    with pytest.raises(InputError, match=message):
-        run_describe(flags, tmp_path / "o")
-
-
-def test_codes_are_no_words_and_endings_are_read_with_care():
-    unknown = Counter()
-    row = canonical_row({"make": "12", "scene": "3", "doors": "4/5", "colour": "red"}, unknown)
-    assert row == {"colour": "red"} and {slot for slot, _ in unknown} == {"make", "scene", "doors"}
-    assert split_class_name("truck") == {"body": "truck"}
-    sport = split_class_name("Land Rover Discovery Sport 2016")
-    assert sport["model"] == "Discovery Sport" and "body" not in sport
-
-
-def test_banks_of_other_encodings_are_refused(teacher_files, tmp_path):
-    (tmp_path / "latin.txt").write_bytes(b"a red Citro\xebn\na blue car\n")
-    with pytest.raises(InputError, match="is not UTF-8 text"):
-        build_bank(str(tmp_path / "latin.txt"), *load_clip(*map(str, teacher_files)))
-
-
-def test_names_that_are_not_utf8_can_be_printed():
-    assert printable(os.fsdecode(b"v\xe9.jpg")) == "v\\xe9.jpg" and printable("\u00e9.jpg") == "\u00e9.jpg"
-
-
 def test_damaged_embeddings_are_made_again(made, tmp_path, capsys):
-    """A flipped byte, a cut file, NaN: said, encoded again, and the same bank comes out."""
-    folder = Path(shutil.copytree(made[1], tmp_path / "out"))
-    (texts,), (images,) = ((folder / "embeddings").glob(name) for name in ("texts-*.safetensors", "images-*.npz"))
-    for file, damage in ((texts, "flip"), (texts, "cut"), (images, "flip"), (images, "cut")):
-        data = bytearray(file.read_bytes())
-        data[len(data) // 2] ^= 64
-        file.write_bytes(data if damage == "flip" else data[: len(data) // 2])
-        run_describe(made[0], folder)
-        assert "again" in capsys.readouterr().out, (file, damage)
-        assert (folder / "bank.npy").read_bytes() == (made[1] / "bank.npy").read_bytes()
+    """A flipped byte, a cut file: said, encoded again, and the same bank comes out."""
+    folder = Path(shutil.copytree(made.out, tmp_path / "out"))
+    files = [next((folder / "embeddings").glob(name)) for name in ("texts-*.safetensors", "images-*.npz")]
+    for damage in ("flip", "cut"):
+        for file in files:
+            data = bytearray(file.read_bytes())
+            data[len(data) // 2] ^= 64
+            file.write_bytes(data if damage == "flip" else data[: len(data) // 2])
+        run_describe(made.grounded, folder)
+        said = capsys.readouterr().out
+        assert "damaged and encoded again" in said and ".npz is damaged" in said, damage
+        assert (folder / "bank.npy").read_bytes() == (made.out / "bank.npy").read_bytes()
 
 
 def test_a_bank_of_nan_is_refused(made, teacher_files, tmp_path, monkeypatch):
@@ -534,58 +388,67 @@ def test_a_bank_of_nan_is_refused(made, teacher_files, tmp_path, monkeypatch):
         bank[1] *= bad
         with pytest.raises(InputError, match="1 of 3 rows are no unit vectors, first 1"):
             save_bank(tmp_path / "bank.safetensors", bank, ["a", "b", "c"], identity)
-        folder = Path(shutil.copytree(made[1], tmp_path / f"bank{bad}"))
+        folder = Path(shutil.copytree(made.out, tmp_path / f"bank{bad}"))
         bank, about = np.load(folder / "bank.npy"), json.loads((folder / "bank.json").read_text())
         bank[0] *= bad
         np.save(folder / "bank.npy", bank)
         write(folder / "bank.json", json.dumps(about | {"bank_sha256": hash_bank(torch.from_numpy(bank))}))
         with pytest.raises(InputError, match="no unit vectors"):
             read_encoded(folder, identity)
+    (images,) = (folder / "embeddings").glob("images-*.npz")
+    stored = dict(np.load(images))
+    np.savez(images, **stored | {"rows": stored["rows"] * float("nan")})
+    with pytest.raises(InputError, match="what the teacher makes of --images .* no unit vectors"):
+        run_describe(made.grounded, folder)
     monkeypatch.setattr("description.bank.encode_texts", lambda *a: encode_texts(*a) * float("nan"))
     with pytest.raises(InputError, match="no unit vectors"):
-        run_describe(made[0], tmp_path / "nan")
+        run_describe(made.grounded, tmp_path / "nan")
 
 
-@pytest.mark.parametrize("text", [
-    "[" * 100_000, '{"templates": ' + "9" * 5000, "[]",
-    '{"templates": "a {make}"}', '{"templates": [1]}', '{"templates": []}',
-    '{"templates": [{"phrase": ["a {make}"]}]}', '{"templates": ["a {make}"], "words": {"part": "sun roof"}}',
-    '{"templates": ["a {make}"], "wordings": "x"}', '{"templates": ["a {make}"], "contradictions": ["x"]}',
-    '{"templates": ["a {make} \\ud800"]}', '{"templates": [{"phrase": "a {make}", "unless": 3}]}',
+# what strangers give
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("t.txt", "a photo of a {corolla}.\n", r"unknown placeholder \{corolla\}"),
+    ("t.txt", "a photo of a car.\n", "needs slots in braces"),
+    ("t.txt", "a {make car\n", "needs slots in braces"),
+    ("t.txt", "a {price} car", "--attributes: no row has a usable value|the attributes give 0 texts"),
+    ("t.json", '{"templates":\n[}', "line 2 column 2"),
+    ("t.json", '{"templates": [{"phrase": "a {part}", "words": ["part"]}]}', "asks for words of 'part'"),
+    *(("t.json", text, r"t\.json is .*description/templates.json") for text in (
+        "[" * 100_000, '{"templates": ' + "9" * 5000, "[]", '{"texts": []}', '{"templates": "a {make}"}',
+        '{"templates": [1]}', '{"templates": []}', '{"templates": [{"phrase": ["a {make}"]}]}',
+        '{"templates": ["a {make}"], "words": {"part": "sun roof"}}', '{"templates": ["a {make}"], "wordings": "x"}',
+        '{"templates": ["a {make}"], "contradictions": ["x"]}', r'{"templates": ["a {make} \ud800"]}',
+        '{"templates": [{"phrase": "a {make}", "unless": 3}]}',
+    )),
 ])  # fmt: skip
-def test_odd_templates_get_a_sentence(text, tmp_path):
-    with pytest.raises(InputError, match=r"t\.json is .*description/templates.json"):
-        read_templates(write(tmp_path / "t.json", text))
+def test_odd_templates_get_a_sentence(tmp_path, name, content, message):
+    table, templates = write(tmp_path / "a.csv", "make\nAudi\n"), write(tmp_path / name, content)
+    with pytest.raises(InputError, match=message):
+        run_describe(f"--attributes {table} --templates {templates}", tmp_path / "o")
 
 
 def test_odd_attributes_get_a_sentence_or_are_read(made, tmp_path):
     """Each line is a table by itself."""
-    lines = [
-        "[" * 9000,
-        '{"make": ' + "9" * 5000 + "}",
-        '{"make": {"a": [1]}}',
-        '{"": "x", "make": true}',
-        "7",
-        '{"make": NaN}',
-    ]
-    for line in lines:
+    lines = ["[" * 9000, '{"make": ' + "9" * 5000 + "}", '{"make": {"a": [1]}}', '{"": "x", "make": true}', "7"]
+    for line in [*lines, '{"make": NaN}']:
         with contextlib.suppress(InputError):
             read_all(write(tmp_path / "t.jsonl", line))
     table = write(tmp_path / "t.jsonl", '{"make": "a{b", "body": "suv"}\n{"make": "x\\n{body}", "body": "bus"}')
-    flags = without_images(made[0]).split("--attributes")[1].split(maxsplit=1)[1]
-    numbers = run_describe(f"--attributes {table} --rows_only {flags}", tmp_path / "o")
+    numbers = run_describe(f"--attributes {table} --rows_only{made.teacher}", tmp_path / "o")
     assert numbers["kept"] >= 2 and all(row["text"].encode() for row in lines_of(tmp_path / "o" / "texts.jsonl"))
+    assert printable(os.fsdecode(b"v\xe9.jpg")) == "v\\xe9.jpg" and printable("\u00e9.jpg") == "\u00e9.jpg"
 
 
-def test_everything_is_looked_at_before_the_teacher_is_loaded(made, tmp_path, monkeypatch):
+@pytest.mark.parametrize("more, message", [
+    ("--attributes no.csv", "no.csv does not exist"), ("--column tyre=x", "write SLOT=NAME"),
+    ("--n_min 0", "--n_min 0: must be at least 1"), ("--dedup_cos 2", "--dedup_cos 2.0: must be above 0"),
+    (f"--attributes {ROOT / 'datasets'}", "none of train_label.xml, .* is in this folder"), ("--images no", "no"),
+    ("--images . --n_min 99", "fewer than --n_min 99"), ("--templates no.json", "no.json"), ("--device x", "device"),
+    ("--split no", "no row|no usable|split"),
+])  # fmt: skip
+def test_everything_is_looked_at_before_the_teacher_is_loaded(made, tmp_path, monkeypatch, more, message):
     monkeypatch.setattr("main_describe.load_teacher", lambda _: pytest.fail("the teacher was loaded"))
-    for more in (
-        "--images no",
-        "--images . --n_min 99",
-        "--templates no.json",
-        "--device x",
-        "--column a=b",
-        "--split no",
-    ):
-        with pytest.raises(InputError):
-            run_describe(f"{made[0]} {more}", tmp_path / "o")
+    with pytest.raises(InputError, match=message):
+        run_describe(f"{made.grounded} {more}", tmp_path / "o")
