@@ -73,8 +73,8 @@ def save_panels(model, dataset, run, epoch: int, mask_ratio: float, count: int =
 
 
 def write_run_report(file: Path, log: list[dict], settings: dict, knn: dict[str, dict[str, float]]) -> None:
-    """Write the page of a finished run; log: a row an epoch; settings: of args.json; knn: top-1 accuracy of "chance",
-    "before" and "after", each by label column."""
+    """Write the page of a finished run; log: a row an epoch; settings: of args.json; knn: top-1 accuracy of
+    "majority", "before" and "after", each by label column."""
     page = Page(f"CGD-MAE: {settings['model']} after {len(log)} epochs")
     page.section("Curves", "Dashed: a trivial answer. A model has learned something where it is better than that.")
     for title, (learned, name, trivial, trivial_name) in CURVES.items():
@@ -84,7 +84,7 @@ def write_run_report(file: Path, log: list[dict], settings: dict, knn: dict[str,
             axes.plot(epochs, [row[trivial] for row in log], "--", color="grey", label=trivial_name)
             page.figure(title, axes)
     axes, places = new_axes("", "%"), np.arange(len(knn["after"]))
-    for offset, name in enumerate(("chance", "before", "after"), -1):
+    for offset, name in enumerate(("majority", "before", "after"), -1):
         bars = axes.bar(places + 0.27 * offset, [100 * x for x in knn[name].values()], 0.25, label=name)
         axes.bar_label(bars, fmt="%.0f")
     axes.set_xticks(places, list(map(printable, knn["after"])))

@@ -8,7 +8,6 @@ import json
 import os
 import tempfile
 import warnings
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +16,13 @@ import torch
 from torch import nn
 
 from finetune.task import load_model
-from models_vit import ENCODER_SIZES, FEATURES, VisionTransformer, encoder_from
+from models_vit import ENCODER_SIZES, FEATURES, encoder_from
 from util.checkpoint import not_finite, read_checkpoint, write_safetensors, write_torch
 from util.errors import InputError
 from util.fetch import fetch, weights_file
 from util.files import write_atomic, write_json
 from util.pos_embed import resize_pos_embed
-from util.pretrained import Pretrained, read_pretrained, recognise, under_others_names
+from util.pretrained import read_pretrained, recognise, under_others_names
 
 ONE_FILE_BYTES = 1 << 30  # more goes to NAME.onnx.data beside it: ONNX files end at 2 GiB
 TOLERANCE = 1e-3  # |onnx - torch| / |torch| of a feature
@@ -36,22 +35,44 @@ SETR_NAMES = (
 )
 
 
-@dataclass
 class Source:
     """What is converted. state, decoder: MAE's names, float32 and contiguous; the decoder is empty where the file has
     none or the target does not want it. size: --input_size."""
 
-    found: Pretrained
-    encoder: VisionTransformer
-    state: dict[str, torch.Tensor]
-    decoder: dict[str, torch.Tensor]
-    size: tuple[int, int] | None
-
-    def __post_init__(self):
+    def __init__(self, file: Path, target: str, size: tuple[int, int] | None):
+        self.size, self.found = size, read_pretrained(file)
+        self.encoder = encoder_from(self.found, file, None if target == "setr" else size)
         self.settings = self.encoder.settings()
+        self.state = {k: v.detach().float().contiguous() for k, v in self.encoder.state_dict().items()}
+        if lost := next((name for name in self.state if name not in self.found.state), None):
+            raise InputError(f"{file} lacks {lost}, which would be made up in the copy: give a whole encoder")
+        decoder = self.found.decoder if target in ("mae", "hf") else {}
+        self.decoder = {k: v.float().contiguous() for k, v in decoder.items()}
+        if bad := not_finite(decoder):
+            raise InputError(f"{file} holds numbers that are not finite in {bad[0]}: its training went wrong")
+        why, cure = self._what_has_no_place(target)
+        if why:
+            raise InputError(f"{file} {why}, which --to {target} has no place for: {cure}")
         self.pixels = "pixels: " + PIXELS.format(*self.settings["mean"], *self.settings["std"])
         sizes = tuple(self.settings[name] for name in ("embed_dim", "depth", "num_heads"))
         self.size_name = next((name for name, row in ENCODER_SIZES.items() if row[:3] == sizes), "")
+
+    def _what_has_no_place(self, target: str) -> tuple[str, str]:
+        """(why not, what to do instead), in words; empty where the target takes it."""
+        rows, columns = self.encoder.grid_size
+        patches = len(self.decoder["decoder_pos_embed"][0]) - 1 if self.decoder else rows * columns
+        any_vit, others = target in ("timm", "safetensors"), "use --to timm or safetensors"
+        if not any_vit and ("norm_pre.weight" in self.state or self.settings["quick_gelu"]):
+            return "is CLIP's kind of ViT (a norm before its blocks, or OpenAI's GELU)", others
+        if not any_vit and "fc_norm.weight" in self.state:
+            return "has its final norm after the mean over patches (fc_norm)", others
+        if rows != columns and not any_vit and (target != "hf" or self.decoder):
+            cure = "resize it first, --to safetensors --input_size 224, and convert that file"
+            return f"has a position table of {rows} x {columns} patches, no square", cure
+        if patches != rows * columns:
+            why = f"holds a decoder for {patches} patches, and --input_size makes {rows * columns}"
+            return why, "drop --input_size, or give the encoder alone"
+        return "", ""
 
 
 def convert(file: str | Path, target: str, output: str | Path, input_size: tuple[int, int] | None = None) -> dict:
@@ -68,39 +89,12 @@ def convert(file: str | Path, target: str, output: str | Path, input_size: tuple
         raise InputError(f"--to {target} --output {output}: give a name that ends with {' or '.join(suffixes)}")
     if file.resolve() in (output.resolve(), output.resolve() / file.name):
         raise InputError(f"--to {target} --output {output} is the file that is converted: give another name")
-    source = _read_source(file, target, input_size)
+    source = Source(file, target, input_size)
     written, load, remark = write(source, output)
     check_written(weights_file(output), source.state | source.decoder, len(written))
     size = "{} x {}".format(*source.settings["img_size"])
     result = {"source": f"{file} ({source.found.origin})", "output": str(output), "input_size": size}
     return result | {"tensors": len(written), "load": load, "remark": remark}
-
-
-def _read_source(file: Path, target: str, size: tuple[int, int] | None) -> Source:
-    found = read_pretrained(file)
-    encoder = encoder_from(found, file, None if target == "setr" else size)
-    state = {k: v.detach().float().contiguous() for k, v in encoder.state_dict().items()}
-    if lost := next((name for name in state if name not in found.state), None):
-        raise InputError(f"{file} lacks {lost}, which would be made up in the copy: give a whole encoder")
-    decoder = {k: v.float().contiguous() for k, v in found.decoder.items()} if target in ("mae", "hf") else {}
-    if bad := not_finite(decoder):
-        raise InputError(f"{file} holds numbers that are not finite in {bad[0]}: its training went wrong")
-    rows, columns = encoder.grid_size
-    patches = len(decoder["decoder_pos_embed"][0]) - 1 if decoder else rows * columns
-    any_vit, why, cure = target in ("timm", "safetensors"), "", "use --to timm or safetensors"
-    if not any_vit and ("norm_pre.weight" in state or encoder.settings()["quick_gelu"]):
-        why = "is CLIP's kind of ViT (a norm before its blocks, or OpenAI's GELU)"
-    elif not any_vit and "fc_norm.weight" in state:
-        why = "has its final norm after the mean over patches (fc_norm)"
-    elif rows != columns and not any_vit and (target != "hf" or decoder):
-        why = f"has a position table of {rows} x {columns} patches, no square"
-        cure = "resize it first, --to safetensors --input_size 224, and convert that file"
-    elif patches != rows * columns:
-        why = f"holds a decoder for {patches} patches, and --input_size makes {rows * columns}"
-        cure = "drop --input_size, or give the encoder alone"
-    if why:
-        raise InputError(f"{file} {why}, which --to {target} has no place for: {cure}")
-    return Source(found, encoder, state, decoder, size)
 
 
 def check_written(file: Path, wanted: dict[str, torch.Tensor], written: int | None = None) -> None:
@@ -120,9 +114,10 @@ def to_mae(source: Source, output: Path) -> tuple[dict, str, str]:
     """{"model": encoder, and MAE's decoder where there is one}: facebook's file."""
     state = source.state | source.decoder
     write_torch(output, {"model": state})
-    strict = "" if source.decoder else ", strict=False"
+    strict, what = ", strict=False", "encoder alone: the decoder is drawn anew"
+    if source.decoder:
+        strict, what = "", "encoder and decoder"
     load = f"model.load_state_dict(torch.load('{output}', weights_only=True)['model']{strict})"
-    what = "encoder and decoder" if source.decoder else "encoder alone: the decoder is drawn anew"
     return state, load, f"{what}; {source.pixels}"
 
 
@@ -133,7 +128,7 @@ def to_timm(source: Source, output: Path) -> tuple[dict, str, str]:
     if pre_norm:
         del state["patch_embed.proj.bias"]  # timm's CLIP towers have none; CLIP's is 0
     if output.suffix == ".safetensors":
-        to_safetensors(replace(source, state=state), output)
+        to_safetensors(source, output, state)
     else:
         write_torch(output, state)
     kind = ("_clip" + "_quickgelu" * quick) * pre_norm
@@ -225,13 +220,13 @@ def to_setr(source: Source, output: Path) -> tuple[dict, str, str]:
     return content["model"] | content["state_dict"], load, remark
 
 
-def to_safetensors(source: Source, output: Path) -> tuple[dict, str, str]:
+def to_safetensors(source: Source, output: Path, state: dict | None = None) -> tuple[dict, str, str]:
     """Our own: MAE's names; in the header what builds the ViT, and what the source says of its training."""
     known, name, origin = source.found.config, source.size_name, source.found.origin
     config = {"model": f"mae_vit_{name}_patch{source.settings['patch_size']}"} if name else {}
     config |= source.settings | {k: known[k] for k in ("norm_pix_loss", "mask_ratio") if k in known}
     config["kind"] = origin if origin == "CGD-MAE encoder" else "encoder of " + origin.removeprefix("encoder of ")
-    write_safetensors(output, source.state, {"format": "pt", "config": json.dumps(config)})
+    write_safetensors(output, state or source.state, {"format": "pt", "config": json.dumps(config)})
     return source.state, f"encoder = models_vit.load_encoder('{output}')", source.pixels
 
 
@@ -258,10 +253,7 @@ def export_onnx(file: str | Path, output: str | Path, input_size: tuple[int, int
     (`datasets.transforms.whole_image`), features out; it is compared with torch under onnxruntime before it is kept.
 
     Args:
-        file: what `load_encoder` reads, or a model.pth of `--task reid`.
-        input_size: (H, W) in px of an encoder, default the file's.
-    Returns:
-        Numbers and strings; `largest_difference` is relative, over pictures and features.
+        file: what `load_encoder` reads, or a model.pth of `--task reid`. input_size: (H, W) of an encoder in px.
     """
     try:
         import onnxruntime

@@ -173,10 +173,8 @@ def problem(row: dict, dropped: Counter) -> str:
             return "no mask" if what == "mask" else "no such file"
         return f"the {what} cannot be read ({str(error)[:60]})"
     if strange := [value for value in values if NUM_IDS < value != IGNORE]:
-        raise InputError(
-            f"{file} has the value {strange[0]}: masks of parts hold 0 to {NUM_IDS - 1}, {BACKGROUND_ID} for "
-            f"the background, {IGNORE} for none (folders *_whole hold objects, not parts)"
-        )
+        meant = f"0 to {NUM_IDS - 1}, {BACKGROUND_ID} for the background, {IGNORE} for none"
+        raise InputError(f"{file} has the value {strange[0]}: masks of parts hold {meant}, folders *_whole others")
     if row["size"] not in sizes:
         return "image and mask differ in size"
     if "mask" in row:
@@ -238,9 +236,8 @@ def write_set(output: Path, rows: list[dict], result: dict, link: bool) -> None:
     table = np.zeros(256, dtype=np.uint8)  # PartImageNet's ids -> classes; other parts are background
     table[[*ids, IGNORE]] = [*range(1, len(ids) + 1), IGNORE]
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    try:
-        folder.chmod(0o755)  # mkdtemp keeps others out; a data folder need not
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+        folder = Path(temporary) / "set"
         for split in SPLITS:
             (folder / "images" / split).mkdir(parents=True)
             (folder / "annotations" / split).mkdir(parents=True)
@@ -253,9 +250,6 @@ def write_set(output: Path, rows: list[dict], result: dict, link: bool) -> None:
         for name, content in (("classes.json", classes), ("conversion.json", result)):
             (folder / name).write_text(json.dumps(content, indent=1) + "\n")
         folder.rename(output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 if __name__ == "__main__":

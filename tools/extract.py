@@ -31,8 +31,6 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
-import csv
-import io
 from functools import partial
 
 import numpy as np
@@ -44,7 +42,7 @@ from models_vit import load_encoder
 from util.checkpoint import weights_sha256
 from util.dist import launch, print_main
 from util.fetch import fetch
-from util.files import write_atomic
+from util.files import write_csv
 from util.precision import pick_precision
 
 
@@ -66,10 +64,8 @@ def extract(args, device) -> dict:
     if result is None:
         return {}
     shape, problems = result
-    table = io.StringIO()
-    rows = [[printable(paths.relative(index)), problems.get(index, "")] for index in range(len(paths))]
-    csv.writer(table, lineterminator="\n").writerows([["path", "problem"], *rows])
-    write_atomic(output.with_name(output.name + ".csv"), lambda opened: opened.write(table.getvalue().encode()))
+    rows = ([printable(paths.relative(index)), problems.get(index, "")] for index in range(len(paths)))
+    write_csv(output.with_name(output.name + ".csv"), [["path", "problem"], *rows])
     return {"images": len(paths), "unreadable": len(problems), "shape": list(shape), "read_out": args.read_out}
 
 

@@ -28,15 +28,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()
 
-import csv
-import io
 from collections import Counter, defaultdict
 
 import numpy as np
 
 from datasets.tables import cell, iterate_table, split_name
 from util.errors import InputError
-from util.files import write_atomic
+from util.files import write_csv
 
 
 def main(args) -> dict:
@@ -67,12 +65,8 @@ def main(args) -> dict:
             too_few += 1
         for row, split in zip(chosen, splits):
             rows.append(row | {"path": str((file.parent / row["path"]).absolute()), "pid": name, "split": split})
-    extra = [column for column in ("camid", "viewid") if any(column in row for row in rows)]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ("path", "pid", "split", *extra), extrasaction="ignore")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_atomic(args.output, lambda opened: opened.write(text.getvalue().encode()))
+    columns = ["path", "pid", "split"] + [name for name in ("camid", "viewid") if any(name in row for row in rows)]
+    write_csv(args.output, [columns, *([row.get(name, "") for name in columns] for row in rows)])
     counts = {**dict.fromkeys(("train", "query", "gallery"), 0), **Counter(row["split"] for row in rows)}
     counts |= {"train_identities": len(names) - count, "test_identities": count - too_few}
     counts |= {"identities_with_too_few_images": too_few, "rows_without_label": unnamed}

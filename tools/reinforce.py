@@ -109,7 +109,12 @@ def build(args, device: torch.device) -> dict:
     total = sum(min(SHARD_IMAGES, images - first) for _, first in mine)
     progress = Progress("teacher", total, shown=get_rank() == 0)
     for view, first in mine:
-        rows = rows_so_far(folder, header, view, first)
+        rows = np.zeros((min(SHARD_IMAGES, images - first), width), np.float16)
+        if shard_file(folder, view, first).is_file():
+            try:
+                rows = read_shard(folder, header, view, first)
+            except InputError as error:
+                print(f"made again: {error}")
         indices, done = np.flatnonzero(~rows.any(axis=1)), 0
         progress.update(progress.done + len(rows) - len(indices))
         for embeddings, problems in embed(view, first + indices):
@@ -129,16 +134,6 @@ def build(args, device: torch.device) -> dict:
     seconds = time.perf_counter() - started
     result = {"images": images, "views": views, "written": written, "unreadable": len(bad), "bytes": size}
     return result | {"seconds": seconds, "images_per_s": written / max(seconds, 1e-9)}
-
-
-def rows_so_far(folder: Path, header: dict, view: int, first: int) -> np.ndarray:
-    """What is stored of a shard, zeros where nothing is; a damaged one is made again."""
-    if shard_file(folder, view, first).is_file():
-        try:
-            return read_shard(folder, header, view, first)
-        except InputError as error:
-            print(f"made again: {error}")
-    return np.zeros((min(SHARD_IMAGES, header["images"] - first), header["teacher"]["embed_dim"]), np.float16)
 
 
 if __name__ == "__main__":

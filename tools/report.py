@@ -27,8 +27,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("images", nargs="+", help="image files, or one folder or manifest (its first --count images)")
     add("--checkpoint", required=True, help="of a run, or facebook's *_full.pth, *_visualize_*.pth with --model")
     add("--model", default=None, choices=MAE_MODELS, help="for files that do not say it (default: the file's)")
-    normalised = "the file was trained with per-patch normalisation (default: the file's config)"
-    add("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=None, help=normalised)
+    add("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=None, help="as trained (default: the file's)")
     add("--mask_ratio", default=0.75, type=float, help="fraction of patches removed (default 0.75)")
     add("--count", default=8, type=int, help="images taken of a folder or manifest (default 8)")
     add("--seed", default=0, type=int, help="seed of the masks (default 0)")
@@ -39,15 +38,13 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
-import numpy as np
 import torch
 
 from datasets.fgvc import list_labelled
 from datasets.images import Unreadable, open_rgb
 from datasets.path_list import printable
 from datasets.transforms import whole_image
-from main_linprobe import probe_features
-from metrics.probe import knn_predict, topk_accuracy
+from main_linprobe import probe, probe_features
 from models_mae import MODELS, count_kept, load_autoencoder
 from models_vit import load_encoder
 from reports.run import draw_reconstructions, write_run_report
@@ -56,23 +53,17 @@ from util.errors import InputError
 from util.fetch import fetch
 from util.files import make_folder, write_atomic
 
+KNN = argparse.Namespace(protocol=("knn",), k=20)
 
-def knn_accuracy(model, tables: dict, read_out: str) -> dict[str, float]:
+
+def knn_accuracy(model, tables: dict, read_out: str) -> tuple[dict[str, float], dict[str, float]]:
+    """({column: top-1 of kNN on the validation images}, {column: top-1 of the commonest class of training})."""
     paths = next(iter(tables.values())).paths
     features, problems = probe_features(model, paths, {"batch_size": 128, "num_workers": 2})
     if problems:
         raise InputError(f"{len(problems)} images could not be read, first {paths[min(problems)]}: remove them")
-    scores = {}
-    for column, table in tables.items():
-        y, x, (train, val) = torch.from_numpy(table.labels), features[read_out], map(table.splits.get, ("train", "val"))
-        scores[column] = topk_accuracy(knn_predict(x[train], y[train], x[val], len(table.classes)), y[val], 1)
-    return scores
-
-
-def majority_share(table) -> float:
-    """What the commonest class of training gets on the validation images."""
-    train, val = (table.labels[table.splits[name]] for name in ("train", "val"))
-    return float((val == np.bincount(train).argmax()).mean())
+    found = {column: probe(KNN, features[read_out], table, None) for column, table in tables.items()}
+    return {c: of["knn"]["top1"] for c, of in found.items()}, {c: of["majority"][""] for c, of in found.items()}
 
 
 def report_run(args) -> dict:
@@ -88,14 +79,11 @@ def report_run(args) -> dict:
         initial = MODELS[settings["model"]](img_size=tuple(settings["img_size"])).eval()  # before the first update
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise InputError(f"log.txt or args.json in {run_dir} is damaged: {error!r}") from error
-    knn = {
-        "chance": {column: majority_share(table) for column, table in tables.items()},
-        "before": knn_accuracy(initial, tables, args.read_out),
-        "after": knn_accuracy(load_encoder(run_dir / "encoder.safetensors"), tables, args.read_out),
-    }
+    before, majority = knn_accuracy(initial, tables, args.read_out)
+    after, _ = knn_accuracy(load_encoder(run_dir / "encoder.safetensors"), tables, args.read_out)
+    knn = {"majority": majority, "before": before, "after": after}
     write_run_report(run_dir / "report.html", log, settings, knn)
-    names = {"chance": "majority", "before": "before", "after": "after"}
-    metrics = {f"knn_{column}_{names[key]}": value for key, of in knn.items() for column, value in of.items()}
+    metrics = {f"knn_{column}_{name}": value for name, of in knn.items() for column, value in of.items()}
     return metrics | {"report": str(run_dir / "report.html")}
 
 

@@ -69,10 +69,6 @@ recipes differ. It is not published which vehicles and parts of PartImageNet the
 no run of ours stands there."""
 
 
-class LeftOut(ValueError):
-    """Why a folder gives no row, in words."""
-
-
 class Run(NamedTuple):
     """A finished run. weights: SHA-256 of those that it started from, or "random". config: eight digits, equal for runs
     that differ in weights, seed and place only. words: what the command said."""
@@ -129,8 +125,8 @@ def main(args) -> dict:
             run = read_run(folder)
             first = runs.setdefault((run.config, run.weights, run.args["seed"]), run)
             if first is not run:
-                raise LeftOut(f"the same config, weights and seed as {first.folder}: it would count twice")
-        except LeftOut as reason:
+                raise InputError(f"the same config, weights and seed as {first.folder}: it would count twice")
+        except InputError as reason:
             left_out.append([f"`{folder}`", str(reason)])
             print(f"left out: {folder}: {reason}")
     tests: dict[str, dict[tuple, list]] = defaultdict(lambda: defaultdict(list))  # heading -> row -> (run, values)
@@ -149,23 +145,23 @@ def main(args) -> dict:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run; LeftOut where it is not finished, damaged, or does not say what its numbers come from."""
+    """Read a run; InputError where it is not finished, damaged, or does not say what its numbers come from."""
     args = read_object(folder / "args.json", "not the folder of a training run")
     if args.get("task") not in METRICS:
-        raise LeftOut("not a run of main_finetune.py: args.json names no task that is known")
+        raise InputError("not a run of main_finetune.py: args.json names no task that is known")
     metrics = read_object(folder / "metrics.json", "the run has not ended")
     commit = str(read_object(folder / "env.json", "no commit of the code").get("commit", "unknown"))
     last = read_object(folder / "log.txt", "no log of the training", last_line=True)
     weights, main = str(args.get("weights_sha256", "")), next(iter(METRICS[args["task"]][1]))
     if not isinstance(args.get("seed"), int) or not isinstance(args.get("epochs"), int):
-        raise LeftOut("args.json has no seed or no epochs")
+        raise InputError("args.json has no seed or no epochs")
     if weights != "random" and not re.fullmatch(r"[0-9a-f]{64}", weights):
-        raise LeftOut("args.json has no weights_sha256 of the weights that the run started from")
+        raise InputError("args.json has no weights_sha256 of the weights that the run started from")
     if commit == "unknown":
-        raise LeftOut("env.json has no commit: the code was no git checkout")
+        raise InputError("env.json has no commit: the code was no git checkout")
     tested = {name: last[f"test_{name}"] for name in metrics if name.endswith(main) and f"test_{name}" in last}
     if not tested or last.get("epoch") != args["epochs"] - 1 or any(metrics[name] != x for name, x in tested.items()):
-        raise LeftOut(f"log.txt does not end with the numbers of metrics.json after {args['epochs']} epochs")
+        raise InputError(f"log.txt does not end with the numbers of metrics.json after {args['epochs']} epochs")
     kept = {name: value for name, value in args.items() if name not in NOT_CONFIG}
     config = hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
     given = {name: kept[name] for name in args.get("given", []) if name in kept}
@@ -179,9 +175,9 @@ def read_object(file: Path, if_missing: str, last_line: bool = False) -> dict:
         text = file.read_text(encoding="utf-8")
         return dict(json.loads(text.splitlines()[-1] if last_line else text).items())
     except FileNotFoundError:
-        raise LeftOut(f"no {file.name}: {if_missing}") from None
+        raise InputError(f"no {file.name}: {if_missing}") from None
     except (OSError, ValueError, IndexError, RecursionError, AttributeError) as error:  # the last: no object
-        raise LeftOut(f"{file.name} cannot be read: {error}") from None
+        raise InputError(f"{file.name} cannot be read: {error}") from None
 
 
 def one_test(heading: str, ours: dict[tuple, list], published: list[dict]) -> str:

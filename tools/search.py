@@ -17,19 +17,17 @@ BLOCK_NUMBERS = 1 << 22  # of the gallery and of cosines, held at a time; more a
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.search", __doc__)
-    add = parser.add_argument_group("images").add_argument
+    add = parser.add_argument
     add("queries", nargs="+", metavar="QUERY", help="image files, or one folder or manifest")
     add("--gallery", required=True, help="folder, manifest or packed set to search in")
     add("--index", default=None, help="folder that keeps its embeddings, float16 (default: OUTPUT.index)")
     add("--output", default="search_results", help="folder for the results (default search_results)")
     add("--topk", default=10, type=int, help="results a query (default 10)")
     add("--exclude_self", action="store_true", help="leave out the query's own file (default: mark it)")
-    add = parser.add_argument_group("model").add_argument
     add("--checkpoint", required=True, help="re-id model of main_finetune.py, or any plain encoder")
     add("--read_out", default="cls", choices=("cls", "mean"), help="of plain encoders (default cls)")
     add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
     add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"), help="precision (default none: fp32)")
-    add = parser.add_argument_group("run").add_argument
     add("--batch_size", default=128, type=int, help="images at a time (default 128)")
     add("--num_workers", default=2, type=int, help="data processes per rank (default 2)")
     add("--device", default="auto", help="auto, cuda or cpu (default auto)")
@@ -93,10 +91,12 @@ def search(args, queries: Images, gallery: Images, device: torch.device) -> dict
     rows = open_index(folder, (len(gallery), features[""].shape[1]))
     unreadable = int(np.isnan(rows[:, 0]).sum())
     print(f"gallery: {len(rows)} images under {gallery.root}, {unreadable} of them unreadable and never found")
-    readable = [number for number in range(len(queries)) if number not in problems]
-    names = [image_name(queries, number) for number in readable]
-    lists = find_hits(names, torch.from_numpy(features[""][readable]).to(device), rows, gallery, args)
-    write_results(Path(args.output), queries, problems, dict(zip(readable, lists)), gallery)
+    names = [image_name(queries, number) for number in range(len(queries))]
+    lists = find_hits(names, torch.from_numpy(features[""]).to(device), rows, gallery, args)
+    write_results(Path(args.output), names, problems, lists)
+    shown = [number for number in range(len(queries)) if number not in problems][:QUERIES_DRAWN]
+    sheet = draw_results(queries, gallery, {number: lists[number] for number in shown})
+    write_atomic(Path(args.output) / "results.png", lambda opened: sheet.save(opened, format="PNG"))
     counts = {"queries": len(queries), "unreadable_queries": len(problems), "gallery": len(rows)}
     counts |= {"unreadable": unreadable, "embedded": embedded, "topk": args.topk, "index": str(folder)}
     return counts | {"same_file": sum(hit["same_file"] for hits in lists for hit in hits)}
@@ -193,7 +193,7 @@ def search_rows(query: torch.Tensor, rows: np.ndarray, k: int, block_numbers: in
 
 
 def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, gallery: Images, args) -> list[list[dict]]:
-    """[{row, path, cosine, same_file, rank}, ...] of each query; names, features [Q, D]: the queries'."""
+    """[{row, path, cosine, same_file, rank}, ...] of each query; names, features [Q, D]: the queries', NaN: none."""
     lists = []
     for name, values, found in zip(names, *search_rows(features, rows, args.topk + args.exclude_self)):
         hits, place = [], os.path.realpath(name)
@@ -206,19 +206,17 @@ def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, galler
     return lists
 
 
-def write_results(output: Path, queries: Images, problems: dict[int, str], found: dict[int, list[dict]], gallery):
-    """The table on stdout, results.json and results.png."""
+def write_results(output: Path, names: list[str], problems: dict[int, str], lists: list[list[dict]]) -> None:
+    """The table on stdout and results.json."""
     results = []
-    for number in range(len(queries)):
-        query, hits, problem = image_name(queries, number), found.get(number, []), problems.get(number, "")
+    for number, (query, hits) in enumerate(zip(names, lists)):
+        problem = problems.get(number, "")
         results.append({"query": query, "problem": problem, "results": hits})
         print(f"{printable(query)} is left out: {problem}" if problem else f"{printable(query)}:")
         for hit in hits:
             sign = "  (same file)" * hit["same_file"]
             print(f"  {hit['rank']:3d}  {hit['cosine']:7.4f}  {printable(hit['path'])}{sign}")
     write_json(output / "results.json", results)
-    sheet = draw_results(queries, gallery, dict(list(found.items())[:QUERIES_DRAWN]))
-    write_atomic(output / "results.png", lambda opened: sheet.save(opened, format="PNG"))
 
 
 def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]]) -> Image.Image:

@@ -52,19 +52,6 @@ CONFIG = {
 }
 
 
-def read_pairs(file: Path) -> tuple[list, list[str]]:
-    """-> (RGB pictures, captions) of the training rows; unreadable pictures are named and left out."""
-    pictures, captions = [], []
-    for row in iterate_table(file, ("caption",)):
-        if row.get("split", "train") == "train":
-            try:
-                pictures.append(open_rgb(file.parent / row["path"]))
-                captions.append(row["caption"])
-            except Unreadable as error:
-                print(f"unreadable, left out: {row['path']}: {error}")
-    return pictures, captions
-
-
 def crop(picture, seed: int, epoch: int, index: int) -> torch.Tensor:
     """A large random crop at the teacher's size, [3, H, W] uint8; never flipped: sides are in the texts."""
     box, _ = random_crop_box(sample_rng(seed, epoch, index, CROP_STREAM), *picture.size, min_area=0.6)
@@ -73,7 +60,14 @@ def crop(picture, seed: int, epoch: int, index: int) -> torch.Tensor:
 
 def main(args) -> dict:
     device, output = pick_device(args.device), Path(args.output)
-    pictures, captions = read_pairs(Path(args.data_path))
+    pictures, captions, file = [], [], Path(args.data_path)
+    for row in iterate_table(file, ("caption",)):
+        if row.get("split", "train") == "train":
+            try:
+                pictures.append(open_rgb(file.parent / row["path"]))
+                captions.append(row["caption"])
+            except Unreadable as error:
+                print(f"unreadable, left out: {row['path']}: {error}")
     if len(pictures) < args.batch_size:
         raise InputError(f"--batch_size {args.batch_size}: {args.data_path} has {len(pictures)} readable pairs")
     config = output / "MiniCLIP.json"

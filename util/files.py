@@ -1,7 +1,9 @@
 """Files: written whole or not at all, and known by their bytes. Free of torch."""
 
 import contextlib
+import csv
 import hashlib
+import io
 import json
 import os
 import re
@@ -47,6 +49,13 @@ def make_folder(folder: str | Path) -> None:
 def write_json(file: str | Path, value) -> None:
     """JSON with a final newline, atomically."""
     write_atomic(file, lambda opened: opened.write(f"{json.dumps(value, indent=1)}\n".encode()))
+
+
+def write_csv(file: str | Path, rows) -> None:
+    """Rows as CSV, atomically."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_atomic(file, lambda opened: opened.write(text.getvalue().encode()))
 
 
 def read_json(file: str | Path, cure: str) -> dict:
