@@ -201,13 +201,19 @@ def test_the_same_weights_with_another_activation_are_another_teacher(clip, teac
         assert (found == clip[2].weights_sha256) == (name == "same")
 
 
+def rebuild(words: str, *elsewhere) -> dict:
+    """tools.reinforce in this process, with the same words but for some paths."""
+    for old, new in elsewhere:
+        words = words.replace(f" {old}", f" {new}")
+    return reinforce.main(parse(reinforce.get_args_parser(), words.split()))
+
+
 @pytest.fixture(scope="module")
 def cache(pictures, teacher_files, texts_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("cache") / "crops"
-    words = f"-m tools.reinforce --data_path {pictures} --output {folder} --views 3 --input_size 32 --device cpu"
+    words = f"--data_path {pictures} --output {folder} --views 3 --input_size 32 --device cpu --num_workers 0"
     words += f" --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --text_bank {texts_file}"
-    done = run_command(command(*words.split()))
-    assert done.returncode == 0, done.stderr
+    rebuild(words)
     return folder, words
 
 
@@ -227,7 +233,7 @@ def test_cache_stands_in_for_the_teacher(cache, pictures, teacher_files, texts_f
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key  # fp16 moves a small term
 
 
-def test_cache_is_checked_resumed_and_verified(cache, pictures, tmp_path):
+def test_cache_is_checked_and_resumed(cache, pictures, texts_file, tmp_path):
     folder, words = cache
     wrong = {"--seed 1": "seed 0 in the cache, 1 here", "--clip_model ViT-B-32": "ViT-B-32: .* made by MiniClip-test"}
     for more, message in wrong.items():
@@ -239,22 +245,13 @@ def test_cache_is_checked_resumed_and_verified(cache, pictures, tmp_path):
     lost.unlink()
     with pytest.raises(InputError, match="unfinished: 1 of 3"):
         TeacherCache(folder)
-    assert run_command(command(*words.split())).returncode == 0
+    rebuild(words)
     assert lost.read_bytes() == kept
-    other = run_command(command(*words.split(), "--seed", "5"))
-    assert other.returncode == 2 and "seed differ" in other.stderr
-    texts = tmp_path / "texts.txt"
-    texts.write_text("a red car\na blue car\n")
-    done = run_command(command(*words.split()[:-1], str(texts)))
-    assert done.returncode == 2 and "its text_bank differ" in done.stderr
-
-
-def rebuild(words: str, *elsewhere) -> dict:
-    """tools.reinforce in this process, with the same words but for some paths."""
-    for old, new in elsewhere:
-        words = words.replace(f" {old}", f" {new}")
-    words = [word for word in words.split()[2:] if not word.startswith("--num_workers")]
-    return reinforce.main(parse(reinforce.get_args_parser(), [*words, "--num_workers", "0"]))
+    (tmp_path / "texts.txt").write_text("a red car\na blue car\n")
+    with pytest.raises(InputError, match="seed differ"):
+        rebuild(f"{words} --seed 5")
+    with pytest.raises(InputError, match="its text_bank differ"):
+        rebuild(words, (texts_file, tmp_path / "texts.txt"))
 
 
 @pytest.mark.parametrize("name, spoil, message", [
