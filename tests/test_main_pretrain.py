@@ -72,16 +72,12 @@ def test_run_with_distillation(pictures, teacher, tmp_path):
 
 
 def test_trivial_baselines_of_known_answers():
-    """Two images a quarter turn apart, each sure of a text of its own: numbers by hand."""
-    meter = Meter()
-    terms = {
-        "teacher_embed_mean": torch.tensor([0.5, 0.5]),  # mean of (1, 0) and (0, 1): length sqrt(1/2)
-        "teacher_marginal": torch.tensor([0.5, 0.5]),  # mean of (0.9, 0.1) and (0.1, 0.9): entropy ln 2
-        "teacher_entropy": torch.tensor(-(0.9 * math.log(0.9) + 0.1 * math.log(0.1))),
-    }
-    for _ in range(3):
-        meter.update(terms, torch.tensor(True))
-    meter.update({k: v * 7 for k, v in terms.items()}, torch.tensor(False))  # skipped: counts for nothing
+    """Two images a quarter turn apart, (1, 0) and (0, 1), sure of texts of their own, (0.9, 0.1) and (0.1, 0.9)."""
+    meter, half = Meter(), torch.tensor([0.5, 0.5])  # both means: of length sqrt(1/2), of entropy ln 2
+    entropy = torch.tensor(-(0.9 * math.log(0.9) + 0.1 * math.log(0.1)))
+    terms = {"teacher_embed_mean": half, "teacher_marginal": half, "teacher_entropy": entropy}
+    for ok in (True, True, True, False):  # a skipped one counts for nothing
+        meter.update({k: v * (1 if ok else 7) for k, v in terms.items()}, torch.tensor(ok))
     found = trivial_distillation(*meter.read())
     assert found["cos_baseline"] == pytest.approx(math.sqrt(0.5), abs=1e-6)
     assert found["kl_baseline"] == pytest.approx(math.log(2) - 0.325083, abs=1e-5)
@@ -108,9 +104,9 @@ def test_no_distill_is_plain_mae_bit_for_bit(pictures, tmp_path):
     assert_equal(read_checkpoint(tmp_path / "run" / "checkpoint-last.pth")["model"], model.state_dict())
 
 
-@pytest.mark.parametrize("flags, of_two", [
-    ("", ""), ("--accum_iter 2 --micro_batch 2", "--grad_checkpoint"), ("", "--compile"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, of_two", [("", ""), ("--accum_iter 2 --micro_batch 2", "--grad_checkpoint"), ("", "--compile")]
+)
 def test_two_ranks_equal_one(pictures, teacher, tmp_path, flags, of_two):
     """And activation checkpointing and compilation change no number."""
     one, two, more = tmp_path / "one", tmp_path / "two", [*teacher, *flags.split(), "--blr", "0.05"]
@@ -127,10 +123,10 @@ import engine_pretrain, main_pretrain
 
 at, victims = int(sys.argv.pop(1)), sys.argv.pop(1).split(",")  # start and rank
 batches, real = [], engine_pretrain.forward_backward
+start_and_rank = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") + os.environ.get("RANK", "0")
 
 def forward_backward(*args):
     batches.append(1)
-    start_and_rank = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") + os.environ.get("RANK", "0")
     if len(batches) == at and start_and_rank in victims:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args)
@@ -166,11 +162,9 @@ def test_resume_after_kill_is_exact(pictures, teacher, tmp_path, processes, at):
 
 def test_torchrun_starts_a_killed_rank_again(pictures, tmp_path):
     """The second start must not look for the first one's ranks."""
-    script = tmp_path / "killed.py"
-    script.write_text(KILLED)
-    words = small_flags(pictures, tmp_path / "run", "--no_distill", "--batch_size", "4", "--resume", "auto")
-    launcher = command(str(script), "7", "01", *words, processes=2)
-    launcher.insert(launcher.index(str(script)), "--max-restarts=1")
+    (tmp_path / "killed.py").write_text(KILLED)
+    words = small_flags(pictures, tmp_path / "run", *"--no_distill --batch_size 4 --resume auto".split())
+    launcher = command("--max-restarts=1", str(tmp_path / "killed.py"), "7", "01", *words, processes=2)
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(launcher, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -285,7 +279,7 @@ def test_nothing_of_an_outage_is_in_the_weights(tmp_path, monkeypatch):
         run_main(small_flags(data, cut, *flags, "--max_bad_ratio", "1"))
     away.rename(data)
     run_main(small_flags(data, cut, *flags, "--resume", "auto", "--max_bad_ratio", "0.01"))
-    assert_equal(*(torch.load(tmp_path / f"{n}/encoder.pth", weights_only=True)["model"] for n in ("straight", "cut")))
+    assert_equal(*(read_checkpoint(tmp_path / name / "encoder.pth")["model"] for name in ("straight", "cut")))
     assert curve(tmp_path / "straight") == curve(cut)
 
 
@@ -321,12 +315,10 @@ def test_a_continued_run_takes_its_precision_threads_and_warm_up_again(pictures,
 
 
 def test_init_from_an_encoder_starts_anew(pictures, tmp_path, capsys):
-    first, second = tmp_path / "first", tmp_path / "second"
-    run_main(small_flags(pictures, first, "--no_distill", "--epochs", "1"))
-    more = f"--no_distill --init {first / 'encoder.safetensors'} --epochs 1 --lr 0"
-    run_main(small_flags(pictures, second, *more.split()))
+    for name, more in (("first", ""), ("second", f"--lr 0 --init {tmp_path}/first/encoder.safetensors")):
+        run_main(small_flags(pictures, tmp_path / name, *f"--no_distill --epochs 1 {more}".split()))
     assert "loaded    150 tensors" in capsys.readouterr().out
-    assert_equal(*(torch.load(out / "encoder.pth", weights_only=True)["model"] for out in (first, second)))
+    assert_equal(*(read_checkpoint(tmp_path / name / "encoder.pth")["model"] for name in ("first", "second")))
 
 
 def test_resume_refuses_another_run(pictures, tmp_path, capsys):
@@ -337,10 +329,10 @@ def test_resume_refuses_another_run(pictures, tmp_path, capsys):
         run_main(flags)
     run_main([*flags, "--allow_change", "epochs"])
     assert [row["epoch"] for row in read_log(out)] == [0, 1]
-    with pytest.raises(InputError, match="--allow_change epoch: choose among .* epochs"):
-        run_main([*flags, "--allow_change", "epoch"])
-    with pytest.raises(InputError, match=r"clip_grad 0.0 -> 1.0.*--allow_change"):
-        run_main([*flags, "--clip_grad", "1"])
+    wrong = {"--allow_change epoch": "epoch: choose among .* epochs", "--clip_grad 1": "clip_grad 0.0 -> 1.0.*--allow"}
+    for more, message in wrong.items():
+        with pytest.raises(InputError, match=message):
+            run_main([*flags, *more.split()])
     capsys.readouterr()
     (out / "checkpoint-last.pth").write_bytes((out / "checkpoint-last.pth").read_bytes()[:1000])
     run_main([*flags, "--epochs", "3", "--amp", "bf16", "--allow_change", "epochs"])

@@ -166,14 +166,13 @@ def check_numbers(args: argparse.Namespace, *, at_least_one="", positive="", not
 def add_teacher_flags(add: Callable) -> None:
     """Which CLIP, and its weights; `add`: add_argument of a parser or group."""
     # fmt: off
-    add("--clip_model", default="ViT-L-14", help="open_clip name, ORG/NAME or hf-hub:ORG/NAME, folder with "
-        "open_clip_config.json, or path of a JSON config (default ViT-L-14)")
-    add("--clip_pretrained", default="openai", help="open_clip tag, or a weight file .pt .bin .safetensors (default "
-        "openai; a folder's and a hub's own weights)")
-    add("--clip_mean", default=None, type=float, nargs=3, metavar="M",
-        help="mean of the teacher's pixels in [0, 1] (default: what its config or tag says)")
-    add("--clip_std", default=None, type=float, nargs=3, metavar="S", help="their deviation (default likewise)")
-    add("--clip_resize", default=None, choices=("shortest", "longest", "squash"),
+    add("--clip_model", default="ViT-L-14",
+        help="open_clip name, [hf-hub:]ORG/NAME, folder with open_clip_config.json, or JSON config (default ViT-L-14)")
+    add("--clip_pretrained", default="openai",
+        help="open_clip tag, or file .pt .bin .safetensors (default openai; a folder's and a hub's own weights)")
+    add("--clip_mean", type=float, nargs=3, metavar="M", help="mean of its pixels in [0, 1] (default: its config's)")
+    add("--clip_std", type=float, nargs=3, metavar="S", help="their deviation (default likewise)")
+    add("--clip_resize", choices=("shortest", "longest", "squash"),
         help="a whole picture for it: the middle, padded, or squeezed (default: as its own preprocessing does)")
     # fmt: on
 

@@ -37,11 +37,8 @@ class RunFiles:
         packages = {"torch": "torch", "timm": "timm", "open_clip": "open_clip_torch", "numpy": "numpy"}
         about = {name: importlib.metadata.version(package) for name, package in packages.items()}
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
-        about |= {
-            "python": platform.python_version(),
-            "machine": f"{platform.node()}, {os.cpu_count()} cores, {device}",
-        }
-        write_json(self.output_dir / "env.json", about | {"commit": code_commit()})
+        about["machine"] = f"{platform.node()}, {os.cpu_count()} cores, {device}"
+        write_json(self.output_dir / "env.json", about | {"python": platform.python_version(), "commit": code_commit()})
         kept = "".join(json.dumps(record) + "\n" for record in self._records() if record["epoch"] < epoch)
         write_atomic(self.output_dir / "log.txt", lambda opened: opened.write(kept.encode()))
 
@@ -88,9 +85,8 @@ class RunFiles:
             break
         if said and content is None:
             raise InputError("; ".join(said) + ": no readable checkpoint is left; remove --resume to start anew")
-        decision = (
-            "; ".join(said) or f"fresh start ({f'no checkpoint in {self.output_dir}' if wanted else 'no --resume'})"
-        )
+        fresh = f"no checkpoint in {self.output_dir}" if wanted else "no --resume"
+        decision = "; ".join(said) or f"fresh start ({fresh})"
         if not all_ranks_equal((run.epoch, run.batches_done)):
             raise InputError(f"the ranks do not see the same files in --output_dir {self.output_dir}: {decision}")
         return decision
