@@ -42,9 +42,8 @@ def benchmark_of(path: str | Path) -> str | None:
 
 
 def read_split(name: str, root: Path, split: str = "test") -> list[str]:
-    """Image paths relative to `root` that the lists of a benchmark name, each once, in their order. Lists are looked
-    for in all folders below `root`; their first column names the image, with or without ending. split: "test" (query,
-    gallery and test together) or "train"."""
+    """Image paths relative to `root` that the lists of a benchmark name, each once, in their order: lists anywhere
+    below `root`, whose first column names the image. split: "test" (query, gallery and test together) or "train"."""
     facts = load_benchmarks()[name]
     if split not in facts["image"]:
         raise InputError(f"{name} has no {split} list")

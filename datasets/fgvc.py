@@ -43,13 +43,9 @@ class FgvcData:
 
 
 def read_fgvc(data_path: str | Path, label_column: str = "label", need_train: bool = True) -> FgvcData:
-    """A set by what lies at `data_path`; need_train: whether the training split must be there.
-
-    - a folder, or its `car/` or `stanford_cars/`, with `devkit/cars_train_annos.mat` and
-      `cars_test_annos_withlabels.mat`, or with `cars_annos.mat`: StanfordCars;
-    - any other folder: `train/CLASS/...` and `test/CLASS/...` or `val/CLASS/...`;
-    - a table (.csv, .tsv, .jsonl) with `path`, `split` (train, and test or val) and `label_column`.
-    """
+    """StanfordCars (a folder, or its `car/` or `stanford_cars/`, with `devkit/cars_train_annos.mat` and
+    `cars_test_annos_withlabels.mat`, or with `cars_annos.mat`); any other folder with `train/CLASS/...`, and
+    `test/CLASS/...` or `val/CLASS/...`; a table (.csv, .tsv, .jsonl) with `path`, `split` and `label_column`."""
     data_path = Path(data_path)
     for folder in (data_path, data_path / "car", data_path / "stanford_cars"):
         if any((folder / name).is_file() for name in (TRAIN, TEST, ANNOS)):
@@ -75,19 +71,16 @@ def _with_notes(data: FgvcData) -> FgvcData:
     for what, part in (("training", data.train), ("test", data.test)):
         absent = [data.classes[i] for i in np.setdiff1d(np.arange(len(data.classes)), part.labels)]
         if absent and len(part):
-            more = " ..." * (len(absent) > 3)
-            notes.append(f"{len(absent)} classes have no {what} image: {', '.join(absent[:3])}{more}")
+            first = ", ".join(absent[:3]) + " ..." * (len(absent) > 3)
+            notes.append(f"{len(absent)} classes have no {what} image: {first}")
     return replace(data, notes=notes)
 
 
 def renumber_classes(data: FgvcData, classes: list[str], file: str | Path) -> FgvcData:
     """The set with its labels numbered as a trained model has learned them; InputError where it lacks one."""
-    if data.classes == classes:
-        return data
     number = {name: i for i, name in enumerate(classes)}
     new = np.array([number.get(name, -1) for name in data.classes])
-    unknown = data.test.labels[new[data.test.labels] < 0]
-    if len(unknown):
+    if len(unknown := data.test.labels[new[data.test.labels] < 0]):
         what = f"{len(classes)} classes ({', '.join(classes)[:60]} ...), not '{data.classes[unknown[0]]}'"
         raise InputError(f"{file} knows {what} of {len(unknown)} test images: score it on a set with its own classes")
     train, test = (replace(part, labels=new[part.labels]) for part in (data.train, data.test))

@@ -34,13 +34,9 @@ def read_or_next(paths: PathList, read: Callable, index: int, others: Iterable[i
 
 
 class PretrainDataset(Dataset):
-    """Items are asked for as (epoch, index), so that nothing depends on workers or history.
-
-    Args:
-        input_size: (H, W) of the crop in px. num_patches: L, length of the mask noise. seed: of crops and masks.
-        min_area, clip_crops: of `random_crop_box`. teacher_size: (H, W) in px of an extra whole-image view for the
-        teacher, or None. teacher_cache: stored teacher embeddings, or None.
-    """
+    """Items are asked for as (epoch, index), so that nothing depends on workers or history. input_size: (H, W) of the
+    crop in px. num_patches: L, length of the mask noise. min_area, clip_crops: of `random_crop_box`. teacher_size:
+    (H, W) in px of an extra whole-image view, or None. teacher_cache: stored embeddings, or None."""
 
     def __init__(
         self, paths: PathList, input_size: tuple[int, int], num_patches: int, *, seed: int, min_area: float,
@@ -57,9 +53,8 @@ class PretrainDataset(Dataset):
         """(epoch, index) -> dict: `imgs` [3, H, W] uint8, `noise` [L] float32, `problem` ('', or what was wrong with
         the file: then the next readable image stands in), `teacher_imgs` [3, H, W] uint8 or `teacher_embed` [D_t]
         float16 where asked for."""
-        epoch, index = item
-        others = range(index + 1, index + REPLACEMENT_TRIES)
-        shown, _, problem = read_or_next(self.paths, partial(self._view, epoch), index, others)
+        (epoch, index), stand_ins = item, range(item[1] + 1, item[1] + REPLACEMENT_TRIES)
+        shown, _, problem = read_or_next(self.paths, partial(self._view, epoch), index, stand_ins)
         noise = torch.from_numpy(transforms.mask_noise(self.seed, epoch, index, self.num_patches))
         return (shown or self._blank()) | {"noise": noise, "problem": problem}
 
@@ -97,9 +92,8 @@ def build_loader(dataset: Dataset, batches, num_workers: int, pin_memory: bool, 
 
 
 class TrainItems(Dataset, ABC):
-    """Item (epoch, index) -> image `index` as the epoch shows it, with its targets; (epoch, slot, index) where an
-    image may fill several slots of an epoch. A function of (seed, epoch, slot or index). size: (H, W) in px that the
-    augmentation starts from."""
+    """Item (epoch, index) -> image `index` as the epoch shows it, with its targets; (epoch, slot, index) where an image
+    may fill several slots. A function of (seed, epoch, slot or index). size: (H, W) in px before augmentation."""
 
     def __init__(self, paths: PathList, size: tuple[int, int], seed: int):
         self.paths, self.size, self.seed = paths, size, seed
@@ -109,7 +103,6 @@ class TrainItems(Dataset, ABC):
         """What was read of image `index` -> `imgs` [3, H, W] uint8 and the targets."""
 
     def read(self, index: int):
-        """Image `index`, decoded; raises `Unreadable`."""
         image = open_upright(self.paths[index])
         return decode_rgb(image, transforms.jpeg_reduction((0, 0, *image.size), self.size))
 

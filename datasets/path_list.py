@@ -60,11 +60,9 @@ class PathList:
 
 
 class PackedImages(PathList):
-    """The images of a packed set by the names they had; InputError where it is unfinished or damaged.
-
-    Files: `pack.json` (what it was made from), `shard<k>.bin` (encoded images, one after another), `shard<k>.npy`
-    ([n, 3] int64: offset and length in bytes, CRC-32), `names.npy` (uint8, the names) and `name_ends.npy` (int64).
-    """
+    """The images of a packed set by the names they had. Files: `pack.json` (what it was made from), `shard<k>.bin`
+    (encoded images, one after another), `shard<k>.npy` ([n, 3] int64: offset and length in bytes, CRC-32), `names.npy`
+    (uint8, the names) and `name_ends.npy` (int64)."""
 
     def __init__(self, folder: str | Path):
         self.root, again = Path(folder), "remove it and run python -m tools.pack again"

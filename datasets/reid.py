@@ -72,8 +72,8 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
         found = next((SIGNS[sign] for sign in SIGNS if (path / sign).exists()), "none")
         format = found if path.is_dir() else "table"
     if format == "none":
-        known_signs = ", ".join(f"{name} {sign}" for sign, name in SIGNS.items())
-        raise InputError(f"{path} has no layout that is known ({known_signs}): give a table with path, pid, split")
+        signs = ", ".join(f"{name} {sign}" for sign, name in SIGNS.items())
+        raise InputError(f"{path} has no layout that is known ({signs}): give a table with path, pid, split")
     data = READERS[format](path, need_train)
     if need_train and not len(data.train):
         raise InputError(f"{path}: no training image is listed")
@@ -97,8 +97,7 @@ JUNK = ("-1 are left out", "0000 are left out", "0000 in the gallery are distrac
 
 
 def _build(name: str, root: Path, train: list[Row], tests: dict[str, tuple[list[Row], ...]], notes) -> ReidData:
-    """Leave junk out and number the identities: those of train first, in sorted order, then the others. A test of one
-    list: the protocol draws the gallery."""
+    """Leave junk out, number the identities, those of train first; the gallery of a test of one list is drawn."""
     counts: Counter[str] = Counter()
 
     def usable(rows: list[Row], in_gallery: bool = False) -> Iterator[Row]:
@@ -259,8 +258,7 @@ def _number_files(query: ReidImages, gallery: ReidImages | None) -> tuple[ReidIm
 
 
 def _check_test(name: str, data: ReidData, query: ReidImages, gallery: ReidImages | None) -> Iterator[str]:
-    """Say what a test's numbers cannot tell: identities that are trained on, queries that nothing can answer;
-    InputError where that is all of them."""
+    """What a test's numbers cannot tell; InputError where nothing can answer any query."""
     if len(shared := np.intersect1d(query.pids, np.arange(data.classes))):
         yield f"{len(shared)} of its identities are trained on, e.g. {data.pid_names[shared[0]]}"
     if gallery is None:

@@ -1,6 +1,5 @@
 """Which images make up a batch: a pure function of (seed, epoch), shared by all ranks."""
 
-from abc import abstractmethod
 from collections.abc import Iterator
 
 import numpy as np
@@ -10,7 +9,7 @@ from util.errors import InputError
 
 
 class Batches(Sampler):
-    """One rank's part of the batches of an epoch: all ranks draw the same rows [batches, batch_size * world] int64 of
+    """One rank's part of the batches of an epoch: all ranks `draw` the same rows [batches, batch_size * world] int64 of
     image numbers, and rank r takes the r-th part of each."""
 
     with_slots = False  # items are (epoch, index), or (epoch, slot, index): `slot` is a place of the epoch
@@ -19,16 +18,12 @@ class Batches(Sampler):
         self.batch_size, self.rank, self.size, self.seed = batch_size, rank, batch_size * world, seed
         self.set_epoch(0)
 
-    @abstractmethod
-    def draw(self, epoch: int) -> np.ndarray: ...
-
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Next iteration: this epoch, from global batch `start` on."""
         self.epoch, self.start, self.rows = epoch, start, self.draw(epoch)
 
     @property
     def batches_per_epoch(self) -> int:
-        """Of the epoch that is set."""
         return len(self.rows)
 
     def global_batch(self, epoch: int, step: int) -> np.ndarray:

@@ -8,7 +8,7 @@ SET/classes.json                             {"classes": ["background", "door", 
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,19 +77,13 @@ class PartsSplit:
 
 @dataclass(frozen=True)
 class PartsData:
-    """A set by split; notes: what a user should know of it."""
+    """name: of the label space. train: of the splits, if it was asked for. notes: what a user should know."""
 
+    name: str
     space: LabelSpace
+    train: PartsSplit | None
     splits: dict[str, PartsSplit]
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def name(self) -> str:
-        return self.space.name
-
-    @property
-    def train(self) -> PartsSplit:
-        return self.splits["train"]
+    notes: list[str]
 
     def sha256(self) -> str:
         """Identity of what is trained on: file names and how many pixels have which label."""
@@ -98,25 +92,22 @@ class PartsData:
 
 
 def read_parts(data_path: str | Path, splits: tuple[str, ...]) -> PartsData:
-    """Read the `splits` of a set; every mask is opened once: sizes must be those of the images, values those of
-    classes.json."""
+    """Read the `splits` of a set; every mask is looked at: its size must be its image's, its values in classes.json."""
     root = Path(data_path)
     if not root.is_dir():
         raise InputError(f"--data_path {root} is no folder: give one with images/, annotations/, classes.json")
-    data = PartsData(read_label_space(root / "classes.json"), {})
+    space, found, notes = read_label_space(root / "classes.json"), {}, []
     for split in splits:
-        images, masks = list_pairs(root, split, data.notes)
-        data.splits[split] = _scan(images, masks, data.space, split)
-        data.notes.extend(_count_notes(data.splits[split].counts, data.space, split))
-    return data
+        found[split] = _scan(*list_pairs(root, split, notes), space, split)
+        notes += _count_notes(found[split].counts, space, split)
+    return PartsData(space.name, space, found.get("train"), found, notes)
 
 
 def read_label_space(file: Path) -> LabelSpace:
     """The targets of the classes of classes.json; target 0 is the background, if any."""
     example = '{"classes": ["background", "door"], "ignore": 255}'
     if not file.is_file():
-        releases = "python -m tools.convert_partimagenet writes it for PartImageNet"
-        raise InputError(f"{file} is missing: write which class each pixel value is, e.g. {example}; {releases}")
+        raise InputError(f"{file} is missing: write which class a value is, e.g. {example}")
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         classes, ignore = content["classes"], content.get("ignore", IGNORE)
@@ -188,8 +179,7 @@ def _count_pixels(image_file: Path, mask_file: Path, space: LabelSpace) -> np.nd
     if mask.shape[::-1] not in sizes:
         raise InputError(f"{image_file} and {mask_file} differ: {SIZES.format(*image.size, *mask.shape[::-1])}")
     values = np.bincount(mask.ravel(), minlength=256)
-    strange = np.flatnonzero((values > 0) & (space.table == UNKNOWN))
-    if len(strange):
+    if len(strange := np.flatnonzero((values > 0) & (space.table == UNKNOWN))):
         what = f"{values[strange[0]]} pixels of value {strange[0]}, which classes.json does not name"
         raise InputError(f'{mask_file} has {what}: name it there, or make it the value of "ignore"')
     pixels = np.bincount(space.table, weights=values, minlength=256).astype(np.int64)

@@ -64,9 +64,8 @@ def is_encoded(text_bank: Path) -> bool:
 
 
 def read_encoded(text_bank: Path, identity: TeacherIdentity) -> tuple[torch.Tensor, list[str], str]:
-    """An encoded bank, a file of `save_bank` or the output folder of main_describe.py (bank.json, bank.npy and
-    texts.jsonl) -> (embeddings [T, D_t] float32 CPU unit rows, texts, what it is in words); InputError where it is
-    damaged, or another teacher made it."""
+    """A file of `save_bank` or the output folder of main_describe.py -> (embeddings [T, D_t] float32 CPU unit rows,
+    texts, what it is in words); InputError where it is damaged, or another teacher made it."""
     is_folder = text_bank.is_dir()
     again = "give the --output of a finished main_describe.py" if is_folder else "make it again"
     try:
@@ -95,10 +94,8 @@ def read_encoded(text_bank: Path, identity: TeacherIdentity) -> tuple[torch.Tens
 
 def check_unit(bank: torch.Tensor, what: str) -> None:
     """Refuse rows [T, D] that are no unit vectors; NaN is none."""
-    odd = ~((bank.float().norm(dim=1) - 1).abs() < 0.01)
-    if odd.any():
-        counts = f"{int(odd.sum())} of {len(bank)}"
-        raise InputError(f"{what}: {counts} rows are no unit vectors, first {int(odd.int().argmax())}")
+    if odd := (~((bank.float().norm(dim=1) - 1).abs() < 0.01)).nonzero()[:, 0].tolist():
+        raise InputError(f"{what}: {len(odd)} of {len(bank)} rows are no unit vectors, first {odd[0]}")
 
 
 def hash_bank(bank: torch.Tensor) -> str:
@@ -118,12 +115,9 @@ def save_bank(file: Path, embeddings: torch.Tensor, texts: list[str], identity: 
 
 
 class TeacherCache:
-    """Reads `view<k>_shard<s>.npy` files ([up to SHARD_IMAGES, D_t] float16, unit rows).
-
-    Epoch e trains on view e mod K: crop and flip are a function of (seed, view, index), so nothing but the embedding
-    needs storing. With the teacher view "full" there is one vector an image. A row of zeros: the picture could not be
-    read when the cache was built.
-    """
+    """Reads `view<k>_shard<s>.npy` files ([up to SHARD_IMAGES, D_t] float16, unit rows; of zeros: the picture could not
+    be read). Epoch e trains on view e mod K: crop and flip are a function of (seed, view, index), so nothing but the
+    embedding needs storing. With the teacher view "full" there is one vector an image."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -153,8 +147,8 @@ class TeacherCache:
         return torch.frombuffer(bytearray(data), dtype=torch.float16)
 
     def check(self, expected: dict) -> None:
-        """Refuse a cache made for something else: `expected` holds entries of its header as this run has them. An
-        embedding of the whole image does not depend on how the student's crops are drawn."""
+        """Refuse a cache made for something else: `expected` holds entries of its header as this run has them."""
+        # an embedding of the whole image does not depend on how the student's crops are drawn
         free, differ = ("seed", "crop_min", "input_size") if self.is_full else (), []
         for key in (key for key in expected if key not in free):
             if self.header[key] != expected[key]:
@@ -202,7 +196,5 @@ def read_shard(folder: Path, header: dict, view: int, first: int) -> np.ndarray:
         raise InputError(f"{file} is damaged ({error}): {cure}") from error
     if rows.shape != wanted or rows.dtype != np.float16 or zlib.crc32(rows) != crc:
         raise InputError(f"{file} is damaged (its checksum differs): {cure}")
-    lengths = np.linalg.norm(rows.astype(np.float32), axis=1)
-    if not (np.abs(lengths - 1)[lengths != 0] < 0.01).all():
-        raise InputError(f"{file} is damaged (an embedding is no unit vector): {cure}")
+    check_unit(torch.from_numpy(rows[rows.any(axis=1)]), f"{file} is damaged, {cure}")
     return rows

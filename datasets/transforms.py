@@ -25,12 +25,10 @@ def mask_noise(seed: int, epoch: int, index: int, num_patches: int) -> np.ndarra
 
 
 def random_crop_box(rng: Rng, width: int, height: int, min_area: float, clip: bool = False) -> tuple[tuple, bool]:
-    """MAE's random-resized-crop box (left, upper, right, lower) in px, and whether to flip: area uniform in
-    [min_area, 1] of the image, aspect log-uniform in [3/4, 4/3], ten tries, then the largest central crop of allowed
-    aspect (torchvision's RandomResizedCrop rule). clip: MAE's rule for its probe, the first try with its sides clipped.
-    """
-    draws, flip = rng.random((TRIES, 4)), bool(rng.random() < 0.5)
-    low, high = math.log(3 / 4), math.log(4 / 3)
+    """Box (left, upper, right, lower) in px, and whether to flip: area uniform in [min_area, 1] of the image, aspect
+    log-uniform in [3/4, 4/3], ten tries, then the largest central crop of allowed aspect (MAE's, torchvision's
+    RandomResizedCrop). clip: MAE's rule for its probe, the first try with its sides clipped."""
+    draws, flip, low, high = rng.random((TRIES, 4)), bool(rng.random() < 0.5), math.log(3 / 4), math.log(4 / 3)
     for area_draw, aspect_draw, x_draw, y_draw in draws.tolist():
         area = width * height * (min_area + (1 - min_area) * area_draw)
         aspect = math.exp(low + (high - low) * aspect_draw)
@@ -46,9 +44,8 @@ def random_crop_box(rng: Rng, width: int, height: int, min_area: float, clip: bo
 
 
 def jpeg_reduction(box: tuple[int, int, int, int], size: tuple[int, int], oversampling: float = 1.5) -> int:
-    """By how much (1, 2, 4 or 8) a JPEG decoder may shrink the picture so that `box` still has `oversampling` times the
-    pixels of (H, W) on each side. At 1.5 the crop stays within 2/255 mean absolute difference of the crop of the full
-    decode (tests/test_data.py)."""
+    """By how much (1, 2, 4 or 8) a JPEG decoder may shrink the picture so that `box` has `oversampling` times the
+    pixels of (H, W) a side. At 1.5 a crop is within 2/255 (mean) of the full decode's (tests/test_data.py)."""
     room = min((box[2] - box[0]) / size[1], (box[3] - box[1]) / size[0]) / oversampling
     return max(factor for factor in (1, 2, 4, 8) if factor <= max(room, 1))
 

@@ -57,8 +57,7 @@ def linear_predict(train, train_labels, queries, num_classes: int) -> tuple[torc
         if (seen := seen + len(held)) >= HELD_OUT_ROWS:
             break
     best = L2_GRID[right.index(max(right))]
-    weight = linear_fit(train, train_labels, num_classes, best)
-    return F.pad(queries, (0, 1), value=1.0) @ weight, best
+    return F.pad(queries, (0, 1), value=1.0) @ linear_fit(train, train_labels, num_classes, best), best
 
 
 def draw_shots(labels: np.ndarray, shots: int, seed: int, draw: int) -> np.ndarray:

@@ -90,13 +90,12 @@ def draw_gallery(pids: np.ndarray, seed: int, draw: int) -> tuple[np.ndarray, np
 @dataclass(frozen=True)
 class Ranks:
     """hits: [H] int64, ranks (from 1) of the gallery images of each query's vehicle, query by query, ascending;
-    offsets: [Q + 1] int64, the hits of query q are hits[offsets[q]:offsets[q + 1]]."""
+    offsets: [Q + 1] int64, the hits of query q are hits[offsets[q]:offsets[q + 1]]; counts: how many, [Q]."""
 
     hits: np.ndarray
     offsets: np.ndarray
 
     def counts(self) -> np.ndarray:
-        """[Q] int64 gallery images of each query's vehicle."""
         return np.diff(self.offsets)
 
     def average_precision(self) -> np.ndarray:
