@@ -42,10 +42,10 @@ def write_fgvc_report(file: Path, protocol: str, facts: dict[str, object], found
     page.first_k("Right class", [(ranks < k).float().mean().item() for k in range(1, min(20, len(classes)) + 1)])
     rows, wrong = [], confusion.clone().fill_diagonal_(0)
     # the worst first, of equal ones those with more images
-    for k in sorted((images > 0).nonzero()[:, 0].tolist(), key=lambda k: (float(share[k]), -int(images[k]))):
+    for k in sorted((images > 0).nonzero()[:, 0].tolist(), key=lambda k: (share[k].item(), -int(images[k]))):
         most = int(wrong[k].argmax())
         other = f"{classes[most]} ({int(wrong[k, most])} x)" if wrong[k, most] else "none"
-        rows.append([classes[k], percent(share[k], " %"), int(images[k]), other])
+        rows.append([classes[k], percent(share[k].item(), " %"), int(images[k]), other])
     page.add(worst_table(["class", "right", "images", "most frequent wrong answer"], rows))
     page.section("Most confused classes", "Images of either that are taken for the other come first.")
     if len(classes) <= MOST_CELLS:

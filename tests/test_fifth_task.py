@@ -1,6 +1,5 @@
 """A task that exists in docs/FINETUNE.md alone: its two files are taken from the page, and trained."""
 
-import csv
 import re
 import sys
 
@@ -37,17 +36,12 @@ def fifth_task(tmp_path, monkeypatch):
 @pytest.fixture
 def years(tmp_path):
     """Brighter pictures are newer."""
-    rng = np.random.default_rng(0)
-    rows = []
+    rng, rows = np.random.default_rng(0), ["path,year,split"]
     for index in range(48):
-        year = 1980 + index
         pixels = np.clip(rng.normal(40 + 4 * index, 10, (32, 32, 3)), 0, 255).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{index}.png")
-        rows.append({"path": f"{index}.png", "year": year, "split": "val" if index % 3 == 0 else "train"})
-    with open(tmp_path / "years.csv", "w", newline="") as opened:
-        writer = csv.DictWriter(opened, ["path", "year", "split"])
-        writer.writeheader()
-        writer.writerows(rows)
+        rows.append(f"{index}.png,{1980 + index},{'val' if index % 3 == 0 else 'train'}")
+    (tmp_path / "years.csv").write_text("\n".join(rows) + "\n")
     return tmp_path / "years.csv"
 
 
@@ -65,6 +59,8 @@ def test_the_page_s_fifth_task_trains_resumes_and_scores(fifth_task, years, tmp_
     again = run("--eval", "--resume", f"{out}/model.pth", "--batch_size", "16")
     assert again == found
     torch.load(f"{out}/model.pth", weights_only=True)
+    with pytest.raises(ValueError, match="an encoder has no answers for --task year before it is trained"):
+        run("--eval", "--finetune", f"{out}/model.pth")
     with pytest.raises(ValueError, match="--year_beta belongs to --task year"):
         more = ["--task", "reid", "--data_path", "x", "--model", "vit_tiny_patch16", "--year_beta", "2"]
         main_finetune.main(parse(main_finetune.get_args_parser(), more))  # also what the default is

@@ -1,6 +1,7 @@
 """The page of a re-identification test against slow lists; what a page is given is escaped."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,9 +35,8 @@ def make_case(folder, seed=0, queries=15, gallery=60, cameras=True, axes=False):
         if axes:  # four directions: exact ties
             x = np.sign(x[:, :2]) * (np.abs(x[:, :2]) == np.abs(x[:, :2]).max(axis=1, keepdims=True))
         names = [f"{i:04d}.png" for i in rng.integers(0, 20, count)]
-        images = ReidImages(
-            PathList(folder, names), pids, camids if cameras else np.full(count, -1), np.full(count, -1)
-        )
+        unknown = np.full(count, -1)
+        images = ReidImages(PathList(folder, names), pids, camids if cameras else unknown, unknown)
         parts += [images, torch.from_numpy(x.astype(np.float32))]
     return tuple(parts)
 
@@ -53,8 +53,7 @@ def slow_lists(protocol, query, x, gallery, y):
                 cards.append((g, 0, "junk", row[g]))
                 continue
             rank += 1
-            if same:
-                found.append(rank)
+            found += [rank] * bool(same)
             cards.append((g, rank, "right" if same else "wrong", row[g]))
         ap = sum(i / r for i, r in enumerate(found, 1)) / len(found) if found else None
         lists.append((ap, cards))
@@ -65,13 +64,10 @@ def first_cards(cards, topk):
     """What the page shows of a whole list."""
     shown, counted, junk = [], 0, 0
     for card in cards:
-        if counted == topk:
-            break
         counted, junk = counted + (card[1] > 0), junk + (card[1] == 0)
-        if card[1] or junk <= topk:
+        if counted <= topk and (card[1] or junk <= topk and counted < topk):
             shown.append(card)
-    right = [card for card in cards if card[2] == "right"][:1]
-    return shown + [card for card in right if card not in shown]
+    return shown + [card for card in cards if card[2] == "right"][:1] * ("right" not in [card[2] for card in shown])
 
 
 def feature_sets(query, x, gallery, y):
@@ -156,8 +152,7 @@ def test_a_lost_file_is_named_not_fatal(tmp_path, folder):
     query, x, gallery, y = make_case(folder)
     (tmp_path / "bad.png").write_bytes(b"no picture")
     names = ["gone<1>.png", "bad.png"] * 30
-    gallery = ReidImages(PathList(tmp_path, names), gallery.pids, gallery.camids, gallery.viewids)
-    query = ReidImages(PathList(tmp_path, names[:15]), query.pids, query.camids, query.viewids)
+    query, gallery = (replace(of, paths=PathList(tmp_path, names[: len(of)])) for of in (query, gallery))
     page = write(tmp_path, WITH, (query, x, gallery, y))
     assert "gone&lt;1&gt;.png cannot be opened" in page and "bad.png cannot be opened" in page
     assert "2 of the pictures cannot be opened" in page and "<img src" not in page
@@ -177,11 +172,9 @@ def test_the_page_needs_nothing_else(tmp_path, folder):
 
 def test_queries_without_a_match(tmp_path, folder):
     query, x, gallery, y = make_case(folder)
-    some = ReidImages(gallery.paths, np.where(gallery.pids == query.pids[0], 6 - query.pids[0], gallery.pids),
-                      gallery.camids, gallery.viewids)  # fmt: skip
+    some = replace(gallery, pids=np.where(gallery.pids == query.pids[0], 6 - query.pids[0], gallery.pids))
     assert " 0 of the queries without a match" not in write(tmp_path, WITH, (query, x, some, y))
-    none = ReidImages(query.paths, np.zeros_like(query.pids), query.camids, query.viewids)
-    other = ReidImages(gallery.paths, np.ones_like(gallery.pids), gallery.camids, gallery.viewids)
+    none, other = (replace(of, pids=np.full(len(of), pid)) for pid, of in enumerate((query, gallery)))
     page = write(tmp_path, WITH, (none, x, other, y))
     assert "15 of the queries without a match" in page and "<article>" not in page and ">nan %<" in page
 

@@ -1,14 +1,18 @@
-"""TransFG's parts, loss and scores against slow or hand-worked versions."""
+"""TransFG's parts, loss, scores and page against slow or hand-worked versions."""
 
 import math
+import re
 
 import numpy as np
 import pytest
 import torch
+from layouts import write_demo_cars
 
+from datasets.fgvc import read_fgvc
 from metrics.fgvc import class_scores, rank_of_truth
 from models_transfg import TransFG, class_token_row, contrastive_loss
 from models_vit import VisionTransformer
+from reports.fgvc import Answers, write_fgvc_report
 from util.errors import InputError
 
 
@@ -144,3 +148,24 @@ def test_scores_against_a_slow_version(levels):
     expected = [np.mean(c) if c else np.nan for c in by_class]
     assert share.tolist() == pytest.approx(expected, nan_ok=True) and count.tolist() == [len(c) for c in by_class]
     assert rank_of_truth(torch.zeros(4, 3), torch.tensor([0, 1, 2, 2])).tolist() == [0, 1, 2, 2]  # all are equal
+
+
+def test_confused_pairs_and_worst_classes_of_the_page(tmp_path):
+    """Of class 1 two images are taken for 3 and one for 0; of class 3 one for 1; the rest is right."""
+    write_demo_cars(tmp_path, "transfg", classes=4, train=1, test=3, size=16)
+    data = read_fgvc(tmp_path)
+    answers, names = data.test.labels.copy(), data.classes
+    ones, threes = (np.flatnonzero(data.test.labels == k) for k in (1, 3))
+    answers[ones], answers[threes[0]] = (3, 3, 0), 1
+    logits = 5 * torch.nn.functional.one_hot(torch.from_numpy(answers), 4).float()
+    scores = class_scores(logits, torch.from_numpy(data.test.labels))
+    write_fgvc_report(tmp_path / "page.html", "", {}, Answers(data.test, names, logits, scores))
+    table, page, wrong = re.split("<h2", (tmp_path / "page.html").read_text())[1:]
+    pairs = re.findall("<article.*?</article>", page, re.S)
+    assert len(pairs) == 2 and f"<b>{names[1]}</b><br>2 of 3 taken for the other" in pairs[0]
+    assert f"<b>{names[3]}</b><br>1 of 3 taken for the other" in pairs[0]
+    assert pairs[0].count('class="wrong"><img') == 4 and pairs[0].count('class="right"><img') == 2
+    assert f"<b>{names[0]}</b><br>0 of 3" in pairs[1] and f"<b>{names[1]}</b><br>1 of 3" in pairs[1]
+    table = table[table.index("<thead>") :]
+    assert table.index(names[1]) < table.index("0.00 %") < table.index("66.67 %") < table.index("100.00 %")
+    assert f"{names[3]} (2 x)" in table and "(1 x)" in table and wrong.count('class="wrong"><img') == 4

@@ -102,10 +102,8 @@ def test_every_parameter_gets_a_gradient():
     model = TransReID(tiny(), 3, TransReIDConfig(cameras=2, jpm=True, shift=5))
     pids = torch.tensor([0, 0, 1, 1])
     logits, features = model(pictures(4), torch.tensor([0, 1, 0, 1]))
-    (
-        over_branches(torch.nn.functional.cross_entropy, logits, pids)
-        + over_branches(hard_triplet_loss, features, pids)
-    ).backward()
+    loss = over_branches(torch.nn.functional.cross_entropy, logits, pids)
+    (loss + over_branches(hard_triplet_loss, features, pids)).backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
 
 
