@@ -25,6 +25,7 @@ IMAGE_ENDINGS = tuple(ending for ending in ENDINGS.split() if ending != ".avif" 
 MAX_PIXELS, MAX_BYTES = 2**27, 2**29  # of one picture, before it is decoded or read; a 108-megapixel photo fits
 EXIF_ORIENTATION = 0x0112
 PATIENCE = 20.0  # seconds that an outage of the file system is waited for
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd EXIF and palettes, image by image
 LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO}
 
 
@@ -81,9 +82,7 @@ def read_bytes(file: str | Path) -> bytes:
 def decoding() -> Iterator[None]:
     """Around calls of Pillow: what is raised inside it, of whatever type, is `Unreadable`; our own errors pass."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of odd EXIF and palettes, image by image
-            yield
+        yield
     except Exception as error:
         frames = traceback.walk_tb(error.__traceback__)
         if not any(frame.f_globals.get("__name__", "").startswith("PIL.") for frame, _ in frames):
