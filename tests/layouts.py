@@ -1,6 +1,5 @@
 """Published sets as they lie on disk, small and drawn: what readers and converters are tried on."""
 
-import functools
 import itertools
 import json
 from pathlib import Path
@@ -24,7 +23,6 @@ VERI_VIEWS = {  # VeRi's view seen from the left and from the right; 0 front, 1 
     "left side": (2, 2), "right side": (5, 5), "front": (0, 0), "rear": (1, 1),
     "front three-quarter": (3, 6), "rear three-quarter": (4, 7),
 }  # fmt: skip
-picture_of = functools.cache(render)  # a picture that several layouts show is drawn once
 
 
 def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_per_id=7, size=16, **more):
@@ -46,7 +44,7 @@ def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_p
     for count, row in enumerate(rows, 1):
         row["path"] = f"image/{count:07}.jpg"
         (folder / "image").mkdir(parents=True, exist_ok=True)
-        picture_of(0, row["pid"], row["camid"], row["viewid"], row["shot"], size).save(folder / row["path"])
+        render(0, row["pid"], row["camid"], row["viewid"], row["shot"], size).save(folder / row["path"])
     half, most = len(tests) // 2, 3 * len(tests) // 4  # no test holds another
     chosen = {"test_list_800": [tests[-1], *tests[: half - 1]], "test_list_1600": tests[-most:]}
     chosen |= {"test_list_2400": tests[:-1], "train_list": {row["number"] for row in rows} - set(tests)}

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from curation.kmeans import Rows, assign, build_tree, kmeans, members_by_cluster, plan_levels, plus_plus, step_rng
+from curation.kmeans import Rows, assign, build_tree, kmeans, members_by_cluster, plus_plus, step_rng
 from curation.sample import balance, sample_tree, tail_coverage, water_fill
 from util.errors import InputError
 
@@ -101,18 +101,6 @@ def test_bad_input_has_one_sentence():
     x[7, 0] = np.nan
     with pytest.raises(InputError, match="some embeddings are not finite"):
         Rows(x, CPU)
-    with pytest.raises(InputError, match="level 2 makes 200 clusters of 100"):
-        plan_levels(1000, [100, 200])
-
-
-def test_steps_on_disk_are_not_done_again(tmp_path, monkeypatch):
-    rows, runs = Rows(blobs(1000, 10), CPU), []
-    whole = build_tree(rows, [40, 6], tmp_path, settings())
-    for name in ("level1_step02.npz", "level2_step00.npz", "level2_step01.npz", "level2_step02.npz"):
-        (tmp_path / name).unlink()
-    monkeypatch.setattr("curation.kmeans.kmeans", lambda *a, **k: runs.append(1) or kmeans(*a, **k))
-    again = build_tree(rows, [40, 6], tmp_path, settings())
-    assert len(runs) == 4 and (again.path() == whole.path()).all()
 
 
 @pytest.mark.parametrize("seed", range(20))
