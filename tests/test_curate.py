@@ -203,7 +203,7 @@ def test_packed_and_boxed_images_get_files_of_their_own(truth, teacher_files, tm
     ("--pool a=TMP/nothing", "does not exist"), ("--pool a=TMP/empty", "it is empty"),
     ("--pool a=TMP/test_only.csv", "all 1 rows are validation or test rows"),
     ("--identity_column plate", "no manifest of --pool or --exclude has values in it"),
-    ("--near_bits -1", "must not be negative"), ("--vehicle_filter --vehicle_prompts TMP/prompts.json", "vehicle"),
+    ("--near_bits -1", "--near_bits -1: must"), ("--vehicle_filter --vehicle_prompts TMP/prompts.json", "vehicle"),
     ("--target_size 5000", "the pools hold 240 images"), ("--target_size 239", "images are left"),
     ("--levels 10 20", "level 2 makes 20 clusters of 10"), ("--min_side 1000", "no image is left to choose from"),
 ])  # fmt: skip
@@ -281,18 +281,13 @@ def fake_finder(x: np.ndarray, *groups, bits=6, cosine=0.97, agreement=0.88, **c
     return CopyFinder(Index(**(index | columns)), embedded, aligner, bits, cosine, agreement)
 
 
-def noise(n: int) -> np.ndarray:
-    return np.random.default_rng(2).standard_normal((n, 32)).astype(np.float32)
-
-
 @pytest.mark.parametrize("bits", [0, 7])
 def test_candidates_are_near_hashes_and_nearest_embeddings(monkeypatch, bits):
     rng, rows, (upper, lower) = np.random.default_rng(bits), np.arange(600), np.triu_indices(600, 1)
     base, x = rng.integers(0, 2**64, 600, dtype=np.uint64), rng.standard_normal((600, 16)).astype(np.float32)
     x[300:400] = x[:100] + 0.05 * rng.standard_normal((100, 16))
-    for i in range(300):
-        flipped = sum(1 << int(bit) for bit in rng.choice(64, i % 10, replace=False))
-        base[300 + i] = base[i] ^ np.uint64(flipped)
+    flipped = [sum(1 << int(bit) for bit in rng.choice(64, i % 10, replace=False)) for i in range(300)]
+    base[300:] = base[:300] ^ np.array(flipped, dtype=np.uint64)
     near = np.bitwise_count(base[upper] ^ base[lower]) <= bits
     unit = x / np.linalg.norm(x, axis=1, keepdims=True)
     alike = (unit @ unit.T)[upper, lower] >= 0.97
@@ -326,26 +321,24 @@ def test_what_goes_is_alike_to_what_stays():
 
 
 def test_the_largest_copy_stays_and_copies_of_leaks_go(tmp_path):
-    phash, x, rows = np.random.default_rng(1).integers(0, 2**64, 8, dtype=np.uint64), noise(8), np.arange(8)
+    phash, x = np.random.default_rng(1).integers(0, 2**64, 8, dtype=np.uint64), np.eye(40, dtype=np.float32)
+    rows, different = np.arange(8), x.copy()
     for copy, of in ((1, 0), (2, 0), (5, 4)):
         phash[copy], x[copy] = phash[of], x[of]
-    copies = fake_finder(x, (0, 1, 2), (4, 5), phash=phash, width=np.where(rows == 1, 400, 100))
+    copies = fake_finder(x[:8], (0, 1, 2), (4, 5), phash=phash, width=np.where(rows == 1, 400, 100))
     removal = copies.duplicates(rows[rows != 4], np.array([4]), group_cap=16, track_cap=4)
     assert removal.rows.tolist() == [0, 2, 5] and removal.of[removal.rows].tolist() == [1, 1, 4]
     counts = {"removed": 3, "copy of a leaked picture (agreement)": 1, "near copy (agreement)": 2}
     assert removal.save(tmp_path, "duplicates", str) == counts
+    # all copies of a leak go, beyond the cap of groups
+    copies = fake_finder(np.ones((8, 8), np.float32), tuple(rows), phash=np.full(8, 12345, dtype=np.uint64))
+    assert copies.duplicates(rows[1:], rows[:1], group_cap=2, track_cap=4).rows.tolist() == list(range(1, 8))
     # frames of a track that stay are spread
     rows = np.arange(40)
     known = {"identity": np.where(rows < 30, 7, -1), "camera": np.zeros(40, np.int32)}
-    copies = fake_finder(noise(40), bits=0, cosine=1.0, agreement=1.0, **known)
+    copies = fake_finder(different, bits=0, cosine=1.0, agreement=1.0, **known)
     left = np.setdiff1d(rows, copies.duplicates(rows, rows[:0], group_cap=16, track_cap=3).rows)
     assert (left < 30).sum() == 3 and (left >= 30).sum() == 10 and np.diff(left[:3]).min() >= 9
-
-
-def test_copies_of_a_leak_go_beyond_the_cap_of_groups():
-    rows = np.arange(8)
-    copies = fake_finder(np.ones((8, 8), np.float32), tuple(rows), phash=np.full(8, 12345, dtype=np.uint64))
-    assert copies.duplicates(rows[1:], rows[:1], group_cap=2, track_cap=4).rows.tolist() == list(range(1, 8))
 
 
 def small(picture: Image.Image) -> np.ndarray:

@@ -88,18 +88,14 @@ def test_only_combinations_of_the_rows():
     assert all("with" not in t.text for t in fill(templates, rows, use_words=False))
 
 
-def test_default_templates_read_well():
+def test_default_templates_read_well_and_caps_keep_the_frequent_and_the_rare_kinds():
     rows = ({"class_name": "Audi TTS Coupe 2012", "colour": "red"}, {"class_name": "Ford F-150 Regular Cab 2012"})
     texts = [t.text for t in fill(read_templates(TEMPLATES), rows_of(*rows))]
     assert "a photo of a red Audi coupe." in texts and "a photo of a 2012 Ford F-150 Regular Cab." in texts
     for text in texts:
         words = text.rstrip(".").lower().split()
         assert text.endswith(".") and "{" not in text and all(a != b for a, b in zip(words, words[1:])), text
-
-
-def test_caps_keep_the_frequent_and_the_rare_kinds():
-    texts = [Text(f"t{i}", "", "make", "", {"make": "Audi"}, i) for i in range(6)]
-    texts += [Text("body", "", "body", "", {}, 0)]
+    texts = [Text(f"t{i}", "", "make", "", {"make": "Audi"}, i) for i in range(6)] + [Text("", "", "body", "", {}, 0)]
     assert [set(cap(texts, *most)) for most in ((0, 2), (3, 0), (0, 0))] == [{0, 1, 2, 3}, {0, 1, 2, 3}, set()]
 
 
@@ -164,26 +160,21 @@ def units(*shape, seed=0):
 
 
 def plain_grounding(V, U, g, kinds, tau, rule):
-    """The rule once more, with loops over single numbers."""
-    (N, T), S = (len(V), len(U)), [[float(v @ u) for u in U] for v in V]
-    shift = [tau * math.log(sum(math.exp(S[i][j] / tau) for i in range(N))) for j in range(T)]
-    near, corrected, gaps, reasons = [0] * T, [0] * T, [[] for _ in range(T)], []
-    for i in range(N):
-        for kind in set(kinds):
-            members = [j for j in range(T) if kinds[j] == kind]
-            k = min(rule.topk, math.ceil(len(members) / 10))
-            for j in sorted(members, key=lambda j: -S[i][j])[:k]:
-                near[j] += 1
-                gaps[j].append(S[i][j] - float(V[i] @ g))
-            for j in sorted(members, key=lambda j: -(S[i][j] - shift[j]))[:k]:
-                corrected[j] += 1
-    for j in range(T):
-        size = kinds.count(kinds[j])
-        limit = max(rule.hub_share, 5 * min(rule.topk, math.ceil(size / 10)) / size)
-        good = near[j] and sum(gaps[j]) / near[j] >= rule.margin
-        hub = "hub" if corrected[j] > limit * N else "" if good else "generic"
-        reasons.append("ungrounded" if near[j] < rule.n_min else hub)
-    return near, corrected, reasons
+    """The rule once more, image by image."""
+    S, kinds, (near, corrected, gap, limit) = V @ U.T, np.array(kinds), np.zeros((4, len(U)))
+    shifted = S - tau * np.log(np.exp(S / tau).sum(axis=0))
+    for kind in set(kinds):
+        members = np.flatnonzero(kinds == kind)
+        k = min(rule.topk, math.ceil(len(members) / 10))
+        limit[members] = max(rule.hub_share, 5 * k / len(members)) * len(V)
+        for i in range(len(V)):
+            best = members[np.argsort(-S[i, members])[:k]]
+            near[best] += 1
+            gap[best] += S[i, best] - V[i] @ g
+            corrected[members[np.argsort(-shifted[i, members])[:k]]] += 1
+    generic = ["" if gap[j] >= rule.margin * near[j] else "generic" for j in range(len(U))]
+    reasons = ["hub" if corrected[j] > limit[j] else reason for j, reason in enumerate(generic)]
+    return near.tolist(), corrected.tolist(), ["ungrounded" if n < rule.n_min else r for n, r in zip(near, reasons)]
 
 
 @pytest.mark.parametrize("block", [5, 1024])
@@ -283,11 +274,10 @@ def test_second_run_computes_nothing_again(made, monkeypatch, capsys):
 def test_flags_on_texts(made, tmp_path):
     with pytest.raises(InputError, match="0 texts are left and a bank needs 2"):
         run_describe(made.grounded.replace("--margin -2", "--margin 2") + " --rows_only", tmp_path / "none")
-    numbers = run_describe(made.flags + " --rows_only --ensemble --max_per_make 3", tmp_path / "e")
+    assert "coverage" not in run_describe(made.flags + " --rows_only --ensemble --max_per_make 3", tmp_path / "e")
     kept = lines_of(tmp_path / "e" / "texts.jsonl")
     assert all(len(row["wordings"]) == 5 and row["text"] == row["wordings"][0] for row in kept)
-    makes = Counter(row["attrs"]["make"] for row in kept if "make" in row["attrs"])
-    assert "coverage" not in numbers and max(makes.values()) == 3
+    assert Counter(row["attrs"].get("make") for row in kept)["Audi"] == 3
     assert json.loads((tmp_path / "e" / "bank.json").read_text())["ensemble"] is True
     long = write(tmp_path / "long.txt", "a {make} " + "very " * 20 + "{body}")
     with pytest.raises(InputError, match=r"'an Audi very very.* has 2\d tokens where the teacher reads 16 \(2 of 3"):
