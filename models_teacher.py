@@ -165,9 +165,10 @@ def _find_config(clip_model: str) -> tuple[str, dict, str]:
         path = path / CONFIG
     if path.suffix != ".json":
         if open_clip.get_model_config(built_in) is None:
-            near = [known for known in open_clip.list_models() if known[:5] == built_in[:5]][:8]
-            words = f"similar: {', '.join(near) or 'none'} (all: open_clip.list_models())"
-            raise InputError(f"--clip_model {clip_model} is unknown to open_clip {open_clip.__version__}; {words}")
+            near = ", ".join([known for known in open_clip.list_models() if known[:5] == built_in[:5]][:8]) or "none"
+            raise InputError(
+                f"--clip_model {clip_model} is unknown to open_clip {open_clip.__version__}; similar: {near}"
+            )
         return built_in, {}, built_in
     config = _read_config(path)
     if path.name == CONFIG and "model_cfg" in config:
@@ -218,12 +219,10 @@ def _preprocessing(name: str, own: dict, tag: dict, weights: Path, content: dict
     for config, source in ((own, f"its {CONFIG}"), (tag, "its tag"), (own_too, str(beside))):
         if "mean" in (found := {k: v for k, v in config.items() if k in PREPROCESS and v is not None}):
             return found, source
-    default = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    if content.get("quick_gelu"):
-        return default, "an archive with OpenAI's GELU"
     tags = [open_clip.get_pretrained_cfg(name, tag) for tag in open_clip.list_pretrained_tags_by_model(name)]
-    if not tags:
-        return default, "open_clip's default; others by --clip_mean, --clip_std"
+    if content.get("quick_gelu") or not tags:
+        source = "an archive with OpenAI's GELU" if tags else "open_clip's default; others by --clip_mean, --clip_std"
+        return {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}, source
     shared = {k: tags[0][k] for k in PREPROCESS if k in tags[0] and all(t.get(k) == tags[0][k] for t in tags)}
     return shared, f"the {len(tags)} tags of {name} {'agree' if 'mean' in shared else 'differ'}"
 

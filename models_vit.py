@@ -45,8 +45,7 @@ def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, grad_checkpoint: bool) ->
 
 def patch_grid(img_size: tuple[int, int], patch_size: int, stride: int | None = None) -> tuple[int, int]:
     """(rows, columns) of patches that begin every `stride` px, by default one beside the other."""
-    height, width = img_size
-    stride = stride or patch_size
+    (height, width), stride = img_size, stride or patch_size
     for side, name in ((height, "height"), (width, "width")) if stride == patch_size else ():
         if side <= 0 or side % patch_size:
             below = max(side // patch_size, 1) * patch_size
