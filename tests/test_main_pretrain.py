@@ -140,10 +140,11 @@ main_pretrain.main(main_pretrain.get_args_parser().parse_args())
 def test_resume_after_kill_is_exact(pictures, teacher, tmp_path, processes, at):
     """Killed in the second epoch: at the first batch of an update (7), in the middle of one (9). Data workers that are
     left at the end are no news; the last line is the numbers."""
-    more = [*teacher, *f"--accum_iter 2 --save_minutes 0 --num_workers 1 --batch_size {8 // processes}".split()]
+    more = [*teacher, *f"--accum_iter 2 --save_minutes 0 --batch_size {8 // processes}".split()]
     straight, killed, script = tmp_path / "straight", tmp_path / "killed", tmp_path / "killed.py"
     script.write_text(KILLED)
-    done = run_command(command("main_pretrain.py", *small_flags(pictures, straight, *more), processes=processes))
+    words = small_flags(pictures, straight, *more, "--num_workers", "1")
+    done = run_command(command("main_pretrain.py", *words, processes=processes))
     assert done.returncode == 0 and "Exception" not in done.stderr and "Traceback" not in done.stderr, done.stderr
     assert json.loads(done.stdout.splitlines()[-1])["epoch"] == 1
     words = small_flags(pictures, killed, *more, "--resume", "auto")
