@@ -13,10 +13,6 @@ from util.errors import InputError
 CPU = torch.device("cpu")
 
 
-def settings(resampling=2) -> SimpleNamespace:
-    return SimpleNamespace(seed=0, resampling=resampling)
-
-
 def blobs(n: int, centres: int, dim: int = 8, seed: int = 0) -> np.ndarray:
     rng = np.random.default_rng(seed)
     middle = 10 * rng.standard_normal((centres, dim))
@@ -51,9 +47,8 @@ def test_spherical_clusters_follow_directions():
     found = kmeans(rows, 6, iterations=20, init="kmeans++", rng=step_rng(0, 1))
     assert len(set(zip(truth.tolist(), found.assignment.tolist()))) == 6
     assert torch.allclose(found.centroids.norm(dim=1), torch.ones(6), atol=1e-5)
-    unit = x / np.linalg.norm(x, axis=1, keepdims=True)
-    expected = ((unit - found.centroids.numpy()[found.assignment]) ** 2).sum()
-    assert found.inertia == pytest.approx(expected, rel=1e-3)
+    unit = x / np.linalg.norm(x, axis=1, keepdims=True) - found.centroids.numpy()[found.assignment]
+    assert found.inertia == pytest.approx((unit**2).sum(), rel=1e-3)
 
 
 @pytest.mark.parametrize("k", [9, 10])
@@ -102,7 +97,7 @@ def test_the_sample_covers_rings_by_area(tmp_path):
         return 0.5 * np.abs(np.bincount(ring[chosen], minlength=4) / len(chosen) - area / area.sum()).sum()
 
     def sampled(levels: list[int], resampling: int) -> float:
-        tree = build_tree(rows, levels, tmp_path / str(len(levels)), settings(resampling))
+        tree = build_tree(rows, levels, tmp_path / str(len(levels)), SimpleNamespace(seed=0, resampling=resampling))
         chosen = sample_tree(tree, 600, seed=0)
         assert len(chosen) == 600 == len(np.unique(chosen))
         return off(chosen)
@@ -112,7 +107,7 @@ def test_the_sample_covers_rings_by_area(tmp_path):
 
 
 def test_closest_members_are_taken(tmp_path):
-    tree = build_tree(Rows(blobs(500, 5), CPU), [5], tmp_path, settings(0))
+    tree = build_tree(Rows(blobs(500, 5), CPU), [5], tmp_path, SimpleNamespace(seed=0, resampling=0))
     chosen = set(sample_tree(tree, 50, seed=0, how="closest"))
     indices, offsets = members_by_cluster(tree.parents[0], 5)
     for mine in np.split(indices, offsets[1:-1]):

@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import math
-import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -19,7 +18,6 @@ from scipy.io import savemat
 from scipy.stats import entropy
 
 import main_describe
-from datasets.path_list import printable
 from datasets.teacher import hash_bank, read_encoded, save_bank
 from description.bank import bank_statistics, ground, near_duplicates
 from description.readers import read_attributes
@@ -109,12 +107,6 @@ def write_cells(file, **cells: list[str]):
     savemat(file, {name: np.array(texts, dtype=object)[:, None] for name, texts in cells.items()}, do_compression=True)
 
 
-def test_veri(tmp_path):
-    items = "<Items><Item imageName='a.jpg' colorID='5' typeID='4'/><Item imageName='b.jpg' colorID='10' typeID='9'/>"
-    write(tmp_path / "train_label.xml", f"<TrainingImages>{items}</Items></TrainingImages>")
-    assert read_all(tmp_path) == [{"colour": "red", "body": "hatchback"}, {"colour": "black", "body": "station wagon"}]
-
-
 def test_compcars(tmp_path):
     header = "model_id maximum_speed displacement door_number seat_number type\n"
     write(tmp_path / "misc/attributes.txt", header + "1 235 1.8 4 5 3\n3 0 0.0 5 5 2\n")
@@ -131,7 +123,11 @@ def test_compcars(tmp_path):
     assert known.items() <= unseen.items()
 
 
-def test_stanford_and_tables(tmp_path):
+def test_veri_stanford_and_tables(tmp_path):
+    items = "<Item imageName='a.jpg' colorID='5' typeID='4'/><Item imageName='b.jpg' colorID='10' typeID='9'/>"
+    veri = write(tmp_path / "train_label.xml", f"<TrainingImages><Items>{items}</Items></TrainingImages>")
+    assert read_all(veri) == [{"colour": "red", "body": "hatchback"}, {"colour": "black", "body": "station wagon"}]
+    veri.unlink()
     names = ["AM General Hummer SUV 2000", "Audi TTS Coupe 2012"]
     write_cells(tmp_path / "devkit/cars_meta.mat", class_names=names)
     listed = write(tmp_path / "names.txt", "\n".join(names) + "\n\n")
@@ -236,13 +232,12 @@ def made(teacher_files, tmp_path_factory):
     grounded = f"{flags} --images {pictures} --num_workers 0 --n_min 1 --margin -2"
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         numbers = run_describe(grounded, folder / "out")
-    return SimpleNamespace(
-        teacher=teacher, flags=flags, grounded=grounded, out=folder / "out", numbers=numbers, said=printed.getvalue()
-    )
+    found = {"out": folder / "out", "numbers": numbers, "said": printed.getvalue()}
+    return SimpleNamespace(teacher=teacher, flags=flags, grounded=grounded, **found)
 
 
 def lines_of(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return list(map(json.loads, file.read_text().splitlines()))
 
 
 def test_files_of_a_run(made, teacher_files):
@@ -322,25 +317,24 @@ def test_damaged_embeddings_are_made_again(made, tmp_path, capsys):
 
 
 def test_a_bank_of_nan_is_refused(made, teacher_files, tmp_path, monkeypatch):
-    identity = load_clip(*map(str, teacher_files))[2]
-    for bad in (float("nan"), 3.0):
+    identity, nan = load_clip(*map(str, teacher_files))[2], float("nan")
+    for bad in (nan, 3.0):
         bank = F.normalize(torch.randn(3, identity.embed_dim), dim=1)
         bank[1] *= bad
         with pytest.raises(InputError, match="1 of 3 rows are no unit vectors, first 1"):
             save_bank(tmp_path / "bank.safetensors", bank, ["a", "b", "c"], identity)
-        folder = Path(shutil.copytree(made.out, tmp_path / f"bank{bad}"))
-        bank, about = np.load(folder / "bank.npy"), json.loads((folder / "bank.json").read_text())
-        bank[0] *= bad
-        np.save(folder / "bank.npy", bank)
-        write(folder / "bank.json", json.dumps(about | {"bank_sha256": hash_bank(torch.from_numpy(bank))}))
-        with pytest.raises(InputError, match="no unit vectors"):
-            read_encoded(folder, identity)
+    folder = Path(shutil.copytree(made.out, tmp_path / "copy"))
+    bank, about = np.load(folder / "bank.npy") * nan, json.loads((folder / "bank.json").read_text())
+    np.save(folder / "bank.npy", bank)
+    write(folder / "bank.json", json.dumps(about | {"bank_sha256": hash_bank(torch.from_numpy(bank))}))
+    with pytest.raises(InputError, match="no unit vectors"):
+        read_encoded(folder, identity)
     (images,) = (folder / "embeddings").glob("images-*.npz")
     stored = dict(np.load(images))
-    np.savez(images, **stored | {"rows": stored["rows"] * float("nan")})
+    np.savez(images, **stored | {"rows": stored["rows"] * nan})
     with pytest.raises(InputError, match="what the teacher makes of --images .* no unit vectors"):
         run_describe(made.grounded, folder)
-    monkeypatch.setattr("description.bank.encode_texts", lambda *a: encode_texts(*a) * float("nan"))
+    monkeypatch.setattr("description.bank.encode_texts", lambda *a: encode_texts(*a) * nan)
     with pytest.raises(InputError, match="no unit vectors"):
         run_describe(made.grounded, tmp_path / "nan")
 
@@ -368,14 +362,12 @@ def test_odd_templates_get_a_sentence(tmp_path, name, content, message):
 
 def test_odd_attributes_get_a_sentence_or_are_read(made, tmp_path):
     """Each line is a table by itself."""
-    lines = ["[" * 9000, '{"make": ' + "9" * 5000 + "}", '{"make": {"a": [1]}}', '{"": "x", "make": true}', "7"]
-    for line in [*lines, '{"make": NaN}']:
+    for line in ("[" * 9000, '{"make": ' + "9" * 5000 + "}", '{"make": {"a": [1]}}', '{"": "x", "make": NaN}', "7"):
         with contextlib.suppress(InputError):
             read_all(write(tmp_path / "t.jsonl", line))
     table = write(tmp_path / "t.jsonl", '{"make": "a{b", "body": "suv"}\n{"make": "x\\n{body}", "body": "bus"}')
     numbers = run_describe(f"--attributes {table} --rows_only{made.teacher}", tmp_path / "o")
     assert numbers["kept"] >= 2 and all(row["text"].encode() for row in lines_of(tmp_path / "o" / "texts.jsonl"))
-    assert printable(os.fsdecode(b"v\xe9.jpg")) == "v\\xe9.jpg" and printable("\u00e9.jpg") == "\u00e9.jpg"
 
 
 @pytest.mark.parametrize("more, message", [
