@@ -6,8 +6,6 @@ and prints a JSON line a turn. So this file imports the project inside of functi
 
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -156,14 +154,14 @@ def take_turns(variants: dict[str, Turn], what: Callable[[dict], Turn], work: di
     seconds = [{name: turn()["seconds"] for name, turn in variants.items()} for _ in range(args.rounds)]
     for name, row in rows.items():
         own = [found[name] for found in seconds]
-        row["seconds"] = statistics.median(own)
+        row["seconds"] = float(np.median(own))
         row["spread"] = (max(own) - min(own)) / row["seconds"]
-        row["times_as_fast"] = statistics.median(found[next(iter(rows))] / found[name] for found in seconds)
+        row["times_as_fast"] = float(np.median([found[next(iter(rows))] / found[name] for found in seconds]))
         values = "".join(f"  {key} {value:.6g}" for key, value in row.items() if key != "seconds")
         print(f"{name:16s} {row['seconds']:10.4g} s{values}", flush=True)
-    names = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")]
+    cpu = next((line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), "CPU")
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    machine = f"{os.cpu_count()} x {[*names, platform.machine()][0]}, {torch.get_num_threads()} threads, {gpu}"
+    machine = f"{os.cpu_count()} x {cpu}, {torch.get_num_threads()} threads, {gpu}"
     return {"machine": machine, "torch": torch.__version__, "numpy": np.__version__, **work, "rows": rows}
 
 
