@@ -1,4 +1,4 @@
-"""Test splits recognised by name: the known folders, no false alarm, and lists."""
+"""Test splits recognised by name: the known folders, no false alarm, and lists; the recipe of Automobile1M."""
 
 import sys
 
@@ -28,12 +28,9 @@ AIC20_ReID_Simulation/image_train/1.jpg CityFlow/a-ReID/image_test/1.jpg PartIma
 """
 
 
-@pytest.mark.parametrize("path, name", [*KNOWN.items(), *((path, None) for path in ["", *UNKNOWN.split()])])
-def test_test_images_are_recognised_by_their_folders(path, name):
-    assert benchmarks.benchmark_of(path) == name
-
-
-def test_every_entry_is_complete():
+def test_test_images_are_recognised_by_their_folders():
+    for path, name in [*KNOWN.items(), *((path, None) for path in ["", *UNKNOWN.split()])]:
+        assert benchmarks.benchmark_of(path) == name, path
     for name, facts in benchmarks.load_benchmarks().items():
         assert set(facts) == {"folders", "lists", "image", "test_images", "licence", "note"}, name
         assert set(facts["image"]) <= set(facts["lists"]) <= {"test", "train"}
@@ -43,56 +40,38 @@ def test_every_entry_is_complete():
 
 
 def test_lists_become_paths(tmp_path):
-    lists = tmp_path / "train_test_split"
-    lists.mkdir()
-    (lists / "test_list_800.txt").write_text("0000012 7\n0000013 7\n")
-    (lists / "test_list_1600.txt").write_text("0000013 7\n0000014 9\n\n")
-    (lists / "train_list.txt").write_text("0000001 1\n")
+    def write(name: str, text: str) -> None:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+
+    for name, words in (("VehicleID", "test_list_800.txt"), ("StanfordCars", "StanfordCars has no test list")):
+        with pytest.raises(InputError, match=words):
+            benchmarks.read_split(name, tmp_path)
+    write("train_test_split/test_list_800.txt", "0000012 7\n0000013 7\n")
+    write("train_test_split/test_list_1600.txt", "0000013 7\n0000014 9\n\n")
     test = benchmarks.read_split("VehicleID", tmp_path)
     assert test == ["image/0000012.jpg", "image/0000013.jpg", "image/0000014.jpg"]
-    assert benchmarks.read_split("VehicleID", tmp_path, "train") == ["image/0000001.jpg"]
-
-
-@pytest.mark.parametrize("line", ["00001/000001", "00001/000001.jpg 0 12"])
-def test_old_and_new_lists_name_the_same_image(tmp_path, line):
-    (tmp_path / "train_list.txt").write_text(line + "\n")
-    assert benchmarks.read_split("VERI-Wild", tmp_path, "train") == ["images/00001/000001.jpg"]
-
-
-def test_missing_lists_are_named(tmp_path):
-    with pytest.raises(InputError, match="test_list_800.txt"):
-        benchmarks.read_split("VehicleID", tmp_path)
-    with pytest.raises(InputError, match="StanfordCars has no test list"):
-        benchmarks.read_split("StanfordCars", tmp_path)
-    (tmp_path / "train_list.txt").write_text("\n")
+    for line in ("00001/000001", "00001/000001.jpg 0 12"):  # old and new lists name the same image
+        write("train_list.txt", line + "\n")
+        assert benchmarks.read_split("VERI-Wild", tmp_path, "train") == ["images/00001/000001.jpg"]
+    write("train_list.txt", "\n")
     with pytest.raises(InputError, match="empty"):
         benchmarks.read_split("VehicleID", tmp_path, "train")
-
-
-def test_the_command_line(tmp_path):
-    (tmp_path / "name_query.txt").write_text("a.jpg\n")
-    output = tmp_path / "exclude.txt"
-    words = f"--name VeRi-776 --root {tmp_path} --output {output}"
+    write("name_query.txt", "a.jpg\n")
+    words = f"--name VeRi-776 --root {tmp_path} --output {tmp_path}/exclude.txt"
     assert benchmarks.main(benchmarks.get_args_parser().parse_args(words.split()))["images"] == 1
-    assert output.read_text() == f"{tmp_path / 'image_test' / 'a.jpg'}\n"
+    assert (tmp_path / "exclude.txt").read_text() == f"{tmp_path / 'image_test' / 'a.jpg'}\n"
 
 
-def test_the_recipe_names_what_is_missing(tmp_path):
+def test_the_recipe_names_what_is_missing_and_prints_its_commands(tmp_path):
     """scripts/automobile1m.sh on an empty folder: one line a source, then it stops."""
-    script = ROOT / "scripts" / "automobile1m.sh"
-    done = run_command(["bash", str(script), str(tmp_path)])
-    assert done.returncode == 2
-    assert done.stdout.count("skipped") >= 10 and "VeRi" in done.stdout
-    assert "no source" in done.stderr
-    assert not list(tmp_path.iterdir())
-
-
-def test_the_recipe_prints_its_commands(tmp_path):
-    (tmp_path / "web").mkdir()
-    (tmp_path / "StanfordCars" / "cars_train").mkdir(parents=True)
-    (tmp_path / "StanfordCars" / "cars_test").mkdir()
-    settings = ["env", "DRY_RUN=1", "ATTRIBUTES=makes.csv", f"PYTHON={sys.executable}"]
-    done = run_command([*settings, "bash", str(ROOT / "scripts/automobile1m.sh"), str(tmp_path)])
+    recipe = ["bash", str(ROOT / "scripts/automobile1m.sh"), str(tmp_path)]
+    done = run_command(recipe)
+    assert done.returncode == 2 and done.stdout.count("skipped") >= 10 and "VeRi" in done.stdout
+    assert "no source" in done.stderr and not list(tmp_path.iterdir())
+    for folder in ("web", "StanfordCars/cars_train", "StanfordCars/cars_test"):
+        (tmp_path / folder).mkdir(parents=True)
+    done = run_command(["env", "DRY_RUN=1", "ATTRIBUTES=makes.csv", f"PYTHON={sys.executable}", *recipe])
     assert done.returncode == 0, done.stderr
     for part in ("--pool web=", "--pool stanford_cars=", "--exclude stanford_cars=", "main_describe.py"):
         assert part in done.stdout

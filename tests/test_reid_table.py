@@ -29,31 +29,29 @@ def test_identities_are_parted_and_read_back(labels):
     assert counts["train"] in (39, 40) and counts["query"] == 8 and counts["rows_without_label"] == 1
     assert counts["train"] + counts["query"] + counts["gallery"] == 79 and counts["images_left_out"] == 0
     assert counts["train_identities"] == counts["test_identities"] == 4
-    data = read_reid(labels.with_name("reid.csv"))
+    again, data = labels.with_name("reid.csv").read_text(), read_reid(labels.with_name("reid.csv"))
     query, gallery = data.tests["test"]
     assert data.classes == 4 and (query.camids >= 0).all() and min(query.pids) >= 4
     assert sorted(np.unique(query.pids, return_counts=True)[1]) == [2, 2, 2, 2]
     names = [{str(part.paths[i]) for i in range(len(part))} for part in (query, gallery)]
     assert not names[0] & names[1]
-    again = labels.with_name("reid.csv").read_text()
     run(labels, "--queries", "2")
     assert labels.with_name("reid.csv").read_text() == again
-
-
-def test_only_one_split_is_tested_on(labels):
-    counts = run(labels, "--test_split", "val")
+    assert run(labels, "--test_split", "val")["images_left_out"] > 0  # only one split is tested on
     data = read_reid(labels.with_name("reid.csv"))
-    query, gallery = data.tests["test"]
-    numbers = [[int(part.paths[i].stem) for i in range(len(part))] for part in (query, gallery, data.train)]
-    assert not any(number % 3 for number in numbers[0] + numbers[1]) and all(number % 3 for number in numbers[2])
-    assert counts["images_left_out"] > 0
+    parts = (*data.tests["test"], data.train)
+    query, gallery, train = ([int(part.paths[i].stem) for i in range(len(part))] for part in parts)
+    assert not any(number % 3 for number in query + gallery) and all(number % 3 for number in train)
 
 
-def test_refusals(labels):
-    for more, message in (
-        (["--label_column", "colour"], "has no column 'colour': it has path, model, split, camid"),
-        (["--test_share", "1.5"], "give a share in"),
-        (["--test_share", "0.1"], "too few to part"),
-    ):
-        with pytest.raises(InputError, match=message):
-            run(labels, *more)
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ("--label_column colour", "has no column 'colour': it has path, model, split, camid"),
+        ("--test_share 1.5", "give a share in"),
+        ("--test_share 0.1", "too few to part"),
+    ],
+)
+def test_refusals(labels, words, message):
+    with pytest.raises(InputError, match=message):
+        run(labels, *words.split())
