@@ -1,7 +1,6 @@
 """The drawn sets: pictures are repeatable and show what their labels say, sets appear whole, the planted pool is what
 truth.csv says of it."""
 
-import csv
 import io
 import itertools
 import json
@@ -13,6 +12,7 @@ import pytest
 from layouts import veri_view
 from PIL import Image
 
+from curation.index import read_rows
 from datasets.images import Unreadable, open_rgb
 from demo import draw, reid, seg
 from demo import pool as demo_pool
@@ -95,12 +95,7 @@ def pool(tmp_path_factory):
     """(folder, rows of truth.csv by path)."""
     folder = tmp_path_factory.mktemp("pool") / "set"
     demo_pool.POOL.write(folder, num_images=112, size=32, processes=1)
-    return folder, {row["path"]: row for row in table(folder / "truth.csv")}
-
-
-def table(file):
-    with open(file, newline="", encoding="utf-8") as opened:
-        return list(csv.DictReader(opened))
+    return folder, {row["path"]: row for row in read_rows(folder / "truth.csv")}
 
 
 def test_truth_counts_every_file(pool):
@@ -147,7 +142,7 @@ def test_corrupt_files_alone_cannot_be_read(pool):
 
 def test_tables_hold_good_files_and_no_vehicle_of_the_benchmark(pool):
     folder, truth = pool
-    labels, captions = (table(folder / f"{name}.csv") for name in ("labels", "captions"))
+    labels, captions = (list(read_rows(folder / f"{name}.csv")) for name in ("labels", "captions"))
     assert {truth[row["path"]]["kind"] for row in labels} == set(demo_pool.GOOD)
     for row in labels:
         assert all(row[key] == truth[row["path"]][key] for key in ("body", "colour", "make", "pid", "camid"))

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 import shutil
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from scipy.io import savemat
 from scipy.stats import entropy
 
 import main_describe
+from datasets.path_list import printable
 from datasets.teacher import hash_bank, read_encoded, save_bank
 from description.bank import bank_statistics, ground, near_duplicates
 from description.readers import read_attributes
@@ -367,6 +369,7 @@ def test_odd_attributes_get_a_sentence_or_are_read(made, tmp_path):
             read_all(write(tmp_path / "t.jsonl", line))
     table = write(tmp_path / "t.jsonl", '{"make": "a{b", "body": "suv"}\n{"make": "x\\n{body}", "body": "bus"}')
     numbers = run_describe(f"--attributes {table} --rows_only{made.teacher}", tmp_path / "o")
+    assert printable(os.fsdecode(b"v\xe9.jpg")) == "v\\xe9.jpg" and printable("\u00e9.jpg") == "\u00e9.jpg"
     assert numbers["kept"] >= 2 and all(row["text"].encode() for row in lines_of(tmp_path / "o" / "texts.jsonl"))
 
 
