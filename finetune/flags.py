@@ -26,11 +26,10 @@ class Flag:
 
     def check(self, value) -> None:
         """Refuse numbers outside the interval."""
-        low, high = map(float, self.within[1:-1].split(",")) if self.within else (0, 0)
-        for x in value if isinstance(value, list) else [value]:
-            if self.within and x is not None:
-                at_end = x == low and "(" in self.within or x == high and ")" in self.within
-                if at_end or not low <= x <= high:
+        if self.within and value is not None:
+            low, high = map(float, self.within[1:-1].split(","))
+            for x in value if isinstance(value, list) else [value]:
+                if not low <= x <= high or x == low and "(" in self.within or x == high and ")" in self.within:
                     raise InputError(f"--{self.name} {x}: must be in {self.within}")
 
 

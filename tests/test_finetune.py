@@ -7,7 +7,6 @@ import os
 import shlex
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -477,8 +476,6 @@ def test_the_help_of_a_task_shows_its_flags_alone(capsys):
         main_finetune.get_args_parser().parse_args(["--task", "fgvc", "--help"])
     shown = capsys.readouterr().out
     assert "--parts" in shown and "--batch_size" in shown and "--num_instances" not in shown and "seg)" not in shown
-    code = "import sys, finetune.flags; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 SIGNS = {"veri776": "image_train", "var": "train_label.xml", "vehicleid": "train_test_split",
