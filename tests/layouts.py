@@ -4,14 +4,13 @@ import itertools
 import json
 from pathlib import Path
 
-import contourpy
 import numpy as np
 from PIL import Image
 
 from datasets.seg import BACKGROUND_ID, PARTS, part_names
 from demo import reid as demo_reid
-from demo.draw import BODIES, MAKES, draw_vehicle, render
-from demo.scene import VIEWS, Scene, circle, demo_rng
+from demo.draw import BODIES, MAKES, render
+from demo.scene import VIEWS, demo_rng
 
 # VeRi-776 with its attributes, and VehicleID
 
@@ -27,29 +26,29 @@ VERI_VIEWS = {  # VeRi's view seen from the left and from the right; 0 front, 1 
 
 def write_demo_reid(folder: Path, layout: str, train_ids=6, test_ids=6, images_per_id=7, size=16, **more):
     """veri776 (as demo.reid, and its label files) or vehicleid, whose every fourth test vehicle has two pictures."""
+    rows = demo_reid.plan(train_ids, test_ids, images_per_id, 0)
     if layout == "veri776":
         sizes = {"train_ids": train_ids, "test_ids": test_ids, "images_per_id": images_per_id, "size": size}
         demo_reid.VERI.write(folder, **sizes, **more)
-        rows = demo_reid.plan(train_ids, test_ids, images_per_id, 0)
         for part, root in (("train", "TrainingImages"), ("test", "TestingImages")):
             listed = [row for row in rows if row["path"].startswith(f"image_{part}")]
             (folder / f"{part}_label.xml").write_text(veri_labels(root, listed), encoding="gb2312")
-            points = (f"VeRi/{row['path']} {'-1 ' * 40}{veri_view(row)}" for row in listed)
+            points = [f"VeRi/{row['path']} {'-1 ' * 40}{veri_view(row)}" for row in listed]
             # the last training image has no line, as some have none in the published list
-            write_lines(folder / f"keypoint_{part}.txt", itertools.islice(points, len(listed) - (part == "train")))
+            write_lines(folder / f"keypoint_{part}.txt", points[: len(points) - (part == "train")])
         return
-    rows = demo_reid.plan(train_ids, test_ids, images_per_id, 0)
     tests = sorted({row["number"] for row in rows if row["split"] != "train"})
     rows = [row for row in rows if row["number"] not in tests[3::4] or row["shot"] < 2]
+    (folder / "image").mkdir(parents=True)
     for count, row in enumerate(rows, 1):
-        row["path"] = f"image/{count:07}.jpg"
-        (folder / "image").mkdir(parents=True, exist_ok=True)
-        render(0, row["pid"], row["camid"], row["viewid"], row["shot"], size).save(folder / row["path"])
+        row["name"] = f"{count:07}"
+        picture = render(0, row["pid"], row["camid"], row["viewid"], row["shot"], size)
+        picture.save(folder / "image" / f"{count:07}.jpg")
     half, most = len(tests) // 2, 3 * len(tests) // 4  # no test holds another
     chosen = {"test_list_800": [tests[-1], *tests[: half - 1]], "test_list_1600": tests[-most:]}
     chosen |= {"test_list_2400": tests[:-1], "train_list": {row["number"] for row in rows} - set(tests)}
     for name, numbers in chosen.items():
-        listed = (f"{Path(row['path']).stem} {row['number']}" for row in rows if row["number"] in numbers)
+        listed = (f"{row['name']} {row['number']}" for row in rows if row["number"] in numbers)
         write_lines(folder / "train_test_split" / f"{name}.txt", listed)
 
 
@@ -68,10 +67,9 @@ def veri_labels(root: str, rows: list[dict]) -> str:
     lines = ['<?xml version="1.0" encoding="gb2312"?>', f'<{root} Version="1.0">', f'<Items number="{len(rows)}">']
     for row in rows:
         colour, body = (VERI_WORDS.get(row[key], row[key]) for key in ("colour", "body"))
-        lines.append(
-            f'<Item imageName="{Path(row["path"]).name}" vehicleID="{row["number"]:04}" cameraID="c{row["camera"]:03}" '
-            f'colorID="{VERI_COLOURS.index(colour) + 1}" typeID="{VERI_TYPES.index(body) + 1}"/>'
-        )
+        codes = f'colorID="{VERI_COLOURS.index(colour) + 1}" typeID="{VERI_TYPES.index(body) + 1}"'
+        who = f'imageName="{Path(row["path"]).name}" vehicleID="{row["number"]:04}" cameraID="c{row["camera"]:03}"'
+        lines.append(f"<Item {who} {codes}/>")
     return "\n".join([*lines, "</Items>", f"</{root}>"]) + "\n"
 
 
@@ -79,27 +77,22 @@ def veri_labels(root: str, rows: list[dict]) -> str:
 
 BOX = ("bbox_x1", "bbox_y1", "bbox_x2", "bbox_y2")
 CAR_FOLDERS = {"transfg": "car/", "torchvision": "stanford_cars/", "annos": ""}
-WIDE = 320  # px, of the first training picture: its box needs uint16
 
 
 def write_demo_cars(folder: Path, layout: str, classes: int, train: int, test: int, size: int) -> None:
-    """The layouts of TransFG, of torchvision and of cars_annos.mat; of each class one vehicle. The second training
-    picture is grey."""
+    """The layouts of TransFG, of torchvision and of cars_annos.mat; of each class one vehicle."""
     pairs = itertools.islice(itertools.product(BODIES, list(MAKES)[:4]), classes)
     names, base = sorted(f"{make} {body.title()} 2012" for body, make in pairs), folder / CAR_FOLDERS[layout]
     rows = {"train": [], "test": []}
     for i in range(classes * (train + test)):
         split, k = ("train", i) if i < classes * train else ("test", i - classes * train)
-        name, folder_name = f"{k + 1:05}.jpg", f"cars_{split}"
-        if layout == "annos":
-            name, folder_name = f"{i + 1:06}.jpg", "car_ims"
-        width = WIDE if i == 0 else size
-        picture = render(0, i % classes, i // classes % 8, i // classes % 6, i, (width, size * 3 // 4))
-        (base / folder_name).mkdir(parents=True, exist_ok=True)
-        picture.convert("L" if i == 1 else "RGB").save(base / folder_name / name)
-        row = dict(zip(BOX, (1, 1, width, size * 3 // 4))) | {"class": i % classes + 1}
-        more = {"relative_im_path": f"{folder_name}/{name}"} | row | {"test": int(split == "test")}
-        rows[split].append(more if layout == "annos" else row | {"fname": name})
+        name = f"car_ims/{i + 1:06}.jpg" if layout == "annos" else f"cars_{split}/{k + 1:05}.jpg"
+        picture = render(0, i % classes, i // classes % 8, i // classes % 6, i, (size, size * 3 // 4))
+        (base / name).parent.mkdir(parents=True, exist_ok=True)
+        picture.save(base / name)
+        row = dict(zip(BOX, (1, 1, size, size * 3 // 4))) | {"class": i % classes + 1}
+        more = {"relative_im_path": name} | row | {"test": int(split == "test")}
+        rows[split].append(more if layout == "annos" else row | {"fname": Path(name).name})
     if layout == "annos":
         write_mat(folder / "cars_annos.mat", {"annotations": rows["train"] + rows["test"], "class_names": names})
         return
@@ -123,19 +116,16 @@ def write_mat(file: Path, variables: dict[str, list[str] | list[dict[str, int | 
             continue
         content[name] = np.empty((1, len(values)), dtype=[(field, object) for field in values[0]])
         for i, row in enumerate(values):
-            numbers = (
-                v if isinstance(v, str) else np.array(v, np.uint8 if v < 256 else np.uint16) for v in row.values()
-            )
-            content[name][0, i] = tuple(numbers)
+            kinds = (np.uint8 if isinstance(v, str) or v < 256 else np.uint16 for v in row.values())
+            found = (v if isinstance(v, str) else np.array(v, kind) for v, kind in zip(row.values(), kinds))
+            content[name][0, i] = tuple(found)
     savemat(file, content)
 
 
 # PartImageNet
 
-BODY_SYNSETS = dict(
-    zip(BODIES, "n03670208 n04037443 n03594945 n02701002 n03770679 n04285008 n02814533 n03417042 n04146614 "
-        "n03769881".split())
-)  # fmt: skip
+SYNSETS = "n03670208 n04037443 n03594945 n02701002 n03770679 n04285008 n02814533 n03417042 n04146614 n03769881"
+BODY_SYNSETS = dict(zip(BODIES, SYNSETS.split()))
 FISH, FISH_PART = "n01443537", 20  # what a converter must leave out
 OOD_SPLITS = {"n03594945": "val", "n04146614": "test", "n02835271": "test"}  # of synsets; the others train
 
@@ -175,7 +165,6 @@ def _write_pair(folder: Path, release: str, row: dict, synset: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     picture.save(file, "JPEG")
     if release == "ood":
-        row["mask"] = mask
         return
     if row["place"] == 1:
         mask[:2], mask[-2:], mask[:, :2], mask[:, -2:] = (255,) * 4
@@ -196,40 +185,25 @@ def _write_pair(folder: Path, release: str, row: dict, synset: str) -> None:
         Image.fromarray(np.where(mask == BACKGROUND_ID, 158, 0).astype(np.uint8)).save(whole)  # 158: no object
 
 
+# rectangles of each part, in tenths of the picture: left, upper, right, lower
+DRAWN = {
+    "Car": {24: (1, 3, 9, 8), 25: (2, 7, 4, 9), 26: (7, 2, 8, 4)},
+    "Bicycle": {30: (1, 6, 4, 9), 27: (3, 3, 7, 5), 29: (2, 2, 4, 3), 28: (7, 1, 8, 4)},
+    "fish": {FISH_PART: (1, 4, 9, 6)},
+}
+
+
 def draw_pair(row: dict) -> tuple[Image.Image, np.ndarray]:
-    """Picture and mask, [H, W] uint8 in PartImageNet's ids."""
-    pid, shot = row["pid"], row["shot"]
-    view = (2 * pid + 4 + 2 * shot) % 6  # in which no ground shows through between body and wheels
-    if row["kind"] == "Car":
-        p = draw_vehicle(0, pid, (pid + shot) % 8, view, shot, row["size"], with_mask=True)
-        return p.record(), p.part_ids()
-    p = Scene(0, pid, pid % 8, 0, shot, row["size"], (1.75, 1.08, 0.5))
-    p.start_mask(BACKGROUND_ID)
-    if row["kind"] == "fish":
-        p.part = FISH_PART
-        p.line([(-0.8, 0.5, 0), (0.8, 0.5, 0)], 0.5, (200, 120, 40))
-        return p.record(), p.part_ids()
-    p.part = 30
-    for x in (-0.52, 0.55):
-        p.poly(np.insert(circle(x, 0.34, 0.34), 2, 0, axis=1), (30, 30, 34))
-    for p.part, points in (  # without holes, which COCO's polygons do not know
-        (27, [(-0.52, 0.34), (-0.24, 0.7), (-0.06, 0.3), (0.41, 0.68)]),
-        (29, [(-0.44, 0.9), (-0.1, 0.9)]),
-        (28, [(0.36, 0.7), (0.36, 1.0), (0.2, 1.0)]),
-    ):
-        p.line([(x, y, 0) for x, y in points], 0.12, (200, 60, 60))
-    return p.record(), p.part_ids()
-
-
-def outlines(mask: np.ndarray) -> list[list[float]]:
-    """The outer rings of a bool mask [H, W] as COCO polygons, [x, y, x, y, ...] in px; they hold the centres of exactly
-    its pixels, but for holes, which COCO's polygons do not know."""
-    found = []
-    for ring in contourpy.contour_generator(z=np.pad(mask, 1).astype(float)).lines(0.5):
-        x, y = ring[:, 0], ring[:, 1]
-        if (x[:-1] * y[1:] - x[1:] * y[:-1]).sum() > 0:
-            found.append((ring[:-1] - 0.5).round(2).ravel().tolist())
-    return found
+    """Picture and mask, [H, W] uint8 in PartImageNet's ids: boxes of different colours, a little moved."""
+    rng, size = np.random.default_rng([row["pid"], row["shot"]]), row["size"]
+    pixels = rng.integers(140, 200, (*size[::-1], 3), dtype=np.uint8)
+    mask, moved = np.full(size[::-1], BACKGROUND_ID, np.uint8), rng.uniform(-0.9, 0.9, 2)
+    for part, box in DRAWN[row["kind"]].items():
+        box = [round((x + moved[i % 2]) * size[i % 2] / 10) for i, x in enumerate(box)]
+        place = slice(box[1], box[3]), slice(box[0], box[2])
+        mask[place], pixels[place] = part, (9 * (part - 17), 30 * (part % 7), 250 - 6 * part)
+        row.setdefault("polygons", {})[part] = [float(box[i]) for i in (0, 1, 2, 1, 2, 3, 0, 3)]
+    return Image.fromarray(pixels), mask
 
 
 def coco(rows: list[dict]) -> dict:
@@ -238,13 +212,10 @@ def coco(rows: list[dict]) -> dict:
     categories = [{"id": i, "name": name} for parts in PARTS.values() for i, name in parts.items()]
     content = {"images": [], "annotations": [], "categories": [*categories, {"id": FISH_PART, "name": "Fish Body"}]}
     for image_id, row in enumerate(rows, 1):
-        (height, width), file = row["mask"].shape, f"{row['name']}.JPEG"
-        content["images"].append({"id": image_id, "file_name": file, "height": height, "width": width})
-        for part in np.unique(row["mask"][row["mask"] != BACKGROUND_ID]).tolist():
-            is_body = part == min(PARTS["Car"])
-            polygons = outlines(row["mask"] != BACKGROUND_ID if is_body else row["mask"] == part)
-            if not content["annotations"]:
-                polygons.append([1.0, 1.0, 9.0, 9.0])
+        image = {"id": image_id, "file_name": f"{row['name']}.JPEG", "height": row["size"][1], "width": row["size"][0]}
+        content["images"].append(image)
+        for part, polygon in row["polygons"].items():
+            polygons = [polygon] if content["annotations"] else [polygon, [1.0, 1.0, 9.0, 9.0]]
             annotation = {"id": len(content["annotations"]) + 1, "image_id": image_id, "category_id": part}
             content["annotations"].append(annotation | {"segmentation": polygons, "iscrowd": 0})
     return content

@@ -1,9 +1,7 @@
 """Lists of images, decoding, augmentation, the training stream."""
 
-import json
 import os
 import socket
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +11,11 @@ from conftest import write_pictures
 from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
-from datasets.fgvc import list_labelled
-from datasets.images import IMAGE_ENDINGS, Unreadable, decode_rgb, open_rgb, open_upright
+from datasets.images import IMAGE_ENDINGS, decode_rgb, open_rgb, open_upright
 from datasets.items import PretrainDataset, build_loader
 from datasets.path_list import PathList, list_images
 from datasets.samplers import EpochBatches, pk_batches
-from datasets.transforms import CROP_STREAM, crop_resize, jpeg_reduction, random_crop_box, sample_rng, whole_image
+from datasets.transforms import CROP_STREAM, jpeg_reduction, random_crop_box, sample_rng, whole_image
 from util.dist import init_worker
 from util.errors import InputError
 
@@ -33,11 +30,9 @@ def test_path_list_gives_back_what_it_was_given(tmp_path):
 
 
 def test_folder_is_searched_and_train_preferred(tmp_path):
-    write_pictures(tmp_path / "x" / "deep" / "er", 2)
-    write_pictures(tmp_path / "x", 1)
-    assert len(list_images(tmp_path / "x")) == 3
-    write_pictures(tmp_path / "x" / "train" / "classA", 2)
-    assert len(list_images(tmp_path / "x")) == 2
+    for folder, count, listed in (("deep/er", 2, 2), (".", 1, 3), ("TRAIN/classA", 2, 2)):
+        write_pictures(tmp_path / "x" / folder, count)
+        assert len(list_images(tmp_path / "x")) == listed
 
 
 def test_what_counts_as_a_picture_and_what_is_passed_over_is_said(tmp_path, capsys):
@@ -70,40 +65,28 @@ def test_what_counts_as_a_picture_and_what_is_passed_over_is_said(tmp_path, caps
 
 @pytest.mark.parametrize("ending", IMAGE_ENDINGS)
 def test_every_ending_that_is_listed_can_be_opened(tmp_path, ending):
-    file = tmp_path / f"a{ending}"
-    formats = Image.registered_extensions()
+    file, formats = tmp_path / f"a{ending}", Image.registered_extensions()
     Image.new("RGB", (8, 8), "red").save(file, formats.get(ending, "JPEG"), quality=100)
     assert np.abs(np.asarray(open_rgb(file)).astype(int)[4, 4] - (255, 0, 0)).max() < 9
 
 
-@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "txt"])
-def test_manifests(tmp_path, ending):
+def test_manifests(tmp_path):
     write_pictures(tmp_path / "pics", 3)
     names = [f"pics/{i:04d}.png" for i in range(3)]
-    rows = [{"path": n, "split": "train" if i else "val"} for i, n in enumerate(names)]
-    comma = "\t" if ending == "tsv" else ","
-    text = {"txt": "\n".join(names), "jsonl": "\n".join(json.dumps(row) for row in rows)}.get(
-        ending, "\n".join([f"path{comma}split"] + [f"{r['path']}{comma}{r['split']}" for r in rows])
-    )
-    file = tmp_path / f"list.{ending}"
-    file.write_text("\ufeff" + text if ending == "csv" else text)  # Excel writes a byte order mark
-    paths = list_images(file)
+    (tmp_path / "list.txt").write_text("\n".join(names))
+    (tmp_path / "list.csv").write_text("\n".join(["path,split"] + [f"{name},train" for name in names[1:]]))
+    paths = list_images(tmp_path / "list.txt")
     assert [paths.relative(i) for i in range(3)] == names and paths[0].is_file()
-    if ending != "txt":
-        assert len(list_images(file, "train")) == 2
-        with pytest.raises(InputError, match="no row with split 'test'"):
-            list_images(file, "test")
+    assert len(list_images(tmp_path / "list.csv", "train")) == 2
+    with pytest.raises(InputError, match="no row with split 'test': it has train"):
+        list_images(tmp_path / "list.csv", "test")
 
 
 @pytest.mark.parametrize(
     "name, text, message",
     [
         ("empty", None, "nothing, it is empty"),
-        ("nocolumn.csv", "file,split\na.png,train\n", "no column 'path'"),
-        ("hole.csv", "path,split\n,train\n", "line 2 has no text in the column 'path'"),
-        ("broken.jsonl", '{"path": "a.png"}\nnot json\n', "line 2 is not JSON"),
-        ("nokey.jsonl", '{"file": "a.png"}\n', "no column 'path': it has file"),
-        ("number.jsonl", '{"path": "a.png"}\n{"path": 5}\n', "line 2 has no text in the column 'path'"),
+        ("absent", None, "does not exist"),
         ("nothing.csv", "path\n", "no row"),
         ("elsewhere.csv", "path\n/no/such/1.png\n/no/such/2.png\n", "none of the first 2 images"),
         ("odd.xlsx", "", "neither a folder nor a manifest"),
@@ -119,61 +102,31 @@ def test_bad_lists_have_one_clear_sentence(tmp_path, name, text, message):
     assert "\n" not in str(caught.value)
 
 
-def test_lists_that_are_not_there(tmp_path):
-    (tmp_path / "a.md").write_text("x")
-    for path, message in ((tmp_path, r"passed over: \.md \(1\)"), (tmp_path / "absent", "does not exist")):
-        with pytest.raises(InputError, match=message):
-            list_images(path)
-
-
-def save_modes(folder: Path) -> dict[str, tuple[int, int, int]]:
-    """One file a format and mode, each of one colour; returns the RGB expected at the centre."""
-    red = (200, 40, 30)
-    rgb = Image.new("RGB", (40, 24), red)
-    rgb.save(folder / "rgb.png")
-    rgb.save(folder / "rgb.bmp")
-    rgb.save(folder / "rgb.webp", lossless=True)
-    rgb.convert("P", palette=Image.Palette.ADAPTIVE).save(folder / "palette.png")
-    Image.new("L", (40, 24), 90).save(folder / "grey.png")
-    Image.new("1", (40, 24), 1).save(folder / "bilevel.png")
-    Image.new("LA", (40, 24), (90, 255)).save(folder / "grey_alpha.png")
-    Image.new("RGBA", (40, 24), (*red, 0)).save(folder / "transparent.png")
-    Image.fromarray(np.full((24, 40), 90 * 257, dtype=np.uint16)).save(folder / "sixteen.png")
-    Image.fromarray(np.full((24, 40), 200, dtype=np.uint16)).save(folder / "night.png")  # 200 of 65,535
-    Image.new("CMYK", (40, 24), (0, 255, 255, 0)).save(folder / "cmyk.jpg", quality=100)
-    return {
-        "rgb.png": red, "rgb.bmp": red, "rgb.webp": red, "palette.png": red, "grey.png": (90,) * 3,
-        "bilevel.png": (255,) * 3, "grey_alpha.png": (90,) * 3, "transparent.png": (255,) * 3,
-        "sixteen.png": (90,) * 3, "night.png": (0,) * 3,
-        "cmyk.jpg": Image.new("CMYK", (1, 1), (0, 255, 255, 0)).convert("RGB").getpixel((0, 0)),
-    }  # fmt: skip
-
-
 def test_every_mode_becomes_rgb(tmp_path):
-    for name, colour in save_modes(tmp_path).items():
-        image = open_rgb(tmp_path / name)
-        assert image.mode == "RGB" and image.size == (40, 24), name
-        assert np.allclose(image.getpixel((20, 12)), colour, atol=3), name
-
-
-def test_damaged_files_raise_what_the_loader_catches(tmp_path):
-    write_pictures(tmp_path, 1, size=(200, 150))
-    whole = (tmp_path / "0000.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
-    (tmp_path / "empty.jpg").write_bytes(b"")
-    (tmp_path / "text.jpg").write_text("hello")
-    for name in ("cut.png", "empty.jpg", "text.jpg", "absent.jpg"):
-        with pytest.raises(Unreadable), warnings.catch_warnings():
-            warnings.simplefilter("error")
-            open_rgb(tmp_path / name)
+    red, grey = (200, 40, 30), (90, 90, 90)
+    rgb, cyan = Image.new("RGB", (40, 24), red), Image.new("CMYK", (40, 24), (0, 255, 255, 0))
+    for name, image, colour in (
+        ("rgb.png", rgb, red), ("rgb.bmp", rgb, red), ("rgb.webp", rgb, red),
+        ("palette.png", rgb.convert("P", palette=Image.Palette.ADAPTIVE), red),
+        ("grey.png", Image.new("L", (40, 24), 90), grey),
+        ("bilevel.png", Image.new("1", (40, 24), 1), (255,) * 3),
+        ("grey_alpha.png", Image.new("LA", (40, 24), (90, 255)), grey),
+        ("transparent.png", Image.new("RGBA", (40, 24), (*red, 0)), (255,) * 3),
+        ("sixteen.png", Image.fromarray(np.full((24, 40), 90 * 257, dtype=np.uint16)), grey),
+        ("night.png", Image.fromarray(np.full((24, 40), 200, dtype=np.uint16)), (0,) * 3),  # 200 of 65,535
+        ("cmyk.jpg", cyan, cyan.convert("RGB").getpixel((0, 0))),
+    ):  # fmt: skip
+        image.save(tmp_path / name, quality=100)
+        found = open_rgb(tmp_path / name)
+        assert found.mode == "RGB" and found.size == (40, 24), name
+        assert np.allclose(found.getpixel((20, 12)), colour, atol=3), name
 
 
 def test_crop_boxes_have_the_published_distribution():
     """Against torchvision's RandomResizedCrop, an independent implementation of the same rule."""
     torch.manual_seed(0)
     for width, height in ((1000, 1000), (900, 400)):
-        ours, theirs, flips = [], [], []
-        blank = Image.new("L", (width, height))
+        ours, theirs, flips, blank = [], [], [], Image.new("L", (width, height))
         for index in range(4000):
             box, flip = random_crop_box(sample_rng(0, 0, index, 0), width, height, 0.2)
             assert 0 <= box[0] < box[2] <= width and 0 <= box[1] < box[3] <= height
@@ -184,31 +137,16 @@ def test_crop_boxes_have_the_published_distribution():
         for a, b in zip(np.array(ours).T, np.array(theirs).T):
             assert abs(a.mean() - b.mean()) < 0.01 * width and abs(a.std() - b.std()) < 0.01 * width
         assert 0.47 < np.mean(flips) < 0.53
-
-
-def test_long_images_fall_back_to_the_centre():
-    box, _ = random_crop_box(sample_rng(0, 0, 0, 0), 3000, 100, 0.9)
+    box, _ = random_crop_box(sample_rng(0, 0, 0, 0), 3000, 100, 0.9)  # too long: from the centre
     assert box == ((3000 - 133) // 2, 0, (3000 - 133) // 2 + 133, 100)
-
-
-def test_crop_matches_plain_pillow(pictures):
-    image = open_rgb(pictures / "0000.png")
-    ours = crop_resize(image, (5, 4, 41, 36), (32, 48), flip=True)
-    plain = image.crop((5, 4, 41, 36)).resize((48, 32), Image.Resampling.BICUBIC)
-    plain = np.asarray(plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT)).transpose(2, 0, 1)
-    assert ours.shape == (3, 32, 48) and ours.dtype == torch.uint8
-    assert np.abs(ours.numpy().astype(int) - plain).mean() < 0.1
-    assert (whole_image(image, (40, 48)).permute(1, 2, 0).numpy() == np.asarray(image)).all()
 
 
 def detailed_photo(width: int, height: int, seed: int) -> Image.Image:
     """Smooth areas, edges and fine texture, as photos have."""
-    rng = np.random.default_rng(seed)
-    layers = [
-        np.asarray(Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize((width, height)))
-        for n in (6, 40, 240)
-    ]
-    mixed = 0.6 * layers[0] + 0.3 * layers[1] + 0.1 * layers[2]
+    rng, mixed = np.random.default_rng(seed), 0
+    for n, share in ((6, 0.6), (40, 0.3), (240, 0.1)):
+        layer = Image.fromarray(rng.integers(0, 256, (n, n, 3), dtype=np.uint8)).resize((width, height))
+        mixed = mixed + share * np.asarray(layer)
     mixed[height // 3 :: 90, :] *= 0.4
     return Image.fromarray(mixed.clip(0, 255).astype(np.uint8))
 
@@ -218,36 +156,32 @@ def test_fast_decoding_stays_close_to_plain_pillow(tmp_path, width, height, expe
     """The training path (reduced decode, resize of the box only) against decode, crop, resize."""
     detailed_photo(width, height, seed=width).save(tmp_path / "a.jpg", quality=92)
     dataset = PretrainDataset(list_images(tmp_path), (224, 224), 196, seed=0, min_area=0.2)
-    with Image.open(tmp_path / "a.jpg") as opened:
-        full = opened.convert("RGB")
-    reductions = set()
+    full, reductions = Image.open(tmp_path / "a.jpg").convert("RGB"), set()
     for epoch in range(8):
         box, flip = random_crop_box(sample_rng(0, epoch, 0, CROP_STREAM), width, height, 0.2)
         reductions.add(jpeg_reduction(box, (224, 224)))
         plain = full.crop(box).resize((224, 224), Image.Resampling.BICUBIC)
         plain = np.asarray(plain.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip else plain)
         ours = dataset[epoch, 0]["imgs"].permute(1, 2, 0).numpy()
-        assert np.abs(ours.astype(int) - plain).mean() < 2
+        assert np.abs(ours.astype(int) - plain).mean() < (0.3 if expected == {1} else 2)
     assert reductions == expected
+    assert (whole_image(full, (height, width)).permute(1, 2, 0).numpy() == np.asarray(full)).all()
 
 
 def test_turned_jpegs_are_cropped_upright(tmp_path):
     """EXIF rotation and reduced decoding do not get in each other's way."""
-    photo = detailed_photo(1200, 800, seed=1)
-    exif = Image.Exif()
+    photo, exif = detailed_photo(1200, 800, seed=1), Image.Exif()
     exif[0x0112] = 6  # a quarter turn
-    photo.save(tmp_path / "a.jpg", quality=95, exif=exif)
-    assert open_upright(tmp_path / "a.jpg").size == decode_rgb(open_upright(tmp_path / "a.jpg"), 4).size == (800, 1200)
-    photo.save(tmp_path / "b.jpg", quality=95)
-    image = open_upright(tmp_path / "b.jpg")
-    assert image.size == (1200, 800) and decode_rgb(image, 4).size == (300, 200)
+    for more, sizes in (({"exif": exif}, [(800, 1200), (800, 1200)]), ({}, [(1200, 800), (300, 200)])):
+        photo.save(tmp_path / "a.jpg", quality=95, **more)
+        image = open_upright(tmp_path / "a.jpg")
+        assert [image.size, decode_rgb(image, 4).size] == sizes
 
 
 def test_stream_does_not_depend_on_workers_or_history(pictures):
     dataset = PretrainDataset(list_images(pictures), (32, 32), 4, seed=3, min_area=0.2)
-    streams = []
+    streams, batches = [], EpochBatches(40, 8, 0, 1, 3)
     for workers in (0, 2):
-        batches = EpochBatches(40, 8, 0, 1, 3)
         loader = build_loader(dataset, batches, workers, False, init_worker)
         batches.set_epoch(1)
         streams.append([b for _ in range(2) for b in loader][-5:])
@@ -267,9 +201,7 @@ def test_ranks_share_one_permutation():
         for batches in (one, *ranks):
             batches.set_epoch(epoch)
         halves = [a + b for a, b in zip(*ranks)]
-        assert halves == list(one) and len(halves) == 12
-        seen = [index for batch in one for _, index in batch]
-        assert len(set(seen)) == 96
+        assert halves == list(one) and len({index for batch in one for _, index in batch}) == 96
         assert [index for _, index in halves[3]] == one.global_batch(epoch, 3).tolist()
 
 
@@ -281,62 +213,30 @@ PIDS = np.random.default_rng(0).permutation(np.repeat(list(COUNTS), list(COUNTS.
 def test_every_row_holds_different_vehicles_with_k_images_each():
     batches = pk_batches(PIDS, 3, 4, seed=1, epoch=0)
     vehicles = PIDS[batches].reshape(len(batches), 3, 4)
-    assert (vehicles == vehicles[:, :, :1]).all()
-    assert all(len(set(row)) == 3 for row in vehicles[:, :, 0])
+    assert (vehicles == vehicles[:, :, :1]).all() and all(len(set(row)) == 3 for row in vehicles[:, :, 0])
     groups = {pid: max(1, count // 4) for pid, count in COUNTS.items()}
     shown = {pid: int((vehicles[:, :, 0] == pid).sum()) for pid in COUNTS}
     assert all(shown[pid] <= groups[pid] for pid in COUNTS)
-    left = [pid for pid in COUNTS if shown[pid] < groups[pid]]
-    assert len(left) < 3, "it stops only when fewer than P vehicles are left"
+    assert sum(shown[pid] < groups[pid] for pid in COUNTS) < 3, "it stops only when fewer than P vehicles are left"
     for pid, count in COUNTS.items():
         used = batches[PIDS[batches] == pid]
-        if count >= 4:
-            assert len(set(used)) == len(used), "no image twice"
-        elif len(used):
-            assert set(used) <= set(np.flatnonzero(PIDS == pid)), "drawn from the few with replacement"
-
-
-def test_epochs_differ_by_seed_and_number_and_show_all_vehicles():
+        assert len(set(used)) == len(used) or count < 4, "no image twice"
+        assert set(used) <= set(np.flatnonzero(PIDS == pid)), "drawn from the few with replacement"
     epochs = [pk_batches(PIDS, 3, 4, seed=1, epoch=epoch) for epoch in range(20)]
     assert (epochs[5] == pk_batches(PIDS, 3, 4, seed=1, epoch=5)).all()
     for other in (epochs[6], pk_batches(PIDS, 3, 4, seed=2, epoch=5)):
         assert other.shape != epochs[5].shape or (other != epochs[5]).any()
     assert set(PIDS[np.concatenate(epochs)].ravel()) == set(COUNTS)
-
-
-def test_too_few():
-    with pytest.raises(InputError, match="show 9 vehicles, a batch needs 10"):
-        pk_batches(PIDS, 10, 4, seed=0, epoch=0)
-    with pytest.raises(InputError, match="at least 2 of both"):
-        pk_batches(PIDS, 4, 1, seed=0, epoch=0)
+    for vehicles, images, message in ((10, 4, "show 9 vehicles, a batch needs 10"), (4, 1, "at least 2 of both")):
+        with pytest.raises(InputError, match=message):
+            pk_batches(PIDS, vehicles, images, seed=0, epoch=0)
 
 
 def test_replacement_is_the_next_readable_image(tmp_path):
     write_pictures(tmp_path, 6)
-    for index in (2, 3):
-        (tmp_path / f"{index:04d}.png").write_bytes(b"x")
+    for name in ("0002.png", "0003.png"):
+        (tmp_path / name).write_bytes(b"x")
     dataset = PretrainDataset(list_images(tmp_path), (32, 32), 4, seed=0, min_area=0.2)
     bad, stand_in = dataset[0, 2], dataset[0, 4]
     assert bad["problem"].startswith("0002.png\tUnidentifiedImageError") and stand_in["problem"] == ""
     assert torch.equal(bad["imgs"], stand_in["imgs"])
-
-
-def test_labelled_images(tmp_path):
-    for split, count in (("train", 2), ("val", 1)):
-        for name in ("bus", "car"):
-            write_pictures(tmp_path / "tree" / split / name, count)
-    tree = list_labelled(tmp_path / "tree")
-    assert tree.classes == ["bus", "car"] and len(tree.splits["train"]) == 4
-    assert tree.labels[tree.splits["val"]].tolist() == [0, 1] and tree.paths[0].is_file()
-    table = tmp_path / "table.csv"
-    table.write_text("path,split,make\na.png,train,Audi\nb.png,val,BMW\n")
-    assert list_labelled(table, "make").classes == ["Audi", "BMW"]
-    for content, message in (
-        ("path,split\na,train\n", "no column 'label'"),
-        ("path,label\na,x\n", "no column 'split'"),
-        ("path,split,label\na,train,x\nb,train,y\n", "no row with split 'val'"),
-        ("path,split,label\na,train,x\nb,val,x\n", "nothing to tell apart"),
-    ):
-        table.write_text(content)
-        with pytest.raises(InputError, match=message):
-            list_labelled(table)

@@ -12,8 +12,8 @@ from layouts import BOX, CAR_FOLDERS, write_demo_cars, write_mat
 from PIL import Image
 from scipy.io import savemat
 
-from datasets.fgvc import read_cell_strings, read_fgvc, read_struct_array, renumber_classes
-from datasets.items import CenterCrops, LabelledItems
+from datasets.fgvc import list_labelled, read_cell_strings, read_fgvc, read_struct_array, renumber_classes
+from datasets.items import CenterCrops
 from datasets.tables import PUBLISHED
 from datasets.transforms import CropFlipAugment
 from util.errors import InputError
@@ -29,11 +29,8 @@ def cars(tmp_path_factory):
 
 
 def as_rows(data):
-    return [
-        (name, Path(part.paths.relative(i)).name, data.classes[part.labels[i]])
-        for name, part in (("train", data.train), ("test", data.test))
-        for i in range(len(part))
-    ]
+    parts = (("train", data.train), ("test", data.test))
+    return [(n, Path(p.paths.relative(i)).name, data.classes[p.labels[i]]) for n, p in parts for i in range(len(p))]
 
 
 def annotate(folder, layout, change) -> Path:
@@ -45,27 +42,24 @@ def annotate(folder, layout, change) -> Path:
 
 
 def test_what_a_mat_file_holds(tmp_path):
-    file = tmp_path / "a.mat"
-    rows = [{"class": 300, "fname": "a.jpg", "empty": ""}]
+    file, rows = tmp_path / "a.mat", [{"class": 300, "fname": "a.jpg", "empty": ""}]
     write_mat(file, {"annotations": rows, "class_names": ["Velmar ", "", "b"]})
     assert read_struct_array(file, "annotations") == [{"class": 300, "fname": "a.jpg", "empty": None}]
     assert read_cell_strings(file, "class_names") == read_cell_strings(file, "any") == ["Velmar", None, "b"]
-    with pytest.raises(InputError, match="no struct array 'other'"):
-        read_struct_array(file, "other")
     (tmp_path / "b.mat").write_bytes(file.read_bytes()[:400])
-    savemat(
-        tmp_path / "d.mat", {"annotations": np.zeros((3000, 3000))}, do_compression=True
-    )  # 70 kB that unpack to 72 MB
+    large = {"annotations": np.zeros((3000, 3000))}
+    savemat(tmp_path / "d.mat", large, do_compression=True)  # 70 kB that unpack to 72 MB
     head = struct.pack("<8I", 14, 48, 6, 8, 1, 0, 5, 8) + struct.pack("<6I", 1, 2**31 - 1, 1, 1, 120, 0)
     (tmp_path / "e.mat").write_bytes(file.read_bytes()[:128] + head)  # a cell array of two milliards
-    for name, message in (
-        ("b.mat", "b.mat cannot be read"),
-        ("c.mat", "c.mat cannot be read .*No such file"),
-        ("d.mat", "d.mat cannot be read .*larger than"),
-        ("e.mat", "e.mat cannot be read .*larger than"),
+    for name, variable, message in (
+        ("a.mat", "other", "no struct array 'other'"),
+        ("b.mat", "annotations", "b.mat cannot be read"),
+        ("c.mat", "annotations", "c.mat cannot be read .*No such file"),
+        ("d.mat", "annotations", "d.mat cannot be read .*larger than"),
+        ("e.mat", "annotations", "e.mat cannot be read .*larger than"),
     ):
         with pytest.raises(InputError, match=message):
-            read_struct_array(tmp_path / name, "annotations")
+            read_struct_array(tmp_path / name, variable)
 
 
 def test_every_layout_tells_the_same(cars, monkeypatch):
@@ -79,8 +73,6 @@ def test_every_layout_tells_the_same(cars, monkeypatch):
         assert "smaller than the published set" in data.notes[0]
     inside = read_fgvc(cars / "torchvision" / "stanford_cars")
     assert as_rows(inside) == as_rows(found["torchvision"]) and inside.sha256() == found["torchvision"].sha256()
-    pictures = [Image.open(found[layout].train.paths[1]) for layout in found]
-    assert {picture.mode for picture in pictures} == {"L"}
     assert len(read_fgvc(cars / "transfg", need_train=False).train) == 0
     monkeypatch.setitem(PUBLISHED, "StanfordCars", {"training images": 12, "test images": 6, "classes": 6})
     assert read_fgvc(cars / "annos").notes[0].endswith("6 classes; all counts as published")
@@ -98,7 +90,6 @@ def only(*names):
     "layout, change, message",
     [
         ("transfg", put("class", 0), "annotation 1: class 0 is outside 1..6"),
-        ("transfg", put("class", 7), "annotation 1: class 7 is outside 1..6"),
         ("transfg", only(*BOX, "fname"), "has no field 'class': its fields are bbox_x1, .*, fname, expected fname"),
         ("transfg", put("fname", 3), "annotation 1: 'fname' is 3, expected a file name"),
         ("transfg", put("class", "4"), "annotation 1: 'class' is '4', expected one whole number"),
@@ -119,15 +110,13 @@ def test_incomplete_copies_get_a_sentence(cars, tmp_path):
     folder = shutil.copytree(cars / "transfg", tmp_path / "set")
     data = read_fgvc(annotate(folder, "transfg", only("fname", "class")))  # fields are read by name
     assert as_rows(data) == as_rows(read_fgvc(cars / "transfg"))
-    withlabels = folder / "car" / "cars_test_annos_withlabels.mat"
-    withlabels.rename(folder / "car" / "devkit" / withlabels.name)  # where some copies have it
+    test, devkit = folder / "car" / "cars_test_annos_withlabels.mat", folder / "car" / "devkit"
+    test.rename(devkit / test.name)  # where some copies have it
     assert as_rows(read_fgvc(folder)) == as_rows(data)
-    (folder / "car" / "devkit" / withlabels.name).unlink()
-    with pytest.raises(InputError, match="withlabels.mat: cars_test_annos.mat holds no cl"):
-        read_fgvc(folder)
-    (folder / "car" / "devkit" / "cars_meta.mat").unlink()
-    with pytest.raises(InputError, match="cars_meta.mat cannot be read"):
-        read_fgvc(folder)
+    for gone, message in ((test.name, "withlabels.mat: .* holds no cl"), ("cars_meta.mat", "cars_meta.mat cannot be")):
+        (devkit / gone).unlink()
+        with pytest.raises(InputError, match=message):
+            read_fgvc(folder)
 
 
 def test_folders_and_tables(tmp_path):
@@ -148,11 +137,31 @@ def test_folders_and_tables(tmp_path):
     assert "1 rows of other splits than train and test are not used" in table.notes
     with pytest.raises(InputError, match="no column 'label': it has path, split, model; --label_column chooses"):
         read_fgvc(tmp_path / "t.csv")
-    with pytest.raises(InputError, match="nowhere does not exist"):
-        read_fgvc(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="has no folder train/: an ImageFolder needs train/ and test/"):
-        read_fgvc(tmp_path / "empty")
+    for name, message in (("nowhere", "nowhere does not exist"), ("empty", "an ImageFolder needs train/ and test/")):
+        with pytest.raises(InputError, match=message):
+            read_fgvc(tmp_path / name)
+
+
+def test_labelled_images(tmp_path):
+    """Labels that are none are counted: -1, NaN; pandas writes 1.0."""
+    rows = ["a.jpg,train,1.0", "b.jpg,train,2", "c.jpg,train,-1", "d.jpg,val,1", "e.jpg,val,nan", "f.jpg,val,2.0"]
+    file = tmp_path / "t.csv"
+    file.write_text("\n".join(["path,split,label", *rows]))
+    found = list_labelled(file)
+    assert (found.classes, found.unlabelled, found.labels.tolist()) == (["1", "2"], 2, [0, 1, -1, 0, -1, 1])
+    for content, message in (
+        ("path,split\na,train\n", "no column 'label'"),
+        ("path,label\na,x\n", "no column 'split'"),
+        ("path,split,label\na,train,x\nb,train,y\n", "no row with split 'val'"),
+        ("path,split,label\na,train,x\nb,val,x\n", "nothing to tell apart"),
+    ):
+        file.write_text(content)
+        with pytest.raises(InputError, match=message):
+            list_labelled(file)
+    for name in ("train/train", "train/bus", "val/bus", "val/train"):  # a class may be called train
+        write_pictures(tmp_path / "tree" / name, 1)
+    assert list_labelled(tmp_path / "tree").classes == ["bus", "train"]
 
 
 def test_labels_in_the_numbers_of_a_model(cars):
@@ -169,8 +178,7 @@ def picture(width=50, height=40):
 
 
 def test_augmentation_is_a_function_of_its_numbers():
-    augment = CropFlipAugment((32, 24), (40, 32))
-    state = torch.get_rng_state()
+    augment, state = CropFlipAugment((32, 24), (40, 32)), torch.get_rng_state()
     views = [augment(picture(), np.random.default_rng(seed))["imgs"] for seed in (1, 1, 2, 3)]
     assert torch.equal(views[0], views[1]) and views[0].shape == (3, 32, 24) and views[0].dtype == torch.uint8
     assert not torch.equal(views[0], views[2]) and not torch.equal(views[2], views[3])
@@ -186,27 +194,16 @@ def test_crops_reach_every_place_and_the_policy_changes_pictures():
     assert 110 < sum(bool(view[0, 0] > view[0, 1]) for view in seen) < 190  # mirrored
     corners = {int(min(view[0, 0], view[0, -1])) for view in seen}
     assert corners == {8 * top + left for top in range(3) for left in range(3)}
-    imgs = torch.from_numpy(np.array(picture())).permute(2, 0, 1)
-    same = CropFlipAugment(tuple(imgs.shape[1:]), tuple(imgs.shape[1:]))
-    views = [same(picture(), np.random.default_rng(seed))["imgs"] for seed in range(40)]
-    assert all(view.shape == imgs.shape and view.dtype == torch.uint8 for view in views)
-    changed = sum(not torch.equal(view, imgs) for view in views)
-    assert 25 < changed <= 40 and len({view.numpy().tobytes() for view in views}) > 10
+    whole = [CropFlipAugment((40, 50), (40, 50), auto_augment=policy) for policy in (True, False)]
+    pairs = [[augment(picture(), np.random.default_rng(seed))["imgs"] for augment in whole] for seed in range(40)]
+    changed = sum(not torch.equal(*pair) for pair in pairs)
+    assert 25 < changed <= 40 and len({view.numpy().tobytes() for view, _ in pairs}) > 10
 
 
-def test_training_items_and_centre_crops(cars, tmp_path):
-    folder = shutil.copytree(cars / "transfg", tmp_path / "set")
-    data = read_fgvc(folder)
-    items = LabelledItems(data.train, CropFlipAugment((24, 32), (28, 36)), seed=3)
-    one = items[4, 5]
-    assert torch.equal(one["imgs"], items[4, 5]["imgs"]) and one["labels"] == data.train.labels[5]
-    assert not torch.equal(one["imgs"], items[5, 5]["imgs"]) and one["problem"] == ""
-    data.train.paths[5].write_bytes(b"no image")
-    broken = items[4, 5]
-    assert broken["problem"].startswith("cars_train/00006.jpg\tUnidentifiedImageError")
-    assert broken["labels"] == data.train.labels[6]
-    crops = CenterCrops(data.test.paths, (24, 30), (28, 36))
+def test_centre_crops(cars):
+    paths = read_fgvc(cars / "transfg").test.paths
+    crops = CenterCrops(paths, (24, 30), (28, 36))
     imgs, index, problem = crops[2]
-    whole = CenterCrops(data.test.paths, (28, 36), (28, 36))[2][0]
+    whole = CenterCrops(paths, (28, 36), (28, 36))[2][0]
     assert imgs.shape == (3, 24, 30) and (index, problem) == (2, "") and len(crops) == 6
     assert torch.equal(imgs, whole[:, 2:26, 3:33])

@@ -25,17 +25,13 @@ ALLOWED = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "AVIF")
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n0 0 moveto showpage\n%%EOF\n"
 STARTED: list[str] = []  # processes, by events of the interpreter's audit
 WATCHED = {"subprocess.Popen", "os.exec", "os.posix_spawn", "os.system", "os.startfile"}
-is_watching = False
-sys.addaudithook(lambda event, args: STARTED.append(f"{event} {args}") if is_watching and event in WATCHED else None)
+sys.addaudithook(lambda event, args: STARTED.append(f"{event} {args}") if event in WATCHED else None)
 
 
 @pytest.fixture
 def no_process():
-    global is_watching
     STARTED.clear()
-    is_watching = True
     yield
-    is_watching = False
     assert not [event for event in STARTED if not re.search("'(git|uname)'", event)], "what a run says of itself"
 
 
@@ -48,9 +44,7 @@ def every_format() -> dict[str, bytes]:
         for mode in ("RGB", "P", "L", "1", "RGBA", "CMYK", "I;16"):
             opened = io.BytesIO()
             try:
-                photo.convert("L").convert(mode).save(opened, name) if mode == "I;16" else photo.convert(mode).save(
-                    opened, name
-                )
+                (photo.convert("L") if mode == "I;16" else photo).convert(mode).save(opened, name)
             except Exception:
                 continue  # a format without this mode, or without its library
             made[f"{name} {mode}"] = opened.getvalue()
@@ -59,17 +53,18 @@ def every_format() -> dict[str, bytes]:
 
 def bomb(width: int, height: int) -> bytes:
     """A PNG of one colour: few bytes, many pixels."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     packed = zlib.compressobj(9)
     rows = b"".join(packed.compress(bytes(1 + width // 8)) for _ in range(height)) + packed.flush()
     header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    chunks = (
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
+    )
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks)
 
 
-def hostile_files() -> dict[str, bytes]:
+@pytest.fixture(scope="module")
+def hostile() -> dict[str, bytes]:
     """What strangers' folders hold, under names of pictures: whole, cut, with flipped bits, heads on other bodies."""
     made, draw = every_format(), random.Random(0)
     found = {f"whole {name}": data for name, data in made.items()}
@@ -82,26 +77,22 @@ def hostile_files() -> dict[str, bytes]:
         found[f"flipped {name}"] = bytes(flipped)
         head = draw.choice(sorted(heads))
         found[f"head of {head} on {name}"] = heads[head] + data[16:]
+    allowed = [name for name in sorted(made) if name.split()[0] in ALLOWED]
     for count in range(60):
-        source = bytearray(made[draw.choice([name for name in sorted(made) if name.split()[0] in ALLOWED])])
+        source = bytearray(made[draw.choice(allowed)])
         for _ in range(draw.choice((1, 3, 30))):
             source[draw.randrange(min(len(source), 200))] = draw.randrange(256)
         found[f"broken head {count}"] = bytes(source)
     return found | {"nothing": b"", "text": b"hello", "zeros": bytes(5000), "bomb": bomb(13_300, 13_300)}
 
 
-@pytest.fixture(scope="module")
-def hostile():
-    return hostile_files()
-
-
 def test_only_allowed_formats_reach_a_decoder_and_all_else_is_unreadable(hostile, no_process, tmp_path):
     assert len(hostile) >= 300
-    read, refused, started = [], {}, time.monotonic()
+    read, refused, started, file = [], {}, time.monotonic(), tmp_path / "a.jpg"
     for name, data in hostile.items():
-        (tmp_path / "a.jpg").write_bytes(data)
+        file.write_bytes(data)
         try:
-            picture = open_rgb(tmp_path / "a.jpg")
+            picture = open_rgb(file)
             assert picture.mode == "RGB" and picture.width * picture.height <= MAX_PIXELS
             read.append(name)
         except Unreadable as error:
@@ -113,36 +104,24 @@ def test_only_allowed_formats_reach_a_decoder_and_all_else_is_unreadable(hostile
     assert "pixels, more than" in refused["bomb"] and "UnidentifiedImageError" in refused["whole EPS by hand"]
 
 
-def test_errors_of_our_own_code_surface(tmp_path, monkeypatch):
-    file = write_pictures(tmp_path, 1) / "0000.png"
-    monkeypatch.setattr(images, "to_rgb", lambda image: image.no_such_thing)
-    with pytest.raises(AttributeError):
-        open_rgb(file)
-
-
 @pytest.mark.parametrize("kind", [NotImplementedError, ZeroDivisionError, AttributeError, RuntimeError, KeyError])
 def test_whatever_a_decoder_raises_is_unreadable(tmp_path, monkeypatch, kind):
     file = write_pictures(tmp_path, 1) / "0000.png"
-    code = compile("def load(self): raise kind('odd')", "decoder", "exec")
     space = {"__name__": "PIL.PngImagePlugin", "kind": kind}
-    exec(code, space)
+    exec(compile("def load(self): raise kind('odd')", "decoder", "exec"), space)
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", space["load"])
     with pytest.raises(Unreadable, match=f"{kind.__name__}: .*odd"):
         open_rgb(file)
     assert open_image(file, decode=False).size == (48, 40)
+    monkeypatch.setattr(images, "is_turned", lambda image: image.no_such_thing)  # errors of our own code surface
+    with pytest.raises(AttributeError):
+        open_rgb(file)
 
 
 def test_nothing_but_datasets_images_opens_pictures():
-    root = Path(images.__file__).parents[1]
-    own = {
-        "datasets/images.py",
-        "demo/pool.py",
-        "benchmarks/run.py",
-        "reports/run.py",
-        "models_vit.py",
-    }  # their own files
-    opening = {str(f.relative_to(root)) for f in root.rglob("*.py") if "Image.open(" in f.read_text()} - own
-    assert not {name for name in opening if not name.startswith((".venv", "tests/"))}
+    root, own = Path(images.__file__).parents[1], "datasets/images demo/pool benchmarks/run reports/run models_vit"
+    opening = {str(f.relative_to(root))[:-3] for f in root.rglob("*.py") if "Image.open(" in f.read_text()}
+    assert not [name for name in opening - set(own.split()) if not name.startswith((".venv", "tests/"))]
 
 
 @pytest.mark.parametrize("name", ["a\0.jpg", "\ud800.jpg", "x" * 256 + ".jpg", "no/such/folder.jpg", "folder.jpg"])
@@ -154,17 +133,16 @@ def test_names_that_no_file_can_have(tmp_path, name):
 
 def test_an_outage_is_waited_for_and_a_missing_file_is_not(tmp_path, monkeypatch):
     """A folder that was read and is away comes back; a file that was never there costs no time."""
-    folder = write_pictures(tmp_path / "photos", 2)
+    folder, away, waited = write_pictures(tmp_path / "photos", 2), tmp_path / "away", []
     open_rgb(folder / "0000.png")
-    waited = []
 
     def sleep(seconds: float) -> None:
         waited.append(seconds)
         if len(waited) == 3:
-            (tmp_path / "away").rename(folder)
+            away.rename(folder)
 
     monkeypatch.setattr(images.time, "sleep", sleep)
-    folder.rename(tmp_path / "away")
+    folder.rename(away)
     assert open_rgb(folder / "0001.png").size == (48, 40) and len(waited) == 3
     for file in (folder / "0009.png", tmp_path / "never" / "0000.png"):
         with pytest.raises(Unreadable, match="No such file"):
@@ -176,28 +154,18 @@ def test_an_outage_is_waited_for_and_a_missing_file_is_not(tmp_path, monkeypatch
         open_rgb(folder / "0001.png")
 
 
-def spread(folder: Path, hostile: dict[str, bytes]) -> Path:
-    """The hostile files among good ones."""
-    write_pictures(folder, 24, size=(160, 120))
+def test_training_and_curation_list_them_and_end_well(hostile, no_process, tmp_path, teacher_files, capsys):
+    folder = write_pictures(tmp_path / "photos", 24, size=(160, 120))  # good ones, and the hostile among them
     for number, data in enumerate(hostile.values()):
         (folder / f"z{number:04d}.jpg").write_bytes(data)
-    return folder
-
-
-def test_training_and_curation_list_them_and_end_well(hostile, no_process, tmp_path, teacher_files, capsys):
-    folder = spread(tmp_path / "photos", hostile)
     listed = list_images(folder)
     items = WholeImages(listed, np.arange(len(listed)), (16, 16))
     bad = {listed.relative(index) for _, index, problem in (items[i] for i in range(len(items))) if problem}
-    words = small_flags(
-        folder, tmp_path / "run", "--no_distill", "--epochs", "1", "--max_bad_ratio", "1", "--num_workers", "0"
-    )
+    words = small_flags(folder, tmp_path / "run", *"--no_distill --epochs 1 --max_bad_ratio 1".split())
     main_pretrain.main(main_pretrain.get_args_parser().parse_args(words))
     lines = (tmp_path / "run" / "bad_images.txt").read_text().splitlines()
     assert lines and {line.split("\t")[-2] for line in lines} <= bad
-    words = (
-        f"--pool a={folder} --output {tmp_path / 'cur'} --target_size 5 --min_sharpness 0 --num_workers 1 --device cpu"
-    )
+    words = f"--pool a={folder} --output {tmp_path}/cur --target_size 5 --min_sharpness 0 --num_workers 1 --device cpu"
     words += f" --clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]}"
     main_curate.main(main_curate.get_args_parser().parse_args(words.split()))
     quality = (tmp_path / "cur" / "quality.csv").read_text()
