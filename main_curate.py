@@ -177,6 +177,9 @@ class Curation:
         if problems:
             words = f"{len(problems)} images can no longer be read, first {self.images.name(min(problems))}"
             raise InputError(f"{words}: bring them back, or remove {self.folder}/stages and index again")
+        x = np.load(self.folder / "embeddings.npy", mmap_mode="r")
+        if not all(np.isfinite(x[start : start + CHUNK]).all() for start in range(0, count, CHUNK)):
+            raise InputError("embeddings are not finite: check --clip_pretrained, or try --device cpu")
         write_atomic(self.folder / "embedded_rows.npy", lambda f: np.save(f, rows))
         return {"images": count, "dim": dim}
 
