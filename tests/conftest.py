@@ -13,6 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
+from util.errors import InputError
+
 ROOT = Path(__file__).resolve().parent.parent
 CLIP_CONFIG = {
     "embed_dim": 24,
@@ -66,6 +68,17 @@ def small_flags(data: Path, output: Path, *more: str) -> list[str]:
 
 def parse(parser: argparse.ArgumentParser, flags: list[str]):
     return parser.parse_args(flags)
+
+
+def run_main(program, *words) -> dict:
+    """`python PROGRAM WORDS` in this process."""
+    return program.main(program.get_args_parser().parse_args([*map(str, words)]))
+
+
+def refuses(message: str, use, *given, **more) -> None:
+    """`use` ends in an InputError that says `message`."""
+    with pytest.raises(InputError, match=message):
+        use(*given, **more)
 
 
 def run_finetune(words: list[str]) -> dict:

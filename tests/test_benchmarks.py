@@ -2,13 +2,11 @@
 
 import sys
 
-import pytest
-from conftest import ROOT, run_command
+from conftest import ROOT, refuses, run_command, run_main
 
 import main_curate
 import main_describe
 from datasets import benchmarks
-from util.errors import InputError
 
 KNOWN = {
     "/data/VeRi/image_query/0002_c002_00030600_0.jpg": "VeRi-776",
@@ -45,8 +43,7 @@ def test_lists_become_paths(tmp_path):
         (tmp_path / name).write_text(text)
 
     for name, words in (("VehicleID", "test_list_800.txt"), ("StanfordCars", "StanfordCars has no test list")):
-        with pytest.raises(InputError, match=words):
-            benchmarks.read_split(name, tmp_path)
+        refuses(words, benchmarks.read_split, name, tmp_path)
     write("train_test_split/test_list_800.txt", "0000012 7\n0000013 7\n")
     write("train_test_split/test_list_1600.txt", "0000013 7\n0000014 9\n\n")
     test = benchmarks.read_split("VehicleID", tmp_path)
@@ -55,11 +52,10 @@ def test_lists_become_paths(tmp_path):
         write("train_list.txt", line + "\n")
         assert benchmarks.read_split("VERI-Wild", tmp_path, "train") == ["images/00001/000001.jpg"]
     write("train_list.txt", "\n")
-    with pytest.raises(InputError, match="empty"):
-        benchmarks.read_split("VehicleID", tmp_path, "train")
+    refuses("empty", benchmarks.read_split, "VehicleID", tmp_path, "train")
     write("name_query.txt", "a.jpg\n")
     words = f"--name VeRi-776 --root {tmp_path} --output {tmp_path}/exclude.txt"
-    assert benchmarks.main(benchmarks.get_args_parser().parse_args(words.split()))["images"] == 1
+    assert run_main(benchmarks, *words.split())["images"] == 1
     assert (tmp_path / "exclude.txt").read_text() == f"{tmp_path / 'image_test' / 'a.jpg'}\n"
 
 

@@ -7,19 +7,18 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import command, run_command, small_flags, write_pictures
+from conftest import command, refuses, run_command, small_flags, write_pictures
 from PIL import Image
 
 from datasets.transforms import whole_image
+from finetune.task import Trained
 from models_mae import MODELS, load_autoencoder
-from models_setr import SETR, SETRConfig
 from models_transreid import TransReID, TransReIDConfig
 from models_vit import VisionTransformer, load_encoder
 from tools.checkpoint import FORMATS, get_args_parser, inspect_file, main, release, verify_file
 from tools.convert import TARGETS, export_onnx
 from util.checkpoint import read_checkpoint, write_safetensors, write_torch
 from util.cli import run_tool
-from util.errors import InputError
 from util.files import file_sha256
 
 SIZE = (32, 48)
@@ -42,11 +41,6 @@ def encoder_file(encoder, tmp_path_factory):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
     return sorted(write_pictures(tmp_path_factory.mktemp("photos"), 5, seed=3).iterdir())
-
-
-def refuses(message: str, use, *given) -> None:
-    with pytest.raises(InputError, match=message):
-        use(*given)
 
 
 def test_every_kind_of_picture_gives_the_same_features(encoder_file, photos, tmp_path):
@@ -194,7 +188,7 @@ def test_onnx_of_an_encoder(encoder_file, encoder, photos, tmp_path, session, mo
     assert not (tmp_path / "other.onnx").exists()
 
 
-def test_onnx_of_a_reid_model_and_of_no_other_task(tmp_path, encoder, session):
+def test_onnx_of_a_reid_model_and_of_no_other_task(tmp_path, session, monkeypatch):
     torch.manual_seed(1)
     base, config = VisionTransformer((32, 32), 16, 192, 2, 3), TransReIDConfig(3, 2, jpm=True, parts=2, shift=2)
     model = TransReID(base, 4, config).eval()
@@ -210,13 +204,12 @@ def test_onnx_of_a_reid_model_and_of_no_other_task(tmp_path, encoder, session):
     given = {"images": imgs.numpy(), **{k: v.numpy() for k, v in ids.items()}}
     with torch.no_grad():
         assert np.allclose(model.encode(imgs, **ids), session(tmp_path / "reid.onnx").run(None, given)[0], atol=1e-4)
-    facts = {"kind": "CGD-MAE SETR", "task": "seg", **encoder.settings(), "num_classes": 3, "decoder": "naive"}
-    setr = SETR(encoder, SETRConfig(3, "naive", False))
-    write_torch(tmp_path / "m.pth", {"model": setr.state_dict(), "config": facts | {"aux": False}})
+    trained = Trained("seg", model, {"kind": "CGD-MAE SETR"}, "")
+    monkeypatch.setattr("tools.convert.load_model", lambda *_, **__: trained)
     refuses("CGD-MAE SETR", export_onnx, tmp_path / "m.pth", tmp_path / "x.onnx")
 
 
-def test_the_command(encoder_file, tmp_path, capsys):
+def test_the_command(encoder_file, capsys):
     assert set(FORMATS) == {*TARGETS, "onnx"}
     parse = get_args_parser().parse_args
     run_tool(main, parse(["verify", str(encoder_file)]), None)

@@ -7,18 +7,17 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import command, read_log, run_command, small_flags, write_pictures
+from conftest import command, read_log, refuses, run_command, run_main, small_flags, write_pictures
 from PIL import Image
 
 from datasets.images import Unreadable
 from datasets.items import PretrainDataset
 from datasets.path_list import PackedImages, list_images
 from tools import pack
-from util.errors import InputError
 
 
 def run(data, output, *more) -> dict:
-    return pack.main(pack.get_args_parser().parse_args(["--data_path", str(data), "--output", str(output), *more]))
+    return run_main(pack, "--data_path", data, "--output", output, *more)
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +87,7 @@ def test_killed_packing_goes_on_and_ends_the_same(photos, tmp_path):
     assert not any(child.exists() for child in children), "no orphans"
     before = {file: file.stat().st_mtime_ns for file in killed.glob("shard*.bin")}
     assert len(before) == 3
-    with pytest.raises(InputError, match="unfinished packed set"):
-        list_images(killed)
+    refuses("unfinished packed set", list_images, killed)
     assert run(photos, killed, *more)["written"] == 3
     assert all(file.stat().st_mtime_ns == stamp for file, stamp in before.items())
     for file in whole.glob("shard*.bin"):
@@ -100,12 +98,9 @@ def test_killed_packing_goes_on_and_ends_the_same(photos, tmp_path):
 def test_other_settings_are_refused_and_damage_is_found(photos, tmp_path):
     p = tmp_path / "p"
     run(photos, p)
-    with pytest.raises(InputError, match="its short_side differ"):
-        run(photos, p, "--short_side", "128")
-    with pytest.raises(InputError, match="--quality 200: must be from 1 to 100"):
-        run(photos, p, "--quality", "200")
-    with pytest.raises(InputError, match="or pack this split alone"):
-        list_images(p, "train")
+    refuses("its short_side differ", run, photos, p, "--short_side", "128")
+    refuses("--quality 200: must be from 1 to 100", run, photos, p, "--quality", "200")
+    refuses("or pack this split alone", list_images, p, "train")
     shard, opened = p / "shard00000.bin", PackedImages(p)
     whole = shard.read_bytes()
     data = bytearray(whole)
@@ -114,8 +109,7 @@ def test_other_settings_are_refused_and_damage_is_found(photos, tmp_path):
     item = PretrainDataset(PackedImages(p), (32, 32), 4, seed=0, min_area=0.2)[0, 0]
     assert "checksum differs" in item["problem"], "one bit: counted like any unreadable image"
     shard.write_bytes(whole[:-10])
-    with pytest.raises(InputError, match="where its index says"):
-        list_images(p)
+    refuses("where its index says", list_images, p)
     with pytest.raises(Unreadable, match="checksum differs"):
         opened.read(len(opened) - 1)  # cut short while it is read: no memory map that ends the process
     shard.write_bytes(whole)
@@ -125,8 +119,7 @@ def test_other_settings_are_refused_and_damage_is_found(photos, tmp_path):
     ):  # fmt: skip
         whole = (p / name).read_bytes()
         (p / name).write_bytes(content)
-        with pytest.raises(InputError, match="is damaged"):
-            list_images(p)
+        refuses("is damaged", list_images, p)
         (p / name).write_bytes(whole)
 
 
@@ -179,8 +172,7 @@ def test_a_damaged_shard_is_one_sentence(tmp_path, jpeg, spoil, message):
     data = spoil(data)
     if data is not None:
         (tmp_path / "s-001.tar").write_bytes(data)
-    with pytest.raises(InputError, match=message):
-        run(f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p")
+    refuses(message, run, f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p")
     (tmp_path / "s-001.tar").write_bytes(samples(jpeg, range(30, 34)))
     result = run(f"{tmp_path}/s-{{000..001}}.tar", tmp_path / "p")
     assert (result["images"], result["written"]) == (34, 2 if data is None else 1), "the finished shard was kept"

@@ -2,10 +2,10 @@
 
 import numpy as np
 import pytest
+from conftest import refuses, run_main
 
 from datasets.reid import read_reid
 from tools import reid_table
-from util.errors import InputError
 
 
 @pytest.fixture
@@ -20,8 +20,9 @@ def labels(tmp_path):
 
 
 def run(labels, *more):
-    words = ["--data_path", str(labels), "--label_column", "model", "--output", str(labels.with_name("reid.csv"))]
-    return reid_table.main(reid_table.get_args_parser().parse_args([*words, *more]))
+    return run_main(
+        reid_table, "--data_path", labels, "--label_column", "model", "--output", labels.with_name("reid.csv"), *more
+    )
 
 
 def test_identities_are_parted_and_read_back(labels):
@@ -44,14 +45,7 @@ def test_identities_are_parted_and_read_back(labels):
     assert not any(number % 3 for number in query + gallery) and all(number % 3 for number in train)
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        ("--label_column colour", "has no column 'colour': it has path, model, split, camid"),
-        ("--test_share 1.5", "give a share in"),
-        ("--test_share 0.1", "too few to part"),
-    ],
-)
-def test_refusals(labels, words, message):
-    with pytest.raises(InputError, match=message):
-        run(labels, *words.split())
+def test_refusals(labels):
+    refuses("has no column 'colour': it has path, model, split, camid", run, labels, "--label_column", "colour")
+    refuses("give a share in", run, labels, "--test_share", "1.5")
+    refuses("too few to part", run, labels, "--test_share", "0.1")

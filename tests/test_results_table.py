@@ -7,13 +7,12 @@ import tarfile
 
 import pytest
 import torch
-from conftest import ROOT, run_finetune
+from conftest import ROOT, refuses, run_finetune, run_main
 from layouts import write_demo_reid
 
 from models_vit import VisionTransformer
 from tools import results_table
 from util.checkpoint import weights_sha256
-from util.errors import InputError
 from util.run_files import code_commit
 
 A, B = "a" * 64, "b" * 64
@@ -43,8 +42,7 @@ def veri(mAP: float, queries=1678, gallery=11_579, protocol=VERI) -> dict:
 
 
 def table(tmp_path) -> tuple[str, dict]:
-    words = [str(tmp_path / "runs"), "--output", str(tmp_path / "results.md")]
-    counts = results_table.main(results_table.get_args_parser().parse_args(words))
+    counts = run_main(results_table, tmp_path / "runs", "--output", tmp_path / "results.md")
     return (tmp_path / "results.md").read_text(), counts
 
 
@@ -169,13 +167,10 @@ def test_what_lacks_its_origin_is_listed_and_not_printed(tmp_path):
         assert reason in column(section(text, "Left out"), f"`{runs / name}`", "reason"), name
     assert not re.search(r"(4\d|5[1-4])\.0 \(1 seed\)", text)
     (runs / "none").mkdir()
-    for given, message in (
-        ("nowhere --output x.md", "no args.json and no metrics.json in or below nowhere"),
-        (f"{runs}/none --output x.md", "no args.json and no metrics.json in or below"),
-        (f"{runs} --output x.txt", "ends in .md"),
-    ):
-        with pytest.raises(InputError, match=message):
-            results_table.main(results_table.get_args_parser().parse_args(given.split()))
+    for folder in ("nowhere", runs / "none"):
+        words = f"no args.json and no metrics.json in or below {folder}"
+        refuses(words, run_main, results_table, folder, "--output", "x.md")
+    refuses("ends in .md", run_main, results_table, runs, "--output", "x.txt")
 
 
 def test_the_commit_of_a_checkout_of_an_archive_and_of_neither(tmp_path):
