@@ -172,7 +172,8 @@ def run_lock(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / ".lock").acquire(timeout=45)
     except OSError as error:
-        reason = "another run is writing to it" if isinstance(error, Timeout) else error.strerror
+        is_taken = isinstance(error, (Timeout, FileNotFoundError))  # the latter: it ended and cleared up just now
+        reason = "another run is writing to it" if is_taken else error.strerror
         raise InputError(f"the folder {folder} cannot be written to ({reason}): choose another") from error
     with lock:
         for left in folder.glob(".checkpoint-*.pth.*.tmp"):  # of a run that was killed while it wrote
