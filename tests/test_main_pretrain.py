@@ -191,27 +191,21 @@ def test_stopping_leaves_a_resumable_checkpoint(pictures, tmp_path, processes, n
     assert steps_of(content) == {(content["epoch"] + 1) * 5 + content["batches_done"]} and min(steps_of(content)) >= 8
 
 
-@pytest.fixture
-def poison(monkeypatch):
-    """poison(factor, calls): these calls of the model give a loss times `factor`."""
+def poison(monkeypatch, factor: float, calls: range) -> None:
+    """These calls of the model give a loss times `factor`."""
+    forward, count = MaskedAutoencoderViT.forward, []
 
-    def set_up(factor: float, calls: range) -> None:
-        forward, count = MaskedAutoencoderViT.forward, []
+    def poisoned(self, *args, **kwargs):
+        terms = forward(self, *args, **kwargs)
+        count.append(1)
+        return terms | {"pixel": terms["pixel"] * (factor if len(count) in calls else 1)}
 
-        def poisoned(self, *args, **kwargs):
-            terms = forward(self, *args, **kwargs)
-            count.append(1)
-            return terms | {"pixel": terms["pixel"] * (factor if len(count) in calls else 1)}
-
-        monkeypatch.setattr(MaskedAutoencoderViT, "forward", poisoned)
-
-    return set_up
+    monkeypatch.setattr(MaskedAutoencoderViT, "forward", poisoned)
 
 
-def test_non_finite_steps_are_skipped_and_reported(pictures, tmp_path, poison):
-    poison(math.nan, range(3, 4))
-    out = tmp_path / "run"
-    run_main(small_flags(pictures, out, "--no_distill"))
+def test_non_finite_steps_are_skipped_and_reported(pictures, tmp_path, monkeypatch):
+    poison(monkeypatch, math.nan, range(3, 4))
+    run_main(small_flags(pictures, out := tmp_path / "run", "--no_distill"))
     log = read_log(out)
     assert [row["skipped_updates"] for row in log] == [1, 0]
     assert all(math.isfinite(v) for row in log for v in row.values())
@@ -222,9 +216,9 @@ def test_non_finite_steps_are_skipped_and_reported(pictures, tmp_path, poison):
 
 
 @pytest.mark.parametrize("print_freq", ["1", "20"])
-def test_too_many_bad_steps_stop_with_good_weights(pictures, tmp_path, poison, print_freq):
+def test_too_many_bad_steps_stop_with_good_weights(pictures, tmp_path, monkeypatch, print_freq):
     """Also where good updates follow before the run looks: 5 good, 4 bad, 1 good in the second epoch."""
-    poison(math.inf, range(6, 10))
+    poison(monkeypatch, math.inf, range(6, 10))
     out = tmp_path / "run"
     with pytest.raises(InputError, match="3 updates in a row"):
         run_main(small_flags(pictures, out, "--no_distill", "--max_bad_steps", "3", "--print_freq", print_freq))

@@ -34,12 +34,8 @@ def imgs():
 @pytest.fixture
 def load(tmp_path):
     """load(content, ...): `load_encoder` of a file with this content."""
-
-    def load(content: dict, *args, **kwargs) -> VisionTransformer:
-        torch.save(content, tmp_path / "x.pth")
-        return load_encoder(tmp_path / "x.pth", *args, **kwargs)
-
-    return load
+    file = tmp_path / "x.pth"
+    return lambda content, *args, **kwargs: torch.save(content, file) or load_encoder(file, *args, **kwargs)
 
 
 def wrapped(kind: str, state: dict) -> dict:
