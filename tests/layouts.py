@@ -12,8 +12,6 @@ from demo import reid as demo_reid
 from demo.draw import BODIES, MAKES, render
 from demo.scene import VIEWS, demo_rng
 
-# VeRi-776 with its attributes, and VehicleID
-
 VERI_COLOURS = ("yellow", "orange", "green", "gray", "red", "blue", "white", "golden", "brown", "black")
 VERI_TYPES = ("sedan", "suv", "van", "hatchback", "mpv", "pickup", "bus", "truck", "estate")
 # our word -> VeRi's where they differ; VeRi files silver under gray, and nothing drawn is golden
@@ -97,28 +95,23 @@ def write_demo_cars(folder: Path, layout: str, classes: int, train: int, test: i
         write_mat(folder / "cars_annos.mat", {"annotations": rows["train"] + rows["test"], "class_names": names})
         return
     (base / "devkit").mkdir()
-    unlabelled = [{key: row[key] for key in (*BOX, "fname")} for row in rows["test"]]
     write_mat(base / "devkit/cars_train_annos.mat", {"annotations": rows["train"]})
     write_mat(base / "cars_test_annos_withlabels.mat", {"annotations": rows["test"]})
-    write_mat(base / "devkit/cars_test_annos.mat", {"annotations": unlabelled})
     write_mat(base / "devkit/cars_meta.mat", {"class_names": names})
 
 
 def write_mat(file: Path, variables: dict[str, list[str] | list[dict[str, int | str]]]) -> None:
-    """Lists of texts as row cell arrays, lists of dicts as row struct arrays, whole numbers as uint8 or uint16, all as
-    in the published files."""
+    """Texts as row cell arrays, dicts as row struct arrays, whole numbers as uint8 or uint16, as published."""
     from scipy.io import savemat
 
     content = {}
     for name, values in variables.items():
-        if isinstance(values[0], str):
-            content[name] = np.array(values, dtype=object)[None]
-            continue
-        content[name] = np.empty((1, len(values)), dtype=[(field, object) for field in values[0]])
-        for i, row in enumerate(values):
-            kinds = (np.uint8 if isinstance(v, str) or v < 256 else np.uint16 for v in row.values())
-            found = (v if isinstance(v, str) else np.array(v, kind) for v, kind in zip(row.values(), kinds))
-            content[name][0, i] = tuple(found)
+        content[name] = np.array(values, dtype=object)[None]
+        if not isinstance(values[0], str):
+            content[name] = np.empty((1, len(values)), dtype=[(field, object) for field in values[0]])
+            for i, row in enumerate(values):
+                cells = (v if isinstance(v, str) else np.array(v, np.min_scalar_type(v)) for v in row.values())
+                content[name][0, i] = tuple(cells)
     savemat(file, content)
 
 
@@ -131,11 +124,9 @@ OOD_SPLITS = {"n03594945": "val", "n04146614": "test", "n02835271": "test"}  # o
 
 
 def write_demo_parts(folder: Path, release: str, num_images: int = 30, size: int = 40) -> None:
-    """Cars and bicycles with masks: canonical (as datasets/seg.py reads them), or PartImageNet's releases seg and ood.
-
-    Of each split the first picture is half as large, the mask of the second has a border without labels (not as
-    polygons), that of the third a palette. Both releases have a picture of a fish in each split.
-    """
+    """Cars and bicycles with masks: canonical (as datasets/seg.py reads them), or PartImageNet's releases seg and ood,
+    with a fish in each split. Of each split the first picture is half as large, the mask of the second has a border
+    without labels (not as polygons), that of the third a palette."""
     rows, seen = [], {"train": 0, "val": 0, "test": 0}
     for i in range(num_images + 3 * (release != "canonical")):
         pid, shot = divmod(i, 3)

@@ -4,6 +4,7 @@ import copy
 import itertools
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 
 from datasets.seg import PartsAugment, open_mask, open_pair, part_names, read_parts
 from datasets.transforms import distort_colours
-from finetune.seg import evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
+from finetune.seg import Seg, evaluate_parts, model_size, predict_mask, sliding_logits, window_starts
 from metrics.seg import confusion_matrix, segmentation_numbers
 from models_setr import SETR, TAPS, CpuSyncBatchNorm, SETRConfig, scaled_taps, setr_loss, synchronized
 from models_vit import VisionTransformer
@@ -477,3 +478,11 @@ def test_releases_that_cannot_be_converted(sets, tmp_path, release, damage, mess
     with pytest.raises(InputError, match=message) as caught:
         convert(source, tmp_path / "o")
     assert "\n" not in str(caught.value) and (tmp_path / "o").exists() == occupied
+
+
+def test_auto_finds_the_split_in_any_spelling(sets, tmp_path):
+    shutil.copytree(sets / "canonical", tmp_path / "set")
+    for folder, name in (("images", "Test"), ("annotations", "TESTING")):
+        (tmp_path / "set" / folder / "test").rename(tmp_path / "set" / folder / name)
+    task = Seg(SimpleNamespace(seg_split="auto", data_path=tmp_path / "set"), "cpu")
+    assert len(task.read(None).splits["test"]) and task.split == "test"

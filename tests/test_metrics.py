@@ -8,25 +8,19 @@ from metrics import reid
 from metrics.reid import FeatureSet, Protocol, ShownQueries, cosine_blocks, evaluate, rank_blocks, scores
 
 
-def by_hand(query, gallery, q_pids, g_pids, q_cams=None, g_cams=None, topk=(1, 5, 10)):
+def by_hand(query, gallery, q_pids, g_pids, q_cams=None, g_cams=None):
     """One query after another: cosine, stable order, junk removed, then the definitions."""
-    aps, inps, firsts, without = [], [], [], 0
-    unit = [x / np.linalg.norm(x, axis=1, keepdims=True) for x in (query, gallery)]
-    similar = (torch.from_numpy(unit[0]) @ torch.from_numpy(unit[1]).t()).numpy()
+    unit = [torch.from_numpy(x / np.linalg.norm(x, axis=1, keepdims=True)) for x in (query, gallery)]
+    found, similar = [], (unit[0] @ unit[1].t()).numpy()
     for i, row in enumerate(similar):
         ranking = sorted(range(len(row)), key=lambda j: (-row[j], j))
         if q_cams is not None:
             ranking = [j for j in ranking if not (g_pids[j] == q_pids[i] and g_cams[j] == q_cams[i])]
-        ranks = [r for r, j in enumerate(ranking, 1) if g_pids[j] == q_pids[i]]
-        if not ranks:
-            without += 1
-            continue
-        aps.append(sum(n / r for n, r in enumerate(ranks, 1)) / len(ranks))
-        inps.append(len(ranks) / ranks[-1])
-        firsts.append(ranks[0])
-    result = {"mAP": np.mean(aps), "mINP": np.mean(inps), "queries": len(aps)}
-    result |= {f"R{k}": np.mean([r <= k for r in firsts]) for k in topk}
-    return result | {"queries_without_match": without}
+        if ranks := [r for r, j in enumerate(ranking, 1) if g_pids[j] == q_pids[i]]:
+            ap = sum(n / r for n, r in enumerate(ranks, 1)) / len(ranks)
+            found.append((ap, len(ranks) / ranks[-1], *(ranks[0] <= k for k in (1, 5, 10))))
+    means = dict(zip(("mAP", "mINP", "R1", "R5", "R10"), np.mean(found, axis=0)))
+    return means | {"queries": len(found), "queries_without_match": len(similar) - len(found)}
 
 
 def random_case(seed, queries=23, gallery=90, pids=9, cams=4, dim=5):
@@ -121,12 +115,9 @@ def dense_reranking(x, Q, k1, k2, weight):
     V = np.zeros((N, N))
     for i in range(N):
         members = reciprocal(i, k1)
-        expanded = set(members)
-        for c in members:
-            own = reciprocal(c, int(np.around(k1 / 2)))
-            if len(own & members) > 2 / 3 * len(own):
-                expanded |= own
-        index = sorted(expanded)
+        near = [reciprocal(c, int(np.around(k1 / 2))) for c in members]
+        agreeing = [own for own in near if len(own & members) > 2 / 3 * len(own)]
+        index = sorted(members.union(*agreeing))
         V[i, index] = np.exp(-d[i, index]) / np.exp(-d[i, index]).sum()
     if k2 > 1:
         V = np.stack([V[rank[i, :k2]].mean(axis=0) for i in range(N)])

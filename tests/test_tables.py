@@ -1,7 +1,5 @@
 """Tables as people and programs write them, and what is no table: a row, or one sentence."""
 
-import csv
-import io
 import json
 import os
 import time
@@ -23,9 +21,6 @@ def rows_of(folder, content: str | bytes, name="t.csv", *needed):
     return list(iterate_table(folder / name, needed))
 
 
-EXPECTED = [{"path": "a.jpg", "pid": "3", "split": "val"}]
-
-
 @pytest.mark.parametrize(
     "name, content",
     [
@@ -38,7 +33,7 @@ EXPECTED = [{"path": "a.jpg", "pid": "3", "split": "val"}]
     ],
 )
 def test_headers_and_splits_are_taken_as_they_are_meant(tmp_path, name, content):
-    assert rows_of(tmp_path, content, name, "pid", "split") == EXPECTED
+    assert rows_of(tmp_path, content, name, "pid", "split") == [{"path": "a.jpg", "pid": "3", "split": "val"}]
 
 
 def test_splits_by_any_name_are_read_by_every_reader(tmp_path):
@@ -92,11 +87,10 @@ def test_damaged_tables_get_a_sentence(tmp_path, name, content, message):
 
 def test_names_that_only_look_odd_are_read(tmp_path):
     (tmp_path / "a\nb.jpg").touch()
-    written = io.StringIO()
-    csv.writer(written).writerows([["path", "text"], ["a\nb.jpg", "two\nlines"], ["c,d.jpg", 'say "x"']])
-    assert [row["path"] for row in rows_of(tmp_path, written.getvalue())] == ["a\nb.jpg", "c,d.jpg"]
+    written = 'path,text\n"a\nb.jpg","two\nlines"\n"c,d.jpg","say ""x"""\n'
+    assert [row["path"] for row in rows_of(tmp_path, written)] == ["a\nb.jpg", "c,d.jpg"]
     assert rows_of(tmp_path, json.dumps({"path": "v\udce9.jpg"}), "t.jsonl")[0]["path"] == "v\udce9.jpg"
-    (tmp_path / "t.csv").write_text("path,pid,split\n" + "x" * 300 + ".jpg,1,train\n")
+    (tmp_path / "t.csv").write_text(f"path,pid,split\n{'x' * 300}.jpg,1,train\n")
     with pytest.raises(InputError, match="none of the first 1 images"):
         list_images(tmp_path / "t.csv")
 
@@ -111,11 +105,12 @@ def test_lists_of_published_sets_with_odd_lines_get_a_sentence(tmp_path, line):
 
 
 def test_counts_beside_the_published_ones():
-    whole = {"train": 37_778, "query": 1678}
-    assert published_note(whole, "veri776") == "all counts as published"
-    other = published_note(whole | {"train": 37_777}, "veri776")
-    assert other == "other counts than published: train 37,777 instead of 37,778"
-    assert published_note({"train": 12, "query": 3}, "veri776") == "smaller than the published set"
+    for counts, note in (
+        ({"train": 37_778, "query": 1678}, "all counts as published"),
+        ({"train": 37_777, "query": 1678}, "other counts than published: train 37,777 instead of 37,778"),
+        ({"train": 12, "query": 3}, "smaller than the published set"),
+    ):
+        assert published_note(counts, "veri776") == note
 
 
 def test_a_pipe_is_no_table(tmp_path):
