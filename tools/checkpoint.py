@@ -70,7 +70,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = verb("convert", "write it in the format of another code base")
     add("--to", required=True, choices=FORMATS, help="format")
     add("--output", required=True, help="file to write; for hf a folder")
-    add("--input_size", default=None, help="pixels that the position table is made for: H,W (default: the file's)")
+    add("--input_size", default=None, help="pixels of the positions: one side, or H,W (default: the file's; setr: 512)")
     add = verb("release", "make a folder for others of a finished pre-training run")
     add("run_dir", help="--output_dir of main_pretrain.py")
     add("--output", required=True, help="folder: new, or an earlier release (its README.md stays)")
