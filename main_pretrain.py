@@ -68,6 +68,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
+import datetime
 import hashlib
 import math
 import time
@@ -199,7 +200,9 @@ def train(args, device: torch.device) -> dict[str, float]:
     files.export("encoder", run.bare)
     write_json(run.output_dir / "metrics.json", record)
     writer.close()
-    print(f"done in {time.time() - started:.0f} s: {run.output_dir / 'encoder.pth'} holds the encoder")
+    print(
+        f"done in {datetime.timedelta(seconds=int(time.time() - started))}: {run.output_dir / 'encoder.pth'} holds the encoder"
+    )
     return record
 
 

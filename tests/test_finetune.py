@@ -188,10 +188,10 @@ def test_two_ranks_are_one(task, sets, trained, tmp_path):
     words = words_of(task, sets, tmp_path / "two", "--batch_size", batch)
     done = run_command(command("main_finetune.py", *words, processes=2))
     assert done.returncode == 0, done.stderr
-    for one, two in zip(read_log(trained(task)[0])[:2], read_log(tmp_path / "two")):
+    for epoch, (one, two) in enumerate(zip(read_log(trained(task)[0])[:2], read_log(tmp_path / "two"))):
         names = [name for name in one if name.startswith("train_") and name != "train_accuracy"]
         assert {"train_loss", "train_grad_norm"} < {*names}
-        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-4)
+        assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=(1e-5, 1e-4)[epoch])
     one, two = (read_checkpoint(folder / "model.pth")["model"] for folder in (trained(task)[0], tmp_path / "two"))
     for name in [name for name in one if "running" in name and task in ("attr", "seg")]:
         assert torch.allclose(one[name], two[name], rtol=1e-3, atol=1e-4), name

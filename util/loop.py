@@ -293,8 +293,10 @@ def epoch_record(run: Run, args) -> dict[str, float]:
     bad_images = round(values.pop("bad_images", 0) * count * get_world_size())
     group, seconds = run.optimizer.param_groups[0], max(run.seconds["total"], 1e-9)
     images = run.batches_done * run.loader.batch_sampler.size
-    on_cuda = run.device.type == "cuda"  # elsewhere resident memory of the process, in kB
-    peak = torch.cuda.max_memory_allocated() if on_cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if run.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated()
+    else:  # resident memory of the process: macOS gives bytes, Linux kB
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     record = {"train_lr": group["lr"] / group.get("lr_scale", 1.0), "train_loss": values.pop("loss", math.nan)}
     record |= {f"train_{name}": value for name, value in values.items()}
     record |= {"images_per_s": images / seconds, "data_wait": run.seconds["data"] / seconds, "bad_images": bad_images}
