@@ -200,9 +200,8 @@ def train(args, device: torch.device) -> dict[str, float]:
     files.export("encoder", run.bare)
     write_json(run.output_dir / "metrics.json", record)
     writer.close()
-    print(
-        f"done in {datetime.timedelta(seconds=int(time.time() - started))}: {run.output_dir / 'encoder.pth'} holds the encoder"
-    )
+    duration = datetime.timedelta(seconds=int(time.time() - started))
+    print(f"done in {duration}: {run.output_dir / 'encoder.pth'} holds the encoder")
     return record
 
 

@@ -268,6 +268,16 @@ def test_second_run_computes_nothing_again(made, monkeypatch, capsys):
     assert (made.out / "bank.npy").read_bytes() == before
 
 
+def test_another_teacher_encodes_again(made, teacher_files, tmp_path):
+    weights = {k: v + 0.01 for k, v in torch.load(teacher_files[1], weights_only=True).items()}
+    torch.save(weights, tmp_path / "other.pt")
+    folder = shutil.copytree(made.out, tmp_path / "out")
+    run_describe(made.grounded.replace(str(teacher_files[1]), str(tmp_path / "other.pt")), folder)
+    assert len(list((folder / "embeddings").glob("texts-*.safetensors"))) == 2
+    assert len(list((folder / "embeddings").glob("images-*.npz"))) == 2
+    assert (folder / "bank.npy").read_bytes() != (made.out / "bank.npy").read_bytes()
+
+
 def test_flags_on_texts(made, tmp_path):
     with pytest.raises(InputError, match="0 texts are left and a bank needs 2"):
         run_describe(made.grounded.replace("--margin -2", "--margin 2") + " --rows_only", tmp_path / "none")
