@@ -10,6 +10,7 @@ import threading
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -134,6 +135,8 @@ def test_only_https_within_limits_and_to_an_end(server, tmp_path, monkeypatch):
     server.location, server.length = "", None  # a body that nobody knows the end of
     assert "no #sha256= to know it by" in refused(server.url, tmp_path)
     assert fetch(f"{server.url}#sha256={SHA256[:12]}", tmp_path).read_bytes() == CONTENT
+    monkeypatch.setattr(fetching.shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(CONTENT)))
+    assert fetch(f"{server.url}#sha256={SHA256[:14]}", tmp_path).read_bytes() == CONTENT  # what the disk has room for
     monkeypatch.setattr(fetching, "LARGEST_BYTES", 1000)
     assert "more than 1,000 bytes arrived" in refused(f"{server.url}#md5={MD5[:12]}", tmp_path)
     server.length = str(len(CONTENT))

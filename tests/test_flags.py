@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import copy
 import io
 
 import pytest
@@ -42,7 +43,7 @@ def refused(call, *args) -> str:
 @settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_no_value_of_a_number_ends_in_a_traceback(program, data):
-    parser = data.draw(st.sampled_from(PARSERS[program]))
+    parser = copy.deepcopy(data.draw(st.sampled_from(PARSERS[program])))
     if not (actions := numeric(parser)):
         return
     action, value = data.draw(st.sampled_from(actions)), data.draw(VALUES)

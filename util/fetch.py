@@ -113,8 +113,9 @@ def _download(url: str, file: Path, wanted: dict[str, str], redirects: "_Redirec
         if answer.headers.get_content_type() == "text/html":
             raise ValueError("it is a web page")
         length = int(answer.headers["Content-Length"] or 0)
-        limit = length or LARGEST_BYTES * bool(wanted)  # of what has neither an end nor a hash nothing is known
-        if not 0 < limit <= min(LARGEST_BYTES, shutil.disk_usage(file.parent).free):
+        room = min(LARGEST_BYTES, shutil.disk_usage(file.parent).free)
+        limit = length or room * bool(wanted)  # of what has neither an end nor a hash nothing is known
+        if not 0 < limit <= room:
             raise ValueError(f"it says {length:,} bytes: too many for this disk, or none and no #sha256= to know it by")
         with open(part, "wb") as opened, tqdm(total=length or None, unit="B", unit_scale=True) as progress:
             while block := answer.read(BLOCK_BYTES):
