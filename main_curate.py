@@ -69,6 +69,9 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
+import datetime
+import time
+
 import numpy as np
 import torch
 
@@ -102,7 +105,7 @@ class Curation:
         self.clip = load_teacher(args)
 
     def run(self) -> dict:
-        counts = {}
+        counts, started = {}, time.time()
 
         def stage(name: str, work, files: str, flags: str, shared: bool = False, **more) -> None:
             settings = {flag: getattr(self.args, flag) for flag in flags.split()} | more
@@ -134,6 +137,8 @@ class Curation:
         clusters = {name: (rows, tree.path()[:, :2][:, -1]) for name, (tree, rows) in self.trees().items()}
         found = Curated(self.images, self.index, removals, selection, clusters, counts["evidence"], settings)
         write_curation_report(self.folder / "report.html", found)
+        duration, page = datetime.timedelta(seconds=int(time.time() - started)), self.folder / "report.html"
+        print(f"done in {duration}: {self.folder / 'manifest.csv'} lists {len(selection):,} images, {page} shows why")
         return counts
 
     def make_index(self, job: str) -> dict:

@@ -7,6 +7,7 @@ Attributes (a table with whatever columns exist, or the files of VeRi-776, CompC
 templates, and are encoded by the frozen teacher. With --images a text stays only if the images know it.
 """
 
+import datetime
 import time
 from collections import Counter
 from pathlib import Path
@@ -100,6 +101,8 @@ def main(args) -> dict:
     facts |= {f"removed_{r}": n for r, n in Counter(row["reason"] for row in candidates.removed).items()}
     facts["seconds"] = time.perf_counter() - started
     write_bank(args, candidates, templates, teacher[2], facts, paths)
+    duration, output = datetime.timedelta(seconds=int(facts["seconds"])), Path(args.output)
+    print(f"done in {duration}: {output} is a --text_bank of {facts['kept']:,} texts, see {output / 'report.html'}")
     return facts
 
 
