@@ -41,8 +41,8 @@ class MaskedAutoencoderViT(VisionTransformer):
         img_size, patch_size, embed_dim, depth, num_heads, mean, std: the encoder.
         decoder_embed_dim, decoder_depth, decoder_num_heads: the decoder.
         norm_pix_loss: score pixels normalised per patch (MAE, Sec. 3 "Reconstruction target").
-        distill: keyword arguments of `GlobalContextHead` beside the student's sizes, or None for plain MAE. The head is
-            built last: it never changes the initial weights of the MAE.
+        distill: keyword arguments of `GlobalContextHead` except the student's sizes; None for plain MAE. The head is
+            built last, so that it does not change the MAE's initial weights.
     """
 
     def __init__(
@@ -133,7 +133,8 @@ class MaskedAutoencoderViT(VisionTransformer):
         target = self.patchify(imgs)
         centred = target - target.mean(dim=-1, keepdim=True)
         squares = centred.square().sum(dim=-1)  # [N, L]; torch.var is several times slower on a CPU
-        var, baseline = squares / (target.shape[-1] - 1), squares / target.shape[-1]  # unbiased, as in MAE; of the mean
+        var = squares / (target.shape[-1] - 1)  # unbiased, as in MAE
+        baseline = squares / target.shape[-1]  # the error of predicting the mean
         if self.norm_pix_loss:
             target = centred * (var + 1e-6).rsqrt()[..., None]
             baseline = baseline / (var + 1e-6)
@@ -252,7 +253,7 @@ class GlobalContextHead(nn.Module):
 
 
 def build_mae(size: str, **kwargs) -> MaskedAutoencoderViT:
-    """One of `util.names.ENCODER_SIZES` with its decoder; kwargs of `MaskedAutoencoderViT`."""
+    """Build one of `util.errors.ENCODER_SIZES` with its decoder; kwargs go to `MaskedAutoencoderViT`."""
     names = (
         "embed_dim",
         "depth",

@@ -1,7 +1,8 @@
 """Copies of one picture within the pool, and copies of benchmark pictures.
 
 Perceptual hashes and embeddings only propose pairs: CLIP puts another car of the same model as near as a crop of the
-photo. Only the pixels tell, once the crop is undone; tile by tile: another car before the same wall shares most.
+photo. Only the pixels tell, once the crop is undone. They are compared tile by tile, since another car before the same
+wall agrees in most tiles.
 """
 
 import itertools

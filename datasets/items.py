@@ -21,8 +21,8 @@ REPLACEMENT_TRIES = 20
 
 def read_or_next(paths: PathList, read: Callable, index: int, others: Iterable[int]) -> tuple[object, int, str]:
     """(what `read` makes of the first readable one of `index` and `others`, its number, what is wrong with `index` or
-    ''); (None, index, problem) where none is readable: a run this full of bad files is stopped by --max_bad_ratio,
-    until then it gets grey."""
+    ''); (None, index, problem) where none is readable: the caller shows grey until --max_bad_ratio stops the
+    run."""
     problem = ""
     for used in itertools.chain([index], others):
         used %= len(paths)

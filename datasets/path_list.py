@@ -18,7 +18,7 @@ from util.dist import print_main
 from util.errors import InputError
 from util.files import read_array, read_json
 
-HEIC, HIDDEN = (".heic", ".heif"), ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # the latter: folders of systems
+HEIC, HIDDEN = (".heic", ".heif"), ("__MACOSX", "@eaDir", "$RECYCLE.BIN")  # the latter: folders that systems make
 PACK_HEADER = "pack.json"
 LENGTH, CRC = 1, 2  # columns of a shard's index; column 0 is the offset
 
@@ -161,7 +161,7 @@ def walk_images(root: Path) -> tuple[list[str], Counter[str]]:
     found: list[str] = []
     passed: Counter[str] = Counter()
     todo, links = [("", os.path.realpath(root))], deque()
-    seen = set(map(str, Path(todo[0][1]).parents))  # a link to what holds the root would list its neighbours
+    seen = set(map(str, Path(todo[0][1]).parents))  # links to folders that hold the root are not followed
     while todo or links:
         folder, real = todo.pop() if todo else links.popleft()
         if real in seen:
@@ -189,6 +189,6 @@ def walk_images(root: Path) -> tuple[list[str], Counter[str]]:
             elif entry.is_file():
                 found.append(relative)
             else:
-                passed["no regular files"] += 1
+                passed["pipes, devices or dead links"] += 1
         todo += reversed(below)
     return found, passed

@@ -28,8 +28,8 @@ AGAIN = "run the same python -m tools.reinforce command again to complete it"
 
 @dataclass(frozen=True)
 class TeacherIdentity:
-    """What a text bank or a cache must have been made with; kept in headers as plain values. weights_sha256: also of
-    the activation, size, mean and deviation of its input. tau: the teacher's own, 1 / exp(logit_scale)."""
+    """What a text bank or a cache must have been made with; kept in headers as plain values. weights_sha256: of
+    weights, activation, and size, mean and deviation of its input. tau: the teacher's own, 1 / exp(logit_scale)."""
 
     model: str
     weights_sha256: str
@@ -134,7 +134,7 @@ class TeacherCache:
             read_shard(self.folder, self.header, *shard)
 
     def view_of(self, epoch: int) -> int:
-        """The crop that epoch e trains on; a whole-image cache leaves crops free."""
+        """The view that epoch e trains on; where the teacher saw whole images, every epoch draws new crops."""
         return epoch if self.is_full else epoch % self.num_views
 
     def read(self, epoch: int, index: int) -> torch.Tensor:

@@ -116,7 +116,7 @@ def embed_images(args, paths, indices: np.ndarray, teacher: tuple) -> tuple[torc
 
 
 def ground_candidates(args, candidates: Candidates, paths, teacher: tuple, facts: dict) -> None:
-    """Keep the texts that the images know."""
+    """Drop texts that too few images match, hubs, and texts that say no more than the generic prompt."""
     clip, tokenizer, identity = teacher
     generic = encode_texts(clip, tokenizer, [args.generic])[0].float().cpu()
     count = min(args.max_images or len(paths), len(paths))

@@ -90,7 +90,7 @@ COMMON = {
         Flag("smoothing", 0.0, "label smoothing", "[0, 1)"),
     ],
     "data": [
-        Flag("data_path", None, "folder of the set, or a table; docs/FINETUNE.md has the layouts", required=True),
+        Flag("data_path", None, "folder of the set, or a table (docs/FINETUNE.md links each layout)", required=True),
         Flag("max_bad_ratio", 0.01, "stop above this fraction of unreadable training images", "[0, 1]"),
     ],
     "evaluation": [
@@ -179,7 +179,7 @@ SEG = TaskFlags(
 )
 # fmt: on
 
-TASKS = {"reid": REID, "attr": ATTR, "fgvc": FGVC, "seg": SEG}  # flag of a task: the file in finetune/ that learns it
+TASKS = {"reid": REID, "attr": ATTR, "fgvc": FGVC, "seg": SEG}  # finetune/NAME.py learns --task NAME
 
 
 class ChooseTask(argparse.Action):

@@ -44,7 +44,7 @@ class Task:
     kind = ""  # of its models, in their files
     shown: tuple[str, ...] = ("accuracy",)  # terms that a log line shows
     schedule = staticmethod(transreid_lr)  # (epoch, peak, first rate, last rate, epochs of warm-up, epochs)
-    alone: dict | None = None  # config of an encoder that nothing has trained; None: it has no answers to score
+    alone: dict | None = None  # config to score an encoder before any training; None: the task cannot
 
     def __init__(self, args, device: torch.device):
         self.args, self.device = args, device

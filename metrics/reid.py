@@ -90,12 +90,13 @@ def draw_gallery(pids: np.ndarray, seed: int, draw: int) -> tuple[np.ndarray, np
 @dataclass(frozen=True)
 class Ranks:
     """hits: [H] int64, ranks (from 1) of the gallery images of each query's vehicle, query by query, ascending;
-    offsets: [Q + 1] int64, the hits of query q are hits[offsets[q]:offsets[q + 1]]; counts: how many, [Q]."""
+    offsets: [Q + 1] int64, the hits of query q are hits[offsets[q]:offsets[q + 1]]."""
 
     hits: np.ndarray
     offsets: np.ndarray
 
     def counts(self) -> np.ndarray:
+        """How many hits each query has, [Q]."""
         return np.diff(self.offsets)
 
     def average_precision(self) -> np.ndarray:

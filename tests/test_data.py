@@ -57,7 +57,7 @@ def test_what_counts_as_a_picture_and_what_is_passed_over_is_said(tmp_path, caps
     assert sorted(names) == sorted([*taken, *odd, "sub/b.jpg", "link1/0000.png"])
     said = capsys.readouterr().out
     for words in (f"{len(names)} images; passed over: ", ".heic, which needs a plug-in (2)", ".db (1)", ".csv (1)",
-                  "hidden files (2)", "hidden folders (3)", "no regular files (4)", "no ending (1)",
+                  "hidden files (2)", "hidden folders (3)", "pipes, devices or dead links (4)", "no ending (1)",
                   "links to folders that are read already (4)"):  # fmt: skip
         assert words in said, words
 

@@ -133,8 +133,9 @@ class Output:
 
 
 def run_tool(main: Callable[[argparse.Namespace], dict], args: argparse.Namespace, metrics_file: Path | None) -> None:
-    """Run `main(args)`, write its numbers to `metrics_file` and print them as the last line; an empty dict, as of ranks
-    other than 0, is not. An InputError becomes one line on stderr and exit status 2, Ctrl-C exit status 130."""
+    """Run `main(args)`, write its numbers to `metrics_file` and print them as the last line; ranks other than 0
+    return {}, which is neither written nor printed. An InputError becomes one line on stderr and exit status 2,
+    Ctrl-C exit status 130."""
     sys.stdout, sys.stderr = (s if isinstance(s, Output) else Output(s) for s in (sys.stdout, sys.stderr))
     try:
         if result := main(args):

@@ -72,7 +72,7 @@ def init_distributed(device: torch.device, timeout_s: float) -> None:
     backend, bound = ("cpu:gloo,cuda:nccl", device) if on_cuda else ("gloo", None)
     try:
         store, rank, world = next(rendezvous("env://", timeout=timeout))
-        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart finds the dead ranks there
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # a restart would find the keys of dead ranks
             store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world, device_id=bound)
         _patient = dist.new_group(backend="gloo", timeout=timedelta(days=30))

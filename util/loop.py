@@ -30,9 +30,10 @@ class Stopped(BaseException):
 
 
 class StopGuard:
-    """Where `is_main`, saves the last update's state (`save` says what it has saved) when the process is told to stop
-    or fails. A signal raises `Stopped` in whatever line the main thread is at, so that the update in flight is thrown
-    away: it can take longer than the launcher's patience (30 s under torchrun). Only `committing` is never cut."""
+    """Saves the state of the last complete update on rank 0 (`is_main`) when the process is told to stop or fails;
+    `save` writes it and says what it has written. A signal raises `Stopped` in whatever line the main thread is at, so
+    that the update in flight is thrown away: it can take longer than the launcher's patience (30 s under torchrun).
+    Only `committing` is never cut."""
 
     def __init__(self, save: Callable[[], str], is_main: bool):
         self._save, self._is_main, self._received = save, is_main, 0
@@ -54,7 +55,7 @@ class StopGuard:
             raise Stopped
 
     def __enter__(self):
-        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup stays so
+        wanted = [number for number in SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup's stays
         self._old = {number: signal.signal(number, self._hear) for number in wanted}
         return self
 
@@ -227,7 +228,7 @@ class StepWatch:
             values = {name: sum(terms[name] for terms in good) / len(good) for name in good[0]}
             total, data = (self.run.seconds[name] - self.at_look[name] for name in ("total", "data"))
             images = (self.seen - self.seen_at_look) * self.batches.size
-            # of the first batch the time is still being counted
+            # the time of the first batch is not known yet
             speed = [f"{images / total:.3g} img/s", f"data wait {data / total:.0%}"] if total else []
             parts = [f"lr {lr:.3g}", f"loss {values['loss']:.4f}", *self.shown(values), *speed]
             self.bar.update(self.seen, "  ".join(parts))

@@ -19,7 +19,7 @@ from util.files import write_atomic, write_json
 from util.precision import LEAST_SCALE
 
 LAST = "checkpoint-last.pth"
-MACHINE = ("precision", "threads")  # other bits where they change
+MACHINE = ("precision", "threads")  # another one changes the last bits of results
 
 
 class RunFiles:
@@ -63,7 +63,7 @@ class RunFiles:
 
     def save_epoch(self, run) -> None:
         """Save the epoch that is done: as `LAST`, and as `checkpoint-<epoch>.pth` where it is the last or `save_freq`
-        divides it (MAE's rule); of those up to it, the oldest beyond `keep_checkpoints` go."""
+        divides it (MAE's rule); of the numbered ones up to it the newest `keep_checkpoints` stay."""
         done = run.epoch - 1
         if done % self.args["save_freq"] == 0 or run.epoch == self.args["epochs"]:
             self.save(run, f"checkpoint-{done}.pth")
@@ -131,7 +131,7 @@ class RunFiles:
         return next(reversed(self._records()), {})
 
     def _records(self) -> list[dict]:
-        """Of log.txt, without lines that a full disk or a kill has cut."""
+        """The records of log.txt, without lines that a full disk or a kill has cut."""
         log, records = self.output_dir / "log.txt", []
         for line in log.read_text(errors="replace").splitlines() if log.is_file() else []:
             with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError):
