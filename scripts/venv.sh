@@ -1,5 +1,7 @@
 # Sourced by the other scripts: `source scripts/venv.sh REQUIREMENTS` makes .venv once and activates it.
 
+[[ "${BASH_SOURCE[0]}" != "$0" && -n "${1:-}" ]] || { echo "error: this file is sourced by others: bash scripts/quickstart.sh or scripts/test.sh" >&2; exit 2; }
+
 cpu_builds() {  # torch and torchvision as `NAME==VERSION+cpu`, where an index has both as REQUIREMENTS want them
     local name versions
     for name in torch torchvision; do

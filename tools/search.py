@@ -81,7 +81,7 @@ def search(args, queries: Images, gallery: Images, device: torch.device) -> dict
     images, quiet = WholeImages(queries, np.arange(len(queries)), size), Progress("queries", 0, shown=False)
     features, problems = extract_features(lambda imgs, _: {"": embed(imgs)}, images, device, quiet, **loading)
     if len(problems) == len(queries):
-        raise InputError(f"none of the {len(queries)} queries could be read")
+        raise InputError(f"none of the {len(queries)} queries could be read, e.g. {next(iter(problems.values()))}")
     header = {"checkpoint_sha256": weights_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size)}
     header |= {"amp": str(loading["amp_dtype"]), "images_sha256": gallery.sha256(), "images": len(gallery)}
     folder = Path(args.index or f"{os.path.abspath(args.output)}.index")
