@@ -67,7 +67,7 @@ def forward_backward(run: PretrainRun, batch: dict, args, weights: dict, share: 
         exchange = run.model is run.bare or (is_last and done == total)
         with contextlib.nullcontext() if exchange else run.model.no_sync():
             if run.teacher is not None:  # in its own dtype; a teacher cache puts teacher_embed into the batch
-                teacher_embed = run.teacher(piece.get("teacher_imgs", imgs))  # [N, D_t]
+                teacher_embed = run.teacher(imgs)  # [N, D_t]
             with run.autocast():
                 terms = run.model(imgs, args.mask_ratio, piece["noise"], teacher_embed)
             loss = terms["pixel"] + sum(weight * terms[name] for name, weight in weights.items())
@@ -81,7 +81,8 @@ def forward_backward(run: PretrainRun, batch: dict, args, weights: dict, share: 
 def shown_terms(values: dict[str, float]) -> list[str]:
     """What a log line says of an update."""
     parts = [f"pixel {values['pixel']:.4f}"]
-    return parts + ([f"cos {1 - values['sim']:.3f}", f"kl {values['kl']:.3f}"] if "sim" in values else [])
+    parts += [f"cos {1 - values['sim']:.3f}"] if "sim" in values else []
+    return parts + ([f"kl {values['kl']:.3f}"] if "kl" in values else [])
 
 
 def trivial_distillation(count: int, sums: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -92,9 +93,9 @@ def trivial_distillation(count: int, sums: dict[str, torch.Tensor]) -> dict[str,
     """
     if not count or "teacher_embed_mean" not in sums:
         return {}
-    marginal = (sums["teacher_marginal"] / count).clamp_min(1e-300)
-    entropy = -(marginal * marginal.log()).sum().item()
-    return {
-        "cos_baseline": (sums["teacher_embed_mean"] / count).norm().item(),
-        "kl_baseline": entropy - (sums["teacher_entropy"] / count).item(),
-    }
+    found = {"cos_baseline": (sums["teacher_embed_mean"] / count).norm().item()}
+    if "teacher_marginal" in sums:
+        marginal = (sums["teacher_marginal"] / count).clamp_min(1e-300)
+        entropy = -(marginal * marginal.log()).sum().item()
+        found["kl_baseline"] = entropy - (sums["teacher_entropy"] / count).item()
+    return found

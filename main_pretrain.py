@@ -11,30 +11,52 @@ import argparse
 from pathlib import Path
 
 from util.cli import Parser, add_run_flags, add_teacher_flags, check_numbers, parse_input_size, run_tool
-from util.errors import CONTEXTS, ENCODER_SIZES, MAE_MODELS
+from util.errors import CONTEXTS, ENCODER_SIZES, MAE_MODELS, TEACHER_NORMS
 
 CLIP_MODEL = "ViT-L-14"
+RECIPES = {  # paper: MAE's defaults; small: docs/RESULTS.md, its epochs make SMALL_UPDATES
+    "paper": {
+        "model": "mae_vit_base_patch16", "input_size": "224", "batch_size": 64, "epochs": 400, "blr": 1e-3,
+        "crop_min": 0.2, "norm_pix_loss": False, "teacher_view": "crop", "teacher_norm": "none",
+    },
+    "small": {
+        "model": "mae_vit_tiny_patch16", "input_size": "128", "batch_size": 32, "epochs": 30, "blr": 2e-3,
+        "crop_min": 0.8, "norm_pix_loss": True, "teacher_view": "full", "teacher_norm": "whiten",
+    },
+}  # fmt: skip
+FEW_IMAGES, FEW_UPDATES, SMALL_UPDATES, USELESS_UPDATES = 50_000, 3_000, 4_500, 300
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("main_pretrain.py", __doc__)
+    add = parser.add_argument
+    paper, small = RECIPES["paper"], RECIPES["small"]
+
+    def by_recipe(name: str) -> str:
+        return f"(default {paper[name]}; recipe small: {small[name]})"
+
     # fmt: off
+    add("--recipe", default="auto", choices=("auto", *RECIPES), help=f"what flags default to: small below "
+        f"{FEW_IMAGES:,} images or {FEW_UPDATES:,} updates; paper: as in MAE (default auto)")
     add = parser.add_argument_group("model").add_argument
-    add("--model", default="mae_vit_base_patch16", choices=list(MAE_MODELS), metavar="NAME",
-        help=f"one of {', '.join(MAE_MODELS)} (default mae_vit_base_patch16)")
-    add("--input_size", default="224", help="pixels: one side, or H,W (default 224)")
+    add("--model", default=None, choices=list(MAE_MODELS), metavar="NAME",
+        help=f"one of {', '.join(MAE_MODELS)} {by_recipe('model')}")
+    add("--input_size", default=None, help=f"pixels: one side, or H,W {by_recipe('input_size')}")
     add("--mask_ratio", default=0.75, type=float, help="fraction of patches removed (default 0.75)")
-    add("--norm_pix_loss", action="store_true", help="score pixels normalised per patch (default off, as in MAE)")
+    add("--norm_pix_loss", action=argparse.BooleanOptionalAction, default=None,
+        help="score pixels normalised per patch (default off; recipe small: on)")
 
     add = parser.add_argument_group("optimisation").add_argument
-    add("--batch_size", default=64, type=int, help="images per process and batch (default 64)")
+    add("--batch_size", default=None, type=int,
+        help="images per process and batch (default 64; recipe small: 32 over all processes)")
     add("--micro_batch", default=None, type=int, help="images in memory at once, same result (default all; CPU: 32)")
     add("--accum_iter", default=1, type=int, help="batches per update (default 1)")
-    add("--epochs", default=400, type=int, help="length of the schedule in epochs (default 400)")
+    add("--epochs", default=None, type=int, help="length of the schedule in epochs (default 400; recipe small: at "
+        f"least 30, more for {SMALL_UPDATES:,} updates)")
     add("--start_epoch", default=0, type=int, help="first epoch of a fresh run (default 0)")
     add("--warmup_epochs", default=None, type=float, help="of lr and distillation (default: --epochs / 10, at most 40)")
     add("--lr", default=None, type=float, help="learning rate (default: from --blr)")
-    add("--blr", default=1e-3, type=float, help="lr = blr * effective batch / 256 (default 1e-3)")
+    add("--blr", default=None, type=float, help=f"lr = blr * effective batch / 256 {by_recipe('blr')}")
     add("--min_lr", default=0.0, type=float, help="learning rate at the end (default 0)")
     add("--weight_decay", default=0.05, type=float, help="AdamW weight decay (default 0.05)")
     add("--clip_grad", default=0.0, type=float, help="largest gradient norm, 0 for none (default 0)")
@@ -50,12 +72,15 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--text_bank", default=None,
         help="texts .txt .jsonl, or encoded .safetensors or folder of main_describe.py (default: built-in vocabulary)")
     add("--teacher_cache", default=None, help="folder of tools.reinforce, in place of a teacher (default none)")
-    add("--teacher_view", default="crop", choices=("crop", "full"), help="student's crop or whole image (default crop)")
+    add("--teacher_view", default=None, choices=("crop", "full"),
+        help=f"student's crop, or whole image once {by_recipe('teacher_view')}")
+    add("--teacher_norm", default=None, choices=TEACHER_NORMS,
+        help=f"of its embeddings: as they are, minus their mean, whitened {by_recipe('teacher_norm')}")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="data/automobile1m", help="folder or manifest .csv .jsonl (default data/automobile1m)")
     add("--split", default=None, help="rows of a manifest with this `split` (default: all rows)")
-    add("--crop_min", default=0.2, type=float, help="smallest crop, fraction of area (default 0.2)")
+    add("--crop_min", default=None, type=float, help=f"smallest crop, fraction of area {by_recipe('crop_min')}")
     add("--max_bad_ratio", default=0.01, type=float, help="stop above this share of unreadable images (default 0.01)")
     add_run_flags(parser, output_dir="./output_dir")
     add = parser.add_argument_group("only here").add_argument
@@ -79,17 +104,18 @@ from torch.utils.tensorboard import SummaryWriter
 from datasets.items import PretrainDataset, build_loader
 from datasets.path_list import PathList, list_images
 from datasets.samplers import EpochBatches
-from datasets.teacher import TeacherCache, hash_texts, is_encoded, read_texts, save_bank
+from datasets.teacher import HEADER, TeacherCache, hash_texts, is_encoded, read_texts, save_bank
 from engine_pretrain import PretrainRun, train_one_epoch, trivial_distillation
 from models_mae import MODELS, count_kept
 from models_teacher import FrozenTeacher, build_bank, load_teacher, teacher_name
 from models_vit import patch_grid
 from reports.run import save_panels
+from tools import reinforce
 from util.checkpoint import load_weights, read_checkpoint
-from util.dist import get_rank, get_world_size, init_worker, is_main_process, launch, print_main, wrap_ddp
+from util.dist import barrier, get_rank, get_world_size, init_worker, is_main_process, launch, print_main, wrap_ddp
 from util.errors import InputError
 from util.fetch import fetch
-from util.files import write_json
+from util.files import read_json, write_json
 from util.loop import StopGuard, end_epoch, epoch_record
 from util.optim import build_adamw
 from util.precision import default_workers, machine_facts, pick_precision
@@ -98,8 +124,13 @@ from util.run_files import RunFiles, previous_settings, refuse_used_folder
 FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAME lets one through
     "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha images_sha "
     "effective_batch epochs warmup_epochs lr min_lr weight_decay clip_grad sim_weight kl_weight tau crop_min "
-    "crop_views teacher_view seed"
+    "crop_views teacher_view teacher_norm seed"
 ).split()
+
+
+def check_given(args) -> None:
+    """`check_args` on the flags as they were given, before there are images to count."""
+    check_args(argparse.Namespace(**{n: RECIPES["paper"].get(n) if v is None else v for n, v in vars(args).items()}))
 
 
 def check_args(args) -> None:
@@ -128,6 +159,40 @@ def check_args(args) -> None:
         raise InputError("--text_bank and --teacher_cache have no use with --no_distill: drop one of them")
     if not args.no_distill and not args.weights:
         raise InputError("--sim_weight 0 and --kl_weight 0 leave nothing to distil: use --no_distill")
+    if args.teacher_norm != "none":
+        if args.kl_weight:
+            raise InputError(
+                f"--kl_weight compares with texts, which --teacher_norm {args.teacher_norm} leaves: drop one"
+            )
+        if args.teacher_view == "crop" and not args.teacher_cache:
+            cure = "add --teacher_view full or --teacher_cache"
+            raise InputError(f"--teacher_norm {args.teacher_norm} needs the embeddings of all images: {cure}")
+
+
+def take_recipe(args, images: int) -> None:
+    """Give every flag that was not given its recipe's value; `args.recipe` becomes its name."""
+    world = get_world_size()
+    before = previous_settings(args)  # a run that goes on keeps its recipe; until November 2026 there was one only
+    if args.recipe == "auto" and before:
+        args.recipe = before.get("recipe", "paper")
+    given = {name: getattr(args, name) for name in RECIPES["paper"] if getattr(args, name) is not None}
+    paper = RECIPES["paper"] | given
+    updates = images // (paper["batch_size"] * world) // args.accum_iter * paper["epochs"]
+    if args.recipe == "auto":
+        args.recipe = "small" if images < FEW_IMAGES or updates < FEW_UPDATES else "paper"
+    values = dict(RECIPES[args.recipe])
+    if args.recipe == "small":
+        values["input_size"] = RECIPES["paper" if args.model else "small"]["input_size"]
+        values["batch_size"] = max(min(values["batch_size"], images) // world, 1)
+        batch = (given.get("batch_size") or values["batch_size"]) * world * args.accum_iter
+        wanted = math.ceil(SMALL_UPDATES / max(images // batch, 1))
+        values["epochs"] = min(max(values["epochs"], wanted), RECIPES["paper"]["epochs"])
+    if args.teacher_cache and (cache := Path(args.teacher_cache) / HEADER).is_file():
+        values["teacher_view"] = read_json(cache, "build it again with python -m tools.reinforce")["teacher_view"]
+    if args.no_distill or args.kl_weight or (args.teacher_view == "crop" and not args.teacher_cache):
+        values["teacher_norm"] = "none"
+    args.by_recipe = {name: value for name, value in values.items() if name not in given}
+    vars(args).update(args.by_recipe)
 
 
 def resolve(args, paths) -> dict:
@@ -159,21 +224,32 @@ def header(args, facts: dict) -> list[str]:
     origin = f" = blr {args.blr:g} x {args.effective_batch} / 256" if is_scaled else " (--lr)"
     updates, batch = facts["updates_per_epoch"], f"{args.batch_size} x {facts['world_size']} processes"
     lines = [
+        f"recipe {args.recipe}: " + (", ".join(f"{n} {v}" for n, v in args.by_recipe.items()) or "all flags given")
+    ]
+    lines += [
         f"effective batch: {args.effective_batch} = {batch} x {args.accum_iter} accumulated; lr {args.lr:.4g}{origin}",
         f"images: {facts['images']} in {args.data_path}; {updates} updates an epoch, {updates * args.epochs} in "
         f"{args.epochs} epochs, {args.warmup_epochs:g} of warm-up",
-        f"teacher: {facts['teacher']}",
     ]
+    if (total := updates * args.epochs) < FEW_UPDATES:
+        promise = "no more than of random weights" if total < USELESS_UPDATES else "features below those of a full run"
+        lines.append(f"note: {total} updates: expect {promise}; lower --batch_size, or raise --epochs")
+    lines.append(f"teacher: {facts['teacher']}")
     if args.no_distill:
         return lines
     weights = f"sim x {args.sim_weight:g}, kl x {args.kl_weight:g} at tau {facts['tau']:.4g}"
-    bank = f"text bank: {facts['text_bank_used']}{'' if args.kl_weight else ', logged only: --kl_weight is 0'}"
-    return [*lines, bank, f"distillation: context {args.context}, {weights}, the teacher sees the {args.teacher_view}"]
+    if args.teacher_norm == "none":
+        unused = "" if args.kl_weight else ", logged only: --kl_weight is 0"
+        lines.append(f"text bank: {facts['text_bank_used']}{unused}")
+    else:
+        weights = f"sim x {args.sim_weight:g}, --teacher_norm {args.teacher_norm}"
+    seen = {"crop": "student's crop", "full": "whole image"}[args.teacher_view]
+    return [*lines, f"distillation: context {args.context}, {weights}, the teacher sees the {seen}"]
 
 
 def main(args) -> dict[str, float]:
     """Run the training that `args` describe; returns the last epoch's numbers on rank 0."""
-    check_args(args)
+    check_given(args)
     return launch(args.device, args.output_dir, lambda device: train(args, device), args.dist_timeout)
 
 
@@ -209,7 +285,7 @@ def build_run(args, device: torch.device) -> PretrainRun:
     """Everything of a run that is ready to start or to go on; prints the header."""
     amp_dtype, precision = pick_precision(args.amp, device, previous_settings(args).get("precision", ""))
     facts, paths = check_files(args)
-    cache = TeacherCache(args.teacher_cache) if args.teacher_cache else None
+    cache = open_teacher_cache(args, device)
     if cache:  # its embeddings are of these crops of these images, or of none here
         wanted = {name: facts[name] for name in ("teacher_view", "seed", "crop_min", "images_sha")}
         cache.check(wanted | {"input_size": facts["img_size"]})
@@ -229,7 +305,6 @@ def build_run(args, device: torch.device) -> PretrainRun:
     config = {"kind": "CGD-MAE encoder"} | settings | bare.settings()
     files = RunFiles(args, facts, config, FIXED_ON_RESUME, "--init")
     how = {"seed": args.seed, "min_area": args.crop_min, "teacher_cache": cache}
-    how["teacher_size"] = teacher.size if teacher and args.teacher_view == "full" else None
     dataset = PretrainDataset(paths, args.img_size, bare.num_patches, **how)
     batches = EpochBatches(len(paths), args.batch_size, get_rank(), get_world_size(), args.seed)
     loader = build_loader(dataset, batches, args.num_workers, args.pin_mem and device.type == "cuda", init_worker)
@@ -253,6 +328,8 @@ def build_run(args, device: torch.device) -> PretrainRun:
 def check_files(args) -> tuple[dict, PathList]:
     """(facts, images) after all that flags name was found, before a teacher is fetched."""
     paths = list_images(args.data_path, args.split)
+    take_recipe(args, len(paths))
+    check_args(args)
     facts = resolve(args, paths)
     args.init = str(fetch(args.init)) if args.init else ""
     for name, given in (("resume", args.resume), ("text_bank", args.text_bank)):
@@ -263,6 +340,16 @@ def check_files(args) -> tuple[dict, PathList]:
     return facts, paths
 
 
+def open_teacher_cache(args, device: torch.device) -> TeacherCache | None:
+    """The cache that was given, or that a teacher of whole images fills at the start, once, beside the checkpoints."""
+    if args.teacher_cache or args.no_distill or args.teacher_view == "crop":
+        return TeacherCache(args.teacher_cache) if args.teacher_cache else None
+    folder = Path(args.output_dir) / "teacher_cache"
+    reinforce.build(argparse.Namespace(**vars(args) | {"output": str(folder), "views": 1, "batch_size": 128}), device)
+    barrier()
+    return TeacherCache(folder)
+
+
 def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | None):
     """-> (teacher or None, keyword arguments of the distillation head or None, facts, what `save_bank` wants)."""
     if args.no_distill:
@@ -270,7 +357,7 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
     teacher = None
     if cache:
         identity = cache.identity
-        if args.clip_model != CLIP_MODEL and teacher_name(args.clip_model) != identity.model:
+        if args.teacher_cache and args.clip_model != CLIP_MODEL and teacher_name(args.clip_model) != identity.model:
             words = f"{args.teacher_cache} was made by {identity.model}: drop it, or make another by tools.reinforce"
             raise InputError(f"--clip_model {args.clip_model}: the --teacher_cache {words}")
         bank, texts, source = cache.bank(args.text_bank)
@@ -287,6 +374,7 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
     named = f"{identity.model} {identity.weights_sha256[:16]}"
     facts = {"teacher": named, "text_bank_used": source, "text_bank_sha": sha[:16], "tau": tau}
     distill = {"context": args.context, "bank": bank, "tau": tau, "hidden": args.distill_hidden}
+    distill["target"] = None if args.teacher_norm == "none" else cache.statistics(args.teacher_norm)
     return teacher, distill, facts, (bank, texts, identity)
 
 

@@ -178,11 +178,14 @@ class GlobalContextHead(nn.Module):
         bank: [T, D_t] float32, unit rows: text embeddings of the same teacher.
         tau: temperature of both softmaxes over the bank.
         hidden: width of a hidden GELU layer in the projection; 0 for one linear layer.
+        target: (mean [D_t], map [D_t, D_t]) of `TeacherCache.statistics`: the student is compared with (f - mean) map,
+            L2-normalised, in place of f, and there is no KL: the texts lie elsewhere. None: f as it is.
     """
 
     def __init__(
-        self, context: str, embed_dim: int, decoder_dim: int, num_patches: int, bank: torch.Tensor, tau: float, hidden=0
-    ):
+        self, context: str, embed_dim: int, decoder_dim: int, num_patches: int, bank: torch.Tensor, tau: float,
+        hidden=0, target: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ):  # fmt: skip
         super().__init__()
         if context not in CONTEXTS:
             raise ValueError(f"context {context!r} is not one of {', '.join(CONTEXTS)}")
@@ -207,6 +210,8 @@ class GlobalContextHead(nn.Module):
         if context == "attention":  # starts as the class token alone, as GCNet's additive fusion does
             nn.init.zeros_(self.transform[-1].weight)
         self.register_buffer("bank", bank, persistent=False)
+        for name, values in zip(("target_mean", "target_map"), target or (None, None)):
+            self.register_buffer(name, values, persistent=False)
 
     def pool(self, latent: torch.Tensor, decoded: torch.Tensor) -> torch.Tensor:
         """The global token, [N, D] (or [N, D_dec] for `decoder`).
@@ -232,7 +237,7 @@ class GlobalContextHead(nn.Module):
             latent, decoded: see `pool`.
             teacher_embed: [N, D_t] float, unit rows: the teacher's image embeddings f.
         Returns:
-            dict: `sim` = mean(1 - cos(z, f)); `kl` = mean KL(softmax(f U^T / tau) ||
+            dict: `sim` = mean(1 - cos(z, f)); without `target` `kl` = mean KL(softmax(f U^T / tau) ||
             softmax(z U^T / tau)) over the bank U; for the trivial baselines, without gradient:
             `teacher_embed_mean` [D_t], `teacher_marginal` [T], `teacher_entropy` (nats).
         """
@@ -240,6 +245,9 @@ class GlobalContextHead(nn.Module):
         with torch.autocast(token.device.type, enabled=False):
             z = F.normalize(token.float(), dim=1)  # [N, D_t]
             f = teacher_embed.float()
+            if self.target_map is not None:
+                f = F.normalize((f - self.target_mean) @ self.target_map, dim=1)
+                return {"sim": (1 - (z * f).sum(dim=1)).mean(), "teacher_embed_mean": f.mean(dim=0)}
             log_p = F.log_softmax(f @ self.bank.T / self.tau, dim=1)  # [N, T]
             log_q = F.log_softmax(z @ self.bank.T / self.tau, dim=1)
             p = log_p.exp()

@@ -35,24 +35,23 @@ def read_or_next(paths: PathList, read: Callable, index: int, others: Iterable[i
 
 class PretrainDataset(Dataset):
     """Items are asked for as (epoch, index), so that nothing depends on workers or history. input_size: (H, W) of the
-    crop in px. num_patches: L, length of the mask noise. min_area, clip_crops: of `random_crop_box`. teacher_size:
-    (H, W) in px of an extra whole-image view, or None. teacher_cache: stored embeddings, or None."""
+    crop in px. num_patches: L, length of the mask noise. min_area, clip_crops: of `random_crop_box`. teacher_cache:
+    stored embeddings, or None."""
 
     def __init__(
         self, paths: PathList, input_size: tuple[int, int], num_patches: int, *, seed: int, min_area: float,
-        teacher_size: tuple[int, int] | None = None, teacher_cache=None, clip_crops: bool = False,
+        teacher_cache=None, clip_crops: bool = False,
     ):  # fmt: skip
         self.paths, self.input_size, self.num_patches = paths, input_size, num_patches
         self.seed, self.crop_rule, self.teacher_cache = seed, (min_area, clip_crops), teacher_cache
-        self.teacher_size = teacher_size if teacher_cache is None else None
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def __getitem__(self, item: tuple[int, int]) -> dict:
         """(epoch, index) -> dict: `imgs` [3, H, W] uint8, `noise` [L] float32, `problem` ('', or what was wrong with
-        the file: then the next readable image stands in), `teacher_imgs` [3, H, W] uint8 or `teacher_embed` [D_t]
-        float16 where asked for."""
+        the file: then the next readable image stands in), `teacher_embed` [D_t] float16 where there is
+        a cache."""
         (epoch, index), stand_ins = item, range(item[1] + 1, item[1] + REPLACEMENT_TRIES)
         shown, _, problem = read_or_next(self.paths, partial(self._view, epoch), index, stand_ins)
         noise = torch.from_numpy(transforms.mask_noise(self.seed, epoch, index, self.num_patches))
@@ -65,12 +64,8 @@ class PretrainDataset(Dataset):
         rng = transforms.sample_rng(self.seed, view, index, transforms.CROP_STREAM)
         box, flip = transforms.random_crop_box(rng, *full_size, *self.crop_rule)
         factor = transforms.jpeg_reduction(box, self.input_size)
-        if self.teacher_size is not None:
-            factor = min(factor, transforms.jpeg_reduction((0, 0, *full_size), self.teacher_size))
         image = decode_rgb(image, factor)
         shown = {"imgs": transforms.crop_resize(image, box, self.input_size, flip, full_size)}
-        if self.teacher_size is not None:
-            shown["teacher_imgs"] = transforms.whole_image(image, self.teacher_size)
         if self.teacher_cache:
             shown["teacher_embed"] = self.teacher_cache.read(epoch, index)
         return shown
@@ -78,8 +73,6 @@ class PretrainDataset(Dataset):
     def _blank(self) -> dict[str, torch.Tensor]:
         """Grey, where no image can be read."""
         blank = {"imgs": torch.full((3, *self.input_size), 128, dtype=torch.uint8)}
-        if self.teacher_size is not None:
-            blank["teacher_imgs"] = torch.full((3, *self.teacher_size), 128, dtype=torch.uint8)
         if self.teacher_cache:
             blank["teacher_embed"] = torch.zeros(self.teacher_cache.identity.embed_dim).half()
         return blank

@@ -23,6 +23,7 @@ VOCABULARY = Path(__file__).with_name("vocabulary.json")
 HEADER = "cache.json"
 SHARD_IMAGES = 10_000
 NPY_HEADER = 128  # bytes before the rows
+SHRINK = 0.1  # of the mean variance, added in whitening: directions that hardly vary are noise
 AGAIN = "run the same python -m tools.reinforce command again to complete it"
 
 
@@ -145,6 +146,28 @@ class TeacherCache:
         if not any(data):
             raise Unreadable(f"no embedding in the teacher cache: {AGAIN}")
         return torch.frombuffer(bytearray(data), dtype=torch.float16)
+
+    def statistics(self, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean [D_t], map [D_t, D_t]) float32 over the embeddings of the first view: (f - mean) map is centred.
+
+        With `whiten` it also varies alike in all directions, map = V (E + SHRINK mean(E))^(-1/2) V^T of the covariance
+        V E V^T, as PHI-S (Ranzinger et al., 2024) treats its teachers: few directions carry most of a CLIP's variance.
+        """
+        width = self.identity.embed_dim
+        count, total, products = 0, np.zeros(width), np.zeros((width, width))
+        for view, first in shards(self.header):
+            if view == 0:
+                rows = read_shard(self.folder, self.header, view, first).astype(np.float64)
+                rows = rows[rows.any(axis=1)]
+                count, total, products = count + len(rows), total + rows.sum(axis=0), products + rows.T @ rows
+        if count < 2:
+            raise InputError(f"{self.folder} holds {count} embeddings: --teacher_norm needs at least 2")
+        mean, scale = total / count, np.eye(width)
+        if norm == "whiten":
+            values, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
+            values = values.clip(0)
+            scale = (vectors * (values + SHRINK * values.mean()) ** -0.5) @ vectors.T
+        return torch.from_numpy(mean).float(), torch.from_numpy(scale).float()
 
     def check(self, expected: dict) -> None:
         """Refuse a cache made for something else: `expected` holds entries of its header as this run has them."""

@@ -42,7 +42,7 @@ if stage "texts from the attributes of the pictures, kept where the pictures sho
         --output "$out/texts"
 fi
 if stage "pre-training CGD-MAE" "$out/run/encoder.safetensors"; then
-    run main_pretrain.py --data_path "$out/data" --output_dir "$out/run" --resume auto --model mae_vit_tiny_patch16 --input_size 96 \
+    run main_pretrain.py --data_path "$out/data" --output_dir "$out/run" --resume auto --recipe paper --model mae_vit_tiny_patch16 --input_size 96 \
         --batch_size 32 --epochs 20 --warmup_epochs 3 --blr 4e-3 --norm_pix_loss --crop_min 0.5 --vis_epochs 20 --print_freq 21 \
         "${teacher[@]}" --text_bank "$out/texts" --kl_weight 0.05
 fi

@@ -62,7 +62,7 @@ def small_flags(data: Path, output: Path, *more: str) -> list[str]:
     return (
         f"--data_path {data} --output_dir {output} --model mae_vit_tiny_patch16 --input_size 32 "
         "--batch_size 8 --epochs 2 --warmup_epochs 1 --norm_pix_loss --num_workers 0 --print_freq 1 "
-        "--device cpu --amp none --vis_epochs 0"
+        "--device cpu --amp none --vis_epochs 0 --recipe paper"
     ).split() + list(more)
 
 

@@ -17,7 +17,7 @@ from util.errors import InputError
 
 ODD = [*"nan inf -inf 1e999 ² ١٢ 1_0 0x10 -- 1e 99999999999999999999 -1 0".split(), "", " ", "\n", "\ud800"]
 VALUES = st.one_of(st.sampled_from(ODD), st.integers().map(str), st.floats().map(str), st.text(max_size=8))
-TRAINERS = {"main_pretrain.py": main_pretrain.check_args, "main_finetune.py": main_finetune.check_args}
+TRAINERS = {"main_pretrain.py": main_pretrain.check_given, "main_finetune.py": main_finetune.check_args}
 
 
 def numeric(parser: argparse.ArgumentParser) -> list[argparse.Action]:
@@ -78,4 +78,4 @@ WRONG = """
 def test_bad_values_of_pretraining(tmp_path):
     for words in WRONG.strip().replace("\n", "|").split("|"):
         flags = [*small_flags("x", tmp_path), *words.split()]
-        assert refused(lambda f=flags: main_pretrain.check_args(main_pretrain.get_args_parser().parse_args(f))), words
+        assert refused(lambda f=flags: main_pretrain.check_given(main_pretrain.get_args_parser().parse_args(f))), words

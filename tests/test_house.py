@@ -183,8 +183,9 @@ def test_help_takes_less_than_a_second():
 
 
 def test_mae_flags_keep_their_defaults():
-    args = main_pretrain.get_args_parser().parse_args([])
-    assert {name: getattr(args, name) for name in MAE_DEFAULTS} == MAE_DEFAULTS
+    args = vars(main_pretrain.get_args_parser().parse_args([]))
+    args |= {name: value for name, value in main_pretrain.RECIPES["paper"].items() if args[name] is None}
+    assert {name: args[name] for name in MAE_DEFAULTS} == MAE_DEFAULTS
     words = "--input_size 224 --log_dir x --device cuda --pin_mem --no_pin_mem --num_workers 10 --world_size 2"
     words += " --local_rank 0 --dist_on_itp --dist_url env:// --data_path x --model mae_vit_large_patch16"
     assert not main_pretrain.get_args_parser().parse_args(words.split()).pin_mem
@@ -194,8 +195,10 @@ def test_the_published_command_parses():
     words = "--batch_size 256 --model mae_vit_base_patch16 --mask_ratio 0.75 --epochs 400 --warmup_epochs 40"
     words += " --blr 1.5e-4 --weight_decay 0.05 --accum_iter 8 --norm_pix_loss"
     args = main_pretrain.get_args_parser().parse_args(words.split())
+    main_pretrain.take_recipe(args, 1_000_000)
     main_pretrain.check_args(args)
-    assert args.img_size == (224, 224) and args.weights
+    assert args.recipe == "paper" and args.img_size == (224, 224) and args.weights == {"sim": 8.0}
+    assert (args.teacher_view, args.teacher_norm, args.crop_min) == ("crop", "none", 0.2)
 
 
 def test_documented_commands_parse():

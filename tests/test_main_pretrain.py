@@ -13,6 +13,7 @@ from conftest import ROOT, command, parse, read_log, run_command, small_flags, w
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main_pretrain
+import models_teacher
 from datasets.items import PretrainDataset
 from datasets.path_list import list_images
 from datasets.samplers import EpochBatches
@@ -370,7 +371,57 @@ def test_going_back_keeps_what_is_written(pictures, tmp_path):
     assert [event.step for event in events.Scalars("train_loss")] == [1000, 2000, 3000, 4000]
 
 
+RECIPE_OF = {  # images, processes, flags -> recipe, batch of a process, epochs, side, view of the teacher, its norm
+    (1_000_000, 2, ""): ("paper", 64, 400, "224", "crop", "none"),
+    (50_000, 1, "--epochs 10 --batch_size 256"): ("small", 256, 10, "128", "full", "whiten"),  # 1,950 updates
+    (49_999, 1, ""): ("small", 32, 30, "128", "full", "whiten"),
+    (4887, 2, ""): ("small", 16, 30, "128", "full", "whiten"),  # 30 epochs of 152 updates
+    (1000, 1, ""): ("small", 32, 146, "128", "full", "whiten"),  # 4,500 updates of 31 an epoch
+    (10, 1, ""): ("small", 10, 400, "128", "full", "whiten"),
+    (1000, 1, "--model mae_vit_base_patch16 --teacher_view crop"): ("small", 32, 146, "224", "crop", "none"),
+    (1000, 1, "--no_distill --accum_iter 2 --input_size 64"): ("small", 32, 300, "64", "full", "none"),
+    (1000, 1, "--kl_weight 1"): ("small", 32, 146, "128", "full", "none"),
+    (1000, 1, "--recipe paper"): ("paper", 64, 400, "224", "crop", "none"),
+}
+
+
+@pytest.mark.parametrize("case", RECIPE_OF, ids=str)
+def test_the_recipe_follows_from_the_number_of_updates(monkeypatch, case):
+    images, world, flags = case
+    monkeypatch.setattr(main_pretrain, "get_world_size", lambda: world)
+    args = main_pretrain.get_args_parser().parse_args(flags.split())
+    main_pretrain.take_recipe(args, images)
+    found = (args.recipe, args.batch_size, args.epochs, args.input_size, args.teacher_view, args.teacher_norm)
+    assert found == RECIPE_OF[case]
+    assert args.norm_pix_loss is (args.recipe == "small") and not set(flags.split("--")) & set(args.by_recipe)
+    main_pretrain.check_args(args)
+
+
+def test_the_small_recipe_embeds_once_and_goes_on_as_it_began(pictures, teacher_files, tmp_path, capsys, monkeypatch):
+    """Nothing but pictures and a teacher is said. On two ranks, and when it goes on, it is the same run."""
+    teacher = f"--clip_model {teacher_files[0]} --clip_pretrained {teacher_files[1]} --device cpu --amp none"
+    words = f"--data_path {pictures} {teacher} --num_workers 0 --vis_epochs 0 --epochs 2".split()
+    one, two = tmp_path / "one", tmp_path / "two"
+    run_main([*words, "--output_dir", str(one)])
+    said = capsys.readouterr().out
+    assert "recipe small: model mae_vit_tiny_patch16, input_size 128, batch_size 32, blr 0.002" in said
+    assert "note: 2 updates: expect no more than of random weights" in said
+    log = read_log(one)
+    assert log[1]["train_cos_baseline"] < 0.5 and "train_loss_kl" not in log[0]  # whitened: far from all alike
+    loaded = []
+    monkeypatch.setattr(models_teacher.FrozenTeacher, "forward", lambda *_: loaded.append(1))
+    with pytest.raises(InputError, match="epochs 2 -> 3"):
+        run_main([*words, "--output_dir", str(one), "--resume", "auto", "--epochs", "3"])
+    run_main([*words, "--output_dir", str(one), "--resume", "auto"])
+    assert not loaded and read_log(one) == log  # nothing was embedded again
+    done = run_command(command("main_pretrain.py", *words, "--output_dir", str(two), processes=2))
+    assert done.returncode == 0, done.stderr
+    assert "batch_size 16" in done.stdout and curve(two) == pytest.approx(curve(one), rel=1e-5, abs=1e-7)
+
+
 BAD = {
+    "--teacher_norm whiten --teacher_view full --kl_weight 1": "--kl_weight compares with texts",
+    "--teacher_norm center": "add --teacher_view full or --teacher_cache",
     "--no_distill --data_path /no/such/folder": "does not exist",
     "--no_distill --input_size 100": "multiple of the patch size 16",
     "--no_distill --input_size big": "one side or H,W",

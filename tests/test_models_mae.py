@@ -156,6 +156,16 @@ def test_distillation_terms_by_hand():
     assert np.allclose(terms["teacher_marginal"].numpy(), P.mean(0), atol=1e-6)
 
 
+def test_a_target_moves_the_teacher_and_drops_the_texts():
+    mean, scale, f = torch.randn(24), torch.randn(24, 24), unit_rows(5, 24, 1)
+    head, latent = head_for("cls", target=(mean, scale)), torch.randn(5, 6, 24)
+    terms = head(latent, None, f)
+    z = head.proj(latent[:, 0])
+    expected = 1 - F.cosine_similarity(z, (f - mean) @ scale).mean()
+    assert terms["sim"].item() == pytest.approx(expected.item(), abs=1e-6)
+    assert set(terms) == {"sim", "teacher_embed_mean"} and set(head.state_dict()) == set(head_for().state_dict())
+
+
 def test_attention_pools_where_the_key_points():
     head = head_for("attention")
     nn.init.zeros_(head.key.weight)

@@ -4,6 +4,7 @@ import json
 import shutil
 import socket
 import sys
+from dataclasses import asdict
 
 import numpy as np
 import open_clip
@@ -18,12 +19,13 @@ import main_pretrain
 import models_teacher
 from datasets.items import PretrainDataset
 from datasets.path_list import list_images
-from datasets.teacher import TeacherCache, read_encoded, save_bank
+from datasets.teacher import TeacherCache, TeacherIdentity, read_encoded, save_bank, write_shard
 from datasets.transforms import whole_image
 from models_teacher import FrozenTeacher, build_bank, encode_texts, load_clip
 from tools import reinforce
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
+from util.files import write_json
 
 
 @pytest.fixture(scope="module")
@@ -225,6 +227,24 @@ def test_cache_stands_in_for_the_teacher(cache, pictures, teacher_files, texts_f
     for a, b in zip(read_log(online), read_log(stored), strict=True):
         for key in ("train_loss", "train_loss_sim", "train_loss_kl", "train_cos_baseline"):
             assert b[key] == pytest.approx(a[key], rel=1e-3, abs=1e-4), key  # fp16 moves a small term
+
+
+def test_whitened_embeddings_vary_alike_in_all_directions(tmp_path):
+    """Numbers by numpy's covariance: 200 rows in 3 of 4 directions, one unreadable; small ones are not blown up."""
+    rows = np.random.default_rng(0).standard_normal((200, 4)) * [1, 0.3, 0.1, 1e-3] + [3, 0, 0, 0]
+    rows = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float16)
+    rows[7] = 0
+    teacher = asdict(TeacherIdentity("x", "y", 4, 1.0))
+    write_json(tmp_path / "cache.json", {"teacher": teacher, "teacher_view": "full", "views": 1, "images": 200})
+    write_shard(tmp_path, 0, 0, rows)
+    cache, seen = TeacherCache(tmp_path), np.delete(rows, 7, axis=0).astype(np.float64)
+    mean, scale = cache.statistics("center")
+    assert np.allclose(mean, seen.mean(axis=0), atol=1e-6) and torch.equal(scale, torch.eye(4))
+    mean, scale = cache.statistics("whiten")
+    variance = np.linalg.eigvalsh(np.cov(seen.T, bias=True))
+    got = np.linalg.eigvalsh(np.cov(((seen - mean.numpy()) @ scale.numpy()).T, bias=True))
+    assert np.allclose(got, np.sort(variance / (variance + 0.1 * variance.mean())), atol=1e-4)
+    assert got[-1] > 0.9 and got[0] < 0.1 and torch.allclose(scale, scale.T, atol=1e-4)
 
 
 def test_cache_is_checked_and_resumed(cache, pictures, texts_file, tmp_path):

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from datasets.items import PretrainDataset
+from datasets.items import PretrainDataset, WholeImages
 from datasets.path_list import list_images, printable
 from datasets.teacher import HEADER, SHARD_IMAGES, VOCABULARY, read_shard, save_bank, shard_file, shards, write_shard
 from models_teacher import FrozenTeacher, build_bank, load_teacher
@@ -82,17 +82,20 @@ def open_cache(args, device: torch.device) -> tuple[dict, Callable]:
     teacher = FrozenTeacher(clip, identity, amp_dtype or torch.float32).to(device)
     if args.compile:
         teacher.compile()
-    teacher_size = teacher.size if is_full else None
-    source = PretrainDataset(paths, size, 1, seed=args.seed, min_area=args.crop_min, teacher_size=teacher_size)
+    crops = PretrainDataset(paths, size, 1, seed=args.seed, min_area=args.crop_min)
+    loading = {"batch_size": args.batch_size, "num_workers": args.num_workers, "worker_init_fn": init_worker}
 
     def embed(view: int, indices: np.ndarray):
-        items, loading = [(view, index) for index in indices.tolist()], {"num_workers": args.num_workers}
-        for batch in DataLoader(source, args.batch_size, sampler=items, worker_init_fn=init_worker, **loading):
-            imgs = batch.get("teacher_imgs", batch["imgs"])
+        if is_full:
+            found = ((imgs, bad) for imgs, _, bad in DataLoader(WholeImages(paths, indices, teacher.size), **loading))
+        else:
+            items = [(view, index) for index in indices.tolist()]
+            found = ((batch["imgs"], batch["problem"]) for batch in DataLoader(crops, sampler=items, **loading))
+        for imgs, problems in found:
             embeddings = teacher(imgs.to(device, non_blocking=True)).cpu()
             if not embeddings.isfinite().all():
                 raise InputError("the teacher gives numbers that are not finite: check its weights, or use --amp none")
-            yield embeddings, batch["problem"]
+            yield embeddings, problems
 
     return header, embed
 

@@ -11,6 +11,7 @@ DECODER_SIZES = {"tiny": (128, 8, 4), "small": (256, 8, 8)} | dict.fromkeys(("ba
 MAE_MODELS = {f"mae_vit_{size}_patch{sizes[3]}": size for size, sizes in ENCODER_SIZES.items()}
 ENCODER_MODELS = {name.removeprefix("mae_"): size for name, size in MAE_MODELS.items()}
 CONTEXTS = ("attention", "cls", "mean", "decoder")
+TEACHER_NORMS = ("none", "center", "whiten")
 FORMATS = ("mae", "timm", "hf", "transreid", "transfg", "setr", "safetensors", "onnx")  # that `convert` writes
 REID_FORMATS = ("auto", "veri776", "vehicleid", "veriwild", "table")  # auto: by the files that are there
 

@@ -28,7 +28,7 @@ pretrain() {  # NAME FLAGS...
     local name="$1"
     shift
     if [ -f "$output/$name/encoder.safetensors" ]; then return; fi
-    "$python" main_pretrain.py --data_path "$output/pictures/labels.csv" --output_dir "$output/$name" --resume auto \
+    "$python" main_pretrain.py --data_path "$output/pictures/labels.csv" --output_dir "$output/$name" --resume auto --recipe paper \
         --model mae_vit_tiny_patch16 --input_size 96 --batch_size 32 --epochs 20 --warmup_epochs 3 --blr 4e-3 \
         --norm_pix_loss --crop_min 0.5 --vis_epochs 0 --num_workers 1 "$@"
 }

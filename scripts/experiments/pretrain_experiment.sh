@@ -34,7 +34,7 @@ for seed in ${SEEDS:-0 1 2}; do
         echo "== $row, seed $seed"
         distill=(--context "$row" --teacher_view full --teacher_cache "$output/cache")
         if [ "$row" = mae ]; then distill=(--no_distill); fi
-        "$python" main_pretrain.py --data_path "$table" --split train --output_dir "$run" --seed "$seed" --resume auto \
+        "$python" main_pretrain.py --data_path "$table" --split train --output_dir "$run" --seed "$seed" --resume auto --recipe paper \
             --model mae_vit_tiny_patch16 --input_size 128 --batch_size 32 --epochs "$epochs" --warmup_epochs "$((epochs / 10))" \
             --blr 2e-3 --norm_pix_loss --crop_min 0.8 --vis_epochs 0 --num_workers 1 "${distill[@]}" "$@"
         "$python" main_linprobe.py --checkpoint "$run/encoder.pth" --data_path "$table" --label_column "${labels[@]}" \
