@@ -124,7 +124,7 @@ def test_rows_are_compared_on_the_same_queries(sets, teacher_files, tmp_path):
 
 def test_a_fine_tuned_model_is_a_row_too(sets, tmp_path):
     words = f"--task reid --data_path {sets}/reid.csv --model vit_tiny_patch16 --input_size 32 --batch_size 4"
-    words += f" --num_instances 2 --epochs 1 --warmup_epochs 0 --num_workers 0"
+    words += " --num_instances 2 --epochs 1 --warmup_epochs 0 --num_workers 0"
     words += f" --device cpu --amp none --output_dir {tmp_path}/run"
     scored = run_finetune(words.split())
     words = f"--encoders tuned={tmp_path}/run/model.pth --reid {sets}/reid.csv --output {tmp_path}/out --num_workers 0"
