@@ -1,5 +1,6 @@
 """Re-identification: TransReID and its baseline, trained and scored."""
 
+import hashlib
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -15,14 +16,15 @@ from datasets.samplers import PKBatches
 from datasets.transforms import PadCropErase, erase_boxes
 from engine_finetune import predict
 from finetune.task import Task
-from metrics.reid import FeatureSet, Protocol, protocols_of
-from metrics.reid import evaluate as evaluate_features
+from metrics.reid import FeatureSet, Protocol, evaluate_queries, protocols_of
 from models_transreid import TransReID, TransReIDConfig, hard_triplet_loss, over_branches
 from models_vit import VisionTransformer
 from reports.reid import ReidFeatures, ReidTest, write_reid_report
+from util.checkpoint import write_safetensors
 from util.dist import gather_rows, get_rank, get_world_size, wait_for_main
 from util.errors import InputError
 
+QUERIES = "queries.safetensors"
 SIDE = (("camids", "cameras"), ("viewids", "views"))  # an image's ids, and how many of them a model knows
 
 
@@ -95,6 +97,7 @@ class Reid(Task):
 
     def score(self, found: dict[str, ReidTest]) -> tuple[dict, list[str], list[str]]:
         flat, lines, unreadable = summary(found)
+        write_queries(Path(self.args.output_dir) / QUERIES, found)
         side = side_line(self.model.config)
         return flat | {"sie": side}, [side, *lines] if side != "SIE off" else lines, unreadable
 
@@ -198,21 +201,36 @@ def evaluate_reid(
                 sides = [side and side._replace(values=side.values[:, cut]) for side in found]
                 rows = [FeatureSet.of(side.values, side.images) for side in sides if side]
                 for ending, rule in rules.items():
-                    metrics = evaluate_features(rule, *rows, device=model.base.pos_embed.device)
-                    results[f"{part} {test}{ending}".strip()] = ReidTest(rule, metrics, *sides)
+                    metrics, by_query = evaluate_queries(rule, *rows, device=model.base.pos_embed.device)
+                    results[f"{part} {test}{ending}".strip()] = ReidTest(rule, metrics, *sides, by_query)
         wait_for_main()
     return results
+
+
+def write_queries(file: Path, results: dict[str, ReidTest]) -> None:
+    """What `tools.results_table` tests two runs with: `TEST mAP` and `TEST R1` [Q] float32 of each query, NaN without a
+    match; in the header of each test the identity of its queries and gallery."""
+    tensors, header = {}, {"kind": "cgd-mae queries"}
+    for test, (protocol, _, *sides, by_query) in results.items():
+        tensors |= {f"{test} {name}": torch.from_numpy(values).float() for name, values in by_query.items()}
+        header[test] = hashlib.sha256(
+            "".join([protocol.line(), *(s.images.sha256() for s in sides if s)]).encode()
+        ).hexdigest()
+    if tensors:
+        write_safetensors(file, tensors, header)
 
 
 def summary(results: dict[str, ReidTest]) -> tuple[dict[str, float | str], list[str], list[str]]:
     """Numbers by name: `mAP`, `R1` ... of a set's only test, else `800_mAP` ..., the protocol of each beside them; the
     same in percent in lines; `path<tab>reason` of images that could not be read."""
     flat, lines, unreadable = {}, [], set()
-    for test, (protocol, m, *sides) in results.items():
+    for test, (protocol, m, *sides, _) in results.items():
         told = m | ({"gallery": len(sides[1].images)} if sides[1] else {}) | {"protocol": protocol.line()}
         prefix = "".join(f"{word}_" for word in test.split() if word != "test")
         flat |= {f"{prefix}{name}": value for name, value in told.items()}
         spread = {name: f" +- {100 * m[f'{name}_std']:.2f}" for name in m if f"{name}_std" in m}
+        ends = {name: [100 * m[f"{name}_{end}"] for end in ("low", "high")] for name in m if f"{name}_low" in m}
+        spread |= {name: f" ({low:.1f} to {high:.1f})" for name, (low, high) in ends.items()}
         numbers = [f"{x} {100 * m[x]:.2f}{spread.get(x, '')}" for x in ("mAP", "R1", "R5", "R10", "mINP")]
         numbers.append(f"queries {m['queries']:g}")
         if lost := m["queries_without_match"]:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-DRAWS = 2000
+DRAWS, AT_ONCE = 2000, 250
+SURE = 0.05  # the p below which a difference is told
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,11 @@ class Measure:
     def draws(self, seed: int = 0) -> np.ndarray:
         """[B]: the mean over the seeds on things that are drawn with replacement; equal draws for equal n and seed."""
         n = self.items.shape[1]
-        counts = np.random.default_rng((seed, n)).multinomial(n, np.full(n, 1 / n), DRAWS)
-        return self._of(counts.astype(np.float64)).mean(axis=0)
+        rng, parts = np.random.default_rng((seed, n)), []
+        for _ in range(DRAWS // AT_ONCE):
+            counts = rng.multinomial(n, np.full(n, 1 / n), AT_ONCE)
+            parts.append(self._of(counts.astype(np.float64)).mean(axis=0))
+        return np.concatenate(parts)
 
     def interval(self) -> tuple[float, float]:
         """The middle 95% of the draws."""
@@ -49,8 +53,13 @@ class Measure:
         return np.nanmean(iou[..., self.first :], axis=2)
 
 
-def paired_p(a: Measure, b: Measure) -> float:
-    """Two-sided p-value of a = b by draws of the same things for both, in [2 / (B + 1), 1]."""
+def paired_lead(a: Measure, b: Measure) -> tuple[float, float, float]:
+    """(low, high, p) of a - b by draws of the same things for both: the middle 95%; two-sided, in [2 / (B + 1), 1]."""
     lead = a.draws() - b.draws()
     tail = min((lead <= 0).sum(), (lead >= 0).sum())
-    return float(min(1.0, 2 * (tail + 1) / (DRAWS + 1)))
+    return (*np.quantile(lead, (0.025, 0.975)).tolist(), float(min(1.0, 2 * (tail + 1) / (DRAWS + 1))))
+
+
+def paired_p(a: Measure, b: Measure) -> float:
+    """The p-value of `paired_lead`."""
+    return paired_lead(a, b)[2]

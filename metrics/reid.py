@@ -24,6 +24,8 @@ import torch
 import torch.nn.functional as F
 from scipy.sparse import csr_array, vstack
 
+from metrics.intervals import Measure
+
 BLOCK_NUMBERS, SORTED_AT_ONCE = 1 << 25, 1 << 18  # similarities held at a time; of one thread: what its cache keeps
 MARKS = ("wrong", "right", "junk")
 Device = torch.device | str
@@ -107,19 +109,44 @@ class Ranks:
         ap[scored] = np.add.reduceat(place / self.hits, self.offsets[:-1][scored]) / counts[scored]
         return ap
 
+    def by_query(self) -> dict[str, np.ndarray]:
+        """[Q] float64 whose means are mAP and R1: AP, and 1 where the first image is right; NaN without a match."""
+        first = np.full(len(self.offsets) - 1, np.nan)
+        scored = self.counts() > 0
+        first[scored] = self.hits[self.offsets[:-1][scored]] <= 1
+        return {"mAP": self.average_precision(), "R1": first}
+
 
 def evaluate(
     protocol: Protocol, query: FeatureSet, gallery: FeatureSet | None = None, device: Device = "cpu"
 ) -> dict[str, float]:
-    """`scores` by a protocol; without a gallery it is drawn from the queries, and the scores are means over the draws,
-    with standard deviations as mAP_std, R1_std ..."""
+    """`scores` by a protocol, with 95% intervals over the queries as mAP_low, mAP_high, R1_low, R1_high; without a
+    gallery it is drawn from the queries, and the scores are means over the draws, with standard deviations as mAP_std,
+    R1_std ..."""
+    return evaluate_queries(protocol, query, gallery, device)[0]
+
+
+def evaluate_queries(
+    protocol: Protocol, query: FeatureSet, gallery: FeatureSet | None = None, device: Device = "cpu"
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """`evaluate`, and `Ranks.by_query`, {} where the gallery is drawn."""
     if gallery is not None:
-        return scores(rank(protocol, query, gallery, device))
+        ranks = rank(protocol, query, gallery, device)
+        return scores(ranks) | intervals(ranks), ranks.by_query()
     draws = [draw_gallery(query.pids, protocol.seed, draw) for draw in range(protocol.draws)]
     found = [scores(rank(protocol, query.take(asked), query.take(kept), device)) for kept, asked in draws]
     each = {key: [row[key] for row in found] for key in found[0]}
     spread = {f"{key}_std": float(np.std(each[key])) for key in ("mAP", "R1", "R5", "R10")}
-    return {key: float(np.mean(values)) for key, values in each.items()} | spread
+    return {key: float(np.mean(values)) for key, values in each.items()} | spread, {}
+
+
+def intervals(ranks: Ranks) -> dict[str, float]:
+    """The 95% bootstrap intervals of mAP and R1 over the scored queries; {} where there are none."""
+    found = {}
+    for name, values in ranks.by_query().items():
+        if len(known := values[~np.isnan(values)]):
+            found |= dict(zip((f"{name}_low", f"{name}_high"), Measure(known[None]).interval()))
+    return found
 
 
 def scores(ranks: Ranks, topk: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]:

@@ -29,13 +29,14 @@ class ReidFeatures(NamedTuple):
 
 
 class ReidTest(NamedTuple):
-    """One test of a set: its protocol, the numbers of `evaluate`, and what they were made from; gallery None: drawn
-    from the query's images."""
+    """One test of a set: its protocol, the numbers of `evaluate`, what they were made from, and those of each query
+    (`Ranks.by_query`); gallery None: drawn from the query's images."""
 
     protocol: Protocol
     metrics: dict[str, float]
     query: ReidFeatures
     gallery: ReidFeatures | None
+    by_query: dict[str, np.ndarray]
 
 
 def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, pid_names: list[str], device="cpu") -> None:
@@ -51,8 +52,10 @@ def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, pid_
     tiles = {}
     for name, value in test.metrics.items():
         spread = f" ± {100 * test.metrics[f'{name}_std']:.2f}" if f"{name}_std" in test.metrics else ""
+        if f"{name}_low" in test.metrics:
+            spread = " ({:.1f} to {:.1f})".format(*(100 * test.metrics[f"{name}_{end}"] for end in ("low", "high")))
         shown = f"{value:,.6g}" if name.startswith("queries") else f"{100 * value:.2f} %{spread}"
-        tiles |= {} if name.endswith("_std") else {name.replace("_", " "): shown}
+        tiles |= {} if name.endswith(("_std", "_low", "_high")) else {name.replace("_", " "): shown}
     page = Page(f"Re-identification: {protocol.name}", protocol.line(), tiles, facts)
     ap = ranking.ap[~np.isnan(ranking.ap)]
     page.section(

@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import ROOT, command, parse, read_log, run_command, run_finetune
 from layouts import write_demo_cars, write_demo_parts, write_demo_reid
+from safetensors import safe_open
 
 import main_finetune
 from datasets.attr import read_attribute_set
@@ -292,6 +293,10 @@ def test_a_plain_encoder_can_be_scored_as_it_is(sets, tmp_path, name):
     words = f"--task reid --eval --finetune {sets / name} --input_size 48 --data_path {sets}/veri"
     numbers = run_finetune([*words.split(), *CPU, "--output_dir", str(tmp_path)])
     assert 0 < numbers["mAP"] < 1 and numbers["sie"] == "SIE off"
+    with safe_open(tmp_path / "queries.safetensors", framework="np") as opened:
+        for name in ("mAP", "R1"):
+            assert np.nanmean(opened.get_tensor(f"test {name}")) == pytest.approx(numbers[name], abs=1e-6)
+            assert numbers[f"{name}_low"] <= numbers[name] <= numbers[f"{name}_high"]
 
 
 def test_tables_number_cameras_by_name_and_not_by_row(sets, trained, tmp_path):

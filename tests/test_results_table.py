@@ -5,6 +5,7 @@ import re
 import subprocess
 import tarfile
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, refuses, run_finetune, run_main
@@ -12,7 +13,7 @@ from layouts import write_demo_reid
 
 from models_vit import VisionTransformer
 from tools import results_table
-from util.checkpoint import weights_sha256
+from util.checkpoint import weights_sha256, write_safetensors
 from util.run_files import code_commit
 
 A, B = "a" * 64, "b" * 64
@@ -55,6 +56,25 @@ def column(part: str, start: str, title: str, row: int = 0) -> str:
     """A cell of a row that begins with `start`."""
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in part.splitlines() if line[:1] == "|"]
     return [line for line in lines if line[0].startswith(start)][row][lines[0].index(title)]
+
+
+def test_a_row_beats_another_on_the_same_queries(tmp_path):
+    """Four points of mAP on 200 queries: sure where every query gains a little, not where it is chance; and only on the
+    same queries."""
+    rng = np.random.default_rng(0)
+    base = rng.random(200).astype(np.float32) * 0.9
+    base[3] = np.nan  # has no match
+    found = {"mae": (base, "q", B), "cgd": (base + 0.04, "q", A), "same": (rng.permutation(base), "q", "d" * 64)}
+    found["other"] = base - 0.3, "r", "e" * 64
+    for name, (ap, queries, weights) in found.items():
+        folder = write_run(tmp_path / "runs" / name, veri(float(np.nanmean(ap))), weights_sha256=weights)
+        write_safetensors(folder / "queries.safetensors", {"test mAP": torch.from_numpy(ap)}, {"test": queries})
+    part = section(table(tmp_path)[0], "reid veri776\n")
+    lines = [line for line in part.splitlines() if line.startswith("- ")]
+    assert len(lines) == 3 and not any("eeeeeeee" in line for line in lines)
+    sure = next(line for line in lines if "aaaaaaaa" in line and "bbbbbbbb" in line)
+    assert " beats " in sure and "mAP +4.0, 95% 4.0 to 4.0, p 0.001; 199 queries, 1 and 1 seeds" in sure
+    assert "does not differ clearly" in next(line for line in lines if "dddddddd" in line and "bbbbbbbb" in line)
 
 
 def test_seeds_become_a_mean_beside_published_rows(tmp_path):

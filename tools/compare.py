@@ -54,7 +54,7 @@ from datasets.tables import iterate_table
 from engine_encoders import Encoder, load_any
 from engine_extract import extract_features
 from finetune.task import load_model
-from metrics.intervals import Measure, paired_p
+from metrics.intervals import SURE, Measure, paired_p
 from metrics.probe import knn_predict, linear_fit, linear_predict
 from metrics.reid import FeatureSet, protocols_of, rank
 from metrics.seg import confusion_matrix
@@ -68,7 +68,6 @@ from util.pretrained import read_config
 
 WHITE = 0.1  # of the mean variance, added in whitening
 PARTS, PARTS_L2 = "mIoU of parts", 1e-2
-SURE = 0.05
 Found = dict[tuple[str, str], np.ndarray]  # (measure, read-out) -> what `Measure.items` holds of one seed
 
 

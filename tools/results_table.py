@@ -25,6 +25,7 @@ if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -32,9 +33,12 @@ from collections import defaultdict
 from typing import NamedTuple
 
 import numpy as np
+from safetensors import SafetensorError, safe_open
 
 from datasets.tables import PUBLISHED as COUNTS
+from finetune.reid import QUERIES
 from metrics.attr import THRESHOLD
+from metrics.intervals import SURE, Measure, paired_lead
 from util.errors import InputError
 from util.files import write_atomic
 
@@ -94,6 +98,11 @@ class Run(NamedTuple):
             values = {m: x for m, x in values.items() if isinstance(x, int | float) and math.isfinite(x)}
             if "reranked" not in prefix and next(iter(metrics)) in values:
                 yield self.heading(prefix), values
+
+    def prefixes(self, heading: str) -> list[str]:
+        """Of the names of the numbers under this heading."""
+        ends = [name.removesuffix("protocol") for name in self.metrics if name.endswith("protocol")]
+        return [prefix for prefix in ends if "reranked" not in prefix and self.heading(prefix) == heading]
 
     def heading(self, prefix: str) -> str:
         """`TASK SET` of a published test with the published counts; else what the set is, and its counts."""
@@ -193,7 +202,41 @@ def one_test(heading: str, ours: dict[tuple, list], published: list[dict]) -> st
         behind = (f"`{run.folder}` seed {run.args['seed']} commit {run.commit[:12]}{run.commit[40:]}" for run, _ in own)
         recipe = f"{first.words} ({config}; weights {first.weights[:16]})"
         rows.append([f"**{first.name}**", recipe, *(text and f"**{text}**" for text in cells), "<br>".join(behind)])
-    return f"## {heading}\n\n{table(['pre-training', 'recipe', *titles.values(), 'from'], rows)}"
+    parts = [f"## {heading}", table(["pre-training", "recipe", *titles.values(), "from"], rows), *leads(heading, ours)]
+    return "\n\n".join(parts)
+
+
+def leads(heading: str, ours: dict[tuple, list]) -> list[str]:
+    """Which of our rows beats which, tested on the queries that both have answered; [] where no two have."""
+    found = {}
+    for (_, config), own in ours.items():
+        answers = [read_queries(run.folder, prefix) for run, _ in own for prefix in run.prefixes(heading)]
+        if len({identity for identity, _ in answers}) == 1 and all(identity for identity, _ in answers):
+            identity, items = answers[0][0], np.stack([ap for _, ap in answers])
+            found[f"{own[0][0].name} ({config})"] = identity, Measure(items[:, ~np.isnan(items).any(axis=0)])
+    lines = []
+    for (a, (of_a, first)), (b, (of_b, second)) in itertools.combinations(found.items(), 2):
+        if of_a == of_b and first.items.shape[1] == second.items.shape[1]:
+            if first.value() < second.value():
+                (a, first), (b, second) = (b, second), (a, first)
+            low, high, p = paired_lead(first, second)
+            lead, count = 100 * (first.value() - second.value()), first.items.shape[1]
+            word = "beats" if p < SURE else "does not differ clearly from"
+            seeds = f"{len(first.items)} and {len(second.items)} seeds"
+            what = f"mAP {lead:+.1f}, 95% {100 * low:.1f} to {100 * high:.1f}, p {p:.3f}; {count} queries, {seeds}"
+            lines.append(f"- {a} {word} {b}: {what}")
+    head = "Paired bootstrap over the queries, 2,000 draws; it does not know how far other seeds would differ:"
+    return [head, "\n".join(lines)] if lines else []
+
+
+def read_queries(folder: Path, prefix: str) -> tuple[str, np.ndarray | None]:
+    """(identity of the test, AP of each query) that a run has left; ("", None) where it has not."""
+    test = " ".join(prefix.split("_")).strip() or "test"
+    try:
+        with safe_open(folder / QUERIES, framework="np") as opened:
+            return (opened.metadata() or {})[test], opened.get_tensor(f"{test} mAP")
+    except (OSError, SafetensorError, KeyError):
+        return "", None
 
 
 def cell(values: list[float], digits: int) -> str:
