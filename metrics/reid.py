@@ -197,27 +197,39 @@ def rank_blocks(
     blocks: [q, G] similarities of some queries at a time, in order; junk in them is overwritten. Junk are, of [Q] and
     [G] int64 that are given, images of the query's pid and camid, and its own file, whatever its pid.
     """
-    if query_files is None or gallery_files is None:  # all are different
-        query_files, gallery_files = np.full(len(query_pids), -1), np.arange(len(gallery_pids))
-    same_pid, same_file = _pairs(query_pids, gallery_pids), _pairs(query_files, gallery_files)
+    matches = match_pairs(query_pids, gallery_pids, query_camids, gallery_camids, query_files, gallery_files)
     hits, counts, start = [np.zeros(0, np.int64)], np.zeros(len(query_pids), np.int64), 0
     for similar in blocks:
         part = slice(start, start + len(similar))
         if similar.shape[1] != len(gallery_pids):
             raise ValueError(f"{len(similar)} x {similar.shape[1]} similarities, {len(gallery_pids)} gallery pids")
-        owner, same = same_pid(part)
-        good = gallery_files[same] != query_files[part][owner]
-        if query_camids is not None:
-            good &= gallery_camids[same] != query_camids[part][owner]
-        counts[part] = np.bincount(owner[good], minlength=len(similar))
-        if good.any():
-            junk = map(np.concatenate, zip((owner[~good], same[~good]), same_file(part)))
+        (owner, good), junk = matches(part)
+        counts[part] = np.bincount(owner, minlength=len(similar))
+        if len(good):
             similar[tuple(torch.from_numpy(ids).to(similar.device) for ids in junk)] = -torch.inf
-            hits.append(_block_ranks(similar, owner[good], same[good], counts[part]))
+            hits.append(_block_ranks(similar, owner, good, counts[part]))
         start = part.stop
     if start != len(query_pids):
         raise ValueError(f"similarities of {start} queries, but {len(query_pids)} pids")
     return Ranks(np.concatenate(hits), np.concatenate([[0], np.cumsum(counts)]))
+
+
+def match_pairs(query_pids, gallery_pids, query_camids=None, gallery_camids=None, query_files=None, gallery_files=None):
+    """Function of some queries, a slice -> ((places in it, gallery rows) of the true matches, the same of the junk),
+    each [n] int64; see `rank_blocks`."""
+    if query_files is None or gallery_files is None:  # all are different
+        query_files, gallery_files = np.full(len(query_pids), -1), np.arange(len(gallery_pids))
+    same_pid, same_file = _pairs(query_pids, gallery_pids), _pairs(query_files, gallery_files)
+
+    def matches(part: slice):
+        owner, same = same_pid(part)
+        good = gallery_files[same] != query_files[part][owner]
+        if query_camids is not None:
+            good &= gallery_camids[same] != query_camids[part][owner]
+        junk = tuple(map(np.concatenate, zip((owner[~good], same[~good]), same_file(part))))
+        return (owner[good], same[good]), junk
+
+    return matches
 
 
 def _pairs(query: np.ndarray, gallery: np.ndarray):

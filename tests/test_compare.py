@@ -13,6 +13,7 @@ from PIL import Image
 from engine_encoders import BINS, colour_histogram
 from metrics.intervals import Measure, paired_p
 from metrics.seg import segmentation_numbers
+from metrics.whitening import Whitening
 from tools import compare
 from util.errors import InputError
 
@@ -58,7 +59,7 @@ def test_histogram_counts_hue_saturation_and_value():
 
 def test_whitened_rows_vary_alike():
     rows = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * torch.tensor([5.0, 1.0, 0.5]) + 7
-    white = compare.whitening(rows)(rows)
+    white = Whitening.of(rows)(rows)
     assert white.mean(dim=0).abs().max() < 1e-4
     variances = torch.linalg.eigvalsh(torch.cov(white.T))
     assert 0.9 < variances[-1] < 1.01 and variances[0] > 0.1 and torch.cov(white.T).triu(1).abs().max() < 1e-3
@@ -111,7 +112,7 @@ def test_rows_are_compared_on_the_same_queries(sets, teacher_files, tmp_path):
     means = run_main(compare, *words, "--num_workers", 0, "--device", "cpu")
     facts = json.loads((tmp_path / "out/compared.json").read_text())
     assert means == {name: found["value"] for name, found in facts.items()}
-    for what in ("mAP", "R1", "mAP warm", "mAP cold", "knn hue", "linear hue"):
+    for what in ("mAP", "R1", "DIR@FAR1%", "mAP warm", "mAP cold", "knn hue", "linear hue"):
         assert means[f"colours | {what} | histogram"] == 1, what  # a hue is all there is to find
     assert facts["colours | mAP | histogram"]["seeds"] == [1, 1] and "colours | mAP | histogram whitened" in facts
     assert facts["random:vit_tiny_patch16 | mAP | cls"]["p"] is None and facts["clip | mAP | embedding"]["p"] > 0

@@ -39,6 +39,7 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
+import itertools
 from functools import partial
 
 import numpy as np
@@ -55,9 +56,11 @@ from engine_encoders import Encoder, load_any
 from engine_extract import extract_features
 from finetune.task import load_model
 from metrics.intervals import SURE, Measure, paired_p
+from metrics.open_set import accepted_right, open_answers
 from metrics.probe import knn_predict, linear_fit, linear_predict
 from metrics.reid import FeatureSet, protocols_of, rank
 from metrics.seg import confusion_matrix
+from metrics.whitening import Whitening
 from util.checkpoint import read_checkpoint
 from util.cli import Progress
 from util.dist import pick_device
@@ -66,7 +69,7 @@ from util.files import make_folder, write_atomic, write_json
 from util.precision import scoring
 from util.pretrained import read_config
 
-WHITE = 0.1  # of the mean variance, added in whitening
+DIR = "DIR@FAR1%"  # found and accepted, where 1% of the queries without their vehicle in the gallery are
 PARTS, PARTS_L2 = "mIoU of parts", 1e-2
 Found = dict[tuple[str, str], np.ndarray]  # (measure, read-out) -> what `Measure.items` holds of one seed
 
@@ -169,29 +172,19 @@ def judge_search(args, data, groups: dict[str, str], spec: str, encoder: Encoder
             q, g = (values[name] for values, _ in sides)
             ways = {"": (q, g)}
             if seen is not None:
-                white = whitening(seen[name])
+                white = Whitening.of(seen[name])
                 ways[" whitened"] = (white(q), white(g))
             for way, pair in ways.items():
-                ranks = rank(rules[test], *(FeatureSet.of(x.cpu(), side) for x, side in zip(pair, images)))
-                scored = ranks.counts() > 0
-                first = ranks.hits[ranks.offsets[:-1][scored]] <= 1
-                kinds = [groups.get(images[0].paths.relative(i), "") for i in np.flatnonzero(scored)]
-                for group in ["", *sorted(set(kinds) - {""})]:
+                rows = [FeatureSet.of(x.cpu(), side) for x, side in zip(pair, images)]
+                values = rank(rules[test], *rows).by_query()
+                scored = np.flatnonzero(~np.isnan(values["mAP"]))
+                values = {what: of[scored] for what, of in values.items()}
+                values[DIR] = accepted_right(open_answers(rules[test], *rows, "cosine"), 0.01)
+                kinds = [groups.get(images[0].paths.relative(i), "") for i in scored]
+                for group, what in itertools.product(["", *sorted(set(kinds) - {""})], values):
                     chosen = np.array([group in ("", kind) for kind in kinds])
-                    where = f"{title}{' ' if group else ''}{group}"
-                    found[f"mAP{where}", name + way] = ranks.average_precision()[scored][chosen]
-                    found[f"R1{where}", name + way] = first[chosen].astype(np.float64)
+                    found[f"{what}{title}{' ' if group else ''}{group}", name + way] = values[what][chosen]
     return found
-
-
-def whitening(seen: torch.Tensor):
-    """x -> (x - mean) V (E + WHITE mean(E))^(-1/2), of rows [n, D] with covariance V E V^T (Jegou and Chum, 2012)."""
-    x = seen.double()
-    mean = x.mean(dim=0)
-    values, vectors = torch.linalg.eigh(torch.cov(x.T, correction=0))
-    values = values.clamp_min(0)
-    scale = vectors * (values + WHITE * values.mean()).rsqrt()
-    return lambda rows: ((rows.double() - mean) @ scale).float()
 
 
 def judge_labels(args, tables: dict, spec: str, encoder: Encoder, device) -> Found:
