@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.cli import check_numbers, parse_input_size
-from util.errors import ENCODER_MODELS, REID_FORMATS, InputError
+from util.errors import ENCODER_MODELS, OPEN_SCORES, REID_FORMATS, InputError
 
 
 class Flag:
@@ -128,6 +128,10 @@ REID = TaskFlags(
         Flag("rerank_k1", 20, "neighbours that may be reciprocal", "[1, inf)"),
         Flag("rerank_k2", 6, "neighbours averaged over", "[1, inf)"),
         Flag("rerank_lambda", 0.3, "share of the first distance", "[0, 1]"),
+        Flag("whiten", False, "also score whitened features, fitted on the train images (without any: the gallery)"),
+        Flag("open_set", False, "also score queries whose vehicle is not there, and write open_set.safetensors"),
+        Flag("far", 0.01, "--open_set: largest share of unknown queries that may be accepted", "(0, 1)"),
+        Flag("open_score", "cosine", "--open_set: what is compared with the threshold", choices=OPEN_SCORES),
     ),
 )
 ATTR = TaskFlags(

@@ -15,8 +15,11 @@ from datasets.reid import UNKNOWN, ReidData, ReidImages, ReidTrainImages, read_r
 from datasets.samplers import PKBatches
 from datasets.transforms import PadCropErase, erase_boxes
 from engine_finetune import predict
+from finetune.open_set import OPEN_SET, model_identity, open_lines, write_open_set
 from finetune.task import Task
+from metrics.open_set import Answers, open_answers, open_numbers
 from metrics.reid import FeatureSet, Protocol, evaluate_queries, protocols_of
+from metrics.whitening import Whitening
 from models_transreid import TransReID, TransReIDConfig, hard_triplet_loss, over_branches
 from models_vit import VisionTransformer
 from reports.reid import ReidFeatures, ReidTest, write_reid_report
@@ -34,6 +37,16 @@ class Reid(Task):
     kind = "CGD-MAE TransReID"
     shown = ("id", "triplet", "accuracy")
     alone = {"num_classes": 1, "reid": asdict(TransReIDConfig())}
+    fitted: Whitening | None = None
+
+    def __init__(self, args, device: torch.device):
+        super().__init__(args, device)
+        self.open_answers: dict[str, Answers] = {}  # of each test that was scored with --open_set
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the model is one of main_finetune.py, or an encoder as it is."""
+        return not (self.args.eval and self.args.finetune)
 
     def read(self, config: dict | None) -> ReidData:
         args = self.args
@@ -93,13 +106,48 @@ class Reid(Task):
         args, data = self.args, self.data
         rerank = (args.rerank_k1, args.rerank_k2, args.rerank_lambda) if args.rerank else None
         protocols = protocols_of(data.name, data.tests, args.keep_same_camera, args.protocol_seed)
-        return evaluate_reid(self.model, data, protocols, rerank=rerank, **self.loading)
+        white = self.whitening() if args.whiten else None
+        return evaluate_reid(self.model, data, protocols, rerank=rerank, white=white, **self.loading)
+
+    def whitening(self) -> Whitening | None:
+        """Fitted on the train images, which need no labels for it; on rank 0."""
+        source = self.data.train if len(self.data.train) else next(iter(self.data.tests.values()))[-1]
+        if source is None or len(source) < 2:
+            raise InputError(f"--whiten: {self.args.data_path} has no train and no gallery images to fit on: drop it")
+        found = extract_reid(self.model, source, "whitening", **self.loading)
+        self.fitted = found and Whitening.of(found.values)
+        return self.fitted
 
     def score(self, found: dict[str, ReidTest]) -> tuple[dict, list[str], list[str]]:
         flat, lines, unreadable = summary(found)
         write_queries(Path(self.args.output_dir) / QUERIES, found)
+        if self.args.open_set:
+            told, words = self.score_open(found)
+            flat, lines = flat | told, lines + words
         side = side_line(self.model.config)
         return flat | {"sie": side}, [side, *lines] if side != "SIE off" else lines, unreadable
+
+    def score_open(self, found: dict[str, ReidTest]) -> tuple[dict[str, float | str], list[str]]:
+        """Numbers of `open_numbers` as `open_NAME`, and lines; the threshold of the first test goes into a file."""
+        args, flat, lines = self.args, {"open_score": self.args.open_score}, []
+        for name, test in found.items():
+            if test.gallery is None or name.endswith("reranked") or bool(args.whiten) != name.endswith("whitened"):
+                continue
+            sides = [FeatureSet.of(side.values, side.images) for side in (test.query, test.gallery)]
+            answers = open_answers(test.protocol, *sides, args.open_score, self.device)
+            numbers = open_numbers(answers, args.far)
+            if not lines:
+                facts = {"far": args.far, "score": args.open_score, "unknown": numbers["unknown"]}
+                facts |= {"gallery": len(sides[1].pids), "protocol": test.protocol.line()}
+                facts |= model_identity(self.model if self.is_trained else self.model.base)
+                write_open_set(Path(args.output_dir) / OPEN_SET, numbers["threshold"], facts, self.fitted)
+            self.open_answers[name] = answers
+            prefix = "".join(f"{word}_" for word in name.split() if word not in ("test", "whitened"))
+            flat |= {f"{prefix}open_{key}": value for key, value in numbers.items() if np.isfinite(value)}
+            lines += open_lines(test.protocol, numbers, args)
+        if not lines:
+            raise InputError("--open_set needs a gallery that is given; VehicleID's is drawn: drop it")
+        return flat, [*lines, f"  {Path(args.output_dir) / OPEN_SET} keeps the threshold for tools.search"]
 
     def report(self, found: dict[str, ReidTest], numbers: dict, folder: Path, facts: dict) -> list[Path]:
         """One page a test, as it was before re-ranking."""
@@ -107,8 +155,10 @@ class Reid(Task):
         files = []
         for name, test in found.items():
             if not test.protocol.rerank:
-                files.append(folder / ("report.html" if name == "test" else f"report_{name}.html"))
-                write_reid_report(files[-1], facts, test, self.data.pid_names, self.device)
+                ending = "" if name == "test" else f"_{name.removeprefix('test ')}"
+                files.append(folder / f"report{ending.replace(' ', '_')}.html")
+                answers = self.open_answers.get(name)
+                write_reid_report(files[-1], facts, test, self.data.pid_names, self.device, answers)
         return files
 
 
@@ -179,12 +229,20 @@ def extract_reid(model: TransReID, images: ReidImages, title: str, **loading) ->
 
 
 def evaluate_reid(
-    model: TransReID, data: ReidData, protocols: dict[str, Protocol], *, rerank=None, columns=None, **loading
+    model: TransReID,
+    data: ReidData,
+    protocols: dict[str, Protocol],
+    *,
+    rerank=None,
+    white=None,
+    columns=None,
+    **loading,
 ) -> dict[str, ReidTest]:
     """Every test of a set by its protocol, by name, on rank 0; empty elsewhere.
 
     Args:
         rerank: (k1, k2, lambda): the re-ranked numbers come beside the others, as test "NAME reranked".
+        white: a `Whitening`: the numbers of whitened features come beside, as test "NAME whitened".
         columns: {part: slice} of the feature that are scored each for itself, as test "PART NAME" (None: all of it).
         loading: batch_size, num_workers.
     """
@@ -197,10 +255,12 @@ def evaluate_reid(
             if gone:  # then it is another test, and says so
                 protocol = replace(protocol, name=f"{protocol.name}/{gone}-unreadable-left-out")
             rules = {"": protocol} | ({" reranked": replace(protocol, rerank=rerank)} if rerank else {})
+            rules |= {" whitened": replace(protocol, name=f"{protocol.name}/whitened")} if white else {}
             for part, cut in (columns or {"": slice(None)}).items():
-                sides = [side and side._replace(values=side.values[:, cut]) for side in found]
-                rows = [FeatureSet.of(side.values, side.images) for side in sides if side]
                 for ending, rule in rules.items():
+                    move = white if ending == " whitened" else lambda values: values
+                    sides = [side and side._replace(values=move(side.values[:, cut])) for side in found]
+                    rows = [FeatureSet.of(side.values, side.images) for side in sides if side]
                     metrics, by_query = evaluate_queries(rule, *rows, device=model.base.pos_embed.device)
                     results[f"{part} {test}{ending}".strip()] = ReidTest(rule, metrics, *sides, by_query)
         wait_for_main()

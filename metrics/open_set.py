@@ -18,7 +18,6 @@ import torch
 from metrics.intervals import Measure
 from metrics.reid import Device, FeatureSet, Protocol, cosine_blocks, match_pairs
 
-SCORES = ("cosine", "margin", "overlap")
 FARS = (0.001, 0.01, 0.1)
 NEIGHBOURS, SPLITS = 20, 100
 
@@ -39,9 +38,9 @@ def open_answers(
 ) -> Answers:
     """Ask every query with its vehicle and without it, by the rules of a protocol for junk (not its re-ranking).
 
-    kind: of `SCORES`. cosine: of the best image. margin: less that of the best image of another vehicle. overlap: the
-    share of their `NEIGHBOURS` nearest gallery images that the query and its best image have in common (what
-    k-reciprocal encoding compares), ties by cosine.
+    kind: cosine, of the best image; margin: less that of the best image of another vehicle; overlap: the share of
+    their `NEIGHBOURS` nearest gallery images that the query and its best image have in common (what k-reciprocal
+    encoding compares), ties by cosine.
     """
     cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else (None, None)
     matches = match_pairs(query.pids, gallery.pids, *cameras, query.files, gallery.files)

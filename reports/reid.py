@@ -7,8 +7,9 @@ import numpy as np
 import torch
 
 from datasets.reid import ReidImages
+from metrics.open_set import SPLITS, Answers, measured_far
 from metrics.reid import FeatureSet, Protocol, ShownQueries, draw_gallery, scores
-from reports.page import BREAK, MARKS, Html, Page, Pictures, cards, join, mark, percent, tag
+from reports.page import BREAK, MARKS, Html, Page, Pictures, cards, join, mark, new_axes, percent, tag
 
 CMC_RANKS, SHOWN, TOPK = 50, 12, 10  # queries a section, counted gallery images a list
 SECTIONS = {"worst": "Those of the lowest average precision (AP).", "random": "Drawn from all scored queries."}
@@ -39,9 +40,16 @@ class ReidTest(NamedTuple):
     by_query: dict[str, np.ndarray]
 
 
-def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, pid_names: list[str], device="cpu") -> None:
+def write_reid_report(
+    file: Path,
+    facts: dict[str, object],
+    test: ReidTest,
+    pid_names: list[str],
+    device="cpu",
+    answers: Answers | None = None,
+) -> None:
     """Write the page; it takes the time of two more `evaluate`. pid_names: of all pids; device: computes the cosines;
-    of drawn galleries the first is shown."""
+    of drawn galleries the first is shown. answers: of the same queries, to a gallery with and without their vehicle."""
     protocol, sides = test.protocol, [side[:2] for side in (test.query, test.gallery) if side]
     if len(sides) == 1:
         (images, values), (kept, asked) = sides[0], draw_gallery(sides[0][0].pids, protocol.seed, 0)
@@ -69,6 +77,8 @@ def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, pid_
         page.first_k("CMC", list(scores(ranking.ranks, tuple(range(1, last + 1))).values())[1 : last + 1])
         low = f"AP: median {percent(np.median(ap))} %; {(ap < 0.1).sum():,} of {len(ap):,} queries are below 10 %."
         page.add(tag("p", low))
+    if answers:
+        add_unknown(page, answers)
     shown = {name: [articles.one(row) for row in rows.tolist()] for name, rows in ranking.chosen.items()}
     lost = len(articles.pictures.lost)
     page.add(tag("p", *LEGEND, tag("b", f" {lost} of the pictures cannot be opened.", kind="wrong") if lost else ""))
@@ -76,6 +86,31 @@ def write_reid_report(file: Path, facts: dict[str, object], test: ReidTest, pid_
         page.section(f"{name.capitalize()} queries", words)
         page.add(*shown[name])
     page.write(file)
+
+
+def add_unknown(page: Page, answers: Answers) -> None:
+    """How well queries whose vehicle is not there are told from the others, and what a promise is worth."""
+    page.section(
+        "Unknown vehicles",
+        f"{len(answers.known):,} queries with their vehicle in the gallery, and {len(answers.unknown):,} without it: ",
+        "each is asked once more of a gallery that lacks its vehicle. What scores above a threshold is accepted.",
+    )
+    axes = new_axes("score of the best image", "share of the queries, %")
+    low, high = min(answers.known.min(), answers.unknown.min()), max(answers.known.max(), answers.unknown.max())
+    for name, values in (("vehicle is there", answers.known), ("vehicle is not there", answers.unknown)):
+        counts, edges = np.histogram(values, 24, (low, high))
+        axes.stairs(100 * counts / len(values), edges, label=name)
+    page.figure("Scores", axes, "The further apart, the better.")
+    fars = np.array([0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3])
+    measured = 100 * measured_far(answers, fars)
+    axes = new_axes("promised FAR, %", "measured FAR, %")
+    axes.plot([0, 30], [0, 30], linestyle=":", color="grey", label="as promised")
+    axes.plot(100 * fars, measured.mean(axis=1), marker="o", label="measured, mean")
+    axes.fill_between(100 * fars, *np.quantile(measured, (0.1, 0.9), axis=1), alpha=0.25, label="8 of 10 splits")
+    words = (
+        f"On vehicles not used to choose the threshold, {SPLITS} random halves; 0 where a half is too small to promise."
+    )
+    page.figure("Promised and measured false accepts", axes, words)
 
 
 class Articles:

@@ -13,6 +13,7 @@ ENCODER_MODELS = {name.removeprefix("mae_"): size for name, size in MAE_MODELS.i
 CONTEXTS = ("attention", "cls", "mean", "decoder")
 TEACHER_NORMS = ("none", "center", "whiten")
 FORMATS = ("mae", "timm", "hf", "transreid", "transfg", "setr", "safetensors", "onnx")  # that `convert` writes
+OPEN_SCORES = ("cosine", "margin", "overlap")  # of metrics/open_set.py
 REID_FORMATS = ("auto", "veri776", "vehicleid", "veriwild", "table")  # auto: by the files that are there
 
 
