@@ -125,7 +125,7 @@ def judge_search(args, data, read_outs: ReadOuts, loading: dict) -> tuple[dict, 
     print("\n".join(dict.fromkeys(result.protocol.line() for result in results.values())), flush=True)
     flat, _, unreadable = summary(results)
     facts, scores = {"unreadable": len(unreadable)} | {f"reid_{name}": value for name, value in flat.items()}, {}
-    for key, (rule, metrics, *sides) in results.items():
+    for key, (rule, metrics, *sides, _) in results.items():
         draw, sets = np.random.default_rng(args.seed).standard_normal, [side.images for side in sides if side]
         noise = [FeatureSet.of(torch.from_numpy(draw((len(images), 16), np.float32)), images) for images in sets]
         read_out, test = key.split(" ", 1)
