@@ -248,16 +248,18 @@ def judge_parts(args, data, spec: str, encoder: Encoder, device) -> Found:
 def tell(rows: dict, measures: dict) -> tuple[str, dict, dict]:
     """Markdown, a table for each kind of measure and a line for each read-out; all numbers by name; the means alone.
 
-    A row is tested against the same read-out of the first row, or where that has none against its best.
+    A row is tested against the same read-out of the first row, or where that has none against its best, whitened
+    against whitened.
     """
     first, best, facts = next(iter(rows)), {}, {}
-    for (name, what, _), found in measures.items():
-        if name == first and (what not in best or found.value() > best[what].value()):
-            best[what] = found
+    for (name, what, read_out), found in measures.items():
+        way = what, read_out.endswith("whitened")
+        if name == first and (way not in best or found.value() > best[way].value()):
+            best[way] = found
     cells: dict[str, dict[tuple[str, str], dict[str, str]]] = {}  # {kind: {(row, read-out): {measure: text}}}
     for (name, what, read_out), found in measures.items():
         (low, high), value, kind = found.interval(), found.value(), what.split()[0]
-        other = measures.get((first, what, read_out), best.get(what))
+        other = measures.get((first, what, read_out), best.get((what, read_out.endswith("whitened"))))
         p = paired_p(found, other) if name != first and other is not None else None
         sign = "" if p is None or p >= SURE else " +" if value > other.value() else " -"
         text = f"{100 * value:.1f} [{100 * low:.0f}, {100 * high:.0f}]{sign}"
