@@ -55,6 +55,7 @@ def get_args_parser() -> argparse.ArgumentParser:
         f"least 30, more for {SMALL_UPDATES:,} updates)")
     add("--start_epoch", default=0, type=int, help="first epoch of a fresh run (default 0)")
     add("--warmup_epochs", default=None, type=float, help="of lr and distillation (default: --epochs / 10, at most 40)")
+    add("--opt", default="adamw", choices=("adamw", "muon"), help="muon: for the blocks' matrices (default adamw)")
     add("--lr", default=None, type=float, help="learning rate (default: from --blr)")
     add("--blr", default=None, type=float, help=f"lr = blr * effective batch / 256 {by_recipe('blr')}")
     add("--min_lr", default=0.0, type=float, help="learning rate at the end (default 0)")
@@ -117,13 +118,13 @@ from util.errors import InputError
 from util.fetch import fetch
 from util.files import read_json, write_json
 from util.loop import StopGuard, end_epoch, epoch_record
-from util.optim import build_adamw
+from util.optim import MuonAdamW, build_adamw
 from util.precision import default_workers, machine_facts, pick_precision
 from util.run_files import RunFiles, previous_settings, refuse_used_folder
 
 FIXED_ON_RESUME = (  # what makes a continuation another run; --allow_change NAME lets one through
     "model input_size norm_pix_loss mask_ratio context distill_hidden no_distill teacher text_bank_sha images_sha "
-    "effective_batch epochs warmup_epochs lr min_lr weight_decay clip_grad sim_weight kl_weight tau crop_min "
+    "effective_batch opt epochs warmup_epochs lr min_lr weight_decay clip_grad sim_weight kl_weight tau crop_min "
     "crop_views teacher_view teacher_norm seed"
 ).split()
 
@@ -308,7 +309,7 @@ def build_run(args, device: torch.device) -> PretrainRun:
     dataset = PretrainDataset(paths, args.img_size, bare.num_patches, **how)
     batches = EpochBatches(len(paths), args.batch_size, get_rank(), get_world_size(), args.seed)
     loader = build_loader(dataset, batches, args.num_workers, args.pin_mem and device.type == "cuda", init_worker)
-    optimizer = build_adamw(bare, args.lr, args.weight_decay)
+    optimizer = (MuonAdamW if args.opt == "muon" else build_adamw)(bare, args.lr, args.weight_decay)
     scaler = torch.amp.GradScaler(device.type) if amp_dtype == torch.float16 else None
     more = {"epoch": args.start_epoch, "teacher": teacher, "text_bank": text_bank}
     run = PretrainRun(bare, bare, optimizer, scaler, loader, device, amp_dtype, files, **more)

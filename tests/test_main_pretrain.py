@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -22,7 +23,7 @@ from models_mae import MODELS, MaskedAutoencoderViT
 from util.checkpoint import read_checkpoint
 from util.errors import InputError
 from util.loop import Meter
-from util.optim import adamw_groups, cosine_lr
+from util.optim import MuonAdamW, adamw_groups, build_adamw, cosine_lr
 
 
 def run_main(flags: list[str]) -> dict:
@@ -463,3 +464,34 @@ def test_missing_rank_is_reported_not_waited_for(pictures, tmp_path):
 def test_cuda_run(pictures, teacher, tmp_path, amp):
     run_main(small_flags(pictures, tmp_path / "run", *teacher, "--device", "cuda", "--amp", amp))
     assert all(math.isfinite(v) for row in read_log(tmp_path / "run") for v in row.values())
+
+
+def test_muon_turns_matrices_and_leaves_the_rest_to_adamw(pictures, tmp_path):
+    torch.manual_seed(0)
+    models = [MODELS["mae_vit_tiny_patch16"](img_size=(32, 32)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    before = {name: value.clone() for name, value in models[0].named_parameters()}
+    for build, model in zip((MuonAdamW, build_adamw), models):
+        optimizer = build(model, 0.01, 0.0)
+        torch.manual_seed(1)
+        model(torch.randn(4, 3, 32, 32))["pixel"].backward()
+        optimizer.found_inf = torch.ones(())
+        optimizer.step()  # skipped
+        assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
+        optimizer.found_inf = torch.zeros(())
+        optimizer.step()
+    for (name, ours), adamw in zip(models[0].named_parameters(), models[1].parameters()):
+        if not ("blocks." in name and ours.ndim == 2):
+            assert torch.equal(ours, adamw), name
+            continue
+        turned = torch.linalg.svdvals((ours - before[name]).detach()) / (0.01 * 0.2 * max(ours.shape) ** 0.5)
+        assert 0.6 < turned.max() < 1.3 and turned[3] > 0.5, name  # Newton-Schulz makes them nearly equal
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    run_main(small_flags(pictures, whole, "--no_distill", "--opt", "muon", "--blr", "0.05", "--save_freq", "1"))
+    again.mkdir()
+    shutil.copy(whole / "checkpoint-0.pth", again / "checkpoint-last.pth")
+    more = ("--no_distill", "--blr", "0.05", "--resume", "auto")
+    with pytest.raises(InputError, match="opt muon -> adamw"):
+        run_main(small_flags(pictures, again, *more))
+    run_main(small_flags(pictures, again, *more, "--opt", "muon"))
+    assert_equal(*(read_checkpoint(out / "checkpoint-last.pth")["model"] for out in (whole, again)))

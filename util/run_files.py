@@ -107,7 +107,7 @@ class RunFiles:
         groups, saved = run.optimizer.param_groups, content["optimizer"]["param_groups"]
         settings = [{k: v for k, v in group.items() if k not in ("params", "lr")} for group in groups]
         sizes, theirs = ([len(group["params"]) for group in some] for some in (groups, saved))
-        if sizes != theirs or old.get("opt") != new.get("opt"):
+        if sizes != theirs or old.get("opt", "adamw") != new.get("opt", "adamw"):
             cure = f"set its flags back (see args.json), or start anew with {self.init_flag} {file}"
             raise InputError(f"the optimiser in {file} is another one or groups its tensors otherwise: {cure}")
         load_weights(run.bare, content["model"], file, needed="all")
