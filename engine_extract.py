@@ -69,7 +69,7 @@ def extract_to_file(
         parts = Parts(folder, job, "unfinished extraction", len(images), PART_IMAGES, ".npy")
         progress = Progress("images", parts.items_to_do(), shown=is_main_process())
         for start in parts.todo:
-            chosen = WholeImages(images.paths, images.indices[start : parts.stop(start)], images.size, images.boxes)
+            chosen = WholeImages(images.paths, images.indices[start : parts.stop(start)], images.size)
             features, problems = extract_features(
                 lambda imgs, _: {"": encode(imgs)}, chosen, device, progress, **loading
             )

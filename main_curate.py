@@ -77,7 +77,7 @@ import torch
 
 from curation.copies import Aligner, CopyFinder
 from curation.filters import Removals, load_removal, poor_images, read_prompts, vehicle_probability
-from curation.index import build_index, load_index, open_sources, write_manifest
+from curation.index import JoinedImages, build_index, load_index, open_sources, write_manifest
 from curation.kmeans import CHUNK, Embedded, Rows, Tree, build_tree, load_tree, plan_levels
 from curation.sample import draw_sample, judge
 from curation.stages import Stages
@@ -172,7 +172,7 @@ class Curation:
         rows = np.union1d(pool, np.flatnonzero(self.index.excluded & self.index.readable))
         dtype = pick_precision("auto" if self.device.type == "cuda" else "none", self.device)[0] or torch.float32
         teacher = FrozenTeacher(self.clip[0].to(self.device), self.clip[2], dtype).to(self.device)
-        items = WholeImages(self.images, rows, teacher.size, self.index.box)
+        items = WholeImages(JoinedImages(self.images.sources, self.index.box), rows, teacher.size)
         how = {"dtype": np.float16, "batch_size": self.args.batch_size}
         how["num_workers"] = 2 if self.args.num_workers is None else self.args.num_workers
         result = extract_to_file(teacher, items, self.device, self.folder / "embeddings", {"job": job}, **how)

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 from PIL import Image
 
-from datasets.images import open_rgb, read_bytes
+from datasets.images import boxed, open_rgb, read_bytes
 from datasets.path_list import PackedImages, PathList, check_first_exist, list_images, printable
 from datasets.tables import cell, iterate_table
 from util.cli import Progress
@@ -52,10 +52,11 @@ class Source:
 
 
 class JoinedImages:
-    """The images of all sources under running numbers; item i is what `open_rgb` opens."""
+    """The images of all sources under running numbers; item i is what `open_rgb` opens. boxes: [N, 4] int32 to cut out
+    of them, or None."""
 
-    def __init__(self, sources: list[Source]):
-        self.sources = sources
+    def __init__(self, sources: list[Source], boxes: np.ndarray | None = None):
+        self.sources, self.boxes = sources, boxes
         self.ends = np.cumsum([len(source.paths) for source in sources])
 
     def __len__(self) -> int:
@@ -68,7 +69,7 @@ class JoinedImages:
 
     def __getitem__(self, number: int):
         source, index = self.locate(number)
-        return source.paths[index]
+        return boxed(source.paths[index], None if self.boxes is None else self.boxes[number].tolist())
 
     def text(self, number: int, column: str) -> str:
         """Return a manifest's value, or ''."""
@@ -122,7 +123,7 @@ def _open(name: str, role: str, path: Path, column_names: dict[str, str]) -> Sou
         if split.startswith(TEST_SPLITS) if role == "pool" else split == "train":
             left_out += 1
             continue
-        if isinstance(box := row.get(column_names["box"]), list):
+        if isinstance(box := row.get(column_names["box"]), list | tuple):
             row[column_names["box"]] = " ".join(map(str, box))
         rows.append([row["path"], *(cell(row, column) for column in column_names.values())])
     if not rows:
@@ -289,7 +290,7 @@ def write_manifest(folder: Path, cut_folder: str, images: JoinedImages, selectio
             file, encoded = folder / "images" / cut_folder / source.name / f"{wanted:09d}.jpg", io.BytesIO()
             if not file.is_file():
                 if box:
-                    cut = open_rgb(source.paths[index]).crop(tuple(map(int, box.split())))
+                    cut = open_rgb(boxed(source.paths[index], [*map(int, box.split())]))
                     cut.save(encoded, "JPEG", quality=95, subsampling=0)
                 else:
                     encoded.write(source.paths.read(index))

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from datasets.images import boxed
 from datasets.items import Labelled
 from datasets.path_list import PathList, check_first_exist, printable
-from datasets.tables import cell, iterate_table, known, published_note, split_name
+from datasets.tables import SEEN, cell, iterate_table, known, published_note, split_name
 from util.errors import InputError
 
 UNKNOWN = -1
@@ -36,7 +37,7 @@ class Attribute(NamedTuple):
 VERI_COLOURS = ("yellow", "orange", "green", "grey", "red", "blue", "white", "gold", "brown", "black")
 VERI_TYPES = ("sedan", "SUV", "van", "hatchback", "MPV", "pickup truck", "bus", "truck", "station wagon")
 VERI = tuple(Attribute("colour", name) for name in VERI_COLOURS) + tuple(Attribute("type", name) for name in VERI_TYPES)
-Rows = list[tuple[str, ...]]  # of images: path, cells of some columns
+Rows = list[tuple]  # of images: path (or `Cut`), cells of some columns
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def read_attribute_set(
 
     Args:
         format: veri776, table, or auto: a folder is VeRi-776. test_split: value of the column split that is tested on.
-        binary: columns of 0 and 1 of a table; None: all but path, split and the `categorical` ones.
+        binary: columns of 0 and 1 of a table; None: all but path, split, those of `SEEN`, the `categorical` ones.
         categorical: columns of words of a table; each value becomes an attribute, in sorted order.
         known: the attributes of a trained model; then only these, in their order.
         need_train: False: the part to train on may be missing.
@@ -159,11 +160,12 @@ def _read_table(
     for number, row in enumerate(iterate_table(file, ("split", *columns)), 1):
         if number == 1:
             if not columns:
-                columns = binary = [name for name in row if name and name not in NOT_ATTRIBUTES]
+                columns = binary = [name for name in row if name and name not in (*NOT_ATTRIBUTES, *SEEN)]
             for name in columns:
                 if columns.count(name) > 1 or name in NOT_ATTRIBUTES:
                     raise InputError(f"column '{name}' of {file} is no attribute here, or twice: name it once")
-        rows.setdefault(cell(row, "split"), []).append((row["path"], *(cell(row, name) for name in columns)))
+        picture = boxed(row["path"], row.get("box"))
+        rows.setdefault(cell(row, "split"), []).append((picture, *(cell(row, name) for name in columns)))
     for name in ("train", test_split) if need_train else (test_split,):
         if name not in rows:
             has = ", ".join(f"'{split}'" for split in rows) + "; choose one with --attr_split" * (name != "train")
@@ -172,7 +174,7 @@ def _read_table(
     if unused := ", ".join(f"{len(part):,} of split '{split}'" for split, part in rows.items()):
         notes.append(f"rows that are not used: {unused}")
     if both := {path for path, *_ in train} & {path for path, *_ in test}:
-        notes.append(f"{len(both):,} images are in train and in {test_split}, e.g. {printable(min(both))}")
+        notes.append(f"{len(both):,} images are in train and in {test_split}, e.g. {printable(min(map(str, both)))}")
     attributes = known or [Attribute(name) for name in binary or ()]
     for column in () if known else categorical:  # a word that training never shows counts as missed
         words = sorted({row[1 + columns.index(column)] for row in (*train, *test)} - {""})
@@ -202,7 +204,7 @@ def _images(file: Path, rows: Rows, columns: list[str], attributes: Sequence[Att
                 hint = "not 0, 1 or nothing: --attr_columns names columns of 0 and 1, --attr_categories of words"
                 if "" not in words:
                     hint = f"and the model knows {', '.join([*words][:8])}: correct it, or drop the row"
-                raise InputError(f"{file}: {printable(path)} has {column} '{text[:40]}', {hint}")
+                raise InputError(f"{file}: {printable(str(path))} has {column} '{text[:40]}', {hint}")
     return AttributeImages(PathList(file.parent, (path for path, *_ in rows)), labels)
 
 

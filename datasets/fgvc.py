@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from datasets.images import read_bytes
+from datasets.images import boxed, read_bytes
 from datasets.items import Labelled
-from datasets.path_list import PathList, list_folder
+from datasets.path_list import PathList, check_boxes, list_folder
 from datasets.tables import PUBLISHED, cell, iterate_table, published_note, split_folder
 from util.errors import InputError
 
@@ -160,8 +160,9 @@ def list_labelled(
     else:
         needed, advice = ("split", label_column), "; --label_column chooses the labels"
         listed, root = iterate_table(data_path, needed, advice), data_path.parent
-        rows = [(row["path"], cell(row, "split"), cell(row, label_column)) for row in listed]
-    paths, split, named = zip(*rows)
+        rows = [(boxed(r["path"], r.get("box")), cell(r, "split"), cell(r, label_column)) for r in listed]
+    files, split, named = zip(*rows)
+    check_boxes(paths := PathList(root, files), data_path)
     classes, split = sorted(set(named) - {""}), np.array(split)
     if len(classes) < 2:
         raise InputError(f"{data_path}: all rows have the same '{label_column}', nothing to tell apart")
@@ -174,7 +175,7 @@ def list_labelled(
             has = ", ".join(sorted(set(split)))
             raise InputError(f"{data_path} has no row with split '{name}' and a '{label_column}': it has {has}")
     unlabelled = int((np.isin(split, list(splits)) & (labels < 0)).sum())
-    return LabelledImages(PathList(root, paths), labels, classes, splits, unlabelled)
+    return LabelledImages(paths, labels, classes, splits, unlabelled)
 
 
 def _folder_rows(folder: Path, held_out: tuple[str, ...], need_train: bool) -> Iterator[tuple[str, str, str]]:

@@ -11,7 +11,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, features
@@ -31,6 +31,24 @@ LASTING = {errno.ENOENT, errno.ENOTDIR, errno.EACCES, errno.EPERM, errno.ELOOP, 
 
 class Unreadable(ValueError):
     """A file is missing, damaged or no picture; the text says why, the same for the same file."""
+
+
+class Cut(NamedTuple):
+    """What of a picture lies in a box: left, upper, right, lower in px of the upright picture, as EXIF turns it."""
+
+    file: str | Path | BinaryIO
+    box: tuple[int, int, int, int]
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.file)
+
+    def __str__(self) -> str:
+        return f"{self.file}#{','.join(map(str, self.box))}"
+
+
+def boxed(file: str | Path | BinaryIO, box) -> "str | Path | BinaryIO | Cut":
+    """`file`, or what of it lies in the box; None or zeros: there is none."""
+    return Cut(file, tuple(map(int, box))) if box is not None and any(box) else file
 
 
 class Outage:
@@ -102,20 +120,36 @@ def open_image(file: str | Path | BinaryIO, decode: bool = True) -> Image.Image:
         return image
 
 
-def open_rgb(file: str | Path | BinaryIO) -> Image.Image:
-    """Decode to 8-bit RGB: EXIF rotation applied, alpha over white, 16-bit scaled to 8; raises `Unreadable`."""
+def open_rgb(file: str | Path | BinaryIO | Cut) -> Image.Image:
+    """Decode to 8-bit RGB: EXIF rotation applied, alpha over white, 16-bit scaled to 8, of a `Cut` what lies in its
+    box; raises `Unreadable`."""
     return decode_rgb(open_upright(file))
 
 
-def open_upright(file: str | Path | BinaryIO) -> Image.Image:
+def open_upright(file: str | Path | BinaryIO | Cut) -> Image.Image:
     """A picture of which only the header is read, so that `size` is known before pixels are decoded; one that EXIF
-    turns is decoded at once. Raises `Unreadable`."""
-    image = open_image(file, decode=False)
+    turns, and a `Cut`, is decoded at once. Raises `Unreadable`."""
+    image = open_image(file.file if isinstance(file, Cut) else file, decode=False)
     with decoding():
         if is_turned(image):
             image.load()
             image = ImageOps.exif_transpose(image)
-    return image
+    if not isinstance(file, Cut):
+        return image
+    (left, upper, right, lower), (width, height) = file.box, image.size
+    if left >= width or upper >= height or right <= 0 or lower <= 0:
+        raise Unreadable(f"the box {' '.join(map(str, file.box))} lies outside of its {width} x {height} px")
+    return to_rgb(image).crop((max(left, 0), max(upper, 0), min(right, width), min(lower, height)))
+
+
+def upright_size(file: str | Path) -> tuple[int, int] | None:
+    """(width, height) of a picture as it is shown, by its header alone; None where that cannot be read."""
+    with contextlib.suppress(Unreadable), decoding():
+        if os.path.isfile(file):
+            with Image.open(file, formats=FORMATS) as image:
+                turn = image.getexif().get(EXIF_ORIENTATION, 1) if "exif" in image.info else 1
+                return image.size[::-1] if turn >= 5 else image.size
+    return None
 
 
 def decode_rgb(image: Image.Image, factor: int = 1) -> Image.Image:

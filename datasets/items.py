@@ -157,11 +157,11 @@ class LabelledItems(TrainItems):
 
 
 class WholeImages(Dataset):
-    """Item i -> ([3, H, W] uint8 of the whole picture, index, problem: '' or why it is black). paths: a PathList, or
-    anything like it. boxes: [len(paths), 4] int32 (left, upper, right, lower) in px to cut out; empty: the whole."""
+    """Item i -> ([3, H, W] uint8 of the whole picture or box, index, problem: '' or why it is black). paths:
+    a PathList, or anything else whose items `open_rgb` opens."""
 
-    def __init__(self, paths, indices: np.ndarray, size: tuple[int, int], boxes: np.ndarray | None = None):
-        self.paths, self.indices, self.size, self.boxes = paths, indices, size, boxes
+    def __init__(self, paths, indices: np.ndarray, size: tuple[int, int]):
+        self.paths, self.indices, self.size = paths, indices, size
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -172,8 +172,6 @@ class WholeImages(Dataset):
             image = open_rgb(self.paths[index])
         except Unreadable as error:
             return torch.zeros(3, *self.size, dtype=torch.uint8), index, str(error)
-        if self.boxes is not None and self.boxes[index, 2] > 0:
-            image = image.crop(tuple(self.boxes[index].tolist()))
         return transforms.whole_image(image, self.size), index, ""
 
 

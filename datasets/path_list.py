@@ -6,13 +6,15 @@ import hashlib
 import io
 import os
 import zlib
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 
-from datasets.images import IMAGE_ENDINGS, Unreadable
+from datasets.images import IMAGE_ENDINGS, Cut, Unreadable, boxed, upright_size
 from datasets.tables import iterate_table, split_folder, split_name
 from util.dist import print_main
 from util.errors import InputError
@@ -31,18 +33,26 @@ def printable(name: str) -> str:
 
 
 class PathList:
-    """Paths in one contiguous buffer: a million paths are two arrays, shared by forked workers."""
+    """Paths in one contiguous buffer: a million paths are two arrays, shared by forked workers; boxes: [n, 4] int32,
+    left, upper, right, lower in px of the upright picture, zeros: the whole; None: there are none."""
 
-    def __init__(self, root: Path, paths: Iterable[str]):
+    boxes: np.ndarray | None = None
+
+    def __init__(self, root: Path, paths: Iterable[str | Cut]):
         """Paths are relative to `root` or absolute."""
-        encoded = [os.fsencode(path) for path in paths]
+        encoded, boxes = [], array("i")
+        for path in paths:
+            encoded.append(os.fsencode(path))
+            boxes.extend(path.box if isinstance(path, Cut) else (0, 0, 0, 0))
+        if (boxes := np.array(boxes, dtype=np.int32).reshape(-1, 4)).any():
+            self.boxes = boxes
         self.root = Path(root)
         self.ends = np.cumsum([len(path) for path in encoded], dtype=np.int64)
         self.bytes = np.frombuffer(b"".join(encoded), dtype=np.uint8)
 
     def take(self, rows: np.ndarray) -> "PathList":
         """Some of the paths, in the order of `rows`."""
-        return PathList(self.root, (self.relative(row) for row in rows.tolist()))
+        return PathList(self.root, map(self.entry, rows.tolist()))
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -51,12 +61,17 @@ class PathList:
         start = self.ends[index - 1] if index else 0
         return os.fsdecode(self.bytes[start : self.ends[index]].tobytes())
 
-    def __getitem__(self, index: int) -> Path:
-        return self.root / self.relative(index)
+    def entry(self, index: int) -> str | Cut:
+        """The relative path, with its box where it has one."""
+        return boxed(self.relative(index), None if self.boxes is None else self.boxes[index].tolist())
+
+    def __getitem__(self, index: int) -> Path | Cut:
+        return boxed(self.root / self.relative(index), None if self.boxes is None else self.boxes[index].tolist())
 
     def sha256(self) -> str:
-        """Identity of the list: the relative paths and their order, not the root."""
-        return hashlib.sha256(self.ends.tobytes() + self.bytes.tobytes()).hexdigest()
+        """Identity of the list: the relative paths, their order and boxes, not the root."""
+        boxes = b"" if self.boxes is None else self.boxes.tobytes()
+        return hashlib.sha256(self.ends.tobytes() + self.bytes.tobytes() + boxes).hexdigest()
 
 
 class PackedImages(PathList):
@@ -107,8 +122,8 @@ def shard_file(folder: Path, shard: int) -> Path:
 
 def list_images(data_path: str | Path, split: str | None = None) -> PathList:
     """All images of a folder (recursively; its `train/` if there is one), a packed or curated set, or a manifest: a
-    .csv/.tsv (column `path`), .jsonl (key `path`) or .txt (one a line), paths absolute or relative to the file. split:
-    keep the rows whose column `split` has this value (manifests with columns only)."""
+    .csv/.tsv (column `path`, and boxes), .jsonl (the same as keys) or .txt (one a line), paths absolute or relative to
+    the file. split: keep the rows whose column `split` has this value (manifests with columns only)."""
     data_path = Path(data_path)
     if (data_path / "curation.json").is_file() and (data_path / "manifest.csv").is_file():  # of main_curate.py
         data_path = data_path / "manifest.csv"
@@ -125,7 +140,7 @@ def list_images(data_path: str | Path, split: str | None = None) -> PathList:
         for row in iterate_table(data_path):
             found.add(row.get("split"))
             if split is None or row.get("split") == split_name(split):
-                yield row["path"]
+                yield boxed(row["path"], row.get("box"))
 
     paths = PathList(data_path.parent, chosen())
     if not len(paths):
@@ -141,6 +156,26 @@ def check_first_exist(paths: PathList, manifest: Path) -> None:
     if not any(os.path.exists(paths[index]) for index in first):
         what = f"none of the first {len(first)} images of {manifest} exists, for example {paths[0]}"
         raise InputError(f"{what}: paths in a manifest are relative to the manifest's own folder")
+    check_boxes(paths, manifest)
+
+
+def check_boxes(paths: PathList, manifest: Path) -> None:
+    """InputError where a box has no pixel of its picture, by the headers of all that have boxes; says how many boxes
+    leave theirs. Pictures that cannot be read are left to who reads them."""
+    if paths.boxes is None:
+        return
+    files = [paths.relative(index) for index in range(len(paths))]
+    names = list(dict.fromkeys(files))
+    with ThreadPoolExecutor(16) as pool:  # most of the time is waiting for the disk
+        found = dict(zip(names, pool.map(upright_size, (paths.root / name for name in names))))
+    sizes = np.array([found[name] or (1 << 31, 1 << 31) for name in files])
+    if len(outside := np.flatnonzero((paths.boxes[:, :2] >= sizes).any(axis=1))):
+        width, height = sizes[outside[0]]
+        what = f"{len(outside)} boxes lie outside of their pictures, first that of {printable(str(paths[outside[0]]))}"
+        cure = "correct them (px of the upright picture), or remove these rows"
+        raise InputError(f"{manifest}: {what}, which has {width} x {height} px: {cure}")
+    if leaving := int(((paths.boxes[:, :2] < 0) | (paths.boxes[:, 2:] > sizes)).any(axis=1).sum()):
+        print_main(f"{manifest}: {leaving:,} of {len(files):,} boxes leave their pictures and are cut at the edges")
 
 
 def list_folder(root: Path) -> PathList:

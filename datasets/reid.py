@@ -1,5 +1,5 @@
 """Re-identification sets, who was seen by which camera: VeRi-776, VehicleID V1.0, VERI-Wild (old and new lists), and a
-table with the columns path, pid, split (train, query, gallery) and, where known, camid and viewid."""
+table with the columns path, pid, split (train, query, gallery) and, where known, camid, viewid and track."""
 
 import os
 import re
@@ -10,9 +10,10 @@ from pathlib import Path
 
 import numpy as np
 
+from datasets.images import boxed
 from datasets.items import Labelled, LabelledItems
 from datasets.path_list import PathList, check_first_exist
-from datasets.tables import PUBLISHED, cell, iterate_table, known, published_note
+from datasets.tables import PUBLISHED, cell, iterate_table, known, moment, published_note
 from util.errors import InputError
 from util.files import file_sha256
 
@@ -26,12 +27,14 @@ SIGNS = {  # files and folders by which a layout is recognised
 
 @dataclass(frozen=True)
 class ReidImages(Labelled):
-    """pids, camids, viewids: [n] int64. pids are numbers of the set's `pid_names`; -1: unknown. files: of a test, [n]
-    int64, equal for images of one file, by place or by content: a query never meets its own."""
+    """pids, camids, viewids: [n] int64. pids are numbers of the set's `pid_names`; -1: unknown. Of a test, [n] int64:
+    files, equal for images of one file, by place or by content (a query never meets its own); tracks, equal for
+    images of one tracklet, or None."""
 
     pids: np.ndarray
     camids: np.ndarray
     viewids: np.ndarray
+    tracks: np.ndarray | None = None
     files: np.ndarray | None = None
 
 
@@ -57,6 +60,7 @@ class ReidData:
     notes: list[str] = field(default_factory=list)
     camera_names: list[str] | None = None  # where camids are numbers of these, and not the published ones
     view_names: list[str] | None = None
+    track_names: list[str] | None = None
 
     def sha256(self) -> str:
         """Identity of what is trained on: paths, order and labels."""
@@ -87,12 +91,14 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
     notes = [*data.notes, ", ".join(f"{name} {count:,}" for name, count in counts.items())]
     notes += [published_note(counts, data.name)] if data.name in PUBLISHED else []
     data = replace(data, tests={name: _number_files(*pair) for name, pair in data.tests.items()})
+    if data.track_names:
+        data = replace(data, tests={name: _fill_tracks(*pair, data.track_names) for name, pair in data.tests.items()})
     for name, (query, gallery) in data.tests.items():
         notes += [f"test {name}: {note}" for note in _check_test(name, data, query, gallery)]
     return replace(data, notes=notes)
 
 
-Row = tuple[str, str, int, int]  # path, identity, camera, view
+Row = tuple  # path or `Cut`, identity, camera, view, and in tests track
 JUNK = ("-1 are left out", "0000 are left out", "0000 in the gallery are distractors")  # images of vehicle ...
 
 
@@ -220,41 +226,72 @@ def read_veriwild(root: Path, need_train: bool) -> ReidData:
 
 
 def read_table(file: Path, need_train: bool = True) -> ReidData:
-    """Columns path, pid, split (train, query, gallery), and camid and viewid where they are known."""
-    parts: dict[str, list[tuple[str, ...]]] = {"train": [], "query": [], "gallery": []}
-    needed = ("path", "pid", "split")
+    """Columns path, pid, split (train, query, gallery), and where they are known camid, viewid, track, time, frame."""
+    parts: dict[str, list[tuple]] = {"train": [], "query": [], "gallery": []}
+    needed, owner = ("path", "pid", "split"), {}
     for count, row in enumerate(iterate_table(file, needed, ": a table for --task reid has path, pid, split"), 1):
-        path, pid, split, *sides = (cell(row, column) for column in (*needed, "camid", "viewid"))
+        path, pid, split, *sides = (cell(row, column) for column in (*needed, "camid", "viewid", "track"))
         if split.lower() not in parts:
             raise InputError(f"{file}, row {count}: split '{split}' is none of {', '.join(parts)}")
-        parts[split.lower()].append((path, pid, *sides))
+        for column in ("time", "frame"):
+            if (text := cell(row, column)) and moment(text) is None:
+                what = f"{file}, row {count}: {column} '{text[:40]}' is neither a number nor an ISO time"
+                raise InputError(f"{what} (2026-03-01T12:30:00): correct it, or leave it empty")
+        if pid and (track := sides[-1]) and owner.setdefault(track, (pid, sides[0])) != (pid, sides[0]):
+            seen = " and ".join(" by camera ".join(filter(None, who)) for who in (owner[track], (pid, sides[0])))
+            what = f"{file}, row {count}: track '{track}' shows vehicle {seen}"
+            raise InputError(f"{what}: a track is one vehicle seen by one camera, give each a name of its own")
+        parts[split.lower()].append((boxed(path, row.get("box")), pid, *sides))
     if empty := [split for split in ("query", "gallery") if not parts[split]]:
         raise InputError(f"{file} has no row with split '{empty[0]}': a test needs query and gallery")
     rows = [row for part in parts.values() for row in part]
     # numbered in sorted order: the order of the rows must not matter to a model that has learned the numbers
-    names = [sorted({row[place] for row in rows} - {""}, key=_by_number) for place in (2, 3)]
+    tested = [*parts["query"], *parts["gallery"]]
+    columns = [(2, rows), (3, rows), (4, tested)]  # nothing is learned of tracks
+    names = [sorted({row[place] for row in of} - {""}, key=_by_number) for place, of in columns]
     if names[0] and (blank := sum(not row[2] for row in rows if row[1])):
         raise InputError(f"{file}: {blank} of {len(rows)} rows have no camid; fill it in, or drop the column")
-    cameras, views = ({"": UNKNOWN} | {name: i for i, name in enumerate(listed)} for listed in names)
-    train, *test = ([(path, pid, cameras[c], views[v]) for path, pid, c, v in part] for part in parts.values())
+    numbers = [{"": UNKNOWN} | {name: i for i, name in enumerate(listed)} for listed in names]
+
+    def numbered(split: str) -> list[Row]:
+        used = numbers[: 2 + (split != "train" and bool(names[2]))]
+        return [(path, pid, *(number[text] for number, text in zip(used, sides))) for path, pid, *sides in parts[split]]
+
+    train, *test = map(numbered, parts)
     notes = [] if names[0] else ["no cameras: the same-camera filter and the camera embedding are off"]
     data = _build("table", file.parent, train, {"test": tuple(test)}, notes)
-    return replace(data, camera_names=names[0] or None, view_names=names[1] or None)
+    return replace(data, camera_names=names[0] or None, view_names=names[1] or None, track_names=names[2] or None)
 
 
 READERS = {"veri776": read_veri, "vehicleid": read_vehicleid, "veriwild": read_veriwild, "table": read_table}
 
 
 def _number_files(query: ReidImages, gallery: ReidImages | None) -> tuple[ReidImages, ReidImages | None]:
-    """A test with the numbers of its files: links lead to one file, and so do copies under one identity."""
+    """A test with the numbers of its files: links lead to one file, and so do copies under one identity; what lies in
+    two boxes of one file is two."""
     parts = [part for part in (query, gallery) if part is not None]
     every = [(os.path.realpath(part.paths[row]), pid) for part in parts for row, pid in enumerate(part.pids.tolist())]
     sizes = {pair: os.path.getsize(pair[0]) if os.path.isfile(pair[0]) else 0 for pair in every}
     times = Counter((pid, size) for (_, pid), size in sizes.items())
     copied = {path for (path, pid), size in sizes.items() if size and times[pid, size] > 1 and os.access(path, os.R_OK)}
     contents = {path: file_sha256(path) for path in copied}
-    files = np.unique([contents.get(path, path) for path, _ in every], return_inverse=True)[1]
+    boxes = [part.paths.boxes if part.paths.boxes is not None else np.zeros((len(part), 4), int) for part in parts]
+    names = (f"{contents.get(path, path)}#{box}" for (path, _), box in zip(every, np.concatenate(boxes).tolist()))
+    files = np.unique([*names], return_inverse=True)[1]
     return (*(replace(p, files=rows) for p, rows in zip(parts, np.split(files, [len(query)]))), None)[:2]
+
+
+def _fill_tracks(query: ReidImages, gallery: ReidImages, names: list[str]) -> tuple[ReidImages, ReidImages]:
+    """A test in which each image has a track: that of its file, or one of its own."""
+    files, tracks = (np.concatenate([getattr(part, ids) for part in (query, gallery)]) for ids in ("files", "tracks"))
+    of_file = np.full(files.max() + 1, UNKNOWN)
+    of_file[files[tracks >= 0]] = tracks[tracks >= 0]
+    filled = np.where(of_file[files] >= 0, of_file[files], len(names) + files)
+    if len(bad := np.flatnonzero((tracks >= 0) & (tracks != filled))):
+        row, both = bad[0], f"'{names[tracks[bad[0]]]}' and '{names[filled[bad[0]]]}'"
+        paths = query.paths[row] if row < len(query) else gallery.paths[row - len(query)]
+        raise InputError(f"{paths} lies in the tracks {both}: a picture, or box, belongs to one; correct 'track'")
+    return tuple(replace(p, tracks=rows) for p, rows in zip((query, gallery), np.split(filled, [len(query)])))
 
 
 def _check_test(name: str, data: ReidData, query: ReidImages, gallery: ReidImages | None) -> Iterator[str]:

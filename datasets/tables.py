@@ -1,7 +1,10 @@
 """Tables (.csv .tsv .jsonl .txt), one reader for all; names of splits, unknown values, the counts of published sets."""
 
+import contextlib
 import csv
+import datetime
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator
@@ -11,6 +14,8 @@ from util.errors import InputError
 
 TABLE_ENDINGS = (".csv", ".tsv", ".jsonl", ".txt")
 COLUMNS = ("path", "pid", "split", "camid", "viewid", "label")
+SIDES = ("x", "y", "w", "h")  # left, upper, width, height of a box
+SEEN = ("box", "track", "time", "frame")  # what a table may say of where and when a vehicle was seen
 PUBLISHED = {  # images, identities and classes as published; another count is said, not refused
     "veri776": {"train": 37_778, "train identities": 575, "query": 1678, "gallery": 11_579, "test": 11_579},
     "vehicleid": {"train": 113346, "train identities": 13164, "test_800": 6493, "test_1600": 13377, "test_2400": 19777},
@@ -25,7 +30,8 @@ PUBLISHED = {  # images, identities and classes as published; another count is s
 def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = "", key: str = "path") -> Iterator:
     """The rows of a table as dicts, one at a time: a million rows are never in memory together. All have a `key` ("":
     none). Names of columns and of splits are taken as they are meant, see `_names` and `split_name`. needed: columns
-    that must be there too. advice: what to say where one is not."""
+    that must be there too. advice: what to say where one is not. Of pictures, `box` is (left, upper, right, lower) in
+    px or not there, from a column of this name or from x, y, w, h, unless `needed` has them."""
     file, count, seen, names = Path(file), 0, None, []
     if not file.exists():
         raise InputError(f"{file} does not exist: give a folder, or a table that is there")
@@ -41,6 +47,8 @@ def iterate_table(file: str | Path, needed: tuple[str, ...] = (), advice: str = 
                         raise InputError(f"{file} has no column '{missing[0]}': it has {', '.join(names)}{advice}")
                 row = dict(zip(names, row.values()))
                 _check_texts(file, line, row, key)
+                if key == "path" and not {"box", *SIDES} & set(needed):
+                    _read_box(file, line, row)
                 if isinstance(row.get("split"), str):
                     row["split"] = split_name(row["split"])
                 yield row
@@ -88,7 +96,7 @@ def _json_row(file: Path, number: int, text: str) -> dict:
 
 def _names(file: Path, header: Iterable[str], needed: tuple[str, ...]) -> list[str]:
     """The columns without spaces and quotes around their names; those that are asked for whatever their capitals."""
-    meant = {name.lower(): name for name in (*COLUMNS, *needed)}
+    meant = {name.lower(): name for name in (*COLUMNS, *SEEN, *SIDES, *needed)}
     names = [name.strip(" \t\r\n\ufeff\"'") for name in header]
     names = [name if name in needed else meant.get(name.lower(), name) for name in names]
     if twice := [name for name in names if name and names.count(name) > 1]:
@@ -109,6 +117,32 @@ def _check_texts(file: Path, line: int, row: dict, key: str) -> None:
         is_damaged = True
     if is_damaged:
         raise InputError(f"{file}, line {line} is damaged: it holds characters that are none, or a quote is lost")
+
+
+def _read_box(file: Path, line: int, row: dict) -> None:
+    """Turn the cells of a box into whole px, in place; without any text it is the whole picture."""
+    cells = [row.pop(side) for side in SIDES] if all(side in row for side in SIDES) else []
+    if cells and "box" in row:
+        raise InputError(f"{file} has a column 'box' and x, y, w, h too: drop the one or the others")
+    given = cells or row.pop("box", None)
+    if not (any(map(known, cells)) if cells else isinstance(given, list) or known(given)):
+        return
+    parts, why = given if isinstance(given, list) else re.sub(r"[\[\](),;]", " ", str(given)).split(), ""
+    try:
+        left, upper, right, lower = (float(str(part)) for part in parts)
+        right, lower = (left + right, upper + lower) if cells else (right, lower)
+        box = [min(max(round(edge), -(1 << 31)), (1 << 31) - 1) for edge in (left, upper, right, lower)]
+        if box[0] >= box[2] or box[1] >= box[3]:
+            why = "is empty, or its corners are swapped"
+        elif min(box[2:]) <= 0:
+            why = "lies outside of any picture"
+    except (ValueError, OverflowError):
+        why = "is not four finite numbers"
+    if why:
+        shown, cure = ", ".join(map(str, parts))[:60], "x y w h" if cells else "left upper right lower"
+        what = f"{file}, line {line}: the box {shown} of {str(row.get('path'))[-60:]} {why}"
+        raise InputError(f"{what}: give {cure} in px of the picture, or nothing for the whole")
+    row["box"] = tuple(box)
 
 
 def split_name(text: str) -> str:
@@ -133,6 +167,18 @@ def known(value) -> str:
     writes 1 as 1.0 where other cells of the column are empty."""
     text = re.sub(r"^(-?\d+)\.0+$", r"\1", "" if value is None else str(value).strip(), flags=re.ASCII)
     return "" if text.lower() in ("-1", "nan", "null", "<na>") else text
+
+
+def moment(text: str) -> float | None:
+    """A number, or an ISO time in seconds since 1970 (UTC where it names no zone; a time of day: of that day), to sort
+    and compare by; None: neither."""
+    with contextlib.suppress(ValueError):
+        return float(text) if math.isfinite(float(text)) else None
+    for day in ("", "1970-01-01T"):
+        with contextlib.suppress(ValueError):
+            when = datetime.datetime.fromisoformat(day + text)
+            return (when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()
+    return None
 
 
 def published_note(counts: dict[str, int], name: str) -> str:

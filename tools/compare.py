@@ -47,6 +47,7 @@ import torch
 import torch.nn.functional as F
 
 from datasets.fgvc import list_labelled
+from datasets.images import boxed
 from datasets.items import WholeImages
 from datasets.path_list import printable
 from datasets.reid import read_reid
@@ -146,13 +147,14 @@ def features_of(args, encoder: Encoder, paths, indices: np.ndarray, title: str, 
     return {name: torch.from_numpy(values[kept]).to(device) for name, values in found.items()}, kept
 
 
-def read_groups(args) -> dict[str, str]:
-    """{path: value of --group} of the re-id table."""
+def read_groups(args) -> dict:
+    """{path, with its box: value of --group} of the re-id table."""
     if not args.group:
         return {}
     if not Path(args.reid).is_file():
         raise InputError(f"--group {args.group}: {args.reid} is no table: drop it")
-    return {row["path"]: str(row[args.group]) for row in iterate_table(args.reid, (args.group,))}
+    rows = iterate_table(args.reid, (args.group,))
+    return {boxed(row["path"], row.get("box")): str(row[args.group]) for row in rows}
 
 
 def judge_search(args, data, groups: dict[str, str], spec: str, encoder: Encoder, device) -> Found:
@@ -180,7 +182,7 @@ def judge_search(args, data, groups: dict[str, str], spec: str, encoder: Encoder
                 scored = np.flatnonzero(~np.isnan(values["mAP"]))
                 values = {what: of[scored] for what, of in values.items()}
                 values[DIR] = accepted_right(open_answers(rules[test], *rows, "cosine"), 0.01)
-                kinds = [groups.get(images[0].paths.relative(i), "") for i in scored]
+                kinds = [groups.get(images[0].paths.entry(i), "") for i in scored]
                 for group, what in itertools.product(["", *sorted(set(kinds) - {""})], values):
                     chosen = np.array([group in ("", kind) for kind in kinds])
                     found[f"{what}{title}{' ' if group else ''}{group}", name + way] = values[what][chosen]

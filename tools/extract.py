@@ -1,4 +1,4 @@
-"""Images -> embeddings: OUTPUT.npy (float32, rows in input order) and OUTPUT.csv (path, problem).
+"""Images -> embeddings: OUTPUT.npy (float32, rows in input order) and OUTPUT.csv (path, problem, box if there are any).
 
     python -m tools.extract --checkpoint output_dir/encoder.pth --data_path PHOTOS --output features
 
@@ -64,8 +64,10 @@ def extract(args, device) -> dict:
     if result is None:
         return {}
     shape, problems = result
-    rows = ([printable(paths.relative(index)), problems.get(index, "")] for index in range(len(paths)))
-    write_csv(output.with_name(output.name + ".csv"), [["path", "problem"], *rows])
+    rows = [["path", "problem"], *([printable(paths.relative(i)), problems.get(i, "")] for i in range(len(paths)))]
+    for row, box in zip(rows, [["box"], *paths.boxes.tolist()] if paths.boxes is not None else []):
+        row.append(" ".join(map(str, box)) if any(box) else "")
+    write_csv(output.with_name(output.name + ".csv"), rows)
     return {"images": len(paths), "unreadable": len(problems), "shape": list(shape), "read_out": args.read_out}
 
 

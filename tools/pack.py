@@ -4,8 +4,9 @@
     python main_pretrain.py --data_path packed ...
     python -m tools.pack --data_path "https://host/shard-{000..099}.tar" --output packed   # WebDataset
 
-JPEGs that are small enough are stored byte for byte. A run that was stopped goes on at the first shard that
-is missing. Unreadable images are left out, counted and listed in bad_images.txt.
+JPEGs that are small enough are stored byte for byte; of a picture with a box what lies in it is stored.
+A run that was stopped goes on at the first shard that is missing. Unreadable images are left out, counted and
+listed in bad_images.txt.
 """
 
 import argparse
@@ -87,7 +88,7 @@ def read_source(args) -> tuple[list[Callable[[], Iterator[tuple[str, Path | byte
         paths, step = list_images(args.data_path, args.split), args.shard_images
 
         def files_from(first: int) -> Iterator[tuple[str, Path]]:
-            return ((paths.relative(i), paths[i]) for i in range(first, min(first + step, len(paths))))
+            return ((str(paths.entry(i)), paths[i]) for i in range(first, min(first + step, len(paths))))
 
         return [partial(files_from, first) for first in range(0, len(paths), step)], f"{paths.sha256()} / {step}"
     from webdataset.shardlists import expand_urls  # here and not above: most sets are folders
@@ -157,17 +158,20 @@ def encode_chunk(chunk, short_side: int, quality: int) -> list[tuple[str, bytes,
     return [(name, *encode_image(source, short_side, quality)) for name, source in chunk]
 
 
-def encode_image(source: Path | bytes, short_side: int, quality: int) -> tuple[bytes, str]:
+def encode_image(source: Path | images.Cut | bytes, short_side: int, quality: int) -> tuple[bytes, str]:
     """-> (upright RGB or grey JPEG with at most `short_side` px on its shorter side, how), or (b"", the problem)."""
     try:
-        data, encoded = images.read_bytes(source) if isinstance(source, Path) else source, io.BytesIO()
-        image = images.open_image(io.BytesIO(data), decode=False)
-        with images.decoding():
-            is_plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not images.is_turned(image)
-            if is_plain and min(image.size) <= short_side:
-                image.load()  # a truncated file must not get into the set
-                return data, "copied"
-        image = images.open_upright(io.BytesIO(data))
+        encoded = io.BytesIO()
+        if not isinstance(source, images.Cut):
+            data = images.read_bytes(source) if isinstance(source, Path) else source
+            image = images.open_image(io.BytesIO(data), decode=False)
+            with images.decoding():
+                is_plain = image.format == "JPEG" and image.mode in ("RGB", "L") and not images.is_turned(image)
+                if is_plain and min(image.size) <= short_side:
+                    image.load()  # a truncated file must not get into the set
+                    return data, "copied"
+            source = io.BytesIO(data)
+        image = images.open_upright(source)
         image = images.decode_rgb(image, jpeg_reduction((0, 0, *image.size), (short_side, short_side), oversampling=2))
         scale = min(short_side / min(image.size), 1)
         image = image.resize([max(round(side * scale), 1) for side in image.size], Image.Resampling.BICUBIC)

@@ -3,7 +3,7 @@
     python -m tools.reid_table --data_path labels.csv --label_column class_name --output reid.csv
     python main_finetune.py --task reid --data_path reid.csv ...
 
-No vehicle is trained on and searched for. Columns camid and viewid are kept where the table has them.
+No vehicle is trained on and searched for. Columns camid, viewid, box, track, time, frame are kept if there.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from collections import Counter, defaultdict
 
 import numpy as np
 
-from datasets.tables import cell, iterate_table, split_name
+from datasets.tables import SEEN, cell, iterate_table, split_name
 from util.errors import InputError
 from util.files import write_csv
 
@@ -64,8 +64,10 @@ def main(args) -> dict:
         else:
             too_few += 1
         for row, split in zip(chosen, splits):
+            row |= {"box": " ".join(map(str, row["box"]))} if "box" in row else {}
             rows.append(row | {"path": str((file.parent / row["path"]).absolute()), "pid": name, "split": split})
-    columns = ["path", "pid", "split"] + [name for name in ("camid", "viewid") if any(name in row for row in rows)]
+    kept = [name for name in ("camid", "viewid", *SEEN) if any(name in row for row in rows)]
+    columns = ["path", "pid", "split", *kept]
     write_csv(args.output, [columns, *([row.get(name, "") for name in columns] for row in rows)])
     counts = {**dict.fromkeys(("train", "query", "gallery"), 0), **Counter(row["split"] for row in rows)}
     counts |= {"train_identities": len(names) - count, "test_identities": count - too_few}

@@ -35,7 +35,7 @@ import numpy as np
 import open_clip
 import torch
 
-from datasets.images import Unreadable, open_rgb
+from datasets.images import Unreadable, boxed, open_rgb
 from datasets.tables import iterate_table
 from datasets.transforms import CROP_STREAM, crop_resize, random_crop_box, sample_rng
 from util.checkpoint import write_safetensors
@@ -64,7 +64,7 @@ def main(args) -> dict:
     for row in iterate_table(file, ("caption",)):
         if row.get("split", "train") == "train":
             try:
-                pictures.append(open_rgb(file.parent / row["path"]))
+                pictures.append(open_rgb(boxed(file.parent / row["path"], row.get("box"))))
                 captions.append(row["caption"])
             except Unreadable as error:
                 print(f"unreadable, left out: {row['path']}: {error}")
