@@ -124,6 +124,8 @@ REID = TaskFlags(
         Flag("tests", None, "tests of the set, for example 800 1600 2400 (default: all)", nargs="+", metavar="NAME"),
         Flag("keep_same_camera", False, "score the variant that keeps same-camera matches; under another name"),
         Flag("protocol_seed", 0, "seed of VehicleID's ten draws", "[0, inf)"),
+        Flag("track_pool", "mean", "feature of a track: mean of unit vectors, the same weighted by sharpness, or the "
+            "image nearest to all others", choices=("mean", "quality", "medoid")),
         Flag("rerank", False, "also score after k-reciprocal re-ranking"),
         Flag("rerank_k1", 20, "neighbours that may be reciprocal", "[1, inf)"),
         Flag("rerank_k2", 6, "neighbours averaged over", "[1, inf)"),

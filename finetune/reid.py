@@ -19,6 +19,7 @@ from finetune.open_set import OPEN_SET, model_identity, open_lines, write_open_s
 from finetune.task import Task
 from metrics.open_set import Answers, open_answers, open_numbers
 from metrics.reid import FeatureSet, Protocol, evaluate_queries, protocols_of
+from metrics.tracks import pool_tracks, sharpness
 from metrics.whitening import Whitening
 from models_transreid import TransReID, TransReIDConfig, hard_triplet_loss, over_branches
 from models_vit import VisionTransformer
@@ -107,7 +108,8 @@ class Reid(Task):
         rerank = (args.rerank_k1, args.rerank_k2, args.rerank_lambda) if args.rerank else None
         protocols = protocols_of(data.name, data.tests, args.keep_same_camera, args.protocol_seed)
         white = self.whitening() if args.whiten else None
-        return evaluate_reid(self.model, data, protocols, rerank=rerank, white=white, **self.loading)
+        more = {"rerank": rerank, "white": white, "track_pool": args.track_pool}
+        return evaluate_reid(self.model, data, protocols, **more, **self.loading)
 
     def whitening(self) -> Whitening | None:
         """Fitted on the train images, which need no labels for it; on rank 0."""
@@ -158,7 +160,8 @@ class Reid(Task):
                 ending = "" if name == "test" else f"_{name.removeprefix('test ')}"
                 files.append(folder / f"report{ending.replace(' ', '_')}.html")
                 answers = self.open_answers.get(name)
-                write_reid_report(files[-1], facts, test, self.data.pid_names, self.device, answers)
+                names = self.data.pid_names
+                write_reid_report(files[-1], facts, test, names, self.device, answers, self.data.track_names)
         return files
 
 
@@ -221,11 +224,23 @@ def extract_reid(model: TransReID, images: ReidImages, title: str, **loading) ->
     device, (camids, viewids) = model.base.pos_embed.device, side_of(images)
 
     def encode(imgs: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-        return model.encode(imgs, *model.side_ids(camids[rows], viewids[rows], device))
+        features = model.encode(imgs, *model.side_ids(camids[rows], viewids[rows], device)).float()
+        return features if images.tracks is None else torch.cat([features, sharpness(imgs)[:, None]], dim=1)
 
     whole = WholeImages(images.paths, np.arange(len(images)), model.base.img_size)
     found = predict(encode, whole, device, title, **loading)
-    return found and ReidFeatures(images.take(found.rows), found.values, found.unreadable)
+    if found is None:
+        return None
+    kept, values = images.take(found.rows), found.values
+    values, quality = (values, None) if images.tracks is None else (values[:, :-1], values[:, -1])
+    return ReidFeatures(kept, values, found.unreadable, quality)
+
+
+def pooled(side: ReidFeatures, how: str) -> ReidFeatures:
+    """A feature a track, as if it were one image, its first."""
+    values, rows = pool_tracks(side.values, side.images.tracks, how, side.quality)
+    images = side.images.take(rows)
+    return ReidFeatures(replace(images, files=images.tracks), values, [])
 
 
 def evaluate_reid(
@@ -236,6 +251,7 @@ def evaluate_reid(
     rerank=None,
     white=None,
     columns=None,
+    track_pool="mean",
     **loading,
 ) -> dict[str, ReidTest]:
     """Every test of a set by its protocol, by name, on rank 0; empty elsewhere.
@@ -244,6 +260,7 @@ def evaluate_reid(
         rerank: (k1, k2, lambda): the re-ranked numbers come beside the others, as test "NAME reranked".
         white: a `Whitening`: the numbers of whitened features come beside, as test "NAME whitened".
         columns: {part: slice} of the feature that are scored each for itself, as test "PART NAME" (None: all of it).
+        track_pool: of `pool_tracks`: where a test has tracks, they are searched for tracks, as test "NAME tracks".
         loading: batch_size, num_workers.
     """
     results = {}
@@ -256,10 +273,15 @@ def evaluate_reid(
                 protocol = replace(protocol, name=f"{protocol.name}/{gone}-unreadable-left-out")
             rules = {"": protocol} | ({" reranked": replace(protocol, rerank=rerank)} if rerank else {})
             rules |= {" whitened": replace(protocol, name=f"{protocol.name}/whitened")} if white else {}
+            if pair[0].tracks is not None:
+                words = f"/track-to-track-{track_pool}"
+                rules |= {f" tracks{ending}": replace(rule, name=rule.name + words) for ending, rule in rules.items()}
             for part, cut in (columns or {"": slice(None)}).items():
                 for ending, rule in rules.items():
-                    move = white if ending == " whitened" else lambda values: values
+                    move = white if ending.endswith(" whitened") else lambda values: values
                     sides = [side and side._replace(values=move(side.values[:, cut])) for side in found]
+                    if ending.startswith(" tracks"):
+                        sides = [pooled(side, track_pool) for side in sides]
                     rows = [FeatureSet.of(side.values, side.images) for side in sides if side]
                     metrics, by_query = evaluate_queries(rule, *rows, device=model.base.pos_embed.device)
                     results[f"{part} {test}{ending}".strip()] = ReidTest(rule, metrics, *sides, by_query)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 def pool_tracks(
     features: torch.Tensor, tracks: np.ndarray, how: str, quality: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, np.ndarray]:
-    """([T, D] float32 in the order of the numbers of the tracks, [T] the row of the image that is most like its track).
+    """([T, D] float32 in the order of the numbers of the tracks, [T] the first row of each).
 
     Args:
         features: [n, D], of any length. tracks: [n] int64, equal for one track.
@@ -16,17 +16,14 @@ def pool_tracks(
         quality: [n] weights, not negative; of images that all have none the mean is taken.
     """
     x = F.normalize(features.double(), dim=1)
-    names, group = np.unique(tracks, return_inverse=True)
+    _, first, group = np.unique(tracks, return_index=True, return_inverse=True)
     owner = torch.from_numpy(group)
-    weights = torch.ones(len(x), dtype=torch.float64)
-    if how == "quality":
-        weights = quality.double().clamp_min(1e-12)
-    pooled = torch.zeros(len(names), x.shape[1], dtype=torch.float64).index_add_(0, owner, x * weights[:, None])
-    # the sum of the cosines with all of a track is the product with their sum
-    likeness = (x * F.normalize(pooled, dim=1)[owner]).sum(dim=1).numpy()
-    order = np.lexsort((-likeness, group))
-    rows = order[np.searchsorted(group[order], np.arange(len(names)))]
-    return (x[rows] if how == "medoid" else F.normalize(pooled, dim=1)).float(), rows
+    weighted = x * quality.double().clamp_min(1e-12)[:, None] if how == "quality" else x
+    pooled = torch.zeros(len(first), x.shape[1], dtype=torch.float64).index_add_(0, owner, weighted)
+    if how == "medoid":  # the sum of an image's cosines with its track is its product with their sum
+        nearest = np.lexsort((-(x * pooled[owner]).sum(dim=1).numpy().round(9), group))  # of equal ones the first
+        pooled = x[nearest[np.searchsorted(group[nearest], np.arange(len(first)))]]
+    return F.normalize(pooled, dim=1).float(), first
 
 
 def sharpness(imgs: torch.Tensor) -> torch.Tensor:

@@ -22,11 +22,13 @@ LEGEND = (
 
 
 class ReidFeatures(NamedTuple):
-    """Images that could be read, [n, D] float32 of them on the CPU, and of the others `path<tab>reason`."""
+    """Images that could be read, [n, D] float32 of them on the CPU, and of the others `path<tab>reason`. quality: [n]
+    weights of the images in their tracks, where there are any."""
 
     images: ReidImages
     values: torch.Tensor
     unreadable: list[str]
+    quality: torch.Tensor | None = None
 
 
 class ReidTest(NamedTuple):
@@ -47,16 +49,18 @@ def write_reid_report(
     pid_names: list[str],
     device="cpu",
     answers: Answers | None = None,
+    track_names: list[str] | None = None,
 ) -> None:
-    """Write the page; it takes the time of two more `evaluate`. pid_names: of all pids; device: computes the cosines;
-    of drawn galleries the first is shown. answers: of the same queries, to a gallery with and without their vehicle."""
+    """Write the page; it takes the time of two more `evaluate`. pid_names, track_names: of all pids and tracks; device:
+    computes the cosines; of drawn galleries the first is shown. answers: of the same queries, to a gallery with and
+    without their vehicle."""
     protocol, sides = test.protocol, [side[:2] for side in (test.query, test.gallery) if side]
     if len(sides) == 1:
         (images, values), (kept, asked) = sides[0], draw_gallery(sides[0][0].pids, protocol.seed, 0)
         sides = [(images.take(rows), values[rows]) for rows in (asked, kept)]
     query, gallery = (FeatureSet.of(values, images) for images, values in sides)
     ranking = ShownQueries(protocol, query, gallery, SHOWN, 0, device)
-    articles = Articles(ranking, *(images for images, _ in sides), pid_names)
+    articles = Articles(ranking, *(images for images, _ in sides), pid_names, track_names or [])
     tiles = {}
     for name, value in test.metrics.items():
         spread = f" ± {100 * test.metrics[f'{name}_std']:.2f}" if f"{name}_std" in test.metrics else ""
@@ -71,6 +75,7 @@ def write_reid_report(
         f"{len(query.pids):,} queries against {len(gallery.pids):,} gallery images, "
         f"{len(ranking.ap) - len(ap):,} of the queries without a match, which are not scored",
         f". This is one draw; the numbers above are means of {protocol.draws}." if protocol.draws else ".",
+        " What is ranked are whole tracks; each shows its first image." if "/track-to-track" in protocol.name else "",
     )
     if len(ap):
         last = min(CMC_RANKS, len(gallery.pids))
@@ -116,8 +121,9 @@ def add_unknown(page: Page, answers: Answers) -> None:
 class Articles:
     """Queries beside what was found."""
 
-    def __init__(self, ranking: ShownQueries, query: ReidImages, gallery: ReidImages, pid_names: list[str]):
-        self.ranking, self.query, self.gallery, self.pid_names = ranking, query, gallery, pid_names
+    def __init__(self, ranking: ShownQueries, query: ReidImages, gallery: ReidImages, *names: list[str]):
+        self.ranking, self.query, self.gallery = ranking, query, gallery
+        self.pid_names, self.track_names = names
         self.pictures = Pictures()
 
     def one(self, row: int) -> Html:
@@ -135,8 +141,10 @@ class Articles:
         return self.card(self.gallery, row, alt, below, kind=kind + " later" * (rank > TOPK))
 
     def who(self, images: ReidImages, row: int) -> list[str]:
-        pid, camid = int(images.pids[row]), int(images.camids[row])
-        return [f"pid {self.pid_names[pid] if pid >= 0 else 'unknown'}", *([f"camid {camid}"] if camid >= 0 else [])]
+        pid, camid, names = int(images.pids[row]), int(images.camids[row]), self.track_names
+        who = [f"pid {self.pid_names[pid] if pid >= 0 else 'unknown'}", *([f"camid {camid}"] if camid >= 0 else [])]
+        is_tracked = images.tracks is not None and images.tracks[row] < len(names)
+        return [*who, f"track {names[images.tracks[row]]}"] if is_tracked else who
 
     def card(self, images: ReidImages, row: int, alt: str, *words: object, kind: str = "") -> Html:
         return self.pictures.card(images.paths[row], images.paths.relative(row), *words, kind=kind, alt=alt)

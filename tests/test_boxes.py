@@ -156,7 +156,7 @@ def test_one_frame_with_two_vehicles_is_two_files(frames):
 
 
 def test_a_table_for_reid_keeps_the_columns(frames):
-    rows = [f'a.png,{i},0,40,30,{i % 4},t{i % 4},{i},2026-03-01T12:00:0{i}' for i in range(8)]
+    rows = [f"a.png,{i},0,40,30,{i % 4},t{i % 4},{i},2026-03-01T12:00:0{i}" for i in range(8)]
     file = write(frames / "l.csv", "path,x,y,w,h,pid,track,frame,time", *rows)
     words = f"--data_path {file} --output {frames}/reid.csv".split()
     reid_table.main(reid_table.get_args_parser().parse_args(words))
@@ -187,7 +187,7 @@ def test_boxes_beyond_the_picture(frames, capsys):
     whole = open_rgb(frames / "a.png")
     assert open_rgb(paths[0]).tobytes() == whole.crop((0, 0, 30, 30)).tobytes()
     assert open_rgb(paths[1]).tobytes() == whole.crop((60, 30, 90, 60)).tobytes()
-    with pytest.raises(InputError, match=r"1 boxes lie outside .* b\.jpg#90,0,99,9, which has 90 x 60 px: correct"):
+    with pytest.raises(InputError, match=r"1 boxes lie outside .*b\.jpg#90,0,99,9, which has 90 x 60 px: correct"):
         list_images(write(frames / "m.csv", "path,box", *rows, "b.jpg,90 0 99 9"))  # 60 x 90 before it is turned
     with pytest.raises(InputError, match="1 boxes lie outside"):
         read_fgvc(write(frames / "f.csv", "path,box,label,split", "a.png,90 0 99 9,p,train", "b.jpg,,q,test"))
