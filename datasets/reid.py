@@ -86,7 +86,7 @@ def read_reid(path: str | Path, format: str = "auto", need_train: bool = True) -
         ending = "" if test == "test" else f"_{test}"
         parts |= {f"test{ending}": query} if gallery is None else {f"query{ending}": query, f"gallery{ending}": gallery}
     for images in filter(len, parts.values()):
-        check_first_exist(images.paths, images.paths.root)
+        check_first_exist(images.paths, path)
     counts = {name: len(images) for name, images in parts.items()} | {"train identities": data.classes}
     notes = [*data.notes, ", ".join(f"{name} {count:,}" for name, count in counts.items())]
     notes += [published_note(counts, data.name)] if data.name in PUBLISHED else []

@@ -39,7 +39,7 @@ def inputs(tmp_path_factory, teacher_files):
             (picture if kind == "images" else mask).save(folder / f"parts/{kind}/{split}/{i}.{ending}")
     (folder / "parts/classes.json").write_text('{"classes": ["background", "door"]}')
     torch.manual_seed(0)
-    torch.save({"model": VisionTransformer((32, 32), 16, 192, 1, 3).state_dict()}, folder / "encoder.pth")
+    torch.save({"model": VisionTransformer((32, 32), 16, 192, 2, 3).state_dict()}, folder / "encoder.pth")
     (folder / "clip").write_text("--clip_model {} --clip_pretrained {}".format(*teacher_files))
     return folder
 
@@ -81,7 +81,7 @@ LABELS, REID = "--data_path {in}/labels.csv", "--data_path {in}/reid.csv"
 FILE, PROBE = "--checkpoint {in}/encoder.pth", "--protocol knn mae --views crop --epochs 1 --warmup_epochs 0"
 CASES = [
     (main_pretrain, "", pretrained),
-    (main_finetune, f"--task reid {TASK} {REID} --jpm --jpm_shift 3 --num_instances 2", scored),
+    (main_finetune, f"--task reid {TASK} {REID} --stride 8 --jpm --jpm_shift 3 --num_instances 2", scored),
     (main_finetune, f"--task attr {TASK} {LABELS} --attr_columns label --attr_split val", scored),
     (main_finetune, f"--task fgvc {TASK} {LABELS}", scored),
     (main_finetune, f"--task seg {TASK} --data_path {{in}}/parts --decoder mla", scored),
