@@ -14,21 +14,24 @@ gallery images, D numbers a feature.
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from scipy.sparse import csr_array, vstack
 
 from metrics.intervals import Measure
+from metrics.rerank import Device, cosine_blocks, equal_pairs, expanded, ranges, reranked_blocks
 
-BLOCK_NUMBERS, SORTED_AT_ONCE = 1 << 25, 1 << 18  # similarities held at a time; of one thread: what its cache keeps
+SORTED_AT_ONCE = 1 << 18  # similarities of one thread: what its cache keeps
 MARKS = ("wrong", "right", "junk")
-Device = torch.device | str
+EXPANDED = {
+    "aqe": "queries averaged with their {0} nearest",
+    "alpha": "queries with their {0} nearest, alpha {1:g}",
+    "dba": "gallery images with their {0} nearest, alpha {1:g}",
+}
 
 
 class FeatureSet(NamedTuple):
@@ -53,20 +56,29 @@ class Protocol:
     """The rules of one number. remove_same_camera: gallery images of the query's vehicle and camera do not count
     (VeRi-776's rule; VERI-Wild's authors ask for it too, though their scripts keep them: about 4 points of mAP more).
     draws: 0, or how often one random image of each vehicle becomes the gallery and the rest the queries (VehicleID);
-    scores are means over the draws. rerank: (k1, k2, lambda) of `reranked_blocks`, or None."""
+    scores are means over the draws. rerank: (k1, k2, lambda) of `reranked_blocks`, or None. expand: (methods, k, alpha)
+    of `expanded`, or None. across: (set of the training, set of the test) where they differ, or None."""
 
     name: str
     remove_same_camera: bool
     draws: int = 0
     seed: int = 0
     rerank: tuple[int, int, float] | None = None
+    expand: tuple[tuple[str, ...], int, float] | None = None
+    across: tuple[str, str] | None = None
 
     def line(self) -> str:
         """One line to print beside the numbers; its last eight digits differ where a rule differs."""
         rule = f"same-camera matches {'removed' if self.remove_same_camera else 'kept, but not the query itself'}"
-        rule = f"1 gallery image a vehicle, {self.draws} draws, seed {self.seed}" if self.draws else rule
+        if self.draws:
+            drawn = f"1 gallery image a vehicle, {self.draws} draws, seed {self.seed}"
+            rule = f"{rule}, {drawn}" if self.remove_same_camera else drawn
         ranking = "re-ranked with k1 {}, k2 {}, lambda {:g}".format(*self.rerank) if self.rerank else "no re-ranking"
-        digits = hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()[:8]
+        for method in self.expand[0] if self.expand else ():
+            ranking = f"{EXPANDED[method].format(*self.expand[1:])}, {ranking}"
+        ranking += ", trained on {}, tested on {}".format(*self.across) if self.across else ""
+        rules = {k: v for k, v in asdict(self).items() if k not in ("expand", "across") or v}  # older lines stay
+        digits = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:8]
         return f"{self.name} ({rule}, cosine, {ranking}) #{digits}"
 
 
@@ -118,23 +130,26 @@ class Ranks:
 
 
 def evaluate(
-    protocol: Protocol, query: FeatureSet, gallery: FeatureSet | None = None, device: Device = "cpu"
+    protocol: Protocol, query: FeatureSet, gallery: FeatureSet | None = None, device: Device = "cpu", similar=None
 ) -> dict[str, float]:
-    """`scores` by a protocol, with 95% intervals over the queries as mAP_low, mAP_high, R1_low, R1_high; without a
-    gallery it is drawn from the queries, and the scores are means over the draws, with standard deviations as mAP_std,
-    R1_std ..."""
-    return evaluate_queries(protocol, query, gallery, device)[0]
+    """`scores` by a protocol, with 95% intervals over the queries as mAP_low, mAP_high, R1_low, R1_high. With draws
+    the gallery is one random image of each vehicle, of the gallery that is given or else of the queries; then scores
+    are means over the draws, with standard deviations as mAP_std, R1_std ... similar: see `rank`."""
+    return evaluate_queries(protocol, query, gallery, device, similar)[0]
 
 
 def evaluate_queries(
-    protocol: Protocol, query: FeatureSet, gallery: FeatureSet | None = None, device: Device = "cpu"
+    protocol: Protocol, query: FeatureSet, gallery: FeatureSet | None = None, device: Device = "cpu", similar=None
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """`evaluate`, and `Ranks.by_query`, {} where the gallery is drawn."""
-    if gallery is not None:
-        ranks = rank(protocol, query, gallery, device)
+    if not protocol.draws:
+        ranks = rank(protocol, query, gallery, device, similar)
         return scores(ranks) | intervals(ranks), ranks.by_query()
-    draws = [draw_gallery(query.pids, protocol.seed, draw) for draw in range(protocol.draws)]
-    found = [scores(rank(protocol, query.take(asked), query.take(kept), device)) for kept, asked in draws]
+    found = []
+    for draw in range(protocol.draws):
+        kept, asked = draw_gallery((gallery or query).pids, protocol.seed, draw)
+        sides = (query, gallery.take(kept)) if gallery else (query.take(asked), query.take(kept))
+        found.append(scores(rank(protocol, *sides, device, similar)))
     each = {key: [row[key] for row in found] for key in found[0]}
     spread = {f"{key}_std": float(np.std(each[key])) for key in ("mAP", "R1", "R5", "R10")}
     return {key: float(np.mean(values)) for key, values in each.items()} | spread, {}
@@ -161,30 +176,18 @@ def scores(ranks: Ranks, topk: tuple[int, ...] = (1, 5, 10)) -> dict[str, float]
     return means | {"queries": int(scored.sum()), "queries_without_match": int((~scored).sum())}
 
 
-def rank(protocol: Protocol, query: FeatureSet, gallery: FeatureSet, device: Device = "cpu") -> Ranks:
-    """Ranks of all true matches by the rules of a protocol."""
+def rank(
+    protocol: Protocol, query: FeatureSet, gallery: FeatureSet, device: Device = "cpu", similar: Callable | None = None
+) -> Ranks:
+    """Ranks of all true matches by the rules of a protocol. similar: (query features, gallery features) -> blocks that
+    `rank_blocks` takes, where features are no vectors; then nothing is expanded or re-ranked."""
     cameras = (query.camids, gallery.camids) if protocol.remove_same_camera else (None, None)
+    if protocol.expand:
+        query, gallery = expanded(query, gallery, *protocol.expand, device)
     make_blocks, options = (reranked_blocks, protocol.rerank) if protocol.rerank else (cosine_blocks, ())
-    blocks = make_blocks(query.features, gallery.features, *options, device=device)
+    sides = query.features, gallery.features
+    blocks = similar(*sides) if similar else make_blocks(*sides, *options, device=device)
     return rank_blocks(blocks, query.pids, gallery.pids, *cameras, query.files, gallery.files)
-
-
-def cosine_blocks(query: torch.Tensor, gallery: torch.Tensor, device: Device = "cpu") -> Iterator[torch.Tensor]:
-    """[q, G] float32 cosines of some queries at a time with the whole gallery, in order. A block is good until the
-    next one is asked for. ValueError where a feature is not finite."""
-    unit = []
-    for name, x in (("query", query), ("gallery", gallery)):
-        x = x.to(device).float()
-        lengths = torch.linalg.vector_norm(x, dim=1, keepdim=True)
-        if len(bad := (~torch.isfinite(lengths)).nonzero()):
-            raise ValueError(f"{name}: the features of row {int(bad[0, 0])} are not finite")
-        unit.append(x / lengths.clamp_min(1e-12))
-    q, g = unit
-    parts = q.chunk(max(1, -(-len(q) * len(g) // BLOCK_NUMBERS)))  # of one size: a small last one would be slower
-    # numpy asks the system for large pages, torch does not: first touching those takes a third of the product's time
-    block = torch.from_numpy(np.empty((len(parts[0]), len(g)), np.float32)).to(device)
-    for part in parts:
-        yield torch.mm(part, g.t(), out=block[: len(part)])
 
 
 def rank_blocks(
@@ -214,12 +217,12 @@ def rank_blocks(
     return Ranks(np.concatenate(hits), np.concatenate([[0], np.cumsum(counts)]))
 
 
-def match_pairs(query_pids, gallery_pids, query_camids=None, gallery_camids=None, query_files=None, gallery_files=None):
+def matchequal_pairs(query_pids, gallery_pids, query_camids=None, gallery_camids=None, query_files=None, gallery_files=None):
     """Function of some queries, a slice -> ((places in it, gallery rows) of the true matches, the same of the junk),
     each [n] int64; see `rank_blocks`."""
     if query_files is None or gallery_files is None:  # all are different
         query_files, gallery_files = np.full(len(query_pids), -1), np.arange(len(gallery_pids))
-    same_pid, same_file = _pairs(query_pids, gallery_pids), _pairs(query_files, gallery_files)
+    same_pid, same_file = equal_pairs(query_pids, gallery_pids), equal_pairs(query_files, gallery_files)
 
     def matches(part: slice):
         owner, same = same_pid(part)
@@ -232,29 +235,10 @@ def match_pairs(query_pids, gallery_pids, query_camids=None, gallery_camids=None
     return matches
 
 
-def _pairs(query: np.ndarray, gallery: np.ndarray):
-    """Function of some queries, a slice, -> ([n] int64 their places in it, [n] the gallery rows of equal number)."""
-    order = np.argsort(gallery, kind="stable")
-    low, high = (np.searchsorted(gallery[order], query, side) for side in ("left", "right"))
-
-    def pairs(part: slice) -> tuple[np.ndarray, np.ndarray]:
-        place, owner = _ranges(low[part], high[part])
-        return owner, order[place]
-
-    return pairs
-
-
-def _ranges(low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """All numbers of the ranges [low, high) joined, and the range of each."""
-    lengths = high - low
-    owner = np.repeat(np.arange(len(low)), lengths)
-    return low[owner] + np.arange(len(owner)) - np.repeat(np.cumsum(lengths) - lengths, lengths), owner
-
-
 def _block_ranks(similar: torch.Tensor, owner: np.ndarray, good: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """[n] int64 ranks of pairs of a block [q, G], query by query, ascending; owner, good: their rows, ascending, and
     columns; counts: [q] pairs of each row."""
-    G, slots = similar.shape[1], _ranges(np.zeros_like(counts), counts)[0]
+    G, slots = similar.shape[1], ranges(np.zeros_like(counts), counts)[0]
     rows, columns, slots = (torch.from_numpy(ids).to(similar.device) for ids in (owner, good, slots))
     values, ordered = similar[rows, columns], _sorted_rows(similar)
     padded = torch.full((len(similar), int(counts.max())), torch.inf, device=similar.device)
@@ -310,71 +294,3 @@ class ShownQueries:
         within[np.flatnonzero(marks == 1)[:1]] = True
         columns = order, ranks * counted, np.array(MARKS)[marks], similar[order]
         return list(zip(*(column[within].tolist() for column in columns)))
-
-
-def reranked_blocks(
-    query: torch.Tensor, gallery: torch.Tensor, k1: int, k2: int, weight: float, device: Device = "cpu"
-) -> Iterator[torch.Tensor]:
-    """k-reciprocal encoding (Zhong et al., CVPR 2017, arXiv 1701.08398) without N x N matrices: yields [q, G] float32
-    on the CPU, minus the final distance. weight: lambda, share of d in it.
-
-    All N images, queries and gallery, are nodes; d is the squared Euclidean distance of unit features, divided by the
-    largest one of each row. R(i) are the k-reciprocal neighbours of i, expanded by those of its members that mostly
-    agree (eq. 4 and 5). v_i has exp(-d) at R(i), sums to 1 (eq. 7), and is averaged over the k2 nearest (eq. 11). The
-    Jaccard distance of v (eq. 10) is mixed with d (eq. 12).
-    """
-    x = F.normalize(torch.cat([query, gallery]).to(device).float(), dim=1)
-    Q, N, start = len(query), len(x), 0
-    near, largest = _neighbours(x, min(k1 + 1, N))
-    rows, columns = _expanded(near, k1).nonzero()
-    pairs = zip(*(torch.from_numpy(ids).to(x.device).split(65_536) for ids in (rows, columns)))
-    dots = torch.cat([(x[a] * x[b]).sum(dim=1).cpu() for a, b in pairs]).numpy()
-    values = np.exp(-(2 - 2 * dots) / largest[rows])
-    values = (values / np.bincount(rows, weights=values, minlength=N)[rows]).astype(np.float32)
-    v = csr_array((values.astype(np.float64), (rows, columns)), (N, N))
-    if k2 > 1:
-        v = _incidence(near[:, :k2]) @ v / near[:, :k2].shape[1]
-    v = v.astype(np.float32).tocsr()
-    of_column = v.tocsc()
-    for similar in cosine_blocks(query, gallery, device):
-        first = (2 - 2 * similar).cpu().numpy() / largest[start : start + len(similar), None]
-        jaccard = np.empty_like(first)
-        for i in range(start, start + len(similar)):
-            mine = slice(v.indptr[i], v.indptr[i + 1])
-            columns = v.indices[mine]
-            place, owner = _ranges(of_column.indptr[columns], of_column.indptr[columns + 1])
-            shared = np.minimum(v.data[mine][owner], of_column.data[place])
-            common = np.bincount(of_column.indices[place], weights=shared, minlength=N)[Q:]
-            jaccard[i - start] = 1 - common / (2 - common)
-        start += len(similar)
-        yield torch.from_numpy(-((1 - weight) * jaccard + weight * first).astype(np.float32))
-
-
-def _neighbours(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """([N, k] int64 the nearest of each, itself first, [N] the largest squared distance of each)."""
-    near, largest = [], []
-    for similar in cosine_blocks(x, x, x.device):
-        d, start = 2 - 2 * similar, sum(map(len, near))
-        largest.append(d.amax(dim=1).cpu())
-        d[:, start : start + len(d)].fill_diagonal_(-1)  # itself first, also among equals
-        near.append(d.topk(k, dim=1, largest=False).indices.cpu())
-    return torch.cat(near).numpy(), torch.cat(largest).numpy()
-
-
-def _incidence(near: np.ndarray) -> csr_array:
-    """[N, k] -> [N, N] of 0 and 1: 1 at (i, j) for all j in near[i]."""
-    N, k = near.shape
-    return csr_array((np.ones(N * k), near.ravel(), np.arange(0, N * k + 1, k)), (N, N))
-
-
-def _expanded(near: np.ndarray, k1: int) -> csr_array:
-    """R* as [N, N], not 0 where j is in R*(i): R(i), and R(c) with k1 / 2 for the c in R(i) that share two thirds."""
-    N, found = len(near), []
-    nearest = _incidence(near), _incidence(near[:, : int(np.around(k1 / 2)) + 1])
-    whole, half = (ahead.multiply(ahead.T).tocsr() for ahead in nearest)  # reciprocal ones
-    for part in np.array_split(np.arange(N), max(1, N * k1 * k1 // 8_000_000)):
-        own = whole[part]
-        shared = (own @ half.T).multiply(own).tocsr()
-        shared.data = (shared.data > 2 / 3 * half.sum(axis=1)[shared.indices]).astype(np.float64)
-        found.append(own + shared @ half)
-    return vstack(found).tocsr()

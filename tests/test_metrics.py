@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from metrics import reid
+from metrics import rerank
 from metrics.reid import FeatureSet, Protocol, ShownQueries, cosine_blocks, evaluate, rank_blocks, scores
 
 
@@ -63,7 +63,7 @@ def test_queries_without_a_match_are_counted_not_scored():
 def test_blocks_and_layout_change_nothing(monkeypatch):
     x, y, q, g, qc, gc = random_case(5, queries=40)
     whole = rank(x, y, q, g, qc, gc)
-    monkeypatch.setattr(reid, "BLOCK_NUMBERS", 100)
+    monkeypatch.setattr(rerank, "BLOCK_NUMBERS", 100)
     parts = rank(x, y, q, g, qc, gc)
     assert (whole.hits == parts.hits).all() and (whole.offsets == parts.offsets).all()
     turned = np.random.default_rng(0).permutation(len(y))
@@ -133,6 +133,6 @@ def test_sparse_reranking_is_the_dense_one(k1, k2, weight, monkeypatch):
     query, gallery = torch.from_numpy(x[:30]).float(), torch.from_numpy(x[30:]).float()
     expected = dense_reranking(x, 30, k1, k2, weight)
     for block_numbers in (10**6, 500):
-        monkeypatch.setattr(reid, "BLOCK_NUMBERS", block_numbers)
-        blocks = list(reid.reranked_blocks(query, gallery, k1, k2, weight))
+        monkeypatch.setattr(rerank, "BLOCK_NUMBERS", block_numbers)
+        blocks = [block.clone() for block in rerank.reranked_blocks(query, gallery, k1, k2, weight)]
         assert -torch.cat(blocks).numpy() == pytest.approx(expected, abs=1e-5)
