@@ -6,7 +6,8 @@
 step: a training step as MAE published it, written from the paper with timm's blocks (explicit attention, all patches
 embedded, decoded and predicted), and ours; the same weights, images, noise and optimiser, the losses are compared.
 data: the data path of one thread, CPU seconds an image: MAE's transforms by torchvision, ours, ours on a packed set.
-ranking: from features to mAP and R1: a sort of the whole distance matrix as in published code, and ours.
+ranking: from features to mAP and R1: a sort of the whole distance matrix as in published code, and ours; or after
+re-ranking: `ranking --rerank --size veriwild --rounds 0` is the largest published test, once.
 kmeans: faiss, where it is installed (pip install faiss-cpu), and ours, on a mixture of Gaussians.
 """
 
@@ -18,6 +19,7 @@ from util.errors import MAE_MODELS
 
 SIZES = {  # queries, gallery, identities, cameras
     "small": (60, 400, 20, 4),
+    "middle": (2000, 10_000, 1000, 20),
     "veri": (1678, 11_579, 200, 20),
     "veriwild": (10_000, 128_517, 10_000, 174),
 }
@@ -30,7 +32,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     def verb(name: str, text: str):
         add = verbs.add_parser(name, help=text, description=text).add_argument
         add("--device", default="cpu", help="cpu or cuda (default cpu)")
-        add("--rounds", default=5, type=int, help="turns of each variant (default 5)")
+        add("--rounds", default=5, type=int, help="turns of each variant; 0: the warm-up is timed (default 5)")
         add("--against", default="", metavar="FOLDER", help="another checkout to time beside this one (default none)")
         add("--output", default=f"benchmark_{name}.json", help=f"file of the numbers (default benchmark_{name}.json)")
         return add
@@ -48,6 +50,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add = verb("ranking", "scoring re-identification")
     add("--size", default="veri", choices=SIZES, help="published size of a set (default veri)")
     add("--dim", default=768, type=int, help="numbers a feature (default 768)")
+    add("--rerank", action="store_true", help="after k-reciprocal re-ranking, ours alone, and its memory (default off)")
     add = verb("kmeans", "k-means")
     add("--points", default=200_000, type=int, help="vectors (default 200000)")
     add("--dim", default=256, type=int, help="numbers a vector (default 256)")
@@ -168,6 +171,8 @@ def by_sorting(case: tuple) -> dict[str, float]:
 
 def time_ranking(args) -> dict:
     work = vars(args) | {"sizes": (*SIZES[args.size], args.dim)}
+    if args.rerank:
+        return take_turns({}, turns.rerank_features, work, args)
     case = turns.make_features(*work["sizes"])
     return take_turns({"sorting": timed(lambda: by_sorting(case), dict)}, turns.rank_features, work, args)
 

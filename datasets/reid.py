@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -226,13 +227,17 @@ def read_veriwild(root: Path, need_train: bool) -> ReidData:
 
 
 def read_table(file: Path, need_train: bool = True) -> ReidData:
-    """Columns path, pid, split (train, query, gallery), and where they are known camid, viewid, track, time, frame."""
-    parts: dict[str, list[tuple]] = {"train": [], "query": [], "gallery": []}
+    """Columns path, pid, split (train, query, gallery), where they are known camid, viewid, track, time, frame; rows
+    with a test_name are a test of their own."""
+    parts: dict[tuple[str, str], list[tuple]] = {("", "train"): []}
     needed, owner = ("path", "pid", "split"), {}
     for count, row in enumerate(iterate_table(file, needed, ": a table for --task reid has path, pid, split"), 1):
         path, pid, split, *sides = (cell(row, column) for column in (*needed, "camid", "viewid", "track"))
-        if split.lower() not in parts:
-            raise InputError(f"{file}, row {count}: split '{split}' is none of {', '.join(parts)}")
+        if (split := split.lower()) not in ("train", "query", "gallery"):
+            raise InputError(f"{file}, row {count}: split '{split}' is none of train, query, gallery")
+        test = "" if split == "train" else cell(row, "test_name") or "test"
+        if not re.fullmatch(r"[\w=.-]*", test):
+            raise InputError(f"{file}, row {count}: test_name '{test[:60]}': use letters, digits, and = . - _ alone")
         for column in ("time", "frame"):
             if (text := cell(row, column)) and moment(text) is None:
                 what = f"{file}, row {count}: {column} '{text[:40]}' is neither a number nor an ISO time"
@@ -241,25 +246,27 @@ def read_table(file: Path, need_train: bool = True) -> ReidData:
             seen = " and ".join(" by camera ".join(filter(None, who)) for who in (owner[track], (pid, sides[0])))
             what = f"{file}, row {count}: track '{track}' shows vehicle {seen}"
             raise InputError(f"{what}: a track is one vehicle seen by one camera, give each a name of its own")
-        parts[split.lower()].append((boxed(path, row.get("box")), pid, *sides))
-    if empty := [split for split in ("query", "gallery") if not parts[split]]:
-        raise InputError(f"{file} has no row with split '{empty[0]}': a test needs query and gallery")
+        parts.setdefault((test, split), []).append((boxed(path, row.get("box")), pid, *sides))
+    tests = sorted({test for test, _ in parts} - {""}) or ["test"]
+    if empty := [key for key in product(tests, ("query", "gallery")) if key not in parts]:
+        of = f" of test '{empty[0][0]}'" if tests != ["test"] else ""
+        raise InputError(f"{file} has no row with split '{empty[0][1]}'{of}: a test needs query and gallery")
     rows = [row for part in parts.values() for row in part]
     # numbered in sorted order: the order of the rows must not matter to a model that has learned the numbers
-    tested = [*parts["query"], *parts["gallery"]]
+    tested = [row for (_, split), part in parts.items() if split != "train" for row in part]
     columns = [(2, rows), (3, rows), (4, tested)]  # nothing is learned of tracks
     names = [sorted({row[place] for row in of} - {""}, key=_by_number) for place, of in columns]
     if names[0] and (blank := sum(not row[2] for row in rows if row[1])):
         raise InputError(f"{file}: {blank} of {len(rows)} rows have no camid; fill it in, or drop the column")
     numbers = [{"": UNKNOWN} | {name: i for i, name in enumerate(listed)} for listed in names]
 
-    def numbered(split: str) -> list[Row]:
-        used = numbers[: 2 + (split != "train" and bool(names[2]))]
-        return [(path, pid, *(number[text] for number, text in zip(used, sides))) for path, pid, *sides in parts[split]]
+    def numbered(*key: str) -> list[Row]:
+        used = numbers[: 2 + (key[1] != "train" and bool(names[2]))]
+        return [(path, pid, *(number[text] for number, text in zip(used, sides))) for path, pid, *sides in parts[key]]
 
-    train, *test = map(numbered, parts)
     notes = [] if names[0] else ["no cameras: the same-camera filter and the camera embedding are off"]
-    data = _build("table", file.parent, train, {"test": tuple(test)}, notes)
+    pairs = {test: (numbered(test, "query"), numbered(test, "gallery")) for test in tests}
+    data = _build("table", file.parent, numbered("", "train"), pairs, notes)
     return replace(data, camera_names=names[0] or None, view_names=names[1] or None, track_names=names[2] or None)
 
 

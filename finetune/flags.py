@@ -130,6 +130,11 @@ REID = TaskFlags(
         Flag("rerank_k1", 20, "neighbours that may be reciprocal", "[1, inf)"),
         Flag("rerank_k2", 6, "neighbours averaged over", "[1, inf)"),
         Flag("rerank_lambda", 0.3, "share of the first distance", "[0, 1]"),
+        Flag("expand", None,
+            "also score with features expanded by their neighbours: aqe or alpha for queries, dba for gallery images "
+            "(default none)", nargs="+", choices=("aqe", "alpha", "dba")),
+        Flag("expand_k", 10, "nearest gallery images that are taken up", "[1, inf)"),
+        Flag("expand_alpha", 3.0, "alpha and dba: the weights are cosines to this power", "[0, inf)"),
         Flag("whiten", False, "also score whitened features, fitted on the train images (without any: the gallery)"),
         Flag("open_set", False, "also score queries whose vehicle is not there, and write open_set.safetensors"),
         Flag("far", 0.01, "--open_set: largest share of unknown queries that may be accepted", "(0, 1)"),

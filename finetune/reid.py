@@ -52,6 +52,8 @@ class Reid(Task):
     def read(self, config: dict | None) -> ReidData:
         args = self.args
         data = read_reid(args.data_path, args.format, need_train=config is None)
+        if {"aqe", "alpha"} <= {*(args.expand or ())}:
+            raise InputError("--expand aqe alpha: both expand the queries: choose one")
         if unknown := [name for name in args.tests or () if name not in data.tests]:
             raise InputError(f"--tests {unknown[0]}: {args.data_path} has {', '.join(data.tests)}")
         data = replace(data, tests={name: data.tests[name] for name in args.tests or data.tests})
@@ -66,7 +68,8 @@ class Reid(Task):
     def describe(self, encoder: VisionTransformer) -> dict:
         args, data = self.args, self.data
         config = TransReIDConfig(**self.sizes, jpm=args.jpm, shift=args.jpm_shift, sie_weight=args.sie_weight)
-        names = {"set": data.name, "camera_names": data.camera_names, "view_names": data.view_names}
+        names = {"set": data.name, "trained_on": set_name(data, args.data_path)}
+        names |= {"camera_names": data.camera_names, "view_names": data.view_names}
         return {"num_classes": data.classes, "reid": asdict(config)} | names
 
     @staticmethod
@@ -105,11 +108,15 @@ class Reid(Task):
 
     def answers(self) -> dict[str, ReidTest]:
         args, data = self.args, self.data
-        rerank = (args.rerank_k1, args.rerank_k2, args.rerank_lambda) if args.rerank else None
+        rerank = args.rerank and {"rerank": (args.rerank_k1, args.rerank_k2, args.rerank_lambda)}
+        expand = args.expand and {"expand": (tuple(sorted({*args.expand})), args.expand_k, args.expand_alpha)}
+        more = {" expanded": expand, " reranked": rerank, " expanded reranked": expand and rerank and expand | rerank}
         protocols = protocols_of(data.name, data.tests, args.keep_same_camera, args.protocol_seed)
+        across = across_sets(self.config, data, args.data_path)
+        protocols = {test: replace(protocol, across=across) for test, protocol in protocols.items()}
         white = self.whitening() if args.whiten else None
-        more = {"rerank": rerank, "white": white, "track_pool": args.track_pool}
-        return evaluate_reid(self.model, data, protocols, **more, **self.loading)
+        pooling = {"white": white, "track_pool": args.track_pool}
+        return evaluate_reid(self.model, data, protocols, more=more, **pooling, **self.loading)
 
     def whitening(self) -> Whitening | None:
         """Fitted on the train images, which need no labels for it; on rank 0."""
@@ -133,7 +140,8 @@ class Reid(Task):
         """Numbers of `open_numbers` as `open_NAME`, and lines; the threshold of the first test goes into a file."""
         args, flat, lines = self.args, {"open_score": self.args.open_score}, []
         for name, test in found.items():
-            if test.gallery is None or name.endswith("reranked") or bool(args.whiten) != name.endswith("whitened"):
+            changed = test.protocol.rerank or test.protocol.expand
+            if test.gallery is None or changed or bool(args.whiten) != name.endswith("whitened"):
                 continue
             sides = [FeatureSet.of(side.values, side.images) for side in (test.query, test.gallery)]
             answers = open_answers(test.protocol, *sides, args.open_score, self.device)
@@ -152,11 +160,11 @@ class Reid(Task):
         return flat, [*lines, f"  {Path(args.output_dir) / OPEN_SET} keeps the threshold for tools.search"]
 
     def report(self, found: dict[str, ReidTest], numbers: dict, folder: Path, facts: dict) -> list[Path]:
-        """One page a test, as it was before re-ranking."""
+        """One page a test, as it was before re-ranking and expansion."""
         facts |= {"SIE": side_line(self.model.config), "feature": f"{self.model.feature_dim} numbers"}
         files = []
         for name, test in found.items():
-            if not test.protocol.rerank:
+            if not (test.protocol.rerank or test.protocol.expand):
                 ending = "" if name == "test" else f"_{name.removeprefix('test ')}"
                 files.append(folder / f"report{ending.replace(' ', '_')}.html")
                 answers = self.open_answers.get(name)
@@ -219,6 +227,20 @@ def renumber_cameras(data: ReidData, config: dict, file: str | Path) -> ReidData
     return replace(data, tests={name: tuple(map(renumbered, pair)) for name, pair in data.tests.items()})
 
 
+def set_name(data: ReidData, path: str | Path) -> str:
+    """What a model keeps of the set that it was trained on; tables are told apart by their training images."""
+    digits = f"#{data.sha256()[:8]}" if len(data.train) else ""
+    return data.name if data.name != "table" else f"{Path(path).stem}{digits}"
+
+
+def across_sets(config: dict, data: ReidData, path: str | Path) -> tuple[str, str] | None:
+    """(the set that a model was trained on, this one) where they differ; None too for an encoder as it is."""
+    here, known = set_name(data, path), config.get("trained_on")
+    if known is None:  # of an older model: the layout alone
+        known = config.get("set") if config.get("set") != data.name else None
+    return (known, here) if known not in (None, here) else None
+
+
 def extract_reid(model: TransReID, images: ReidImages, title: str, **loading) -> ReidFeatures | None:
     """Features for search, [n, D], on rank 0; None elsewhere; see `predict`."""
     device, (camids, viewids) = model.base.pos_embed.device, side_of(images)
@@ -248,7 +270,7 @@ def evaluate_reid(
     data: ReidData,
     protocols: dict[str, Protocol],
     *,
-    rerank=None,
+    more=None,
     white=None,
     columns=None,
     track_pool="mean",
@@ -257,7 +279,8 @@ def evaluate_reid(
     """Every test of a set by its protocol, by name, on rank 0; empty elsewhere.
 
     Args:
-        rerank: (k1, k2, lambda): the re-ranked numbers come beside the others, as test "NAME reranked".
+        more: {" reranked": {"rerank": ...}}: fields of the protocol, or nothing; the numbers come beside the others, as
+            test "NAME reranked".
         white: a `Whitening`: the numbers of whitened features come beside, as test "NAME whitened".
         columns: {part: slice} of the feature that are scored each for itself, as test "PART NAME" (None: all of it).
         track_pool: of `pool_tracks`: where a test has tracks, they are searched for tracks, as test "NAME tracks".
@@ -271,7 +294,8 @@ def evaluate_reid(
             gone, protocol = sum(len(side.unreadable) for side in found if side), protocols[test]
             if gone:  # then it is another test, and says so
                 protocol = replace(protocol, name=f"{protocol.name}/{gone}-unreadable-left-out")
-            rules = {"": protocol} | ({" reranked": replace(protocol, rerank=rerank)} if rerank else {})
+            rules = {end: replace(protocol, **fields) for end, fields in (more or {}).items() if fields}
+            rules = {"": protocol} | rules
             rules |= {" whitened": replace(protocol, name=f"{protocol.name}/whitened")} if white else {}
             if pair[0].tracks is not None:
                 words = f"/track-to-track-{track_pool}"

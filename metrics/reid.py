@@ -217,7 +217,7 @@ def rank_blocks(
     return Ranks(np.concatenate(hits), np.concatenate([[0], np.cumsum(counts)]))
 
 
-def matchequal_pairs(query_pids, gallery_pids, query_camids=None, gallery_camids=None, query_files=None, gallery_files=None):
+def match_pairs(query_pids, gallery_pids, query_camids=None, gallery_camids=None, query_files=None, gallery_files=None):
     """Function of some queries, a slice -> ((places in it, gallery rows) of the true matches, the same of the junk),
     each [n] int64; see `rank_blocks`."""
     if query_files is None or gallery_files is None:  # all are different

@@ -5,6 +5,7 @@ Q queries, G gallery images, N of both together, D numbers a feature.
 """
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -12,10 +13,9 @@ import torch.nn.functional as F
 from scipy.sparse import csr_array, vstack
 
 BLOCK_NUMBERS = 1 << 25  # similarities held at a time
-BLOCK_ROWS = 2048  # of a block of the Gram matrix
+BLOCK_ROWS = 1024  # of a block of the Gram matrix
 FIRST_COLUMNS = 256  # sorted whole, before a threshold is known
 QUERIES_AT_ONCE = 512  # whose overlaps are summed together
-EXPANSIONS = ("aqe", "alpha", "dba")
 Device = torch.device | str
 
 
@@ -99,17 +99,22 @@ def neighbours(x: torch.Tensor, k: int) -> tuple[np.ndarray, np.ndarray]:
     rows of both sides; one block is held."""
     found, lowest = Nearest(len(x), k - 1), np.full(len(x), np.inf, np.float32)
     block = torch.from_numpy(np.empty(BLOCK_ROWS**2, np.float32)).to(x.device)
-    for i in range(0, len(x), BLOCK_ROWS):
-        for j in range(i, len(x), BLOCK_ROWS):
-            a, b = x[i : i + BLOCK_ROWS], x[j : j + BLOCK_ROWS]
-            similar = torch.mm(a, b.t(), out=block[: len(a) * len(b)].view(len(a), len(b))).cpu().numpy()
-            for start, side in ((i, similar), (j, similar.T))[: 1 + (i < j)]:
-                own = lowest[start : start + len(side)]
-                np.minimum(own, side.min(axis=1), out=own)
-            if i == j:
-                np.fill_diagonal(similar, -np.inf)
-            found.see(i, similar, j) if k > 1 else None
-            found.see(j, similar.T, i) if k > 1 and i < j else None
+
+    def look(side: tuple[int, np.ndarray, int]) -> None:
+        start, similar, first = side
+        own = lowest[start : start + len(similar)]
+        np.minimum(own, similar.min(axis=1), out=own)
+        if start == first:
+            np.fill_diagonal(similar, -np.inf)
+        if k > 1:
+            found.see(start, similar, first)
+
+    with ThreadPoolExecutor(min(2, torch.get_num_threads())) as pool:  # the two sides are different rows
+        for i in range(0, len(x), BLOCK_ROWS):
+            for j in range(i, len(x), BLOCK_ROWS):
+                a, b = x[i : i + BLOCK_ROWS], x[j : j + BLOCK_ROWS]
+                similar = torch.mm(a, b.t(), out=block[: len(a) * len(b)].view(len(a), len(b))).cpu().numpy()
+                list(pool.map(look, ((i, similar, j), (j, similar.T, i))[: 1 + (i < j)]))
     return np.concatenate([np.arange(len(x), dtype=np.int32)[:, None], found.ids], axis=1), 2 - 2 * lowest
 
 
@@ -142,22 +147,23 @@ def reranked_blocks(
         distance -= 1 - weight  # as if nothing overlapped
         step = min(QUERIES_AT_ONCE, max(1, BLOCK_NUMBERS // 8 // len(gallery)))
         for first in range(0, len(distance), step):
-            own = distance[first : first + step]
-            common = _overlaps(v, slice(start + first, start + first + len(own)), lists)
-            own += (1 - weight) * (common / (2 - common))
+            own = distance[first : first + step].reshape(-1)
+            common = _overlaps(v, start + first, len(own) // len(gallery), lists)
+            met = np.flatnonzero(common)  # few
+            own[met] += (1 - weight) * (common[met] / (2 - common[met]))
         start += len(distance)
         yield torch.from_numpy(distance)
 
 
-def _overlaps(v: csr_array, rows: slice, lists) -> np.ndarray:
-    """[rows, G] float64 sums of the smaller ones of v_i and v_j over the columns that both have."""
-    mine = slice(v.indptr[rows.start], v.indptr[rows.stop])
-    columns, G = v.indices[mine], lists.shape[0]
+def _overlaps(v: csr_array, first: int, count: int, lists) -> np.ndarray:
+    """[count * G] float64 sums of the smaller ones of v_i and v_j over the columns that both have, of the queries from
+    `first` on; lists: v of the gallery, by columns."""
+    ends, G = v.indptr[first : first + count + 1], lists.shape[0]
+    mine = slice(ends[0], ends[-1])
+    columns, row = v.indices[mine], np.repeat(np.arange(count), np.diff(ends))
     place, owner = ranges(lists.indptr[columns], lists.indptr[columns + 1])
     shared = np.minimum(v.data[mine][owner], lists.data[place])
-    row = np.repeat(np.arange(rows.stop - rows.start), np.diff(v.indptr[rows.start : rows.stop + 1]))
-    cells = row[owner] * G + lists.indices[place]
-    return np.bincount(cells, weights=shared, minlength=(rows.stop - rows.start) * G).reshape(-1, G)
+    return np.bincount(row[owner] * G + lists.indices[place], weights=shared, minlength=count * G)
 
 
 def _encoded(x: torch.Tensor, near: np.ndarray, largest: np.ndarray, k1: int, k2: int) -> csr_array:

@@ -1,5 +1,9 @@
 """Ranking metrics against a slow implementation written from the protocol's text."""
 
+import hashlib
+import json
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -136,3 +140,82 @@ def test_sparse_reranking_is_the_dense_one(k1, k2, weight, monkeypatch):
         monkeypatch.setattr(rerank, "BLOCK_NUMBERS", block_numbers)
         blocks = [block.clone() for block in rerank.reranked_blocks(query, gallery, k1, k2, weight)]
         assert -torch.cat(blocks).numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def by_index(x, k):
+    """Nearest neighbours by a whole matrix: itself, then the others, equal ones in order."""
+    similar = x @ x.T
+    np.fill_diagonal(similar, 9)
+    return np.argsort(-similar, axis=1, kind="stable")[:, :k]
+
+
+@pytest.mark.parametrize("rows, first", [(1024, 256), (7, 4), (16, 5)])
+def test_neighbours_and_ties_in_blocks(rows, first, monkeypatch):
+    """Corners of a cube: every product is exact, most are equal, and some corners are there twice."""
+    monkeypatch.setattr(rerank, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(rerank, "FIRST_COLUMNS", first)
+    x = np.random.default_rng(0).choice([-0.25, 0.25], (110, 16)).astype(np.float32)
+    x[50:60] = x[3]
+    for k in (1, 2, 21, 110):
+        near, largest = rerank.neighbours(torch.from_numpy(x), k)
+        assert (near == by_index(x, k)).all() and (largest == 2 - 2 * (x @ x.T).min(axis=1)).all()
+
+
+def test_reranking_with_ties_is_the_dense_one(monkeypatch):
+    monkeypatch.setattr(rerank, "BLOCK_ROWS", 32)
+    corners = np.unique(np.random.default_rng(1).choice([-1.0, 1.0], (110, 16)), axis=0)
+    corners = np.random.default_rng(2).permutation(corners)
+    query, gallery = torch.from_numpy(corners[:30]), torch.from_numpy(corners[30:])
+    expected = dense_reranking(corners, 30, 20, 6, 0.3)
+    for at_once in (512, 3):
+        monkeypatch.setattr(rerank, "QUERIES_AT_ONCE", at_once)
+        found = torch.cat([block.clone() for block in rerank.reranked_blocks(query, gallery, 20, 6, 0.3)])
+        assert -found.numpy() == pytest.approx(expected, abs=1e-5)
+
+
+def slow_expansion(x, y, x_files, y_files, k, alpha):
+    """Row by row: x and its k nearest of y that are other files."""
+    out = []
+    for row, file in zip(x, x_files):
+        cosines = [(float(row @ other), -i) for i, other in enumerate(y) if y_files[i] != file]
+        best = sorted(cosines, reverse=True)[:k]
+        whole = row + sum(max(cosine, 0) ** alpha * y[-i] for cosine, i in best)
+        out.append(whole / np.linalg.norm(whole))
+    return np.stack(out)
+
+
+@pytest.mark.parametrize("methods", [("aqe",), ("alpha",), ("dba",), ("alpha", "dba")])
+def test_expansions_are_the_slow_ones(methods, monkeypatch):
+    """Six queries lie in the gallery: none meets its own file, and none is taken up by a gallery image."""
+    monkeypatch.setattr(rerank, "BLOCK_NUMBERS", 500)
+    monkeypatch.setattr(rerank, "FIRST_COLUMNS", 16)
+    x, y, q, g, *_ = random_case(4)
+    y[:6], q_files, g_files = x[:6], np.arange(23), np.concatenate([np.arange(6), 100 + np.arange(84)])
+    query, gallery = FeatureSet(torch.from_numpy(x), q, q, q_files), FeatureSet(torch.from_numpy(y), g, g, g_files)
+    found = rerank.expanded(query, gallery, methods, 5, 3.0)
+    x, y = (part / np.linalg.norm(part, axis=1, keepdims=True) for part in (x, y))
+    if "dba" in methods:
+        y = slow_expansion(y, y[6:], g_files, g_files[6:], 5, 3.0)
+    if methods[0] in ("aqe", "alpha"):
+        x = slow_expansion(x, y, q_files, g_files, 5, 3.0 if methods[0] == "alpha" else 0)
+    assert found[0].features.numpy() == pytest.approx(x, abs=1e-5)
+    assert found[1].features.numpy() == pytest.approx(y, abs=1e-5)
+    protocol = Protocol("table", False, expand=(methods, 5, 3.0))
+    files = found[0].features, found[1].features, q, g, None, None, q_files, g_files
+    whole = scores(rank_blocks(cosine_blocks(*files[:2]), *files[2:]))
+    assert evaluate(protocol, query, gallery)["mAP"] == pytest.approx(whole["mAP"])
+
+
+def test_what_is_done_is_in_the_line():
+    plain = Protocol("table", True)
+    rules = {"name": "table", "remove_same_camera": True, "draws": 0, "seed": 0, "rerank": None}
+    digits = hashlib.sha256(json.dumps(rules).encode()).hexdigest()[:8]
+    assert plain.line() == f"table (same-camera matches removed, cosine, no re-ranking) #{digits}"  # as ever
+    more = replace(plain, expand=(("alpha", "dba"), 10, 3.0), across=("veri776", "veriwild"), draws=10)
+    for words in (
+        "gallery images with their 10 nearest, alpha 3, queries with their 10 nearest, alpha 3, no re-ranking",
+        "trained on veri776, tested on veriwild", "same-camera matches removed, 1 gallery image a vehicle, 10 draws",
+    ):  # fmt: skip
+        assert words in more.line()
+    lines = {replace(more, **{name: None}).line()[-8:] for name in ("expand", "across")} | {more.line()[-8:]}
+    assert len(lines) == 3

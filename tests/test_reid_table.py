@@ -5,6 +5,7 @@ import pytest
 from conftest import refuses, run_main
 
 from datasets.reid import read_reid
+from metrics.reid import protocols_of
 from tools import reid_table
 
 
@@ -43,6 +44,27 @@ def test_identities_are_parted_and_read_back(labels):
     parts = (*data.tests["test"], data.train)
     query, gallery, train = ([int(part.paths[i].stem) for i in range(len(part))] for part in parts)
     assert not any(number % 3 for number in query + gallery) and all(number % 3 for number in train)
+
+
+def test_an_unseen_value_is_a_test_of_its_own(labels):
+    text = labels.read_text().splitlines()
+    typed = [f"{row},{'motor cycle' if ',car 3,' in row or ',car 5,' in row else 'car'}" for row in text[1:]]
+    labels.write_text("\n".join([f"{text[0]},type", *typed]) + "\n")
+    counts = run(labels, "--unseen", "type=motor cycle")
+    assert counts["unseen_identities"] == 2 and counts["train_identities"] == 3 and counts["test_identities"] == 5
+    data = read_reid(labels.with_name("reid.csv"))
+    assert sorted(data.tests) == ["test", "unseen-type=motor-cycle"] and data.classes == 3
+    parts = {name: {data.pid_names[pid] for side in pair for pid in side.pids} for name, pair in data.tests.items()}
+    assert parts["unseen-type=motor-cycle"] == {"car 3", "car 5"} and len(parts["test"]) == 3
+    assert not {"car 3", "car 5"} & {*data.pid_names[:3], *parts["test"]}
+    lines = {name: protocol.line() for name, protocol in protocols_of(data.name, data.tests).items()}
+    assert lines["unseen-type=motor-cycle"].startswith("table/unseen-type=motor-cycle (same-camera")
+    refuses("give COLUMN=VALUE", run, labels, "--unseen", "type")
+    refuses("has 0 identities of it", run, labels, "--unseen", "type=boat")
+    refuses("has no column 'colour'", run, labels, "--unseen", "colour=red")
+    table = labels.with_name("reid.csv")
+    table.write_text(table.read_text().replace("=motor-cycle", " motor/cycle"))
+    refuses("test_name 'unseen-type motor/cycle': use letters", read_reid, table)
 
 
 def test_refusals(labels):

@@ -24,6 +24,7 @@ BENCHMARKS = {
     "step --model mae_vit_tiny_patch16 --input_size 32 --batch_size 2": ["mae", "ours"],
     "data --images 8 --input_size 32 --data_path PICTURES": ["mae", "packed", "ours"],
     "ranking --size small --dim 16": ["sorting", "ours"],
+    "ranking --size small --dim 16 --rerank": ["ours"],
     "kmeans --points 600 --dim 8 --clusters 9 --iterations 3": ["ours"],
 }
 

@@ -48,8 +48,9 @@ NOT_CONFIG = (
     "seed finetune weights_sha256 data_path output_dir log_dir device num_workers pin_mem batch_size "
     "world_size resume given max_bad_ratio max_bad_steps allow_change print_freq save_freq save_minutes "
     "keep_checkpoints eval report compile grad_checkpoint local_rank dist_url dist_on_itp "
-    "dist_timeout tests rerank rerank_k1 rerank_k2 rerank_lambda"
+    "dist_timeout tests rerank rerank_k1 rerank_k2 rerank_lambda expand expand_k expand_alpha"
 ).split()
+CHANGED = re.compile("reranked|expanded")  # of other tables than the plain numbers
 PARTS = {"parts_mIoU": "mIoU of parts", "parts_mAcc": "mAcc of parts"}
 METRICS = {  # of each task: digits, and {metric: title} in the order of the tables
     "reid": (1, {"mAP": "mAP", "R1": "R1", "R5": "R5"}),
@@ -96,13 +97,13 @@ class Run(NamedTuple):
         for prefix in (name.removesuffix("protocol") for name in self.metrics if name.endswith("protocol")):
             values = {m: self.metrics.get(prefix + m) for m in metrics}
             values = {m: x for m, x in values.items() if isinstance(x, int | float) and math.isfinite(x)}
-            if "reranked" not in prefix and next(iter(metrics)) in values:
+            if not CHANGED.search(prefix) and next(iter(metrics)) in values:
                 yield self.heading(prefix), values
 
     def prefixes(self, heading: str) -> list[str]:
         """Of the names of the numbers under this heading."""
         ends = [name.removesuffix("protocol") for name in self.metrics if name.endswith("protocol")]
-        return [prefix for prefix in ends if "reranked" not in prefix and self.heading(prefix) == heading]
+        return [prefix for prefix in ends if not CHANGED.search(prefix) and self.heading(prefix) == heading]
 
     def heading(self, prefix: str) -> str:
         """`TASK SET` of a published test with the published counts; else what the set is, and its counts."""
