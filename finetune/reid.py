@@ -318,6 +318,7 @@ def write_queries(file: Path, results: dict[str, ReidTest]) -> None:
     match; in the header of each test the identity of its queries and gallery."""
     tensors, header = {}, {"kind": "cgd-mae queries"}
     for test, (protocol, _, *sides, by_query) in results.items():
+        test = test.removeprefix("test ")  # as `summary` calls its numbers
         tensors |= {f"{test} {name}": torch.from_numpy(values).float() for name, values in by_query.items()}
         header[test] = hashlib.sha256(
             "".join([protocol.line(), *(s.images.sha256() for s in sides if s)]).encode()

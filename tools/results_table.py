@@ -48,7 +48,7 @@ NOT_CONFIG = (
     "seed finetune weights_sha256 data_path output_dir log_dir device num_workers pin_mem batch_size "
     "world_size resume given max_bad_ratio max_bad_steps allow_change print_freq save_freq save_minutes "
     "keep_checkpoints eval report compile grad_checkpoint local_rank dist_url dist_on_itp "
-    "dist_timeout tests rerank rerank_k1 rerank_k2 rerank_lambda expand expand_k expand_alpha"
+    "dist_timeout tests rerank rerank_k1 rerank_k2 rerank_lambda expand expand_k expand_alpha track_pool"
 ).split()
 CHANGED = re.compile("reranked|expanded")  # of other tables than the plain numbers
 PARTS = {"parts_mIoU": "mIoU of parts", "parts_mAcc": "mAcc of parts"}
