@@ -170,10 +170,11 @@ def check_boxes(paths: PathList, manifest: Path) -> None:
         found = dict(zip(names, pool.map(upright_size, (paths.root / name for name in names))))
     sizes = np.array([found[name] or (1 << 31, 1 << 31) for name in files])
     if len(outside := np.flatnonzero((paths.boxes[:, :2] >= sizes).any(axis=1))):
-        width, height = sizes[outside[0]]
-        what = f"{len(outside)} boxes lie outside of their pictures, first that of {printable(str(paths[outside[0]]))}"
-        cure = "correct them (px of the upright picture), or remove these rows"
-        raise InputError(f"{manifest}: {what}, which has {width} x {height} px: {cure}")
+        (name, box), (width, height) = paths.entry(outside[0]), sizes[outside[0]]
+        found = ((row["path"].strip(), row.get("box")) == (name.strip(), box) for row in iterate_table(manifest))
+        what = f"the box {' '.join(map(str, box))} of {printable(name)} lies outside of its {width} x {height} px"
+        cure = f"correct it and {len(outside) - 1} more (px of the upright picture), or remove the rows"
+        raise InputError(f"{manifest}, row {1 + [*found].index(True)}: {what}: {cure}")
     if leaving := int(((paths.boxes[:, :2] < 0) | (paths.boxes[:, 2:] > sizes)).any(axis=1).sum()):
         print_main(f"{manifest}: {leaving:,} of {len(files):,} boxes leave their pictures and are cut at the edges")
 
