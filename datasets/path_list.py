@@ -2,6 +2,7 @@
 arrays, however long."""
 
 import bisect
+import contextlib
 import hashlib
 import io
 import os
@@ -68,6 +69,13 @@ class PathList:
     def __getitem__(self, index: int) -> Path | Cut:
         return boxed(self.root / self.relative(index), None if self.boxes is None else self.boxes[index].tolist())
 
+    def stamp(self, index: int) -> str:
+        """What tells a changed file: size and time of its last change; '' where it is not there."""
+        with contextlib.suppress(OSError, ValueError):
+            found = os.stat(self[index])
+            return f"{found.st_size}-{found.st_mtime_ns}"
+        return ""
+
     def sha256(self) -> str:
         """Identity of the list: the relative paths, their order and boxes, not the root."""
         boxes = b"" if self.boxes is None else self.boxes.tobytes()
@@ -110,6 +118,9 @@ class PackedImages(PathList):
 
     def __getitem__(self, index: int) -> io.BytesIO:
         return io.BytesIO(self.read(index))
+
+    def stamp(self, index: int) -> str:
+        return "-".join(map(str, self._index[index, LENGTH:].tolist()))
 
     def sha256(self) -> str:
         """Identity of the list: names, order and encoded bytes (by their checksums)."""

@@ -1,7 +1,10 @@
-"""Find the images of a gallery that look most like a query. The gallery is embedded once; no labels needed.
+"""Find the pictures of a gallery that look most like a query; no labels needed. The gallery is an index on disk:
+pictures are added to it, each embedded once, and removed from it.
 
     python -m tools.search car.jpg --gallery PHOTOS --checkpoint runs/veri/model.pth --output found
-    python -m tools.search van.jpg --gallery PHOTOS --checkpoint runs/veri/model.pth --output van --index found.index
+    python -m tools.search --gallery day2.csv --index found.index --checkpoint runs/veri/model.pth
+    python -m tools.search van.jpg --index found.index --checkpoint runs/veri/model.pth --where camid=3 --output van
+    python -m tools.search --remove --where "time<2026-01-01" --index found.index
 
 Under torchrun the ranks share the embedding; a call that was stopped goes on where it was.
 """
@@ -12,19 +15,25 @@ from pathlib import Path
 from util.cli import Parser, check_numbers, parse_input_size, run_tool
 
 TILE, QUERIES_DRAWN, RANKS_DRAWN = 128, 20, 20
-BLOCK_NUMBERS = 1 << 22  # of the gallery and of cosines, held at a time; more are slower
+MOST_VALUES = 10_000  # of a column that --list counts apart
+ENGINES = ("exact", "usearch")
+WHERE = "COLUMN=VALUE, also != < <= > >=: only these pictures; several must all hold (default: all pictures)"
 
 
 def get_args_parser() -> argparse.ArgumentParser:
     parser = Parser("tools.search", __doc__)
     add = parser.add_argument
-    add("queries", nargs="+", metavar="QUERY", help="image files, or one folder or manifest")
-    add("--gallery", required=True, help="folder, manifest or packed set to search in")
-    add("--index", default=None, help="folder that keeps its embeddings, float16 (default: OUTPUT.index)")
+    add("queries", nargs="*", default=[], metavar="QUERY", help="image files, or one folder or manifest (default none)")
+    add("--gallery", default=None, help="folder, manifest or packed set to add to the index (default: add nothing)")
+    add("--index", default=None, help="folder that keeps the gallery (default: OUTPUT.index)")
+    add("--engine", default=None, choices=ENGINES, help="what holds the vectors (default: the index's own; new: exact)")
+    add("--where", action="append", default=[], metavar="CONDITION", help=WHERE)
+    add("--remove", nargs="*", default=None, metavar="PATH", help="remove these, or what meets --where (default off)")
+    add("--list", action="store_true", help="what the index holds, each picture in OUTPUT/rows.jsonl (default off)")
     add("--output", default="search_results", help="folder for the results (default search_results)")
     add("--topk", default=10, type=int, help="results a query (default 10)")
     add("--exclude_self", action="store_true", help="leave out the query's own file (default: mark it)")
-    add("--checkpoint", required=True, help="re-id model of main_finetune.py, or any plain encoder")
+    add("--checkpoint", default=None, help="re-id model or plain encoder (default none: --remove and --list need none)")
     add("--read_out", default="cls", choices=("cls", "mean"), help="of plain encoders (default cls)")
     add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
     add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"), help="precision (default none: fp32)")
@@ -37,8 +46,10 @@ def get_args_parser() -> argparse.ArgumentParser:
 if __name__ == "__main__":
     ARGS = get_args_parser().parse_args()  # before torch is imported: --help and a mistyped flag are answered at once
 
+import json
 import os
-from collections.abc import Callable
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import numpy as np
@@ -46,6 +57,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+import engine_extract
 from datasets.images import Unreadable, open_rgb
 from datasets.items import WholeImages
 from datasets.path_list import PackedImages, PathList, list_images, printable
@@ -53,9 +65,10 @@ from datasets.tables import TABLE_ENDINGS
 from engine_extract import extract_features, extract_to_file
 from finetune.task import load_model
 from reports.page import FONT
+from tools import gallery
 from util.checkpoint import weights_sha256
 from util.cli import Progress
-from util.dist import barrier, claim, is_main_process, launch, print_main
+from util.dist import broadcast, get_world_size, is_main_process, launch, print_main, run_lock, wait_for_main
 from util.errors import InputError
 from util.fetch import fetch
 from util.files import read_array, write_atomic, write_json
@@ -66,39 +79,54 @@ Images = PathList | PackedImages
 
 def main(args) -> dict:
     check_numbers(args, at_least_one="topk batch_size", not_negative="num_workers")
-    if not Path(args.gallery).exists():
+    conditions, is_change = [gallery.Condition(words) for words in args.where], args.remove is not None
+    if is_change or args.list:
+        if args.queries or args.gallery or (is_change and args.list) or not args.index:
+            raise InputError("--remove and --list go alone, each with --index (--where, --output): give one at a time")
+        job = partial(remove if is_change else show, args, conditions)
+        return launch("cpu", args.output, lambda _: gallery.latest(job))
+    if not args.checkpoint or not (args.queries or args.gallery):
+        raise InputError("give --checkpoint, and QUERY to search for or --gallery PHOTOS to add (--help has examples)")
+    if conditions and not args.queries:
+        raise InputError(f"--where {conditions[0].words}: goes with QUERY, --remove or --list")
+    if args.gallery and not Path(args.gallery).exists():
         raise InputError(f"--gallery {args.gallery} does not exist: give a folder of images, a manifest or packed set")
-    queries = open_queries(args.queries)
-    return launch(args.device, args.output, partial(search, args, queries, list_images(args.gallery)))
+    queries = open_queries(args.queries) if args.queries else PathList(Path(), [])
+    return launch(args.device, args.output, partial(search, args, conditions, queries))
 
 
-def search(args, queries: Images, gallery: Images, device: torch.device) -> dict:
-    """Embed the queries, embed the gallery or open its index, find, write."""
+def search(args, conditions: list[gallery.Condition], queries: Images, device: torch.device) -> dict:
+    """Embed the queries, add to the gallery, find, write."""
     args.checkpoint = str(fetch(args.checkpoint))
     embed, size = load_embedder(args, device)
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     loading["amp_dtype"], _ = pick_precision(args.amp, device)
-    images, quiet = WholeImages(queries, np.arange(len(queries)), size), Progress("queries", 0, shown=False)
-    features, problems = extract_features(lambda imgs, _: {"": embed(imgs)}, images, device, quiet, **loading)
-    if len(problems) == len(queries):
-        raise InputError(f"none of the {len(queries)} queries could be read, e.g. {next(iter(problems.values()))}")
+    features, problems = np.zeros((0, 0), np.float32), {}
+    if len(queries):
+        images, quiet = WholeImages(queries, np.arange(len(queries)), size), Progress("queries", 0, shown=False)
+        found, problems = extract_features(lambda imgs, _: {"": embed(imgs)}, images, device, quiet, **loading)
+        features = found[""]
+        if len(problems) == len(queries):
+            raise InputError(f"none of the {len(queries)} queries could be read, e.g. {next(iter(problems.values()))}")
     header = {"checkpoint_sha256": weights_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size)}
-    header |= {"amp": str(loading["amp_dtype"]), "images_sha256": gallery.sha256(), "images": len(gallery)}
-    folder = Path(args.index or f"{os.path.abspath(args.output)}.index")
-    embedded = embed_gallery(embed, gallery, size, device, folder, header, loading)
+    header |= {"amp": str(loading["amp_dtype"])} | ({"engine": args.engine} if args.engine else {})
+    folder, counts = Path(args.index or f"{os.path.abspath(args.output)}.index"), {"topk": args.topk}
+    if args.gallery:
+        extract = partial(extract_to_file, embed, device=device, dtype=np.float16, **loading)
+        counts |= add_pictures(folder, header, args.gallery, size, extract)
     if not is_main_process():
         return {}
-    rows = open_index(folder, (len(gallery), features[""].shape[1]))
-    unreadable = int(np.isnan(rows[:, 0]).sum())
-    print(f"gallery: {len(rows)} images under {gallery.root}, {unreadable} of them unreadable and never found")
     names = [image_name(queries, number) for number in range(len(queries))]
-    lists = find_hits(names, torch.from_numpy(features[""]).to(device), rows, gallery, args)
+    given = conditions, names, torch.from_numpy(features).to(device), args
+    lists, total, searched = gallery.latest(lambda: find(folder, header, *given))
+    counts |= {"gallery": total, "index": str(folder)}
+    if not len(queries):
+        return counts
     write_results(Path(args.output), names, problems, lists)
     shown = [number for number in range(len(queries)) if number not in problems][:QUERIES_DRAWN]
-    sheet = draw_results(queries, gallery, {number: lists[number] for number in shown})
+    sheet = draw_results(queries, {number: lists[number] for number in shown})
     write_atomic(Path(args.output) / "results.png", lambda opened: sheet.save(opened, format="PNG"))
-    counts = {"queries": len(queries), "unreadable_queries": len(problems), "gallery": len(rows)}
-    counts |= {"unreadable": unreadable, "embedded": embedded, "topk": args.topk, "index": str(folder)}
+    counts |= {"queries": len(queries), "unreadable_queries": len(problems), "searched": searched}
     return counts | {"same_file": sum(hit["same_file"] for hits in lists for hit in hits)}
 
 
@@ -138,72 +166,123 @@ def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int]
     return embed, base.img_size
 
 
-def embed_gallery(embed, gallery: Images, size, device, folder: Path, header: dict, loading: dict) -> int:
-    """Fill an index, or go on with it; how many images this call added to it. Files: embeddings.npy [M, D] float16, NaN
-    where unreadable; index.json, what they depend on."""
-    is_whole = (folder / "embeddings.npy").is_file()
-    barrier()  # all ranks have looked
-    claim(folder / "index.json", header, "search index")
-    if is_whole:
-        return 0
-    images = WholeImages(gallery, np.arange(len(gallery)), size)
-    found = extract_to_file(embed, images, device, folder / "embeddings", job=header, dtype=np.float16, **loading)
-    for number, why in (found[1] if found else {}).items():
-        print(f"unreadable, left out: {printable(image_name(gallery, number))}: {why}")
-    return len(gallery)
+def add_pictures(folder: Path, header: dict, source: str, size: tuple[int, int], extract: Callable) -> dict[str, int]:
+    """Add what the index does not hold yet, `PART_IMAGES` a rank at a time; what is said to be added is on disk."""
+    images, columns, is_main = list_images(source), gallery.read_columns(source), is_main_process()
+    with run_lock(folder):
+        index, plan = None, None
+        if is_main:
+            gallery.claim_index(folder, header)
+            index = open_index(folder)
+            index.sweep()
+            plan = gallery.compare(index, images, columns)
+        todo, old, renamed, counts = broadcast(plan)
+        changed = sorted(renamed, key=renamed.get) if is_main else []
+        for start in range(0, len(changed), gallery.SEGMENT_ROWS):
+            own = changed[start : start + gallery.SEGMENT_ROWS]
+            gone = [renamed[number] for number in own]
+            index.commit([gallery.make_row(images, columns, number, old) for number in own], index.features(gone), gone)
+        embedded, step = 0, engine_extract.PART_IMAGES * get_world_size()
+        for start in range(0, len(todo), step):
+            own = todo[start : start + step]
+            rows = {n: gallery.make_row(images, columns, n, old) for n in own}  # before the pixels are read
+            found = extract(WholeImages(images, np.array(own), size), output=folder / "adding", job=header)
+            if found:
+                for number, why in found[1].items():
+                    print(f"unreadable, left out: {printable(rows.pop(number)['path'])}: {why}")
+                kept = np.array([number in rows for number in own])
+                features = read_array(folder / "adding.npy", "run the same command again")[kept]
+                index.commit(list(rows.values()), features, [old[number][0] for number in rows if number in old])
+                embedded += len(rows)
+                print(f"added: {embedded} of {len(todo)}, the index holds {index.count}", flush=True)
+            wait_for_main()
+        if not is_main:
+            return {}
+        index.tidy()
+    counts |= {"embedded": embedded, "unreadable": len(todo) - embedded}
+    said = f"{counts['already']} there already ({counts['columns_changed']} with other columns), {embedded} embedded"
+    print(f"{source}: {len(images)} images, {said}, {counts['unreadable']} unreadable and left out")
+    return counts
 
 
-def open_index(folder: Path, shape: tuple[int, int]) -> np.ndarray:
-    """[M, D] float16, a memory map; rows are unit vectors, or NaN where unreadable."""
-    cure = "remove it, embed again"
-    rows = read_array(folder / "embeddings.npy", cure)
-    if rows.shape != shape or rows.dtype != np.float16:
-        raise InputError(f"{folder} is damaged ({rows.dtype} {rows.shape}, not {shape}): {cure}")
-    for start in range(0, len(rows), 1 << 16):
-        lengths = np.linalg.norm(rows[start : start + (1 << 16)].astype(np.float32), axis=1)
-        if (bad := np.flatnonzero(np.abs(lengths - 1) > 0.02)).size:
-            raise InputError(f"{folder} is damaged (row {start + bad[0]} is no unit vector): {cure}")
-    return rows
+def open_index(folder: Path) -> gallery.Gallery:
+    """The gallery in a folder, by the engine that its header names."""
+    index = gallery.Gallery(folder)
+    if index.about.get("engine") != "usearch":
+        return index
+    from tools.gallery_usearch import GraphGallery
+
+    return GraphGallery(folder)
 
 
-def search_rows(query: torch.Tensor, rows: np.ndarray, k: int, block_numbers: int = BLOCK_NUMBERS) -> tuple:
-    """The rows [M, D] float most similar to each query [Q, D]: cosines [Q, min(k, M)] float32, descending, ties in the
-    order of the rows, -inf: there are no more; and their numbers. The rows are read once, block by block; those with
-    NaN are never found. Products are float64, rounded to float32: equal rows have equal cosines, whatever their block.
-    """
-    q = F.normalize(query.double(), dim=1)
-    step = max(1, block_numbers // sum(q.shape))
-    values, found = q.new_empty((len(q), 0), dtype=torch.float32), q.new_empty((len(q), 0), dtype=torch.int64)
-    progress = Progress("searched", len(rows), shown=len(rows) > step)
-    for start in range(0, len(rows), step):
-        block = np.array(rows[start : start + step])
-        g = torch.from_numpy(block).to(q.device).float().double()  # in two steps: straight is half as fast
-        cosines = (q @ g.t() / torch.linalg.vector_norm(g, dim=1).clamp_min(1e-12)).float().nan_to_num_(nan=-torch.inf)
-        cosines = torch.cat([values, cosines], dim=1)
-        numbers = torch.cat([found, torch.arange(start, start + len(g), device=q.device).expand(len(q), -1)], dim=1)
-        kept = min(k, cosines.shape[1])
-        least = cosines.topk(kept, dim=1).values[:, -1:]
-        ahead, equal = cosines > least, cosines == least
-        chosen = ahead | (equal & (equal.cumsum(dim=1) <= kept - ahead.sum(dim=1, keepdim=True)))  # of ties the first
-        values, found = cosines[chosen].view(-1, kept), numbers[chosen].view(-1, kept)
-        progress.update(start + len(block))
-    progress.close()
-    values, order = values.sort(dim=1, descending=True, stable=True)
-    return values.cpu().numpy(), found.gather(1, order).cpu().numpy()
+def remove(args, conditions: list[gallery.Condition]) -> dict:
+    """Take pictures out of an index: by path, where a folder stands for all below it, by conditions, or by both."""
+    if not args.remove and not conditions:
+        raise InputError("--remove: name pictures or folders, or give --where: nothing is removed without")
+    names = {os.path.abspath(path): path for path in args.remove}
+    below, unseen = tuple(name + mark for name in names for mark in "/:"), set(names)
+    with run_lock(Path(args.index)):
+        index, gone = open_index(Path(args.index)), []
+        for number, row in gallery.choose(index, conditions):
+            path = row["path"]
+            if not names or path in names or path.startswith(below):
+                gone.append(number)
+                unseen -= {name for name in unseen if path == name or path.startswith((f"{name}/", f"{name}:"))}
+        if unseen:
+            missing = printable(names[min(unseen)])
+            raise InputError(f"--remove {missing}: the index holds no such picture; nothing was removed (see --list)")
+        if gone:
+            index.commit([], None, gone)
+        print(f"removed: {len(gone)}, the index holds {index.count}", flush=True)
+        index.tidy()
+    return {"removed": len(gone), "gallery": index.count, "index": args.index}
 
 
-def find_hits(names: list[str], features: torch.Tensor, rows: np.ndarray, gallery: Images, args) -> list[list[dict]]:
-    """[{row, path, cosine, same_file, rank}, ...] of each query; names, features [Q, D]: the queries', NaN: none."""
+def show(args, conditions: list[gallery.Condition]) -> dict:
+    """Say what an index holds, of the pictures that meet the conditions; all of them in rows.jsonl, a manifest."""
+    index, file = open_index(Path(args.index)), Path(args.output) / "rows.jsonl"
+    columns: dict[str, Counter] = defaultdict(Counter)
+
+    def lines() -> Iterator[bytes]:
+        for _, row in gallery.choose(index, conditions):
+            columns[""][""] += 1
+            for name, text in row["columns"].items():
+                values = columns[name]
+                values[text if text in values or len(values) < MOST_VALUES else "others"] += 1
+            yield f"{json.dumps({'path': row['path']} | row['columns'])}\n".encode()
+
+    write_atomic(file, lambda opened: opened.writelines(lines()))
+    listed = columns.pop("", Counter()).total()
+    print(*(f"{name}: {value}" for name, value in index.about.items() if name not in ("segments", "next")), sep="\n")
+    for name, values in columns.items():
+        shown = ", ".join(f"{text} ({count})" for text, count in values.most_common(5))
+        print(printable(f"column {name}: {values.total()} pictures, {len(values)} values, e.g. {shown}"))
+    print(f"{listed} of {index.count} pictures: {file}")
+    return {"listed": listed, "gallery": index.count, "rows": str(file), "index": args.index}
+
+
+def find(folder: Path, header: dict, conditions, names: list[str], features: torch.Tensor, args) -> tuple:
+    """([{path, columns, cosine, same_file, rank}, ...] of each query, pictures of the gallery, how many meet the
+    conditions); names, features [Q, D]: the queries', NaN: none."""
+    index = open_index(folder)
+    gallery.claim_index(folder, header)
+    if not index.count:
+        raise InputError(f"{folder} holds no picture that could be read: add some with --gallery")
+    if not names:
+        return [], index.count, 0
+    cosines, found, searched = index.search(features, args.topk + args.exclude_self, conditions)
+    rows = index.rows(set(found[cosines > -np.inf].tolist()))
+    print(f"gallery: {index.count} pictures in {folder}" + f", {searched} of them meet --where" * bool(conditions))
     lists = []
-    for name, values, found in zip(names, *search_rows(features, rows, args.topk + args.exclude_self)):
+    for name, values, numbers in zip(names, cosines, found):
         hits, place = [], os.path.realpath(name)
-        for row, cosine in zip(found[values > -np.inf].tolist(), values.tolist()):
-            path = image_name(gallery, row)
-            same_file = os.path.realpath(path) == place
-            if not (same_file and args.exclude_self):
-                hits.append({"row": row, "path": path, "cosine": cosine, "same_file": same_file, "rank": len(hits) + 1})
+        for number, cosine in zip(numbers[values > -np.inf].tolist(), values.tolist()):
+            path, columns = rows[number]["path"], rows[number]["columns"]
+            hit = {"path": path, "columns": columns, "cosine": cosine, "same_file": os.path.realpath(path) == place}
+            if not (hit["same_file"] and args.exclude_self):
+                hits.append(hit | {"rank": len(hits) + 1})
         lists.append(hits[: args.topk])
-    return lists
+    return lists, index.count, searched
 
 
 def write_results(output: Path, names: list[str], problems: dict[int, str], lists: list[list[dict]]) -> None:
@@ -219,7 +298,7 @@ def write_results(output: Path, names: list[str], problems: dict[int, str], list
     write_json(output / "results.json", results)
 
 
-def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]]) -> Image.Image:
+def draw_results(queries: Images, found: dict[int, list[dict]]) -> Image.Image:
     """A line a query: the query, then what was found, cosine and file name beneath."""
     width, height = TILE + 8, TILE + 40
     columns = 1 + max(len(hits[:RANKS_DRAWN]) for hits in found.values())
@@ -227,16 +306,16 @@ def draw_results(queries: Images, gallery: Images, found: dict[int, list[dict]])
     draw, font = ImageDraw.Draw(sheet), ImageFont.truetype(FONT, 11)
     for line, (query, hits) in enumerate(found.items()):
         words = [f"{hit['cosine']:.4f}{'  same file' * hit['same_file']}" for hit in hits[:RANKS_DRAWN]]
-        cells = [(queries, query, "query"), *((gallery, hit["row"], text) for hit, text in zip(hits, words))]
-        for column, (images, number, text) in enumerate(cells):
+        cells = [(partial(queries.__getitem__, query), queries.relative(query), "query")]
+        cells += [(partial(gallery.open_named, hit["path"]), hit["path"], text) for hit, text in zip(hits, words)]
+        for column, (picture, name, text) in enumerate(cells):
             left, top = column * width + 4, line * height + 4
             try:
-                tile = ImageOps.pad(open_rgb(images[number]), (TILE, TILE), color="#eee")
+                tile = ImageOps.pad(open_rgb(picture()), (TILE, TILE), color="#eee")
             except Unreadable:  # removed since it was embedded
                 tile = Image.new("RGB", (TILE, TILE), "#b33")
             sheet.paste(tile, (left, top))
-            name = printable(Path(images.relative(number)).name)[-18:]
-            draw.text((left, top + TILE + 2), f"{text}\n{name}", fill="black", font=font)
+            draw.text((left, top + TILE + 2), f"{text}\n{printable(Path(name).name)[-18:]}", fill="black", font=font)
     return sheet
 
 
