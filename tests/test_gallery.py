@@ -212,7 +212,7 @@ def test_damage_is_a_sentence(tmp_path):
     refuses("damaged", lambda: list(Gallery(tmp_path).scan()))
     file.write_bytes(whole)
     entry = json.loads(listed)["segments"][0]
-    for wrong in ("x", 7, [entry | {"rows": "many"}], [{}], [entry | {"removed": "AAAA"}], [entry | {"rows": 49}]):
+    for wrong in ("x", 7, [entry | {"rows": "many"}], [{}], [entry | {"removed": [50]}], [entry | {"rows": 49}]):
         list_file.write_text(json.dumps(json.loads(listed) | {"segments": wrong}))
         refuses("damaged", lambda: list(Gallery(tmp_path).scan()))
     list_file.write_bytes(listed)

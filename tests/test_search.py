@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import refuses, run_main, write_pictures
+from conftest import command, refuses, run_command, run_main, write_pictures
 from filelock import FileLock
 from PIL import Image
 
@@ -244,3 +244,11 @@ def test_mistakes_end_in_a_sentence(encoders, gallery, tmp_path):
     refuses("no.png does not exist", run, query, tmp_path / "no.png", *common, "--checkpoint", "no.pth")
     refuses("0001.png cannot be written to", run, query, *common, "--output", query, "--checkpoint", "no.pth")
     assert not (tmp_path / "out.index").exists()
+
+
+def test_two_ranks_share_what_is_added(encoders, gallery, tmp_path):
+    words = ["-m", "tools.search", "--gallery", gallery, "--checkpoint", encoders[0], "--device", "cpu"]
+    words += ["--num_workers", "0", "--output", tmp_path / "out"]
+    done = run_command(command(*map(str, words), processes=2))
+    assert done.returncode == 0 and "added: 12 of 13, the index holds 12" in done.stdout, done.stderr
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["embedded"] == 12

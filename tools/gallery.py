@@ -7,7 +7,6 @@ checksums tell damage. A change writes new segments first and then replaces inde
 not at all.
 """
 
-import base64
 import contextlib
 import json
 import operator
@@ -32,7 +31,7 @@ from datasets.tables import TABLE_ENDINGS, iterate_table
 from util.cli import Progress
 from util.dist import claim
 from util.errors import InputError
-from util.files import read_json, write_atomic, write_json
+from util.files import read_json, write_atomic
 
 SEGMENT_BYTES, SEGMENT_ROWS = 1 << 26, 1 << 16  # of embeddings in a segment, at most
 SMALL_SEGMENTS = 64  # more that are not half full are joined
@@ -164,9 +163,11 @@ class Gallery:
         self.about = read_json(self.file, CURE)
         self.about.setdefault("segments", [])  # until the first pictures are added
         try:
-            self.segments = [(str(s["file"]), _unpack(s["removed"], s["rows"])) for s in self.about["segments"]]
+            self.segments = [(str(s["file"]), np.zeros(s["rows"], dtype=bool)) for s in self.about["segments"]]
+            for (_, removed), entry in zip(self.segments, self.about["segments"]):
+                removed[entry["removed"]] = True
             self.next = int(self.about.setdefault("next", 0))
-        except (KeyError, TypeError, ValueError, AttributeError, zlib.error) as error:
+        except (KeyError, TypeError, ValueError, IndexError) as error:
             raise InputError(f"{self.file} is damaged ({error!r}): {CURE}") from error
         self.ends = np.cumsum([0, *(len(removed) for _, removed in self.segments)])
         self.count = sum(int((~removed).sum()) for _, removed in self.segments)
@@ -257,8 +258,10 @@ class Gallery:
         self.segments.append((name, np.zeros(len(lines), dtype=bool)))
 
     def _replace(self) -> None:
-        kept = [{"file": name, "rows": len(dead), "removed": _pack(dead)} for name, dead in self.segments]
-        write_json(self.file, self.about | {"next": self.next, "segments": kept})
+        dead = [np.flatnonzero(removed).tolist() for _, removed in self.segments]
+        kept = [{"file": name, "rows": len(of), "removed": gone} for (name, of), gone in zip(self.segments, dead)]
+        text = json.dumps(self.about | {"next": self.next, "segments": kept})
+        write_atomic(self.file, lambda opened: opened.write(text.encode()))
         self.__init__(self.folder)
 
     def tidy(self) -> None:
@@ -293,19 +296,6 @@ class Gallery:
 
 def segment_rows(width: int) -> int:
     return max(1, min(SEGMENT_ROWS, SEGMENT_BYTES // (2 * width)))
-
-
-def _pack(flags: np.ndarray) -> str:
-    return base64.b64encode(zlib.compress(np.packbits(flags).tobytes())).decode() if flags.any() else ""
-
-
-def _unpack(text: str, count: int) -> np.ndarray:
-    if not text:
-        return np.zeros(count, dtype=bool)
-    bits = np.frombuffer(zlib.decompress(base64.b64decode(text, validate=True)), np.uint8)
-    if len(bits) != -(-count // 8):
-        raise ValueError(f"{len(bits)} bytes for {count} rows")
-    return np.unpackbits(bits, count=count).astype(bool)
 
 
 def choose(index, conditions: list[Condition]) -> Iterator[tuple[int, dict]]:

@@ -15,7 +15,6 @@ from pathlib import Path
 from util.cli import Parser, check_numbers, parse_input_size, run_tool
 
 TILE, QUERIES_DRAWN, RANKS_DRAWN = 128, 20, 20
-MOST_VALUES = 10_000  # of a column that --list counts apart
 ENGINES = ("exact", "usearch")
 WHERE = "COLUMN=VALUE, also != < <= > >=: only these pictures; several must all hold (default: all pictures)"
 
@@ -247,8 +246,7 @@ def show(args, conditions: list[gallery.Condition]) -> dict:
         for _, row in gallery.choose(index, conditions):
             columns[""][""] += 1
             for name, text in row["columns"].items():
-                values = columns[name]
-                values[text if text in values or len(values) < MOST_VALUES else "others"] += 1
+                columns[name][text] += 1
             yield f"{json.dumps({'path': row['path']} | row['columns'])}\n".encode()
 
     write_atomic(file, lambda opened: opened.writelines(lines()))

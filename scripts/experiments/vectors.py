@@ -22,27 +22,24 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 K, CAMERAS, BLOCK = 10, 20, 10_000
 
 
-def make_vectors(size: int, dim: int, queries: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(gallery [N, D] float16, queries [Q, D] float32, both of unit length, cameras [N])"""
+def make_vectors(size: int, dim: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
+    """(gallery [N, D] float16, queries [Q, D] float32), of unit length"""
     rng, scale = np.random.default_rng(0), np.arange(1, dim + 1, dtype=np.float32) ** -0.5
-    centres = rng.standard_normal((max(1, size // 20), dim), dtype=np.float32)
-    gallery = np.empty((size, dim), np.float16)
-    for start in range(0, size, BLOCK):
-        gallery[start : start + BLOCK] = draw(rng, centres, scale, min(BLOCK, size - start))
-    return gallery, draw(rng, centres, scale, queries), rng.integers(0, CAMERAS, size)
-
-
-def draw(rng, centres: np.ndarray, scale: np.ndarray, count: int) -> np.ndarray:
-    x = centres[rng.integers(0, len(centres), count)]
-    x = scale * (x + 0.7 * rng.standard_normal(x.shape, dtype=np.float32))
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
+    centres, found = rng.standard_normal((max(1, size // 20), dim), dtype=np.float32), np.empty((size, dim), np.float16)
+    for start in [*range(0, size, BLOCK), size]:
+        count = min(BLOCK, size - start) or queries
+        x = scale * (
+            centres[rng.integers(0, len(centres), count)] + 0.7 * rng.standard_normal((count, dim), np.float32)
+        )
+        x /= np.linalg.norm(x, axis=1, keepdims=True)
+        found[start : start + count] = x[: size - start]
+    return found, x
 
 
 def exact_answer(gallery: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """[Q, K] rows by exact cosine, block by block."""
     values, found = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
-    for start in range(0, len(rows), BLOCK):
-        own = rows[start : start + BLOCK]
+    for own in np.array_split(rows, -(-len(rows) // BLOCK)):
         values = np.concatenate([values, queries @ gallery[own].astype(np.float32).T], axis=1)
         found = np.concatenate([found, np.broadcast_to(own, (len(queries), len(own)))], axis=1)
         best = np.argsort(-values, axis=1)[:, :K]
@@ -52,23 +49,22 @@ def exact_answer(gallery: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> 
 
 class Exact:
     def __init__(self, folder: Path, gallery: np.ndarray, cameras: np.ndarray):
-        import torch
-
         from tools import gallery as live
 
-        self.live, self.torch = live, torch
         live.claim_index(folder, {})
-        self.index = live.Gallery(folder)
+        self.live, self.index = live, live.Gallery(folder)
         for start in range(0, len(gallery), BLOCK):
-            own = range(start, min(start + BLOCK, len(gallery)))
-            rows = [{"path": str(i), "stamp": "", "columns": {"camid": str(cameras[i])}} for i in own]
-            self.index.commit(rows, gallery[own.start : own.stop])
+            own = enumerate(cameras[start : start + BLOCK].tolist(), start)
+            rows = [{"path": str(i), "stamp": "", "columns": {"camid": str(camera)}} for i, camera in own]
+            self.index.commit(rows, gallery[start : start + BLOCK])
         self.index.tidy()
 
-    def query(self, query: np.ndarray, below: int | None) -> list[int]:
-        where = [] if below is None else [self.live.Condition(f"camid<{below}")]
-        _, found, _ = self.index.search(self.torch.from_numpy(query[None]), K, where)
-        return [int(row["path"]) for row in self.index.rows(found[0].tolist()).values()]
+    def query(self, query: np.ndarray, below: int) -> list[int]:
+        import torch
+
+        where = [self.live.Condition(f"camid<{below}")] if below < CAMERAS else []
+        numbers = self.index.search(torch.from_numpy(query[None]), K, where)[1][0].tolist()
+        return [int(row["path"]) for row in self.index.rows(numbers).values()]
 
     def remove(self, rows: np.ndarray) -> None:
         gone = set(map(str, rows))
@@ -81,21 +77,21 @@ class LanceDB:
         import pyarrow
         from lancedb.index import IvfPq
 
-        self.table = None
-        for start in range(0, len(gallery), BLOCK):
-            own = gallery[start : start + BLOCK]
-            vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(own.ravel()), own.shape[1])
-            columns = {"id": np.arange(start, start + len(own)), "camid": cameras[start : start + BLOCK]}
-            batch = pyarrow.table(columns | {"vector": vectors})
-            if self.table is None:
-                self.table = lancedb.connect(folder).create_table("gallery", batch)
-            else:
-                self.table.add(batch)
+        def batches():
+            for start in range(0, len(gallery), BLOCK):
+                own, camids = gallery[start : start + BLOCK], cameras[start : start + BLOCK]
+                vectors = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(own.ravel()), own.shape[1])
+                yield pyarrow.table({"id": np.arange(start, start + len(own)), "camid": camids, "vector": vectors})
+
+        tables = batches()
+        self.table = lancedb.connect(folder).create_table("gallery", next(tables))
+        for table in tables:
+            self.table.add(table)
         self.table.create_index("vector", config=IvfPq(distance_type="cosine"))
 
-    def query(self, query: np.ndarray, below: int | None) -> list[int]:
+    def query(self, query: np.ndarray, below: int) -> list[int]:
         search = self.table.search(query).distance_type("cosine").refine_factor(10).select(["id"]).limit(K)
-        return (search if below is None else search.where(f"camid < {below}")).to_arrow()["id"].to_pylist()
+        return (search.where(f"camid < {below}") if below < CAMERAS else search).to_arrow()["id"].to_pylist()
 
     def remove(self, rows: np.ndarray) -> None:
         for part in np.array_split(rows, -(-len(rows) // 1000)):
@@ -110,11 +106,11 @@ class USearch:
         self.index.add(np.arange(len(gallery)), gallery)
         self.index.save(folder / "index.usearch")
 
-    def query(self, query: np.ndarray, below: int | None) -> list[int]:
+    def query(self, query: np.ndarray, below: int) -> list[int]:
         count = K  # it has no filter: more are asked for until enough are left
         while True:
             found = self.index.search(query, count).keys.astype(int)
-            kept = found if below is None else found[self.cameras[found] < below]
+            kept = found[self.cameras[found] < below]
             if len(kept) >= K or count >= len(self.index):
                 return kept[:K].tolist()
             count *= 4
@@ -130,36 +126,41 @@ def memory_mb(what: str) -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(what))
 
 
+def timed(job) -> tuple:
+    """(what the job returns, seconds, CPU seconds, peak of memory in MB)"""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
+    started = time.perf_counter(), time.process_time()
+    found = job()
+    return found, time.perf_counter() - started[0], time.process_time() - started[1], memory_mb("VmHWM")
+
+
 def measure(args) -> dict:
-    gallery, queries, cameras = make_vectors(args.size, args.dim, args.queries)
-    everything, before = np.arange(args.size), memory_mb("VmRSS")
-    count_peak_anew = lambda: Path("/proc/self/clear_refs").write_text("5")  # noqa: E731
-    count_peak_anew()
-    gone = np.random.default_rng(1).permutation(args.size)[: int(0.3 * args.size)]
+    gallery, queries = make_vectors(args.size, args.dim, args.queries)
+    rng = np.random.default_rng(1)
+    cameras, is_left = rng.integers(0, CAMERAS, args.size), rng.random(args.size) > 0.3
+    before, kind = memory_mb("VmRSS"), {"exact": Exact, "lancedb": LanceDB, "usearch": USearch}[args.engine]
     with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
-        started = time.perf_counter(), time.process_time()
-        engine = {"exact": Exact, "lancedb": LanceDB, "usearch": USearch}[args.engine](Path(folder), gallery, cameras)
-        found = {"build_s": time.perf_counter() - started[0], "build_cpu_s": time.process_time() - started[1]}
+        engine, seconds, cpu, peak = timed(lambda: kind(Path(folder), gallery, cameras))
+        found = {
+            "engine": args.engine,
+            "size": args.size,
+            "build_s": seconds,
+            "build_cpu_s": cpu,
+            "build_mb": peak - before,
+        }
         found["disk_mb"] = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e6
-        found["build_mb"] = memory_mb("VmHWM") - before
-        left = np.setdiff1d(everything, gone)
-        for name, below, rows in (("all", None, everything), ("1/20", 1, everything), ("1/2", 10, everything),
-                                  ("removed", None, left)):  # fmt: skip
+        for name, below in (("all", CAMERAS), ("1/20", 1), ("1/2", CAMERAS // 2), ("removed", CAMERAS)):
             if name == "removed":
-                started = time.perf_counter()
-                engine.remove(gone)
-                found["remove_s"] = time.perf_counter() - started
-            truth = exact_answer(gallery, queries, rows if below is None else rows[cameras < below])
+                found["remove_s"] = timed(lambda: engine.remove(np.flatnonzero(~is_left)))[1]
+            rows = np.flatnonzero((cameras < below) & (is_left | (name != "removed")))
+            truth = exact_answer(gallery, queries, rows).tolist()
             engine.query(queries[0], below)
-            count_peak_anew()
-            started = time.perf_counter(), time.process_time()
-            answers = [engine.query(query, below) for query in queries]
-            found[f"{name}_ms"] = (time.perf_counter() - started[0]) / len(queries) * 1000
-            found[f"{name}_cpu_ms"] = (time.process_time() - started[1]) / len(queries) * 1000
-            found[f"{name}_recall"] = np.mean([len(set(a) & set(t)) / K for a, t in zip(answers, truth.tolist())])
-            found[f"{name}_removed_found"] = int(np.isin(sum(answers, []), gone).sum()) if name == "removed" else 0
-            found[f"{name}_mb"] = memory_mb("VmHWM") - before
-    return {"engine": args.engine, "size": args.size, "dim": args.dim, **found}
+            answers, seconds, cpu, peak = timed(lambda below=below: [engine.query(query, below) for query in queries])
+            recall = np.mean([len(set(a) & set(t)) / K for a, t in zip(answers, truth)])
+            wrong = len(set(sum(answers, [])) - set(rows.tolist()))  # removed, or of another camera
+            ms = seconds / len(queries) * 1000, cpu / len(queries) * 1000
+            found[name] = {"ms": ms[0], "cpu_ms": ms[1], "recall": recall, "wrong": wrong, "mb": peak - before}
+    return found
 
 
 if __name__ == "__main__":
@@ -170,6 +171,6 @@ if __name__ == "__main__":
     parser.add_argument("--queries", default=100, type=int, help="queries, one at a time (default 100)")
     parser.add_argument("--scratch", default=None, help="folder for its files (default: the system's)")
     parser.add_argument("--output", default="vectors.json", help="file of the numbers (default vectors.json)")
-    numbers = measure(parser.parse_args())
-    Path(parser.parse_args().output).write_text(json.dumps(numbers, indent=1) + "\n")
+    args = parser.parse_args()
+    Path(args.output).write_text(json.dumps(numbers := measure(args), indent=1) + "\n")
     print(json.dumps(numbers))
