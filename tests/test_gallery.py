@@ -43,7 +43,7 @@ camid=3|3|1   camid=3|03|1   camid=3|3.0|1   camid=3|4|0     camid!=3|4|1   cami
 camid<10|x|0  camid<=9|9|1   camid>9|10|1    camid=1e1|10|1  type=truck|truck|1  type=truck|Truck|0  type!=car|truck|1
 type<b|a|1    type>=b|a|0    t>=2026-01-01|2025-12-31T23:59|0      t>=2026-01-01|2026-01-01T00:00:00Z|1
 t<2026-01-01T00:00|2026-01-01T00:30+01:00|1  t=2026-01-01T01:00+01:00|2026-01-01|1   t>2026-01-01|soon|0
-n=12345678901234567891|12345678901234567890|0  n=a=b|a=b|1  camid=-1|-1|1  camid=²|2|0
+n=12345678901234567891|12345678901234567890|0  n=a=b|a=b|1  camid=-1|-1|1  camid=²|2|0  at>=09:30|10:00|1
 """
 
 
@@ -222,6 +222,16 @@ def test_damage_is_a_sentence(tmp_path):
     refuses("holds no index: give --gallery", Gallery, tmp_path / "none")
 
 
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory) -> Path:
+    from models_vit import VisionTransformer
+
+    torch.manual_seed(0)
+    file = tmp_path_factory.mktemp("encoder") / "0.pth"
+    torch.save({"model": VisionTransformer((32, 32), 16, 192, 1, 3).state_dict()}, file)
+    return file
+
+
 def test_usearch_finds_what_the_exact_search_finds(tmp_path, monkeypatch, capsys):
     fast = pytest.importorskip("tools.gallery_usearch", exc_type=InputError)
     monkeypatch.setattr(gallery, "SEGMENT_ROWS", 64)
@@ -258,21 +268,14 @@ def test_usearch_finds_what_the_exact_search_finds(tmp_path, monkeypatch, capsys
     assert index.graph.is_file()
 
 
-def test_a_package_that_is_missing_is_a_sentence(tmp_path, monkeypatch):
+def test_a_package_that_is_missing_is_a_sentence(tmp_path, monkeypatch, encoder):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
     monkeypatch.delitem(sys.modules, "tools.gallery_usearch", raising=False)
     gallery.claim_index(tmp_path, {"engine": "usearch"})
     refuses("--engine usearch needs the package usearch: pip install usearch", search.open_index, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory) -> Path:
-    from models_vit import VisionTransformer
-
-    torch.manual_seed(0)
-    file = tmp_path_factory.mktemp("encoder") / "0.pth"
-    torch.save({"model": VisionTransformer((32, 32), 16, 192, 1, 3).state_dict()}, file)
-    return file
+    new = ["--gallery", tmp_path, "--index", tmp_path / "i", "--engine", "usearch", "--device", "cpu"]
+    refuses("needs the package", run_main, search, *new, "--checkpoint", encoder, "--output", tmp_path / "o")
+    assert not (tmp_path / "i").exists()
 
 
 @pytest.fixture
@@ -341,6 +344,25 @@ def test_a_table_its_columns_and_its_changes(call, table, tmp_path, capsys):
     call(tmp_path / "p" / "0002.png")
     assert sorted(Path(hit["path"]).name for hit in hits(tmp_path)) == [f"000{i}.png" for i in (1, 3, 4, 6, 7)]
     assert call("--gallery", table)["embedded"] == 3  # back again; the broken one keeps its place
+
+
+def test_boxes_of_one_picture(call, table, tmp_path):
+    from PIL import Image
+
+    from datasets.images import open_rgb
+
+    rows = [f"p/0000.png,{box},{camid}" for camid, box in enumerate(("0 0 20 20", "20 10 48 40", ""))]
+    table.write_text("\n".join(["path,box,camid", *rows]))
+    assert call(table, "--gallery", table, "--where", "camid=1")["embedded"] == 3
+    found = hits(tmp_path)
+    assert [hit["path"] for hit in found] == [f"{tmp_path}/p/0000.png#20,10,48,40"] and not found[0]["same_file"]
+    results = json.loads((tmp_path / "o" / "results.json").read_text())
+    assert [entry["results"][0]["same_file"] for entry in results] == [False, True, False]
+    cut = open_rgb(gallery.open_named(found[0]["path"]))
+    assert cut.tobytes() == Image.open(tmp_path / "p" / "0000.png").convert("RGB").crop((20, 10, 48, 40)).tobytes()
+    assert call("--list", checkpoint=False)["listed"] == 3
+    assert call("--gallery", tmp_path / "o" / "rows.jsonl")["already"] == 3
+    assert call("--remove", tmp_path / "p" / "0000.png", checkpoint=False)["removed"] == 3
 
 
 def test_mistakes_end_in_a_sentence(call, encoder, table, tmp_path, monkeypatch):

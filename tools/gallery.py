@@ -16,7 +16,6 @@ import shutil
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from datetime import datetime, timezone
 from functools import cache
 from itertools import groupby
 from pathlib import Path
@@ -25,9 +24,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from datasets.images import Unreadable
+from datasets.images import Unreadable, boxed
 from datasets.path_list import PACK_HEADER, PackedImages, PathList
-from datasets.tables import TABLE_ENDINGS, iterate_table
+from datasets.tables import TABLE_ENDINGS, iterate_table, moment
 from util.cli import Progress
 from util.dist import claim
 from util.errors import InputError
@@ -68,15 +67,12 @@ class Condition:
         return self.sign == "!="
 
 
-def typed(text: str) -> tuple[str, int | float | datetime | str]:
+def typed(text: str) -> tuple[str, int | float | str]:
     """("number", "time" or "text", value)"""
     if NUMBER.fullmatch(text):
         return "number", float(text) if re.search("[.eE]", text) else int(text)
-    with contextlib.suppress(ValueError):
-        if re.match(r"\d{4}-\d\d-\d\d", text):
-            time = datetime.fromisoformat(re.sub("[zZ]$", "+00:00", text))
-            return "time", time if time.tzinfo else time.replace(tzinfo=timezone.utc)
-    return "text", text
+    when = moment(text) if ":" in text or "-" in text else None
+    return ("text", text) if when is None else ("time", when)
 
 
 def as_text(value) -> str | None:
@@ -113,6 +109,12 @@ def open_pack(folder: str) -> tuple[PackedImages, dict[str, int]]:
     return pack, {pack.relative(number): number for number in range(len(pack))}
 
 
+def split_box(name: str) -> tuple[str, tuple[int, ...] | None]:
+    """A name in an index -> the file's, and the box in it."""
+    found = re.fullmatch(r"(.*)#(-?\d+),(-?\d+),(-?\d+),(-?\d+)", name, re.DOTALL)
+    return (found[1], tuple(map(int, found.groups()[1:]))) if found and not os.path.lexists(name) else (name, None)
+
+
 def open_named(name: str):
     """What `open_rgb` reads, by the name in an index."""
     for colon in re.finditer(":", name) if not os.path.exists(name) else ():
@@ -122,7 +124,8 @@ def open_named(name: str):
             if inside not in numbers:
                 raise Unreadable(f"it is no longer in {folder}")
             return pack[numbers[inside]]
-    return Path(name)
+    file, box = split_box(name)
+    return boxed(Path(file), box)
 
 
 def search_rows(query: torch.Tensor, blocks: Iterable[tuple], k: int, total: int = 0) -> tuple:

@@ -167,6 +167,7 @@ def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int]
 
 def add_pictures(folder: Path, header: dict, source: str, size: tuple[int, int], extract: Callable) -> dict[str, int]:
     """Add what the index does not hold yet, `PART_IMAGES` a rank at a time; what is said to be added is on disk."""
+    gallery_of(header.get("engine"))  # a package that is missing is told first
     images, columns, is_main = list_images(source), gallery.read_columns(source), is_main_process()
     with run_lock(folder):
         index, plan = None, None
@@ -204,14 +205,17 @@ def add_pictures(folder: Path, header: dict, source: str, size: tuple[int, int],
     return counts
 
 
-def open_index(folder: Path) -> gallery.Gallery:
-    """The gallery in a folder, by the engine that its header names."""
-    index = gallery.Gallery(folder)
-    if index.about.get("engine") != "usearch":
-        return index
+def gallery_of(engine: str | None) -> type[gallery.Gallery]:
+    if engine != "usearch":
+        return gallery.Gallery
     from tools.gallery_usearch import GraphGallery
 
-    return GraphGallery(folder)
+    return GraphGallery
+
+
+def open_index(folder: Path) -> gallery.Gallery:
+    """The gallery in a folder, by the engine that its header names."""
+    return gallery_of(gallery.Gallery(folder).about.get("engine"))(folder)
 
 
 def remove(args, conditions: list[gallery.Condition]) -> dict:
@@ -219,14 +223,16 @@ def remove(args, conditions: list[gallery.Condition]) -> dict:
     if not args.remove and not conditions:
         raise InputError("--remove: name pictures or folders, or give --where: nothing is removed without")
     names = {os.path.abspath(path): path for path in args.remove}
-    below, unseen = tuple(name + mark for name in names for mark in "/:"), set(names)
+    below, unseen = tuple(name + mark for name in names for mark in "/:#"), set(names)
     with run_lock(Path(args.index)):
         index, gone = open_index(Path(args.index)), []
         for number, row in gallery.choose(index, conditions):
             path = row["path"]
             if not names or path in names or path.startswith(below):
                 gone.append(number)
-                unseen -= {name for name in unseen if path == name or path.startswith((f"{name}/", f"{name}:"))}
+                unseen -= {
+                    name for name in unseen if path == name or path.startswith(tuple(name + mark for mark in "/:#"))
+                }
         if unseen:
             missing = printable(names[min(unseen)])
             raise InputError(f"--remove {missing}: the index holds no such picture; nothing was removed (see --list)")
@@ -247,7 +253,7 @@ def show(args, conditions: list[gallery.Condition]) -> dict:
             columns[""][""] += 1
             for name, text in row["columns"].items():
                 columns[name][text] += 1
-            yield f"{json.dumps({'path': row['path']} | row['columns'])}\n".encode()
+            yield f"{json.dumps({'path': gallery.split_box(row['path'])[0]} | row['columns'])}\n".encode()
 
     write_atomic(file, lambda opened: opened.writelines(lines()))
     listed = columns.pop("", Counter()).total()
