@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-K, CAMERAS, BLOCK = 10, 20, 10_000
+K, DIM, CAMERAS, BLOCK = 10, 768, 20, 10_000
 
 
 def make_vectors(size: int, dim: int, queries: int) -> tuple[np.ndarray, np.ndarray]:
@@ -36,15 +36,11 @@ def make_vectors(size: int, dim: int, queries: int) -> tuple[np.ndarray, np.ndar
     return found, x
 
 
-def exact_answer(gallery: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """[Q, K] rows by exact cosine, block by block."""
-    values, found = np.zeros((len(queries), 0), np.float32), np.zeros((len(queries), 0), np.int64)
-    for own in np.array_split(rows, -(-len(rows) // BLOCK)):
-        values = np.concatenate([values, queries @ gallery[own].astype(np.float32).T], axis=1)
-        found = np.concatenate([found, np.broadcast_to(own, (len(queries), len(own)))], axis=1)
-        best = np.argsort(-values, axis=1)[:, :K]
-        values, found = np.take_along_axis(values, best, 1), np.take_along_axis(found, best, 1)
-    return found
+def exact_answer(gallery: np.ndarray, queries: np.ndarray, rows: np.ndarray) -> list[list[int]]:
+    """K rows a query, by exact cosine."""
+    blocks = (gallery[own].astype(np.float32) for own in np.array_split(rows, -(-len(rows) // BLOCK)))
+    cosines = np.concatenate([queries @ block.T for block in blocks], axis=1)
+    return rows[np.argpartition(-cosines, K - 1, axis=1)[:, :K]].tolist()
 
 
 class Exact:
@@ -120,57 +116,45 @@ class USearch:
         self.index.save(self.file / "index.usearch")
 
 
-def memory_mb(what: str) -> float:
-    """VmRSS: of this process now; VmHWM: its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(what))
-
-
 def timed(job) -> tuple:
     """(what the job returns, seconds, CPU seconds, peak of memory in MB)"""
     Path("/proc/self/clear_refs").write_text("5")  # the peak is counted anew
-    started = time.perf_counter(), time.process_time()
-    found = job()
-    return found, time.perf_counter() - started[0], time.process_time() - started[1], memory_mb("VmHWM")
+    started, cpu = time.perf_counter(), time.process_time()
+    found, lines = job(), Path("/proc/self/status").read_text().splitlines()
+    peak = next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
+    return found, time.perf_counter() - started, time.process_time() - cpu, peak
 
 
-def measure(args) -> dict:
-    gallery, queries = make_vectors(args.size, args.dim, args.queries)
-    rng = np.random.default_rng(1)
-    cameras, is_left = rng.integers(0, CAMERAS, args.size), rng.random(args.size) > 0.3
-    before, kind = memory_mb("VmRSS"), {"exact": Exact, "lancedb": LanceDB, "usearch": USearch}[args.engine]
-    with tempfile.TemporaryDirectory(dir=args.scratch) as folder:
-        engine, seconds, cpu, peak = timed(lambda: kind(Path(folder), gallery, cameras))
-        found = {
-            "engine": args.engine,
-            "size": args.size,
-            "build_s": seconds,
-            "build_cpu_s": cpu,
-            "build_mb": peak - before,
-        }
-        found["disk_mb"] = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e6
+def measure(engine: str, size: int, count: int) -> dict:
+    gallery, queries = make_vectors(size, DIM, count)
+    rng, before = np.random.default_rng(1), timed(lambda: None)[-1]
+    cameras, is_left = rng.integers(0, CAMERAS, size), rng.random(size) > 0.3
+    kind = {"exact": Exact, "lancedb": LanceDB, "usearch": USearch}[engine]
+    with tempfile.TemporaryDirectory() as folder:
+        index, seconds, cpu, peak = timed(lambda: kind(Path(folder), gallery, cameras))
+        disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file()) / 1e6
+        found = {"engine": engine, "size": size, "build_s": seconds, "build_cpu_s": cpu, "build_mb": peak - before}
         for name, below in (("all", CAMERAS), ("1/20", 1), ("1/2", CAMERAS // 2), ("removed", CAMERAS)):
             if name == "removed":
-                found["remove_s"] = timed(lambda: engine.remove(np.flatnonzero(~is_left)))[1]
+                found["remove_s"] = timed(lambda: index.remove(np.flatnonzero(~is_left)))[1]
             rows = np.flatnonzero((cameras < below) & (is_left | (name != "removed")))
-            truth = exact_answer(gallery, queries, rows).tolist()
-            engine.query(queries[0], below)
-            answers, seconds, cpu, peak = timed(lambda below=below: [engine.query(query, below) for query in queries])
+            truth = exact_answer(gallery, queries, rows)
+            index.query(queries[0], below)
+            answers, seconds, cpu, peak = timed(lambda below=below: [index.query(query, below) for query in queries])
             recall = np.mean([len(set(a) & set(t)) / K for a, t in zip(answers, truth)])
             wrong = len(set(sum(answers, [])) - set(rows.tolist()))  # removed, or of another camera
-            ms = seconds / len(queries) * 1000, cpu / len(queries) * 1000
-            found[name] = {"ms": ms[0], "cpu_ms": ms[1], "recall": recall, "wrong": wrong, "mb": peak - before}
-    return found
+            ms = {"ms": seconds / count * 1000, "cpu_ms": cpu / count * 1000, "mb": peak - before}
+            found[name] = {"recall": recall, "wrong": wrong, **ms}
+    return found | {"disk_mb": disk}
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", required=True, choices=("exact", "lancedb", "usearch"), help="what is measured")
     parser.add_argument("--size", default=10_000, type=int, help="vectors (default 10000)")
-    parser.add_argument("--dim", default=768, type=int, help="numbers a vector (default 768)")
     parser.add_argument("--queries", default=100, type=int, help="queries, one at a time (default 100)")
-    parser.add_argument("--scratch", default=None, help="folder for its files (default: the system's)")
     parser.add_argument("--output", default="vectors.json", help="file of the numbers (default vectors.json)")
     args = parser.parse_args()
-    Path(args.output).write_text(json.dumps(numbers := measure(args), indent=1) + "\n")
-    print(json.dumps(numbers))
+    numbers = json.dumps(measure(args.engine, args.size, args.queries))
+    Path(args.output).write_text(f"{numbers}\n")
+    print(numbers)
