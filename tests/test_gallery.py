@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import refuses, run_main, write_pictures
 
-from tools import gallery, search
+from tools import gallery, gallery_usearch, search
 from tools.gallery import Condition, Gallery
 from util import files
 from util.errors import InputError
@@ -233,7 +233,7 @@ def encoder(tmp_path_factory) -> Path:
 
 
 def test_usearch_finds_what_the_exact_search_finds(tmp_path, monkeypatch, capsys):
-    fast = pytest.importorskip("tools.gallery_usearch", exc_type=InputError)
+    pytest.importorskip("usearch.index")
     monkeypatch.setattr(gallery, "SEGMENT_ROWS", 64)
     monkeypatch.setattr(gallery, "SMALL_SEGMENTS", 3)
     rng, query = np.random.default_rng(0), torch.from_numpy(unit(np.random.default_rng(1), 8).astype(np.float32))
@@ -248,10 +248,10 @@ def test_usearch_finds_what_the_exact_search_finds(tmp_path, monkeypatch, capsys
         index, exact = search.open_index(tmp_path), Gallery(tmp_path)
         for words in ([], ["camid=2"], ["camid<9", "camid!=1"]):
             expected = exact.search(query, 5, [Condition(each) for each in words])
-            monkeypatch.setattr(fast, "FEW", 10_000)
+            monkeypatch.setattr(gallery_usearch, "FEW", 10_000)
             found = index.search(query, 5, [Condition(each) for each in words])
             assert all(np.array_equal(a, b) for a, b in zip((*found[:1], found[2]), (*expected[:1], expected[2])))
-            monkeypatch.setattr(fast, "FEW", 0)
+            monkeypatch.setattr(gallery_usearch, "FEW", 0)
             cosines, numbers, _ = index.search(query, 5, [Condition(each) for each in words])
             live = exact.rows(set(numbers[cosines > -np.inf].tolist()))
             assert all("camid=2" not in words or entry["columns"]["camid"] == "2" for entry in live.values())
@@ -270,7 +270,6 @@ def test_usearch_finds_what_the_exact_search_finds(tmp_path, monkeypatch, capsys
 
 def test_a_package_that_is_missing_is_a_sentence(tmp_path, monkeypatch, encoder):
     monkeypatch.setitem(sys.modules, "usearch.index", None)
-    monkeypatch.delitem(sys.modules, "tools.gallery_usearch", raising=False)
     gallery.claim_index(tmp_path, {"engine": "usearch"})
     refuses("--engine usearch needs the package usearch: pip install usearch", search.open_index, tmp_path)
     new = ["--gallery", tmp_path, "--index", tmp_path / "i", "--engine", "usearch", "--device", "cpu"]

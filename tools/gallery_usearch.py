@@ -11,13 +11,16 @@ from tools.gallery import CURE, Changed, Condition, Gallery, search_rows
 from util.errors import InputError
 from util.files import read_json, write_atomic
 
-try:
-    from usearch.index import Index
-except ImportError as error:
-    why = "pip install usearch, or make an index without the flag, which is searched exactly"
-    raise InputError(f"--engine usearch needs the package usearch: {why}") from error
-
 FEW = 10_000  # pictures that meet the conditions are compared one by one, without the graph
+
+
+def usearch_index() -> type:
+    try:
+        from usearch.index import Index
+    except ImportError as error:
+        why = "pip install usearch, or make an index without the flag, which is searched exactly"
+        raise InputError(f"--engine usearch needs the package usearch: {why}") from error
+    return Index
 
 
 class GraphGallery(Gallery):
@@ -29,9 +32,9 @@ class GraphGallery(Gallery):
         names = "".join(name for name, _ in self.segments)
         return self.folder / f"graph-{hashlib.sha256(names.encode()).hexdigest()[:16]}.usearch"
 
-    def _load(self, file: Path, view: bool) -> Index:
+    def _load(self, file: Path, view: bool):
         try:
-            return Index.restore(str(file), view=view)  # says so where the file is cut short
+            return usearch_index().restore(str(file), view=view)  # says so where the file is cut short
         except RuntimeError as error:
             raise InputError(f"{file} is damaged ({error}): remove it; the next --gallery builds it anew") from error
 
@@ -48,7 +51,11 @@ class GraphGallery(Gallery):
         super().tidy()
         old = next(self.folder.glob("graph-*.usearch"), None)
         if self.segments and not self.graph.is_file():
-            index = self._load(old, view=False) if old else Index(ndim=self.about["width"], metric="cos", dtype="f16")
+            index = (
+                self._load(old, view=False)
+                if old
+                else usearch_index()(ndim=self.about["width"], metric="cos", dtype="f16")
+            )
             keys = index.keys[:].astype(np.uint64) if old else np.zeros(0, np.uint64)
             known, wanted = (
                 np.unique(keys >> 32),

@@ -64,7 +64,7 @@ from datasets.tables import TABLE_ENDINGS
 from engine_extract import extract_features, extract_to_file
 from finetune.task import load_model
 from reports.page import FONT
-from tools import gallery
+from tools import gallery, gallery_usearch
 from util.checkpoint import weights_sha256
 from util.cli import Progress
 from util.dist import broadcast, get_world_size, is_main_process, launch, print_main, run_lock, wait_for_main
@@ -167,7 +167,7 @@ def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int]
 
 def add_pictures(folder: Path, header: dict, source: str, size: tuple[int, int], extract: Callable) -> dict[str, int]:
     """Add what the index does not hold yet, `PART_IMAGES` a rank at a time; what is said to be added is on disk."""
-    gallery_of(header.get("engine"))  # a package that is missing is told first
+    gallery_of(header.get("engine"))  # before the folder is made
     images, columns, is_main = list_images(source), gallery.read_columns(source), is_main_process()
     with run_lock(folder):
         index, plan = None, None
@@ -208,9 +208,8 @@ def add_pictures(folder: Path, header: dict, source: str, size: tuple[int, int],
 def gallery_of(engine: str | None) -> type[gallery.Gallery]:
     if engine != "usearch":
         return gallery.Gallery
-    from tools.gallery_usearch import GraphGallery
-
-    return GraphGallery
+    gallery_usearch.usearch_index()  # a package that is missing is told first
+    return gallery_usearch.GraphGallery
 
 
 def open_index(folder: Path) -> gallery.Gallery:
