@@ -51,16 +51,11 @@ class GraphGallery(Gallery):
         super().tidy()
         old = next(self.folder.glob("graph-*.usearch"), None)
         if self.segments and not self.graph.is_file():
-            index = (
-                self._load(old, view=False)
-                if old
-                else usearch_index()(ndim=self.about["width"], metric="cos", dtype="f16")
-            )
+            how = {"ndim": self.about["width"], "metric": "cos", "dtype": "f16"}
+            index = self._load(old, view=False) if old else usearch_index()(**how)
             keys = index.keys[:].astype(np.uint64) if old else np.zeros(0, np.uint64)
-            known, wanted = (
-                np.unique(keys >> 32),
-                [self._keys(i, np.zeros(1))[0] >> 32 for i in range(len(self.segments))],
-            )
+            wanted = np.array([self._keys(i, np.zeros(1))[0] >> 32 for i in range(len(self.segments))])
+            known = np.unique(keys >> 32)
             index.remove(keys[~np.isin(keys >> 32, wanted)])
             for segment in np.flatnonzero(~np.isin(wanted, known)).tolist():
                 rows = np.flatnonzero(~self.segments[segment][1])
