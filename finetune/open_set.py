@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ def model_identity(model: nn.Module) -> dict:
     """Weights and preprocessing of a re-id model, or of a plain encoder, whose class token is the feature."""
     is_reid = hasattr(model, "base")
     settings = (model.base if is_reid else model).settings()
+    settings = {name: settings[name] for name in ("img_size", "mean", "std", "stride") if name in settings}
     return {"model_sha256": weights_sha256(model.state_dict(), settings), "feature": "reid" if is_reid else "cls"}
 
 
@@ -51,8 +53,16 @@ def write_open_set(file: Path, threshold: float, facts: dict, white: Whitening |
     write_safetensors(file, tensors, {"kind": "cgd-mae open set", "facts": json.dumps(facts)})
 
 
-def read_open_set(file: str | Path, identity: dict) -> tuple[float, dict, Whitening | None]:
-    """(threshold, facts, whitening); InputError for a damaged file, and where it was chosen with another model."""
+class OpenSet(NamedTuple):
+    """threshold: what a score must exceed. facts: far, score, feature, gallery (its size) ... white: or None."""
+
+    threshold: float
+    facts: dict
+    white: Whitening | None
+
+
+def read_open_set(file: str | Path, identity: dict) -> OpenSet:
+    """What `write_open_set` has written; InputError for a damaged file, and where another model chose it."""
     try:
         with safe_open(file, framework="pt") as opened:
             facts, tensors = json.loads(opened.metadata()["facts"]), {k: opened.get_tensor(k) for k in opened.keys()}
@@ -66,4 +76,4 @@ def read_open_set(file: str | Path, identity: dict) -> tuple[float, dict, Whiten
         raise InputError(f"{file} was chosen with another model (its {different} differ): {cure}")
     if not np.isfinite(threshold):
         raise InputError(f"{file}: too few queries to promise --far {facts['far']}: label more, or promise less")
-    return threshold, facts, white
+    return OpenSet(threshold, facts, white)

@@ -23,6 +23,9 @@ class Whitening(NamedTuple):
         values = values.clamp_min(0)
         return cls(x.mean(dim=0), vectors * (values + SHRINK * values.mean()).rsqrt())
 
+    def to(self, device: torch.device) -> "Whitening":
+        return Whitening(self.mean.to(device), self.scale.to(device))
+
     def __call__(self, features: torch.Tensor) -> torch.Tensor:
         """[n, D] -> [n, D] float32."""
         return ((features.double() - self.mean) @ self.scale).float()

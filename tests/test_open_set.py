@@ -5,13 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import refuses, run_finetune
+from conftest import refuses, run_finetune, run_main
 from layouts import write_demo_reid
 
+from datasets.reid import read_reid
 from finetune.open_set import model_identity, read_open_set, write_open_set
 from metrics.open_set import Answers, accepted_right, conformal_threshold, measured_far, open_answers, open_numbers
 from metrics.reid import FeatureSet, Protocol
 from models_vit import VisionTransformer
+from tools import search
 from util.checkpoint import write_safetensors
 from util.errors import OPEN_SCORES
 
@@ -124,7 +126,35 @@ def test_scored_whitened_and_open(tmp_path):
     numbers = run_finetune(words.split())
     assert numbers["protocol"].startswith("veri776 (") and numbers["whitened_protocol"].startswith("veri776/whitened (")
     assert numbers["whitened_mAP"] != numbers["mAP"] and 0 <= numbers["open_FAR"] <= 0.2
-    threshold, facts, white = read_open_set(tmp_path / "out/open_set.safetensors", model_identity(model))
+    file = tmp_path / "out/open_set.safetensors"
+    threshold, facts, white = read_open_set(file, model_identity(model))
     assert threshold == numbers["open_threshold"] and white.scale.shape == (192, 192) and facts["far"] == 0.1
     pages = {name: (tmp_path / f"out/{name}.html").read_text() for name in ("report", "report_whitened")}
     assert "Unknown vehicles" in pages["report_whitened"] and "Unknown vehicles" not in pages["report"]
+
+    # a search for two queries: by the same features as the evaluation, refused and told as the file says
+    data = read_reid(tmp_path / "veri")
+    query, gallery = data.tests["test"]
+    words = f"--gallery {gallery.paths.root}/image_test --checkpoint {tmp_path}/encoder.safetensors --device cpu"
+    words = [
+        str(query.paths[0]),
+        str(query.paths[1]),
+        *words.split(),
+        "--num_workers",
+        0,
+        "--output",
+        f"{tmp_path}/found",
+        "--open_set",
+    ]
+    counts = run_main(search, *words, file)
+    found = json.loads((tmp_path / "found/results.json").read_text())
+    assert counts["found"] + counts["unknown"] == 2 and counts["embedded"] == len(gallery)
+    assert [entry["in_gallery"] for entry in found] == [entry["results"][0]["cosine"] > threshold for entry in found]
+    for limit, there in ((-1.0, 2), (1.5, 0)):
+        write_open_set(tmp_path / "own.safetensors", limit, facts, white)
+        assert run_main(search, *words, tmp_path / "own.safetensors")["found"] == there
+    refuses("whitening", run_main, search, *words[:-1])  # the index holds whitened features
+    write_open_set(tmp_path / "own.safetensors", 0.5, facts | {"score": "margin"}, white)
+    refuses("a search compares cosines", run_main, search, *words, tmp_path / "own.safetensors")
+    write_open_set(tmp_path / "own.safetensors", 0.5, facts | {"model_sha256": "0"}, white)
+    refuses("another model", run_main, search, *words, tmp_path / "own.safetensors")

@@ -15,6 +15,7 @@ from pathlib import Path
 from util.cli import Parser, check_numbers, parse_input_size, run_tool
 
 TILE, QUERIES_DRAWN, RANKS_DRAWN = 128, 20, 20
+LARGER = 1.5  # so many times the gallery of the threshold, and its promise is in doubt
 ENGINES = ("exact", "usearch")
 WHERE = "COLUMN=VALUE, also != < <= > >=: only these pictures; several must all hold (default: all pictures)"
 
@@ -33,6 +34,13 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--topk", default=10, type=int, help="results a query (default 10)")
     add("--exclude_self", action="store_true", help="leave out the query's own file (default: mark it)")
     add("--checkpoint", default=None, help="re-id model or plain encoder (default none: --remove and --list need none)")
+    add(
+        "--open_set",
+        default=None,
+        metavar="FILE",
+        help="open_set.safetensors of main_finetune.py --open_set: what "
+        "scores below its threshold is not in the gallery (default none)",
+    )
     add("--read_out", default="cls", choices=("cls", "mean"), help="of plain encoders (default cls)")
     add("--input_size", default=None, help="pixels: one side, or H,W (default: the checkpoint's)")
     add("--amp", default="none", choices=("auto", "bf16", "fp16", "none"), help="precision (default none: fp32)")
@@ -62,6 +70,7 @@ from datasets.items import WholeImages
 from datasets.path_list import PackedImages, PathList, list_images, printable
 from datasets.tables import TABLE_ENDINGS
 from engine_extract import extract_features, extract_to_file
+from finetune.open_set import OpenSet, model_identity, read_open_set
 from finetune.task import load_model
 from reports.page import FONT
 from tools import gallery, gallery_usearch
@@ -97,7 +106,7 @@ def main(args) -> dict:
 def search(args, conditions: list[gallery.Condition], queries: Images, device: torch.device) -> dict:
     """Embed the queries, add to the gallery, find, write."""
     args.checkpoint = str(fetch(args.checkpoint))
-    embed, size = load_embedder(args, device)
+    embed, size, known = load_embedder(args, device)
     loading = {"batch_size": args.batch_size, "num_workers": args.num_workers}
     loading["amp_dtype"], _ = pick_precision(args.amp, device)
     features, problems = np.zeros((0, 0), np.float32), {}
@@ -109,6 +118,7 @@ def search(args, conditions: list[gallery.Condition], queries: Images, device: t
             raise InputError(f"none of the {len(queries)} queries could be read, e.g. {next(iter(problems.values()))}")
     header = {"checkpoint_sha256": weights_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size)}
     header |= {"amp": str(loading["amp_dtype"])} | ({"engine": args.engine} if args.engine else {})
+    header |= {"whitening_sha256": weights_sha256(known.white._asdict())} if known and known.white else {}
     folder, counts = Path(args.index or f"{os.path.abspath(args.output)}.index"), {"topk": args.topk}
     if args.gallery:
         extract = partial(extract_to_file, embed, device=device, dtype=np.float16, **loading)
@@ -121,12 +131,15 @@ def search(args, conditions: list[gallery.Condition], queries: Images, device: t
     counts |= {"gallery": total, "index": str(folder)}
     if not len(queries):
         return counts
-    write_results(Path(args.output), names, problems, lists)
+    answers = write_results(Path(args.output), names, problems, lists, known)
+    if known and total > LARGER * known.facts["gallery"]:
+        was = f"the threshold was chosen on a gallery of {known.facts['gallery']:,}, this one has {total:,} pictures"
+        print(f"note: {was}: more vehicles look alike, so choose it again")
     shown = [number for number in range(len(queries)) if number not in problems][:QUERIES_DRAWN]
     sheet = draw_results(queries, {number: lists[number] for number in shown})
     write_atomic(Path(args.output) / "results.png", lambda opened: sheet.save(opened, format="PNG"))
     counts |= {"queries": len(queries), "unreadable_queries": len(problems), "searched": searched}
-    return counts | {"same_file": sum(hit["same_file"] for hits in lists for hit in hits)}
+    return counts | answers | {"same_file": sum(hit["same_file"] for hits in lists for hit in hits)}
 
 
 def open_queries(words: list[str]) -> Images:
@@ -145,8 +158,8 @@ def image_name(paths: Images, number: int) -> str:
     return f"{os.path.realpath(paths.root)}:{paths.relative(number)}" if is_packed else str(paths[number])
 
 
-def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int]]:
-    """-> (uint8 [n, 3, H, W] -> [n, D] float32 of unit length; (H, W) in px)."""
+def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int], OpenSet | None]:
+    """-> (uint8 [n, 3, H, W] -> [n, D] float32 of unit length; (H, W) in px; the threshold of --open_set)."""
     found = load_model(args.checkpoint, device, parse_input_size(args.input_size) if args.input_size else None)
     print_main(f"model {args.checkpoint}:\n{found.report}")
     model, base, is_reid = found.model, found.model.base if found.task else found.model, found.task == "reid"
@@ -160,9 +173,16 @@ def load_embedder(args, device: torch.device) -> tuple[Callable, tuple[int, int]
         features = model.encode(imgs) if is_reid else base.encode(imgs)[args.read_out]
         if not torch.isfinite(features).all():
             raise InputError(f"{args.checkpoint} gives embeddings that are not finite at --amp {args.amp}: try another")
-        return F.normalize(features.float(), dim=1)
+        return F.normalize(known.white(features) if known and known.white else features.float(), dim=1)
 
-    return embed, base.img_size
+    known = None
+    if args.open_set:
+        known = read_open_set(args.open_set, model_identity(model if is_reid else base))
+        if known.facts["score"] != "cosine" or (not is_reid and args.read_out != "cls"):
+            what = f"for {known.facts['score']} of the feature {known.facts['feature']}"
+            raise InputError(f"--open_set {args.open_set} was chosen {what}: a search compares cosines of that feature")
+        known = known._replace(white=known.white and known.white.to(device))
+    return embed, base.img_size, known
 
 
 def add_pictures(folder: Path, header: dict, source: str, size: tuple[int, int], extract: Callable) -> dict[str, int]:
@@ -288,17 +308,27 @@ def find(folder: Path, header: dict, conditions, names: list[str], features: tor
     return lists, index.count, searched
 
 
-def write_results(output: Path, names: list[str], problems: dict[int, str], lists: list[list[dict]]) -> None:
-    """The table on stdout and results.json."""
-    results = []
+def write_results(
+    output: Path, names: list[str], problems: dict[int, str], lists: list[list[dict]], known: OpenSet | None
+) -> dict[str, int]:
+    """The table on stdout and results.json; with a threshold, how many queries are in the gallery and how many not."""
+    results, counts = [], {"found": 0, "unknown": 0}
     for number, (query, hits) in enumerate(zip(names, lists)):
-        problem = problems.get(number, "")
+        problem, words = problems.get(number, ""), ""
         results.append({"query": query, "problem": problem, "results": hits})
-        print(f"{printable(query)} is left out: {problem}" if problem else f"{printable(query)}:")
+        others = [hit["cosine"] for hit in hits if not hit["same_file"]]
+        if known and not problem:
+            is_there = bool(others) and others[0] > known.threshold
+            results[-1]["in_gallery"] = is_there
+            counts["found" if is_there else "unknown"] += 1
+            below = f" not in the gallery: nothing above {known.threshold:.4f}"
+            words = "" if is_there else f"{below} (at most {100 * known.facts['far']:g}% of such are let through)"
+        print(f"{printable(query)} is left out: {problem}" if problem else f"{printable(query)}:{words}")
         for hit in hits:
             sign = "  (same file)" * hit["same_file"]
             print(f"  {hit['rank']:3d}  {hit['cosine']:7.4f}  {printable(hit['path'])}{sign}")
     write_json(output / "results.json", results)
+    return counts if known else {}
 
 
 def draw_results(queries: Images, found: dict[int, list[dict]]) -> Image.Image:
