@@ -357,4 +357,5 @@ def claim_index(folder: Path, header: dict) -> None:
     """Make an index, or see that the one there is of the same encoder."""
     if not (folder / "embeddings.npy").is_file():  # `Gallery` refuses it
         is_new = not (folder / "index.json").is_file()
-        claim(folder / "index.json", {"layout": 2} | ({"engine": "exact"} if is_new else {}) | header, "search index")
+        first = {"layout": 2, "engine": "exact"} if is_new else {"layout": 2}
+        claim(folder / "index.json", first | header, "search index")

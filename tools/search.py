@@ -118,7 +118,7 @@ def search(args, conditions: list[gallery.Condition], queries: Images, device: t
             raise InputError(f"none of the {len(queries)} queries could be read, e.g. {next(iter(problems.values()))}")
     header = {"checkpoint_sha256": weights_sha256(args.checkpoint), "read_out": args.read_out, "img_size": list(size)}
     header |= {"amp": str(loading["amp_dtype"])} | ({"engine": args.engine} if args.engine else {})
-    header |= {"whitening_sha256": weights_sha256(known.white._asdict())} if known and known.white else {}
+    header["whitening"] = weights_sha256(known.white._asdict()) if known and known.white else "none"
     folder, counts = Path(args.index or f"{os.path.abspath(args.output)}.index"), {"topk": args.topk}
     if args.gallery:
         extract = partial(extract_to_file, embed, device=device, dtype=np.float16, **loading)
