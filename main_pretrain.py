@@ -76,7 +76,7 @@ def get_args_parser() -> argparse.ArgumentParser:
     add("--teacher_view", default=None, choices=("crop", "full"),
         help=f"student's crop, or whole image once {by_recipe('teacher_view')}")
     add("--teacher_norm", default=None, choices=TEACHER_NORMS,
-        help=f"of its embeddings: as they are, minus their mean, whitened {by_recipe('teacher_norm')}")
+        help=f"its embeddings as they are, or whitened {by_recipe('teacher_norm')}")
 
     add = parser.add_argument_group("data").add_argument
     add("--data_path", default="data/automobile1m", help="folder or manifest .csv .jsonl (default data/automobile1m)")
@@ -375,7 +375,7 @@ def build_teacher(args, device: torch.device, amp_dtype, cache: TeacherCache | N
     named = f"{identity.model} {identity.weights_sha256[:16]}"
     facts = {"teacher": named, "text_bank_used": source, "text_bank_sha": sha[:16], "tau": tau}
     distill = {"context": args.context, "bank": bank, "tau": tau, "hidden": args.distill_hidden}
-    distill["target"] = None if args.teacher_norm == "none" else cache.statistics(args.teacher_norm)
+    distill["target"] = None if args.teacher_norm == "none" else cache.whitening()
     return teacher, distill, facts, (bank, texts, identity)
 
 

@@ -178,7 +178,7 @@ class GlobalContextHead(nn.Module):
         bank: [T, D_t] float32, unit rows: text embeddings of the same teacher.
         tau: temperature of both softmaxes over the bank.
         hidden: width of a hidden GELU layer in the projection; 0 for one linear layer.
-        target: (mean [D_t], map [D_t, D_t]) of `TeacherCache.statistics`: the student is compared with (f - mean) map,
+        target: (mean [D_t], map [D_t, D_t]) of `TeacherCache.whitening`: the student is compared with (f - mean) map,
             L2-normalised, in place of f, and there is no KL: the texts lie elsewhere. None: f as it is.
     """
 

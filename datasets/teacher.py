@@ -147,11 +147,12 @@ class TeacherCache:
             raise Unreadable(f"no embedding in the teacher cache: {AGAIN}")
         return torch.frombuffer(bytearray(data), dtype=torch.float16)
 
-    def statistics(self, norm: str) -> tuple[torch.Tensor, torch.Tensor]:
-        """(mean [D_t], map [D_t, D_t]) float32 over the embeddings of the first view: (f - mean) map is centred.
+    def whitening(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """(mean [D_t], map [D_t, D_t]) float32 over the embeddings of the first view.
 
-        With `whiten` it also varies alike in all directions, map = V (E + SHRINK mean(E))^(-1/2) V^T of the covariance
-        V E V^T, as PHI-S (Ranzinger et al., 2024) treats its teachers: few directions carry most of a CLIP's variance.
+        (f - mean) map is centred and varies alike in all directions: map = V (E + SHRINK mean(E))^(-1/2) V^T of the
+        covariance V E V^T, as PHI-S (Ranzinger et al., 2024) treats its teachers: few directions carry most of a CLIP's
+        variance.
         """
         width = self.identity.embed_dim
         count, total, products = 0, np.zeros(width), np.zeros((width, width))
@@ -162,11 +163,10 @@ class TeacherCache:
                 count, total, products = count + len(rows), total + rows.sum(axis=0), products + rows.T @ rows
         if count < 2:
             raise InputError(f"{self.folder} holds {count} embeddings: --teacher_norm needs at least 2")
-        mean, scale = total / count, np.eye(width)
-        if norm == "whiten":
-            values, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
-            values = values.clip(0)
-            scale = (vectors * (values + SHRINK * values.mean()) ** -0.5) @ vectors.T
+        mean = total / count
+        values, vectors = np.linalg.eigh(products / count - np.outer(mean, mean))
+        values = values.clip(0)
+        scale = (vectors * (values + SHRINK * values.mean()) ** -0.5) @ vectors.T
         return torch.from_numpy(mean).float(), torch.from_numpy(scale).float()
 
     def check(self, expected: dict) -> None:

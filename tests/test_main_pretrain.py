@@ -422,7 +422,7 @@ def test_the_small_recipe_embeds_once_and_goes_on_as_it_began(pictures, teacher_
 
 BAD = {
     "--teacher_norm whiten --teacher_view full --kl_weight 1": "--kl_weight compares with texts",
-    "--teacher_norm center": "add --teacher_view full or --teacher_cache",
+    "--teacher_norm whiten": "add --teacher_view full or --teacher_cache",
     "--no_distill --data_path /no/such/folder": "does not exist",
     "--no_distill --input_size 100": "multiple of the patch size 16",
     "--no_distill --input_size big": "one side or H,W",
