@@ -177,7 +177,7 @@ def moment(text: str) -> float | None:
     for day in ("", "1970-01-01T"):
         with contextlib.suppress(ValueError):
             when = datetime.datetime.fromisoformat(day + text)
-            return (when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()
+            return (when if when.tzinfo else when.replace(tzinfo=datetime.timezone.utc)).timestamp()
     return None
 
 
