@@ -14,7 +14,7 @@ import main_linprobe
 import main_pretrain
 from benchmarks import run as benchmark
 from models_vit import VisionTransformer, load_encoder
-from tools import checkpoint, compare, extract, reinforce, report, search
+from tools import audit, checkpoint, compare, extract, reinforce, report, search
 from util.checkpoint import read_checkpoint, read_safetensors_header
 
 TASK = "--epochs 1 --warmup_epochs 0 --opt adamw --amp none --batch_size 4 --print_freq 1 --finetune {in}/encoder.pth"
@@ -92,6 +92,7 @@ CASES = [
     (compare, "--encoders {in}/encoder.pth histogram --reid {in}/reid.csv --output {out}/c", None),
     (compare, "--encoders {in}/encoder.pth --labels {in}/labels.csv --parts {in}/parts --parts_size 32,64 "
      "--output {out}/c", None),
+    (audit, f"{FILE} {REID} --output {{out}}/a", None),
     (reinforce, "--data_path {in}/photos --views 1 --output {out}/cache {clip}",
      said("cache/cache.json", "input_size")),
     (checkpoint, "convert {in}/encoder.pth --to safetensors --output {out}/e.safetensors", converted),
