@@ -13,8 +13,6 @@ import operator
 import os
 import re
 import shutil
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from itertools import groupby
@@ -30,14 +28,13 @@ from datasets.tables import TABLE_ENDINGS, iterate_table, moment
 from util.cli import Progress
 from util.dist import claim
 from util.errors import InputError
-from util.files import read_json, write_atomic
+from util.files import ZIP_ERRORS, read_json, write_atomic
 
 SEGMENT_BYTES, SEGMENT_ROWS = 1 << 26, 1 << 16  # of embeddings in a segment, at most
 SMALL_SEGMENTS = 64  # more that are not half full are joined
 BLOCK_NUMBERS = 1 << 22  # of the gallery and of cosines, held at a time; more are slower
 SIGNS = {"=": operator.eq, "!=": operator.ne, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge}
 NUMBER = re.compile(r"[-+]?(\d{1,40}(\.\d{0,40})?|\.\d{1,40})(e[-+]?\d{1,2})?", re.ASCII | re.IGNORECASE)
-ZIP_ERRORS = (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 CURE = "remove the folder and add its pictures again"
 
 

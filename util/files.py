@@ -9,6 +9,7 @@ import os
 import re
 import tokenize
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,8 @@ import numpy as np
 from util.errors import InputError
 
 BLOCK_BYTES = 1 << 24
+# what reading a damaged .npz raises
+ZIP_ERRORS = (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, zlib.error)
 
 
 def write_atomic(file: str | Path, write) -> None:
@@ -90,7 +93,7 @@ def read_arrays(file: str | Path) -> dict[str, np.ndarray] | None:
     try:
         with np.load(file) as stored:
             return dict(stored)
-    except (OSError, ValueError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile) as error:
+    except ZIP_ERRORS as error:
         if not isinstance(error, FileNotFoundError):
             print(f"{file} is damaged ({error}): it is made again", flush=True)
         return None
